@@ -1,0 +1,170 @@
+"""Projected gradient descent in L-infinity and L2 balls (Madry et al., 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
+
+AttackLoss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient descent on the ``adv`` branch; ``attack(model, x, y)`` returns ``x_adv``.
+
+    Each of ``num_steps`` steps adds ``alpha * sign(grad)`` (L2: ``alpha * grad / ||grad||``),
+    projects on the ball of radius ``eps`` around ``x`` and clamps to [0, 1]. The random start is
+    uniform in the ball (L2: a uniform direction and a uniform radius) and is not clamped, as
+    published. Only gradients of the images are computed: no parameter gradient, no ``.grad``, and
+    except under ``batch_update`` no BatchNorm buffer changes.
+
+    Source: Madry et al., ICLR 2018; the order of projection and clamp as in arXiv 2402.14648.
+    """
+
+    eps: float = 8 / 255
+    """Radius of the ball, in units of the image range [0, 1]; >= 0."""
+    alpha: float = 2 / 255
+    """Step size, same units; >= 0."""
+    num_steps: int = 10
+    """Gradient steps; >= 0."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of the ball."""
+    random_start: bool = True
+    """Start at a random point of the ball instead of the image."""
+    num_restarts: int = 1
+    """Independent runs; with more than one, the strongest example of each sample is kept; >= 1."""
+    bn: Statistics = "batch"
+    """BatchNorm in the attack: "batch" (statistics of the attacked batch, running statistics
+    untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of the
+    attack moves the running statistics)."""
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "alpha", "num_steps"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"attack.{name} must be >= 0, got {value}")
+        if self.num_restarts < 1:
+            raise ValueError(f"attack.num_restarts must be >= 1, got {self.num_restarts}")
+        if self.norm not in ("Linf", "L2"):
+            raise ValueError(f'attack.norm must be "Linf" or "L2", got {self.norm!r}')
+        if self.bn not in ("batch", "running", "batch_update"):
+            raise ValueError(
+                f'attack.bn must be "batch", "running" or "batch_update", got {self.bn!r}'
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss_fn: AttackLoss | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Attack one batch.
+
+        Args:
+            model: the network; attacked through its ``adv`` branch.
+            x: images (N, C, H, W), float32 or float64 in [0, 1].
+            y: labels (N,), int64.
+            loss_fn: logits (N, classes) → per-sample loss (N,) to maximise; default the
+                cross-entropy with ``y``.
+            generator: source of the random start, on the device of ``x``.
+            noise: the start itself, added to ``x`` instead of a random draw; shape of ``x``.
+
+        Returns:
+            The adversarial images, shape and dtype of ``x``, detached.
+        """
+        per_sample = loss_fn if loss_fn is not None else _cross_entropy(y)
+        with use_branch(model, "adv"), use_statistics(model, self.bn):
+            best = self._run(model, x, per_sample, self._start(x, generator, noise))
+            if self.num_restarts == 1:
+                return best
+            best_loss = _loss_without_grad(model, best, per_sample)
+            for _ in range(self.num_restarts - 1):
+                x_adv = self._run(model, x, per_sample, self._start(x, generator, None))
+                loss = _loss_without_grad(model, x_adv, per_sample)
+                stronger = loss > best_loss
+                best = torch.where(stronger.view(-1, 1, 1, 1), x_adv, best)
+                best_loss = torch.where(stronger, loss, best_loss)
+            return best
+
+    def _start(self, x: Tensor, generator: torch.Generator | None, noise: Tensor | None) -> Tensor:
+        if noise is not None:
+            return x + noise
+        if not self.random_start:
+            return x.clone()
+        if self.norm == "Linf":
+            uniform = torch.empty_like(x).uniform_(-self.eps, self.eps, generator=generator)
+            return x + uniform
+        direction = torch.empty_like(x).normal_(generator=generator)
+        radius = torch.empty_like(x[:, 0, 0, 0]).uniform_(0, self.eps, generator=generator)
+        return x + direction * (radius / _l2(direction)).view(-1, 1, 1, 1)
+
+    def _run(self, model: nn.Module, x: Tensor, per_sample: AttackLoss, x_adv: Tensor) -> Tensor:
+        for _ in range(self.num_steps):
+            x_adv = x_adv.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = per_sample(model(x_adv)).sum()
+                (grad,) = torch.autograd.grad(loss, x_adv)
+            x_adv = self._update(x, x_adv.detach(), grad)
+        return x_adv.detach()
+
+    def _update(self, x: Tensor, x_adv: Tensor, grad: Tensor) -> Tensor:
+        if self.norm == "Linf":
+            x_adv = x_adv + self.alpha * grad.sign()
+            x_adv = torch.min(torch.max(x_adv, x - self.eps), x + self.eps)
+        else:
+            # The smallest normal number: a zero gradient moves nothing instead of giving NaN.
+            tiny = torch.finfo(grad.dtype).tiny
+            x_adv = x_adv + grad * (self.alpha / _l2(grad).clamp_min(tiny)).view(-1, 1, 1, 1)
+            delta = x_adv - x
+            shrink = (self.eps / _l2(delta).clamp_min(tiny)).clamp_max(1)
+            x_adv = x + delta * shrink.view(-1, 1, 1, 1)
+        return x_adv.clamp(0, 1)
+
+
+def _cross_entropy(y: Tensor) -> AttackLoss:
+    return lambda logits: F.cross_entropy(logits, y, reduction="none")
+
+
+def _l2(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def _loss_without_grad(model: nn.Module, x: Tensor, per_sample: AttackLoss) -> Tensor:
+    return per_sample(model(x))
+
+
+def perturbation_norm(x: Tensor, x_adv: Tensor, norm: Literal["Linf", "L2"]) -> Tensor:
+    """Norm of ``x_adv - x`` of each sample, (N,) in float64.
+
+    Args:
+        x, x_adv: images (N, …), same shape.
+        norm: "Linf" or "L2".
+    """
+    delta = (x_adv.double() - x.double()).flatten(1)
+    return delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
+
+
+def check_images(x: Tensor) -> None:
+    """Raise ValueError unless every value of the batch is a number in [0, 1].
+
+    Args:
+        x: images of any shape.
+    """
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    # A NaN fails both comparisons.
+    if not (low >= 0 and high <= 1):
+        if x.isnan().any():
+            raise ValueError(f"images must be numbers in [0, 1], got {int(x.isnan().sum())} NaN")
+        raise ValueError(f"images must lie in [0, 1], got values from {low:.6g} to {high:.6g}")

@@ -1,0 +1,285 @@
+"""Typed configuration of a run. Recipes return a :class:`Config`; the CLI overrides its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from arat_fast.attacks.pgd import PGD
+from arat_fast.models.registry import model_spec
+
+DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenette"]
+ObjectiveName = Literal["arat", "at", "natural"]
+Compat = Literal["paper", "official"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "resnet18"
+    """resnet8 (8×8 images), resnet18, wrn34-10 (32×32) or resnet50 (224×224)."""
+    norm: Literal["auto", "split", "shared"] = "auto"
+    """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto" splits
+    for ARAT only."""
+    mean: tuple[float, ...] = ()
+    """Per-channel mean subtracted inside the network; empty for no normalisation."""
+    std: tuple[float, ...] = ()
+    """Per-channel standard deviation divided by inside the network."""
+
+    def __post_init__(self) -> None:
+        model_spec(self.name)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: ObjectiveName = "arat"
+    """arat, at (plain adversarial training) or natural (no attack)."""
+    gamma: float = 30.0
+    """Weight of the invariance loss; >= 0."""
+    layers: tuple[str, ...] = ()
+    """Module paths of the regularised layers; empty for those published for the model."""
+    stop_gradient: bool = True
+    """Detach the target of the invariance loss."""
+    predictor: bool = True
+    """Pass the source of the invariance loss through a predictor."""
+    direction: Literal["adv_to_clean", "clean_to_adv", "both", "symmetric"] = "adv_to_clean"
+    """Which features move towards which."""
+    balance: Literal["previous_epoch", "probe", "fixed"] = "previous_epoch"
+    """Weights of the classification losses: the clean branch's training accuracy over the previous
+    epoch, the same measured on the first 1,024 samples before each epoch (official code), or
+    fixed."""
+    w_adv: float = 1.0
+    """Weight of the adversarial classification loss with balance=fixed; >= 0."""
+    w_clean: float = 1.0
+    """Weight of the clean classification loss with balance=fixed; >= 0."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 0.1
+    """Peak learning rate; > 0."""
+    momentum: float = 0.9
+    """Momentum of SGD, in [0, 1)."""
+    weight_decay: float = 5e-4
+    """Weight decay on every parameter; >= 0."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr must be > 0, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: Literal["steps", "official_steps", "cosine", "onecycle"] = "steps"
+    """steps: times ``decay`` at each milestone. official_steps: the same one epoch later, and a first
+    epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine down."""
+    milestones: tuple[float, ...] = (0.75, 0.9)
+    """Share of the epochs done when the learning rate drops; with 100 epochs, at epochs 76 and 91."""
+    decay: float = 0.1
+    """Factor at each milestone, in (0, 1]."""
+    warmup: float = 0.3
+    """onecycle: share of the steps that go up, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not all(0 < m <= 1 for m in self.milestones):
+            raise ValueError(f"schedule.milestones must be in (0, 1], got {self.milestones}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"schedule.decay must be in (0, 1], got {self.decay}")
+        if not 0 < self.warmup < 1:
+            raise ValueError(f"schedule.warmup must be in (0, 1), got {self.warmup}")
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    kind: Literal["none", "swa", "ema"] = "none"
+    """swa: equal-weight mean of the parameters, BatchNorm statistics re-estimated at the end. ema:
+    exponential mean of parameters and statistics."""
+    start: float = 0.75
+    """Share of the epochs done before averaging starts, in [0, 1); with 100 epochs, at epoch 76."""
+    every: int = 500
+    """Steps between two averaged weights; >= 1."""
+    decay: float = 0.999
+    """ema: weight of the old mean, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1:
+            raise ValueError(f"average.start must be in [0, 1), got {self.start}")
+        if self.every < 1:
+            raise ValueError(f"average.every must be >= 1, got {self.every}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"average.decay must be in [0, 1), got {self.decay}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: DatasetName = "cifar10"
+    """digits is built in; the others are read from ``root``."""
+    root: Path = Path("data")
+    """Folder of the datasets, in torchvision's layout."""
+    download: bool = False
+    """Fetch the dataset into ``root`` where it is absent."""
+    batch_size: int = 128
+    """Samples in a training batch; >= 2."""
+    padding: int = 4
+    """Random crop: pixels of zeros added on each side; 0 for none."""
+    flip: bool = True
+    """Random horizontal flip."""
+    num_val: int = 0
+    """Training images held out for validation, the same ones in every run; 0 for none."""
+    image_size: int = 128
+    """imagenette: height and width of the crops."""
+    num_workers: int = 4
+    """imagenette: processes that decode images; 0 decodes in the training process."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"data.batch_size must be >= 2, got {self.batch_size}")
+        for name in ("padding", "num_val", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """bf16 runs under autocast; auto takes it where the device has bf16 arithmetic."""
+    channels_last: bool = True
+    """Memory format of weights and activations."""
+    noisy_clean: bool = False
+    """The official code's in-place start: the clean branch trains on the image plus the start noise,
+    and the ball is centred there."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 100
+    """Epochs; >= 1."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl; >= 1."""
+    eval_every: int = 5
+    """Epochs between two evaluations (clean, PGD) during training; 0 for none."""
+    checkpoint_every: int = 1
+    """Epochs between two checkpoints; >= 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise ValueError(f"train.eval_every must be >= 0, got {self.eval_every}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    num_steps: int = 20
+    """Steps of the PGD evaluation; >= 0."""
+    alpha: float = 2 / 255
+    """Step size of the PGD evaluation; its radius and norm are the attack's."""
+    autoattack: bool = True
+    """Run standard AutoAttack at the end of training."""
+    batch_size: int = 500
+    """Samples evaluated at once; >= 1."""
+    max_samples: int = 0
+    """Evaluate the first samples of the split only; 0 for all."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"eval.batch_size must be >= 1, got {self.batch_size}")
+        for name in ("num_steps", "alpha", "max_samples"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"eval.{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    recipe: str
+    seed: int = 0
+    """Seed of weights, order, augmentation and attacks; >= 0."""
+    compat: Compat = "paper"
+    """official: reproduce what the official code really runs, in every point where it differs from
+    the method as published."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    attack: PGD = field(default_factory=PGD)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+
+    @property
+    def norm(self) -> Literal["split", "shared"]:
+        """The BatchNorm that is really used."""
+        if self.model.norm != "auto":
+            return self.model.norm
+        return "split" if self.objective.name == "arat" else "shared"
+
+    @property
+    def regularized_layers(self) -> tuple[str, ...]:
+        """The layers of the invariance loss: those asked for, else those published."""
+        return self.objective.layers or model_spec(self.model.name).regularized_layers
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as JSON types."""
+    result: dict[str, Any] = _to_json(dataclasses.asdict(config))
+    return result
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Inverse of :func:`config_to_dict`.
+
+    Raises:
+        ValueError: a field is unknown or its value is out of range.
+    """
+    parts: dict[str, type] = {
+        "model": ModelConfig,
+        "objective": ObjectiveConfig,
+        "attack": PGD,
+        "optimizer": OptimizerConfig,
+        "schedule": ScheduleConfig,
+        "average": AverageConfig,
+        "data": DataConfig,
+        "step": StepConfig,
+        "train": TrainConfig,
+        "eval": EvalConfig,
+    }
+    arguments: dict[str, Any] = dict(values)
+    try:
+        for name, part in parts.items():
+            fields = {k: _from_json(k, v) for k, v in values[name].items()}
+            arguments[name] = part(**fields)
+        return Config(**arguments)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not a configuration of this version: {error}") from error
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if name == "root" else value

@@ -1,0 +1,156 @@
+"""Batches of images on the device: what every loader yields and the resident loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Images x (N, C, H, W), float32 in [0, 1], and labels y (N,), int64, on one device."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Batches(Protocol):
+    """One split of a dataset, as batches on the device.
+
+    ``len`` is the number of batches of an epoch. The batches of an epoch depend on the seed, the
+    epoch and nothing else, so that a run can go on from any batch.
+    """
+
+    num_samples: int
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from ``start_batch`` on."""
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on a tuple of non-negative integers only."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+class ResidentBatches:
+    """A dataset that lives on the device as uint8; augmentation is a random crop and a flip.
+
+    Args:
+        images: (num_samples, C, H, W), uint8.
+        labels: (num_samples,), int64 in [0, num_classes).
+        classes: class names, one per label.
+        batch_size: samples in a batch; the last one of an epoch can be smaller. A last batch of a
+            single sample is left out where ``shuffle`` is set: BatchNorm cannot train on it.
+        max_value: the uint8 value that stands for 1.0.
+        shuffle: new order in each epoch.
+        padding: pixels of zeros around the image before a random crop of its own size; 0: no crop.
+        flip: mirror half of the images horizontally.
+        seed: of order and augmentation.
+
+    Raises:
+        ValueError: shapes, dtypes, labels or values that do not fit.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        *,
+        batch_size: int,
+        max_value: int = 255,
+        shuffle: bool = False,
+        padding: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"images must be (num_samples, C, H, W) uint8, got {tuple(images.shape)} "
+                f"{images.dtype}"
+            )
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"one label per image is expected, got {tuple(labels.shape)} labels for "
+                f"{images.shape[0]} images"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        if len(images) == 0:
+            raise ValueError("the dataset is empty, expected at least one image")
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low < 0 or high >= len(classes):
+            raise ValueError(
+                f"labels must lie in [0, {len(classes) - 1}], got values from {low} to {high}"
+            )
+        if int(images.max()) > max_value:
+            raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
+        self.images = images
+        self.labels = labels
+        self.classes = classes
+        self.num_classes = len(classes)
+        self.num_samples = len(images)
+        self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.batch_size = batch_size
+        self.max_value = max_value
+        self.shuffle = shuffle
+        self.padding = padding
+        self.flip = flip
+        self.seed = seed
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_samples, self.batch_size)
+        if rest == 0 or (rest == 1 and self.shuffle and full > 0):
+            return full
+        return full + 1
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``epoch`` (>= 0), from batch ``start_batch`` on."""
+        device = self.images.device
+        if self.shuffle:
+            generator = seeded_generator(self.seed, epoch)
+            order = torch.randperm(self.num_samples, generator=generator).to(device)
+        else:
+            order = torch.arange(self.num_samples, device=device)
+        for index in range(start_batch, len(self)):
+            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+            images = self.images[chosen]
+            if self.padding or self.flip:
+                generator = seeded_generator(self.seed, epoch, index)
+                images = crop_flip(images, self.padding, self.flip, generator)
+            x = images.to(torch.float32) / self.max_value
+            yield Batch(x, self.labels[chosen])
+
+
+def crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Random crop after zero padding, and random horizontal flip, per image.
+
+    Args:
+        images: (N, C, H, W).
+        padding: pixels on each side; the crop has the size of the image.
+        flip: mirror each image with probability 1/2.
+        generator: on the CPU, so that every device sees the same draws.
+    """
+    samples, _, height, width = images.shape
+    device = images.device
+    draws = torch.randint(2 * padding + 1, (2, samples, 1), generator=generator)
+    mirror = torch.rand(samples, 1, generator=generator) < 0.5
+    rows = draws[0] + torch.arange(height)
+    columns = draws[1] + torch.arange(width)
+    if flip:
+        columns = torch.where(mirror, columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    sample = torch.arange(samples, device=device)
+    cropped = padded[
+        sample[:, None, None], :, rows.to(device)[:, :, None], columns.to(device)[:, None, :]
+    ]
+    return cropped.permute(0, 3, 1, 2)

@@ -1,0 +1,34 @@
+"""scikit-learn's digits: 1,797 real 8×8 images of handwritten digits, inside the package."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_TEST = 360
+MAX_VALUE = 16
+_SPLIT_SEED = 0
+
+
+def load_digits(train: bool) -> tuple[Tensor, Tensor]:
+    """The fixed split of the digits: 1,437 images to train on, 360 held out, stratified.
+
+    Args:
+        train: True for the training images, False for the held-out ones.
+
+    Returns:
+        images (num_samples, 1, 8, 8), uint8 in [0, 16], and labels (num_samples,), int64.
+
+    Source: UCI Optical Recognition of Handwritten Digits, as shipped by scikit-learn.
+    """
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load(return_X_y=True)
+    chosen, held_out = train_test_split(
+        np.arange(len(labels)), test_size=NUM_TEST, random_state=_SPLIT_SEED, stratify=labels
+    )
+    index = np.sort(chosen if train else held_out)
+    pixels = torch.from_numpy(images[index].astype(np.uint8)).view(-1, 1, 8, 8)
+    return pixels, torch.from_numpy(labels[index].astype(np.int64))

@@ -1,0 +1,76 @@
+"""Pooled features of named layers, as ARAT regularises them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+
+
+@contextmanager
+def collect_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the features of ``layers`` during the forward passes inside the context.
+
+    The feature of a layer is the mean over positions of the ReLU of its output, (N, d) in float32
+    (float64 for a float64 network). For a split BatchNorm it is taken before the residual is added.
+
+    Args:
+        model: any network.
+        layers: module paths, as in ``model.named_modules()``; outputs of shape (N, d, H, W),
+            (N, tokens, d) or (N, d).
+
+    Yields:
+        A dictionary from path to feature, filled by each forward pass.
+
+    Raises:
+        ValueError: a path does not exist in the network.
+    """
+    modules = dict(model.named_modules())
+    for path in layers:
+        if path not in modules or not path:
+            close = difflib.get_close_matches(path, modules, n=3)
+            hint = f"; close: {', '.join(close)}" if close else ""
+            raise ValueError(f"the network has no layer {path!r}{hint}")
+    features: dict[str, Tensor] = {}
+    handles: list[RemovableHandle] = []
+    taps: list[SplitBatchNorm2d] = []
+    try:
+        for path in layers:
+            module = modules[path]
+            if isinstance(module, SplitBatchNorm2d):
+                module.pooled_sink = partial(features.__setitem__, path)
+                taps.append(module)
+            else:
+                handles.append(module.register_forward_hook(_hook(features, path)))
+        yield features
+    finally:
+        for tap in taps:
+            tap.pooled_sink = None
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(
+    features: dict[str, Tensor], path: str
+) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
+        wide = output.double() if output.element_size() == 8 else output.float()
+        wide = wide.relu()
+        if wide.ndim == 4:
+            wide = wide.mean(dim=(2, 3))
+        elif wide.ndim == 3:
+            wide = wide.mean(dim=1)
+        elif wide.ndim != 2:
+            raise ValueError(
+                f"the output of {path} must be (N, d, H, W), (N, tokens, d) or (N, d), "
+                f"got {tuple(output.shape)}"
+            )
+        features[path] = wide
+
+    return hook

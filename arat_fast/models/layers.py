@@ -1,0 +1,66 @@
+"""Pieces shared by the built-in networks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+
+Norm = Literal["split", "shared"]
+
+
+def make_norm(norm: Norm, num_features: int) -> nn.Module:
+    """A BatchNorm for ``num_features`` channels: two branches ("split") or one ("shared")."""
+    if norm == "split":
+        return SplitBatchNorm2d(num_features)
+    return nn.BatchNorm2d(num_features)
+
+
+def norm_act(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """``[relu](norm(x) [+ residual])``, in one operation where the layer can."""
+    if isinstance(norm, SplitBatchNorm2d):
+        y: Tensor = norm(x, residual, relu)
+        return y
+    y = norm(x)
+    if residual is not None:
+        y = y + residual
+    return y.relu() if relu else y
+
+
+class StemConv2d(nn.Conv2d):
+    """First convolution of a network: never rounds the image to the autocast dtype.
+
+    bfloat16 has a spacing of 2^-8 just below 1, half of a typical PGD step size (2/255). Cast to
+    it, part of the perturbation is lost before the network sees it. Under autocast this layer
+    computes in the dtype of the image and casts its *output*.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        device_type = input.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return super().forward(input)
+        with torch.autocast(device_type, enabled=False):
+            y = super().forward(input)
+        return y.to(torch.get_autocast_dtype(device_type))
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` per channel, part of the network: attacks see images in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"as many mean as positive std values are expected, got {mean}, {std}")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std

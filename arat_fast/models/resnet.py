@@ -1,0 +1,134 @@
+"""Residual networks with post-activation blocks (He et al., 2016), CIFAR and ImageNet stems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm, norm_act
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class _Shortcut(nn.Module):
+    """Base of the blocks: the projection shortcut, where the shape changes."""
+
+    shortcut: nn.Module | None
+    shortcut_bn: nn.Module | None
+
+    def _make_shortcut(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = _conv(in_channels, out_channels, 1, stride)
+            self.shortcut_bn = make_norm(norm, out_channels)
+        else:
+            self.shortcut = None
+            self.shortcut_bn = None
+
+    def _identity(self, x: Tensor) -> Tensor:
+        if self.shortcut is None or self.shortcut_bn is None:
+            return x
+        return norm_act(self.shortcut_bn, self.shortcut(x), relu=False)
+
+
+class BasicBlock(_Shortcut):
+    """Two 3×3 convolutions and a shortcut: (N, in, H, W) → (N, width, H/stride, W/stride)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, width, 3, stride)
+        self.bn1 = make_norm(norm, width)
+        self.conv2 = _conv(width, width, 3)
+        self.bn2 = make_norm(norm, width)
+        self._make_shortcut(in_channels, width, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = norm_act(self.bn1, self.conv1(x))
+        return norm_act(self.bn2, self.conv2(out), residual=self._identity(x))
+
+
+class Bottleneck(_Shortcut):
+    """1×1, 3×3 (carries the stride), 1×1: (N, in, H, W) → (N, 4·width, H/stride, W/stride)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = _conv(in_channels, width, 1)
+        self.bn1 = make_norm(norm, width)
+        self.conv2 = _conv(width, width, 3, stride)
+        self.bn2 = make_norm(norm, width)
+        self.conv3 = _conv(width, out_channels, 1)
+        self.bn3 = make_norm(norm, out_channels)
+        self._make_shortcut(in_channels, out_channels, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = norm_act(self.bn1, self.conv1(x))
+        out = norm_act(self.bn2, self.conv2(out))
+        return norm_act(self.bn3, self.conv3(out), residual=self._identity(x))
+
+
+class ResNet(nn.Module):
+    """A stem, stages ``layer1`` … ``layerK``, ``avgpool`` and ``linear``.
+
+    Args:
+        block: :class:`BasicBlock` or :class:`Bottleneck`.
+        num_blocks: blocks in each stage.
+        widths: channels of each stage before the block's expansion; stages after the first halve
+            the resolution.
+        num_classes: number of logits.
+        in_channels: channels of the image.
+        stem: "cifar" (3×3, stride 1) or "imagenet" (7×7, stride 2, then 3×3 max-pooling, stride 2).
+        norm: "split" or "shared" BatchNorm.
+        mean, std: per-channel normalisation inside the network; empty for none.
+
+    Shapes: images (N, in_channels, H, W) in [0, 1] → logits (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        num_blocks: Sequence[int],
+        widths: Sequence[int],
+        num_classes: int,
+        in_channels: int = 3,
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        norm: Norm = "split",
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std) if mean else nn.Identity()
+        if stem == "cifar":
+            self.conv1 = StemConv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = StemConv2d(in_channels, widths[0], 7, 2, 3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.bn1 = make_norm(norm, widths[0])
+        channels = widths[0]
+        self.stages: list[str] = []
+        for index, (width, blocks) in enumerate(zip(widths, num_blocks, strict=True)):
+            layers = []
+            for i in range(blocks):
+                stride = 2 if index > 0 and i == 0 else 1
+                layers.append(block(channels, width, stride, norm))
+                channels = width * block.expansion
+            name = f"layer{index + 1}"
+            self.add_module(name, nn.Sequential(*layers))
+            self.stages.append(name)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(norm_act(self.bn1, self.conv1(self.normalize(x))))
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        logits: Tensor = self.linear(self.avgpool(x).flatten(1))
+        return logits

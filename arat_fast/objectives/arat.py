@@ -1,0 +1,167 @@
+"""ARAT: asymmetric representation-regularised adversarial training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arat_fast.models.features import collect_features
+from arat_fast.models.split_batch_norm import use_branch, use_statistics
+from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.objectives.predictor import Predictors
+
+Direction = Literal["adv_to_clean", "clean_to_adv", "both", "symmetric"]
+
+
+class ARAT(Objective):
+    """Cross-entropy on both branches plus the asymmetric cosine invariance loss.
+
+    ``w_adv * CE(f_adv(x_adv), y) + w_clean * CE(f_clean(x), y)
+    + (gamma / L) * sum_l mean_n(1 - cos(h_l(z_adv_l), stopgrad(z_clean_l)))``
+
+    Both halves run in one forward pass of ``[x; x_adv]``. On a network without split BatchNorm, the
+    paper's ablation, every BatchNorm therefore normalises with the statistics of the mixture.
+
+    Args:
+        model: the network, used once to find the width of every regularised layer.
+        layers: module paths of the regularised layers, L of them; see
+            :func:`arat_fast.models.collect_features`.
+        image_shape: (C, H, W) of the images.
+        gamma: weight of the invariance loss, >= 0.
+        stop_gradient: detach the target of the invariance loss.
+        predictor: pass the source of the invariance loss through a predictor.
+        direction: which features move: "adv_to_clean" (published: adversarial features towards
+            clean ones), "clean_to_adv", "both" (mean of the two, each with its own target), or
+            "symmetric" (one term, gradient to both sides; has neither stop-gradient nor predictor).
+        auto_balance: w_adv = a and w_clean = 1 - a, with a the clean training accuracy; else the
+            weights below.
+        w_adv, w_clean: fixed weights of the two classification losses, >= 0.
+
+    Raises:
+        ValueError: a layer does not exist, ``gamma`` or a weight is negative, or switches that
+            exclude each other are set.
+
+    Source: Waseda et al., ICLR 2025 (arXiv 2402.14648), section 4.
+    """
+
+    w_adv: Tensor
+    w_clean: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        image_shape: tuple[int, int, int],
+        *,
+        gamma: float = 30.0,
+        stop_gradient: bool = True,
+        predictor: bool = True,
+        direction: Direction = "adv_to_clean",
+        auto_balance: bool = True,
+        w_adv: float = 1.0,
+        w_clean: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not gamma >= 0 or not w_adv >= 0 or not w_clean >= 0:
+            raise ValueError(
+                f"gamma, w_adv and w_clean must be >= 0, got {gamma}, {w_adv}, {w_clean}"
+            )
+        if direction == "symmetric" and (stop_gradient or predictor):
+            raise ValueError(
+                'direction="symmetric" has neither stop-gradient nor predictor, got '
+                f"stop_gradient={stop_gradient}, predictor={predictor}: set both to False"
+            )
+        if not layers:
+            raise ValueError(
+                "at least one regularised layer is expected, got none; to train without the "
+                "invariance loss set gamma to 0"
+            )
+        self.layers = tuple(layers)
+        self.gamma = gamma
+        self.stop_gradient = stop_gradient
+        self.direction = direction
+        self.auto_balance = auto_balance
+        widths = feature_widths(model, self.layers, image_shape)
+        self.predictors = Predictors(widths) if predictor else None
+        # Tensors, so that a captured step sees them change.
+        self.register_buffer("w_adv", torch.tensor(float(w_adv)))
+        self.register_buffer("w_clean", torch.tensor(float(w_clean)))
+
+    def start_epoch(self, clean_accuracy: float) -> None:
+        """Set the two classification weights from the clean training accuracy, in [0, 1]."""
+        if self.auto_balance:
+            self.w_adv.fill_(clean_accuracy)
+            self.w_clean.fill_(1 - clean_accuracy)
+
+    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+        with use_branch(model, "both"), collect_features(model, self.layers) as features:
+            logits = widen(model(torch.cat([x, x_adv])))
+        logits_clean, logits_adv = logits.chunk(2)
+        terms = {
+            "ce_adv": self.w_adv * F.cross_entropy(logits_adv, y),
+            "ce_clean": self.w_clean * F.cross_entropy(logits_clean, y),
+        }
+        pairs = [features[layer].chunk(2) for layer in self.layers]
+        weight = self.gamma / len(self.layers)
+        invariance = self._invariance([p[0] for p in pairs], [p[1] for p in pairs])
+        for layer, value in zip(self.layers, invariance, strict=True):
+            terms[f"invariance/{layer}"] = weight * value
+        loss = torch.stack(list(terms.values())).sum()
+        return ObjectiveOutput(loss, terms, logits_clean, logits_adv)
+
+    def _invariance(self, z_clean: list[Tensor], z_adv: list[Tensor]) -> list[Tensor]:
+        if self.direction == "symmetric":
+            return _cosine_distances(z_adv, z_clean)
+        distances = []
+        if self.direction in ("adv_to_clean", "both"):
+            distances.append(_cosine_distances(self._source(z_adv), self._target(z_clean)))
+        if self.direction in ("clean_to_adv", "both"):
+            distances.append(_cosine_distances(self._source(z_clean), self._target(z_adv)))
+        if len(distances) == 1:
+            return distances[0]
+        return [(a + b) / 2 for a, b in zip(*distances, strict=True)]
+
+    def _source(self, z: list[Tensor]) -> list[Tensor]:
+        if self.predictors is None:
+            return z
+        predicted: list[Tensor] = self.predictors(z)
+        return predicted
+
+    def _target(self, z: list[Tensor]) -> list[Tensor]:
+        return [feature.detach() for feature in z] if self.stop_gradient else z
+
+
+def _cosine_distances(p: list[Tensor], z: list[Tensor]) -> list[Tensor]:
+    """Mean over the batch of 1 - cos(p, z), layer by layer; (N, d) each."""
+    return [
+        1 - F.cosine_similarity(widen(source), target, dim=-1).mean()
+        for source, target in zip(p, z, strict=True)
+    ]
+
+
+@torch.no_grad()
+def feature_widths(
+    model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]
+) -> list[int]:
+    """Width d of the pooled feature of each layer, found by running two black images.
+
+    Args:
+        model: any network; neither its buffers nor its mode change.
+        layers: module paths.
+        image_shape: (C, H, W).
+
+    Raises:
+        ValueError: a path does not exist, or the network never runs that layer.
+    """
+    reference = next(model.parameters())
+    images = torch.zeros(2, *image_shape, device=reference.device, dtype=reference.dtype)
+    with use_statistics(model, "running"), collect_features(model, layers) as features:
+        model(images)
+    missing = [layer for layer in layers if layer not in features]
+    if missing:
+        raise ValueError(f"the network's forward pass never runs the layer {missing[0]!r}")
+    return [features[layer].shape[1] for layer in layers]

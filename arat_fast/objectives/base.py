@@ -1,0 +1,57 @@
+"""What every training objective offers to the step and to the loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from arat_fast.attacks.pgd import AttackLoss
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Result of one training forward pass.
+
+    Attributes:
+        loss: 0-d, to be differentiated.
+        terms: the parts of the loss by name, weights applied, 0-d each; they sum to the loss.
+        logits_clean: (N, classes) on the clean images, or None where there was no such pass.
+        logits_adv: (N, classes) on the adversarial images, or None.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    logits_clean: Tensor | None
+    logits_adv: Tensor | None
+
+
+class Objective(nn.Module, ABC):
+    """A training objective: how a batch and its adversarial examples become a loss."""
+
+    needs_attack: bool = True
+    """Whether the step makes adversarial examples."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+        """Run the network and compute the loss.
+
+        Args:
+            model: the network, in training mode.
+            x: images (N, C, H, W) in [0, 1].
+            x_adv: adversarial images, same shape; ``x`` itself where ``needs_attack`` is False.
+            y: labels (N,), int64.
+        """
+
+    def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss | None:
+        """The loss that the attack maximises, as a function of the logits; None: cross-entropy."""
+        return None
+
+    def start_epoch(self, clean_accuracy: float) -> None:
+        """Told the training accuracy on clean images before an epoch, in [0, 1]."""
+
+
+def widen(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32, others unchanged: losses are never computed in half."""
+    return logits.float() if logits.element_size() < 4 else logits
