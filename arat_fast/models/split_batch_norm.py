@@ -235,7 +235,10 @@ def _convert(module: nn.Module, path: str, done: dict[int, nn.Module]) -> nn.Mod
     if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         result = _split_layer(module, path or "the module")
     else:
-        for name, child in module.named_children():
+        # Not named_children, which leaves out the second name of a layer.
+        for name, child in list(module._modules.items()):
+            if child is None:
+                continue
             converted = _convert(child, f"{path}.{name}" if path else name, done)
             if converted is not child:
                 setattr(module, name, converted)
