@@ -1,0 +1,146 @@
+"""Public functions: argument checks, choice of the implementation."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from arat_kernels.implementation import Impl, choose, interpreting
+from arat_kernels.pgd_step.reference import pgd_step_reference, random_start_reference
+from arat_kernels.philox.reference import check_rng
+
+Norm = Literal["Linf", "L2"]
+
+
+def pgd_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    norm: Norm = "Linf",
+    impl: Impl | None = None,
+) -> Tensor:
+    """Move ``x_adv`` one step up the gradient, back into the ball around ``x`` and into [0, 1].
+
+    Linf: ``x_adv += alpha * sign(grad)``, each element clamped to ``x ± eps``. L2:
+    ``x_adv += alpha * grad / max(‖grad‖, 1e-12)``, then ``x_adv - x`` scaled down to length ``eps``
+    where it is longer; norms are per sample, over all dimensions but the first. NaN in ``grad``
+    gives NaN in ``x_adv`` (``torch.sign`` would make it 0 and hide it).
+
+    Args:
+        x_adv: (N, ...), float32 (the reference also takes float64), changed in place; contiguous or
+            channels_last is fastest.
+        grad: shape of ``x_adv``, any floating-point dtype.
+        x: shape and dtype of ``x_adv``, centre of the ball.
+        eps: radius of the ball, finite and >= 0.
+        alpha: length of the step, finite and >= 0.
+        norm: "Linf" or "L2".
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
+
+    Returns:
+        ``x_adv`` itself.
+
+    Raises:
+        ValueError: a shape, a dtype, a device or a value does not fit; the message holds got and
+            expected.
+
+    Source: Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1.
+    """
+    _check_images("x_adv", x_adv)
+    if grad.shape != x_adv.shape:
+        raise ValueError(
+            f"grad must have x_adv's shape {tuple(x_adv.shape)}, got {tuple(grad.shape)}"
+        )
+    if not grad.is_floating_point():
+        raise ValueError(f"grad must be a floating-point tensor, got {grad.dtype}")
+    if x.shape != x_adv.shape or x.dtype != x_adv.dtype:
+        raise ValueError(
+            f"x must be {x_adv.dtype} of shape {tuple(x_adv.shape)} as x_adv, "
+            f"got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    _check_number("eps", eps)
+    _check_number("alpha", alpha)
+    _check_norm(norm)
+    implementation = choose(impl, x_adv, grad, x)
+    with torch.no_grad():
+        if implementation == "triton":
+            _check_triton_dtype("x_adv", x_adv)
+            from arat_kernels.pgd_step.triton import pgd_step_triton
+
+            pgd_step_triton(x_adv, grad, x, eps, alpha, norm)
+        else:
+            pgd_step_reference(x_adv, grad, x, eps, alpha, norm)
+    return x_adv
+
+
+def random_start(
+    x: Tensor,
+    rng: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    impl: Impl | None = None,
+) -> Tensor:
+    """A random point of the ball around ``x``; not clamped to [0, 1].
+
+    Linf: every element of ``x_adv - x`` is uniform in [-eps, eps). L2: a normal direction, scaled
+    per sample to a radius uniform in [0, eps). The numbers are a function of ``rng`` and of the
+    position in memory, the same on every device; ``rng`` is read on the device and not changed, so
+    advance it after use (``rng[1].add_(1)``), inside the CUDA graph if there is one.
+
+    Args:
+        x: (N, ...), float32 (the reference also takes float64).
+        rng: (2,) int64 on ``x``'s device: seed and offset.
+        eps: radius of the ball, finite and >= 0.
+        norm: "Linf" or "L2".
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
+
+    Returns:
+        ``x_adv``, shape, dtype and layout of ``x`` (contiguous if ``x`` is neither contiguous nor
+        channels_last).
+
+    Raises:
+        ValueError: a shape, a dtype, a device or a value does not fit; the message holds got and
+            expected.
+
+    Source: Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1.
+    """
+    _check_images("x", x)
+    check_rng(rng)
+    _check_number("eps", eps)
+    _check_norm(norm)
+    if choose(impl, x, rng) == "triton":
+        _check_triton_dtype("x", x)
+        from arat_kernels.pgd_step.triton import random_start_triton
+
+        return random_start_triton(x.detach(), rng, eps, norm)
+    return random_start_reference(x.detach(), rng, eps, norm)
+
+
+def _check_images(name: str, t: Tensor) -> None:
+    if t.ndim < 2:
+        raise ValueError(f"{name} must be (N, ...) of 2 or more dimensions, got {tuple(t.shape)}")
+    if t.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {t.dtype}")
+
+
+def _check_triton_dtype(name: str, t: Tensor) -> None:
+    if t.dtype != torch.float32 and not interpreting():
+        raise ValueError(
+            f'{name} must be float32 with impl="triton", got {t.dtype}; pass impl="reference"'
+        )
+
+
+def _check_number(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def _check_norm(norm: str) -> None:
+    if norm not in ("Linf", "L2"):
+        raise ValueError(f'norm must be "Linf" or "L2", got {norm!r}')

@@ -1,0 +1,367 @@
+"""Triton implementation of the PGD update and its random start."""
+
+# Kernel arguments have Triton's types, which annotations cannot say.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arat_kernels.aot import AotCase
+from arat_kernels.implementation import warps
+from arat_kernels.layout import in_layout_of, is_batch_dense
+from arat_kernels.philox import device as philox
+from arat_kernels.philox import streams
+
+_START: tl.constexpr = tl.constexpr(streams.RANDOM_START)
+_RADIUS: tl.constexpr = tl.constexpr(streams.RANDOM_START_RADIUS)
+_TWO_PI: tl.constexpr = tl.constexpr(2 * math.pi)
+_MIN_NORM: tl.constexpr = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _clamp(value, low, high):
+    """``value`` in [low, high]; NaN stays NaN, which ``tl.minimum`` would drop."""
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)
+
+
+@triton.jit
+def _norm(sum_of_squares):
+    """The norm, not below ``_MIN_NORM``; NaN stays NaN."""
+    norm = tl.sqrt(sum_of_squares)
+    return tl.where(norm < _MIN_NORM, _MIN_NORM, norm)
+
+
+@triton.jit
+def pgd_step_linf_kernel(
+    x_adv_ptr,  # (numel,) float32, in memory order, changed in place
+    grad_ptr,  # (numel,) any float
+    x_ptr,  # (numel,) as x_adv
+    eps,
+    alpha,
+    numel,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < numel
+    x_adv = tl.load(x_adv_ptr + at, mask)
+    x = tl.load(x_ptr + at, mask)
+    grad = tl.load(grad_ptr + at, mask).to(x_adv.dtype)
+    # The last alternative is 0, -0 or NaN and stays what it is.
+    sign = tl.where(grad > 0, 1.0, tl.where(grad < 0, -1.0, grad)).to(x_adv.dtype)
+    moved = _clamp(x_adv + alpha * sign, x - eps, x + eps)
+    tl.store(x_adv_ptr + at, _clamp(moved, 0.0, 1.0), mask)
+
+
+@triton.jit
+def pgd_step_l2_kernel(
+    x_adv_ptr,  # (N, size) float32, in memory order, changed in place
+    grad_ptr,  # (N, size) any float
+    x_ptr,  # (N, size) as x_adv
+    eps,
+    alpha,
+    size,
+    BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # size <= BLOCK: a sample stays in registers
+):
+    base = tl.program_id(0).to(tl.int64) * size
+    at = tl.arange(0, BLOCK)
+    if ONE_BLOCK:
+        mask = at < size
+        x_adv = tl.load(x_adv_ptr + base + at, mask, other=0.0)
+        x = tl.load(x_ptr + base + at, mask, other=0.0)
+        grad = tl.load(grad_ptr + base + at, mask, other=0.0).to(x_adv.dtype)
+        delta = x_adv + alpha * (grad / _norm(tl.sum(grad * grad))) - x
+        length = tl.sqrt(tl.sum(delta * delta))
+        scale = tl.where(length > eps, eps / length, 1.0).to(x_adv.dtype)
+        tl.store(x_adv_ptr + base + at, _clamp(x + delta * scale, 0.0, 1.0), mask)
+    else:
+        kind = x_adv_ptr.dtype.element_ty
+        squares = tl.zeros((BLOCK,), kind)
+        for start in range(0, size, BLOCK):
+            mask = start + at < size
+            grad = tl.load(grad_ptr + base + start + at, mask, other=0.0).to(kind)
+            squares += grad * grad
+        grad_norm = _norm(tl.sum(squares))
+        squares = tl.zeros((BLOCK,), kind)
+        for start in range(0, size, BLOCK):
+            mask = start + at < size
+            x_adv = tl.load(x_adv_ptr + base + start + at, mask, other=0.0)
+            x = tl.load(x_ptr + base + start + at, mask, other=0.0)
+            grad = tl.load(grad_ptr + base + start + at, mask, other=0.0).to(kind)
+            delta = x_adv + alpha * (grad / grad_norm) - x
+            squares += delta * delta
+        length = tl.sqrt(tl.sum(squares))
+        scale = tl.where(length > eps, eps / length, 1.0).to(kind)
+        for start in range(0, size, BLOCK):
+            mask = start + at < size
+            x_adv = tl.load(x_adv_ptr + base + start + at, mask)
+            x = tl.load(x_ptr + base + start + at, mask)
+            grad = tl.load(grad_ptr + base + start + at, mask).to(kind)
+            delta = x_adv + alpha * (grad / grad_norm) - x
+            value = _clamp(x + delta * scale, 0.0, 1.0)
+            tl.store(x_adv_ptr + base + start + at, value, mask)
+
+
+@triton.jit
+def random_start_linf_kernel(
+    x_ptr,  # (numel,) float32, in memory order
+    rng_ptr,  # (2,) int64: seed, offset
+    x_adv_ptr,  # (numel,) as x
+    eps,
+    numel,
+    GROUPS: tl.constexpr,  # four elements each, from one Philox block
+):
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    w0, w1, w2, w3 = philox.random_words(rng_ptr, first + tl.arange(0, GROUPS), _START)
+    word = philox.interleave(w0, w1, w2, w3, GROUPS)
+    at = first * 4 + tl.arange(0, 4 * GROUPS)
+    mask = at < numel
+    x = tl.load(x_ptr + at, mask)
+    delta = (2 * philox.unit(word) - 1).to(x.dtype) * eps
+    tl.store(x_adv_ptr + at, x + delta, mask)
+
+
+@triton.jit
+def _normals(rng_ptr, index, GROUPS: tl.constexpr):
+    w0, w1, w2, w3 = philox.random_words(rng_ptr, index, _START)
+    radius0 = tl.sqrt(-2 * tl.log(1 - philox.unit(w0)))
+    radius1 = tl.sqrt(-2 * tl.log(1 - philox.unit(w2)))
+    angle0 = _TWO_PI * philox.unit(w1)
+    angle1 = _TWO_PI * philox.unit(w3)
+    return philox.interleave(
+        radius0 * tl.cos(angle0),
+        radius0 * tl.sin(angle0),
+        radius1 * tl.cos(angle1),
+        radius1 * tl.sin(angle1),
+        GROUPS,
+    )
+
+
+@triton.jit
+def random_start_l2_kernel(
+    x_ptr,  # (N, size) float32, in memory order
+    rng_ptr,  # (2,) int64: seed, offset
+    x_adv_ptr,  # (N, size) as x
+    eps,
+    size,
+    GROUPS: tl.constexpr,  # four elements each, from one Philox block
+    ONE_BLOCK: tl.constexpr,  # size <= 4 * GROUPS: a sample stays in registers
+):
+    sample = tl.program_id(0).to(tl.int64)
+    base = sample * size
+    kind = x_ptr.dtype.element_ty
+    word, _, _, _ = philox.random_words(rng_ptr, sample + tl.zeros((1,), tl.int64), _RADIUS)
+    radius = tl.sum(philox.unit(word)).to(kind) * eps
+    group = tl.arange(0, GROUPS)
+    at = tl.arange(0, 4 * GROUPS)
+    if ONE_BLOCK:
+        mask = at < size
+        normal = _normals(rng_ptr, (sample << 32) + group, GROUPS).to(kind)
+        inside = tl.where(mask, normal, 0.0)
+        scale = radius / _norm(tl.sum(inside * inside))
+        x = tl.load(x_ptr + base + at, mask)
+        tl.store(x_adv_ptr + base + at, x + normal * scale, mask)
+    else:
+        # Drawing twice costs less than storing the first draw.
+        squares = tl.zeros((4 * GROUPS,), kind)
+        for start in range(0, size, 4 * GROUPS):
+            normal = _normals(rng_ptr, (sample << 32) + start // 4 + group, GROUPS).to(kind)
+            inside = tl.where(start + at < size, normal, 0.0)
+            squares += inside * inside
+        scale = radius / _norm(tl.sum(squares))
+        for start in range(0, size, 4 * GROUPS):
+            mask = start + at < size
+            normal = _normals(rng_ptr, (sample << 32) + start // 4 + group, GROUPS).to(kind)
+            x = tl.load(x_ptr + base + start + at, mask)
+            tl.store(x_adv_ptr + base + start + at, x + normal * scale, mask)
+
+
+LINF_BLOCK, LINF_WARPS = 1024, 4
+# Largest sample held in registers by a block of that size, with its warps; longer ones loop over
+# the last row's block.
+L2_BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
+L2_LOOP_BLOCK, L2_LOOP_WARPS = 4096, 8
+
+
+def _l2_block(size: int) -> tuple[int, int, bool]:
+    """Block, warps and whether one block holds a sample of ``size`` elements."""
+    for block, num_warps in L2_BLOCKS:
+        if size <= block:
+            return block, num_warps, True
+    return L2_LOOP_BLOCK, L2_LOOP_WARPS, False
+
+
+def _launch_pgd_step(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str
+) -> None:
+    if x_adv.numel() == 0:
+        return
+    dense = x_adv if is_batch_dense(x_adv) else x_adv.contiguous()
+    grad = in_layout_of(grad, dense)
+    x = in_layout_of(x, dense)
+    if norm == "Linf":
+        numel = dense.numel()
+        pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
+            dense, grad, x, eps, alpha, numel, LINF_BLOCK, num_warps=warps(LINF_WARPS)
+        )
+    else:
+        size = dense[0].numel()
+        block, num_warps, one_block = _l2_block(size)
+        pgd_step_l2_kernel[(dense.shape[0],)](
+            dense, grad, x, eps, alpha, size, block, one_block, num_warps=warps(num_warps)
+        )
+    if dense is not x_adv:
+        x_adv.copy_(dense)
+
+
+def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+    dense = x if is_batch_dense(x) else x.contiguous()
+    x_adv = torch.empty_like(dense)
+    if x.numel() == 0:
+        return x_adv
+    if norm == "Linf":
+        numel = x.numel()
+        random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
+            dense, rng, x_adv, eps, numel, LINF_BLOCK // 4, num_warps=warps(LINF_WARPS)
+        )
+    else:
+        size = dense[0].numel()
+        block, num_warps, one_block = _l2_block(size)
+        random_start_l2_kernel[(x.shape[0],)](
+            dense, rng, x_adv, eps, size, block // 4, one_block, num_warps=warps(num_warps)
+        )
+    return x_adv
+
+
+@torch.library.custom_op("arat_kernels::pgd_step", mutates_args=("x_adv",))
+def _pgd_step_op(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str
+) -> None:
+    _launch_pgd_step(x_adv, grad, x, eps, alpha, norm)
+
+
+@_pgd_step_op.register_fake
+def _(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str) -> None:
+    return None
+
+
+@torch.library.custom_op("arat_kernels::random_start", mutates_args=())
+def _random_start_op(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+    return _launch_random_start(x, rng, eps, norm)
+
+
+@_random_start_op.register_fake
+def _(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+    return torch.empty_like(x if is_batch_dense(x) else x.contiguous())
+
+
+def pgd_step_triton(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str
+) -> None:
+    """Arguments as in :func:`arat_kernels.pgd_step.api.pgd_step`; changes ``x_adv`` in place."""
+    _pgd_step_op(x_adv, grad, x, eps, alpha, norm)
+
+
+def random_start_triton(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.pgd_step.api.random_start`."""
+    x_adv: Tensor = _random_start_op(x, rng, eps, norm)
+    return x_adv
+
+
+def aot_cases() -> list[AotCase]:
+    """Every configuration that the launchers can choose, for ahead-of-time compilation."""
+    cases = []
+    for grad in ("fp32", "bf16", "fp16"):
+        step = {
+            "x_adv_ptr": "*fp32",
+            "grad_ptr": f"*{grad}",
+            "x_ptr": "*fp32",
+            "eps": "fp32",
+            "alpha": "fp32",
+        }
+        pointers = ("x_adv_ptr", "grad_ptr", "x_ptr")
+        cases += [
+            AotCase(
+                f"pgd_step_linf_kernel[grad {grad}, {numel} numel]",
+                pgd_step_linf_kernel,
+                {**step, "numel": numel},
+                {"BLOCK": LINF_BLOCK},
+                LINF_WARPS,
+                3,
+                "1 read each of x_adv, grad and x, 1 write of x_adv",
+                "Eight elements per thread: two float32 or one bf16 vector of 16 bytes in flight "
+                "per tensor, and enough blocks for every multiprocessor at batch 128.",
+                divisible=(*pointers, "numel"),
+                bulk=pointers,
+            )
+            for numel in ("i32", "i64")
+        ]
+        for block, num_warps, one_block in (*((b, w, True) for b, w in L2_BLOCKS), _l2_loop()):
+            passes = (
+                "1 read each of x_adv, grad and x"
+                if one_block
+                else ("3 reads of grad, 2 of x_adv and x (the later ones from the L2)")
+            )
+            cases.append(
+                AotCase(
+                    f"pgd_step_l2_kernel[grad {grad}, {_block_name(block, one_block)}]",
+                    pgd_step_l2_kernel,
+                    {**step, "size": "i32"},
+                    {"BLOCK": block, "ONE_BLOCK": one_block},
+                    num_warps,
+                    3,
+                    f"{passes}, 1 write of x_adv",
+                    "One block per sample, so that both norms stay inside it; a sample of up to "
+                    "16384 elements (3 x 64 x 64 is 12288) stays in registers.",
+                    divisible=(*pointers, "size"),
+                    bulk=pointers,
+                )
+            )
+    start = {"x_ptr": "*fp32", "rng_ptr": "*i64", "x_adv_ptr": "*fp32", "eps": "fp32"}
+    images = ("x_ptr", "x_adv_ptr")
+    cases += [
+        AotCase(
+            f"random_start_linf_kernel[{numel} numel]",
+            random_start_linf_kernel,
+            {**start, "numel": numel},
+            {"GROUPS": LINF_BLOCK // 4},
+            LINF_WARPS,
+            3,
+            "1 read of x, 1 write of x_adv",
+            "A thread draws one Philox block for four neighbours, the width of its vectors.",
+            divisible=(*images, "numel"),
+            bulk=images,
+        )
+        for numel in ("i32", "i64")
+    ]
+    for block, num_warps, one_block in (*((b, w, True) for b, w in L2_BLOCKS), _l2_loop()):
+        cases.append(
+            AotCase(
+                f"random_start_l2_kernel[{_block_name(block, one_block)}]",
+                random_start_l2_kernel,
+                {**start, "size": "i32"},
+                {"GROUPS": block // 4, "ONE_BLOCK": one_block},
+                num_warps,
+                3,
+                "1 read of x, 1 write of x_adv",
+                "As the L2 update; beyond 16384 elements the normals are drawn twice, not stored.",
+                divisible=(*images, "size"),
+                bulk=images,
+            )
+        )
+    return cases
+
+
+def _l2_loop() -> tuple[int, int, bool]:
+    return L2_LOOP_BLOCK, L2_LOOP_WARPS, False
+
+
+def _block_name(block: int, one_block: bool) -> str:
+    return f"up to {block}" if one_block else f"loop of {block}"
