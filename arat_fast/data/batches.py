@@ -21,7 +21,14 @@ class Batches(Protocol):
     """One split of a dataset, as batches on the device.
 
     ``len`` is the number of batches of an epoch. The batches of an epoch depend on the seed, the
-    epoch and nothing else, so that a run can go on from any batch.
+    epoch and nothing else, so that a run can go on from any batch; PyTorch's global generators are
+    neither read nor moved.
+
+    Attributes:
+        num_samples: images in the split.
+        num_classes: number of classes.
+        image_shape: (C, H, W) of a batch.
+        classes: class names, one per label.
     """
 
     num_samples: int
@@ -36,9 +43,40 @@ class Batches(Protocol):
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on a tuple of non-negative integers only."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    """A CPU generator that depends on one or more non-negative integers only.
+
+    Keys of different lengths give unrelated streams: (seed, epoch) and (seed, epoch, 0) too.
+    """
+    # Entropy alone would be padded with zeros, which makes those two the same; a spawn key is not.
+    sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
+    seed = sequence.generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def count_batches(num_samples: int, batch_size: int, shuffle: bool) -> int:
+    """Batches of an epoch: all samples, but for a last batch of a single one where ``shuffle`` is
+    set, since BatchNorm cannot train on it.
+
+    Raises:
+        ValueError: batch_size < 1, or fewer samples than the split needs (1; 2 with ``shuffle``).
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    if num_samples == 0:
+        raise ValueError("the dataset is empty, expected at least one image")
+    if shuffle and num_samples == 1:
+        raise ValueError("at least 2 images to train on are expected, got 1")
+    full, rest = divmod(num_samples, batch_size)
+    if rest == 0 or (rest == 1 and shuffle):
+        return full
+    return full + 1
+
+
+def epoch_order(num_samples: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
+    """The order of the samples (num_samples,), int64, on the CPU, in one epoch."""
+    if not shuffle:
+        return torch.arange(num_samples)
+    return torch.randperm(num_samples, generator=seeded_generator(seed, epoch))
 
 
 class ResidentBatches:
@@ -48,8 +86,8 @@ class ResidentBatches:
         images: (num_samples, C, H, W), uint8.
         labels: (num_samples,), int64 in [0, num_classes).
         classes: class names, one per label.
-        batch_size: samples in a batch; the last one of an epoch can be smaller. A last batch of a
-            single sample is left out where ``shuffle`` is set: BatchNorm cannot train on it.
+        batch_size: samples in a batch; the last one of an epoch can be smaller
+            (:func:`count_batches`).
         max_value: the uint8 value that stands for 1.0.
         shuffle: new order in each epoch.
         padding: pixels of zeros around the image before a random crop of its own size; 0: no crop.
@@ -83,10 +121,9 @@ class ResidentBatches:
                 f"one label per image is expected, got {tuple(labels.shape)} labels for "
                 f"{images.shape[0]} images"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        if len(images) == 0:
-            raise ValueError("the dataset is empty, expected at least one image")
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, got {labels.dtype}")
+        self._num_batches = count_batches(len(images), batch_size, shuffle)
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= len(classes):
             raise ValueError(
@@ -108,19 +145,12 @@ class ResidentBatches:
         self.seed = seed
 
     def __len__(self) -> int:
-        full, rest = divmod(self.num_samples, self.batch_size)
-        if rest == 0 or (rest == 1 and self.shuffle and full > 0):
-            return full
-        return full + 1
+        return self._num_batches
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` (>= 0), from batch ``start_batch`` on."""
-        device = self.images.device
-        if self.shuffle:
-            generator = seeded_generator(self.seed, epoch)
-            order = torch.randperm(self.num_samples, generator=generator).to(device)
-        else:
-            order = torch.arange(self.num_samples, device=device)
+        order = epoch_order(self.num_samples, self.shuffle, self.seed, epoch)
+        order = order.to(self.images.device)
         for index in range(start_batch, len(self)):
             chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
             images = self.images[chosen]
@@ -139,6 +169,9 @@ def crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generat
         padding: pixels on each side; the crop has the size of the image.
         flip: mirror each image with probability 1/2.
         generator: on the CPU, so that every device sees the same draws.
+
+    Returns:
+        new images of the same shape and dtype.
     """
     samples, _, height, width = images.shape
     device = images.device
