@@ -1,0 +1,114 @@
+"""Public functions: argument checks, choice of the implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arat_kernels.frozen_affine.reference import frozen_affine_reference, relu_backward_reference
+from arat_kernels.implementation import Impl, choose
+
+
+def frozen_affine(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    impl: Impl | None = None,
+) -> Tensor:
+    """``y = [relu](x * scale + shift [+ residual])`` with constants per channel.
+
+    This is BatchNorm in eval mode (``scale = weight / sqrt(running_var + eps)``,
+    ``shift = bias - running_mean * scale``), or with ``scale=None`` the end of a convolution that
+    the BatchNorm was folded into. The backward reads only the saved output and gives gradients to
+    ``x`` and ``residual``; with ``scale=None`` they are one tensor, written once.
+
+    Args:
+        x: (N, C, ...), float16, bfloat16, float32 or float64; channels_last is fastest.
+        scale: (C,), any floating-point dtype, or None for 1.
+        shift: (C,), any floating-point dtype.
+        residual: shape and dtype of ``x``, added before the ReLU.
+        relu: whether ReLU comes last.
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
+
+    Returns:
+        ``y``, shape, dtype and layout of ``x``; computed in float32 (float64 for float64 ``x``).
+
+    Raises:
+        ValueError: a shape, a dtype or a device does not fit, or ``scale`` or ``shift`` expects a
+            gradient; the message holds got and expected.
+
+    Source: Ioffe and Szegedy, ICML 2015 (arXiv 1502.03167), algorithm 2, step 11.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x must be (N, C, ...), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+    channels = x.shape[1]
+    for name, constant in (("scale", scale), ("shift", shift)):
+        if constant is None:
+            continue
+        if tuple(constant.shape) != (channels,):
+            raise ValueError(f"{name} must be (C,) = ({channels},), got {tuple(constant.shape)}")
+        if not constant.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {constant.dtype}")
+        if constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} is a constant here and gets no gradient, got one that requires it; "
+                "pass it detached"
+            )
+    if residual is not None:
+        _check_like("residual", residual, "x", x)
+    if choose(impl, x, scale, shift, residual) == "triton":
+        from arat_kernels.frozen_affine.triton import frozen_affine_triton
+
+        return frozen_affine_triton(x, scale, shift, residual, relu)
+    return frozen_affine_reference(x, scale, shift, residual, relu)
+
+
+def relu_backward(
+    dy: Tensor, y: Tensor, *, dy_skip: Tensor | None = None, impl: Impl | None = None
+) -> Tensor:
+    """``(dy [+ dy_skip])`` where ``y = relu(...)`` is positive, else 0, in one pass.
+
+    For ``y = relu(conv(a) + bias [+ residual])``, with the bias of a folded BatchNorm, the result
+    is at once the gradient of the convolution's output and that of the residual. ``dy_skip`` takes
+    the second gradient that reaches ``y`` where a block's output feeds both a convolution and a
+    skip connection, which autograd would add in a pass of its own.
+
+    Args:
+        dy: (N, C, ...), gradient of ``y``, any floating-point dtype.
+        y: shape and dtype of ``dy``, the saved output.
+        dy_skip: shape and dtype of ``dy``, a second gradient of ``y``.
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
+
+    Returns:
+        The gradient, shape and dtype of ``y``; the sum is formed in float32. Not differentiable.
+
+    Raises:
+        ValueError: a shape, a dtype or a device does not fit; the message holds got and expected.
+    """
+    if y.ndim < 2:
+        raise ValueError(f"y must be (N, C, ...), got shape {tuple(y.shape)}")
+    if not y.is_floating_point():
+        raise ValueError(f"y must be a floating-point tensor, got {y.dtype}")
+    _check_like("dy", dy, "y", y)
+    if dy_skip is not None:
+        _check_like("dy_skip", dy_skip, "y", y)
+    implementation = choose(impl, dy, y, dy_skip)
+    with torch.no_grad():
+        if implementation == "triton":
+            from arat_kernels.frozen_affine.triton import relu_backward_triton
+
+            return relu_backward_triton(dy, y, dy_skip)
+        return relu_backward_reference(dy, y, dy_skip)
+
+
+def _check_like(name: str, t: Tensor, model_name: str, model: Tensor) -> None:
+    if t.shape != model.shape or t.dtype != model.dtype:
+        raise ValueError(
+            f"{name} must be {model.dtype} of shape {tuple(model.shape)} as {model_name}, "
+            f"got {t.dtype} of shape {tuple(t.shape)}"
+        )

@@ -1,0 +1,32 @@
+"""Plain PyTorch definition of the affine map with constants; any device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def frozen_affine_reference(
+    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.frozen_affine.api.frozen_affine`."""
+    wide = _wide(x)
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    if scale is not None:
+        wide = wide * scale.detach().to(wide.dtype).view(per_channel)
+    wide = wide + shift.detach().to(wide.dtype).view(per_channel)
+    if residual is not None:
+        wide = wide + _wide(residual)
+    # Rounded first, so that the gradient is masked by the output that is saved.
+    y = wide.to(x.dtype)
+    return y.relu() if relu else y
+
+
+def relu_backward_reference(dy: Tensor, y: Tensor, dy_skip: Tensor | None) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.frozen_affine.api.relu_backward`."""
+    total = dy if dy_skip is None else (_wide(dy) + _wide(dy_skip)).to(dy.dtype)
+    return torch.where(y <= 0, torch.zeros_like(total), total)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
