@@ -53,6 +53,40 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
+def check_samples(images: Tensor, labels: Tensor, num_classes: int, max_value: int) -> None:
+    """Raise unless these are images with one label each.
+
+    Args:
+        images: (num_samples, C, H, W), uint8 in [0, max_value].
+        labels: (num_samples,), int64 in [0, num_classes).
+        num_classes: number of classes.
+        max_value: the largest value of a pixel.
+
+    Raises:
+        ValueError: shapes, dtypes, labels or values that do not fit; no image at all.
+    """
+    if images.ndim != 4 or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be (num_samples, C, H, W) uint8, got {tuple(images.shape)} {images.dtype}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"one label per image is expected, got {tuple(labels.shape)} labels for "
+            f"{images.shape[0]} images"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if images.numel() == 0:
+        raise ValueError("the dataset is empty, expected at least one image")
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes - 1}], got values from {low} to {high}"
+        )
+    if int(images.max()) > max_value:
+        raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
+
+
 def count_batches(num_samples: int, batch_size: int, shuffle: bool) -> int:
     """Batches of an epoch: all samples, but for a last batch of a single one where ``shuffle`` is
     set, since BatchNorm cannot train on it.
@@ -111,26 +145,8 @@ class ResidentBatches:
         flip: bool = False,
         seed: int = 0,
     ) -> None:
-        if images.ndim != 4 or images.dtype != torch.uint8:
-            raise ValueError(
-                f"images must be (num_samples, C, H, W) uint8, got {tuple(images.shape)} "
-                f"{images.dtype}"
-            )
-        if labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"one label per image is expected, got {tuple(labels.shape)} labels for "
-                f"{images.shape[0]} images"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, got {labels.dtype}")
+        check_samples(images, labels, len(classes), max_value)
         self._num_batches = count_batches(len(images), batch_size, shuffle)
-        low, high = (int(v) for v in torch.aminmax(labels))
-        if low < 0 or high >= len(classes):
-            raise ValueError(
-                f"labels must lie in [0, {len(classes) - 1}], got values from {low} to {high}"
-            )
-        if int(images.max()) > max_value:
-            raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
         self.images = images
         self.labels = labels
         self.classes = classes

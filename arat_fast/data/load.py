@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arat_fast.config import DataConfig
-from arat_fast.data.batches import Batches, ResidentBatches, seeded_generator
+from arat_fast.data.batches import Batches, ResidentBatches, check_samples, seeded_generator
 from arat_fast.data.digits import MAX_VALUE, load_digits
 from arat_fast.data.folder import FolderBatches
 from arat_fast.data.published import HINT, check_file, fetch, unpack
@@ -146,6 +146,7 @@ def _resident_splits(
         )
 
     try:
+        check_samples(*dataset.train, len(dataset.classes), dataset.max_value)
         chosen, held_out = stratified_split(dataset.train.y, config.num_val)
         train = on_device(_Images(dataset.train.x[chosen], dataset.train.y[chosen]))
         val = on_device(_Images(dataset.train.x[held_out], dataset.train.y[held_out]))

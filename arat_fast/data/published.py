@@ -6,7 +6,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-import urllib.error
+from http.client import HTTPException
 from pathlib import Path
 
 HINT = "pass --data.download to fetch it"
@@ -52,8 +52,8 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
     try:
         utils.download_url(url, path.parent, path.name, md5)
-    # torchvision raises RuntimeError for a wrong checksum; no network is a URLError, an OSError.
-    except (OSError, RuntimeError, RecursionError, urllib.error.URLError) as error:
+    # RuntimeError is torchvision's for a wrong checksum; URLError is an OSError.
+    except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"could not download {url} to {path}: {reason}; without a network, put the file "
