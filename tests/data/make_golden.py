@@ -1,17 +1,18 @@
-"""Packs the golden values of one ARAT training run into the small files that the parity test reads.
+"""Packs the golden values of one ARAT training run into the small files the parity test reads.
 
     python tests/data/make_golden.py SRC
 
 SRC holds ``resnet18_official.npz``, ``resnet18_paper.npz`` and ``resnet18_keys.json``: what the
-official code computes in float64 (see ``tests/parity/README.md`` for the arrays). Written beside this
-script: ``golden_official.npz``, ``golden_paper.npz`` and ``golden_keys.json``. Nothing is rounded:
+official code computes in float64 (arrays: see README.md beside this script). Written beside this
+script: ``golden_official.npz``, ``golden_paper.npz``, ``golden_keys.json``. Nothing is rounded:
 
-- Inputs and start noise are drawn again from their seeds; here it is checked that they come out equal.
-- Adversarial images are not stored as numbers. Each pixel is, after its last projection, one of five
-  bases (the start, the ball's two edges, 0, 1) plus a whole number of steps ``alpha``; base and number
-  are one byte each. Here it is checked that the images come back within 1e-15.
-- Values of the untrained network are the same in both runs: the second file leaves them out.
-- Norms and heads of the many tensors are one array each, in the order of the key list.
+- Inputs and start noise are drawn again from their seeds; it is checked that they come out equal.
+- Adversarial images are not stored as numbers. Each pixel is, after its last projection, one of
+  five bases (the start, the two edges of the ball, 0, 1) plus a whole number of steps ``alpha``;
+  base and number take one byte each. It is checked that the images come back within 1e-15.
+- Values of the untrained network are the same in both runs, which is checked too: only
+  ``golden_official.npz`` has them.
+- Norms and heads of the many tensors are one array each, with the indices of their keys.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def decode(code: np.ndarray, centre: np.ndarray, start: np.ndarray) -> np.ndarra
 
 
 def pack(source: Path, keys: list[str], compat: str) -> dict[str, np.ndarray]:
+    """The arrays of one run; ``keys`` names the tensors that the tables are indexed by."""
     golden = np.load(source / f"resnet18_{compat}.npz")
     packed = {name: golden[name] for name in ("lr", "prev_train_acc")}
     for k, (x, y, noise) in enumerate(zip(*inputs(), strict=True)):
@@ -82,9 +84,12 @@ def pack(source: Path, keys: list[str], compat: str) -> dict[str, np.ndarray]:
         found = [key for key in keys if f"{table}/{key}" in golden.files]
         packed[table] = np.stack([golden[f"{table}/{key}"] for key in found])
         packed[f"{table}/keys"] = np.array([keys.index(key) for key in found], dtype=np.int16)
-    covered = set(packed) | {f"step{k}/{n}" for k in STEPS for n in ("x", "y", "start_noise", "x_adv")}
+    covered = set(packed) | {
+        f"step{k}/{n}" for k in STEPS for n in ("x", "y", "start_noise", "x_adv")
+    }
     left = [
-        n for n in golden.files
+        n
+        for n in golden.files
         if n not in covered and not n.startswith("eval/") and not n.startswith(tuple(tables))
     ]
     assert not left, left
@@ -97,6 +102,9 @@ def main(source: Path) -> None:
     (target / "golden_keys.json").write_text(json.dumps(layout, separators=(",", ":")) + "\n")
     keys = list(layout["state_dict"])
     keys += [f"{layer}:{key}" for layer, state in layout["predictors"].items() for key in state]
+    official, paper = (np.load(source / f"resnet18_{c}.npz") for c in ("official", "paper"))
+    for name in official.files:
+        assert not name.startswith("eval/") or np.array_equal(official[name], paper[name]), name
     for compat in ("official", "paper"):
         packed = pack(source, keys, compat)
         np.savez_compressed(target / f"golden_{compat}.npz", **packed)
