@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -93,6 +94,7 @@ class FolderBatches:
             sampler=remaining,
             num_workers=min(self.num_workers, len(remaining)),
             pin_memory=on_gpu,
+            worker_init_fn=_leave_signals_to_the_parent,
             # Otherwise a number is drawn from the global generator, once per epoch.
             generator=seeded_generator(self.seed, epoch),
         )
@@ -145,6 +147,13 @@ class _Epoch(Dataset[tuple[Tensor, Tensor, str]]):
         except ValueError as error:
             return torch.empty(0), labels, str(error)
         return torch.stack(images), labels, ""
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches the workers too, and a fork inherits the trainer's handlers: the batch under
+    # way must still arrive, and a worker that is told to terminate must do so.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def read_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,19 @@ def test_an_epoch_can_be_left_early(published: Any, tmp_path: Path) -> None:
     probe = load(tmp_path, num_workers=2).probe
     first = next(iter(probe.epoch(0)))
     assert same([first], list(probe.epoch(0))[:1])
+
+
+def test_interrupt_of_the_workers_loses_no_batch(published: Any, tmp_path: Path) -> None:
+    published.imagenette()
+    expected = list(load(tmp_path, batch_size=2).train.epoch(0))
+    batches = load(tmp_path, batch_size=2, num_workers=2).train.epoch(0)
+    first = [next(batches), next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)
+    assert same(expected, [*first, *batches])
 
 
 def test_held_out_images(published: Any, tmp_path: Path) -> None:
