@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from arat_fast.attacks.pgd import PGD
 from arat_fast.models.registry import model_spec
 
@@ -20,8 +22,8 @@ class ModelConfig:
     name: str = "resnet18"
     """resnet8 (8×8 images), resnet18, wrn34-10 (32×32) or resnet50 (224×224)."""
     norm: Literal["auto", "split", "shared"] = "auto"
-    """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto" splits
-    for ARAT only."""
+    """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto"
+    splits for ARAT only."""
     mean: tuple[float, ...] = ()
     """Per-channel mean subtracted inside the network; empty for no normalisation."""
     std: tuple[float, ...] = ()
@@ -78,10 +80,11 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     name: Literal["steps", "official_steps", "cosine", "onecycle"] = "steps"
-    """steps: times ``decay`` at each milestone. official_steps: the same one epoch later, and a first
-    epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine down."""
+    """steps: times ``decay`` at each milestone. official_steps: the same one epoch later, and a
+    first epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine
+    down."""
     milestones: tuple[float, ...] = (0.75, 0.9)
-    """Share of the epochs done when the learning rate drops; with 100 epochs, at epochs 76 and 91."""
+    """Share of the epochs done when the learning rate drops; of 100, at epochs 76 and 91."""
     decay: float = 0.1
     """Factor at each milestone, in (0, 1]."""
     warmup: float = 0.3
@@ -153,8 +156,8 @@ class StepConfig:
     channels_last: bool = True
     """Memory format of weights and activations."""
     noisy_clean: bool = False
-    """The official code's in-place start: the clean branch trains on the image plus the start noise,
-    and the ball is centred there."""
+    """The official code's in-place start: the clean branch trains on the image plus the start
+    noise, and the ball is centred there."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class EvalConfig:
 class Config:
     """Everything that determines a run."""
 
-    recipe: str
+    recipe: tyro.conf.Suppress[str]
     seed: int = 0
     """Seed of weights, order, augmentation and attacks; >= 0."""
     compat: Compat = "paper"

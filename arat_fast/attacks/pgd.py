@@ -42,8 +42,8 @@ class PGD:
     """Independent runs; with more than one, the strongest example of each sample is kept; >= 1."""
     bn: Statistics = "batch"
     """BatchNorm in the attack: "batch" (statistics of the attacked batch, running statistics
-    untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of the
-    attack moves the running statistics)."""
+    untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of
+    the attack moves the running statistics)."""
 
     def __post_init__(self) -> None:
         for name in ("eps", "alpha", "num_steps"):
@@ -137,7 +137,8 @@ def _cross_entropy(y: Tensor) -> AttackLoss:
 
 
 def _l2(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
+    norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norm
 
 
 @torch.no_grad()

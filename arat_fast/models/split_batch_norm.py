@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from arat_kernels.split_batch_norm import split_batch_norm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from arat_kernels.split_batch_norm import split_batch_norm
 
 Branch = Literal["clean", "adv", "both"]
 Statistics = Literal["batch", "running", "batch_update"]
@@ -18,7 +19,7 @@ CLEAN, ADV = 0, 1
 
 
 class SplitBatchNorm2d(nn.Module):
-    """BatchNorm2d with one set of parameters and statistics for clean and one for adversarial inputs.
+    """BatchNorm2d with parameters and statistics for clean inputs, and others for adversarial ones.
 
     Row 0 of every parameter and buffer is the clean branch, row 1 the adversarial one. The branch
     in use is set for a whole network by :func:`use_branch`; outside of it every layer runs ``adv``,
@@ -263,10 +264,9 @@ def _split_layer(layer: nn.BatchNorm2d | nn.SyncBatchNorm, path: str) -> SplitBa
     }
     if type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         split = SplitBatchNorm2d(layer.num_features, **keywords)  # type: ignore[arg-type]
-    elif isinstance(getattr(layer, "act", None), nn.Module) and isinstance(
-        getattr(layer, "drop", None), nn.Module
-    ):
-        split = _SplitBatchNormAct2d(layer.num_features, layer.drop, layer.act, **keywords)
+    elif {"act", "drop"} <= dict(layer.named_children()).keys():
+        drop, act = layer.get_submodule("drop"), layer.get_submodule("act")
+        split = _SplitBatchNormAct2d(layer.num_features, drop, act, **keywords)
     else:
         raise ValueError(
             f"{path} is a {type(layer).__name__}, a subclass of BatchNorm2d with a forward of its "

@@ -44,7 +44,7 @@ class _Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet for small images: ``conv1``, ``block1`` … ``block3``, ``bn1``, ``avgpool``, ``fc``.
+    """For small images: ``conv1``, ``block1`` to ``block3``, ``bn1``, ``avgpool``, ``fc``.
 
     Args:
         depth: number of layers, 6n + 4.

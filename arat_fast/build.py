@@ -1,0 +1,62 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from arat_fast.config import Config
+from arat_fast.data import Batches
+from arat_fast.models.registry import create_model, model_spec
+from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
+
+
+def build_model(config: Config, data: Batches) -> nn.Module:
+    """The network of a run, with fresh weights, on the CPU.
+
+    Raises:
+        ValueError: the images are too small for the network.
+    """
+    channels, height, width = data.image_shape
+    if config.model.name == "resnet50" and min(height, width) < 32:
+        raise ValueError(
+            f"resnet50 halves the image five times and expects at least 32×32 pixels, got "
+            f"{height}×{width}; it is meant for {model_spec('resnet50').image_size} pixels"
+        )
+    model = create_model(
+        config.model.name,
+        data.num_classes,
+        channels,
+        config.norm,
+        config.model.mean,
+        config.model.std,
+    )
+    if config.step.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    return model
+
+
+def build_objective(config: Config, model: nn.Module, data: Batches) -> Objective:
+    """The objective of a run, with fresh predictors, on the model's device.
+
+    Raises:
+        ValueError: a switch or a layer does not fit.
+    """
+    options = config.objective
+    if options.name == "natural":
+        return NaturalTraining()
+    if options.name == "at":
+        return AdversarialTraining()
+    objective = ARAT(
+        model,
+        config.regularized_layers,
+        data.image_shape,
+        gamma=options.gamma,
+        stop_gradient=options.stop_gradient,
+        predictor=options.predictor,
+        direction=options.direction,
+        auto_balance=options.balance != "fixed",
+        w_adv=options.w_adv,
+        w_clean=options.w_clean,
+    )
+    return objective.to(next(model.parameters()).device)

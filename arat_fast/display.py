@@ -1,0 +1,122 @@
+"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+QUIET_SECONDS = 10.0
+"""Longest silence during an evaluation whose output is not a terminal."""
+
+
+class Display:
+    """Progress of one run.
+
+    Args:
+        console: where to write; None for standard error, so that results can be piped.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print one line, above a bar if there is one."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def training(self, total_steps: int, done: int) -> Iterator[TrainingBar]:
+        """A bar over the steps of a run, at step ``done``."""
+        bar = TrainingBar(self, total_steps, done)
+        with bar.progress:
+            yield bar
+
+    @contextmanager
+    def evaluating(self) -> Iterator[EvaluationBar]:
+        """A line that tells which attack is running and how far it is."""
+        bar = EvaluationBar(self)
+        with bar.progress:
+            yield bar
+
+
+class TrainingBar:
+    """Steps done, images/s, remaining time, loss, clean and robust accuracy of the batches."""
+
+    def __init__(self, display: Display, total_steps: int, done: int) -> None:
+        self.display = display
+        self.is_terminal = display.console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[status]}"),
+            console=display.console,
+            disable=not self.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=total_steps, completed=done, status="")
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.progress.advance(self.task)
+
+    def show(self, status: str) -> None:
+        """Set the text beside the bar."""
+        self.progress.update(self.task, status=status)
+
+    def end_epoch(self, epoch: int, epochs: int, status: str) -> None:
+        """An epoch is done; printed as a line where there is no bar."""
+        self.progress.update(self.task, description=f"epoch {min(epoch + 1, epochs)}/{epochs}")
+        if not self.is_terminal:
+            self.display.say(f"epoch {epoch}/{epochs}  {status}")
+
+
+class EvaluationBar:
+    """Callable as the ``progress`` argument of the evaluation functions."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.is_terminal = display.console.is_terminal
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=display.console,
+            disable=not self.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.name = ""
+        self.spoke = 0.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total``; AutoAttack: forward passes, and images that still stand."""
+        if name.startswith("AutoAttack"):
+            status = f"{total} images standing, {done:,} forward passes"
+        else:
+            status = f"{done} of {total} images"
+        now = time.monotonic()
+        if name != self.name:
+            self.name = name
+            if self.task is not None:
+                self.progress.update(self.task, total=1, completed=1)
+            self.task = self.progress.add_task(name, total=None, status=status)
+            self.spoke = now
+            if not self.is_terminal:
+                self.display.say(f"{name}: {total} images")
+        elif self.task is not None:
+            self.progress.update(self.task, status=status)
+            if not self.is_terminal and now - self.spoke >= QUIET_SECONDS:
+                self.spoke = now
+                self.display.say(f"{name}: {status}")

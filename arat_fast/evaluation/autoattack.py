@@ -1,0 +1,149 @@
+"""Standard AutoAttack (Croce and Hein, 2020), through its reference code."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from arat_fast.attacks.pgd import check_images
+from arat_fast.evaluation.evaluate import (
+    AttackResult,
+    ImageSet,
+    Progress,
+    accept,
+    evaluation_mode,
+    predict,
+)
+from arat_fast.evaluation.threat_model import ThreatModel
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+NUM_TARGETS = 9
+MIN_CLASSES = 4
+
+
+def autoattack(
+    model: nn.Module,
+    images: ImageSet,
+    threat: ThreatModel,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> AttackResult:
+    """Accuracy of the ``adv`` branch under standard AutoAttack.
+
+    APGD on the cross-entropy (100 steps), targeted APGD on the DLR loss (9 targets, 100 steps),
+    targeted FAB (9 targets, 100 steps) and Square (5,000 queries), each on what the ones before
+    left standing. With fewer than ten classes, all the other classes are targets.
+
+    Args:
+        model: the network, in any mode.
+        images: float32 images and labels on the model's device.
+        threat: ball of the attack.
+        batch_size: samples attacked at once, >= 1.
+        seed: of every attack. The global random state is left as it was.
+        progress: told the name of the attack, the forward passes so far and the survivors; called
+            at every forward pass.
+
+    Returns:
+        The survivors; ``details["attacks"]`` holds the accuracy after each attack.
+
+    Raises:
+        ValueError: fewer than 4 classes (the DLR loss needs 4), or images outside [0, 1].
+
+    Source: Croce and Hein, ICML 2020 (arXiv 2003.01690), version "standard".
+    """
+    from pyautoattack import AutoAttack
+
+    check_images(images.x)
+    num_classes = len(images.classes)
+    if num_classes < MIN_CLASSES:
+        raise ValueError(f"AutoAttack needs at least {MIN_CLASSES} classes, got {num_classes}")
+    num_targets = min(NUM_TARGETS, num_classes - 1)
+    after: dict[str, float] = {}
+    rejected = 0
+    x_adv = images.x.clone()
+    with _private_random_state(images.x.device), evaluation_mode(model):
+        robust = predict(model, images.x, batch_size).argmax(dim=1) == images.y
+        for name in STANDARD:
+            survivors = robust.nonzero().flatten()
+            if len(survivors) == 0:
+                after[name] = 0.0
+                continue
+            ticking = _Ticking(model, name, len(survivors), progress)
+            adversary = AutoAttack(
+                ticking,
+                norm=threat.norm,
+                eps=threat.eps,
+                seed=seed,
+                device=images.x.device,
+                version="standard",
+            )
+            adversary.attacks_to_run = [name]
+            adversary.apgd_targeted.n_target_classes = num_targets
+            adversary.fab.n_target_classes = num_targets
+            x, y = images.x[survivors], images.y[survivors]
+            candidates, _ = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
+            for chunk in torch.arange(len(survivors), device=x.device).split(batch_size):  # type: ignore[no-untyped-call]
+                still, adversarial, outside = accept(
+                    model, x[chunk], y[chunk], candidates[chunk], threat
+                )
+                broken = survivors[chunk[~still]]
+                robust[broken] = False
+                x_adv[broken] = adversarial[~still]
+                rejected += outside
+            after[name] = float(robust.double().mean())
+    details = {
+        "implementation": f"pyautoattack {metadata.version('pyautoattack')}",
+        "version": "standard",
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "num_steps": 100,
+        "num_targets": num_targets,
+        "num_queries": 5000,
+        "seed": seed,
+        "attacks": after,
+        "num_rejected": rejected,
+    }
+    return AttackResult(robust, x_adv, details)
+
+
+class _Ticking(nn.Module):
+    """The model, reporting each of its forward passes."""
+
+    def __init__(
+        self, model: nn.Module, name: str, survivors: int, progress: Progress | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.name = f"AutoAttack {name}"
+        self.survivors = survivors
+        self.progress = progress
+        self.passes = 0
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self.progress is not None:
+            self.progress(self.name, self.passes, self.survivors)
+        logits: Tensor = self.model(x)
+        return logits
+
+
+@contextmanager
+def _private_random_state(device: torch.device) -> Iterator[None]:
+    """The reference code reseeds global generators; put them back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,182 @@
+"""Accuracy on clean images and under PGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.attacks.pgd import PGD, check_images
+from arat_fast.data.batches import Batches
+from arat_fast.device import full_float32
+from arat_fast.evaluation.threat_model import ThreatModel
+from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is running, the samples done and the samples in all."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images x (N, C, H, W), float32 in [0, 1], labels y (N,), int64, and the class names."""
+
+    x: Tensor
+    y: Tensor
+    classes: tuple[str, ...]
+
+    @classmethod
+    def from_batches(cls, batches: Batches, max_samples: int = 0) -> ImageSet:
+        """All images of a split, or the first ``max_samples`` (0: all)."""
+        xs, ys, seen = [], [], 0
+        for x, y in batches.epoch(0):
+            xs.append(x)
+            ys.append(y)
+            seen += len(x)
+            if max_samples and seen >= max_samples:
+                break
+        limit = max_samples or seen
+        return cls(torch.cat(xs)[:limit], torch.cat(ys)[:limit], batches.classes)
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What one evaluation found, example by example.
+
+    Attributes:
+        correct: (N,) bool: classified correctly, and by every example the attack tried.
+        x_adv: (N, C, H, W): the adversarial images; the clean one where the attack failed or where
+            there was no attack.
+        details: how it was done, as JSON types.
+    """
+
+    correct: Tensor
+    x_adv: Tensor
+    details: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct examples, in [0, 1]."""
+        return float(self.correct.double().mean())
+
+    def record(self) -> dict[str, Any]:
+        """Value, counts and details, as JSON types."""
+        return {
+            "value": self.accuracy,
+            "correct": int(self.correct.sum()),
+            "num_samples": len(self.correct),
+            **self.details,
+        }
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
+    """Eval mode, one branch, running statistics, float32 without TF32; restored afterwards."""
+    with use_branch(model, branch), use_statistics(model, "running"), full_float32():
+        yield
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+    """Logits (N, classes) of images (N, C, H, W), ``batch_size`` at a time."""
+    return torch.cat([model(chunk) for chunk in x.split(batch_size)])
+
+
+def clean_accuracy(
+    model: nn.Module, images: ImageSet, *, batch_size: int, branch: Branch = "adv"
+) -> AttackResult:
+    """Accuracy on the images themselves.
+
+    Args:
+        model: the network, in any mode.
+        images: float32 images and labels on the model's device.
+        batch_size: samples at a time, >= 1.
+        branch: BatchNorm branch; "adv" is the model that is deployed.
+    """
+    check_images(images.x)
+    with evaluation_mode(model, branch):
+        correct = predict(model, images.x, batch_size).argmax(dim=1) == images.y
+    return AttackResult(correct, images.x, {"branch": branch})
+
+
+def pgd_accuracy(
+    model: nn.Module,
+    images: ImageSet,
+    threat: ThreatModel,
+    *,
+    num_steps: int,
+    alpha: float,
+    batch_size: int,
+    num_restarts: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> AttackResult:
+    """Accuracy of the ``adv`` branch under PGD on the cross-entropy.
+
+    An image counts as broken if it is misclassified by itself or if an adversarial example inside
+    the ball is; examples outside the ball or the range are counted in ``details`` and ignored.
+
+    Args:
+        model: the network, in any mode.
+        images: float32 images and labels on the model's device.
+        threat: ball of the attack.
+        num_steps: gradient steps, >= 0.
+        alpha: step size, >= 0.
+        batch_size: samples at a time, >= 1.
+        num_restarts: independent runs, >= 1.
+        seed: of the random starts.
+        progress: told after each batch.
+    """
+    check_images(images.x)
+    attack = PGD(
+        eps=threat.eps,
+        alpha=alpha,
+        num_steps=num_steps,
+        norm=threat.norm,
+        num_restarts=num_restarts,
+        bn="running",
+    )
+    generator = torch.Generator(images.x.device).manual_seed(seed)
+    correct, x_adv, rejected, done = [], [], 0, 0
+    with evaluation_mode(model):
+        pairs = zip(images.x.split(batch_size), images.y.split(batch_size), strict=True)
+        for x, y in pairs:
+            candidate = attack(model, x, y, generator=generator)
+            still, adversarial, outside = accept(model, x, y, candidate, threat)
+            clean = predict(model, x, batch_size).argmax(dim=1) == y
+            correct.append(still & clean)
+            x_adv.append(adversarial)
+            rejected += outside
+            done += len(x)
+            if progress is not None:
+                progress(f"PGD-{num_steps}", done, len(images.x))
+    details = {
+        "implementation": "arat_fast.attacks.PGD",
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "alpha": alpha,
+        "num_steps": num_steps,
+        "num_restarts": num_restarts,
+        "seed": seed,
+        "num_rejected": rejected,
+    }
+    return AttackResult(torch.cat(correct), torch.cat(x_adv), details)
+
+
+@torch.no_grad()
+def accept(
+    model: nn.Module, x: Tensor, y: Tensor, candidate: Tensor, threat: ThreatModel
+) -> tuple[Tensor, Tensor, int]:
+    """Re-check what an attack returned.
+
+    Returns:
+        still correct (N,) bool; the adversarial images, with ``x`` where the candidate was outside
+        the threat model; the number of those.
+    """
+    inside = threat.allows(x, candidate)
+    adversarial = torch.where(inside.view(-1, 1, 1, 1), candidate, x)
+    still = model(adversarial).argmax(dim=1) == y
+    return still, adversarial, int((~inside).sum())

@@ -1,0 +1,135 @@
+"""Weight averaging: SWA (Izmailov et al., 2018) and an exponential moving average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from arat_fast.attacks.pgd import PGD
+from arat_fast.config import AverageConfig
+from arat_fast.data.batches import Batch
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_branch
+
+
+class WeightAverage:
+    """A second set of weights, averaged along training.
+
+    ``model`` holds the average and is None until the first update. "swa" averages the parameters
+    with equal weights; its BatchNorm statistics are stale until :func:`refresh_batch_norm`. "ema"
+    averages parameters and statistics with a decay.
+
+    Args:
+        config: kind, interval and decay.
+        start_step: first step, counted from 0, after which the average may be updated.
+    """
+
+    def __init__(self, config: AverageConfig, start_step: int) -> None:
+        self.config = config
+        self.start_step = start_step
+        self.model: nn.Module | None = None
+        self.num_averaged = 0
+        self.statistics_fresh = True
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after ``step`` (0-based), where it is one of those to be averaged."""
+        if self.config.kind == "none" or step < self.start_step:
+            return
+        if (step - self.start_step) % self.config.every:
+            return
+        if self.model is None:
+            self.model = copy.deepcopy(model).requires_grad_(False)
+        else:
+            self._average(self.model, model)
+        self.num_averaged += 1
+        self.statistics_fresh = self.config.kind == "ema"
+
+    @torch.no_grad()
+    def _average(self, mean: nn.Module, model: nn.Module) -> None:
+        share = 1 - self.config.decay
+        pairs = list(zip(mean.parameters(), model.parameters(), strict=True))
+        if self.config.kind == "swa":
+            share = 1 / (self.num_averaged + 1)
+        for averaged, current in pairs:
+            averaged.lerp_(current, share)
+        if self.config.kind == "swa":
+            return
+        for average_buffer, buffer in zip(mean.buffers(), model.buffers(), strict=True):
+            if buffer.is_floating_point():
+                average_buffer.lerp_(buffer, share)
+            else:
+                average_buffer.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
+        model = None if self.model is None else self.model.state_dict()
+        return {
+            "num_averaged": self.num_averaged,
+            "statistics_fresh": self.statistics_fresh,
+            "model": model,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], model: nn.Module) -> None:
+        """Restore; ``model`` gives the architecture."""
+        self.num_averaged = state["num_averaged"]
+        self.statistics_fresh = state["statistics_fresh"]
+        self.model = None
+        if state["model"] is not None:
+            self.model = copy.deepcopy(model).requires_grad_(False)
+            self.model.load_state_dict(state["model"])
+
+
+def refresh_batch_norm(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    attack: PGD | None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Re-estimate the running statistics of every BatchNorm2d, both branches, with one pass.
+
+    The adversarial branch sees adversarial examples of the network itself, the clean branch clean
+    images; every sample has the same weight. A network without split BatchNorm sees what it was
+    trained on: adversarial examples, or clean images where there is no attack.
+
+    Args:
+        model: the network; its statistics are changed in place, its mode is kept.
+        batches: one epoch of training batches.
+        attack: makes the adversarial examples; None for a network trained without.
+        generator: source of the random starts.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (SplitBatchNorm2d, nn.BatchNorm2d))]
+    if not layers:
+        return
+    split = any(isinstance(layer, SplitBatchNorm2d) for layer in layers)
+    momenta = [layer.momentum for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    for layer in layers:
+        for buffer, start in (
+            (layer.running_mean, 0),
+            (layer.running_var, 1),
+            (layer.num_batches_tracked, 0),
+        ):
+            if buffer is not None:
+                buffer.fill_(start)
+    seen = 0
+    model.train()
+    try:
+        for x, y in batches:
+            x_adv = x if attack is None else attack(model, x, y, generator=generator)
+            seen += len(x)
+            for layer in layers:
+                layer.momentum = len(x) / seen
+            with torch.no_grad():
+                with use_branch(model, "adv"):
+                    model(x_adv)
+                if split:
+                    with use_branch(model, "clean"):
+                        model(x)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes:
+            module.training = mode

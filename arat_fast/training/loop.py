@@ -1,0 +1,451 @@
+"""The training loop: epochs, checkpoints, evaluation, the files of a run."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.build import build_model, build_objective
+from arat_fast.config import Config, config_from_dict, config_to_dict
+from arat_fast.data import load_data
+from arat_fast.device import (
+    describe_device,
+    resolve_device,
+    resolve_precision,
+    source_commit,
+    versions,
+)
+from arat_fast.display import Display, TrainingBar
+from arat_fast.evaluation import ImageSet, ThreatModel, clean_accuracy, pgd_accuracy
+from arat_fast.evaluation.evaluate import evaluation_mode, predict
+from arat_fast.evaluation.suite import evaluate_all, save_examples
+from arat_fast.files import write_json
+from arat_fast.interop import export_plain, save_safetensors
+from arat_fast.interop.weights import load_weights
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
+from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.interrupt import InterruptedRun, StopRequest, stop_on_signals
+from arat_fast.training.metrics import MetricsFile, NotFiniteError, StepMetrics
+from arat_fast.training.schedule import learning_rate
+from arat_fast.training.step import make_train_step
+
+CHECKPOINT = "checkpoint.pt"
+PROBE_SAMPLES = 1000
+"""The official code measures the balance on batches until it has seen this many samples."""
+
+_FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
+    "data": ("root", "download", "num_workers"),
+    "train": ("device", "log_every", "eval_every", "checkpoint_every"),
+    "eval": ("num_steps", "alpha", "autoattack", "batch_size", "max_samples"),
+}
+"""Settings that do not change the weights, and may differ when a run is resumed."""
+
+
+class Trainer:
+    """One run: a configuration, a folder, and everything that moves while it trains.
+
+    Args:
+        config: what to train.
+        out: folder of the run; made if absent.
+        resume: go on from the folder's checkpoint, bit for bit; start afresh if there is none.
+        command: command line to record in the summary.
+        display: where progress is shown.
+
+    Raises:
+        FileExistsError: the folder holds a run already, and ``resume`` is not set.
+        ValueError: the configuration does not fit the data or the checkpoint.
+        FileNotFoundError: the dataset is not there.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        *,
+        resume: bool = False,
+        command: str = "",
+        display: Display | None = None,
+    ) -> None:
+        self.config = config
+        self.out = out
+        self.command = command
+        self.display = display or Display()
+        self.checkpoint_path = out / CHECKPOINT
+        saved = None
+        if self.checkpoint_path.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{out} holds a run already; add --resume to go on with it, or choose another "
+                    "folder with --out"
+                )
+            saved = load_checkpoint(self.checkpoint_path)
+            check_same_run(config, config_from_dict(saved["config"]), self.checkpoint_path)
+        self.device = resolve_device(config.train.device)
+        self.precision = resolve_precision(config.step.precision, self.device)
+        self.data = load_data(
+            config.data,
+            device=self.device,
+            seed=config.seed,
+            eval_batch_size=config.eval.batch_size,
+        )
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, self.data.train).to(self.device)
+        self.objective = build_objective(config, self.model, self.data.train)
+        self.optimizer = torch.optim.SGD(
+            [*self.model.parameters(), *self.objective.parameters()],
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+            nesterov=config.optimizer.nesterov,
+        )
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.train_step = make_train_step(
+            self.model,
+            self.objective,
+            config.attack,
+            self.optimizer,
+            precision=self.precision,
+            noisy_clean=config.step.noisy_clean,
+            generator=self.generator,
+        )
+        self.steps_per_epoch = len(self.data.train)
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+        self.average = WeightAverage(
+            config.average, round(config.average.start * config.train.epochs) * self.steps_per_epoch
+        )
+        self.metrics = StepMetrics()
+        self.step = 0
+        self.train_seconds = 0.0
+        self.clean_accuracy = 1 / self.data.train.num_classes
+        metrics_bytes = 0 if saved is None else self._restore(saved)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(
+            out / "config.json",
+            {"version": versions().get("arat-fast"), "config": config_to_dict(config)},
+        )
+        self.metrics_file = MetricsFile(out / "metrics.jsonl", keep=metrics_bytes)
+        self.tensorboard = _tensorboard_writer(out, self.step)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, evaluate, and write the summary.
+
+        Returns:
+            The content of ``summary.json``.
+
+        Raises:
+            InterruptedRun: Ctrl-C or SIGTERM came; the state is saved.
+            NotFiniteError: a loss became NaN; names the step, the term and the last checkpoint.
+            OSError: a file could not be written; the checkpoint before is whole.
+        """
+        resumed = f" from step {self.step}" if self.step else ""
+        self.display.say(
+            f"{self.config.recipe}: {self.config.objective.name}, {self.config.model.name}, "
+            f"{self.data.train.num_samples} images, {self.config.train.epochs} epochs, "
+            f"{self.precision} on {describe_device(self.device)}{resumed}; run folder {self.out}"
+        )
+        try:
+            with stop_on_signals() as stop:
+                with self.display.training(self.total_steps, self.step) as bar:
+                    self._train(bar, stop)
+                model, kind = self.deployed()
+                self._save()
+            return self._finish(model, kind)
+        finally:
+            self.metrics_file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+
+    def deployed(self) -> tuple[nn.Module, str]:
+        """The weights that are evaluated and exported, the average if there is one; their name."""
+        if self.average.model is None:
+            return self.model, "last"
+        if not self.average.statistics_fresh:
+            natural = not self.objective.needs_attack
+            refresh_batch_norm(
+                self.average.model,
+                self.data.train.epoch(self.config.train.epochs),
+                None if natural else self.config.attack,
+                torch.Generator(self.device).manual_seed(self.config.seed),
+            )
+            self.average.statistics_fresh = True
+        return self.average.model, self.config.average.kind
+
+    def _train(self, bar: TrainingBar, stop: StopRequest) -> None:
+        config = self.config
+        since_log = time.perf_counter()
+        while self.step < self.total_steps:
+            epoch, start_batch = divmod(self.step, self.steps_per_epoch)
+            if start_batch == 0:
+                self._start_epoch(epoch)
+            logged, samples, since_log = self.step, 0, time.perf_counter()
+            for x, y in self.data.train.epoch(epoch, start_batch):
+                if config.step.channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                rate = learning_rate(
+                    config.schedule,
+                    config.optimizer.lr,
+                    self.step,
+                    self.steps_per_epoch,
+                    config.train.epochs,
+                )
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                self.metrics.add(self.step, self.train_step(x, y), len(x))
+                self.average.update(self.model, self.step)
+                self.step += 1
+                samples += len(x)
+                bar.advance()
+                last = self.step % self.steps_per_epoch == 0
+                if self.step - logged >= config.train.log_every or last or stop.signal:
+                    values = self._read_metrics()
+                    seconds = time.perf_counter() - since_log
+                    self.train_seconds += seconds
+                    self._log(bar, values, rate, samples / seconds)
+                    logged, samples, since_log = self.step, 0, time.perf_counter()
+                if stop.signal:
+                    self._save()
+                    raise InterruptedRun(
+                        f"stopped at step {self.step} of {self.total_steps}; the state is in "
+                        f"{self.checkpoint_path}: go on with --resume",
+                        stop.exit_code,
+                    )
+            self._end_epoch(epoch + 1, bar)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.metrics.start_epoch()
+        if self.config.objective.balance == "probe":
+            self.clean_accuracy = self._probe(epoch)
+        self.objective.start_epoch(self.clean_accuracy)
+
+    def _end_epoch(self, done: int, bar: TrainingBar) -> None:
+        config = self.config
+        accuracy = self.metrics.epoch_mean("accuracy_clean")
+        if accuracy is not None:
+            self.clean_accuracy = accuracy
+        means = {name: self.metrics.epoch_mean(name) for name in self.metrics.names}
+        rate = done * self.steps_per_epoch * config.data.batch_size / max(self.train_seconds, 1e-9)
+        bar.end_epoch(done, config.train.epochs, _status(means, rate))
+        final = done == config.train.epochs
+        if config.train.eval_every and done % config.train.eval_every == 0 and not final:
+            self._evaluate(done, "last", self.model)
+            if self.average.model is not None and self.config.average.kind == "ema":
+                self._evaluate(done, "ema", self.average.model)
+        if done % config.train.checkpoint_every == 0 and not final:
+            self._save()
+
+    def _probe(self, epoch: int) -> float:
+        """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""
+        correct = seen = 0
+        with evaluation_mode(self.model, "clean"):
+            for x, y in self.data.probe.epoch(epoch):
+                correct += int((predict(self.model, x, len(x)).argmax(dim=1) == y).sum())
+                seen += len(x)
+                if seen >= PROBE_SAMPLES:
+                    break
+        return correct / seen
+
+    def _evaluate(self, epoch: int, kind: str, model: nn.Module) -> None:
+        """Clean and PGD accuracy on the validation images, else on the test images."""
+        config = self.config
+        split, batches = ("val", self.data.val) if self.data.val else ("test", self.data.test)
+        images = ImageSet.from_batches(batches, config.eval.max_samples)
+        clean = clean_accuracy(model, images, batch_size=config.eval.batch_size)
+        pgd = pgd_accuracy(
+            model,
+            images,
+            ThreatModel(config.attack.eps, config.attack.norm),
+            num_steps=config.eval.num_steps,
+            alpha=config.eval.alpha,
+            batch_size=config.eval.batch_size,
+            seed=config.seed,
+        )
+        line = {
+            "kind": "eval",
+            "step": self.step,
+            "epoch": epoch,
+            "split": split,
+            "model": kind,
+            "clean": clean.accuracy,
+            "pgd": pgd.accuracy,
+            "num_steps": config.eval.num_steps,
+            "num_samples": len(images.y),
+        }
+        self.metrics_file.write(line)
+        if self.tensorboard is not None:
+            for name in ("clean", "pgd"):
+                self.tensorboard.add_scalar(f"{split}/{kind}/{name}", line[name], self.step)
+
+    def _read_metrics(self) -> dict[str, float]:
+        try:
+            return self.metrics.read()
+        except NotFiniteError as error:
+            kept = (
+                f"the last good checkpoint is {self.checkpoint_path}"
+                if self.checkpoint_path.exists()
+                else "there is no checkpoint yet"
+            )
+            raise NotFiniteError(f"{error}; {kept}") from error
+
+    def _log(
+        self, bar: TrainingBar, values: dict[str, float], rate: float, images_per_second: float
+    ) -> None:
+        line: dict[str, Any] = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "lr": rate,
+            **values,
+        }
+        for name in ("w_adv", "w_clean"):
+            weight = getattr(self.objective, name, None)
+            if isinstance(weight, Tensor):
+                line[name] = float(weight)
+        line["images_per_second"] = images_per_second
+        self.metrics_file.write(line)
+        if self.tensorboard is not None:
+            for name, value in line.items():
+                if name not in ("kind", "step"):
+                    self.tensorboard.add_scalar(f"train/{name}", value, self.step)
+        bar.show(_status(dict(values), images_per_second))
+
+    def _save(self) -> None:
+        state = {
+            "config": config_to_dict(self.config),
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "clean_accuracy": self.clean_accuracy,
+            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "metrics_bytes": self.metrics_file.sync(),
+            "generator": self.generator.get_state(),
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        save_checkpoint(self.checkpoint_path, state)
+
+    def _restore(self, state: dict[str, Any]) -> int:
+        """Take over the state of a checkpoint; the size of metrics.jsonl at that time."""
+        load_weights(self.model, state["model"], str(self.checkpoint_path))
+        load_weights(self.objective, state["objective"], str(self.checkpoint_path))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"], self.model)
+        self.metrics.load_state_dict(state["metrics"])
+        self.step = state["step"]
+        self.train_seconds = state["train_seconds"]
+        self.clean_accuracy = state["clean_accuracy"]
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng_cpu"])
+        if state["rng_cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        size: int = state["metrics_bytes"]
+        return size
+
+    def _finish(self, model: nn.Module, kind: str) -> dict[str, Any]:
+        config = self.config
+        images = ImageSet.from_batches(self.data.test, config.eval.max_samples)
+        split = any(isinstance(m, SplitBatchNorm2d) for m in model.modules())
+        save_safetensors(
+            export_plain(model) if split else model,
+            self.out / "model.safetensors",
+            {
+                "recipe": config.recipe,
+                "model": config.model.name,
+                "objective": config.objective.name,
+                "weights": kind,
+                "eps": repr(config.attack.eps),
+                "norm": config.attack.norm,
+            },
+        )
+        start = time.perf_counter()
+        with self.display.evaluating() as bar:
+            suite = evaluate_all(
+                model,
+                images,
+                ThreatModel(config.attack.eps, config.attack.norm),
+                num_steps=config.eval.num_steps,
+                alpha=config.eval.alpha,
+                with_autoattack=config.eval.autoattack,
+                batch_size=config.eval.batch_size,
+                seed=config.seed,
+                progress=bar,
+            )
+        save_examples(self.out / "examples.npz", model, images, suite.strongest_examples())
+        summary = {
+            "recipe": config.recipe,
+            "status": "finished",
+            "objective": config.objective.name,
+            "dataset": config.data.name,
+            "seed": config.seed,
+            "epochs": config.train.epochs,
+            "steps": self.step,
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "train_samples": self.data.train.num_samples,
+            "test_samples": len(images.y),
+            "split": "test",
+            "model": kind,
+            "accuracy": suite.record(),
+            "wall_seconds": {"train": self.train_seconds, "eval": time.perf_counter() - start},
+            "images_per_second": self.data.train.num_samples
+            * config.train.epochs
+            / max(self.train_seconds, 1e-9),
+            "device": describe_device(self.device),
+            "precision": str(self.precision).removeprefix("torch."),
+            "versions": versions(),
+            "kernels": {"split_batch_norm": "reference"} if split else {},
+            "command": self.command,
+            "commit": source_commit(),
+        }
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+
+def check_same_run(config: Config, saved: Config, source: Path) -> None:
+    """ValueError where the two configurations would not train the same weights."""
+    given, old = config_to_dict(config), config_to_dict(saved)
+    for section, values in given.items():
+        before = old[section]
+        if not isinstance(values, dict):
+            if values != before:
+                raise ValueError(
+                    f"{source} belongs to a run with {section}={before}, got {section}={values}"
+                )
+            continue
+        for name, value in values.items():
+            if name not in _FREE_TO_CHANGE.get(section, ()) and value != before[name]:
+                raise ValueError(
+                    f"{source} belongs to a run with {section}.{name}={before[name]}, got "
+                    f"{section}.{name}={value}"
+                )
+
+
+def _status(values: dict[str, float | None], images_per_second: float) -> str:
+    parts = [f"{images_per_second:,.0f} images/s"]
+    for name, label in (
+        ("loss", "loss"),
+        ("accuracy_clean", "clean"),
+        ("accuracy_adv", "robust"),
+    ):
+        value = values.get(name)
+        if value is not None:
+            parts.append(
+                f"{label} {value:.3f}" if name == "loss" else f"{label} {100 * value:.1f} %"
+            )
+    return "  ".join(parts)
+
+
+def _tensorboard_writer(out: Path, step: int) -> Any:
+    """A writer into the run's folder if TensorBoard is installed, else None."""
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+    return None

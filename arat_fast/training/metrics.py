@@ -1,0 +1,116 @@
+"""Metrics of the steps: kept on the device, read in blocks, written as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NotFiniteError(ValueError):
+    """A loss became NaN or infinite."""
+
+
+class StepMetrics:
+    """Collects the metrics of every step without synchronising the device.
+
+    :meth:`read` moves what has come since the last call in one copy, checks that every number is
+    finite, and adds it to the sums of the epoch.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[Tensor] = []
+        self.pending_samples: list[int] = []
+        self.names: tuple[str, ...] = ()
+        self.first_pending = 0
+        self.epoch_samples = 0
+        self.epoch_sums: dict[str, float] = {}
+
+    def add(self, step: int, metrics: dict[str, Tensor], num_samples: int) -> None:
+        """Keep the 0-d metrics of ``step``, a batch of ``num_samples``."""
+        if not self.pending:
+            self.first_pending = step
+            self.names = tuple(metrics)
+        self.pending.append(torch.stack([value.float() for value in metrics.values()]))
+        self.pending_samples.append(num_samples)
+
+    def read(self) -> dict[str, float]:
+        """Means since the last call, weighted by samples; empty if there was no step.
+
+        Raises:
+            NotFiniteError: names the step and the term that went first.
+        """
+        if not self.pending:
+            return {}
+        rows = torch.stack(self.pending).double().cpu()
+        samples = torch.tensor(self.pending_samples, dtype=torch.float64)
+        self.pending, self.pending_samples = [], []
+        finite = rows.isfinite()
+        if not finite.all():
+            row = int((~finite).any(dim=1).nonzero()[0])
+            bad = [n for n, ok in zip(self.names, finite[row].tolist(), strict=True) if not ok]
+            terms = [name for name in bad if name != "loss"] or bad
+            values = dict(zip(self.names, rows[row].tolist(), strict=True))
+            raise NotFiniteError(
+                f"the loss stopped being finite at step {self.first_pending + row}: "
+                f"{', '.join(f'{name} is {values[name]}' for name in terms)}"
+            )
+        sums = (rows * samples[:, None]).sum(dim=0).tolist()
+        total = float(samples.sum())
+        for name, value in zip(self.names, sums, strict=True):
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+        self.epoch_samples += int(total)
+        return {n: value / total for n, value in zip(self.names, sums, strict=True)}
+
+    def epoch_mean(self, name: str) -> float | None:
+        """Mean of a metric over the samples of the epoch that were read; None without any."""
+        if name not in self.epoch_sums or not self.epoch_samples:
+            return None
+        return self.epoch_sums[name] / self.epoch_samples
+
+    def start_epoch(self) -> None:
+        """Forget the sums of the epoch before."""
+        self.epoch_samples = 0
+        self.epoch_sums = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the epoch; everything pending must have been read."""
+        assert not self.pending
+        return {"epoch_samples": self.epoch_samples, "epoch_sums": dict(self.epoch_sums)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch_samples = state["epoch_samples"]
+        self.epoch_sums = dict(state["epoch_sums"])
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, appended; continued from where a checkpoint is.
+
+    Args:
+        path: the file.
+        keep: bytes to keep of a file that exists: what was written before the checkpoint.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.file = open(path, "ab")  # noqa: SIM115  # lives as long as the run
+        self.file.truncate(keep)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; numbers must be finite."""
+        assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
+        self.file.write(json.dumps(values).encode() + b"\n")
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Bring the file to disk; its size in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,46 @@
+"""Learning-rate schedules, as functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+from arat_fast.config import ScheduleConfig
+
+OFFICIAL_FIRST_EPOCH = 0.2
+"""The official code's first epoch runs at 0.02, a fifth of its 0.1."""
+
+
+def learning_rate(
+    config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int
+) -> float:
+    """Learning rate of one step.
+
+    Args:
+        config: which schedule.
+        peak: the highest learning rate, > 0.
+        step: 0-based index of the step in the run.
+        steps_per_epoch: >= 1.
+        epochs: length of the run.
+
+    Source: "steps" and "official_steps": arXiv 2402.14648 and its code; "cosine": Loshchilov and
+    Hutter, 2017; "onecycle": Smith and Topin, 2018.
+    """
+    epoch = step // steps_per_epoch
+    total = epochs * steps_per_epoch
+    if config.name == "steps":
+        return peak * config.decay ** _milestones_passed(config, epoch, epochs)
+    if config.name == "official_steps":
+        # The official code sets the rate of an epoch after it: everything is one epoch late.
+        if epoch == 0:
+            return peak * OFFICIAL_FIRST_EPOCH
+        return peak * config.decay ** _milestones_passed(config, epoch - 1, epochs)
+    done = (step + 0.5) / total
+    if config.name == "cosine":
+        return peak * (1 + math.cos(math.pi * done)) / 2
+    if done < config.warmup:
+        return peak * done / config.warmup
+    return peak * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup))) / 2
+
+
+def _milestones_passed(config: ScheduleConfig, epochs_done: int, epochs: int) -> int:
+    return sum(epochs_done >= round(milestone * epochs) for milestone in config.milestones)
