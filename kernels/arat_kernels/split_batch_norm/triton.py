@@ -119,7 +119,7 @@ def split_batch_norm_statistics_kernel(
     d = tl.where(ok, x - shift[None, :], 0.0)
     sums = d
     squares = d * d
-    for i in range(BLOCK_R, count, BLOCK_R):
+    for i in tl.range(BLOCK_R, count, BLOCK_R, num_stages=3):
         ok = (r < count - i)[:, None] & c_ok[None, :]
         x = tl.load(x_ptr + (first + i) * channels + local, mask=ok, other=0.0).to(acc)
         d = tl.where(ok, x - shift[None, :], 0.0)
@@ -161,7 +161,7 @@ def split_batch_norm_combine_kernel(
     s = tl.arange(0, BLOCK_S)
     partial_ptr += first * 2 * channels
     present = c_ok & (total > 0)
-    divisor = tl.maximum(total, 1).to(acc)
+    share = 1.0 / tl.maximum(total, 1).to(acc)
 
     # The first partial mean is near the others: their differences keep all digits.
     shift = tl.load(partial_ptr + c, mask=present, other=0.0)
@@ -175,7 +175,7 @@ def split_batch_norm_combine_kernel(
         weighted += tl.sum(
             tl.where(ok, (mean - shift[None, :]) * count.to(acc)[:, None], 0.0), axis=0
         )
-    offset = weighted / divisor
+    offset = weighted * share
     m2 = tl.zeros((BLOCK_C,), acc)
     for i in range(0, number, BLOCK_S):
         k = (i + s).to(tl.int64)
@@ -189,9 +189,9 @@ def split_batch_norm_combine_kernel(
     mean = shift + offset
     row = tl.program_id(1) * channels + c
     tl.store(mean_ptr + row, mean, mask=c_ok)
-    tl.store(var_ptr + row, m2 / divisor, mask=c_ok)
+    tl.store(var_ptr + row, m2 * share, mask=c_ok)
     if running_mean_ptr is not None:
-        unbiased = m2 / tl.maximum(total - 1, 1).to(acc)
+        unbiased = m2 * (1.0 / tl.maximum(total - 1, 1).to(acc))
         old = tl.load(running_mean_ptr + row, mask=present, other=0.0).to(acc)
         new = old + momentum * (mean - old)
         tl.store(running_mean_ptr + row, new.to(running_mean_ptr.dtype.element_ty), mask=present)
@@ -308,7 +308,7 @@ def split_batch_norm_bwd_sums_kernel(
         ).to(scale.dtype) / count.to(scale.dtype)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
-    for i in range(0, count, BLOCK_R):
+    for i in tl.range(0, count, BLOCK_R, num_stages=3):
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
         at = (first + i) * channels
@@ -435,10 +435,13 @@ def split_batch_norm_bwd_input_kernel(
 _PROGRAMS = 1056
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
-_COMBINE = {"BLOCK_S": 128, "BLOCK_C": 8}
+_COMBINE = {"BLOCK_S": 64, "BLOCK_C": 8}
 _COMBINE_WARPS = 4
-# Elements per tile: one or two 16-byte loads per thread and tensor; the backward holds more.
+# Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor. The
+# pooled forward and the backward hold more values in registers.
+_STATISTICS_TILE = {2: 2048, 4: 2048, 8: 1024}
 _FORWARD_TILE = {2: 4096, 4: 2048, 8: 1024}
+_POOLED_TILE = {2: 2048, 4: 1024, 8: 1024}
 _BACKWARD_TILE = {2: 2048, 4: 1024, 8: 1024}
 _BLOCK_C = (16, 32, 64)
 
@@ -517,7 +520,7 @@ def statistics(
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (2, C), of ``x``; moves the running ones if they are given."""
-    plan = _plan(x, clean, _FORWARD_TILE, per_sample=False, most_tiles=None)
+    plan = _plan(x, clean, _STATISTICS_TILE, per_sample=False, most_tiles=None)
     channels = x.shape[1]
     dtype = _accumulator(x)
     partial = torch.empty((plan.segments, 2, channels), dtype=dtype, device=x.device)
@@ -575,7 +578,8 @@ def normalize(
     ``counts``, ``batch_statistics`` and ``group_name`` say how ``mean`` and ``var`` depend on
     ``x``, which the backward needs.
     """
-    plan = _plan(x, clean, _FORWARD_TILE, per_sample=pooled, most_tiles=_STREAMING_TILES)
+    tile = _POOLED_TILE if pooled else _FORWARD_TILE
+    plan = _plan(x, clean, tile, per_sample=pooled, most_tiles=_STREAMING_TILES)
     y, features, mask = _normalize_outputs(x, pooled, save_mask)
     with torch.cuda.device_of(x):
         split_batch_norm_fwd_kernel[plan.grid](
@@ -915,7 +919,7 @@ _CHANNELS = (16, 32, 64, 60)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every launch configuration: dtype, block shape, alignment; and every set of absent tensors."""
+    """Every dtype, block shape and alignment; and in bf16 the optional tensors' combinations."""
     cases = []
     for kind, channels in product(_TYPES, _CHANNELS):
         cases += _bulk_cases(kind, channels, [_EVERYTHING])
@@ -988,9 +992,9 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
                 num_stages=3,
                 bytes_per_element=moved,
                 note=(
-                    "64 channels are a 128-byte line in 16 bits; rows fill the tile up to one or two "
-                    "16-byte accesses per thread and tensor, so that 8 warps leave room for several "
-                    "blocks per multiprocessor to hide latency."
+                    "64 channels of 16 bits are a 128-byte line; rows fill the tile up to one or "
+                    "two 16-byte accesses per thread and tensor, so that several blocks of 8 warps "
+                    "are resident and hide latency."
                 ),
                 bulk=bulk if aligned else (),
             )
@@ -1001,7 +1005,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
         add(
             split_batch_norm_statistics_kernel,
             "",
-            _FORWARD_TILE,
+            _STATISTICS_TILE,
             {"x_ptr": kind, "partial_ptr": acc},
             ("x_ptr",),
             f"{size}: x read",
@@ -1012,7 +1016,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
         add(
             split_batch_norm_fwd_kernel,
             v.label,
-            _FORWARD_TILE,
+            _POOLED_TILE if v.pooled else _FORWARD_TILE,
             {
                 "x_ptr": kind,
                 "residual_ptr": kind if v.residual else None,
@@ -1078,7 +1082,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
 
 
 def _combine_cases(acc: str) -> list[AotCase]:
-    note = "8 channels are a 32-byte sector; a tile of 128 segments keeps the loop short."
+    note = "8 channels are a 32-byte sector; a tile of 64 segments keeps the loop short."
     cases = []
     forward = split_batch_norm_combine_kernel
     for label, running in (("", None), (", running", "*fp32")):
