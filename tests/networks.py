@@ -1,0 +1,68 @@
+"""Networks and weights shared by the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from arat_fast.models import SplitBatchNorm2d
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill BatchNorm layers with numbers that differ between channels, branches and layers."""
+    source = generator(seed)
+    for module in model.modules():
+        if not isinstance(module, (SplitBatchNorm2d, _BatchNorm)):
+            continue
+        with torch.no_grad():
+            for tensor, mean in (
+                (module.weight, 1.0),
+                (module.bias, 0.0),
+                (module.running_mean, 0.0),
+            ):
+                if tensor is not None:
+                    noise = torch.randn(tensor.shape, generator=source, dtype=torch.float64)
+                    tensor.copy_(mean + 0.2 * noise)
+            if module.running_var is not None:
+                noise = torch.rand(module.running_var.shape, generator=source)
+                module.running_var.copy_(0.8 + noise)
+            if module.num_batches_tracked is not None:
+                shape = module.num_batches_tracked.shape
+                module.num_batches_tracked.copy_(torch.randint(1, 9, shape, generator=source))
+    return model
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Same attributes and forward as timm's layer of this name."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.drop = nn.Identity()
+        self.act = nn.SiLU()
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(input)))
+        return y
+
+
+class TinyNet(nn.Module):
+    """Two convolutions, an ordinary and an activated BatchNorm, a classifier; any image size."""
+
+    def __init__(self, channels: int = 3, classes: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.bn2 = BatchNormAct2d(6)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x))
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
