@@ -1,0 +1,67 @@
+"""The report of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from arat_fast import __version__
+from arat_fast.files import write_text
+from arat_fast.reporting.comparison import comparison_html
+from arat_fast.reporting.curves import run_plots
+from arat_fast.reporting.examples import examples_html
+from arat_fast.reporting.headline import headline_html, meaning_html, title_of
+from arat_fast.reporting.html import Html, tag
+from arat_fast.reporting.page import Section, page
+from arat_fast.reporting.run import Run, read_run
+from arat_fast.reporting.settings import (
+    again_html,
+    configuration_html,
+    environment_html,
+    measurements_html,
+    recipe_defaults,
+)
+
+
+def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
+    """Write ``report.html`` into a run's folder: one file that needs nothing else.
+
+    A run that was interrupted is reported as far as it got. The dataset is not needed.
+
+    Args:
+        run: folder of the run.
+        compare: folders of other runs; the report then begins with what sets this run apart.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        FileNotFoundError: a folder is not there or is not a run's.
+        ValueError: the configuration of a run is unreadable.
+        OSError: the report cannot be written; an older one stays.
+    """
+    this = read_run(run)
+    others = [read_run(path) for path in compare]
+    path = run / "report.html"
+    write_text(path, page(title_of(this), headline_html(this), _sections(this, others), _closing()))
+    return path
+
+
+def _sections(run: Run, others: Sequence[Run]) -> list[Section]:
+    plots = run_plots(run)
+    curves = tag("div", [plot.to_html() for plot in plots], class_="panels") if plots else None
+    candidates: list[tuple[str, str, Html | None]] = [
+        ("comparison", "Beside other runs", comparison_html(run, others) if others else None),
+        ("meaning", "What this means", meaning_html(run)),
+        ("examples", "Examples", examples_html(run)),
+        ("training", "Training", curves),
+        ("measurements", "Measurements in full", measurements_html(run)),
+        ("configuration", "Configuration", configuration_html(run, recipe_defaults(run))),
+        ("environment", "Environment", environment_html(run)),
+        ("again", "Run it again", again_html(run)),
+    ]
+    return [Section(anchor, title, body) for anchor, title, body in candidates if body]
+
+
+def _closing() -> str:
+    return f"Report written by arat_fast {__version__}."

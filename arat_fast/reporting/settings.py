@@ -1,0 +1,191 @@
+"""Configuration, measurements in full, environment, and how to run it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from arat_fast.reporting.headline import seconds_of
+from arat_fast.reporting.html import Child, Html, join, table, tag
+from arat_fast.reporting.run import Run, count, dig, number
+from arat_fast.reporting.statistics import wilson_interval
+from arat_fast.reporting.words import (
+    DASH,
+    grouped,
+    interval,
+    metric_name,
+    percent,
+    plain,
+    weights_name,
+)
+
+_TOP = "run"
+
+
+def measurements_html(run: Run) -> Html | None:
+    """Every final accuracy with its interval and how it was measured."""
+    rows: list[list[Child]] = []
+    for key, accuracy in run.accuracies().items():
+        n = accuracy.num_samples
+        low, high = wilson_interval(accuracy.correct, n)
+        details = {k: v for k, v in accuracy.details.items() if k != "attacks"}
+        rows.append(
+            [
+                metric_name(key),
+                tag("span", percent(accuracy.value, n), class_="big"),
+                interval(low, high, n),
+                f"{grouped(accuracy.correct)} of {grouped(n)}",
+                [
+                    tag("span", _listed(details)),
+                    _attack_by_attack(accuracy.details.get("attacks"), n),
+                ],
+            ]
+        )
+    if not rows:
+        return None
+    headings = ["Measured", "Accuracy", "95\u202f% interval", "Right", "How"]
+    free = run.summary.get("evaluation")
+    more = _listed(free) if isinstance(free, Mapping) and free else None
+    return join(
+        [
+            table(headings, rows, class_="wide"),
+            tag("p", "Common to all: ", more, class_="small") if more else None,
+        ]
+    )
+
+
+def configuration_html(run: Run, defaults: Mapping[str, Any] | None) -> Html:
+    """Every setting, by section, those that differ from the recipe marked.
+
+    Args:
+        run: the run.
+        defaults: the recipe's own configuration; None where it is not known.
+    """
+    sections: dict[str, list[tuple[str, Any, bool, Any]]] = {_TOP: []}
+    num_changed = 0
+    for key, value in run.config.items():
+        fields = value if isinstance(value, Mapping) else {key: value}
+        section = key if isinstance(value, Mapping) else _TOP
+        for name, setting in fields.items():
+            default = dig(defaults, *((section, name) if section != _TOP else (name,)))
+            changed = defaults is not None and setting != default
+            num_changed += changed
+            sections.setdefault(section, []).append((name, setting, changed, default))
+    blocks = [_block(name, entries) for name, entries in sections.items() if entries]
+    recipe = plain(run.setting("recipe"))
+    if defaults is None:
+        intro = f"The recipe {recipe} is not among those of this version; nothing is marked."
+    elif num_changed:
+        differ = "1 of these differs" if num_changed == 1 else f"{num_changed} of these differ"
+        intro = f"{differ} from the recipe {recipe}, marked ◆."
+    else:
+        intro = f"Everything is as in the recipe {recipe}."
+    return join([tag("p", intro), tag("div", blocks, class_="columns")])
+
+
+def recipe_defaults(run: Run) -> Mapping[str, Any] | None:
+    """The configuration of the run's recipe as it is without overrides, None where unknown."""
+    from arat_fast.config import config_to_dict
+    from arat_fast.recipes import recipe
+
+    name, compat = run.setting("recipe"), run.setting("compat")
+    try:
+        return config_to_dict(recipe(name, compat=compat or "paper"))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def environment_html(run: Run) -> Html:
+    """Machine, versions and times."""
+    summary = run.summary
+    facts: list[tuple[str, Any]] = [
+        ("Status", summary.get("status") or "not finished"),
+        ("Device", summary.get("device")),
+        ("Precision", summary.get("precision")),
+        ("Weights evaluated", weights_name(summary["model"]) if "model" in summary else None),
+        ("Training time", seconds_of(run, "train")),
+        ("Evaluation time", seconds_of(run, "eval")),
+        ("Images per second", _grouped(number(summary.get("images_per_second")))),
+        ("Epochs", number(summary.get("epochs"))),
+        ("Steps", _grouped(count(summary.get("steps")))),
+        ("Parameters", _grouped(count(summary.get("num_parameters")))),
+        ("Training images", _grouped(count(summary.get("train_samples")))),
+        ("Test images", _grouped(count(summary.get("test_samples")))),
+        ("Commit", summary.get("commit")),
+        ("Written by", f"arat_fast {run.version}" if run.version else None),
+    ]
+    groups = [("Run", facts)]
+    for title, key in (("Versions", "versions"), ("Implementations", "kernels")):
+        entries = summary.get(key)
+        if isinstance(entries, Mapping) and entries:
+            groups.append((title, [(str(k), v) for k, v in entries.items()]))
+    return tag(
+        "div",
+        [
+            tag("section", tag("h3", title), _pairs([(k, v) for k, v in facts if v is not None]))
+            for title, facts in groups
+        ],
+        class_="columns",
+    )
+
+
+def again_html(run: Run) -> Html | None:
+    """The command that makes this run again."""
+    command = run.summary.get("command")
+    if not isinstance(command, str) or not command:
+        return None
+    commit = run.summary.get("commit")
+    at = f", at commit {commit}" if commit else ""
+    version = f" with arat_fast {run.version}" if run.version else ""
+    return join(
+        [
+            tag("p", f"This command made the run{version}{at}:"),
+            tag("pre", tag("code", command)),
+            tag(
+                "p",
+                "The numbers behind this page: config.json, metrics.jsonl, summary.json and "
+                "examples.npz in the same folder.",
+                class_="small",
+            ),
+        ]
+    )
+
+
+def _attack_by_attack(after: Any, num_samples: int) -> Html | None:
+    shares = after.items() if isinstance(after, Mapping) else ()
+    left = [
+        f"{attack} {percent(share, num_samples)}"
+        for attack, share in ((a, number(v)) for a, v in shares)
+        if share is not None
+    ]
+    return (
+        tag("span", "Still right after each attack in turn: ", " → ".join(left)) if left else None
+    )
+
+
+def _block(name: str, entries: list[tuple[str, Any, bool, Any]]) -> Html:
+    rows = []
+    for key, value, changed, default in entries:
+        note = tag("span", f"recipe: {plain(default)}", class_="small") if changed else None
+        rows.append(
+            tag(
+                "tr",
+                tag("th", "◆ " if changed else None, key, scope="row"),
+                tag("td", plain(value), note),
+                class_="changed" if changed else None,
+            )
+        )
+    return tag("section", tag("h3", name), tag("table", tag("tbody", rows), class_="pairs"))
+
+
+def _pairs(entries: list[tuple[str, Any]]) -> Html:
+    rows = [tag("tr", tag("th", key, scope="row"), tag("td", plain(v))) for key, v in entries]
+    return tag("table", tag("tbody", rows), class_="pairs")
+
+
+def _listed(details: Mapping[str, Any]) -> str:
+    return "; ".join(f"{key} {plain(value)}" for key, value in details.items()) or DASH
+
+
+def _grouped(value: float | None) -> str | None:
+    return grouped(value) if value is not None else None
