@@ -1,0 +1,89 @@
+"""Public function and module: argument checks, choice of the implementation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from arat_kernels.cosine_invariance.reference import cosine_invariance_reference
+from arat_kernels.implementation import Impl, choose
+
+
+def cosine_invariance(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    eps: float = 1e-8,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Per layer the mean over the batch of ``1 - cos(prediction, target)``.
+
+    ``eps`` is that of ``torch.nn.functional.cosine_similarity``: a norm below it counts as ``eps``.
+    Targets are stopped: no gradient reaches them. All layers are one kernel launch forward and one
+    backward; the sum over the batch has a fixed order.
+
+    Args:
+        predictions: one (N, D_l) per layer, floating-point, one dtype for all layers; the widths
+            D_l may differ.
+        targets: one (N, D_l) per layer, floating-point, one dtype for all layers.
+        eps: smallest norm, > 0.
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
+
+    Returns:
+        (L,) in float32 (float64 for float64 predictions): the distance of every layer, in [0, 2]
+        up to rounding.
+
+    Raises:
+        ValueError: a length, a shape, a dtype or a device does not fit; the message holds got and
+            expected.
+
+    Source: Waseda et al., ICLR 2025 (arXiv 2402.14648), section 4, the invariance loss.
+    """
+    if not predictions or len(predictions) != len(targets):
+        raise ValueError(
+            "as many predictions as targets are expected, at least 1, "
+            f"got {len(predictions)} and {len(targets)}"
+        )
+    num = predictions[0].shape[:1]
+    for layer, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
+        if prediction.ndim != 2 or prediction.shape[:1] != num:
+            raise ValueError(
+                f"predictions[{layer}] must be (N, D) with the N of predictions[0], "
+                f"{tuple(num)}, got shape {tuple(prediction.shape)}"
+            )
+        if target.shape != prediction.shape:
+            raise ValueError(
+                f"targets[{layer}] must have the shape of predictions[{layer}], "
+                f"{tuple(prediction.shape)}, got {tuple(target.shape)}"
+            )
+    for name, tensors in (("predictions", predictions), ("targets", targets)):
+        dtypes = {t.dtype for t in tensors}
+        if len(dtypes) > 1 or not tensors[0].is_floating_point():
+            raise ValueError(
+                f"{name} must have one floating-point dtype, got {sorted(map(str, dtypes))}"
+            )
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be finite and > 0, got {eps}")
+    stopped = [target.detach() for target in targets]
+    if choose(impl, *predictions, *targets) == "triton":
+        from arat_kernels.cosine_invariance.triton import cosine_invariance_triton
+
+        return cosine_invariance_triton(list(predictions), stopped, eps)
+    return cosine_invariance_reference(list(predictions), stopped, eps)
+
+
+class CosineInvariance(nn.Module):
+    """:func:`cosine_invariance` as a module; ``eps`` and ``impl`` are its arguments."""
+
+    def __init__(self, eps: float = 1e-8, impl: Impl | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.impl = impl
+
+    def forward(self, predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        return cosine_invariance(predictions, targets, eps=self.eps, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, impl={self.impl!r}"

@@ -1,0 +1,483 @@
+"""Triton implementation of the cosine distance: one launch for all layers in each direction."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# Arguments of kernels are pointers and values of Triton, which have no Python type.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arat_kernels.aot import AotCase
+from arat_kernels.implementation import warps
+
+
+@triton.jit
+def _of_layer(pointers, LAYERS: tl.constexpr):
+    """The pointer of this program's layer, out of a tuple."""
+    layer = tl.program_id(1)
+    pointer = pointers[0]
+    for i in tl.static_range(1, LAYERS):
+        if layer == i:
+            pointer = pointers[i]
+    return pointer
+
+
+@triton.jit
+def _width_of_layer(WIDTHS: tl.constexpr, LAYERS: tl.constexpr):
+    layer = tl.program_id(1)
+    width = layer * 0 + WIDTHS[0]
+    for i in tl.static_range(1, LAYERS):
+        width = tl.where(layer == i, WIDTHS[i], width)
+    return width
+
+
+@triton.jit
+def _tile_of(ptr, base, col, row_mask, width, ALIGNED: tl.constexpr):
+    """Pointers into a tile and their mask; the choice of a layer hides from the compiler how both
+    are aligned."""
+    pointers = ptr + base[:, None] + col[None, :]
+    last = width
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, (16, 16))
+        last = width // 16 * 16
+    return pointers, row_mask[:, None] & (col < last)[None, :]
+
+
+@triton.jit
+def _at_least(norm, eps):
+    """``norm``, not below ``eps``; NaN stays NaN, which ``tl.maximum`` would drop."""
+    return tl.where(norm < eps, eps, norm)
+
+
+@triton.jit
+def _norms_of_rows(
+    ptr, base, row_mask, width, ALIGNED: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr
+):
+    """Norms of rows longer than one tile."""
+    squares = tl.zeros((base.shape[0], COLS), WIDE)
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        at, mask = _tile_of(ptr, base, col, row_mask, width, ALIGNED)
+        value = tl.load(at, mask, other=0.0).to(WIDE)
+        squares += value * value
+    return tl.sqrt(tl.sum(squares, 1))
+
+
+@triton.jit
+def _cosines_of_rows(
+    p_ptr,
+    t_ptr,
+    base,
+    row_mask,
+    width,
+    p_norm,
+    t_norm,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Sums of the products of the normalised rows, longer than one tile."""
+    products = tl.zeros((base.shape[0], COLS), WIDE)
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        p_at, mask = _tile_of(p_ptr, base, col, row_mask, width, ALIGNED)
+        t_at, _ = _tile_of(t_ptr, base, col, row_mask, width, ALIGNED)
+        p = tl.load(p_at, mask, other=0.0).to(WIDE) / p_norm[:, None]
+        t = tl.load(t_at, mask, other=0.0).to(WIDE) / t_norm[:, None]
+        products += p * t
+    return tl.sum(products, 1)
+
+
+@triton.jit
+def cosine_invariance_fwd_kernel(
+    predictions,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
+    targets,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
+    out_ptr,  # (LAYERS,) WIDE
+    partial_ptr,  # (LAYERS, programs per layer) WIDE, uninitialised
+    counter_ptr,  # (LAYERS,) int32, zero before and after
+    num,
+    eps,
+    LAYERS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every pointer and every row begins at a multiple of 16 bytes
+    ONE_BLOCK: tl.constexpr,  # a row fits into a tile and stays in registers
+    WIDE: tl.constexpr,  # float32, float64 for float64 predictions
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    p_ptr = _of_layer(predictions, LAYERS)
+    t_ptr = _of_layer(targets, LAYERS)
+    width = _width_of_layer(WIDTHS, LAYERS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < num
+    base = row.to(tl.int64) * width
+    if ONE_BLOCK:
+        col = tl.arange(0, COLS)
+        p_at, mask = _tile_of(p_ptr, base, col, row_mask, width, ALIGNED)
+        t_at, _ = _tile_of(t_ptr, base, col, row_mask, width, ALIGNED)
+        p = tl.load(p_at, mask, other=0.0).to(WIDE)
+        t = tl.load(t_at, mask, other=0.0).to(WIDE)
+        # Normalised before multiplied, as torch does it: no product can overflow.
+        p = p / _at_least(tl.sqrt(tl.sum(p * p, 1)), eps)[:, None]
+        t = t / _at_least(tl.sqrt(tl.sum(t * t, 1)), eps)[:, None]
+        cosine = tl.sum(p * t, 1)
+    else:
+        p_norm = _at_least(_norms_of_rows(p_ptr, base, row_mask, width, ALIGNED, WIDE, COLS), eps)
+        t_norm = _at_least(_norms_of_rows(t_ptr, base, row_mask, width, ALIGNED, WIDE, COLS), eps)
+        cosine = _cosines_of_rows(
+            p_ptr, t_ptr, base, row_mask, width, p_norm, t_norm, ALIGNED, WIDE, COLS
+        )
+    total = tl.sum(tl.where(row_mask, 1 - cosine, 0.0))
+
+    # The program that arrives last adds the sums of all programs of its layer, in a fixed order.
+    layer = tl.program_id(1)
+    programs = tl.num_programs(0)
+    tl.store(partial_ptr + layer * programs + tl.program_id(0), total)
+    arrived = tl.atomic_add(counter_ptr + layer, 1, sem="acq_rel")
+    if arrived == programs - 1:
+        sums = tl.zeros((128,), WIDE)
+        for start in range(0, programs, 128):
+            other = start + tl.arange(0, 128)
+            sums += tl.load(
+                partial_ptr + layer * programs + other,
+                other < programs,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        tl.store(out_ptr + layer, tl.sum(sums) / num)
+        tl.store(counter_ptr + layer, 0)
+
+
+@triton.jit
+def _gradient(p, t, cosine, p_norm, t_norm, eps, factor):
+    """Of ``factor * cos`` with respect to p; torch's clamp passes the norm's gradient through, and
+    the norm of a zero vector has gradient 0."""
+    inverse = 1 / _at_least(p_norm, eps)
+    along = tl.where(p_norm == 0, 0.0, cosine * inverse / p_norm)
+    direction = t / _at_least(t_norm, eps)[:, None]
+    return factor * (direction * inverse[:, None] - p * along[:, None])
+
+
+@triton.jit
+def cosine_invariance_bwd_kernel(
+    predictions,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
+    targets,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
+    dpredictions,  # LAYERS pointers: as predictions
+    dout_ptr,  # (LAYERS,) WIDE
+    num,
+    eps,
+    LAYERS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    p_ptr = _of_layer(predictions, LAYERS)
+    t_ptr = _of_layer(targets, LAYERS)
+    dp_ptr = _of_layer(dpredictions, LAYERS)
+    width = _width_of_layer(WIDTHS, LAYERS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < num
+    base = row.to(tl.int64) * width
+    factor = -tl.load(dout_ptr + tl.program_id(1)) / num
+    kind = dp_ptr.dtype.element_ty
+    if ONE_BLOCK:
+        col = tl.arange(0, COLS)
+        p_at, mask = _tile_of(p_ptr, base, col, row_mask, width, ALIGNED)
+        t_at, _ = _tile_of(t_ptr, base, col, row_mask, width, ALIGNED)
+        p = tl.load(p_at, mask, other=0.0).to(WIDE)
+        t = tl.load(t_at, mask, other=0.0).to(WIDE)
+        p_norm = tl.sqrt(tl.sum(p * p, 1))
+        t_norm = tl.sqrt(tl.sum(t * t, 1))
+        p_unit = p / _at_least(p_norm, eps)[:, None]
+        cosine = tl.sum(p_unit * (t / _at_least(t_norm, eps)[:, None]), 1)
+        dp = _gradient(p, t, cosine, p_norm, t_norm, eps, factor)
+        dp_at, _ = _tile_of(dp_ptr, base, col, row_mask, width, ALIGNED)
+        tl.store(dp_at, dp.to(kind), mask)
+    else:
+        p_norm = _norms_of_rows(p_ptr, base, row_mask, width, ALIGNED, WIDE, COLS)
+        t_norm = _norms_of_rows(t_ptr, base, row_mask, width, ALIGNED, WIDE, COLS)
+        cosine = _cosines_of_rows(
+            p_ptr,
+            t_ptr,
+            base,
+            row_mask,
+            width,
+            _at_least(p_norm, eps),
+            _at_least(t_norm, eps),
+            ALIGNED,
+            WIDE,
+            COLS,
+        )
+        for start in range(0, width, COLS):
+            col = start + tl.arange(0, COLS)
+            p_at, mask = _tile_of(p_ptr, base, col, row_mask, width, ALIGNED)
+            t_at, _ = _tile_of(t_ptr, base, col, row_mask, width, ALIGNED)
+            p = tl.load(p_at, mask, other=0.0).to(WIDE)
+            t = tl.load(t_at, mask, other=0.0).to(WIDE)
+            dp = _gradient(p, t, cosine, p_norm, t_norm, eps, factor)
+            dp_at, _ = _tile_of(dp_ptr, base, col, row_mask, width, ALIGNED)
+            tl.store(dp_at, dp.to(kind), mask)
+
+
+TILE, NUM_WARPS = 2048, 4
+# Widths of a tile; longer rows loop over tiles of the last but one.
+COLS_CHOICES = (128, 256, 512, 1024, 2048)
+LOOP_COLS = 1024
+
+
+def _tile(widths: tuple[int, ...]) -> tuple[int, int, bool]:
+    """Rows and columns of a tile, and whether it holds whole rows."""
+    for cols in COLS_CHOICES:
+        if max(widths) <= cols:
+            return TILE // cols, cols, True
+    return TILE // LOOP_COLS, LOOP_COLS, False
+
+
+class _Counters:
+    """Counters at zero, which every kernel leaves at zero, so that none is cleared by a launch.
+
+    Two launches that may run at once must not share one: eager calls have one set per stream, and
+    every call that a CUDA graph captures takes a set of its own.
+    """
+
+    MOST_LAYERS = 64
+    CAPTURED_SETS = 256
+
+    def __init__(self) -> None:
+        self._of_stream: dict[tuple[int, int], Tensor] = {}
+        self._captured: dict[int, list[Tensor]] = {}
+
+    def take(self, layers: int, device: torch.device) -> Tensor:
+        if device.type != "cuda" or layers > self.MOST_LAYERS:
+            return torch.zeros(layers, dtype=torch.int32, device=device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if torch.cuda.is_current_stream_capturing():
+            spare = self._captured.get(index)
+            # Without a call before the capture the graph clears its own counters.
+            return spare.pop() if spare else torch.zeros(layers, dtype=torch.int32, device=device)
+        if index not in self._captured:
+            sets = self._zeros(self.CAPTURED_SETS, device)
+            self._captured[index] = list(sets.unbind())
+        stream = (index, torch.cuda.current_stream(device).cuda_stream)
+        if stream not in self._of_stream:
+            self._of_stream[stream] = self._zeros(1, device)[0]
+        return self._of_stream[stream]
+
+    def _zeros(self, sets: int, device: torch.device) -> Tensor:
+        return torch.zeros(sets, self.MOST_LAYERS, dtype=torch.int32, device=device)
+
+
+_counters = _Counters()
+
+
+def _aligned(tensors: list[Tensor], widths: tuple[int, ...]) -> bool:
+    return all(w % 16 == 0 for w in widths) and all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _launch_forward(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
+    num, device = predictions[0].shape[0], predictions[0].device
+    layers, wide = len(predictions), _wide(predictions[0])
+    if num == 0:
+        # The mean over nothing.
+        return torch.full((layers,), torch.nan, dtype=wide, device=device)
+    predictions = [t.contiguous() for t in predictions]
+    targets = [t.contiguous() for t in targets]
+    widths = tuple(t.shape[1] for t in predictions)
+    rows, cols, one_block = _tile(widths)
+    programs = triton.cdiv(num, rows)
+    out = torch.empty(layers, dtype=wide, device=device)
+    cosine_invariance_fwd_kernel[(programs, layers)](
+        tuple(predictions),
+        tuple(targets),
+        out,
+        torch.empty(layers, programs, dtype=wide, device=device),
+        _counters.take(layers, device),
+        num,
+        eps,
+        layers,
+        widths,
+        _aligned(predictions + targets, widths),
+        one_block,
+        tl.float64 if wide == torch.float64 else tl.float32,
+        rows,
+        cols,
+        num_warps=warps(NUM_WARPS),
+    )
+    return out
+
+
+def _launch_backward(
+    dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float
+) -> list[Tensor]:
+    num = predictions[0].shape[0]
+    predictions = [t.contiguous() for t in predictions]
+    targets = [t.contiguous() for t in targets]
+    dpredictions = [torch.empty_like(t) for t in predictions]
+    if num == 0:
+        return dpredictions
+    widths = tuple(t.shape[1] for t in predictions)
+    rows, cols, one_block = _tile(widths)
+    cosine_invariance_bwd_kernel[(triton.cdiv(num, rows), len(predictions))](
+        tuple(predictions),
+        tuple(targets),
+        tuple(dpredictions),
+        dout.contiguous(),
+        num,
+        eps,
+        len(predictions),
+        widths,
+        _aligned(predictions + targets + dpredictions, widths),
+        one_block,
+        tl.float64 if dout.dtype == torch.float64 else tl.float32,
+        rows,
+        cols,
+        num_warps=warps(NUM_WARPS),
+    )
+    return dpredictions
+
+
+@torch.library.custom_op("arat_kernels::cosine_invariance", mutates_args=())
+def _forward_op(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
+    return _launch_forward(predictions, targets, eps)
+
+
+@_forward_op.register_fake
+def _(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
+    return predictions[0].new_empty(len(predictions), dtype=_wide(predictions[0]))
+
+
+@torch.library.custom_op("arat_kernels::cosine_invariance_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float
+) -> list[Tensor]:
+    return _launch_backward(dout, predictions, targets, eps)
+
+
+@_backward_op.register_fake
+def _(dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float) -> list[Tensor]:
+    return [torch.empty_like(t.contiguous()) for t in predictions]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    predictions, targets, ctx.eps = inputs
+    ctx.save_for_backward(*predictions, *targets)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], list[None], None]:
+    saved = list(ctx.saved_tensors)
+    layers = len(saved) // 2
+    dpredictions = _backward_op(dout, saved[:layers], saved[layers:], ctx.eps)
+    return dpredictions, [None] * layers, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def cosine_invariance_triton(
+    predictions: list[Tensor], targets: list[Tensor], eps: float
+) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.cosine_invariance.api.cosine_invariance`."""
+    out: Tensor = _forward_op(predictions, targets, eps)
+    return out
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tile for one layer, whose accesses can be told apart, and the layers of the two
+    published networks."""
+    note = (
+        "Tiles of 2048 elements: at batch 128 and 512 features 32 programs per layer, and both "
+        "tensors of a tile stay in 32 registers per thread, so that a row is read once."
+    )
+    tiles = [(TILE // cols, cols, True) for cols in COLS_CHOICES]
+    tiles.append((TILE // LOOP_COLS, LOOP_COLS, False))
+    cases = []
+    for rows, cols, one_block in tiles:
+        width = cols if one_block else 2 * cols + 16
+        for dtype in ("fp32", "bf16", "fp16")[: 3 if cols == 512 else 2]:
+            cases += _cases((width,), dtype, dtype, (rows, cols, one_block), note)
+    networks: tuple[tuple[int, ...], ...] = ((512,) * 4, (320,) + (640,) * 10)
+    for widths in networks:
+        for prediction in ("fp32", "bf16"):
+            cases += _cases(widths, prediction, "fp32", _tile(widths), note)
+    return cases
+
+
+def _cases(
+    widths: tuple[int, ...],
+    prediction: str,
+    target: str,
+    tile: tuple[int, int, bool],
+    note: str,
+) -> list[AotCase]:
+    layers = len(widths)
+    rows, cols, one_block = tile
+    # A tuple of pointers is a tuple of types.
+    pointers: dict[str, Any] = {
+        "predictions": (f"*{prediction}",) * layers,
+        "targets": (f"*{target}",) * layers,
+    }
+    constexprs = {
+        "LAYERS": layers,
+        "WIDTHS": widths,
+        "ALIGNED": True,
+        "ONE_BLOCK": one_block,
+        "WIDE": tl.float32,
+        "ROWS": rows,
+        "COLS": cols,
+    }
+    dtypes = prediction if prediction == target else f"{prediction} and {target}"
+    rows_named = f"rows of {cols}" if one_block else f"longer rows by {cols}"
+    reads = "1 read" if one_block else "2 reads (the second from the L2)"
+    more = "1 read" if one_block else "3 reads (the later ones from the L2)"
+    name = f"[{dtypes}, {layers} layer{'s' * (layers > 1)}, {rows_named}]"
+    return [
+        AotCase(
+            f"cosine_invariance_fwd_kernel{name}",
+            cosine_invariance_fwd_kernel,
+            {
+                **pointers,
+                "out_ptr": "*fp32",
+                "partial_ptr": "*fp32",
+                "counter_ptr": "*i32",
+                "num": "i32",
+                "eps": "fp32",
+            },
+            constexprs,
+            NUM_WARPS,
+            3,
+            f"{reads} each of predictions and targets",
+            note,
+            divisible=(),
+            bulk=("predictions", "targets") if layers == 1 else ("predictions",),
+        ),
+        AotCase(
+            f"cosine_invariance_bwd_kernel{name}",
+            cosine_invariance_bwd_kernel,
+            {
+                **pointers,
+                "dpredictions": pointers["predictions"],
+                "dout_ptr": "*fp32",
+                "num": "i32",
+                "eps": "fp32",
+            },
+            constexprs,
+            NUM_WARPS,
+            3,
+            f"{more} each of predictions and targets, 1 write of their gradient",
+            note,
+            divisible=(),
+            bulk=("predictions", "targets", "dpredictions") if layers == 1 else ("predictions",),
+        ),
+    ]

@@ -1,0 +1,74 @@
+"""The cosine reference, its module and the checks of the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels.support import randn
+
+from arat_kernels.cosine_invariance import CosineInvariance, cosine_invariance
+from arat_kernels.implementation import interpreting
+
+P = [randn((4, 6), 0), randn((4, 3), 1)]
+T = [randn((4, 6), 2), randn((4, 3), 3)]
+
+
+def test_is_the_mean_of_one_minus_cosine() -> None:
+    got = cosine_invariance(P, T)
+    for layer in range(2):
+        cosines = [
+            float(p @ t / (p.norm() * t.norm())) for p, t in zip(P[layer], T[layer], strict=True)
+        ]
+        assert abs(float(got[layer]) - (1 - sum(cosines) / 4)) < 1e-6
+
+
+def test_low_precision_is_widened_first() -> None:
+    narrow = [t.bfloat16() for t in P], [t.bfloat16() for t in T]
+    got = cosine_invariance(*narrow)
+    assert got.dtype == torch.float32
+    wide = cosine_invariance([t.float() for t in narrow[0]], [t.float() for t in narrow[1]])
+    assert torch.equal(got, wide)
+
+
+def test_module_is_the_function() -> None:
+    assert torch.equal(CosineInvariance(eps=0.5)(P, T), cosine_invariance(P, T, eps=0.5))
+    assert "eps=0.5" in repr(CosineInvariance(eps=0.5))
+
+
+def test_gradient_stops_at_the_targets() -> None:
+    leaves = [P[0].clone().requires_grad_(), T[0].clone().requires_grad_()]
+    out = cosine_invariance([leaves[0]], [leaves[1]])
+    grads = torch.autograd.grad(out, leaves, randn((1,), 4), allow_unused=True)
+    assert grads[0] is not None and grads[0].abs().min() > 0
+    assert grads[1] is None
+
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("at least 1, got 0 and 0", {"predictions": [], "targets": []}),
+    ("got 2 and 1", {"targets": T[:1]}),
+    ("predictions\\[0\\] must be", {"predictions": [P[0][0], P[1]]}),
+    (
+        "predictions\\[1\\] must be .* \\(4,\\), got shape \\(3, 3\\)",
+        {"predictions": [P[0], P[1][1:]]},
+    ),
+    ("targets\\[1\\] must have the shape", {"targets": [T[0], T[0]]}),
+    ("one floating-point dtype", {"predictions": [P[0], P[1].half()]}),
+    ("one floating-point dtype", {"targets": [t.int() for t in T]}),
+    ("eps must be", {"eps": 0.0}),
+    ("one device", {"targets": [T[0], T[1].to("meta")]}),
+    ("impl must be", {"impl": "fast"}),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), BAD)
+def test_bad_input_is_refused(message: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        cosine_invariance(**{"predictions": P, "targets": T, **change})
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
+def test_triton_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match='impl="triton"'):
+        cosine_invariance(P, T, impl="triton")
