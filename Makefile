@@ -1,0 +1,49 @@
+# Everything runs in .venv, made on first use from constraints.txt. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test lint format gpu clean
+
+help:
+	@echo "make demo    train scikit-learn's digits with ARAT, evaluate, write a report"
+	@echo "make test    the whole test suite; WORKERS=N processes (default 2)"
+	@echo "make lint    ruff and mypy"
+	@echo "make gpu     tests and benchmarks that need a GPU"
+	@echo "make clean   remove the environment and caches; runs/ stays"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, got " + sys.version.split()[0] + "; set PYTHON=")'
+	@echo "installing into $(VENV): torch with CUDA is a few GB, one to several minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/arat-fast train digits --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+# One thread a process: the small networks of the tests do not scale, and the processes do.
+test: export OMP_NUM_THREADS := 1
+test: install
+	$(BIN)/python -m pytest -n $(WORKERS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/interpreter
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+gpu: install
+	$(BIN)/python benchmarks/gpu.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build ./*.egg-info
