@@ -116,6 +116,8 @@ class PGD:
                 loss = per_sample(model(x_adv)).sum()
                 (grad,) = torch.autograd.grad(loss, x_adv)
             x_adv = self._update(x, x_adv.detach(), grad)
+        if self.num_steps == 0:
+            x_adv = x_adv.clamp(0, 1)
         return x_adv.detach()
 
     def _update(self, x: Tensor, x_adv: Tensor, grad: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ class PGD:
         else:
             # The smallest normal number: a zero gradient moves nothing instead of giving NaN.
             tiny = torch.finfo(grad.dtype).tiny
-            x_adv = x_adv + grad * (self.alpha / _l2(grad).clamp_min(tiny)).view(-1, 1, 1, 1)
+            x_adv = x_adv + self.alpha * (grad / _l2(grad).clamp_min(tiny).view(-1, 1, 1, 1))
             delta = x_adv - x
             shrink = (self.eps / _l2(delta).clamp_min(tiny)).clamp_max(1)
             x_adv = x + delta * shrink.view(-1, 1, 1, 1)
