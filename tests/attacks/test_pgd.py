@@ -1,0 +1,330 @@
+"""PGD: the ball, the range, what it computes and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import TinyNet, generator, randomize
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from arat_fast.attacks import PGD, check_images, perturbation_norm
+from arat_fast.interop import export_plain
+from arat_fast.models import (
+    SplitBatchNorm2d,
+    convert_split_batch_norm,
+    create_model,
+    use_branch,
+    use_statistics,
+)
+
+Norm = Literal["Linf", "L2"]
+
+
+def tiny_net(channels: int = 3) -> nn.Module:
+    return randomize(convert_split_batch_norm(TinyNet(channels)))
+
+
+def batch(samples: int = 6, size: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:
+    source = generator(seed)
+    x = torch.rand(samples, 3, size, size, generator=source, dtype=torch.float64)
+    return x, torch.randint(0, 4, (samples,), generator=source)
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad(), use_branch(model, "adv"), use_statistics(model, "running"):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    norm=st.sampled_from(["Linf", "L2"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    bn=st.sampled_from(["batch", "running", "batch_update"]),
+    shape=st.tuples(*[st.integers(low, high) for low, high in ((2, 5), (1, 4), (1, 9), (1, 9))]),
+    eps=st.sampled_from([0.0, 1e-6, 8 / 255, 0.3, 2.0]),
+    alpha=st.sampled_from([0.0, 2 / 255, 0.5, 10.0]),
+    num_steps=st.integers(0, 3),
+    num_restarts=st.integers(1, 2),
+    random_start=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_ball_and_range(
+    norm: Norm,
+    dtype: torch.dtype,
+    bn: Literal["batch", "running", "batch_update"],
+    shape: tuple[int, int, int, int],
+    eps: float,
+    alpha: float,
+    num_steps: int,
+    num_restarts: int,
+    random_start: bool,
+    seed: int,
+) -> None:
+    source = generator(seed)
+    # Half of the pixels are black or white, where the range cuts the ball.
+    x = (2 * torch.rand(shape, generator=source, dtype=dtype) - 0.5).clamp(0, 1)
+    y = torch.randint(0, 4, (shape[0],), generator=source)
+    model = tiny_net(shape[1]).to(dtype)
+    attack = PGD(eps, alpha, num_steps, norm, random_start, num_restarts, bn)
+    x_adv = attack(model, x, y, generator=source)
+    assert x_adv.shape == x.shape and x_adv.dtype == dtype and not x_adv.requires_grad
+    check_images(x_adv)
+    # Rounding: one unit in the last place per pixel.
+    slack = torch.finfo(dtype).eps * (1 if norm == "Linf" else x[0].numel() ** 0.5)
+    assert perturbation_norm(x, x_adv, norm).max() <= eps * (1 + 1e-6) + slack
+    if eps == 0 or (num_steps == 0 and not random_start):
+        assert perturbation_norm(x, x_adv, "Linf").max() <= slack
+
+
+def transcription(
+    model: nn.Module, x: Tensor, y: Tensor, noise: Tensor, attack: PGD, clip: bool = True
+) -> Tensor:
+    """The published loop on a plain network, sample by sample where a norm is taken."""
+    x_adv = x + noise
+    for _ in range(attack.num_steps):
+        x_adv = x_adv.detach().requires_grad_()
+        F.cross_entropy(model(x_adv), y, reduction="sum").backward()
+        assert x_adv.grad is not None
+        moved = []
+        for original, image, grad in zip(x, x_adv.detach(), x_adv.grad, strict=True):
+            if attack.norm == "Linf":
+                image = image + attack.alpha * grad.sign()
+                delta = (image - original).clamp(-attack.eps, attack.eps)
+            else:
+                image = image + attack.alpha * grad / (grad**2).sum().sqrt()
+                delta = image - original
+                length = float((delta**2).sum().sqrt())
+                delta = delta * min(1.0, attack.eps / length)
+            moved.append((original + delta).clamp(0, 1))
+        x_adv = torch.stack(moved)
+    return x_adv.detach()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("bn", ["batch", "running", "batch_update"])
+def test_equals_a_direct_transcription(
+    norm: Norm, bn: Literal["batch", "running", "batch_update"]
+) -> None:
+    model = randomize(create_model("resnet8", 4)).double()
+    x, y = batch()
+    attack = PGD(eps=0.1 if norm == "Linf" else 0.8, alpha=0.03, num_steps=4, norm=norm, bn=bn)
+    noise = 0.05 * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
+    plain = export_plain(model, "adv").train(bn != "running")
+    expected = transcription(plain, x, y, noise, attack)
+    x_adv = attack(model.train(bn == "running"), x, y, noise=noise)
+    assert (x_adv - expected).abs().max() <= 1e-12
+    assert (x_adv - x).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_random_start_and_generator(norm: Norm) -> None:
+    x, y = batch(samples=200)
+    x = 0.5 + 0 * x
+    attack = PGD(eps=0.25, num_steps=0, norm=norm)
+    model = tiny_net().double()
+    first = attack(model, x, y, generator=generator(5))
+    assert torch.equal(first, attack(model, x, y, generator=generator(5)))
+    assert not torch.equal(first, attack(model, x, y, generator=generator(6)))
+    radius = perturbation_norm(x, first, norm)
+    if norm == "Linf":
+        delta = first - x
+        assert delta.abs().max() > 0.249 and abs(float(delta.mean())) < 0.01
+    else:
+        # A uniform radius: mean eps / 2, standard deviation eps / sqrt(12), 200 samples.
+        assert abs(float(radius.mean()) - 0.125) < 5 * 0.25 / (12 * 200) ** 0.5
+    fixed = PGD(eps=0.25, num_steps=0, norm=norm, random_start=False)
+    assert torch.equal(fixed(model, x, y), x)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_attack_raises_the_loss_and_restarts_never_lower_it(norm: Norm) -> None:
+    model = randomize(create_model("resnet8", 4)).double()
+    x, y = batch(samples=12)
+    eps = 0.03 if norm == "Linf" else 0.3
+    losses = [cross_entropy(model, x, y)]
+    for restarts in (1, 2, 4):
+        attack = PGD(
+            eps=eps, alpha=eps / 4, num_steps=5, norm=norm, bn="running", num_restarts=restarts
+        )
+        losses.append(cross_entropy(model, attack(model, x, y, generator=generator(7)), y))
+    assert losses[1].sum() > losses[0].sum()
+    for fewer, more in zip(losses[1:], losses[2:], strict=False):
+        assert (more >= fewer - 1e-12).all()
+    assert (losses[3] > losses[1]).any()
+
+
+def test_restarts_maximise_the_given_loss() -> None:
+    model = tiny_net().double()
+    x, y = batch()
+
+    def loss_fn(logits: Tensor) -> Tensor:
+        return -logits[:, 0]
+
+    def loss_of(x_adv: Tensor) -> Tensor:
+        with torch.no_grad(), use_statistics(model, "running"):
+            return loss_fn(model(x_adv))
+
+    attack = PGD(eps=0.1, alpha=0.03, num_steps=3, bn="running", num_restarts=3)
+    x_adv = attack(model, x, y, loss_fn=loss_fn, generator=generator(1))
+    assert (loss_of(x_adv) > loss_of(x)).all()
+
+
+class _Masks(TorchDispatchMode):
+    """Which gradients every convolution and BatchNorm is asked for, and the matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: dict[str, list[list[bool]]] = {}
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.name().removeprefix("aten::")
+        if name in ("convolution_backward", "native_batch_norm_backward"):
+            self.masks.setdefault(name, []).append(list(args[-1]))
+        self.products += name in ("mm", "addmm")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bn", ["batch", "running", "batch_update"])
+def test_only_image_gradients_are_computed(
+    bn: Literal["batch", "running", "batch_update"],
+) -> None:
+    model = randomize(create_model("resnet8", 4))
+    parameters = list(model.parameters())
+    for parameter in parameters[::2]:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    x, y = batch()
+    with _Masks() as mode:
+        PGD(num_steps=2, bn=bn)(model, x.float(), y)
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    norms = sum(isinstance(m, SplitBatchNorm2d) for m in model.modules())
+    assert len(mode.masks["convolution_backward"]) == 2 * convolutions
+    assert len(mode.masks["native_batch_norm_backward"]) == 2 * norms
+    for masks in mode.masks.values():
+        assert all(mask == [True, False, False] for mask in masks)
+    # The classifier: one product forward and one backward in each step.
+    assert mode.products == 4
+    for index, parameter in enumerate(parameters):
+        assert parameter.requires_grad
+        if index % 2:
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None and bool((parameter.grad == 3).all())
+
+
+def mixed_network() -> nn.Module:
+    """Split and ordinary BatchNorm; one layer was set to eval mode by the user."""
+    network = nn.Sequential(nn.BatchNorm2d(3), tiny_net(), nn.BatchNorm1d(4))
+    network[1].bn2.eval()
+    return network
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_restarts", [1, 2])
+def test_no_buffer_and_no_mode_changes(
+    bn: Literal["batch", "running"], training: bool, num_restarts: int
+) -> None:
+    model = mixed_network() if training else mixed_network().eval()
+    modes = [m.training for m in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch()
+    PGD(num_steps=2, bn=bn, num_restarts=num_restarts)(model, x.float(), y)
+    assert [m.training for m in model.modules()] == modes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_batch_update_moves_the_adversarial_statistics_only() -> None:
+    model = randomize(create_model("resnet8", 4)).eval()
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch()
+    PGD(num_steps=3, bn="batch_update")(model, x.float(), y)
+    assert not any(m.training for m in model.modules())
+    for name, tensor in model.state_dict().items():
+        if "running" in name:
+            assert torch.equal(tensor[0], before[name][0]), name
+            assert (tensor[1] != before[name][1]).all(), name
+        elif "tracked" in name:
+            assert (tensor - before[name]).tolist() == [0, 3], name
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_modes_are_restored_after_an_exception() -> None:
+    model = mixed_network().train()
+    modes = [m.training for m in model.modules()]
+    x, y = batch()
+
+    def fail(logits: Tensor) -> Tensor:
+        raise KeyError
+
+    for bn in ("batch", "running", "batch_update"):
+        with pytest.raises(KeyError):
+            PGD(bn=bn)(model, x.float(), y, loss_fn=fail)  # type: ignore[arg-type]  # a name
+        assert [m.training for m in model.modules()] == modes
+        for module in model.modules():
+            if isinstance(module, SplitBatchNorm2d):
+                assert module.statistics is None and module.branch == "adv"
+            elif isinstance(module, nn.BatchNorm2d):
+                assert module.track_running_stats
+
+
+@pytest.mark.parametrize("alpha", [0.01, 100.0])
+def test_zero_gradient_in_l2(alpha: float) -> None:
+    """Samples without a gradient stay where they are; the others move."""
+    model = tiny_net()
+    x, y = batch()
+
+    def loss_fn(logits: Tensor) -> Tensor:
+        return torch.cat([logits[:3, 0], 0 * logits[3:, 0]])
+
+    attack = PGD(0.1, alpha, num_steps=3, norm="L2", random_start=False, bn="running")
+    x_adv = attack(model, x.float(), y, loss_fn=loss_fn)
+    check_images(x_adv)
+    moved = perturbation_norm(x.float(), x_adv, "L2")
+    assert (moved[:3] > 1e-3).all() and (moved[3:] < 1e-6).all()
+
+
+def test_attack_runs_under_no_grad() -> None:
+    model = tiny_net()
+    x, y = batch()
+    with torch.no_grad():
+        x_adv = PGD(random_start=False)(model, x.float(), y)
+    assert not torch.equal(x_adv, x.float())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": -0.1}, "attack.eps must be >= 0, got -0.1"),
+        ({"eps": float("nan")}, "attack.eps must be >= 0, got nan"),
+        ({"alpha": -1}, "attack.alpha must be >= 0, got -1"),
+        ({"num_steps": -1}, "attack.num_steps must be >= 0, got -1"),
+        ({"num_restarts": 0}, "attack.num_restarts must be >= 1, got 0"),
+        ({"norm": "L1"}, 'attack.norm must be "Linf" or "L2", got \'L1\''),
+        ({"bn": "train"}, "attack.bn must be .*, got 'train'"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        PGD(**options)  # type: ignore[arg-type]  # on purpose
+    assert "\n" not in str(error.value)
+
+
+def test_check_images() -> None:
+    x, _ = batch()
+    check_images(x)
+    check_images(torch.tensor([0.0, 1.0]))
+    for value, message in ((float("nan"), "got 1 NaN"), (1.5, "from .* to 1.5"), (-0.1, "-0.1")):
+        bad = x.clone()
+        bad[2, 1, 3, 3] = value
+        with pytest.raises(ValueError, match=message):
+            check_images(bad)
