@@ -34,8 +34,8 @@ class AotCase:
         signature: type of every argument that is not a constexpr, in Triton's words ("*bf16",
             "i32", "i64", "fp32").
         constexprs: value of every constexpr argument, and of every pointer argument that is None.
-        num_warps, num_stages: as the launcher passes them on NVIDIA; on AMD, whose warps are twice
-            as wide, half as many warps are compiled (see :func:`~arat_kernels.implementation.warps`).
+        num_warps, num_stages: as the launcher passes them on NVIDIA; AMD's warps are twice as wide,
+            and half as many are compiled, as :func:`~arat_kernels.implementation.warps` gives.
         divisible: arguments that Triton may assume to be multiples of 16; None: every pointer. List
             the integers too that the launcher guarantees, as Triton finds out itself at launch.
         bulk: pointer arguments whose accesses must be 16 bytes wide per thread.
@@ -286,11 +286,11 @@ def kernels_table() -> str:
     lines = [
         "# The kernels, compiled ahead of time",
         "",
-        f"Written by `python -m arat_kernels.aot docs/kernels.md` with Triton {triton.__version__}; "
-        "no GPU takes part. Each cell under a GPU is: registers per thread / shared memory in bytes "
-        "per block / occupancy as registers, shared memory and warps limit it. The tests compile "
-        "every row for every GPU here and fail on a register spill, on a bulk access narrower than "
-        "16 bytes per thread, and on shared memory over the limit.",
+        "Written by `python -m arat_kernels.aot docs/kernels.md` with Triton "
+        f"{triton.__version__}; no GPU takes part. Each cell under a GPU is: registers per thread "
+        "/ shared memory in bytes per block / occupancy as registers, shared memory and warps "
+        "limit it. The tests compile every row for every GPU here and fail on a register spill, "
+        "on a bulk access narrower than 16 bytes per thread, and on shared memory over the limit.",
     ]
     for operation, cases in all_cases().items():
         lines += [

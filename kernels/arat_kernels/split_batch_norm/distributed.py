@@ -84,7 +84,7 @@ def move_running_statistics(
         counts: (2,), the number of values behind them.
     """
     count = counts.unsqueeze(1)
-    share = torch.where(count > 0, momentum, 0.0)
+    share = (count > 0).to(mean.dtype) * momentum
     unbiased = var * (count / (count - 1).clamp(min=1))
     running_mean.lerp_(mean.to(running_mean.dtype), share.to(running_mean.dtype))
     running_var.lerp_(unbiased.to(running_var.dtype), share.to(running_var.dtype))
