@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from arat_fast.reporting import style
-from arat_fast.reporting.curves import Plot, as_percent, draw_series, eval_keys
+from arat_fast.reporting.curves import Plot, as_percent, draw_series, epoch_axis, eval_keys
 from arat_fast.reporting.html import Child, Html, join, table, tag
 from arat_fast.reporting.run import Accuracy, Run, dig, number
 from arat_fast.reporting.statistics import difference_interval, wilson_interval
@@ -59,12 +59,13 @@ def comparison_html(run: Run, others: Sequence[Run]) -> Html:
     contestants = [Contestant(_letter(i), r) for i, r in enumerate((run, *others))]
     first, *rest = contestants
     warnings = [w for other in rest for w in _mismatches(first, other)]
+    verdicts = [_verdict(first, other) for other in rest]
     notice = tag("div", [tag("p", w) for w in warnings], class_="notice") if warnings else None
     with style.plot_style():
         plots = [_trade_off(contestants), _overlay(contestants)]
     return tag(
         "div",
-        tag("ul", [_verdict(first, other) for other in rest], class_="prose"),
+        tag("ul", verdicts, class_="prose") if any(verdicts) else None,
         notice,
         _table(first, rest),
         _seeds(contestants),
@@ -361,6 +362,17 @@ def _trade_off(contestants: Sequence[Contestant]) -> Plot | None:
     )
 
 
+def _longest(run: Run) -> tuple[str, str] | None:
+    # An average of the weights is evaluated only once there is one; on a tie it comes first.
+    kinds = run.eval_kinds()
+    average = run.summary.get("model")
+    return max(
+        kinds,
+        key=lambda kind: (len(run.eval_series("clean", *kind)[1]), kind[1] == average),
+        default=None,
+    )
+
+
 def _room(axes: Axes) -> None:
     # No tick outside of 0 to 100, though the margin may reach over it.
     for axis in (axes.xaxis, axes.yaxis):
@@ -379,7 +391,7 @@ def _overlay(contestants: Sequence[Contestant]) -> Plot | None:
     for index, contestant in enumerate(contestants):
         run = contestant.run
         color = style.SERIES[index % len(style.SERIES)]
-        kind = run.eval_kinds()[-1] if run.eval_kinds() else None
+        kind = _longest(run)
         for key, train_key, name, dashes in (
             ("clean", "accuracy_clean", "clean", style.DASHES[1]),
             ("pgd", "accuracy_adv", eval_keys(run)[1], style.DASHES[0]),
@@ -387,7 +399,8 @@ def _overlay(contestants: Sequence[Contestant]) -> Plot | None:
             series = run.eval_series(key, *kind) if kind else run.train_series(train_key)
             if len(series[1]) == 0:
                 continue
-            sources.add("evaluations during training" if kind else "training batches")
+            source = f"evaluations during training ({kind[0]}, {kind[1]} weights)" if kind else ""
+            sources.add(source or "training batches")
             label = f"{contestant.letter} {name}" if kind else f"{contestant.letter} {name} (train)"
             draw_series(axes, *series, label, color, dashes)
             if kind:
@@ -397,8 +410,7 @@ def _overlay(contestants: Sequence[Contestant]) -> Plot | None:
     if not described:
         return None
     as_percent(axes)
-    axes.set_xlabel("epoch")
-    axes.set_xlim(left=0)
+    epoch_axis(axes)
     style.legend_above(axes, len(contestants) if len(contestants) <= 4 else 3)
     return Plot(
         "Over the epochs",

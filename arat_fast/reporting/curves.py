@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from arat_fast.reporting import style
 from arat_fast.reporting.html import Html, image, tag
@@ -87,6 +87,14 @@ def as_percent(axes: Axes) -> None:
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def epoch_axis(axes: Axes) -> None:
+    """A horizontal axis of epochs from 0 to the last one drawn, marked at whole ones."""
+    last = float(axes.dataLim.intervalx[1])
+    axes.set_xlim(0, 1.02 * last if np.isfinite(last) and last > 0 else 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
 
 
 def eval_keys(run: Run) -> tuple[str, str]:
@@ -236,9 +244,7 @@ def _throughput(run: Run) -> Plot | None:
 
 
 def _finish(figure: Figure, axes: Axes, title: str, described: list[str], caption: str) -> Plot:
-    axes.set_xlabel("epoch")
-    left, right = axes.dataLim.intervalx
-    axes.set_xlim(min(0.0, float(left)), max(float(right), 1e-3) * 1.02)
+    epoch_axis(axes)
     style.legend_above(axes)
     alt = f"{title} over epochs: {'; '.join(described)}."
     return Plot(title, style.to_svg(figure), alt, caption)

@@ -332,7 +332,19 @@ def test_a_comparison_with_a_run_without_results(tmp_path: Path) -> None:
         (other / name).unlink()
     text = report(ours, other).sections["comparison"]
     assert "seed 0 · other" in text
-    assert "A +" not in text
+    assert "A +" not in text and "against" not in text
+
+
+def test_the_longest_evaluation_is_compared(tmp_path: Path) -> None:
+    ours = write_fake_run(tmp_path / "ours", epochs=12)
+    text = report(ours, ours).sections["comparison"]
+    assert "evaluations during training (val, ema weights)" in text
+    metrics = ours / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    early = [n for n, line in enumerate(lines) if '"ema"' in line][:2]
+    metrics.write_text("".join(line for n, line in enumerate(lines) if n not in early))
+    text = report(ours, ours).sections["comparison"]
+    assert "evaluations during training (val, last weights)" in text
 
 
 @pytest.mark.parametrize(
