@@ -227,18 +227,17 @@ def cosine_invariance_bwd_kernel(
             tl.store(dp_at, dp.to(kind), mask)
 
 
-TILE, NUM_WARPS = 2048, 4
-# Widths of a tile; longer rows loop over tiles of the last but one.
-COLS_CHOICES = (128, 256, 512, 1024, 2048)
-LOOP_COLS = 1024
+# Rows and columns of a tile and its warps; rows longer than the last one's loop over LOOP_TILE.
+TILES = ((16, 128, 4), (4, 512, 4), (2, 1024, 4), (2, 2048, 8))
+LOOP_TILE = (2, 1024, 4)
 
 
-def _tile(widths: tuple[int, ...]) -> tuple[int, int, bool]:
-    """Rows and columns of a tile, and whether it holds whole rows."""
-    for cols in COLS_CHOICES:
+def _tile(widths: tuple[int, ...]) -> tuple[int, int, int, bool]:
+    """Rows, columns and warps of a tile, and whether it holds whole rows."""
+    for rows, cols, num_warps in TILES:
         if max(widths) <= cols:
-            return TILE // cols, cols, True
-    return TILE // LOOP_COLS, LOOP_COLS, False
+            return rows, cols, num_warps, True
+    return *LOOP_TILE, False
 
 
 class _Counters:
@@ -295,7 +294,7 @@ def _launch_forward(predictions: list[Tensor], targets: list[Tensor], eps: float
     predictions = [t.contiguous() for t in predictions]
     targets = [t.contiguous() for t in targets]
     widths = tuple(t.shape[1] for t in predictions)
-    rows, cols, one_block = _tile(widths)
+    rows, cols, num_warps, one_block = _tile(widths)
     programs = triton.cdiv(num, rows)
     out = torch.empty(layers, dtype=wide, device=device)
     cosine_invariance_fwd_kernel[(programs, layers)](
@@ -313,7 +312,7 @@ def _launch_forward(predictions: list[Tensor], targets: list[Tensor], eps: float
         tl.float64 if wide == torch.float64 else tl.float32,
         rows,
         cols,
-        num_warps=warps(NUM_WARPS),
+        num_warps=warps(num_warps),
     )
     return out
 
@@ -328,7 +327,7 @@ def _launch_backward(
     if num == 0:
         return dpredictions
     widths = tuple(t.shape[1] for t in predictions)
-    rows, cols, one_block = _tile(widths)
+    rows, cols, num_warps, one_block = _tile(widths)
     cosine_invariance_bwd_kernel[(triton.cdiv(num, rows), len(predictions))](
         tuple(predictions),
         tuple(targets),
@@ -343,7 +342,7 @@ def _launch_backward(
         tl.float64 if dout.dtype == torch.float64 else tl.float32,
         rows,
         cols,
-        num_warps=warps(NUM_WARPS),
+        num_warps=warps(num_warps),
     )
     return dpredictions
 
@@ -397,20 +396,17 @@ def aot_cases() -> list[AotCase]:
     """Every tile for one layer, whose accesses can be told apart, and the layers of the two
     published networks."""
     note = (
-        "Tiles of 2048 elements: at batch 128 and 512 features 32 programs per layer, and both "
-        "tensors of a tile stay in 32 registers per thread, so that a row is read once."
+        "16 elements of a tile per thread: at batch 128 and 512 features 32 programs per layer, "
+        "and both tensors of a tile stay in 32 registers, so that a row is read once."
     )
-    tiles = [(TILE // cols, cols, True) for cols in COLS_CHOICES]
-    tiles.append((TILE // LOOP_COLS, LOOP_COLS, False))
     cases = []
-    for rows, cols, one_block in tiles:
-        width = cols if one_block else 2 * cols + 16
-        for dtype in ("fp32", "bf16", "fp16")[: 3 if cols == 512 else 2]:
-            cases += _cases((width,), dtype, dtype, (rows, cols, one_block), note)
+    for width in (*(cols for _, cols, _ in TILES), 2 * TILES[-1][1]):
+        for dtype in ("fp32", "bf16", "fp16")[: 3 if width == 512 else 2]:
+            cases += _cases((width,), dtype, dtype, note)
     networks: tuple[tuple[int, ...], ...] = ((512,) * 4, (320,) + (640,) * 10)
     for widths in networks:
         for prediction in ("fp32", "bf16"):
-            cases += _cases(widths, prediction, "fp32", _tile(widths), note)
+            cases += _cases(widths, prediction, "fp32", note)
     return cases
 
 
@@ -418,11 +414,10 @@ def _cases(
     widths: tuple[int, ...],
     prediction: str,
     target: str,
-    tile: tuple[int, int, bool],
     note: str,
 ) -> list[AotCase]:
     layers = len(widths)
-    rows, cols, one_block = tile
+    rows, cols, num_warps, one_block = _tile(widths)
     # A tuple of pointers is a tuple of types.
     pointers: dict[str, Any] = {
         "predictions": (f"*{prediction}",) * layers,
@@ -455,7 +450,7 @@ def _cases(
                 "eps": "fp32",
             },
             constexprs,
-            NUM_WARPS,
+            num_warps,
             3,
             f"{reads} each of predictions and targets",
             note,
@@ -473,7 +468,7 @@ def _cases(
                 "eps": "fp32",
             },
             constexprs,
-            NUM_WARPS,
+            num_warps,
             3,
             f"{more} each of predictions and targets, 1 write of their gradient",
             note,

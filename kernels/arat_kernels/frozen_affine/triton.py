@@ -19,20 +19,23 @@ from arat_kernels.layout import in_layout_of, is_batch_dense
 
 @triton.jit
 def _tile(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Row and column numbers of this program's tile, their 64-bit offsets and the mask."""
+    """First row, rows and columns of this program's tile, 64-bit offsets and the mask."""
     col_blocks = tl.cdiv(cols, COLS)
     # Neighbouring programs share the rows, so that whole rows are in flight together.
-    row = (tl.program_id(0) // col_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0) // col_blocks).to(tl.int64) * ROWS
+    row = first + tl.arange(0, ROWS)
     col = (tl.program_id(0) % col_blocks) * COLS + tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
-    return row, col, row[:, None] * cols + col[None, :], mask
+    return first, col, row[:, None] * cols + col[None, :], mask
 
 
 @triton.jit
-def _constants(ptr, row, col, rows, cols, channels, BY_ROW: tl.constexpr):
+def _constants(ptr, first, col, cols, channels, BY_ROW: tl.constexpr, ROWS: tl.constexpr):
     """The tile's constants, one per row or one per column, ready to broadcast."""
     if BY_ROW:
-        return tl.load(ptr + row % channels, row < rows, other=0.0)[:, None]
+        # One 64-bit division for the tile; those of its rows are 32 bits wide.
+        channel = ((first % channels).to(tl.int32) + tl.arange(0, ROWS)) % channels
+        return tl.load(ptr + channel)[:, None]
     else:
         return tl.load(ptr + col, col < cols, other=0.0)[None, :]
 
@@ -53,11 +56,11 @@ def frozen_affine_fwd_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    row, col, at, mask = _tile(rows, cols, ROWS, COLS)
+    first, col, at, mask = _tile(rows, cols, ROWS, COLS)
     y = tl.load(x_ptr + at, mask).to(WIDE)
     if scale_ptr is not None:
-        y = y * _constants(scale_ptr, row, col, rows, cols, channels, BY_ROW).to(WIDE)
-    y = y + _constants(shift_ptr, row, col, rows, cols, channels, BY_ROW).to(WIDE)
+        y = y * _constants(scale_ptr, first, col, cols, channels, BY_ROW, ROWS).to(WIDE)
+    y = y + _constants(shift_ptr, first, col, cols, channels, BY_ROW, ROWS).to(WIDE)
     if residual_ptr is not None:
         y = y + tl.load(residual_ptr + at, mask).to(WIDE)
     if RELU:
@@ -82,7 +85,7 @@ def frozen_affine_bwd_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    row, col, at, mask = _tile(rows, cols, ROWS, COLS)
+    first, col, at, mask = _tile(rows, cols, ROWS, COLS)
     grad = tl.load(dy_ptr + at, mask).to(WIDE)
     if dy_skip_ptr is not None:
         grad = grad + tl.load(dy_skip_ptr + at, mask).to(WIDE)
@@ -92,7 +95,7 @@ def frozen_affine_bwd_kernel(
         tl.store(dresidual_ptr + at, grad.to(dresidual_ptr.dtype.element_ty), mask)
     if dx_ptr is not None:
         if scale_ptr is not None:
-            grad = grad * _constants(scale_ptr, row, col, rows, cols, channels, BY_ROW).to(WIDE)
+            grad = grad * _constants(scale_ptr, first, col, cols, channels, BY_ROW, ROWS).to(WIDE)
         tl.store(dx_ptr + at, grad.to(dx_ptr.dtype.element_ty), mask)
 
 

@@ -1,0 +1,70 @@
+"""Plain PyTorch definition of the batch assembly; any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arat_kernels.philox.reference import random_words
+from arat_kernels.philox.streams import CROP_FLIP
+
+
+def crop_flip_reference(
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor | None,
+    offsets: Tensor | None,
+    padding: int,
+    flip: bool,
+    max_value: float,
+    dtype: torch.dtype,
+    channels_last: bool,
+    split: bool,
+) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.crop_flip.api.crop_flip`."""
+    num, device = index.shape[0], images.device
+    num_images, channels, height, width = images.shape
+    if rng is not None:
+        offsets = draw_crop_flip_reference(rng, num, padding, flip)
+    if offsets is None:
+        offsets = torch.tensor([[padding, padding, 0]], device=device).expand(num, 3)
+    top, left, mirrored = offsets.long().view(num, 3, 1).unbind(1)
+    row = torch.arange(height, device=device) + top - padding
+    col = torch.arange(width, device=device).expand(num, width)
+    col = torch.where(mirrored != 0, width - 1 - col, col) + left - padding
+    inside = _in_range(row, height)[:, :, None] & _in_range(col, width)[:, None, :]
+    known = _in_range(index, num_images)
+    if num_images == 0:
+        pixels = images.new_zeros(num, height, width, channels)
+    else:
+        pixels = images.permute(0, 2, 3, 1)[
+            torch.where(known, index, 0)[:, None, None],
+            row.clamp(0, max(height - 1, 0))[:, :, None],
+            col.clamp(0, max(width - 1, 0))[:, None, :],
+        ]
+    values = (pixels * inside[..., None]).float() / max_value
+    values = torch.where(known[:, None, None, None], values, torch.nan)
+    if split:
+        values = _split(values)
+    x = values.to(dtype).permute(0, 3, 1, 2)
+    return x if channels_last else x.contiguous()
+
+
+def draw_crop_flip_reference(rng: Tensor, num: int, padding: int, flip: bool) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.crop_flip.api.draw_crop_flip`."""
+    w0, w1, w2, _ = random_words(rng, torch.arange(num, device=rng.device), CROP_FLIP)
+    places = 2 * padding + 1
+    mirrored = (w2 >> 31) * flip
+    return torch.stack([(w0 * places) >> 32, (w1 * places) >> 32, mirrored], 1).int()
+
+
+def _split(values: Tensor) -> Tensor:
+    """(..., C) to (..., 8 k): high bfloat16 parts, low ones, zeros."""
+    channels = values.shape[-1]
+    high = values.bfloat16().float()
+    padding = values.new_zeros(*values.shape[:-1], -2 * channels % 8)
+    return torch.cat([high, values - high, padding], -1)
+
+
+def _in_range(t: Tensor, end: int) -> Tensor:
+    return (t >= 0) & (t < end)

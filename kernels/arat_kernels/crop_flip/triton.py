@@ -1,0 +1,271 @@
+"""Triton implementation of the batch assembly."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# Arguments of kernels are pointers and values of Triton, which have no Python type.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arat_kernels.aot import AotCase
+from arat_kernels.implementation import warps
+from arat_kernels.philox import device as philox
+from arat_kernels.philox import streams
+
+_STREAM: tl.constexpr = tl.constexpr(streams.CROP_FLIP)
+
+
+@triton.jit
+def _round_to_bf16(value):
+    """float32 rounded to the nearest bfloat16, ties to even; the interpreter's cast truncates."""
+    bits = value.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _draw(rng_ptr, sample, places):
+    """First row and column of the crop in [0, places), and the flip bit."""
+    w0, w1, w2, _ = philox.random_words(rng_ptr, sample + tl.zeros((1,), tl.int64), _STREAM)
+    places = tl.zeros((1,), tl.uint32) + places.to(tl.uint32)
+    top = tl.sum(tl.umulhi(w0, places).to(tl.int32))
+    left = tl.sum(tl.umulhi(w1, places).to(tl.int32))
+    return top, left, tl.sum((w2 >> 31).to(tl.int32))
+
+
+@triton.jit
+def crop_flip_kernel(
+    images_ptr,  # (num_images, CHANNELS, height, width) uint8, strides below
+    index_ptr,  # (N,) int64 or int32
+    rng_ptr,  # (2,) int64: seed, offset; or None
+    offsets_ptr,  # (N, 3) int32, contiguous: first row, first column, mirrored; or None
+    x_ptr,  # (N, size) any float: (height, width, OUT_CHANNELS), or the channels first
+    num_images,
+    height,
+    width,
+    image_stride,
+    channel_stride,
+    row_stride,
+    col_stride,
+    size,  # OUT_CHANNELS * height * width
+    padding,
+    max_value,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    FLIP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    image = tl.load(index_ptr + sample).to(tl.int64)
+    top = padding
+    left = padding
+    mirrored = 0
+    if rng_ptr is not None:
+        top, left, mirrored = _draw(rng_ptr, sample, 2 * padding + 1)
+        if not FLIP:
+            mirrored = 0
+    if offsets_ptr is not None:
+        top = tl.load(offsets_ptr + 3 * sample)
+        left = tl.load(offsets_ptr + 3 * sample + 1)
+        mirrored = tl.load(offsets_ptr + 3 * sample + 2)
+
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if CHANNELS_LAST:
+        channel = at % OUT_CHANNELS
+        pixel = at // OUT_CHANNELS
+    else:
+        channel = at // (height * width)
+        pixel = at % (height * width)
+    row = pixel // width
+    col = pixel % width
+    row = row + top - padding
+    col = tl.where(mirrored != 0, width - 1 - col, col) + left - padding
+    inside = (row >= 0) & (row < height) & (col >= 0) & (col < width) & (at < size)
+    known = (image >= 0) & (image < num_images)
+    source = channel
+    if SPLIT:
+        source = tl.where(channel < CHANNELS, channel, channel - CHANNELS)
+        inside = inside & (source < CHANNELS)
+    offset = (
+        image * image_stride
+        + source.to(tl.int64) * channel_stride
+        + row.to(tl.int64) * row_stride
+        + col.to(tl.int64) * col_stride
+    )
+    value = tl.load(images_ptr + offset, inside & known, other=0).to(tl.float32)
+    # Rounded as PyTorch's division, which a product with 1 / max_value is not.
+    value = tl.div_rn(value, tl.zeros_like(value) + max_value)
+    value = tl.where(known, value, float("nan"))
+    if SPLIT:
+        high = _round_to_bf16(value)
+        value = tl.where(channel < CHANNELS, high, value - high)
+        value = tl.where(source < CHANNELS, value, 0.0)
+    if x_ptr.dtype.element_ty == tl.bfloat16:
+        value = _round_to_bf16(value)
+    tl.store(x_ptr + sample * size + at, value.to(x_ptr.dtype.element_ty), at < size)
+
+
+BLOCK, NUM_WARPS = 1024, 4
+
+
+def _out_channels(channels: int, split: bool) -> int:
+    return -(-2 * channels // 8) * 8 if split else channels
+
+
+def _allocate(
+    images: Tensor, index: Tensor, dtype: torch.dtype, channels_last: bool, split: bool
+) -> Tensor:
+    _, channels, height, width = images.shape
+    shape = (index.shape[0], _out_channels(channels, split), height, width)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
+
+
+def _launch(
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor | None,
+    offsets: Tensor | None,
+    padding: int,
+    flip: bool,
+    max_value: float,
+    dtype: torch.dtype,
+    channels_last: bool,
+    split: bool,
+) -> Tensor:
+    x = _allocate(images, index, dtype, channels_last, split)
+    if x.numel() == 0:
+        return x
+    num_images, channels, height, width = images.shape
+    size = x[0].numel()
+    crop_flip_kernel[(x.shape[0], triton.cdiv(size, BLOCK))](
+        images,
+        index.contiguous(),
+        rng,
+        None if offsets is None else offsets.contiguous(),
+        x,
+        num_images,
+        height,
+        width,
+        *images.stride(),
+        size,
+        padding,
+        float(max_value),
+        channels,
+        x.shape[1],
+        channels_last,
+        flip,
+        split,
+        BLOCK,
+        num_warps=warps(NUM_WARPS),
+    )
+    return x
+
+
+@torch.library.custom_op("arat_kernels::crop_flip", mutates_args=())
+def _crop_flip_op(
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor | None,
+    offsets: Tensor | None,
+    padding: int,
+    flip: bool,
+    max_value: float,
+    dtype: torch.dtype,
+    channels_last: bool,
+    split: bool,
+) -> Tensor:
+    return _launch(
+        images, index, rng, offsets, padding, flip, max_value, dtype, channels_last, split
+    )
+
+
+@_crop_flip_op.register_fake
+def _(
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor | None,
+    offsets: Tensor | None,
+    padding: int,
+    flip: bool,
+    max_value: float,
+    dtype: torch.dtype,
+    channels_last: bool,
+    split: bool,
+) -> Tensor:
+    return _allocate(images, index, dtype, channels_last, split)
+
+
+def crop_flip_triton(
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor | None,
+    offsets: Tensor | None,
+    padding: int,
+    flip: bool,
+    max_value: float,
+    dtype: torch.dtype,
+    channels_last: bool,
+    split: bool,
+) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.crop_flip.api.crop_flip`."""
+    x: Tensor = _crop_flip_op(
+        images, index, rng, offsets, padding, flip, max_value, dtype, channels_last, split
+    )
+    return x
+
+
+def aot_cases() -> list[AotCase]:
+    """Every dtype and layout with drawn and with given crops; one channel; no crop."""
+    cases = [
+        _case(3, kind, channels_last, False, draws)
+        for kind in ("fp32", "bf16", "fp16")
+        for channels_last in (True, False)
+        for draws in ("rng", "offsets")
+    ]
+    cases += [_case(3, "bf16", True, True, draws) for draws in ("rng", "offsets", "nothing")]
+    cases += [_case(3, "fp32", True, False, "nothing"), _case(1, "fp32", True, False, "rng")]
+    return cases
+
+
+def _case(channels: int, kind: str, channels_last: bool, split: bool, draws: str) -> AotCase:
+    layout = "channels_last" if channels_last else "contiguous"
+    name = f"{kind}, {layout}, {channels} channels, {draws}{', split' if split else ''}"
+    pointers = {"images_ptr": "*u8", "index_ptr": "*i64", "x_ptr": f"*{kind}"}
+    absent: dict[str, None] = {"rng_ptr": None, "offsets_ptr": None}
+    if draws == "rng":
+        pointers["rng_ptr"] = "*i64"
+        del absent["rng_ptr"]
+    elif draws == "offsets":
+        pointers["offsets_ptr"] = "*i32"
+        del absent["offsets_ptr"]
+    integers = (
+        "num_images", "height", "width", "image_stride", "channel_stride", "row_stride",
+        "col_stride", "size", "padding",
+    )  # fmt: skip
+    return AotCase(
+        f"crop_flip_kernel[{name}]",
+        crop_flip_kernel,
+        {**pointers, **dict.fromkeys(integers, "i32"), "max_value": "fp32"},
+        {
+            **absent,
+            "CHANNELS": channels,
+            "OUT_CHANNELS": _out_channels(channels, split),
+            "CHANNELS_LAST": channels_last,
+            "FLIP": draws == "rng",
+            "SPLIT": split,
+            "BLOCK": BLOCK,
+        },
+        NUM_WARPS,
+        3,
+        "1 byte read, 1 value written" if not split else "1 byte read, 16 bytes written per pixel",
+        "Eight neighbours of the output per thread: with the split one pixel, a vector of 16 "
+        "bytes; the bytes that are read come from the L1, where their line stays.",
+        divisible=("x_ptr", "size"),
+        bulk=("x_ptr",),
+    )

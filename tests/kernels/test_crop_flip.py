@@ -1,0 +1,109 @@
+"""The batch assembly's reference and the checks of its public functions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from kernels.support import generator
+
+from arat_kernels.crop_flip import crop_flip, draw_crop_flip
+from arat_kernels.implementation import interpreting
+
+IMAGES = torch.randint(256, (6, 3, 8, 9), generator=generator(0), dtype=torch.uint8)
+INDEX = torch.tensor([5, 0, 3, 3])
+RNG = torch.tensor([11, 12])
+
+
+def test_is_pad_crop_and_flip() -> None:
+    offsets = draw_crop_flip(RNG, 4, padding=2, flip=True)
+    got = crop_flip(IMAGES, INDEX, padding=2, flip=True, rng=RNG)
+    for i, (top, left, mirrored) in enumerate(offsets.tolist()):
+        padded = torch.nn.functional.pad(IMAGES[INDEX[i]], (2, 2, 2, 2))
+        expected = padded[:, top : top + 8, left : left + 9].float() / 255
+        assert torch.equal(got[i], expected.flip(2) if mirrored else expected)
+
+
+def test_without_draws_is_gather_and_division() -> None:
+    got = crop_flip(IMAGES, INDEX, max_value=16, memory_format=torch.contiguous_format)
+    assert torch.equal(got, IMAGES[INDEX].float() / 16)
+    assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("max_value", [255, 16])
+def test_split_loses_no_perturbation(max_value: float) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(-1, 3, -1, -1)
+    index = torch.tensor([0])
+    parts = crop_flip(every, index, max_value=max_value, dtype=torch.bfloat16, split=True)
+    assert parts.shape == (1, 8, 16, 16) and parts.dtype == torch.bfloat16
+    assert parts.is_contiguous(memory_format=torch.channels_last)
+    exact = crop_flip(every, index, max_value=max_value)
+    assert torch.equal(parts[:, :3], exact.bfloat16())
+    assert ((parts[:, :3].float() + parts[:, 3:6].float()) - exact).abs().max() <= 2**-16 * (
+        255 / max_value
+    )
+    assert torch.equal(parts[:, 6:], torch.zeros(1, 2, 16, 16, dtype=torch.bfloat16))
+
+
+def test_draws_are_uniform_and_follow_the_state() -> None:
+    num, padding = 40_000, 4
+    draws = draw_crop_flip(RNG, num, padding=padding, flip=True)
+    for column, places in ((0, 9), (1, 9), (2, 2)):
+        counts = torch.bincount(draws[:, column], minlength=places).double()
+        assert len(counts) == places
+        chi_squared = float(((counts - num / places) ** 2 / (num / places)).sum())
+        assert chi_squared < places - 1 + 5 * math.sqrt(2 * (places - 1))
+    assert abs(float(torch.corrcoef(draws.T.double())[0, 1])) < 5 / math.sqrt(num)
+    for other in ([11, 13], [12, 12]):
+        same = (draw_crop_flip(torch.tensor(other), num, padding=4, flip=True) == draws).all(1)
+        assert same.double().mean() < 0.02
+    assert torch.equal(draws[:100], draw_crop_flip(RNG, 100, padding=padding, flip=True))
+
+
+def test_without_flip_nothing_is_mirrored() -> None:
+    with_flip = draw_crop_flip(RNG, 50, padding=3, flip=True)
+    without = draw_crop_flip(RNG, 50, padding=3, flip=False)
+    assert torch.equal(with_flip[:, :2], without[:, :2])
+    assert without[:, 2].sum() == 0 < with_flip[:, 2].sum()
+
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("images must be \\(M, C, H, W\\) uint8", {"images": IMAGES.float()}),
+    ("images must be \\(M, C, H, W\\) uint8", {"images": IMAGES[0]}),
+    ("index must be \\(N,\\)", {"index": INDEX.float()}),
+    ("index must be \\(N,\\)", {"index": INDEX[None]}),
+    ("padding must be", {"padding": -1}),
+    ("got both", {"offsets": torch.zeros(4, 3, dtype=torch.int32)}),
+    ("rng must be", {"rng": RNG.float()}),
+    ("rng is expected", {"rng": None}),
+    ("rng is expected", {"rng": None, "padding": 0, "flip": True}),
+    ("offsets must be", {"rng": None, "offsets": torch.zeros(4, 3)}),
+    ("offsets must be", {"rng": None, "offsets": torch.zeros(3, 3, dtype=torch.int32)}),
+    ("max_value must be", {"max_value": 0}),
+    ("dtype must be", {"dtype": torch.float64}),
+    ("memory_format must be", {"memory_format": torch.preserve_format}),
+    ("split expects", {"split": True}),
+    ("one device", {"index": INDEX.to("meta")}),
+    ("impl must be", {"impl": "dali"}),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), BAD)
+def test_bad_input_is_refused(message: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        crop_flip(**{"images": IMAGES, "index": INDEX, "padding": 2, "rng": RNG, **change})
+
+
+def test_bad_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match="num must be >= 0, got -1"):
+        draw_crop_flip(RNG, -1, padding=2, flip=True)
+    with pytest.raises(ValueError, match="padding must be"):
+        draw_crop_flip(RNG, 3, padding=-2, flip=True)
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
+def test_triton_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match='impl="triton"'):
+        crop_flip(IMAGES, INDEX, impl="triton")
