@@ -1,0 +1,371 @@
+"""ARAT's loss and gradients against a direct transcription on two ordinary networks, float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import TinyNet, generator, randomize
+from torch import Tensor, nn
+
+from arat_fast.interop import (
+    export_plain,
+    official_predictors_to_state_dict,
+    predictors_to_official,
+)
+from arat_fast.models import convert_split_batch_norm, create_model
+from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining
+from arat_fast.objectives.predictor import Predictors
+
+LAYERS = ("layer2.0.bn2", "layer3.0.bn1", "layer3.0.bn2")
+SHAPE = (3, 8, 8)
+
+
+def batch(samples: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    source = generator(1)
+    x = torch.rand(samples, *SHAPE, generator=source, dtype=torch.float64)
+    x_adv = (x + 0.1 * torch.randn(x.shape, generator=source, dtype=torch.float64)).clamp(0, 1)
+    return x, x_adv, torch.randint(0, 4, (samples,), generator=source)
+
+
+def network(norm: str = "split") -> nn.Module:
+    torch.manual_seed(3)
+    model = create_model("resnet8", 4, norm=norm)  # type: ignore[arg-type]  # a norm
+    return randomize(model).double()
+
+
+def objective_for(model: nn.Module, **options: Any) -> ARAT:
+    torch.manual_seed(4)
+    objective = ARAT(model, LAYERS, SHAPE, gamma=3.0, **options).double()
+    objective.start_epoch(0.3)
+    if objective.predictors is not None:
+        source = generator(5)
+        for name, tensor in objective.predictors.named_parameters():
+            if "bn_" in name:
+                noise = torch.randn(tensor.shape, generator=source, dtype=torch.float64)
+                tensor.data.add_(0.2 * noise)
+    return objective
+
+
+def sequential(state: dict[str, Tensor]) -> nn.Sequential:
+    """The published predictor as separate layers."""
+    hidden, width = state["predictor_x.0.weight"].shape
+    module = nn.Sequential(
+        nn.Linear(width, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, width),
+    ).double()
+    module.load_state_dict({k.removeprefix("predictor_x."): v for k, v in state.items()})
+    return module
+
+
+def run_with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits and features of a network with ordinary BatchNorm, by plain hooks."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(path).register_forward_hook(
+            lambda _m, _args, out, path=path: seen.__setitem__(path, out)
+        )
+        for path in LAYERS
+    ]
+    logits = model(x)
+    for hook in hooks:
+        hook.remove()
+    return logits, [seen[path].relu().mean(dim=(2, 3)) for path in LAYERS]
+
+
+def distance(p: Tensor, z: Tensor) -> Tensor:
+    cosine = (p * z).sum(dim=1) / (p.norm(dim=1) * z.norm(dim=1))
+    return (1 - cosine).mean()
+
+
+def transcription(
+    logits: tuple[Tensor, Tensor],
+    features: tuple[list[Tensor], list[Tensor]],
+    y: Tensor,
+    predictors: list[nn.Sequential],
+    direction: str,
+    stop_gradient: bool,
+) -> dict[str, Tensor]:
+    terms = {
+        "ce_adv": 0.3 * F.cross_entropy(logits[1], y),
+        "ce_clean": 0.7 * F.cross_entropy(logits[0], y),
+    }
+
+    def towards(source: list[Tensor], target: list[Tensor]) -> list[Tensor]:
+        result = []
+        for index, (p, z) in enumerate(zip(source, target, strict=True)):
+            if predictors:
+                p = predictors[index](p)
+            result.append(distance(p, z.detach() if stop_gradient else z))
+        return result
+
+    clean, adv = features
+    if direction == "adv_to_clean":
+        values = towards(adv, clean)
+    elif direction == "clean_to_adv":
+        values = towards(clean, adv)
+    elif direction == "both":
+        first, second = towards(adv, clean), towards(clean, adv)
+        values = [0.5 * a + 0.5 * b for a, b in zip(first, second, strict=True)]
+    else:
+        values = [distance(a, c) for a, c in zip(adv, clean, strict=True)]
+    for layer, value in zip(LAYERS, values, strict=True):
+        terms[f"invariance/{layer}"] = 3.0 / 3 * value
+    return terms
+
+
+COMBINATIONS = [
+    (direction, stop_gradient, predictor)
+    for direction in ("adv_to_clean", "clean_to_adv", "both")
+    for stop_gradient in (True, False)
+    for predictor in (True, False)
+] + [("symmetric", False, False)]
+
+
+@pytest.mark.parametrize(("direction", "stop_gradient", "predictor"), COMBINATIONS)
+def test_every_switch_equals_the_transcription(
+    direction: str, stop_gradient: bool, predictor: bool
+) -> None:
+    model = network()
+    objective = objective_for(
+        model, direction=direction, stop_gradient=stop_gradient, predictor=predictor
+    )
+    x, x_adv, y = batch()
+    clean, adv = export_plain(model, "clean"), export_plain(model, "adv")
+    predictors: list[nn.Sequential] = []
+    if objective.predictors is not None:
+        predictors = [sequential(s) for s in predictors_to_official(objective.predictors)]
+    logits_clean, z_clean = run_with_features(clean, x)
+    logits_adv, z_adv = run_with_features(adv, x_adv)
+    terms = transcription(
+        (logits_clean, logits_adv), (z_clean, z_adv), y, predictors, direction, stop_gradient
+    )
+    torch.stack(list(terms.values())).sum().backward()
+
+    output = objective(model, x, x_adv, y)
+    output.loss.backward()
+
+    assert output.terms.keys() == terms.keys()
+    for name, term in terms.items():
+        torch.testing.assert_close(output.terms[name], term, rtol=1e-10, atol=1e-12, msg=name)
+    torch.testing.assert_close(output.loss, torch.stack(list(terms.values())).sum())
+    torch.testing.assert_close(output.logits_clean, logits_clean)
+    torch.testing.assert_close(output.logits_adv, logits_adv)
+    grads = [{n: p.grad for n, p in net.named_parameters()} for net in (clean, adv)]
+    for name, parameter in model.named_parameters():
+        pair = [net[name] for net in grads]
+        assert parameter.grad is not None and pair[0] is not None and pair[1] is not None
+        branched = ".bn" in name or name.startswith("bn") or "shortcut_bn" in name
+        whole = torch.stack([pair[0], pair[1]]) if branched else pair[0] + pair[1]
+        torch.testing.assert_close(parameter.grad, whole, rtol=1e-8, atol=1e-11, msg=name)
+    for name, tensor in model.state_dict().items():
+        if "running" in name:
+            pair = [net.state_dict()[name] for net in (clean, adv)]
+            torch.testing.assert_close(tensor, torch.stack(pair), msg=name)
+    if objective.predictors is not None:
+        with torch.no_grad():
+            gradients = copy.deepcopy(objective.predictors)
+            for target, source in zip(
+                gradients.parameters(), objective.predictors.parameters(), strict=True
+            ):
+                assert source.grad is not None
+                target.copy_(source.grad)
+        separate = predictors_to_official(gradients)
+        for state, module in zip(separate, predictors, strict=True):
+            for key, weight in module.named_parameters():
+                torch.testing.assert_close(
+                    state[f"predictor_x.{key}"], weight.grad, rtol=1e-8, atol=1e-11
+                )
+
+
+@pytest.mark.parametrize("predictor", [True, False])
+def test_shared_batch_norm_normalises_the_mixture(predictor: bool) -> None:
+    model = network("shared")
+    objective = objective_for(model, predictor=predictor)
+    plain = copy.deepcopy(model)
+    x, x_adv, y = batch()
+    logits, features = run_with_features(plain, torch.cat([x, x_adv]))
+    predictors: list[nn.Sequential] = []
+    if objective.predictors is not None:
+        predictors = [sequential(s) for s in predictors_to_official(objective.predictors)]
+    terms = transcription(
+        (logits[:5], logits[5:]),
+        ([z[:5] for z in features], [z[5:] for z in features]),
+        y,
+        predictors,
+        "adv_to_clean",
+        True,
+    )
+    torch.stack(list(terms.values())).sum().backward()
+    output = objective(model, x, x_adv, y)
+    output.loss.backward()
+    for name, term in terms.items():
+        torch.testing.assert_close(output.terms[name], term, rtol=1e-10, atol=1e-12, msg=name)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-11, msg=name)
+    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_stop_gradient_keeps_the_invariance_loss_off_the_clean_features(
+    stop_gradient: bool,
+) -> None:
+    model = network()
+    objective = objective_for(model, stop_gradient=stop_gradient)
+    x, x_adv, y = batch()
+    x.requires_grad_()
+    x_adv.requires_grad_()
+    terms = objective(model, x, x_adv, y).terms
+    invariance = sum(v for name, v in terms.items() if name.startswith("invariance/"))
+    assert isinstance(invariance, Tensor)
+    clean, adv = torch.autograd.grad(invariance, (x, x_adv))
+    assert adv.abs().max() > 0
+    # The clean images reach the invariance loss through the clean features only.
+    assert (clean.abs().max() == 0) == stop_gradient
+
+
+def test_auto_balance() -> None:
+    model = network()
+    x, x_adv, y = batch()
+    objective = objective_for(model)
+    output = objective(model, x, x_adv, y)
+    for accuracy in (0.0, 0.37, 1.0):
+        objective.start_epoch(accuracy)
+        assert float(objective.w_adv) == accuracy and float(objective.w_clean) == 1 - accuracy
+        changed = objective(model, x, x_adv, y)
+        ce = [float(output.terms[n].detach()) / w for n, w in (("ce_adv", 0.3), ("ce_clean", 0.7))]
+        assert float(changed.terms["ce_adv"].detach()) == pytest.approx(accuracy * ce[0], rel=1e-12)
+        assert float(changed.terms["ce_clean"].detach()) == pytest.approx(
+            (1 - accuracy) * ce[1], rel=1e-12
+        )
+    fixed = ARAT(model, LAYERS, SHAPE, auto_balance=False, w_adv=2.0, w_clean=0.5)
+    fixed.start_epoch(0.9)
+    assert (float(fixed.w_adv), float(fixed.w_clean)) == (2.0, 0.5)
+
+
+def test_gamma_zero_leaves_classification_only() -> None:
+    model = network()
+    objective = ARAT(model, LAYERS, SHAPE, gamma=0.0).double()
+    x, x_adv, y = batch()
+    output = objective(model, x, x_adv, y)
+    assert float(output.loss.detach()) == pytest.approx(
+        float((output.terms["ce_adv"] + output.terms["ce_clean"]).detach()), rel=1e-12
+    )
+    output.loss.backward()
+    for parameter in objective.parameters():
+        assert parameter.grad is None or parameter.grad.abs().max() == 0
+
+
+def test_predictors_equal_separate_modules() -> None:
+    """Two widths, out of order: outputs, gradients and running statistics, train and eval."""
+    torch.manual_seed(0)
+    widths = [16, 24, 16, 16, 24]
+    predictors = Predictors(widths).double()
+    for state in predictors.state_dict().values():
+        if state.is_floating_point():
+            noise = torch.rand(state.shape, generator=generator(int(state.numel())))
+            state.add_(0.3 * noise)
+    separate = [sequential(s) for s in predictors_to_official(predictors)]
+    source = generator(2)
+
+    def features(samples: int) -> list[Tensor]:
+        return [
+            torch.randn(samples, w, generator=source, dtype=torch.float64).requires_grad_()
+            for w in widths
+        ]
+
+    for training in (True, True, False):
+        predictors.train(training)
+        z = features(7)
+        copies = [f.detach().clone().requires_grad_() for f in z]
+        outputs = predictors(z)
+        expected = [m.train(training)(f) for m, f in zip(separate, copies, strict=True)]
+        upstream = [torch.randn(o.shape, generator=source, dtype=torch.float64) for o in outputs]
+        torch.autograd.backward(outputs, upstream)
+        torch.autograd.backward(expected, upstream)
+        for ours, theirs in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        for a, b in zip(z, copies, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+    state = official_predictors_to_state_dict(
+        [{f"predictor_x.{k}": v for k, v in m.state_dict().items()} for m in separate]
+    )
+    for name, tensor in predictors.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-12)
+    grads = official_predictors_to_state_dict(
+        [
+            {
+                f"predictor_x.{k}": dict(m.named_parameters())[k].grad
+                if k in dict(m.named_parameters())
+                else v
+                for k, v in m.state_dict().items()
+            }
+            for m in separate
+        ]
+    )
+    for name, parameter in predictors.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-10, atol=1e-12)
+    assert len(predictors.stacks) == 2
+
+
+def test_layers_of_any_network_by_path() -> None:
+    torch.manual_seed(0)
+    model = convert_split_batch_norm(TinyNet())
+    objective = ARAT(model, ("conv1", "bn2", "head"), SHAPE)
+    assert objective.predictors is not None
+    assert [len(g) for g in objective.predictors.groups] == [1, 1, 1]
+    x, x_adv, y = batch()
+    output = objective(model, x.float(), x_adv.float(), y)
+    output.loss.backward()
+    names = ["ce_adv", "ce_clean", "invariance/conv1", "invariance/bn2", "invariance/head"]
+    assert list(output.terms) == names
+    assert all(p.grad is not None for p in [*model.parameters(), *objective.parameters()])
+
+
+def test_making_an_objective_changes_nothing_in_the_model() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    ARAT(model, LAYERS, SHAPE)
+    assert all(m.training for m in model.modules())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        (("layer9.bn1",), {}, "no layer 'layer9.bn1'"),
+        ((), {}, "at least one regularised layer"),
+        (LAYERS, {"gamma": -1.0}, "must be >= 0, got -1.0"),
+        (LAYERS, {"gamma": float("nan")}, "must be >= 0, got nan"),
+        (LAYERS, {"w_adv": -0.5}, "must be >= 0"),
+        (LAYERS, {"direction": "symmetric"}, "neither stop-gradient nor predictor"),
+    ],
+)
+def test_bad_options(layers: tuple[str, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ARAT(network(), layers, SHAPE, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_predictor_needs_a_hidden_unit() -> None:
+    with pytest.raises(ValueError, match="got width 3: expected >= 4"):
+        Predictors([3])
+
+
+def test_baselines() -> None:
+    model = network()
+    x, x_adv, y = batch()
+    adv = export_plain(model, "adv")
+    output = AdversarialTraining()(model, x, x_adv, y)
+    torch.testing.assert_close(output.loss, F.cross_entropy(adv(x_adv), y))
+    assert output.logits_clean is None and list(output.terms) == ["ce_adv"]
+    output = NaturalTraining()(model, x, x_adv, y)
+    torch.testing.assert_close(output.loss, F.cross_entropy(adv(x), y))
+    assert output.logits_adv is None and not NaturalTraining.needs_attack
