@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, Any]:
-    """Card, versions, commit, and the copy bandwidth of this run in bytes (read + written) per s."""
+    """Card, versions, commit, and this run's copy bandwidth, bytes read and written per second."""
     import triton
 
     def output(*command: str) -> str:

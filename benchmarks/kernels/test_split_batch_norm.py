@@ -1,4 +1,4 @@
-"""Split BatchNorm + residual + ReLU against PyTorch eager, torch.compile and cuDNN's fused BatchNorm.
+"""Split BatchNorm + residual + ReLU against PyTorch eager, torch.compile and cuDNN.
 
 Every contestant normalises both halves of a bf16 channels_last batch with batch statistics.
 """
@@ -201,6 +201,10 @@ def cudnn_forward(p: Problem) -> Callable[[], object]:
     return call
 
 
+def as_list(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 def test_batch_statistics(
@@ -227,13 +231,11 @@ def test_batch_statistics(
                 benchmark.extra_info["cuDNN fused"] = f"not run: {error}"
         else:
             benchmark.extra_info["cuDNN fused"] = "not run: nvidia-cudnn-frontend not installed"
-    with torch.no_grad():
-        expected = eager(given[0]).float()
-        for name, made in contestants.items():
-            result = made[0]()
-            if not backward:
-                error = (result.float() - expected).abs().max().item()
-                assert error < 0.1, f"{name} is wrong by {error}: its time would mean nothing"
+    expected = as_list(contestants["PyTorch eager"][0]())
+    for name, made in contestants.items():
+        for got, value in zip(as_list(made[0]()), expected, strict=True):
+            error = (got.float() - value.float()).abs().mean() / value.float().abs().mean()
+            assert error < 0.02, f"{name} is off by {error:.1%}: its time would mean nothing"
     elements = given[0].x.numel()
     # Forward: x twice, residual, y and one bit for the mask. Backward: dy, x, mask, the residual's
     # gradient written and read again, x, dx.
