@@ -1,0 +1,48 @@
+"""Public function: argument checks, choice of the implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arat_kernels.cross_entropy_grad.reference import cross_entropy_grad_reference
+from arat_kernels.implementation import Impl, choose
+
+
+def cross_entropy_grad(
+    logits: Tensor, target: Tensor, *, impl: Impl | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed cross-entropy, ``softmax(logits) - one_hot(target)``, and the losses.
+
+    One launch where autograd needs several; an attack passes the gradient on:
+    ``torch.autograd.grad(logits, x_adv, dlogits)``. The losses are differentiable (the gradient
+    that is already there is scaled), the gradient itself is not.
+
+    Args:
+        logits: (N, K), float16, bfloat16, float32 or float64, K >= 1.
+        target: (N,), int64 or int32, in [0, K); a row whose target is not gets NaN, for the host
+            does not look.
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
+
+    Returns:
+        ``dlogits``, shape and dtype of ``logits``, and ``loss`` (N,) in float32 (float64 for
+        float64 ``logits``), the cross-entropy of every sample.
+
+    Raises:
+        ValueError: a shape, a dtype or a device does not fit; the message holds got and expected.
+    """
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (N, K) with K >= 1, got shape {tuple(logits.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be a floating-point tensor, got {logits.dtype}")
+    if target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"target must be (N,) = ({logits.shape[0]},), got shape {tuple(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"target must be int64 or int32, got {target.dtype}")
+    if choose(impl, logits, target) == "triton":
+        from arat_kernels.cross_entropy_grad.triton import cross_entropy_grad_triton
+
+        return cross_entropy_grad_triton(logits, target)
+    return cross_entropy_grad_reference(logits, target)
