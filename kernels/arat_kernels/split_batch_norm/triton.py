@@ -431,15 +431,16 @@ def split_batch_norm_bwd_input_kernel(
         tl.store(dx_ptr + at + local, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-# Enough programs for every multiprocessor of a large GPU to hold eight of them at once.
-_PROGRAMS = 1056
+# The reductions run as one even wave: three blocks of 8 warps fit a multiprocessor, whatever the
+# optional tensors, and their pipelines keep some 48 KB in flight, more than latency asks for.
+_BLOCKS_PER_MULTIPROCESSOR = 3
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
 _COMBINE = {"BLOCK_S": 64, "BLOCK_C": 8}
 _COMBINE_WARPS = 4
 # Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor. The
 # pooled forward and the backward hold more values in registers.
-_STATISTICS_TILE = {2: 2048, 4: 2048, 8: 1024}
+_STATISTICS_TILE = {2: 4096, 4: 2048, 8: 1024}
 _FORWARD_TILE = {2: 4096, 4: 2048, 8: 1024}
 _POOLED_TILE = {2: 2048, 4: 1024, 8: 1024}
 _BACKWARD_TILE = {2: 2048, 4: 1024, 8: 1024}
@@ -463,6 +464,13 @@ def _blocks(tile: dict[int, int], itemsize: int, channels: int) -> dict[str, int
     return {"BLOCK_R": tile[itemsize] // block_c, "BLOCK_C": block_c}
 
 
+def _programs(x: Tensor) -> int:
+    if not x.is_cuda:
+        return _BLOCKS_PER_MULTIPROCESSOR
+    properties = torch.cuda.get_device_properties(x.device)
+    return _BLOCKS_PER_MULTIPROCESSOR * int(properties.multi_processor_count)
+
+
 def _plan(
     x: Tensor, clean: int, tile: dict[int, int], per_sample: bool, most_tiles: int | None
 ) -> _Launch:
@@ -482,7 +490,7 @@ def _plan(
     else:
         tiles = triton.cdiv(clean_rows, blocks["BLOCK_R"])
         tiles += triton.cdiv(rows - clean_rows, blocks["BLOCK_R"])
-        each = triton.cdiv(tiles * channel_blocks, _PROGRAMS)
+        each = triton.cdiv(tiles * channel_blocks, _programs(x))
         segment_rows = blocks["BLOCK_R"] * (each if most_tiles is None else min(each, most_tiles))
     clean_segments = triton.cdiv(clean_rows, segment_rows)
     segments = clean_segments + triton.cdiv(rows - clean_rows, segment_rows)

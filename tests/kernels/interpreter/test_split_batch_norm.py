@@ -103,8 +103,11 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("pooled", [True, False])
-def test_many_tiles_and_segments(monkeypatch: pytest.MonkeyPatch, pooled: bool) -> None:
-    monkeypatch.setattr(implementation, "_PROGRAMS", 3)
+@pytest.mark.parametrize("programs", [1, 7])
+def test_many_tiles_and_segments(
+    monkeypatch: pytest.MonkeyPatch, programs: int, pooled: bool
+) -> None:
+    monkeypatch.setattr(implementation, "_programs", lambda x: programs)
     check(Case(sizes=(1, 3), channels=70, height=9, width=11, pooled=pooled))
 
 
