@@ -16,6 +16,8 @@ from kernels.split_batch_norm_cases import Case, call, make, run, truth
 from kernels.split_batch_norm_group import check_two_processes
 from kernels.support import few
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from arat_kernels.implementation import interpreting
 from arat_kernels.split_batch_norm import split_batch_norm
@@ -202,3 +204,29 @@ def test_eval_mode_leaves_the_buffers_alone() -> None:
     assert torch.equal(results["running_var"], inputs.running_var)
     results = run(replace(case, training=True, update=False), inputs, None)
     assert torch.equal(results["running_mean"], inputs.running_mean)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the kernels themselves")
+def test_cuda_tensors_get_the_kernels_and_keep_their_layout() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    with FakeTensorMode():
+        x = torch.empty(5, 8, 3, 3, device="cuda", dtype=torch.bfloat16)
+        parameters = [torch.empty(2, 8, device="cuda") for _ in range(4)]
+
+        def function(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+            return split_batch_norm(
+                x, *parameters, (2, 3), training=True, relu=True, residual=x, return_pooled=True
+            )
+
+        for layout in (torch.channels_last, torch.contiguous_format):
+            given = x.contiguous(memory_format=layout)
+            y, pooled = function(given, *parameters)
+            assert (y.shape, y.stride(), y.dtype) == (given.shape, given.stride(), given.dtype)
+            assert (pooled.shape, pooled.dtype) == ((5, 8), torch.float32)
+        traced = make_fx(function)(given, *parameters)
+    targets = [str(node.target) for node in traced.graph.nodes]
+    operators = [target for target in targets if target.startswith("arat_kernels.")]
+    assert operators == [
+        "arat_kernels.split_batch_norm_statistics.default",
+        "arat_kernels.split_batch_norm_normalize.default",
+    ]
