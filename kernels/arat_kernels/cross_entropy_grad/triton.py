@@ -86,7 +86,7 @@ def cross_entropy_grad_kernel(
 
 # Rows and columns of a tile and its warps; longer rows loop over LOOP_TILE.
 TILES = ((32, 16, 4), (8, 128, 4), (2, 1024, 4), (1, 4096, 8))
-LOOP_TILE = (1, 4096, 8)
+LOOP_TILE = (1, 1024, 4)
 
 
 def _tile(num_classes: int) -> tuple[int, int, int, bool]:
