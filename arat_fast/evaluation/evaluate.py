@@ -74,9 +74,20 @@ class AttackResult:
 
 @contextmanager
 def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
-    """Eval mode, one branch, running statistics, float32 without TF32; restored afterwards."""
-    with use_branch(model, branch), use_statistics(model, "running"), full_float32():
-        yield
+    """Eval mode, one branch, running statistics, float32 without TF32; restored afterwards.
+
+    Parameters need no gradient inside: an attack that runs a whole backward pass, as FAB does,
+    neither pays for their gradients nor leaves any in ``.grad``.
+    """
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        with use_branch(model, branch), use_statistics(model, "running"), full_float32():
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

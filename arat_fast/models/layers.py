@@ -42,7 +42,7 @@ class StemConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         device_type = input.device.type
-        if not torch.is_autocast_enabled(device_type):
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return super().forward(input)
         with torch.autocast(device_type, enabled=False):
             y = super().forward(input)

@@ -34,6 +34,7 @@ from arat_fast.training.interrupt import InterruptedRun, StopRequest, stop_on_si
 from arat_fast.training.metrics import MetricsFile, NotFiniteError, StepMetrics
 from arat_fast.training.schedule import learning_rate
 from arat_fast.training.step import make_train_step
+from arat_kernels.implementation import choose
 
 CHECKPOINT = "checkpoint.pt"
 PROBE_SAMPLES = 1000
@@ -210,6 +211,7 @@ class Trainer:
                     logged, samples, since_log = self.step, 0, time.perf_counter()
                 if stop.signal:
                     self._save()
+                    write_json(self.out / "summary.json", self._summary("interrupted"))
                     raise InterruptedRun(
                         f"stopped at step {self.step} of {self.total_steps}; the state is in "
                         f"{self.checkpoint_path}: go on with --resume",
@@ -229,7 +231,7 @@ class Trainer:
         if accuracy is not None:
             self.clean_accuracy = accuracy
         means = {name: self.metrics.epoch_mean(name) for name in self.metrics.names}
-        rate = done * self.steps_per_epoch * config.data.batch_size / max(self.train_seconds, 1e-9)
+        rate = self._images_seen() / max(self.train_seconds, 1e-9)
         bar.end_epoch(done, config.train.epochs, _status(means, rate))
         final = done == config.train.epochs
         if config.train.eval_every and done % config.train.eval_every == 0 and not final:
@@ -380,32 +382,48 @@ class Trainer:
             )
         save_examples(self.out / "examples.npz", model, images, suite.strongest_examples())
         summary = {
-            "recipe": config.recipe,
-            "status": "finished",
-            "objective": config.objective.name,
-            "dataset": config.data.name,
-            "seed": config.seed,
-            "epochs": config.train.epochs,
-            "steps": self.step,
-            "num_parameters": sum(p.numel() for p in model.parameters()),
-            "train_samples": self.data.train.num_samples,
+            **self._summary("finished"),
             "test_samples": len(images.y),
             "split": "test",
             "model": kind,
             "accuracy": suite.record(),
             "wall_seconds": {"train": self.train_seconds, "eval": time.perf_counter() - start},
-            "images_per_second": self.data.train.num_samples
-            * config.train.epochs
-            / max(self.train_seconds, 1e-9),
-            "device": describe_device(self.device),
-            "precision": str(self.precision).removeprefix("torch."),
-            "versions": versions(),
-            "kernels": {"split_batch_norm": "reference"} if split else {},
-            "command": self.command,
-            "commit": source_commit(),
         }
         write_json(self.out / "summary.json", summary)
         return summary
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        """What is known of a run whether or not it came to its end."""
+        config = self.config
+        split = any(isinstance(m, SplitBatchNorm2d) for m in self.model.modules())
+        probe = next(self.model.parameters())
+        return {
+            "recipe": config.recipe,
+            "status": status,
+            "objective": config.objective.name,
+            "dataset": config.data.name,
+            "seed": config.seed,
+            "epochs": config.train.epochs,
+            "steps": self.step,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "train_samples": self.data.train.num_samples,
+            "wall_seconds": {"train": self.train_seconds},
+            "images_per_second": self._images_seen() / max(self.train_seconds, 1e-9),
+            "device": describe_device(self.device),
+            "precision": str(self.precision).removeprefix("torch."),
+            "versions": versions(),
+            "kernels": {"split_batch_norm": choose(None, probe)} if split else {},
+            "command": self.command,
+            "commit": source_commit(),
+        }
+
+    def _images_seen(self) -> int:
+        """Training images so far, repeats counted; the last batch of an epoch can be smaller."""
+        epochs, batches = divmod(self.step, self.steps_per_epoch)
+        per_epoch = min(
+            self.data.train.num_samples, self.steps_per_epoch * self.config.data.batch_size
+        )
+        return epochs * per_epoch + batches * self.config.data.batch_size
 
 
 def check_same_run(config: Config, saved: Config, source: Path) -> None:

@@ -1,0 +1,286 @@
+"""The command line: a whole small run, and one line with exit code 2 for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import OPTIONS
+
+from arat_fast.cli import main
+from arat_fast.models import create_model
+from arat_fast.recipes import RECIPES
+
+TRAIN = ["train", "digits", *OPTIONS, "--train.epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main([*TRAIN, "--out", str(out)]) == 0
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert len(lines) == 1, output.err
+    assert lines[0].startswith("arat-fast: error: ")
+    return lines[0].removeprefix("arat-fast: error: ")
+
+
+def test_run_folder(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoint.pt",
+        "model.safetensors",
+        "examples.npz",
+        "report.html",
+    } <= names
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 8
+    assert summary["accuracy"]["clean"]["num_samples"] == 40
+    assert set(summary["accuracy"]) == {"clean", "clean_branch", "pgd1"}
+    assert summary["kernels"] == {"split_batch_norm": "reference"}
+    assert summary["command"].startswith("arat-fast train digits")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 4, 7, 8]
+
+
+def test_exported_weights_are_a_plain_network(run: Path) -> None:
+    model = create_model("resnet8", 10, 1, norm="shared")
+    model.load_state_dict(load_file(run / "model.safetensors"))
+
+
+def test_eval_of_every_kind_of_file_agrees(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = []
+    for name in ("", "checkpoint.pt", "model.safetensors"):
+        out = tmp_path / f"record{len(records)}.json"
+        arguments = ["eval", str(run / name), "--no-autoattack", "--max-samples", "40"]
+        if name.endswith("safetensors"):
+            arguments += ["--recipe", "digits", "--num-steps", "1"]
+        assert main([*arguments, "--out", str(out)]) == 0
+        records.append(json.loads(out.read_text()))
+    summary = json.loads((run / "summary.json").read_text())
+    for record in records:
+        for name in ("clean", "pgd1"):
+            assert record["accuracy"][name]["correct"] == summary["accuracy"][name]["correct"]
+    assert "clean" in capsys.readouterr().out
+
+
+def test_eval_with_another_ball(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    arguments = [
+        "--no-autoattack",
+        "--norm",
+        "L2",
+        "--eps",
+        "0.5",
+        "--alpha",
+        "0.1",
+        "--num-steps",
+        "3",
+    ]
+    assert main(["eval", str(run), *arguments, "--out", str(out)]) == 0
+    attack = json.loads(out.read_text())["accuracy"]["pgd3"]
+    assert (attack["norm"], attack["eps"], attack["num_samples"]) == ("L2", 0.5, 360)
+
+
+def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An official ResNet-18 on CIFAR needs the data; what is missing is said in one line."""
+    from arat_fast.interop import state_dict_to_official
+
+    model = create_model("resnet18", 10)
+    torch.save(state_dict_to_official(model.state_dict()), tmp_path / "last.pt")
+    assert "--recipe" in refused(capsys, ["eval", str(tmp_path / "last.pt")])
+    message = refused(
+        capsys,
+        ["eval", str(tmp_path / "last.pt"), "--recipe", "cifar10-resnet18"]
+        + ["--data-root", str(tmp_path / "nowhere")],
+    )
+    assert str(tmp_path / "nowhere") in message and "--data.download" in message
+
+
+def test_report_beside_another_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--compare", str(run)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (run / "report.html").read_text().startswith("<!")
+
+
+def test_baselines_run(tmp_path: Path) -> None:
+    for name in ("at", "natural"):
+        out = tmp_path / name
+        assert main([*TRAIN, "--objective.name", name, "--out", str(out)]) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert "clean_branch" not in summary["accuracy"]
+        assert (out / "report.html").exists()
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert torch.__version__ in output and "cpu" in output
+
+
+def test_usage_names_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["train", "--help"]):
+        assert main(arguments) == 0
+        output = capsys.readouterr().out
+        assert all(name in output for name in RECIPES)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "digits", "--help"])
+    assert not stop.value.code
+    assert "--attack.eps" in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("fly", "unknown command 'fly', expected one of train"),
+        ("train", "a recipe is expected"),
+        ("train digit", "unknown recipe 'digit'.*did you mean digits"),
+        ("train digits --optimizr.lr 1", "--optimizr.lr.*--optimizer.lr"),
+        ("train digits --optimizer.lr x", "could not convert string to float: 'x'"),
+        ("train digits --optimizer.lr 0", "optimizer.lr must be > 0, got 0"),
+        ("train digits --attack.eps -1", "attack.eps must be >= 0, got -1"),
+        ("train digits --attack.norm L1", "L1.*Linf"),
+        ("train digits --objective.name foo", "foo.*arat"),
+        ("train digits --objective.direction symmetric", "neither stop-gradient nor predictor"),
+        ("train digits --objective.layers layer9", "no layer 'layer9'"),
+        ("train digits --objective.gamma -2", "gamma.*>= 0, got -2"),
+        ("train digits --compat strange", "compat must be .*got 'strange'"),
+        ("train digits --train.epochs 0", "train.epochs must be >= 1, got 0"),
+        ("train digits --train.device tpu", "expected auto, cpu, cuda"),
+        ("train digits --train.device cuda:9", "no such GPU"),
+        ("train digits --data.num-val 1437", "num_val"),
+        ("train digits --model.name resnet50", "32×32 pixels, got 8×8"),
+        ("train digits --model.name resnet9", "unknown model 'resnet9'"),
+        ("train cifar10-resnet18 --data.root /nowhere", "/nowhere.*--data.download"),
+        ("train cifar100-wrn34-10 --data.root /nowhere", "/nowhere.*--data.download"),
+        ("train svhn-resnet18 --data.root /nowhere", "/nowhere.*--data.download"),
+        ("train imagenette-resnet18 --data.root /nowhere", "/nowhere.*--data.download"),
+        ("eval /nowhere.pt", "no checkpoint at /nowhere.pt"),
+        ("report /nowhere", "/nowhere"),
+        ("info now", "info takes no arguments, got now"),
+    ],
+)
+def test_bad_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, expected: str
+) -> None:
+    words = arguments.split()
+    if words[0] == "train" and len(words) > 1:
+        words += ["--out", str(tmp_path / "run")]
+    assert re.search(expected, refused(capsys, words))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = (run / "checkpoint.pt").read_bytes()
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(content[: len(content) // 2])
+    assert "not a whole checkpoint" in refused(capsys, ["eval", str(cut)])
+
+    wider = create_model("resnet18", 10, 1, norm="shared")
+    from arat_fast.interop import save_safetensors
+
+    save_safetensors(wider, tmp_path / "other.safetensors")
+    message = refused(capsys, ["eval", str(tmp_path / "other.safetensors"), "--recipe", "digits"])
+    assert "other.safetensors" in message and "expected" in message
+
+    message = refused(capsys, [*TRAIN, "--out", str(run)])
+    assert "holds a run already" in message and "--resume" in message
+    message = refused(capsys, [*TRAIN, "--out", str(run), "--resume", "--model.name", "resnet18"])
+    assert "model.name=resnet8, got model.name=resnet18" in message
+    assert (run / "checkpoint.pt").read_bytes() == content
+
+
+def test_diverging_loss_names_step_term_and_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arat_fast.objectives import arat
+
+    distances = arat._cosine_distances
+    calls = 0
+
+    def poisoned(p: list[torch.Tensor], z: list[torch.Tensor]) -> list[torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        first, *rest = distances(p, z)
+        return [first * float("nan") if calls == 7 else first, *rest]
+
+    monkeypatch.setattr(arat, "_cosine_distances", poisoned)
+    message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
+    assert "at step 6: invariance/layer3.0.bn1 is nan" in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint.pt'}" in message
+    monkeypatch.undo()
+    assert main([*TRAIN, "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
+def test_huge_learning_rate_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TRAIN, "--optimizer.lr", "1e30", "--out", str(tmp_path / "run")]
+    message = refused(capsys, arguments)
+    assert "stopped being finite at step" in message and "no checkpoint yet" in message
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_signals_save_and_end(tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "arat_fast", *TRAIN, "--train.epochs", "500"]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "--resume" in errors
+    assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
+    assert main(["report", str(out)]) == 0
+
+
+def test_full_disk_while_saving(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arat_fast.training import loop
+
+    out = tmp_path / "run"
+    saves = 0
+    save = loop.save_checkpoint
+
+    def filling(path: Path, state: dict[str, object]) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            shutil.copy(path, tmp_path / "before.pt")
+            monkeypatch.setattr(os, "fsync", full)
+        save(path, state)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_checkpoint", filling)
+    message = refused(capsys, [*TRAIN, "--out", str(out)])
+    assert "No space left on device" in message and str(out) in message
+    assert (out / "checkpoint.pt").read_bytes() == (tmp_path / "before.pt").read_bytes()

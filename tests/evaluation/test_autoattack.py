@@ -1,0 +1,87 @@
+"""Standard AutoAttack: the reference code's own robust set, the ball, the random state."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from pyautoattack import AutoAttack
+from torch import nn
+
+from arat_fast.data.digits import MAX_VALUE, load_digits
+from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, pgd_accuracy
+
+
+@pytest.fixture(scope="module")
+def linear() -> nn.Module:
+    """A linear classifier of the digits: thousands of forward passes take seconds."""
+    pixels, labels = load_digits(train=True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(model[1].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    x = pixels.float() / MAX_VALUE
+    for _ in range(80):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model
+
+
+def digits(count: int, num_classes: int = 10) -> ImageSet:
+    pixels, labels = load_digits(train=False)
+    keep = (labels < num_classes).nonzero().flatten()[:count]
+    return ImageSet(
+        pixels[keep].float() / MAX_VALUE, labels[keep], tuple("0123456789"[:num_classes])
+    )
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.04), ("L2", 0.25)])
+def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps: float) -> None:
+    images, threat = digits(40), ThreatModel(eps, norm)  # type: ignore[arg-type]
+    seen: list[str] = []
+    result = autoattack(
+        linear, images, threat, batch_size=40, seed=5, progress=lambda name, *_: seen.append(name)
+    )
+    with torch.random.fork_rng():
+        reference = AutoAttack(linear, norm=norm, eps=eps, seed=5, version="standard")
+        x_adv, _ = reference.run_standard_evaluation(images.x, images.y, batch_size=40)
+        expected = linear(x_adv).argmax(1) == images.y
+    assert torch.equal(result.correct, expected)
+    assert 0 < result.accuracy < 1
+    assert threat.allows(images.x, result.x_adv).all()
+    assert result.details["num_rejected"] == 0
+    after = list(result.details["attacks"].values())
+    assert list(result.details["attacks"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert after == sorted(after, reverse=True) and after[-1] == result.accuracy
+    assert set(seen) == {f"AutoAttack {name}" for name in result.details["attacks"]}
+    pgd = pgd_accuracy(linear, images, threat, num_steps=20, alpha=eps / 4, batch_size=40)
+    assert result.accuracy <= pgd.accuracy
+
+
+def test_random_states_and_gradients_are_left_alone(linear: nn.Module) -> None:
+    linear.zero_grad()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    autoattack(linear, digits(4), ThreatModel(0.5), batch_size=4)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2][1])
+    assert all(p.grad is None for p in linear.parameters())
+
+
+def test_all_broken_early_skips_the_rest(linear: nn.Module) -> None:
+    result = autoattack(linear, digits(10), ThreatModel(0.9), batch_size=10)
+    assert result.accuracy == 0
+    assert result.details["attacks"]["square"] == 0
+
+
+def test_few_classes(linear: nn.Module) -> None:
+    five = nn.Sequential(linear, nn.Linear(10, 5, bias=False))
+    five[1].weight.data = torch.eye(10)[:5]
+    result = autoattack(five, digits(8, 5), ThreatModel(0.02), batch_size=8)
+    assert result.details["num_targets"] == 4
+    three = ImageSet(*(lambda s: (s.x, s.y))(digits(4, 3)), ("0", "1", "2"))
+    with pytest.raises(ValueError, match="at least 4 classes, got 3"):
+        autoattack(linear, three, ThreatModel(0.02), batch_size=8)

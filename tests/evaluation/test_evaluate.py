@@ -1,0 +1,152 @@
+"""Clean and PGD accuracy, the threat model, and what an evaluation leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from arat_fast.evaluation import ImageSet, ThreatModel, clean_accuracy, pgd_accuracy
+from arat_fast.evaluation.evaluate import accept, evaluation_mode, predict
+from arat_fast.models import convert_split_batch_norm, create_model
+
+CLASSES = tuple("abcdef")
+
+
+def images(count: int = 24, seed: int = 0) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, 1, 8, 8, generator=generator)
+    y = torch.randint(len(CLASSES), (count,), generator=generator)
+    return ImageSet(x, y, CLASSES)
+
+
+def network(seed: int = 0) -> nn.Module:
+    """A split network whose branches differ and that fits some of the images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 6)
+        )
+        model = convert_split_batch_norm(model)
+        model[1].running_mean.normal_()
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_clean_accuracy_is_the_share_of_right_answers() -> None:
+    model, data = network(), images()
+    model.eval()
+    with torch.no_grad():
+        expected = model(data.x).argmax(1) == data.y
+    result = clean_accuracy(model, data, batch_size=7)
+    assert torch.equal(result.correct, expected)
+    assert result.record()["correct"] == int(expected.sum())
+    assert result.accuracy == pytest.approx(float(expected.float().mean()))
+
+
+def test_branches_are_told_apart() -> None:
+    model, data = network(), images(200)
+    adv = clean_accuracy(model, data, batch_size=100).correct
+    clean = clean_accuracy(model, data, batch_size=100, branch="clean").correct
+    assert not torch.equal(adv, clean)
+
+
+def test_nothing_is_left_behind() -> None:
+    model, data = network(), images()
+    model.train()
+    before = state(model)
+    pgd_accuracy(model, data, ThreatModel(0.1), num_steps=2, alpha=0.05, batch_size=9)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model[0].weight.requires_grad_(False)
+    with evaluation_mode(model):
+        assert not any(p.requires_grad for p in model.parameters())
+    assert not model[0].weight.requires_grad and model[4].weight.requires_grad
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    norm=st.sampled_from(["Linf", "L2"]),
+    eps=st.floats(0, 0.6),
+    alpha=st.floats(0, 1),
+    num_steps=st.integers(0, 3),
+    batch_size=st.integers(1, 30),
+)
+def test_every_example_is_inside_the_ball(
+    norm: str, eps: float, alpha: float, num_steps: int, batch_size: int
+) -> None:
+    model, data = network(), images()
+    threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
+    result = pgd_accuracy(
+        model, data, threat, num_steps=num_steps, alpha=alpha, batch_size=batch_size
+    )
+    assert threat.allows(data.x, result.x_adv).all()
+    assert result.details["num_rejected"] == 0
+    clean = clean_accuracy(model, data, batch_size=24).correct
+    assert not (result.correct & ~clean).any()
+
+
+def test_stronger_attacks_never_raise_accuracy() -> None:
+    model, data = network(3), images(200)
+    base = {"num_steps": 5, "alpha": 0.02, "batch_size": 200}
+    weak = pgd_accuracy(model, data, ThreatModel(0.02), **base)
+    strong = pgd_accuracy(model, data, ThreatModel(0.08), **base)
+    more = pgd_accuracy(model, data, ThreatModel(0.08), **{**base, "num_steps": 20})
+    restarts = pgd_accuracy(model, data, ThreatModel(0.08), **base, num_restarts=4)
+    clean = clean_accuracy(model, data, batch_size=200)
+    assert clean.accuracy > weak.accuracy > strong.accuracy >= more.accuracy
+    assert strong.accuracy >= restarts.accuracy
+
+
+def test_examples_outside_the_ball_do_not_count() -> None:
+    model, data = network(), images()
+    threat = ThreatModel(0.1)
+    far = data.x.clone()
+    far[0] = (data.x[0] + 0.3).clamp(0, 1)
+    far[1, 0, 0, 0] = 1.0001
+    far[2, 0, 0, 0] = float("nan")
+    far[3] = (data.x[3] + 0.1).clamp(0, 1)
+    with evaluation_mode(model):
+        still, x_adv, rejected = accept(model, data.x, data.y, far, threat)
+        assert rejected == 3
+        assert torch.equal(x_adv[:3], data.x[:3]) and torch.equal(x_adv[3], far[3])
+        assert torch.equal(still, predict(model, x_adv, 24).argmax(1) == data.y)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_threat_model_boundary(norm: str) -> None:
+    x = torch.full((2, 1, 4, 4), 0.5, dtype=torch.float64)
+    step = 0.2 if norm == "Linf" else 0.05
+    inside, outside = x + step, x + step * 1.0001
+    threat = ThreatModel(0.2, norm)  # type: ignore[arg-type]
+    assert threat.allows(x, inside).all() and not threat.allows(x, outside).any()
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan")])
+def test_images_out_of_range(value: float) -> None:
+    data = images()
+    data.x[3, 0, 2, 2] = value
+    with pytest.raises(ValueError, match="images must"):
+        clean_accuracy(network(), data, batch_size=8)
+
+
+def test_negative_eps() -> None:
+    with pytest.raises(ValueError, match=r"eps must be >= 0, got -0\.1"):
+        ThreatModel(-0.1)
+
+
+def test_tf32_is_off_inside_and_restored() -> None:
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with evaluation_mode(create_model("resnet8", 10, 1)):
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags

@@ -1,0 +1,141 @@
+"""SWA and EMA against their definitions; BatchNorm statistics re-estimated on both branches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from arat_fast.attacks import PGD
+from arat_fast.config import AverageConfig
+from arat_fast.data.batches import Batch
+from arat_fast.models import SplitBatchNorm2d, convert_split_batch_norm
+from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
+
+
+def network(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+        )
+    return convert_split_batch_norm(model).double()
+
+
+def perturbed(model: nn.Module, step: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(step)
+    result = copy.deepcopy(model)
+    for value in [*result.parameters(), *result.buffers()]:
+        if value.is_floating_point():
+            value.data += (
+                0.1 * torch.randn(value.shape, generator=generator, dtype=value.dtype).abs()
+            )
+    return result
+
+
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Batch(
+            torch.rand(n, 1, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(5, (n,), generator=generator),
+        )
+        for n in (8, 8, 3)
+    ]
+
+
+def test_swa_is_the_mean_of_the_taken_weights() -> None:
+    average = WeightAverage(AverageConfig("swa", every=3), start_step=4)
+    base, taken = network(0), []
+    for step in range(14):
+        model = perturbed(base, step)
+        average.update(model, step)
+        if step in (4, 7, 10, 13):
+            taken.append(model)
+    assert average.num_averaged == 4 and not average.statistics_fresh
+    assert average.model is not None
+    for values in zip(average.model.parameters(), *(m.parameters() for m in taken), strict=True):
+        torch.testing.assert_close(values[0].data, torch.stack(values[1:]).mean(0).data)
+
+
+def test_ema_of_parameters_and_statistics() -> None:
+    average = WeightAverage(AverageConfig("ema", every=1, decay=0.7), start_step=0)
+    models = [perturbed(network(0), step) for step in range(4)]
+    for step, model in enumerate(models):
+        average.update(model, step)
+    assert average.model is not None and average.statistics_fresh
+    for name, value in average.model.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        expected = models[0].state_dict()[name]
+        for model in models[1:]:
+            expected = 0.7 * expected + 0.3 * model.state_dict()[name]
+        torch.testing.assert_close(value, expected)
+
+
+def test_no_average() -> None:
+    average = WeightAverage(AverageConfig("none"), start_step=0)
+    average.update(network(0), 0)
+    assert average.model is None and average.state_dict()["model"] is None
+
+
+def test_state_goes_on_exactly() -> None:
+    config = AverageConfig("swa", every=1)
+    whole, first = WeightAverage(config, 0), WeightAverage(config, 0)
+    models = [perturbed(network(0), step) for step in range(5)]
+    for step, model in enumerate(models):
+        whole.update(model, step)
+        if step < 3:
+            first.update(model, step)
+    second = WeightAverage(config, 0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()), network(1))
+    for step in (3, 4):
+        second.update(models[step], step)
+    assert whole.model is not None and second.model is not None
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_refresh_fills_both_branches() -> None:
+    model, data = network(0), batches()
+    attack = PGD(eps=0.2, alpha=0.1, num_steps=2)
+    layer = model[1]
+    assert isinstance(layer, SplitBatchNorm2d)
+    layer.running_mean.fill_(9)
+    layer.running_var.fill_(9)
+    model.eval()
+    inputs: dict[str, list[torch.Tensor]] = {"clean": [], "adv": []}
+    conv = model[0]
+    conv.register_forward_hook(
+        lambda module, args, output: (
+            inputs[layer.branch].append(output.detach()) if layer.statistics is None else None
+        )
+    )
+    refresh_batch_norm(model, data, attack, torch.Generator().manual_seed(0))
+    assert not model.training and layer.momentum == 0.1
+    total = sum(len(x) for x, _ in data)
+    for row, branch in enumerate(("clean", "adv")):
+        mean = sum(len(v) * v.mean((0, 2, 3)) for v in inputs[branch]) / total
+        var = sum(len(v) * v.var((0, 2, 3)) for v in inputs[branch]) / total
+        torch.testing.assert_close(layer.running_mean[row], mean)
+        torch.testing.assert_close(layer.running_var[row], var)
+    assert not torch.allclose(layer.running_mean[0], layer.running_mean[1])
+
+
+def test_refresh_of_an_ordinary_network_sees_adversarial_examples() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 5)).double()
+    data = batches()
+    refresh_batch_norm(model, data, None)
+    total = sum(len(x) for x, _ in data)
+    expected = sum(len(x) * x.mean((0, 2, 3)) for x, _ in data) / total
+    torch.testing.assert_close(model[0].running_mean, expected)
+    refresh_batch_norm(model, data, PGD(eps=0.3, alpha=0.3, num_steps=1))
+    assert not torch.allclose(model[0].running_mean, expected)
+
+
+@pytest.mark.parametrize("fields", [{"start": 1.0}, {"every": 0}, {"decay": 1.0}])
+def test_values_out_of_range(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"average.{next(iter(fields))}"):
+        AverageConfig(**fields)  # type: ignore[arg-type]

@@ -1,0 +1,187 @@
+"""A run that is interrupted and resumed ends with the very tensors of one that is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_trainer
+from torch import Tensor
+
+from arat_fast.config import Config
+from arat_fast.training.checkpoint import load_checkpoint
+from arat_fast.training.interrupt import InterruptedRun
+from arat_fast.training.loop import Trainer
+
+STEPS_PER_EPOCH = 4
+
+
+def interrupt_after(trainer: Trainer, steps: int, number: int = signal.SIGINT) -> None:
+    """Send the signal to this process during the step with that 1-based count."""
+    step = trainer.train_step
+    calls = 0
+
+    def counting(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == steps:
+            os.kill(os.getpid(), number)
+        return step(x, y)
+
+    trainer.train_step = counting  # type: ignore[assignment]
+
+
+def tensors(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state by its path, without wall times."""
+    if isinstance(value, dict):
+        return {
+            k: v for key, item in value.items() for k, v in tensors(item, f"{path}/{key}").items()
+        }
+    if isinstance(value, list):
+        return {
+            k: v for i, item in enumerate(value) for k, v in tensors(item, f"{path}/{i}").items()
+        }
+    return {path: value}
+
+
+def metric_lines(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def assert_same_end(left: Path, right: Path) -> None:
+    states = [tensors(load_checkpoint(run / "checkpoint.pt")) for run in (left, right)]
+    ignored = {"/train_seconds", "/metrics_bytes"}
+    assert states[0].keys() == states[1].keys()
+    compared = 0
+    for path, value in states[0].items():
+        other = states[1][path]
+        if isinstance(value, Tensor):
+            assert torch.equal(value, other), path
+            compared += 1
+        elif path not in ignored:
+            assert value == other, path
+    assert compared > 50
+    exported = [exported_weights(run) for run in (left, right)]
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(value, exported[1][name]) for name, value in exported[0].items())
+
+
+def exported_weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    tiny_trainer(out).run()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("steps", "number", "exit_code"),
+    [
+        (2 * STEPS_PER_EPOCH, signal.SIGINT, 130),
+        (STEPS_PER_EPOCH + 2, signal.SIGTERM, 75),
+        (1, signal.SIGINT, 130),
+    ],
+)
+def test_resumed_run_equals_uninterrupted(
+    uninterrupted: Path, tmp_path: Path, steps: int, number: int, exit_code: int
+) -> None:
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out)
+    interrupt_after(trainer, steps, number)
+    with pytest.raises(InterruptedRun, match=f"step {steps} of 16") as stopped:
+        trainer.run()
+    assert stopped.value.exit_code == exit_code
+    torch.rand(3)  # what else happens in the process must not matter
+    resumed = tiny_trainer(out, resume=True)
+    assert resumed.step == steps
+    resumed.run()
+    assert_same_end(uninterrupted, out)
+
+
+def test_epoch_boundary_leaves_the_same_metrics(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out)
+    interrupt_after(trainer, 2 * STEPS_PER_EPOCH + 1)
+    with pytest.raises(InterruptedRun):
+        trainer.run()
+    # Lines after the checkpoint, as a killed process leaves them.
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 999')
+    tiny_trainer(out, resume=True).run()
+    lines = metric_lines(out)
+    assert all(line["step"] != 999 for line in lines)
+    whole = [line for line in metric_lines(uninterrupted) if line["kind"] == "eval"]
+    assert [line for line in lines if line["kind"] == "eval"] == whole
+
+
+@pytest.mark.parametrize("kind", ["swa", "none"])
+def test_resume_with_other_averages(tmp_path: Path, kind: str) -> None:
+    config = tiny_config(epochs=3, kind=kind, start=0.3, every=2)
+    tiny_trainer(tmp_path / "whole", config).run()
+    trainer = tiny_trainer(tmp_path / "cut", config)
+    interrupt_after(trainer, 9)
+    with pytest.raises(InterruptedRun):
+        trainer.run()
+    tiny_trainer(tmp_path / "cut", config, resume=True).run()
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_with_official_switches(tmp_path: Path) -> None:
+    config = tiny_config(epochs=2)
+    config = dataclasses.replace(
+        config,
+        attack=dataclasses.replace(config.attack, bn="batch_update"),
+        objective=dataclasses.replace(config.objective, balance="probe"),
+        step=dataclasses.replace(config.step, noisy_clean=True),
+    )
+    tiny_trainer(tmp_path / "whole", config).run()
+    trainer = tiny_trainer(tmp_path / "cut", config)
+    interrupt_after(trainer, 5)
+    with pytest.raises(InterruptedRun):
+        trainer.run()
+    tiny_trainer(tmp_path / "cut", config, resume=True).run()
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_finished_run_is_not_overwritten(uninterrupted: Path) -> None:
+    before = (uninterrupted / "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="--resume"):
+        tiny_trainer(uninterrupted)
+    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+
+
+def other_rate(config: Config) -> Config:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.3))
+
+
+def test_resume_refuses_another_configuration(uninterrupted: Path) -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.lr=0\.1, got optimizer\.lr=0\.3"):
+        tiny_trainer(uninterrupted, other_rate(tiny_config()), resume=True)
+
+
+def test_resume_of_a_cut_checkpoint_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    content = (uninterrupted / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        tiny_trainer(tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.pt").stat().st_size == len(content) // 2
+
+
+def test_seeds_differ_and_repeat(uninterrupted: Path, tmp_path: Path) -> None:
+    config = tiny_config(epochs=1)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        tiny_trainer(tmp_path / name, dataclasses.replace(config, seed=seed)).run()
+    assert_same_end(tmp_path / "a", tmp_path / "b")
+    first, other = (exported_weights(tmp_path / name) for name in "ac")
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
