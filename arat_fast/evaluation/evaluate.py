@@ -93,7 +93,7 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     """Logits (N, classes) of images (N, C, H, W), ``batch_size`` at a time."""
-    return torch.cat([model(chunk) for chunk in x.split(batch_size)])
+    return torch.cat([model(chunk) for chunk in torch.split(x, batch_size)])
 
 
 def clean_accuracy(
@@ -153,7 +153,9 @@ def pgd_accuracy(
     generator = torch.Generator(images.x.device).manual_seed(seed)
     correct, x_adv, rejected, done = [], [], 0, 0
     with evaluation_mode(model):
-        pairs = zip(images.x.split(batch_size), images.y.split(batch_size), strict=True)
+        pairs = zip(
+            torch.split(images.x, batch_size), torch.split(images.y, batch_size), strict=True
+        )
         for x, y in pairs:
             candidate = attack(model, x, y, generator=generator)
             still, adversarial, outside = accept(model, x, y, candidate, threat)

@@ -36,7 +36,8 @@ class ARAT(Objective):
         predictor: pass the source of the invariance loss through a predictor.
         direction: which features move: "adv_to_clean" (published: adversarial features towards
             clean ones), "clean_to_adv", "both" (mean of the two; each side is source once, through
-            the same predictor, and target once), or "symmetric" (one term, gradient to both sides; has neither stop-gradient nor predictor).
+            the same predictor, and target once), or "symmetric" (one term, gradient to both sides;
+            has neither stop-gradient nor predictor).
         auto_balance: w_adv = a and w_clean = 1 - a, with a the clean training accuracy; else the
             weights below.
         w_adv, w_clean: fixed weights of the two classification losses, >= 0.

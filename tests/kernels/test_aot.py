@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,22 @@ def test_compiles_well(case: AotCase, target: Target) -> None:
             assert widths and set(widths) == {16}, f"{name}: {report.accesses[name]}"
     elif case.bulk:
         assert 16 in [width for _, width in report.accesses[""]]
+
+
+def test_narrow_accesses_are_seen() -> None:
+    """60 channels are no multiple of 16: what the check above looks for is not there."""
+    name = "split_batch_norm_statistics_kernel[bf16, C 60]"
+    case = next(case for case in CASES if case.name == name)
+    report = compile_case(case, TARGETS["sm_90"])
+    assert max(width for _, width in report.accesses["x_ptr"]) < 16
+    assert {direction for direction, _ in report.accesses["partial_ptr"]} == {"store"}
+
+
+def test_incomplete_case_is_refused() -> None:
+    case = CASES[0]
+    broken = replace(case, signature={**case.signature, "nonsense": "i32"})
+    with pytest.raises(ValueError, match="not arguments of the kernel \\['nonsense'\\]"):
+        compile_case(broken, TARGETS["sm_90"])
 
 
 def test_committed_table_lists_the_kernels_there_are() -> None:

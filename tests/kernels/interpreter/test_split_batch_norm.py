@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.split_batch_norm_cases import Case, call, make, run, truth
+from kernels.split_batch_norm_cases import Case, Inputs, call, make, run, truth
 from kernels.split_batch_norm_group import check_two_processes
 from kernels.support import assert_within_budget, few, generator
 from torch import Tensor
@@ -240,6 +240,29 @@ def test_weight_gradient_alone_computes_no_input_gradient(monkeypatch: pytest.Mo
     expected = truth(case, inputs)["gradient of weight"]
     baseline = run(case, inputs, "reference")["gradient of weight"]
     assert_within_budget(got, expected, baseline)
+
+
+@pytest.mark.parametrize("unused", ["y", "pooled"])
+def test_backward_call_with_one_output_unused(unused: str) -> None:
+    case = Case(dtype=torch.float64)
+    inputs = make(case)
+    grads = []
+    for impl in ("triton", "reference"):
+        leaves = {
+            name: getattr(inputs, name).clone().requires_grad_()
+            for name in ("x", "residual", "weight", "bias")
+        }
+        fresh = make(case)
+        y, pooled = call(case, Inputs(**{**vars(fresh), **leaves}), impl)
+        used, upstream = (pooled, inputs.upstream[1])
+        if unused == "pooled":
+            used, upstream = (y, inputs.upstream[0])
+        used.backward(upstream)
+        grads.append([leaf.grad for leaf in leaves.values()])
+    for got, expected in zip(*grads, strict=True):
+        # The reference has no gradient, the operator a gradient of zeros, for what plays no part.
+        expected = torch.zeros_like(got) if expected is None else expected
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_no_mask_is_stored_where_nothing_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,57 @@
+"""The README's library example runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torchvision
+
+from arat_fast.attacks import PGD
+from arat_fast.models import convert_split_batch_norm
+from arat_fast.objectives import ARAT
+from arat_fast.training.step import make_train_step
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_library_example() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(snippets) == 1
+    assert len(snippets[0].strip().splitlines()) <= 8
+    generator = torch.Generator().manual_seed(0)
+    loader = [
+        (
+            torch.rand(4, 3, 32, 32, generator=generator),
+            torch.randint(10, (4,), generator=generator),
+        )
+    ]
+    names = {
+        "ARAT": ARAT,
+        "PGD": PGD,
+        "convert_split_batch_norm": convert_split_batch_norm,
+        "device": "cpu",
+        "loader": loader,
+        "make_train_step": make_train_step,
+        "torch": torch,
+        "torchvision": torchvision,
+    }
+    exec(snippets[0], names)
+    metrics = names["metrics"]
+    assert isinstance(metrics, dict)
+    assert set(metrics) == {
+        "loss",
+        "ce_adv",
+        "ce_clean",
+        "invariance/layer4.1.bn1",
+        "invariance/layer4.1.bn2",
+        "accuracy_clean",
+        "accuracy_adv",
+    }
+    assert metrics["loss"].isfinite()
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
+        assert (README.parent / target).exists(), target
