@@ -15,7 +15,7 @@ from arat_kernels.split_batch_norm import split_batch_norm
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(64, 32, 32), (512, 4, 4), (640, 8, 8), (3, 17, 5), (16, 224, 224), (4096, 1, 1)]
+SHAPES = [(64, 32, 32), (512, 4, 4), (640, 8, 8), (3, 17, 5), (16, 56, 56), (4096, 1, 1)]
 
 
 def check(case: Case) -> None:
@@ -70,6 +70,11 @@ def test_every_combination_of_options(
             training=training,
         )
     )
+
+
+@pytest.mark.parametrize("channels", [1, 64])
+def test_large_images(channels: int) -> None:
+    check(Case(sizes=(1, 2), channels=channels, height=224, width=224, dtype=torch.bfloat16))
 
 
 def test_nchw_and_unaligned_pointers() -> None:
