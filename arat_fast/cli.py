@@ -254,8 +254,9 @@ def _parse(
 
 def _one_line(complaint: str) -> str:
     """The sentence inside a box that tyro draws: between the title and the hints."""
-    lines = [line.strip(" │╭╮╰╯─-\t") for line in complaint.splitlines()]
-    text = " ".join(line for line in lines[1:] if line)
+    lines = [line.strip(" │╭╮╰╯─\t") for line in complaint.splitlines()]
+    lines = [line for line in lines if line.strip("-")]
+    text = " ".join(lines[1:])
     return re.split(r"\s*(?:Argument helptext:|For full helptext|Default:)", text)[0].rstrip(". ")
 
 
