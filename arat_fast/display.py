@@ -64,6 +64,7 @@ class TrainingBar:
             TextColumn("{task.fields[status]}"),
             console=display.console,
             disable=not self.is_terminal,
+            speed_estimate_period=300,
         )
         self.task = self.progress.add_task("training", total=total_steps, completed=done, status="")
 
@@ -75,9 +76,12 @@ class TrainingBar:
         """Set the text beside the bar."""
         self.progress.update(self.task, status=status)
 
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Name the epoch that begins, counted from 1."""
+        self.progress.update(self.task, description=f"epoch {epoch}/{epochs}")
+
     def end_epoch(self, epoch: int, epochs: int, status: str) -> None:
-        """An epoch is done; printed as a line where there is no bar."""
-        self.progress.update(self.task, description=f"epoch {min(epoch + 1, epochs)}/{epochs}")
+        """Print a line for the epoch that is done, where there is no bar."""
         if not self.is_terminal:
             self.display.say(f"epoch {epoch}/{epochs}  {status}")
 

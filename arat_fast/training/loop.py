@@ -179,9 +179,9 @@ class Trainer:
 
     def _train(self, bar: TrainingBar, stop: StopRequest) -> None:
         config = self.config
-        since_log = time.perf_counter()
         while self.step < self.total_steps:
             epoch, start_batch = divmod(self.step, self.steps_per_epoch)
+            bar.start_epoch(epoch + 1, config.train.epochs)
             if start_batch == 0:
                 self._start_epoch(epoch)
             logged, samples, since_log = self.step, 0, time.perf_counter()
