@@ -30,7 +30,7 @@ def _round_to_bf16(value):
 def _draw(rng_ptr, sample, places):
     """First row and column of the crop in [0, places), and the flip bit."""
     w0, w1, w2, _ = philox.random_words(rng_ptr, sample + tl.zeros((1,), tl.int64), _STREAM)
-    places = tl.zeros((1,), tl.uint32) + places.to(tl.uint32)
+    places = (tl.zeros((1,), tl.int32) + places).to(tl.uint32)
     top = tl.sum(tl.umulhi(w0, places).to(tl.int32))
     left = tl.sum(tl.umulhi(w1, places).to(tl.int32))
     return top, left, tl.sum((w2 >> 31).to(tl.int32))
