@@ -106,18 +106,23 @@ class AverageConfig:
     exponential mean of parameters and statistics."""
     start: float = 0.75
     """Share of the epochs done before averaging starts, in [0, 1); with 100 epochs, at epoch 76."""
-    every: int = 500
-    """Steps between two averaged weights; >= 1."""
+    every: int | None = None
+    """Steps between two averaged weights; >= 1; default 500 for swa, 1 for ema."""
     decay: float = 0.999
     """ema: weight of the old mean, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
             raise ValueError(f"average.start must be in [0, 1), got {self.start}")
-        if self.every < 1:
+        if self.every is not None and self.every < 1:
             raise ValueError(f"average.every must be >= 1, got {self.every}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"average.decay must be in [0, 1), got {self.decay}")
+
+    @property
+    def interval(self) -> int:
+        """Steps between two averaged weights."""
+        return self.every or {"none": 1, "swa": 500, "ema": 1}[self.kind]
 
 
 @dataclass(frozen=True)

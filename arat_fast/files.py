@@ -24,6 +24,13 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         OSError: the file cannot be written; the message names it.
     """
+    try:
+        _write_atomic(path, write)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

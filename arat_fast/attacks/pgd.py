@@ -85,19 +85,28 @@ class PGD:
         """
         per_sample = loss_fn if loss_fn is not None else _cross_entropy(y)
         with use_branch(model, "adv"), use_statistics(model, self.bn):
-            best = self._run(model, x, per_sample, self._start(x, generator, noise))
+            best = self._run(model, x, per_sample, self.start(x, generator, noise))
             if self.num_restarts == 1:
                 return best
             best_loss = _loss_without_grad(model, best, per_sample)
             for _ in range(self.num_restarts - 1):
-                x_adv = self._run(model, x, per_sample, self._start(x, generator, None))
+                x_adv = self._run(model, x, per_sample, self.start(x, generator))
                 loss = _loss_without_grad(model, x_adv, per_sample)
                 stronger = loss > best_loss
                 best = torch.where(stronger.view(-1, 1, 1, 1), x_adv, best)
                 best_loss = torch.where(stronger, loss, best_loss)
             return best
 
-    def _start(self, x: Tensor, generator: torch.Generator | None, noise: Tensor | None) -> Tensor:
+    def start(
+        self, x: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Where the attack on ``x`` starts: a random point of the ball, or ``x`` itself.
+
+        Args:
+            x: images (N, C, H, W).
+            generator: source of the random start, on the device of ``x``.
+            noise: added to ``x`` instead of a random draw; shape of ``x``.
+        """
         if noise is not None:
             return x + noise
         if not self.random_start:

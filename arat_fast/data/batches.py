@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -51,6 +52,21 @@ def seeded_generator(*key: int) -> torch.Generator:
     sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
     seed = sequence.generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def stream_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator for one use of a run's seed, on ``device``.
+
+    Two uses of one seed would draw the same numbers: the first random start of an attack would
+    repeat the initial weights.
+
+    Args:
+        seed: of the run, >= 0.
+        name: of the use.
+        device: where it draws.
+    """
+    stream = seeded_generator(seed, zlib.crc32(name.encode()), 0, 0).initial_seed()
+    return torch.Generator(device).manual_seed(stream)
 
 
 def check_samples(images: Tensor, labels: Tensor, num_classes: int, max_value: int) -> None:

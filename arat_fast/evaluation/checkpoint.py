@@ -13,6 +13,7 @@ from torch import nn
 from arat_fast.build import build_model
 from arat_fast.config import Config, config_from_dict
 from arat_fast.data import DataSplits, load_data
+from arat_fast.data.batches import stream_generator
 from arat_fast.device import describe_device, resolve_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.evaluation.evaluate import ImageSet
@@ -71,8 +72,9 @@ def evaluate_checkpoint(
     target = resolve_device(device)
     content = None if path.suffix == ".safetensors" else read_checkpoint_file(path)
     state = load_checkpoint(path) if is_training_checkpoint(content) else None
+    trained: Config | None = None
     if state is not None:
-        config = config_from_dict(state["config"])
+        trained = config = config_from_dict(state["config"])
     elif recipe is not None:
         config = recipe_by_name(recipe)
     else:
@@ -88,8 +90,8 @@ def evaluate_checkpoint(
     data = load_data(
         config.data, device=target, seed=config.seed, eval_batch_size=config.eval.batch_size
     )
-    if state is not None:
-        model, weights = _from_training(state, config, data, target, path)
+    if state is not None and trained is not None:
+        model, weights = _from_training(state, trained, data, target, path)
     else:
         model, weights = _from_weights(path, config, data), "file"
     model = model.to(target)
@@ -135,7 +137,8 @@ def _from_training(
             model,
             data.train.epoch(config.train.epochs),
             None if config.objective.name == "natural" else config.attack,
-            torch.Generator(device).manual_seed(config.seed),
+            stream_generator(config.seed, "refresh", device),
+            mixture=config.objective.name == "arat",
         )
     return model, config.average.kind
 

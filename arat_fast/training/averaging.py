@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,7 +39,7 @@ class WeightAverage:
         """Take in the weights after ``step`` (0-based), where it is one of those to be averaged."""
         if self.config.kind == "none" or step < self.start_step:
             return
-        if (step - self.start_step) % self.config.every:
+        if (step - self.start_step) % self.config.interval:
             return
         if self.model is None:
             self.model = copy.deepcopy(model).requires_grad_(False)
@@ -87,23 +88,30 @@ def refresh_batch_norm(
     batches: Iterable[Batch],
     attack: PGD | None,
     generator: torch.Generator | None = None,
+    mixture: bool = False,
 ) -> None:
     """Re-estimate the running statistics of every BatchNorm2d, both branches, with one pass.
 
     The adversarial branch sees adversarial examples of the network itself, the clean branch clean
-    images; every sample has the same weight. A network without split BatchNorm sees what it was
-    trained on: adversarial examples, or clean images where there is no attack.
+    images; every sample has the same weight. A network without split BatchNorm sees adversarial
+    examples, or clean images where there is no attack, or both.
 
     Args:
         model: the network; its statistics are changed in place, its mode is kept.
         batches: one epoch of training batches.
-        attack: makes the adversarial examples; None for a network trained without.
+        attack: makes the adversarial examples, with the statistics of each batch whatever its
+            ``bn`` says: running statistics are what is being estimated. None for a network trained
+            without.
         generator: source of the random starts.
+        mixture: a network without split BatchNorm that was trained on clean and adversarial images
+            in one batch; it sees both.
     """
     layers = [m for m in model.modules() if isinstance(m, (SplitBatchNorm2d, nn.BatchNorm2d))]
     if not layers:
         return
     split = any(isinstance(layer, SplitBatchNorm2d) for layer in layers)
+    if attack is not None:
+        attack = dataclasses.replace(attack, bn="batch")
     momenta = [layer.momentum for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     for layer in layers:
@@ -124,7 +132,7 @@ def refresh_batch_norm(
                 layer.momentum = len(x) / seen
             with torch.no_grad():
                 with use_branch(model, "adv"):
-                    model(x_adv)
+                    model(torch.cat([x, x_adv]) if mixture and not split else x_adv)
                 if split:
                     with use_branch(model, "clean"):
                         model(x)

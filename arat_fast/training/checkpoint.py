@@ -32,8 +32,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         cause = error.__context__
         reason = cause if isinstance(cause, OSError) else error
         raise OSError(f"cannot write {path}: {reason}") from error
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from arat_fast.build import build_model, build_objective
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.data import load_data
+from arat_fast.data.batches import Batch, stream_generator
 from arat_fast.device import (
     describe_device,
     resolve_device,
@@ -105,7 +107,7 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
             nesterov=config.optimizer.nesterov,
         )
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.generator = stream_generator(config.seed, "attack", self.device)
         self.train_step = make_train_step(
             self.model,
             self.objective,
@@ -118,7 +120,7 @@ class Trainer:
         self.steps_per_epoch = len(self.data.train)
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self.average = WeightAverage(
-            config.average, round(config.average.start * config.train.epochs) * self.steps_per_epoch
+            config.average, int(config.average.start * config.train.epochs) * self.steps_per_epoch
         )
         self.metrics = StepMetrics()
         self.step = 0
@@ -141,7 +143,8 @@ class Trainer:
 
         Raises:
             InterruptedRun: Ctrl-C or SIGTERM came; the state is saved.
-            NotFiniteError: a loss became NaN; names the step, the term and the last checkpoint.
+            NotFiniteError: a loss or a weight became NaN; names the step, the term and the last
+                checkpoint.
             OSError: a file could not be written; the checkpoint before is whole.
         """
         resumed = f" from step {self.step}" if self.step else ""
@@ -154,74 +157,71 @@ class Trainer:
             with stop_on_signals() as stop:
                 with self.display.training(self.total_steps, self.step) as bar:
                     self._train(bar, stop)
-                model, kind = self.deployed()
-                self._save()
+                model, kind = self._deploy(stop)
             return self._finish(model, kind)
+        except (NotFiniteError, OSError) as error:
+            # The disk may be what failed.
+            with suppress(OSError):
+                write_json(
+                    self.out / "summary.json", {**self._summary("failed"), "reason": str(error)}
+                )
+            raise
         finally:
             self.metrics_file.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
 
-    def deployed(self) -> tuple[nn.Module, str]:
-        """The weights that are evaluated and exported, the average if there is one; their name."""
-        if self.average.model is None:
-            return self.model, "last"
-        if not self.average.statistics_fresh:
-            natural = not self.objective.needs_attack
-            refresh_batch_norm(
-                self.average.model,
-                self.data.train.epoch(self.config.train.epochs),
-                None if natural else self.config.attack,
-                torch.Generator(self.device).manual_seed(self.config.seed),
-            )
-            self.average.statistics_fresh = True
-        return self.average.model, self.config.average.kind
-
     def _train(self, bar: TrainingBar, stop: StopRequest) -> None:
-        config = self.config
+        epochs = self.config.train.epochs
         while self.step < self.total_steps:
             epoch, start_batch = divmod(self.step, self.steps_per_epoch)
-            bar.start_epoch(epoch + 1, config.train.epochs)
+            bar.start_epoch(epoch + 1, epochs)
             if start_batch == 0:
+                # Here, after the checkpoint of the epoch before, so that a resumed run does it too.
+                self._evaluate_if_due(epoch)
                 self._start_epoch(epoch)
-            logged, samples, since_log = self.step, 0, time.perf_counter()
-            for x, y in self.data.train.epoch(epoch, start_batch):
-                if config.step.channels_last:
-                    x = x.contiguous(memory_format=torch.channels_last)
-                rate = learning_rate(
-                    config.schedule,
-                    config.optimizer.lr,
-                    self.step,
-                    self.steps_per_epoch,
-                    config.train.epochs,
-                )
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.metrics.add(self.step, self.train_step(x, y), len(x))
-                self.average.update(self.model, self.step)
-                self.step += 1
-                samples += len(x)
-                bar.advance()
-                last = self.step % self.steps_per_epoch == 0
-                if self.step - logged >= config.train.log_every or last or stop.signal:
-                    values = self._read_metrics()
-                    seconds = time.perf_counter() - since_log
-                    self.train_seconds += seconds
-                    self._log(bar, values, rate, samples / seconds)
-                    logged, samples, since_log = self.step, 0, time.perf_counter()
-                if stop.signal:
-                    self._save()
-                    write_json(self.out / "summary.json", self._summary("interrupted"))
-                    raise InterruptedRun(
-                        f"stopped at step {self.step} of {self.total_steps}; the state is in "
-                        f"{self.checkpoint_path}: go on with --resume",
-                        stop.exit_code,
-                    )
-            self._end_epoch(epoch + 1, bar)
+            self._train_epoch(epoch, start_batch, bar, stop)
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch(epoch + 1, bar)
+            if stop.signal:
+                self._stop(stop)
+
+    def _train_epoch(
+        self, epoch: int, start_batch: int, bar: TrainingBar, stop: StopRequest
+    ) -> None:
+        """The steps of an epoch from ``start_batch`` on, or until a signal comes."""
+        config = self.config
+        logged, samples, since_log = self.step, 0, time.perf_counter()
+        for x, y in self.data.train.epoch(epoch, start_batch):
+            if config.step.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            rate = learning_rate(
+                config.schedule,
+                config.optimizer.lr,
+                self.step,
+                self.steps_per_epoch,
+                config.train.epochs,
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.metrics.add(self.step, self.train_step(x, y), len(x))
+            self.average.update(self.model, self.step)
+            self.step += 1
+            samples += len(x)
+            bar.advance()
+            last = self.step % self.steps_per_epoch == 0
+            if self.step - logged >= config.train.log_every or last or stop.signal:
+                values = self._read_metrics()
+                seconds = time.perf_counter() - since_log
+                self.train_seconds += seconds
+                self._log(bar, values, rate, samples / seconds)
+                logged, samples, since_log = self.step, 0, time.perf_counter()
+            if stop.signal:
+                return
 
     def _start_epoch(self, epoch: int) -> None:
         self.metrics.start_epoch()
-        if self.config.objective.balance == "probe":
+        if self.config.objective.balance == "probe" and self.config.objective.name == "arat":
             self.clean_accuracy = self._probe(epoch)
         self.objective.start_epoch(self.clean_accuracy)
 
@@ -230,16 +230,53 @@ class Trainer:
         accuracy = self.metrics.epoch_mean("accuracy_clean")
         if accuracy is not None:
             self.clean_accuracy = accuracy
-        means = {name: self.metrics.epoch_mean(name) for name in self.metrics.names}
+        means = {name: self.metrics.epoch_mean(name) for name in self.metrics.epoch_sums}
         rate = self._images_seen() / max(self.train_seconds, 1e-9)
         bar.end_epoch(done, config.train.epochs, _status(means, rate))
-        final = done == config.train.epochs
-        if config.train.eval_every and done % config.train.eval_every == 0 and not final:
-            self._evaluate(done, "last", self.model)
-            if self.average.model is not None and self.config.average.kind == "ema":
-                self._evaluate(done, "ema", self.average.model)
-        if done % config.train.checkpoint_every == 0 and not final:
+        if done % config.train.checkpoint_every == 0 or done == config.train.epochs:
             self._save()
+
+    def _deploy(self, stop: StopRequest) -> tuple[nn.Module, str]:
+        """The weights that are evaluated and exported, the average if there is one; their name."""
+        if self.average.model is None:
+            return self.model, "last"
+        if not self.average.statistics_fresh:
+            self.display.say("re-estimating the BatchNorm statistics of the averaged weights")
+            refresh_batch_norm(
+                self.average.model,
+                self._refresh_batches(stop),
+                self.config.attack if self.objective.needs_attack else None,
+                stream_generator(self.config.seed, "refresh", self.device),
+                mixture=self.config.objective.name == "arat",
+            )
+            self.average.statistics_fresh = True
+            self._save()
+        return self.average.model, self.config.average.kind
+
+    def _refresh_batches(self, stop: StopRequest) -> Iterator[Batch]:
+        """One more epoch; the weights are saved already, and a signal leaves that checkpoint."""
+        for batch in self.data.train.epoch(self.config.train.epochs):
+            if stop.signal:
+                self._stop(stop, save=False)
+            yield batch
+
+    def _stop(self, stop: StopRequest, save: bool = True) -> None:
+        if save:
+            self._save()
+        write_json(self.out / "summary.json", self._summary("interrupted"))
+        raise InterruptedRun(
+            f"stopped at step {self.step} of {self.total_steps}; the state is in "
+            f"{self.checkpoint_path}: go on with --resume",
+            stop.exit_code,
+        )
+
+    def _evaluate_if_due(self, done: int) -> None:
+        every = self.config.train.eval_every
+        if not every or not done or done % every:
+            return
+        self._evaluate(done, "last", self.model)
+        if self.average.model is not None and self.config.average.kind == "ema":
+            self._evaluate(done, "ema", self.average.model)
 
     def _probe(self, epoch: int) -> float:
         """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""
@@ -287,12 +324,7 @@ class Trainer:
         try:
             return self.metrics.read()
         except NotFiniteError as error:
-            kept = (
-                f"the last good checkpoint is {self.checkpoint_path}"
-                if self.checkpoint_path.exists()
-                else "there is no checkpoint yet"
-            )
-            raise NotFiniteError(f"{error}; {kept}") from error
+            raise NotFiniteError(f"{error}; {self._last_checkpoint()}") from error
 
     def _log(
         self, bar: TrainingBar, values: dict[str, float], rate: float, images_per_second: float
@@ -317,8 +349,10 @@ class Trainer:
         bar.show(_status(dict(values), images_per_second))
 
     def _save(self) -> None:
+        self._check_weights()
         state = {
             "config": config_to_dict(self.config),
+            "arithmetic": self._arithmetic(),
             "step": self.step,
             "train_seconds": self.train_seconds,
             "clean_accuracy": self.clean_accuracy,
@@ -330,12 +364,44 @@ class Trainer:
             "metrics_bytes": self.metrics_file.sync(),
             "generator": self.generator.get_state(),
             "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "rng_cuda": torch.cuda.get_rng_state(self.device)
+            if self.device.type == "cuda"
+            else None,
         }
         save_checkpoint(self.checkpoint_path, state)
 
+    def _arithmetic(self) -> str:
+        """What the numbers depend on beside the configuration: a run goes on with the same."""
+        return f"{self.precision} on {self.device.type}".removeprefix("torch.")
+
+    def _check_weights(self) -> None:
+        """Never write over a good checkpoint with weights that are NaN.
+
+        Raises:
+            NotFiniteError: names the first tensor that is not finite.
+        """
+        named = {**self.model.state_dict(), **self.objective.state_dict()}
+        floating = {n: v for n, v in named.items() if v.is_floating_point()}
+        finite = torch.stack([value.isfinite().all() for value in floating.values()])
+        if not finite.all():
+            bad = [n for n, ok in zip(floating, finite.tolist(), strict=True) if not ok]
+            raise NotFiniteError(
+                f"the weights stopped being finite at step {self.step}: {bad[0]}; "
+                f"{self._last_checkpoint()}"
+            )
+
+    def _last_checkpoint(self) -> str:
+        if self.checkpoint_path.exists():
+            return f"the last good checkpoint is {self.checkpoint_path}"
+        return "there is no checkpoint yet"
+
     def _restore(self, state: dict[str, Any]) -> int:
         """Take over the state of a checkpoint; the size of metrics.jsonl at that time."""
+        if state["arithmetic"] != self._arithmetic():
+            raise ValueError(
+                f"{self.checkpoint_path} was trained in {state['arithmetic']}, got "
+                f"{self._arithmetic()}: set --train.device and --step.precision to go on with it"
+            )
         load_weights(self.model, state["model"], str(self.checkpoint_path))
         load_weights(self.objective, state["objective"], str(self.checkpoint_path))
         self.optimizer.load_state_dict(state["optimizer"])
@@ -346,8 +412,8 @@ class Trainer:
         self.clean_accuracy = state["clean_accuracy"]
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng_cpu"])
-        if state["rng_cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        if state["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
         size: int = state["metrics_bytes"]
         return size
 

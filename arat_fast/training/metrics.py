@@ -98,13 +98,16 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self.file = open(path, "ab")  # noqa: SIM115  # lives as long as the run
-        self.file.truncate(keep)
+        self.file.truncate(min(keep, path.stat().st_size))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; numbers must be finite."""
         assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
-        self.file.write(json.dumps(values).encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def sync(self) -> int:
         """Bring the file to disk; its size in bytes."""

@@ -59,10 +59,8 @@ class TrainStep:
         self.model.train()
         self.objective.train()
         if self.noisy_clean and self.objective.needs_attack:
-            if noise is None:
-                noise = torch.empty_like(x)
-                noise.uniform_(-self.attack.eps, self.attack.eps, generator=self.generator)
-            x, noise = x + noise, torch.zeros_like(x)
+            x = self.attack.start(x, self.generator, noise)
+            noise = torch.zeros_like(x)
         with self._autocast(x.device.type):
             x_adv = x
             if self.objective.needs_attack:
