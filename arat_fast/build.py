@@ -8,6 +8,7 @@ from torch import nn
 from arat_fast.config import Config
 from arat_fast.data import Batches
 from arat_fast.models.registry import create_model, model_spec
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
 
 
@@ -33,6 +34,10 @@ def build_model(config: Config, data: Batches) -> nn.Module:
     )
     if config.step.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    if config.step.kernels != "auto":
+        for layer in model.modules():
+            if isinstance(layer, SplitBatchNorm2d):
+                layer.impl = config.step.kernels
     return model
 
 

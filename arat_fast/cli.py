@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import tyro
 
 from arat_fast.config import Config
@@ -24,7 +25,8 @@ usage: arat-fast COMMAND ...
 
   arat-fast train RECIPE [--out DIR] [--resume] [--compat official] [overrides]
       Train a recipe, evaluate it and write a report. Overrides name a field of the
-      configuration, for example --train.epochs 30; arat-fast train RECIPE --help lists them.
+      configuration, for example --train.epochs 30 --attack.eps 4/255; arat-fast train RECIPE
+      --help lists them.
   arat-fast eval CHECKPOINT [options]
       Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights or an
       official AR-AT checkpoint.
@@ -126,6 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("arat-fast: interrupted", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        print(
+            f"arat-fast: error: out of memory: {reason}; lower --data.batch-size for training, "
+            "--eval.batch-size for evaluation",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError) as error:
         if os.environ.get("ARAT_FAST_TRACEBACK") == "1":
             raise
@@ -187,8 +197,6 @@ def _report(arguments: list[str]) -> int:
 
 
 def _info(arguments: list[str]) -> int:
-    import torch
-
     from arat_fast.device import describe_device, has_bf16, source_commit, versions
 
     if arguments:
@@ -239,7 +247,8 @@ def _run_name(config: Config) -> str:
 def _parse(
     options: type[Options], arguments: list[str], program: str, default: Options | None = None
 ) -> Options:
-    """tyro's parser, with its multi-line complaint turned into one line."""
+    """tyro's parser; takes fractions such as 8/255, and complains in one line."""
+    arguments = [_decimal(argument) for argument in arguments]
     complaint = io.StringIO()
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -250,6 +259,14 @@ def _parse(
         if stop.code in (0, None):
             raise
         raise UsageError(f"{_one_line(complaint.getvalue())}; see {program} --help") from None
+
+
+def _decimal(argument: str) -> str:
+    """A fraction of numbers as a decimal number, anything else unchanged."""
+    fraction = re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", argument)
+    if fraction is None or float(fraction[2]) == 0:
+        return argument
+    return repr(float(fraction[1]) / float(fraction[2]))
 
 
 def _one_line(complaint: str) -> str:

@@ -158,6 +158,8 @@ class DataConfig:
 class StepConfig:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """bf16 runs under autocast; auto takes it where the device has bf16 arithmetic."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Implementation of the split BatchNorm; auto takes Triton on a GPU, PyTorch elsewhere."""
     channels_last: bool = True
     """Memory format of weights and activations."""
     noisy_clean: bool = False

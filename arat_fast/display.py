@@ -56,6 +56,8 @@ class TrainingBar:
     def __init__(self, display: Display, total_steps: int, done: int) -> None:
         self.display = display
         self.is_terminal = display.console.is_terminal
+        self.name = "training"
+        self.spoke = time.monotonic()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -73,16 +75,22 @@ class TrainingBar:
         self.progress.advance(self.task)
 
     def show(self, status: str) -> None:
-        """Set the text beside the bar."""
+        """Set the text beside the bar; where there is none, a line now and then."""
         self.progress.update(self.task, status=status)
+        now = time.monotonic()
+        if not self.is_terminal and now - self.spoke >= QUIET_SECONDS:
+            self.spoke = now
+            self.display.say(f"  {self.name}  {status}")
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Name the epoch that begins, counted from 1."""
-        self.progress.update(self.task, description=f"epoch {epoch}/{epochs}")
+        self.name = f"epoch {epoch}/{epochs}"
+        self.progress.update(self.task, description=self.name)
 
     def end_epoch(self, epoch: int, epochs: int, status: str) -> None:
         """Print a line for the epoch that is done, where there is no bar."""
         if not self.is_terminal:
+            self.spoke = time.monotonic()
             self.display.say(f"epoch {epoch}/{epochs}  {status}")
 
 

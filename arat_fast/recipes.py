@@ -26,6 +26,9 @@ from arat_fast.config import (
 GAMMA = {"resnet18": 30.0, "wrn34-10": 100.0}
 """Published weight of the invariance loss by network."""
 
+EVAL_BATCH = {"resnet18": 500, "wrn34-10": 200}
+"""Images of 32×32 that are attacked at once, in float32."""
+
 
 def digits() -> Config:
     """scikit-learn's digits at their native 8×8, resnet8: a couple of minutes on two CPU cores."""
@@ -53,6 +56,7 @@ def published(dataset: DatasetName, model: str) -> Config:
         model=ModelConfig(model),
         objective=ObjectiveConfig(gamma=GAMMA[model]),
         data=DataConfig(dataset),
+        eval=EvalConfig(batch_size=EVAL_BATCH[model] // (10 if dataset == "imagenette" else 1)),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from arat_kernels.implementation import Impl
 from arat_kernels.split_batch_norm import split_batch_norm
 
 Branch = Literal["clean", "adv", "both"]
@@ -23,7 +24,8 @@ class SplitBatchNorm2d(nn.Module):
 
     Row 0 of every parameter and buffer is the clean branch, row 1 the adversarial one. The branch
     in use is set for a whole network by :func:`use_branch`; outside of it every layer runs ``adv``,
-    the model that is deployed. ``train()`` and ``eval()`` mean what they mean for
+    the model that is deployed. ``impl`` chooses the implementation, "triton" or "reference"; None
+    takes Triton for CUDA tensors. ``train()`` and ``eval()`` mean what they mean for
     :class:`torch.nn.BatchNorm2d`; :func:`use_statistics` overrides them for the time of an attack.
 
     Args:
@@ -67,6 +69,7 @@ class SplitBatchNorm2d(nn.Module):
         self.branch: Branch = "adv"
         self.num_clean: int | None = None
         self.statistics: Statistics | None = None
+        self.impl: Impl | None = None
         self.pooled_sink: Callable[[Tensor], None] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -84,22 +87,7 @@ class SplitBatchNorm2d(nn.Module):
                 self.num_batches_tracked += 1
             else:
                 self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
-        if self.pooled_sink is None:
-            return split_batch_norm(
-                x,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                sizes,
-                training=training,
-                update_running_stats=update,
-                momentum=self.momentum,
-                eps=self.eps,
-                residual=residual,
-                relu=relu,
-            )
-        y, pooled = split_batch_norm(
+        result = split_batch_norm(
             x,
             self.weight,
             self.bias,
@@ -112,8 +100,13 @@ class SplitBatchNorm2d(nn.Module):
             eps=self.eps,
             residual=residual,
             relu=relu,
-            return_pooled=True,
+            return_pooled=self.pooled_sink is not None,
+            impl=self.impl,
         )
+        if isinstance(result, Tensor):
+            return result
+        y, pooled = result
+        assert self.pooled_sink is not None
         self.pooled_sink(pooled)
         return y
 
@@ -198,7 +191,8 @@ def convert_split_batch_norm(module: nn.Module) -> nn.Module:
 
     As :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: the network is changed in place and
     returned; where ``module`` itself is a BatchNorm, its replacement is returned. SyncBatchNorm is
-    converted too, and timm's ``BatchNormAct2d`` keeps its dropout and activation.
+    converted too, to a layer whose statistics are those of its own process. timm's
+    ``BatchNormAct2d`` keeps its dropout and activation.
 
     Args:
         module: any network (torchvision, timm, your own).

@@ -178,7 +178,7 @@ class Trainer:
             bar.start_epoch(epoch + 1, epochs)
             if start_batch == 0:
                 # Here, after the checkpoint of the epoch before, so that a resumed run does it too.
-                self._evaluate_if_due(epoch)
+                self._evaluate_if_due(epoch, bar)
                 self._start_epoch(epoch)
             self._train_epoch(epoch, start_batch, bar, stop)
             if self.step % self.steps_per_epoch == 0:
@@ -270,10 +270,11 @@ class Trainer:
             stop.exit_code,
         )
 
-    def _evaluate_if_due(self, done: int) -> None:
+    def _evaluate_if_due(self, done: int, bar: TrainingBar) -> None:
         every = self.config.train.eval_every
         if not every or not done or done % every:
             return
+        bar.show("evaluating")
         self._evaluate(done, "last", self.model)
         if self.average.model is not None and self.config.average.kind == "ema":
             self._evaluate(done, "ema", self.average.model)
@@ -461,8 +462,7 @@ class Trainer:
     def _summary(self, status: str) -> dict[str, Any]:
         """What is known of a run whether or not it came to its end."""
         config = self.config
-        split = any(isinstance(m, SplitBatchNorm2d) for m in self.model.modules())
-        probe = next(self.model.parameters())
+        split = [m for m in self.model.modules() if isinstance(m, SplitBatchNorm2d)]
         return {
             "recipe": config.recipe,
             "status": status,
@@ -478,7 +478,9 @@ class Trainer:
             "device": describe_device(self.device),
             "precision": str(self.precision).removeprefix("torch."),
             "versions": versions(),
-            "kernels": {"split_batch_norm": choose(None, probe)} if split else {},
+            "kernels": {"split_batch_norm": choose(split[0].impl, split[0].running_mean)}
+            if split
+            else {},
             "command": self.command,
             "commit": source_commit(),
         }

@@ -36,6 +36,7 @@ class TrainStep:
         self.noisy_clean = noisy_clean
         self.generator = generator
         self.check_inputs = check_inputs
+        self.num_calls = 0
 
     def __call__(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Train on one batch.
@@ -51,11 +52,14 @@ class TrainStep:
             objective computes such logits.
 
         Raises:
-            ValueError: a value outside [0, 1] or NaN (checked on the CPU, or if asked for).
+            ValueError: a value outside [0, 1] or NaN, in a batch that is checked.
         """
-        check = x.device.type == "cpu" if self.check_inputs is None else self.check_inputs
+        check = self.check_inputs
+        if check is None:
+            check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
+        self.num_calls += 1
         self.model.train()
         self.objective.train()
         if self.noisy_clean and self.objective.needs_attack:
@@ -105,13 +109,16 @@ def make_train_step(
         attack: makes the adversarial examples.
         optimizer: any PyTorch optimiser.
         precision: torch.float32, or torch.bfloat16 for autocast; parameters, BatchNorm statistics,
-            losses and images stay float32.
+            losses and images stay float32. The built-in networks keep the image in float32 until
+            after their first convolution; in another network the first convolution must be a
+            :class:`arat_fast.models.layers.StemConv2d`, or bfloat16 rounds away part of the
+            perturbation.
         noisy_clean: the official code's in-place start: the clean branch trains on ``x`` plus the
             start noise, and the ball is centred there.
         generator: source of the attack's random starts, on the model's device; None: PyTorch's
             default one.
-        check_inputs: check that the images lie in [0, 1]; None checks on the CPU only, since it
-            synchronises a GPU.
+        check_inputs: check that the images of every batch lie in [0, 1]; None checks every batch on
+            the CPU, and the first one on a GPU, which each check would synchronise.
     """
     return TrainStep(
         model,

@@ -62,6 +62,27 @@ def split_batch_norm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def split_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    sizes: tuple[int, int],
+    *,
+    training: bool,
+    update_running_stats: bool = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    residual: Tensor | None = ...,
+    relu: bool = ...,
+    return_pooled: bool,
+    group: ProcessGroup | None = ...,
+    impl: Impl | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def split_batch_norm(
     x: Tensor,
     weight: Tensor | None,
