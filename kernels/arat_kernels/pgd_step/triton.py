@@ -131,8 +131,9 @@ def random_start_linf_kernel(
 @triton.jit
 def _normals(rng_ptr, index, GROUPS: tl.constexpr):
     w0, w1, w2, w3 = philox.random_words(rng_ptr, index, _START)
-    radius0 = tl.sqrt(-2 * tl.log(1 - philox.unit(w0)))
-    radius1 = tl.sqrt(-2 * tl.log(1 - philox.unit(w2)))
+    # Near 1 the device's logarithm is an approximation that might have the wrong sign.
+    radius0 = tl.sqrt(tl.maximum(-2 * tl.log(1 - philox.unit(w0)), 0.0))
+    radius1 = tl.sqrt(tl.maximum(-2 * tl.log(1 - philox.unit(w2)), 0.0))
     angle0 = _TWO_PI * philox.unit(w1)
     angle1 = _TWO_PI * philox.unit(w3)
     return philox.interleave(
