@@ -90,8 +90,12 @@ def _stopped(run: Run) -> str | None:
     of = f" of {plain(planned)}" if planned else ""
     at = number(run.train[-1].get("epoch")) if run.train else None
     where = f"; its last record is at epoch {plain(round(at, 2))}{of}" if at is not None else ""
-    what = "was interrupted" if status == "interrupted" else "has not finished"
-    return f"This run {what}{where}. Everything below is as far as it got."
+    what = {"interrupted": "was interrupted", "failed": "stopped with an error"}.get(
+        str(status), "has not finished"
+    )
+    reason = run.summary.get("reason") if status == "failed" else None
+    because = f" ({reason})" if isinstance(reason, str) else ""
+    return f"This run {what}{because}{where}. Everything below is as far as it got."
 
 
 def _numbers(run: Run) -> Html:

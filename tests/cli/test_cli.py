@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import OPTIONS
 
-from arat_fast.cli import main
+from arat_fast.cli import _decimal, main
 from arat_fast.models import create_model
 from arat_fast.recipes import RECIPES
 
@@ -148,6 +148,25 @@ def test_usage_names_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "digits", "--help"])
     assert not stop.value.code
     assert "--attack.eps" in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+def test_fractions() -> None:
+    assert _decimal("8/255") == repr(8 / 255)
+    for word in ("runs/a", "1/0", "8/255/2", "-1/2", "cifar10"):
+        assert _decimal(word) == word
+
+
+def test_out_of_memory_names_the_switch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from arat_fast.training.step import TrainStep
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(TrainStep, "__call__", full)
+    message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
+    assert "out of memory" in message and "--data.batch-size" in message
 
 
 @pytest.mark.parametrize(

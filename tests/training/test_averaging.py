@@ -124,6 +124,32 @@ def test_refresh_fills_both_branches() -> None:
     assert not torch.allclose(layer.running_mean[0], layer.running_mean[1])
 
 
+@pytest.mark.parametrize("bn", ["running", "batch_update"])
+def test_refresh_does_not_depend_on_the_statistics_of_the_attack(bn: str) -> None:
+    results = []
+    for mode in ("batch", bn):
+        model = network(0)
+        attack = PGD(eps=0.2, alpha=0.1, num_steps=2, bn=mode)  # type: ignore[arg-type]
+        refresh_batch_norm(model, batches(), attack, torch.Generator().manual_seed(0))
+        results.append(model.state_dict())
+    assert int(results[0]["1.num_batches_tracked"][1]) == len(batches())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_refresh_of_a_shared_batch_norm_sees_the_mixture() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 5)).double()
+    seen: list[int] = []
+    model[0].register_forward_hook(
+        lambda module, args, output: (
+            seen.append(len(args[0])) if not torch.is_grad_enabled() else None
+        )
+    )
+    attack = PGD(eps=0.3, alpha=0.3, num_steps=1)
+    refresh_batch_norm(model, batches(), attack, mixture=True)
+    assert seen == [2 * len(x) for x, _ in batches()]
+
+
 def test_refresh_of_an_ordinary_network_sees_adversarial_examples() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 5)).double()
     data = batches()

@@ -13,6 +13,7 @@ import torch
 
 from arat_fast.files import write_atomic, write_json
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.metrics import MetricsFile
 
 
 def state(value: float) -> dict[str, object]:
@@ -95,6 +96,28 @@ except OSError as error:
     assert "refused: cannot write" in result.stdout and "File too large" in result.stdout
     assert load_checkpoint(tmp_path / "c.pt")["weights"].shape == (10,)
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000])
+def test_metrics_file_is_cut_but_never_padded(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+    before = path.read_bytes()
+    file = MetricsFile(path, keep=keep)
+    file.write({"step": 3})
+    file.close()
+    assert path.read_bytes() == before[:keep] + b'{"step": 3}\n'
+
+
+def test_full_disk_under_the_metrics() -> None:
+    """/dev/full refuses every write, as a full disk does."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    file = MetricsFile.__new__(MetricsFile)
+    file.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  # closed below
+    with pytest.raises(OSError, match="cannot write /dev/full: No space left"):
+        file.write({"step": 3})
+    file.close()
 
 
 def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from tiny import tiny_config, tiny_trainer
 from torch import Tensor
 
 from arat_fast.config import Config
+from arat_fast.data.batches import Batch
 from arat_fast.training.checkpoint import load_checkpoint
-from arat_fast.training.interrupt import InterruptedRun
+from arat_fast.training.interrupt import InterruptedRun, StopRequest
 from arat_fast.training.loop import Trainer
+from arat_fast.training.metrics import NotFiniteError
 
 STEPS_PER_EPOCH = 4
 
@@ -176,6 +179,69 @@ def test_resume_of_a_cut_checkpoint_is_refused(uninterrupted: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         tiny_trainer(tmp_path, resume=True)
     assert (tmp_path / "checkpoint.pt").stat().st_size == len(content) // 2
+
+
+def test_signal_during_the_refresh_of_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(epochs=2, kind="swa", start=0.3, every=2)
+    tiny_trainer(tmp_path / "whole", config).run()
+    trainer = tiny_trainer(tmp_path / "cut", config)
+    batches = trainer._refresh_batches
+
+    def interrupted(stop: StopRequest) -> Iterator[Batch]:
+        for index, batch in enumerate(batches(stop)):
+            if index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(trainer, "_refresh_batches", interrupted)
+    with pytest.raises(InterruptedRun):
+        trainer.run()
+    assert not load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["average"]["statistics_fresh"]
+    tiny_trainer(tmp_path / "cut", config, resume=True).run()
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_weights_that_are_not_finite_never_overwrite_a_checkpoint(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", tiny_config(epochs=3))
+    step = trainer.train_step
+    calls = 0
+
+    def poisoning(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        metrics = step(x, y)
+        if calls == 2 * STEPS_PER_EPOCH:
+            trainer.model.linear.bias.data[0] = float("nan")
+        return metrics
+
+    trainer.train_step = poisoning  # type: ignore[assignment]
+    with pytest.raises(NotFiniteError, match=r"step 8: linear\.bias; the last good checkpoint is"):
+        trainer.run()
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == STEPS_PER_EPOCH
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "linear.bias" in summary["reason"]
+
+
+def test_resume_on_other_arithmetic_is_refused(uninterrupted: Path) -> None:
+    config = tiny_config()
+    config = dataclasses.replace(config, step=dataclasses.replace(config.step, precision="bf16"))
+    state = load_checkpoint(uninterrupted / "checkpoint.pt")
+    trainer = Trainer.__new__(Trainer)
+    trainer.checkpoint_path = uninterrupted / "checkpoint.pt"
+    trainer.precision, trainer.device = torch.bfloat16, torch.device("cpu")
+    with pytest.raises(ValueError, match="trained in float32 on cpu, got bfloat16 on cpu"):
+        trainer._restore(state)
+    with pytest.raises(ValueError, match=r"step\.precision=float32, got step\.precision=bf16"):
+        tiny_trainer(uninterrupted, config, resume=True)
+
+
+def test_averaging_always_starts(tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        config = tiny_config(epochs=epochs, kind="swa", start=0.75, every=2)
+        summary = tiny_trainer(tmp_path / str(epochs), config).run()
+        assert summary["model"] == "swa"
 
 
 def test_seeds_differ_and_repeat(uninterrupted: Path, tmp_path: Path) -> None:
