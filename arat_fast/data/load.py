@@ -30,6 +30,7 @@ IMAGENETTE_CLASSES = {
     "n03888257": "parachute",
 }
 _VAL_SEED = 20
+_EVALUATION_SEED = 21
 _PROBE_STREAM = 1
 
 
@@ -40,7 +41,8 @@ class DataSplits(NamedTuple):
         train: shuffled and augmented.
         probe: the same images, in another order and with other augmentation.
         val: images held out of training, in a fixed order, not augmented; None for none.
-        test: the test images of the dataset, in a fixed order, not augmented.
+        test: the test images of the dataset, in a fixed order, not augmented. The first images of
+            either are a sample of all classes.
     """
 
     train: Batches
@@ -275,12 +277,20 @@ def _folder_splits(
         )
 
     kept = [train[index] for index in chosen.tolist()]
+    val = [train[index] for index in held_out.tolist()]
     return DataSplits(
         train=batches(kept, seed),
         probe=batches(kept, _probe_seed(seed)),
-        val=batches([train[index] for index in held_out.tolist()]) if config.num_val else None,
-        test=batches(test),
+        val=batches(_mixed(val)) if val else None,
+        test=batches(_mixed(test)),
     )
+
+
+def _mixed(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """The samples in another fixed order: the folders are sorted by class, and evaluation takes
+    the first images where it is asked for fewer than all."""
+    order = torch.randperm(len(samples), generator=seeded_generator(_EVALUATION_SEED))
+    return [samples[index] for index in order.tolist()]
 
 
 def _list_images(folder: Path) -> list[tuple[Path, int]]:

@@ -48,8 +48,12 @@ def test_test_images_are_centre_crops(published: Any, tmp_path: Path) -> None:
     splits = load(tmp_path)
     batches = list(splits.test.epoch(0))
     x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
-    assert y.tolist() == [label for label in range(10) for _ in range(2)]
-    paths = sorted((folder / "val").rglob("*.JPEG"))
+    assert isinstance(splits.test, FolderBatches)
+    paths = [path for path, _ in splits.test.samples]
+    assert sorted(paths) == sorted((folder / "val").rglob("*.JPEG"))
+    assert [list(IMAGENETTE_CLASSES)[label] for label in y.tolist()] == [
+        p.parent.name for p in paths
+    ]
     assert len(paths) == len(x) == splits.test.num_samples == 20
     for image, path in zip(x, paths, strict=True):
         with Image.open(path) as file:
@@ -58,6 +62,17 @@ def test_test_images_are_centre_crops(published: Any, tmp_path: Path) -> None:
     assert splits.test.image_shape == (3, 16, 16)
     assert splits.test.classes == tuple(IMAGENETTE_CLASSES.values())
     assert same(batches, list(splits.test.epoch(3)))
+
+
+def test_first_images_to_evaluate_are_of_all_classes(published: Any, tmp_path: Path) -> None:
+    published.imagenette(per_class=12)
+    splits = load(tmp_path, num_val=60)
+    again = load(tmp_path, num_val=60, seed=9)
+    for part, other, first in ((splits.test, again.test, 40), (splits.val, again.val, 30)):
+        assert isinstance(part, FolderBatches) and isinstance(other, FolderBatches)
+        assert part.samples == other.samples
+        assert {label for _, label in part.samples[:first]} == set(range(10))
+        assert len({label for _, label in part.samples[:16]}) > 5
 
 
 @settings(max_examples=50, deadline=None)
@@ -190,8 +205,10 @@ def test_last_training_batch_of_one_is_left_out(published: Any, tmp_path: Path) 
 def test_damaged_image_is_named_in_one_line(
     published: Any, tmp_path: Path, damage: str, num_workers: int
 ) -> None:
-    folder = published.imagenette()
-    path = sorted((folder / "val").rglob("*.JPEG"))[9]
+    published.imagenette()
+    test = load(tmp_path).test
+    assert isinstance(test, FolderBatches)
+    path = test.samples[9][0]
     content = path.read_bytes()
     path.write_bytes({"truncated": content[: len(content) - 60], "empty": b""}.get(damage, b"text"))
     batches = load(tmp_path, num_workers=num_workers).test.epoch(0)
