@@ -1,6 +1,13 @@
 """Datasets as batches on the device."""
 
-from arat_fast.data.batches import Batch, Batches, ResidentBatches, crop_flip, seeded_generator
+from arat_fast.data.batches import (
+    Batch,
+    Batches,
+    ResidentBatches,
+    crop_flip,
+    draw_crop_flip,
+    seeded_generator,
+)
 from arat_fast.data.folder import FolderBatches
 from arat_fast.data.load import DataSplits, load_data, stratified_split
 
@@ -11,6 +18,7 @@ __all__ = [
     "FolderBatches",
     "ResidentBatches",
     "crop_flip",
+    "draw_crop_flip",
     "load_data",
     "seeded_generator",
     "stratified_split",

@@ -182,40 +182,62 @@ class ResidentBatches:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` (>= 0), from batch ``start_batch`` on."""
         order = epoch_order(self.num_samples, self.shuffle, self.seed, epoch)
-        order = order.to(self.images.device)
-        for index in range(start_batch, len(self)):
-            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-            images = self.images[chosen]
-            if self.padding or self.flip:
+        slices = [
+            slice(index * self.batch_size, (index + 1) * self.batch_size)
+            for index in range(start_batch, len(self))
+        ]
+        draws = torch.zeros(len(order), 3, dtype=torch.int64)
+        if self.padding or self.flip:
+            for index, chosen in enumerate(slices, start_batch):
                 generator = seeded_generator(self.seed, epoch, index)
-                images = crop_flip(images, self.padding, self.flip, generator)
+                draws[chosen] = draw_crop_flip(len(draws[chosen]), self.padding, generator)
+        # One copy an epoch: the host would wait for the device at each.
+        device = self.images.device
+        order, draws = order.to(device), draws.to(device)
+        for chosen in slices:
+            images = self.images[order[chosen]]
+            if self.padding or self.flip:
+                images = crop_flip(images, draws[chosen], self.padding, self.flip)
             x = images.to(torch.float32) / self.max_value
-            yield Batch(x, self.labels[chosen])
+            yield Batch(x, self.labels[order[chosen]])
 
 
-def crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Random crop after zero padding, and random horizontal flip, per image.
+def draw_crop_flip(num_samples: int, padding: int, generator: torch.Generator) -> Tensor:
+    """Where to crop and what to mirror, for :func:`crop_flip`.
+
+    Args:
+        num_samples: images.
+        padding: pixels on each side.
+        generator: on the CPU, so that every device sees the same draws.
+
+    Returns:
+        (num_samples, 3), int64: first row and column of the crop in the padded image, uniform in
+        [0, 2 * padding], and 1 to mirror it, with probability 1/2, else 0.
+    """
+    corner = torch.randint(2 * padding + 1, (2, num_samples), generator=generator)
+    mirror = torch.rand(num_samples, generator=generator) < 0.5
+    return torch.stack([*corner, mirror.to(torch.int64)], dim=1)
+
+
+def crop_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor:
+    """Crop each image after zero padding, and mirror it horizontally where that was drawn.
 
     Args:
         images: (N, C, H, W).
+        draws: (N, 3), int64, from :func:`draw_crop_flip`, on the device of the images.
         padding: pixels on each side; the crop has the size of the image.
-        flip: mirror each image with probability 1/2.
-        generator: on the CPU, so that every device sees the same draws.
+        flip: whether to mirror at all.
 
     Returns:
         new images of the same shape and dtype.
     """
     samples, _, height, width = images.shape
     device = images.device
-    draws = torch.randint(2 * padding + 1, (2, samples, 1), generator=generator)
-    mirror = torch.rand(samples, 1, generator=generator) < 0.5
-    rows = draws[0] + torch.arange(height)
-    columns = draws[1] + torch.arange(width)
+    rows = draws[:, 0, None] + torch.arange(height, device=device)
+    columns = draws[:, 1, None] + torch.arange(width, device=device)
     if flip:
-        columns = torch.where(mirror, columns.flip(1), columns)
+        columns = torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     sample = torch.arange(samples, device=device)
-    cropped = padded[
-        sample[:, None, None], :, rows.to(device)[:, :, None], columns.to(device)[:, None, :]
-    ]
+    cropped = padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return cropped.permute(0, 3, 1, 2)

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arat_fast.data import ResidentBatches, crop_flip, seeded_generator, stratified_split
+from arat_fast.data import (
+    ResidentBatches,
+    crop_flip,
+    draw_crop_flip,
+    seeded_generator,
+    stratified_split,
+)
 
 CLASSES = tuple("0123456789")
 
@@ -144,17 +150,32 @@ def test_crop_flip_equals_its_definition_image_by_image(
     shape = (num_samples, channels, height, width)
     images = torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
     expected = one_by_one(images, padding, flip, torch.Generator().manual_seed(seed))
-    actual = crop_flip(images, padding, flip, torch.Generator().manual_seed(seed))
+    draws = draw_crop_flip(num_samples, padding, torch.Generator().manual_seed(seed))
+    actual = crop_flip(images, draws, padding, flip)
     assert actual.dtype == torch.uint8
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_every_batch_has_a_generator_of_its_own(start: int) -> None:
+    """A batch depends on the seed, the epoch and its number only, whatever is drawn with it."""
+    batches = make(num_samples=20, batch_size=6, shuffle=True, padding=2, flip=True, seed=8)
+    order = torch.randperm(20, generator=seeded_generator(8, 3))
+    out = collect(batches, epoch=3, start=start)
+    assert len(out) == 4 - start
+    for index, (x, y) in enumerate(out, start):
+        chosen = order[index * 6 : (index + 1) * 6]
+        expected = one_by_one(batches.images[chosen], 2, True, seeded_generator(8, 3, index))
+        assert torch.equal(x, expected.float() / 255)
+        assert torch.equal(y, batches.labels[chosen])
 
 
 def test_crops_and_flips_are_uniform() -> None:
     padding, size, num_samples = 4, 12, 20_000
     image = torch.arange(1, size * size + 1, dtype=torch.uint8).view(1, 1, size, size)
-    out = crop_flip(
-        image.expand(num_samples, 1, size, size), padding, True, seeded_generator(17)
-    ).to(torch.int64)
+    draws = draw_crop_flip(num_samples, padding, seeded_generator(17))
+    out = crop_flip(image.expand(num_samples, 1, size, size), draws, padding, True)
+    out = out.to(torch.int64)
     # Places (6, 6) and (6, 7) show the image in every crop; the number there tells from where.
     here, right = out[:, 0, 6, 6] - 1, out[:, 0, 6, 7] - 1
     mirrored = (right < here).to(torch.int64)
