@@ -128,7 +128,8 @@ def pgd_accuracy(
     """Accuracy of the ``adv`` branch under PGD on the cross-entropy.
 
     An image counts as broken if it is misclassified by itself or if an adversarial example inside
-    the ball is; examples outside the ball or the range are counted in ``details`` and ignored.
+    the ball is, from whichever restart; examples outside the ball or the range are counted in
+    ``details`` and ignored.
 
     Args:
         model: the network, in any mode.
@@ -140,14 +141,18 @@ def pgd_accuracy(
         num_restarts: independent runs, >= 1.
         seed: of the random starts.
         progress: told after each batch.
+
+    Raises:
+        ValueError: an argument out of range, or images outside [0, 1].
     """
     check_images(images.x)
+    if num_restarts < 1:
+        raise ValueError(f"num_restarts must be >= 1, got {num_restarts}")
     attack = PGD(
         eps=threat.eps,
         alpha=alpha,
         num_steps=num_steps,
         norm=threat.norm,
-        num_restarts=num_restarts,
         bn="running",
     )
     generator = torch.Generator(images.x.device).manual_seed(seed)
@@ -158,11 +163,18 @@ def pgd_accuracy(
         )
         for x, y in pairs:
             candidate = attack(model, x, y, generator=generator)
-            still, adversarial, outside = accept(model, x, y, candidate, threat)
-            clean = predict(model, x, batch_size).argmax(dim=1) == y
-            correct.append(still & clean)
-            x_adv.append(adversarial)
+            robust, kept, outside = accept(model, x, y, candidate, threat)
             rejected += outside
+            # The strongest example by its loss need not be the one that is misclassified.
+            for _ in range(num_restarts - 1):
+                candidate = attack(model, x, y, generator=generator)
+                still, adversarial, outside = accept(model, x, y, candidate, threat)
+                kept = torch.where((robust & ~still).view(-1, 1, 1, 1), adversarial, kept)
+                robust &= still
+                rejected += outside
+            clean = predict(model, x, batch_size).argmax(dim=1) == y
+            correct.append(robust & clean)
+            x_adv.append(kept)
             done += len(x)
             if progress is not None:
                 progress(f"PGD-{num_steps}", done, len(images.x))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from arat_fast.attacks import PGD
 from arat_fast.evaluation import ImageSet, ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import accept, evaluation_mode, predict
 from arat_fast.models import convert_split_batch_norm, create_model
@@ -101,6 +102,34 @@ def test_stronger_attacks_never_raise_accuracy() -> None:
     clean = clean_accuracy(model, data, batch_size=200)
     assert clean.accuracy > weak.accuracy > strong.accuracy >= more.accuracy
     assert strong.accuracy >= restarts.accuracy
+
+
+def test_every_restart_counts_and_not_the_highest_loss_alone() -> None:
+    """Random points, no steps: a wrong answer can have a lower loss than a right one."""
+    generator = torch.Generator().manual_seed(2)
+    data = ImageSet(
+        torch.rand(300, 3, 1, 1, generator=generator) * 0.4 + 0.3,
+        torch.randint(3, (300,), generator=generator),
+        ("a", "b", "c"),
+    )
+    model, threat, restarts = nn.Flatten(), ThreatModel(0.2), 6
+    options = {"num_steps": 0, "alpha": 0.0, "batch_size": 300, "seed": 7}
+    result = pgd_accuracy(model, data, threat, num_restarts=restarts, **options)
+    draws = torch.Generator().manual_seed(7)
+    single = PGD(eps=0.2, alpha=0.0, num_steps=0)
+    tried = [single(model, data.x, data.y, generator=draws) for _ in range(restarts)]
+    right = torch.stack([model(x).argmax(1) == data.y for x in (data.x, *tried)])
+    assert torch.equal(result.correct, right.all(0))
+    assert torch.equal(model(result.x_adv).argmax(1) == data.y, right[1:].all(0))
+    strongest = PGD(eps=0.2, alpha=0.0, num_steps=0, num_restarts=restarts)(
+        model, data.x, data.y, generator=torch.Generator().manual_seed(7)
+    )
+    missed = (model(strongest).argmax(1) == data.y) & ~right[1:].all(0)
+    assert missed.any(), "the example shows nothing"
+    first = pgd_accuracy(model, data, threat, **options)
+    assert torch.equal(first.correct, right[:2].all(0))
+    with pytest.raises(ValueError, match="num_restarts must be >= 1, got 0"):
+        pgd_accuracy(model, data, threat, num_restarts=0, **options)
 
 
 def test_examples_outside_the_ball_do_not_count() -> None:
