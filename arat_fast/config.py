@@ -192,8 +192,9 @@ class TrainConfig:
 class EvalConfig:
     num_steps: int = 20
     """Steps of the PGD evaluation; >= 0."""
-    alpha: float = 2 / 255
-    """Step size of the PGD evaluation; its radius and norm are the attack's."""
+    alpha: float | None = None
+    """Step size of the PGD evaluation, >= 0; default a quarter of the radius, which is the attack's
+    like the norm: 2/255 at 8/255, as published."""
     autoattack: bool = True
     """Run standard AutoAttack at the end of training."""
     batch_size: int = 500
@@ -205,8 +206,13 @@ class EvalConfig:
         if self.batch_size < 1:
             raise ValueError(f"eval.batch_size must be >= 1, got {self.batch_size}")
         for name in ("num_steps", "alpha", "max_samples"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"eval.{name} must be >= 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"eval.{name} must be >= 0, got {value}")
+
+    def step_size(self, eps: float) -> float:
+        """Step size of the PGD evaluation in a ball of radius ``eps``."""
+        return eps / 4 if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,7 @@ class Trainer:
             images,
             ThreatModel(config.attack.eps, config.attack.norm),
             num_steps=config.eval.num_steps,
-            alpha=config.eval.alpha,
+            alpha=config.eval.step_size(config.attack.eps),
             batch_size=config.eval.batch_size,
             seed=config.seed,
         )
@@ -441,7 +441,7 @@ class Trainer:
                 images,
                 ThreatModel(config.attack.eps, config.attack.norm),
                 num_steps=config.eval.num_steps,
-                alpha=config.eval.alpha,
+                alpha=config.eval.step_size(config.attack.eps),
                 with_autoattack=config.eval.autoattack,
                 batch_size=config.eval.batch_size,
                 seed=config.seed,
