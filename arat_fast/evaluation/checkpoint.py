@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,16 +21,28 @@ from arat_fast.display import Display
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.evaluation.threat_model import ThreatModel
-from arat_fast.interop import export_plain, load_official_checkpoint, load_safetensors
-from arat_fast.interop.weights import load_weights
+from arat_fast.interop import export_plain, load_safetensors
+from arat_fast.interop.official import official_network
+from arat_fast.interop.weights import load_weights, read_tensor_file
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.recipes import recipe as recipe_by_name
 from arat_fast.training.averaging import refresh_batch_norm
-from arat_fast.training.checkpoint import (
-    is_training_checkpoint,
-    load_checkpoint,
-    read_checkpoint_file,
-)
+from arat_fast.training.checkpoint import is_training_checkpoint, training_state
+
+Builder = Callable[[DataSplits, torch.device], tuple[nn.Module, str]]
+
+
+class _Saved(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        config: of the run that wrote it, else the recipe's.
+        build: makes the network from the data and the device; returns it with the name of its
+            weights.
+    """
+
+    config: Config
+    build: Builder
 
 
 def evaluate_checkpoint(
@@ -70,19 +84,9 @@ def evaluate_checkpoint(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     target = resolve_device(device)
-    content = None if path.suffix == ".safetensors" else read_checkpoint_file(path)
-    state = load_checkpoint(path) if is_training_checkpoint(content) else None
-    trained: Config | None = None
-    if state is not None:
-        trained = config = config_from_dict(state["config"])
-    elif recipe is not None:
-        config = recipe_by_name(recipe)
-    else:
-        raise ValueError(
-            f"{path} holds weights only: add --recipe NAME to say which data and model they are for"
-        )
+    saved = _read(path, recipe)
     config = _with_overrides(
-        config,
+        saved.config,
         data={"root": data_root},
         attack={"norm": norm, "eps": eps},
         eval={"num_steps": num_steps, "alpha": alpha, "batch_size": batch_size},
@@ -90,10 +94,7 @@ def evaluate_checkpoint(
     data = load_data(
         config.data, device=target, seed=config.seed, eval_batch_size=config.eval.batch_size
     )
-    if state is not None and trained is not None:
-        model, weights = _from_training(state, trained, data, target, path)
-    else:
-        model, weights = _from_weights(path, config, data), "file"
+    model, weights = saved.build(data, target)
     model = model.to(target)
     images = ImageSet.from_batches(data.test, max_samples)
     start = time.perf_counter()
@@ -103,7 +104,7 @@ def evaluate_checkpoint(
             images,
             ThreatModel(config.attack.eps, config.attack.norm),
             num_steps=config.eval.num_steps,
-            alpha=config.eval.alpha,
+            alpha=config.eval.step_size(config.attack.eps),
             with_autoattack=autoattack,
             batch_size=config.eval.batch_size,
             seed=seed,
@@ -122,8 +123,28 @@ def evaluate_checkpoint(
     }
 
 
+def _read(path: Path, recipe: str | None) -> _Saved:
+    if path.suffix == ".safetensors":
+        config = _recipe_for(path, recipe)
+        return _Saved(config, partial(_from_safetensors, path, config))
+    content = read_tensor_file(path)
+    if is_training_checkpoint(content):
+        state = training_state(content, path)
+        config = config_from_dict(state["config"])
+        return _Saved(config, partial(_from_training, path, config, state))
+    return _Saved(_recipe_for(path, recipe), partial(_from_official, path, content))
+
+
+def _recipe_for(path: Path, recipe: str | None) -> Config:
+    if recipe is None:
+        raise ValueError(
+            f"{path} holds weights only: add --recipe NAME to say which data and model they are for"
+        )
+    return recipe_by_name(recipe)
+
+
 def _from_training(
-    state: dict[str, Any], config: Config, data: DataSplits, device: torch.device, path: Path
+    path: Path, config: Config, state: dict[str, Any], data: DataSplits, device: torch.device
 ) -> tuple[nn.Module, str]:
     model = build_model(config, data.train)
     average = state["average"]
@@ -143,14 +164,20 @@ def _from_training(
     return model, config.average.kind
 
 
-def _from_weights(path: Path, config: Config, data: DataSplits) -> nn.Module:
-    if path.suffix != ".safetensors":
-        return load_official_checkpoint(path, data.test.num_classes)
+def _from_official(
+    path: Path, content: object, data: DataSplits, device: torch.device
+) -> tuple[nn.Module, str]:
+    return official_network(content, path, data.test.num_classes), "file"
+
+
+def _from_safetensors(
+    path: Path, config: Config, data: DataSplits, device: torch.device
+) -> tuple[nn.Module, str]:
     model = build_model(config, data.test)
     if any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
         model = export_plain(model)
     load_safetensors(model, path)
-    return model
+    return model, "file"
 
 
 def _with_overrides(config: Config, **sections: dict[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from arat_fast.interop.weights import difference, load_weights
+from arat_fast.interop.weights import difference, load_weights, read_tensor_file
 from arat_fast.models.registry import MODELS, create_model
 from arat_fast.objectives.predictor import Predictors
 
@@ -55,7 +55,21 @@ def load_official_checkpoint(path: str | Path, num_classes: int | None = None) -
             classes.
     """
     path = Path(path)
-    tensors = _tensors(_read(path), path)
+    return official_network(read_tensor_file(path), path, num_classes)
+
+
+def official_network(content: object, path: Path, num_classes: int | None = None) -> nn.Module:
+    """:func:`load_official_checkpoint` of a file that is read already.
+
+    Args:
+        content: of the file.
+        path: the file, for the errors.
+        num_classes: number of logits expected; None takes what the file has.
+
+    Raises:
+        ValueError: the content is not such a checkpoint, or has another number of classes.
+    """
+    tensors = _tensors(content, path)
     try:
         state = official_to_state_dict(tensors)
         name, classes = _detect(state)
@@ -181,21 +195,6 @@ def predictors_to_official(predictors: Predictors) -> list[dict[str, Tensor]]:
             for slot, index in enumerate(members):
                 result[index][theirs] = (rows if rows.ndim == 0 else rows[slot]).clone()
     return result
-
-
-def _read(path: Path) -> object:
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # A damaged pickle can raise anything.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: expected a whole file of "
-            f"tensors written by torch.save, got {reason}"
-        ) from error
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
-"""Whether weights fit a network, said in one line."""
+"""Files of weights, and whether they fit a network: what is wrong is said in one line."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 
@@ -44,3 +47,32 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     if problem is not None:
         raise ValueError(f"{source} does not fit the network: {problem}")
     model.load_state_dict(dict(tensors))
+
+
+def read_tensor_file(path: Path) -> object:
+    """Content of a file written by ``torch.save``, on the CPU.
+
+    Only tensors and plain types are unpickled: no code in the file runs.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut, damaged or of another kind; names the file and its size.
+        OSError: the file cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        return content
+    # Damaged content can raise anything.
+    except Exception as error:
+        # A zip archive without its end makes torch seek before the start: EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
+            f"got {path.stat().st_size} bytes that cannot be read; it was cut or is of another kind"
+        ) from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from arat_fast.files import write_atomic
+from arat_fast.interop.weights import read_tensor_file
 
 FORMAT = 1
 
@@ -44,40 +43,29 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: the file is cut, or was not written by :func:`save_checkpoint`.
     """
-    state = read_checkpoint_file(path)
-    if not is_training_checkpoint(state):
+    return training_state(read_tensor_file(path), path)
+
+
+def training_state(content: object, path: Path) -> dict[str, Any]:
+    """What :func:`save_checkpoint` was given, from the content of its file.
+
+    Args:
+        content: of the file.
+        path: the file, for the error.
+
+    Raises:
+        ValueError: the content is another, or of another version's format.
+    """
+    if not is_training_checkpoint(content):
         raise ValueError(
             f"{path} is not a training checkpoint, expected one written by arat-fast train"
         )
-    assert isinstance(state, dict)
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {state['format']}, expected {FORMAT}")
-    return state
+    assert isinstance(content, dict)
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {content['format']}, expected {FORMAT}")
+    return content
 
 
 def is_training_checkpoint(content: object) -> bool:
     """Whether what a file holds was written by :func:`save_checkpoint`."""
     return isinstance(content, dict) and "format" in content
-
-
-def read_checkpoint_file(path: Path) -> object:
-    """Content of a file of tensors and plain types, on the CPU; nothing else is unpickled.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is cut, or is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
-        return content
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as e:
-        # A zip archive without its end makes torch seek before the start: EINVAL.
-        if isinstance(e, OSError) and e.errno != errno.EINVAL:
-            raise
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path} is not a whole checkpoint: got an unreadable file of {size} bytes; it was cut "
-            "or is of another kind"
-        ) from e

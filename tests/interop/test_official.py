@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import generator, randomize
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from arat_fast.interop import (
     predictors_to_official,
     state_dict_to_official,
 )
+from arat_fast.interop.weights import read_tensor_file
 from arat_fast.models import create_model, use_branch
 from arat_fast.objectives.predictor import Predictors
 
@@ -142,10 +146,35 @@ def test_a_file_cut_in_half_is_one_line(
 
 def test_an_empty_file_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "empty.pt").touch()
-    with pytest.raises(ValueError, match="cannot be read: expected"):
+    with pytest.raises(ValueError, match=r"empty\.pt is not a whole checkpoint.* got 0 bytes"):
         load_official_checkpoint(tmp_path / "empty.pt")
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load_official_checkpoint(tmp_path / "none.pt")
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_damage_of_any_kind_is_one_line(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bytes changed anywhere, in both of torch's formats: read, or refused by name and size."""
+    buffer = io.BytesIO()
+    torch.save(
+        {"a": torch.arange(6.0), "b": {"c": [1, 2.5]}},
+        buffer,
+        _use_new_zipfile_serialization=data.draw(st.booleans()),
+    )
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "damaged.pt"
+    path.write_bytes(content)
+    try:
+        read_tensor_file(path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        assert f"{path} is not a whole checkpoint" in str(error)
+        assert f"{len(content)} bytes" in str(error)
 
 
 class _Code:

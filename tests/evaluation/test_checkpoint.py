@@ -1,0 +1,69 @@
+"""Evaluation of saved networks: what is read from the file, and what may be asked for instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_config, tiny_trainer
+
+from arat_fast.display import Display
+from arat_fast.evaluation import checkpoint as module
+from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+
+CONFIG = tiny_config(epochs=1, kind="swa", start=0.0, every=1)
+CONFIG = dataclasses.replace(CONFIG, attack=dataclasses.replace(CONFIG.attack, eps=0.2))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One epoch of the tiny digits at a radius that is not the recipe's."""
+    out = tmp_path_factory.mktemp("evaluation") / "run"
+    tiny_trainer(out, CONFIG).run()
+    return out
+
+
+def evaluate(path: Path, **options: Any) -> dict[str, Any]:
+    options = {"autoattack": False, "max_samples": 30, "device": "cpu", **options}
+    return module.evaluate_checkpoint(path, display=Display(Console(quiet=True)), **options)
+
+
+def test_the_file_is_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    load = torch.load
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        reads.append(keywords["weights_only"])
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "load", counted)
+    assert evaluate(run)["model"] == "swa"
+    assert reads == [True]
+
+
+def test_statistics_are_refreshed_with_the_attack_of_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run left the average without its statistics; another ball is evaluated."""
+    state = load_checkpoint(run / "checkpoint.pt")
+    state["average"]["statistics_fresh"] = False
+    for name, tensor in state["average"]["model"].items():
+        if name.endswith("running_mean"):
+            tensor.fill_(100)
+    save_checkpoint(tmp_path / "stale.pt", state)
+    attacks = []
+    refresh = module.refresh_batch_norm
+
+    def noted(model: Any, batches: Any, attack: Any, *arguments: Any, **keywords: Any) -> None:
+        attacks.append(attack)
+        refresh(model, batches, attack, *arguments, **keywords)
+
+    monkeypatch.setattr(module, "refresh_batch_norm", noted)
+    record = evaluate(tmp_path / "stale.pt", eps=0.01, norm="L2")
+    assert attacks == [CONFIG.attack]
+    assert record["accuracy"]["pgd1"]["eps"] == 0.01
+    assert record["accuracy"]["clean"]["correct"] == evaluate(run)["accuracy"]["clean"]["correct"]
