@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arat_fast.build import build_model
 from arat_fast.config import Config, config_from_dict
@@ -21,7 +21,8 @@ from arat_fast.display import Display
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.evaluation.threat_model import ThreatModel
-from arat_fast.interop import export_plain, load_safetensors
+from arat_fast.interop import export_plain
+from arat_fast.interop.export import read_safetensors
 from arat_fast.interop.official import official_network
 from arat_fast.interop.weights import load_weights, read_tensor_file
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
@@ -65,7 +66,8 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: a run's folder, its checkpoint, exported safetensors, or an official AR-AT file.
-        recipe: gives data, model and threat model; needed where the file does not hold them.
+        recipe: gives data, model and threat model; needed where the file does not hold them. A
+            run's own checkpoint does; its exported weights name recipe, model and ball.
         norm, eps, num_steps, alpha, batch_size, data_root: override the run's; None keeps them.
         autoattack: run standard AutoAttack too.
         max_samples: the first samples only; 0 for all.
@@ -81,8 +83,6 @@ def evaluate_checkpoint(
         ValueError: the file is cut or of another architecture, or a recipe is missing.
     """
     path = checkpoint / "checkpoint.pt" if checkpoint.is_dir() else checkpoint
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     target = resolve_device(device)
     saved = _read(path, recipe)
     config = _with_overrides(
@@ -125,14 +125,33 @@ def evaluate_checkpoint(
 
 def _read(path: Path, recipe: str | None) -> _Saved:
     if path.suffix == ".safetensors":
-        config = _recipe_for(path, recipe)
-        return _Saved(config, partial(_from_safetensors, path, config))
+        tensors, metadata = read_safetensors(path)
+        config = _exported_config(path, metadata, recipe)
+        return _Saved(config, partial(_from_safetensors, path, config, tensors))
     content = read_tensor_file(path)
     if is_training_checkpoint(content):
         state = training_state(content, path)
         config = config_from_dict(state["config"])
         return _Saved(config, partial(_from_training, path, config, state))
     return _Saved(_recipe_for(path, recipe), partial(_from_official, path, content))
+
+
+def _exported_config(path: Path, metadata: dict[str, str], recipe: str | None) -> Config:
+    """What a run wrote into the header of its exported weights, over the recipe's."""
+    config = _recipe_for(path, recipe or metadata.get("recipe"))
+    if "recipe" not in metadata:
+        return config
+    try:
+        return _with_overrides(
+            config,
+            model={"name": metadata.get("model")},
+            attack={
+                "norm": metadata.get("norm"),
+                "eps": float(metadata["eps"]) if "eps" in metadata else None,
+            },
+        )
+    except ValueError as error:
+        raise ValueError(f"{path} has metadata that no run writes: {error}") from error
 
 
 def _recipe_for(path: Path, recipe: str | None) -> Config:
@@ -171,12 +190,16 @@ def _from_official(
 
 
 def _from_safetensors(
-    path: Path, config: Config, data: DataSplits, device: torch.device
+    path: Path,
+    config: Config,
+    tensors: dict[str, Tensor],
+    data: DataSplits,
+    device: torch.device,
 ) -> tuple[nn.Module, str]:
     model = build_model(config, data.test)
     if any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
         model = export_plain(model)
-    load_safetensors(model, path)
+    load_weights(model, tensors, str(path))
     return model, "file"
 
 

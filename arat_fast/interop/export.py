@@ -75,8 +75,23 @@ def load_safetensors(model: nn.Module, path: str | Path) -> dict[str, str]:
         ValueError: the file is damaged, or belongs to another network.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
+    tensors, metadata = read_safetensors(path)
+    load_weights(model, tensors, str(path))
+    return metadata
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, on the CPU.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
     tensors: dict[str, Tensor] = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -88,8 +103,7 @@ def load_safetensors(model: nn.Module, path: str | Path) -> dict[str, str]:
             f"{path} ({path.stat().st_size} bytes) cannot be read: expected a whole safetensors "
             f"file, got {error}"
         ) from error
-    load_weights(model, tensors, str(path))
-    return metadata
+    return tensors, metadata
 
 
 class _BatchNormAct2d(nn.BatchNorm2d):

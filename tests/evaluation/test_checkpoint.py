@@ -13,6 +13,8 @@ from tiny import tiny_config, tiny_trainer
 
 from arat_fast.display import Display
 from arat_fast.evaluation import checkpoint as module
+from arat_fast.interop import save_safetensors
+from arat_fast.models import create_model
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 CONFIG = tiny_config(epochs=1, kind="swa", start=0.0, every=1)
@@ -67,3 +69,36 @@ def test_statistics_are_refreshed_with_the_attack_of_the_run(
     assert attacks == [CONFIG.attack]
     assert record["accuracy"]["pgd1"]["eps"] == 0.01
     assert record["accuracy"]["clean"]["correct"] == evaluate(run)["accuracy"]["clean"]["correct"]
+
+
+def test_exported_weights_say_what_they_are(run: Path) -> None:
+    """Recipe, model and ball are those of the file; each can be replaced."""
+    path = run / "model.safetensors"
+    record, whole = evaluate(path, num_steps=1), evaluate(run)
+    assert record["recipe"] == "digits"
+    for name in ("clean", "pgd1"):
+        assert record["accuracy"][name]["correct"] == whole["accuracy"][name]["correct"]
+    assert record["accuracy"]["pgd1"]["eps"] == 0.2
+    assert evaluate(path, num_steps=1, eps=0.05)["accuracy"]["pgd1"]["eps"] == 0.05
+    assert evaluate(path, num_steps=1, recipe="digits")["accuracy"]["pgd1"]["eps"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "add --recipe NAME"),
+        ({"eps": "0.1"}, "add --recipe NAME"),
+        ({"recipe": "digit"}, "unknown recipe 'digit'"),
+        ({"recipe": "digits", "eps": "wide"}, "metadata that no run writes: .*'wide'"),
+        ({"recipe": "digits", "norm": "L7"}, "metadata that no run writes: .*'L7'"),
+        ({"recipe": "digits", "model": "vgg"}, "metadata that no run writes: .*'vgg'"),
+    ],
+)
+def test_exported_weights_with_other_metadata(
+    tmp_path: Path, metadata: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_safetensors(create_model("resnet8", 10, 1, norm="shared"), path, metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(path)
+    assert "\n" not in str(error.value)
