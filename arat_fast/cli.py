@@ -65,13 +65,15 @@ class EvalOptions:
     recipe: str | None = None
     """Recipe whose data, model and threat model are used; needed where the file is no run's own."""
     norm: Literal["Linf", "L2"] | None = None
-    """Norm of the ball; default the run's."""
+    """Norm of the ball; default the run's, another one needs --eps."""
     eps: float | None = None
     """Radius of the ball; default the run's."""
     num_steps: int | None = None
     """Steps of PGD; default the run's."""
     alpha: float | None = None
-    """Step size of PGD; default the run's."""
+    """Step size of PGD; default the run's, in another ball a quarter of the radius."""
+    num_restarts: int = 1
+    """Independent runs of PGD; an image counts as robust if it withstands them all; >= 1."""
     autoattack: bool = True
     """Run standard AutoAttack."""
     max_samples: int = 0

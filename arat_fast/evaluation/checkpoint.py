@@ -56,6 +56,7 @@ def evaluate_checkpoint(
     alpha: float | None = None,
     autoattack: bool = True,
     max_samples: int = 0,
+    num_restarts: int = 1,
     batch_size: int | None = None,
     data_root: Path | None = None,
     device: str = "auto",
@@ -69,8 +70,10 @@ def evaluate_checkpoint(
         recipe: gives data, model and threat model; needed where the file does not hold them. A
             run's own checkpoint does; its exported weights name recipe, model and ball.
         norm, eps, num_steps, alpha, batch_size, data_root: override the run's; None keeps them.
+            Another norm needs a radius; in another ball the step size is a quarter of it.
         autoattack: run standard AutoAttack too.
         max_samples: the first samples only; 0 for all.
+        num_restarts: of PGD, >= 1.
         device: auto, cpu, cuda or cuda:N.
         seed: of the attacks.
         display: where progress is shown.
@@ -80,16 +83,31 @@ def evaluate_checkpoint(
 
     Raises:
         FileNotFoundError: no such file, or the dataset is not there.
-        ValueError: the file is cut or of another architecture, or a recipe is missing.
+        ValueError: the file is cut or of another architecture, a recipe or the radius of another
+            norm is missing, or an argument is out of range.
     """
     path = checkpoint / "checkpoint.pt" if checkpoint.is_dir() else checkpoint
     target = resolve_device(device)
     saved = _read(path, recipe)
+    if norm not in (None, saved.config.attack.norm) and eps is None:
+        raise ValueError(
+            f"--eps RADIUS is expected with --norm {norm}: the radius of the run, "
+            f"{saved.config.attack.eps:.6g}, is one of {saved.config.attack.norm}"
+        )
+    config = _with_overrides(saved.config, attack={"norm": norm, "eps": eps})
+    if config.attack != saved.config.attack:
+        # The run's step size was chosen for its own ball.
+        evaluation = dataclasses.replace(config.eval, alpha=None)
+        config = dataclasses.replace(config, eval=evaluation)
     config = _with_overrides(
-        saved.config,
+        config,
         data={"root": data_root},
-        attack={"norm": norm, "eps": eps},
-        eval={"num_steps": num_steps, "alpha": alpha, "batch_size": batch_size},
+        eval={
+            "num_steps": num_steps,
+            "alpha": alpha,
+            "batch_size": batch_size,
+            "max_samples": max_samples,
+        },
     )
     data = load_data(
         config.data, device=target, seed=config.seed, eval_batch_size=config.eval.batch_size
@@ -105,6 +123,7 @@ def evaluate_checkpoint(
             ThreatModel(config.attack.eps, config.attack.norm),
             num_steps=config.eval.num_steps,
             alpha=config.eval.step_size(config.attack.eps),
+            num_restarts=num_restarts,
             with_autoattack=autoattack,
             batch_size=config.eval.batch_size,
             seed=seed,

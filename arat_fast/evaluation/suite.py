@@ -57,6 +57,7 @@ def evaluate_all(
     with_autoattack: bool,
     batch_size: int,
     seed: int,
+    num_restarts: int = 1,
     progress: Progress | None = None,
 ) -> SuiteResult:
     """Clean, PGD and AutoAttack accuracy of the ``adv`` branch, and clean accuracy of the other.
@@ -69,6 +70,7 @@ def evaluate_all(
         with_autoattack: whether to run AutoAttack.
         batch_size: samples at a time.
         seed: of the attacks.
+        num_restarts: of PGD.
         progress: told what is running.
     """
     results = {"clean": clean_accuracy(model, images, batch_size=batch_size)}
@@ -83,6 +85,7 @@ def evaluate_all(
         num_steps=num_steps,
         alpha=alpha,
         batch_size=batch_size,
+        num_restarts=num_restarts,
         seed=seed,
         progress=progress,
     )

@@ -15,6 +15,7 @@ from arat_fast.display import Display
 from arat_fast.evaluation import checkpoint as module
 from arat_fast.interop import save_safetensors
 from arat_fast.models import create_model
+from arat_fast.recipes import RECIPES, recipe
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 CONFIG = tiny_config(epochs=1, kind="swa", start=0.0, every=1)
@@ -101,4 +102,45 @@ def test_exported_weights_with_other_metadata(
     save_safetensors(create_model("resnet8", 10, 1, norm="shared"), path, metadata)
     with pytest.raises(ValueError, match=message) as error:
         evaluate(path)
+    assert "\n" not in str(error.value)
+
+
+def test_published_step_size_is_two_pixels() -> None:
+    for name in RECIPES:
+        config = recipe(name)
+        expected = 0.02 if name == "digits" else 2 / 255
+        assert config.eval.step_size(config.attack.eps) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha"),
+    [
+        ({}, 0.02),
+        ({"eps": 0.2, "norm": "Linf"}, 0.02),
+        ({"eps": 0.1}, 0.025),
+        ({"eps": 0.6, "norm": "L2"}, 0.15),
+        ({"eps": 0.6, "norm": "L2", "alpha": 0.3}, 0.3),
+        ({"alpha": 0.0}, 0.0),
+    ],
+)
+def test_step_size_belongs_to_the_ball(run: Path, options: dict[str, Any], alpha: float) -> None:
+    attack = evaluate(run, num_restarts=2, **options)["accuracy"]["pgd1"]
+    assert attack["alpha"] == pytest.approx(alpha, rel=1e-12)
+    assert attack["num_restarts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "L2"}, "--eps RADIUS is expected with --norm L2: .* 0.2, is one of Linf"),
+        ({"max_samples": -5}, "eval.max_samples must be >= 0, got -5"),
+        ({"batch_size": 0}, "eval.batch_size must be >= 1, got 0"),
+        ({"num_restarts": 0}, "num_restarts must be >= 1, got 0"),
+        ({"alpha": -0.1}, "eval.alpha must be >= 0, got -0.1"),
+        ({"eps": -0.1}, "attack.eps must be >= 0, got -0.1"),
+    ],
+)
+def test_arguments_out_of_range(run: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(run, **options)
     assert "\n" not in str(error.value)
