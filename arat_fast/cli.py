@@ -87,7 +87,8 @@ class EvalOptions:
     seed: int = 0
     """Seed of the attacks."""
     out: Path | None = None
-    """File for the record; default evaluation.json beside the checkpoint."""
+    """File for the record; default evaluation.json in the run's folder, NAME.evaluation.json beside
+    a file NAME.pt or NAME.safetensors."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,14 @@ def _eval(arguments: list[str]) -> int:
     values = dataclasses.asdict(options)
     out = values.pop("out")
     record = evaluate_checkpoint(**values)
-    path = (
-        out
-        or (options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent)
-        / "evaluation.json"
-    )
-    write_json(path, record)
     _print_accuracy(record["accuracy"])
+    checkpoint = options.checkpoint
+    if checkpoint.is_dir():
+        default = checkpoint / "evaluation.json"
+    else:
+        default = checkpoint.with_name(f"{checkpoint.stem}.evaluation.json")
+    path = out or default
+    write_json(path, record)
     print(f"record: {path}")
     return 0
 

@@ -75,7 +75,7 @@ def test_eval_of_every_kind_of_file_agrees(
         out = tmp_path / f"record{len(records)}.json"
         arguments = ["eval", str(run / name), "--no-autoattack", "--max-samples", "40"]
         if name.endswith("safetensors"):
-            arguments += ["--recipe", "digits", "--num-steps", "1"]
+            arguments += ["--num-steps", "1"]
         assert main([*arguments, "--out", str(out)]) == 0
         records.append(json.loads(out.read_text()))
     summary = json.loads((run / "summary.json").read_text())
@@ -101,6 +101,28 @@ def test_eval_with_another_ball(run: Path, tmp_path: Path) -> None:
     assert main(["eval", str(run), *arguments, "--out", str(out)]) == 0
     attack = json.loads(out.read_text())["accuracy"]["pgd3"]
     assert (attack["norm"], attack["eps"], attack["num_samples"]) == ("L2", 0.5, 360)
+
+
+def test_eval_writes_beside_the_checkpoint_and_prints_first(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    shutil.copy(run / "model.safetensors", path)
+    arguments = ["--no-autoattack", "--max-samples", "20", "--num-steps", "1"]
+    assert main(["eval", str(path), *arguments]) == 0
+    written = tmp_path / "model.evaluation.json"
+    assert json.loads(written.read_text())["accuracy"]["clean"]["num_samples"] == 20
+    assert f"record: {written}" in capsys.readouterr().out
+    assert not (tmp_path / "evaluation.json").exists()
+
+    def read_only(path: Path, value: object) -> None:
+        raise OSError(f"cannot write {path}: Read-only file system")
+
+    monkeypatch.setattr("arat_fast.files.write_json", read_only)
+    assert main(["eval", str(run), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert re.search(r"clean +\d+\.\d\d %   \d+/20", printed.out)
+    assert f"cannot write {run / 'evaluation.json'}" in printed.err
 
 
 def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +219,7 @@ def test_out_of_memory_names_the_switch(
         ("train imagenette-resnet18 --data.root /nowhere", "/nowhere.*--data.download"),
         ("eval /nowhere.pt", "no checkpoint at /nowhere.pt"),
         ("report /nowhere", "/nowhere"),
+        ("eval runs --norm L1", "L1.*L2"),
         ("info now", "info takes no arguments, got now"),
     ],
 )
