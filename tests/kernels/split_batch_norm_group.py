@@ -21,7 +21,7 @@ def check_two_processes(folder: Path, impl: Impl) -> None:
         for rank in range(2)
     ]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=280) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
