@@ -76,6 +76,9 @@ class EvalOptions:
     """Independent runs of PGD; an image counts as robust if it withstands them all; >= 1."""
     autoattack: bool = True
     """Run standard AutoAttack."""
+    aa_torchattacks10: bool = False
+    """Also run AutoAttack with torchattacks' 10 steps, as the paper's table did: it overstates
+    robustness and is for comparison with that table only."""
     max_samples: int = 0
     """Evaluate the first samples only; 0 for all."""
     batch_size: int | None = None
@@ -282,7 +285,12 @@ def _one_line(complaint: str) -> str:
 
 
 def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
-    labels = {"clean": "clean", "clean_branch": "clean (clean branch)", "autoattack": "AutoAttack"}
+    labels = {
+        "clean": "clean",
+        "clean_branch": "clean (clean branch)",
+        "autoattack": "AutoAttack",
+        "aa-torchattacks10": "aa-torchattacks10",
+    }
     for name, record in accuracy.items():
         label = labels.get(name, name.upper().replace("PGD", "PGD-"))
         counts = f"{record['correct']}/{record['num_samples']}"

@@ -55,6 +55,7 @@ def evaluate_checkpoint(
     num_steps: int | None = None,
     alpha: float | None = None,
     autoattack: bool = True,
+    aa_torchattacks10: bool = False,
     max_samples: int = 0,
     num_restarts: int = 1,
     batch_size: int | None = None,
@@ -72,6 +73,8 @@ def evaluate_checkpoint(
         norm, eps, num_steps, alpha, batch_size, data_root: override the run's; None keeps them.
             Another norm needs a radius; in another ball the step size is a quarter of it.
         autoattack: run standard AutoAttack too.
+        aa_torchattacks10: run the 10-step AutoAttack too, which overstates robustness and is for
+            comparison with the paper's table only.
         max_samples: the first samples only; 0 for all.
         num_restarts: of PGD, >= 1.
         device: auto, cpu, cuda or cuda:N.
@@ -125,6 +128,7 @@ def evaluate_checkpoint(
             alpha=config.eval.step_size(config.attack.eps),
             num_restarts=num_restarts,
             with_autoattack=autoattack,
+            with_torchattacks10=aa_torchattacks10,
             batch_size=config.eval.batch_size,
             seed=seed,
             progress=bar,

@@ -29,7 +29,8 @@ NUM_EXAMPLES = 16
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Results by name ("clean", "pgd20", "autoattack", "clean_branch"), in the order they ran."""
+    """Results by name ("clean", "clean_branch", "pgd20", "autoattack", "aa-torchattacks10"), in the
+    order they ran."""
 
     results: dict[str, AttackResult]
 
@@ -58,6 +59,7 @@ def evaluate_all(
     batch_size: int,
     seed: int,
     num_restarts: int = 1,
+    with_torchattacks10: bool = False,
     progress: Progress | None = None,
 ) -> SuiteResult:
     """Clean, PGD and AutoAttack accuracy of the ``adv`` branch, and clean accuracy of the other.
@@ -71,6 +73,8 @@ def evaluate_all(
         batch_size: samples at a time.
         seed: of the attacks.
         num_restarts: of PGD.
+        with_torchattacks10: whether to run the 10-step AutoAttack too, which overstates robustness
+            and is for comparison with the paper's table only.
         progress: told what is running.
     """
     results = {"clean": clean_accuracy(model, images, batch_size=batch_size)}
@@ -92,6 +96,16 @@ def evaluate_all(
     if with_autoattack:
         results["autoattack"] = autoattack(
             model, images, threat, batch_size=batch_size, seed=seed, progress=progress
+        )
+    if with_torchattacks10:
+        results["aa-torchattacks10"] = autoattack(
+            model,
+            images,
+            threat,
+            batch_size=batch_size,
+            version="torchattacks10",
+            seed=seed,
+            progress=progress,
         )
     return SuiteResult(results)
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack
+from pyautoattack.autopgd_base import APGDAttack_targeted as Targeted
 from torch import nn
 
 from arat_fast.data.digits import MAX_VALUE, load_digits
@@ -59,6 +61,39 @@ def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps
     assert set(seen) == {f"AutoAttack {name}" for name in result.details["attacks"]}
     pgd = pgd_accuracy(linear, images, threat, num_steps=20, alpha=eps / 4, batch_size=40)
     assert result.accuracy <= pgd.accuracy
+
+
+def test_torchattacks10_is_the_reference_code_with_ten_steps(linear: nn.Module) -> None:
+    images, threat = digits(40), ThreatModel(0.04)
+    passes: dict[str, int] = {}
+    result = autoattack(
+        linear,
+        images,
+        threat,
+        batch_size=40,
+        version="torchattacks10",
+        seed=5,
+        progress=lambda name, count, _: passes.update({name: count}),
+    )
+    with torch.random.fork_rng():
+        reference = AutoAttack(linear, norm="Linf", eps=0.04, seed=5, version="standard")
+        for attack, make in ((reference.apgd, APGDAttack), (reference.apgd_targeted, Targeted)):
+            short = make(linear, n_iter=10, norm="Linf", eps=0.04, device="cpu")
+            for name in ("n_iter", "n_iter_2", "n_iter_min", "size_decr"):
+                setattr(attack, name, getattr(short, name))
+        reference.fab.n_iter = 10
+        reference.square.rescale_schedule = True
+        x_adv, _ = reference.run_standard_evaluation(images.x, images.y, batch_size=40)
+        expected = linear(x_adv).argmax(1) == images.y
+    assert torch.equal(result.correct, expected)
+    assert list(result.details["attacks"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert (result.details["version"], result.details["num_steps"]) == ("torchattacks10", 10)
+    assert threat.allows(images.x, result.x_adv).all()
+    full = autoattack(linear, images, threat, batch_size=40, seed=5)
+    assert full.details["version"] == "standard" and result.accuracy >= full.accuracy
+    assert passes["AutoAttack (torchattacks, 10 steps) apgd-ce"] < 40
+    with pytest.raises(ValueError, match="got 'plus'"):
+        autoattack(linear, images, threat, batch_size=40, version="plus")  # type: ignore[arg-type]
 
 
 def test_random_states_and_gradients_are_left_alone(linear: nn.Module) -> None:

@@ -144,3 +144,9 @@ def test_arguments_out_of_range(run: Path, options: dict[str, Any], message: str
     with pytest.raises(ValueError, match=message) as error:
         evaluate(run, **options)
     assert "\n" not in str(error.value)
+
+
+def test_ten_step_autoattack_has_a_name_of_its_own(run: Path) -> None:
+    record = evaluate(run, max_samples=4, eps=0.5, aa_torchattacks10=True)
+    assert set(record["accuracy"]) == {"clean", "clean_branch", "pgd1", "aa-torchattacks10"}
+    assert record["accuracy"]["aa-torchattacks10"]["version"] == "torchattacks10"
