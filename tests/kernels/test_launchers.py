@@ -5,7 +5,11 @@ Ahead-of-time cases say what a launcher should ask for; this is what it does ask
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,16 +51,30 @@ class Hopper:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels launched, each compiled instead of run."""
+    """Names of the kernels launched, each compiled instead of run, and inside a device guard."""
     names: list[str] = []
-    run = JITFunction.run
+    guarded: list[Tensor] = []
+    run, take = JITFunction.run, cosine_invariance._counters.take
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        guarded.append(tensor)
+        yield
+        guarded.pop()
+
+    def guarded_take(layers: int, device: torch.device) -> Tensor:
+        assert guarded, "the counters are taken where another device may be the current one"
+        return take(layers, device)
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        assert guarded, f"{self.fn.__name__} is launched on whatever device is the current one"
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         assert ".target sm_90" in compiled.asm["ptx"]
         names.append(self.fn.__name__)
         return compiled
 
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(cosine_invariance._counters, "take", guarded_take)
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", Hopper())
     return names
@@ -87,6 +105,30 @@ def test_cosine_invariance_is_one_launch_in_each_direction(
     assert launches == ["cosine_invariance_fwd_kernel"]
     cosine_invariance._launch_backward(randn((len(widths),), 99), predictions, targets, 1e-8)
     assert launches[1:] == ["cosine_invariance_bwd_kernel"]
+
+
+def test_counters_of_graphs_are_distinct_and_never_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = cosine_invariance._Counters()
+    made: list[weakref.ref[Tensor]] = []
+
+    def zeros(sets: int, device: torch.device) -> Tensor:
+        made.append(weakref.ref(tensor := torch.zeros(sets, counters.MOST_LAYERS).int()))
+        return tensor
+
+    monkeypatch.setattr(counters, "_zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    device = torch.device("cuda", 0)
+    eager = counters.take(4, device)
+    assert counters.take(4, device) is eager
+    capturing = True
+    sets = [counters.take(4, device) for _ in range(counters.CAPTURED_SETS + 2)]
+    assert len({tensor.data_ptr() for tensor in (eager, *sets)}) == len(sets) + 1
+    assert len(made) == 4
+    del sets
+    gc.collect()
+    assert [reference() is not None for reference in made] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 8, 8), *SHAPES], ids=str)

@@ -252,19 +252,25 @@ class _Counters:
 
     def __init__(self) -> None:
         self._of_stream: dict[tuple[int, int], Tensor] = {}
-        self._captured: dict[int, list[Tensor]] = {}
+        # Never freed, for a graph does not keep alive what its kernels point at.
+        self._for_graphs: dict[int, Tensor] = {}
+        self._captured: dict[int, int] = {}
 
     def take(self, layers: int, device: torch.device) -> Tensor:
+        """Counters for one launch on ``device``, which must be the current one."""
         if device.type != "cuda" or layers > self.MOST_LAYERS:
             return torch.zeros(layers, dtype=torch.int32, device=device)
         index = torch.cuda.current_device() if device.index is None else device.index
         if torch.cuda.is_current_stream_capturing():
-            spare = self._captured.get(index)
-            # Without a call before the capture the graph clears its own counters.
-            return spare.pop() if spare else torch.zeros(layers, dtype=torch.int32, device=device)
-        if index not in self._captured:
-            sets = self._zeros(self.CAPTURED_SETS, device)
-            self._captured[index] = list(sets.unbind())
+            captured = self._captured.get(index, self.CAPTURED_SETS)
+            if captured == self.CAPTURED_SETS:
+                # None is left, or no call came before the capture: the graph clears its own.
+                return self._zeros(1, device)[0]
+            self._captured[index] = captured + 1
+            return self._for_graphs[index][captured]
+        if index not in self._for_graphs:
+            self._for_graphs[index] = self._zeros(self.CAPTURED_SETS, device)
+            self._captured[index] = 0
         stream = (index, torch.cuda.current_stream(device).cuda_stream)
         if stream not in self._of_stream:
             self._of_stream[stream] = self._zeros(1, device)[0]
@@ -297,23 +303,24 @@ def _launch_forward(predictions: list[Tensor], targets: list[Tensor], eps: float
     rows, cols, num_warps, one_block = _tile(widths)
     programs = triton.cdiv(num, rows)
     out = torch.empty(layers, dtype=wide, device=device)
-    cosine_invariance_fwd_kernel[(programs, layers)](
-        tuple(predictions),
-        tuple(targets),
-        out,
-        torch.empty(layers, programs, dtype=wide, device=device),
-        _counters.take(layers, device),
-        num,
-        eps,
-        layers,
-        widths,
-        _aligned(predictions + targets, widths),
-        one_block,
-        tl.float64 if wide == torch.float64 else tl.float32,
-        rows,
-        cols,
-        num_warps=warps(num_warps),
-    )
+    with torch.cuda.device_of(out):
+        cosine_invariance_fwd_kernel[(programs, layers)](
+            tuple(predictions),
+            tuple(targets),
+            out,
+            torch.empty(layers, programs, dtype=wide, device=device),
+            _counters.take(layers, device),
+            num,
+            eps,
+            layers,
+            widths,
+            _aligned(predictions + targets, widths),
+            one_block,
+            tl.float64 if wide == torch.float64 else tl.float32,
+            rows,
+            cols,
+            num_warps=warps(num_warps),
+        )
     return out
 
 
@@ -328,22 +335,23 @@ def _launch_backward(
         return dpredictions
     widths = tuple(t.shape[1] for t in predictions)
     rows, cols, num_warps, one_block = _tile(widths)
-    cosine_invariance_bwd_kernel[(triton.cdiv(num, rows), len(predictions))](
-        tuple(predictions),
-        tuple(targets),
-        tuple(dpredictions),
-        dout.contiguous(),
-        num,
-        eps,
-        len(predictions),
-        widths,
-        _aligned(predictions + targets + dpredictions, widths),
-        one_block,
-        tl.float64 if dout.dtype == torch.float64 else tl.float32,
-        rows,
-        cols,
-        num_warps=warps(num_warps),
-    )
+    with torch.cuda.device_of(dout):
+        cosine_invariance_bwd_kernel[(triton.cdiv(num, rows), len(predictions))](
+            tuple(predictions),
+            tuple(targets),
+            tuple(dpredictions),
+            dout.contiguous(),
+            num,
+            eps,
+            len(predictions),
+            widths,
+            _aligned(predictions + targets + dpredictions, widths),
+            one_block,
+            tl.float64 if dout.dtype == torch.float64 else tl.float32,
+            rows,
+            cols,
+            num_warps=warps(num_warps),
+        )
     return dpredictions
 
 

@@ -143,27 +143,28 @@ def _launch(
         return x
     num_images, channels, height, width = images.shape
     size = x[0].numel()
-    crop_flip_kernel[(x.shape[0], triton.cdiv(size, BLOCK))](
-        images,
-        index.contiguous(),
-        rng,
-        None if offsets is None else offsets.contiguous(),
-        x,
-        num_images,
-        height,
-        width,
-        *images.stride(),
-        size,
-        padding,
-        float(max_value),
-        channels,
-        x.shape[1],
-        channels_last,
-        flip,
-        split,
-        BLOCK,
-        num_warps=warps(NUM_WARPS),
-    )
+    with torch.cuda.device_of(images):
+        crop_flip_kernel[(x.shape[0], triton.cdiv(size, BLOCK))](
+            images,
+            index.contiguous(),
+            rng,
+            None if offsets is None else offsets.contiguous(),
+            x,
+            num_images,
+            height,
+            width,
+            *images.stride(),
+            size,
+            padding,
+            float(max_value),
+            channels,
+            x.shape[1],
+            channels_last,
+            flip,
+            split,
+            BLOCK,
+            num_warps=warps(NUM_WARPS),
+        )
     return x
 
 

@@ -109,20 +109,21 @@ def _launch(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if num == 0:
         return dlogits, loss
     rows, cols, num_warps, one_block = _tile(num_classes)
-    cross_entropy_grad_kernel[(triton.cdiv(num, rows),)](
-        logits,
-        target.contiguous(),
-        dlogits,
-        loss,
-        num,
-        num_classes,
-        logits.stride(0),
-        one_block,
-        tl.float64 if logits.dtype == torch.float64 else tl.float32,
-        rows,
-        cols,
-        num_warps=warps(num_warps),
-    )
+    with torch.cuda.device_of(logits):
+        cross_entropy_grad_kernel[(triton.cdiv(num, rows),)](
+            logits,
+            target.contiguous(),
+            dlogits,
+            loss,
+            num,
+            num_classes,
+            logits.stride(0),
+            one_block,
+            tl.float64 if logits.dtype == torch.float64 else tl.float32,
+            rows,
+            cols,
+            num_warps=warps(num_warps),
+        )
     return dlogits, loss
 
 

@@ -136,22 +136,23 @@ def _launch_forward(
     residual = None if residual is None else in_layout_of(residual, x)
     rows, cols, by_row = _geometry(x)
     tile = _cols_of_tile(cols)
-    frozen_affine_fwd_kernel[_grid(rows, cols, tile)](
-        x,
-        None if scale is None else scale.contiguous(),
-        shift.contiguous(),
-        residual,
-        y,
-        rows,
-        cols,
-        x.shape[1],
-        by_row,
-        relu,
-        _TL_WIDE.get(x.dtype, tl.float32),
-        TILE // tile,
-        tile,
-        num_warps=warps(NUM_WARPS),
-    )
+    with torch.cuda.device_of(x):
+        frozen_affine_fwd_kernel[_grid(rows, cols, tile)](
+            x,
+            None if scale is None else scale.contiguous(),
+            shift.contiguous(),
+            residual,
+            y,
+            rows,
+            cols,
+            x.shape[1],
+            by_row,
+            relu,
+            _TL_WIDE.get(x.dtype, tl.float32),
+            TILE // tile,
+            tile,
+            num_warps=warps(NUM_WARPS),
+        )
     return y
 
 
@@ -177,22 +178,23 @@ def _launch_backward(
         cols = _cols_of_tile(model.numel())
         rows, by_row = model.numel() // cols, False
     tile = _cols_of_tile(cols)
-    frozen_affine_bwd_kernel[_grid(rows, cols, tile)](
-        in_layout_of(dy, model),
-        None if dy_skip is None else in_layout_of(dy_skip, model),
-        y,
-        None if scale is None else scale.contiguous(),
-        dx if needs_dx else None,
-        dresidual if needs_dresidual else None,
-        rows,
-        cols,
-        1 if scale is None else model.shape[1],
-        by_row,
-        _TL_WIDE.get(model.dtype, tl.float32),
-        TILE // tile,
-        tile,
-        num_warps=warps(NUM_WARPS),
-    )
+    with torch.cuda.device_of(model):
+        frozen_affine_bwd_kernel[_grid(rows, cols, tile)](
+            in_layout_of(dy, model),
+            None if dy_skip is None else in_layout_of(dy_skip, model),
+            y,
+            None if scale is None else scale.contiguous(),
+            dx if needs_dx else None,
+            dresidual if needs_dresidual else None,
+            rows,
+            cols,
+            1 if scale is None else model.shape[1],
+            by_row,
+            _TL_WIDE.get(model.dtype, tl.float32),
+            TILE // tile,
+            tile,
+            num_warps=warps(NUM_WARPS),
+        )
     return dx, dresidual
 
 

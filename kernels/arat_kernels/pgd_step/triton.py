@@ -207,17 +207,18 @@ def _launch_pgd_step(
     dense = x_adv if is_batch_dense(x_adv) else x_adv.contiguous()
     grad = in_layout_of(grad, dense)
     x = in_layout_of(x, dense)
-    if norm == "Linf":
-        numel = dense.numel()
-        pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
-            dense, grad, x, eps, alpha, numel, LINF_BLOCK, num_warps=warps(LINF_WARPS)
-        )
-    else:
-        size = dense[0].numel()
-        block, num_warps, one_block = _l2_block(size)
-        pgd_step_l2_kernel[(dense.shape[0],)](
-            dense, grad, x, eps, alpha, size, block, one_block, num_warps=warps(num_warps)
-        )
+    with torch.cuda.device_of(x_adv):
+        if norm == "Linf":
+            numel = dense.numel()
+            pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
+                dense, grad, x, eps, alpha, numel, LINF_BLOCK, num_warps=warps(LINF_WARPS)
+            )
+        else:
+            size = dense[0].numel()
+            block, num_warps, one_block = _l2_block(size)
+            pgd_step_l2_kernel[(dense.shape[0],)](
+                dense, grad, x, eps, alpha, size, block, one_block, num_warps=warps(num_warps)
+            )
     if dense is not x_adv:
         x_adv.copy_(dense)
 
@@ -227,17 +228,18 @@ def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tenso
     x_adv = torch.empty_like(dense)
     if x.numel() == 0:
         return x_adv
-    if norm == "Linf":
-        numel = x.numel()
-        random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
-            dense, rng, x_adv, eps, numel, LINF_BLOCK // 4, num_warps=warps(LINF_WARPS)
-        )
-    else:
-        size = dense[0].numel()
-        block, num_warps, one_block = _l2_block(size)
-        random_start_l2_kernel[(x.shape[0],)](
-            dense, rng, x_adv, eps, size, block // 4, one_block, num_warps=warps(num_warps)
-        )
+    with torch.cuda.device_of(x):
+        if norm == "Linf":
+            numel = x.numel()
+            random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
+                dense, rng, x_adv, eps, numel, LINF_BLOCK // 4, num_warps=warps(LINF_WARPS)
+            )
+        else:
+            size = dense[0].numel()
+            block, num_warps, one_block = _l2_block(size)
+            random_start_l2_kernel[(x.shape[0],)](
+                dense, rng, x_adv, eps, size, block // 4, one_block, num_warps=warps(num_warps)
+            )
     return x_adv
 
 
