@@ -42,7 +42,9 @@ def crop_flip_reference(
             row.clamp(0, max(height - 1, 0))[:, :, None],
             col.clamp(0, max(width - 1, 0))[:, None, :],
         ]
-    values = (pixels * inside[..., None]).float() / max_value
+    values = (pixels * inside[..., None]).float()
+    # By a tensor on the same device: by a number CUDA multiplies with the reciprocal and rounds twice.
+    values = values / values.new_full((), max_value)
     values = torch.where(known[:, None, None, None], values, torch.nan)
     if split:
         values = _split(values)

@@ -98,7 +98,7 @@ def crop_flip_kernel(
         + col.to(tl.int64) * col_stride
     )
     value = tl.load(images_ptr + offset, inside & known, other=0).to(tl.float32)
-    # Rounded as PyTorch's division, which a product with 1 / max_value is not.
+    # Rounded once, which a product with 1 / max_value is not.
     value = tl.div_rn(value, tl.zeros_like(value) + max_value)
     value = tl.where(known, value, float("nan"))
     if SPLIT:

@@ -99,8 +99,9 @@ def test_datasets_and_batches_of_more_than_two_to_the_31_elements() -> None:
     index = torch.arange(num, device="cuda").flip(0)
     x = crop_flip(images, index, dtype=torch.bfloat16, impl="triton")
     assert x.numel() > 2**31
+    max_value = torch.full((), 255.0, device="cuda")
     for place in (0, num // 2, num - 1):
-        expected = (images[num - 1 - place].float() / 255).bfloat16()
+        expected = (images[num - 1 - place].float() / max_value).bfloat16()
         assert torch.equal(x[place], expected)
 
 
