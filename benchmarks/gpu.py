@@ -66,7 +66,8 @@ def table(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"Copy bandwidth of this run: {min(copies):.2f} to {max(copies):.2f} TB/s (read + "
-            f"written, once per operation). Driver {info['driver']}, torch {info['torch']}, triton {info['triton']}, "
+            f"written, once per operation). Driver {info['driver']}, torch {info['torch']}, "
+            f"triton {info['triton']}, "
             f"commit {info['commit'][:12]}{' with local changes' if info['dirty'] else ''}, "
             f"clocks as read {info['sm_clock']}, {info['memory_clock']}.",
             "",
@@ -77,10 +78,10 @@ def table(result: dict[str, Any]) -> str:
         info = entry["extra_info"]
         over = ", ".join(f"{name} {value:.2f}×" for name, value in info["speed_up"].items())
         share = info["share_of_copy_bandwidth"]
+        shown = "in the L2" if share is None else f"{share:.0%}"
         lines.append(
             f"| {entry['name']} | {info['seconds_per_call'] * 1e6:.1f} | "
-            f"{info['bytes_per_second'] / 1e12:.2f} | {'in the L2' if share is None else f'{share:.0%}'} | "
-            f"{over} |"
+            f"{info['bytes_per_second'] / 1e12:.2f} | {shown} | {over} |"
         )
     notes = {e["extra_info"].get("cuDNN fused") for e in result["benchmarks"]} - {None}
     if notes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -36,12 +38,67 @@ def test_outcomes_are_counted_by_module(runner: ModuleType, tmp_path: Path) -> N
         '<testsuites><testsuite><testcase classname="tests.kernels.gpu.test_a" name="x"/>'
         '<testcase classname="tests.kernels.gpu.test_a" name="y"><failure/></testcase>'
         '<testcase classname="tests.kernels.gpu.test_b" name="z"><skipped/></testcase>'
+        '<testcase classname="" name="tests.kernels.gpu.test_c"><error/></testcase>'
         "</testsuite></testsuites>"
     )
     assert runner.outcomes(junit) == {
         "test_a": {"passed": 1, "failed": 1, "skipped": 0},
         "test_b": {"passed": 0, "failed": 0, "skipped": 1},
+        "test_c": {"passed": 0, "failed": 1, "skipped": 0},
     }
+
+
+def test_a_timeout_costs_one_module(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests, speeds = tmp_path / "tests" / "kernels" / "gpu", tmp_path / "benchmarks" / "kernels"
+    for folder in (tests, speeds):
+        folder.mkdir(parents=True)
+        for name in ("test_broken", "test_good", "test_hangs", "test_slow"):
+            (folder / f"{name}.py").touch()
+    (tests / "test_only.py").touch()
+    given: list[float] = []
+
+    def pytest_run(arguments: list[str], seconds: float) -> int | None:
+        given.append(seconds)
+        path, target = Path(arguments[0]), Path(arguments[-1].partition("=")[2])
+        if path.parent == speeds:
+            slow = path.stem == "test_slow"
+            found = json.dumps({"benchmarks": [{"name": path.stem}]})
+            Path(arguments[1].partition("=")[2]).write_text("" if slow else found)
+            return None if slow else 0
+        if path.stem == "test_hangs":
+            return None
+        outcome = "<failure/>" if path.stem == "test_broken" else ""
+        target.write_text(
+            f'<testsuites><testcase classname="gpu.{path.stem}">{outcome}</testcase></testsuites>'
+        )
+        return int(bool(outcome))
+
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "pytest_run", pytest_run)
+    outcomes, benchmarks, left_out, failed = runner.run_all(time.monotonic() + 90)
+    assert sorted(outcomes) == ["test_broken", "test_good", "test_only", "test_slow"]
+    assert [entry["name"] for entry in benchmarks] == ["test_good"]
+    assert failed
+    assert [text.split(" stopped")[0] for text in left_out] == [
+        "benchmarks of test_broken: its GPU tests did not all pass",
+        "tests of test_hangs",
+        "benchmarks of test_hangs: its GPU tests did not all pass",
+        "benchmarks of test_slow",
+    ]
+    assert given[0] == pytest.approx(20, abs=1) and max(given) <= 91
+
+
+def test_a_command_that_fails_gives_unknown(tmp_path: Path) -> None:
+    path = SCRIPT.parent / "kernels" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", path)
+    assert spec and spec.loader
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    assert conftest.output("git", "rev-parse", "HEAD", folder=tmp_path) == "unknown"
+    assert conftest.output("no-such-command-anywhere") == "unknown"
+    assert conftest.output("git", "--version").startswith("git version")
 
 
 def test_table_holds_rates_and_what_was_left_out(runner: ModuleType) -> None:
@@ -59,16 +116,22 @@ def test_table_holds_rates_and_what_was_left_out(runner: ModuleType) -> None:
         "share_of_copy_bandwidth": 0.9,
         "speed_up": {"PyTorch eager": 2.0},
     }
+    cached = {"share_of_copy_bandwidth": None, "cuDNN fused": "not run: forward only"}
     text = runner.table(
         {
             "gpu": "Card",
             "date": "2026-01-01",
             "tests": {"test_a": {"passed": 3, "failed": 1, "skipped": 0}},
-            "benchmarks": [{"name": "test_b[shape]", "extra_info": info}],
+            "benchmarks": [
+                {"name": "test_b[shape]", "extra_info": info},
+                {"name": "test_c", "extra_info": {**info, **cached}},
+            ],
             "left_out": ["benchmarks of test_a: its GPU tests did not all pass"],
         }
     )
     assert "| test_a | 3 | 1 | 0 |" in text
     assert "| test_b[shape] | 100.0 | 3.60 | 90% | PyTorch eager 2.00× |" in text
+    assert "| test_c | 100.0 | 3.60 | in the L2 | PyTorch eager 2.00× |" in text
+    assert "where it has no time: not run: forward only." in text
     assert "commit 0123456789ab with local changes" in text
     assert "Left out: benchmarks of test_a" in text
