@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernels.support import generator, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.implementation import interpreting
@@ -35,6 +37,43 @@ def test_attack_gradient_is_that_of_the_loss() -> None:
     (expected,) = torch.autograd.grad(total, leaf)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(loss.sum(), total.detach())
+
+
+class Writing(TorchDispatchMode):
+    """Names of the operators that make a tensor, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.ops.aten.detach.default:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_operator_where_autograd_runs_five() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from arat_kernels.cross_entropy_grad.triton import cross_entropy_grad_triton
+
+    leaf = LOGITS.clone().requires_grad_()
+    with Writing() as autograd:
+        torch.autograd.grad(F.cross_entropy(leaf, TARGET, reduction="sum"), leaf)
+    assert autograd.names == [
+        "aten::_log_softmax",
+        "aten::nll_loss_forward",
+        "aten::ones_like",
+        "aten::nll_loss_backward",
+        "aten::_log_softmax_backward_data",
+    ]
+    # Fake tensors: the count needs no kernel run.
+    with FakeTensorMode() as fake:
+        logits, target = fake.from_tensor(LOGITS), fake.from_tensor(TARGET)
+        with Writing() as ours:
+            cross_entropy_grad_triton(logits, target)
+    assert ours.names == ["arat_kernels::cross_entropy_grad"]
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [

@@ -14,7 +14,8 @@ def cross_entropy_grad(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the summed cross-entropy, ``softmax(logits) - one_hot(target)``, and the losses.
 
-    One launch where autograd needs several; an attack passes the gradient on:
+    One operator where autograd runs five that write a tensor (float32, summed loss; counted by
+    dispatch, not a measurement of time); an attack passes the gradient on:
     ``torch.autograd.grad(logits, x_adv, dlogits)``. The losses are differentiable (the gradient
     that is already there is scaled), the gradient itself is not.
 
