@@ -43,7 +43,7 @@ def crop_flip_reference(
             col.clamp(0, max(width - 1, 0))[:, None, :],
         ]
     values = (pixels * inside[..., None]).float()
-    # By a tensor on the same device: by a number CUDA multiplies with the reciprocal and rounds twice.
+    # By a tensor on the same device: by a number CUDA multiplies with the reciprocal.
     values = values / values.new_full((), max_value)
     values = torch.where(known[:, None, None, None], values, torch.nan)
     if split:
