@@ -291,6 +291,10 @@ def kernels_table() -> str:
         "/ shared memory in bytes per block / occupancy as registers, shared memory and warps "
         "limit it. The tests compile every row for every GPU here and fail on a register spill, "
         "on a bulk access narrower than 16 bytes per thread, and on shared memory over the limit.",
+        "",
+        "Split BatchNorm reads its input once for the statistics and once to normalise it, in "
+        "separate launches. A variant in one launch, with a barrier across the grid, is not "
+        "written: without a GPU it cannot be shown correct.",
     ]
     for operation, cases in all_cases().items():
         lines += [

@@ -222,7 +222,8 @@ def crop_flip_triton(
 
 
 def aot_cases() -> list[AotCase]:
-    """Every dtype and layout with drawn and with given crops; one channel; no crop."""
+    """Every dtype and layout with drawn and with given crops; one channel; no crop.
+    Indices are int64."""
     cases = [
         _case(3, kind, channels_last, False, draws)
         for kind in ("fp32", "bf16", "fp16")
