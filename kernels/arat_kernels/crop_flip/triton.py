@@ -222,8 +222,8 @@ def crop_flip_triton(
 
 
 def aot_cases() -> list[AotCase]:
-    """Every dtype and layout with drawn and with given crops; one channel; no crop.
-    Indices are int64."""
+    """Every dtype and layout with drawn and with given crops; one channel; no crop;
+    int32 indices."""
     cases = [
         _case(3, kind, channels_last, False, draws)
         for kind in ("fp32", "bf16", "fp16")
@@ -232,13 +232,17 @@ def aot_cases() -> list[AotCase]:
     ]
     cases += [_case(3, "bf16", True, True, draws) for draws in ("rng", "offsets", "nothing")]
     cases += [_case(3, "fp32", True, False, "nothing"), _case(1, "fp32", True, False, "rng")]
+    cases.append(_case(3, "fp32", True, False, "rng", index="i32"))
     return cases
 
 
-def _case(channels: int, kind: str, channels_last: bool, split: bool, draws: str) -> AotCase:
+def _case(
+    channels: int, kind: str, channels_last: bool, split: bool, draws: str, index: str = "i64"
+) -> AotCase:
     layout = "channels_last" if channels_last else "contiguous"
     name = f"{kind}, {layout}, {channels} channels, {draws}{', split' if split else ''}"
-    pointers = {"images_ptr": "*u8", "index_ptr": "*i64", "x_ptr": f"*{kind}"}
+    name += f", index {index}" if index != "i64" else ""
+    pointers = {"images_ptr": "*u8", "index_ptr": f"*{index}", "x_ptr": f"*{kind}"}
     absent: dict[str, None] = {"rng_ptr": None, "offsets_ptr": None}
     if draws == "rng":
         pointers["rng_ptr"] = "*i64"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -279,8 +280,9 @@ def random_start_triton(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor
 
 
 def aot_cases() -> list[AotCase]:
-    """Every block that the launchers can choose, for sizes that are multiples of 16; fp16
-    gradients, as wide as bf16 ones, for Linf alone."""
+    """Every block that the launchers can choose, for sizes that are multiples of 16; and for others
+    the update of bf16 gradients, but not for odd samples of 4097 to 16384 elements, whose block
+    spills registers on sm_80."""
     cases = []
     for grad in ("fp32", "bf16", "fp16"):
         step = {
@@ -307,9 +309,6 @@ def aot_cases() -> list[AotCase]:
             )
             for numel in ("i32", "i64")
         ]
-        if grad == "fp16":
-            # As wide as bf16.
-            continue
         for block, num_warps, one_block in (*((b, w, True) for b, w in L2_BLOCKS), _l2_loop()):
             passes = (
                 "1 read each of x_adv, grad and x"
@@ -331,6 +330,16 @@ def aot_cases() -> list[AotCase]:
                     bulk=pointers,
                 )
             )
+    cases += [
+        replace(
+            case,
+            name=f"{case.name[:-1]}, odd sizes]",
+            divisible=("x_adv_ptr", "grad_ptr", "x_ptr"),
+            bulk=(),
+        )
+        for case in cases
+        if "grad bf16" in case.name and case.constexprs["BLOCK"] <= 4096
+    ]
     start = {"x_ptr": "*fp32", "rng_ptr": "*i64", "x_adv_ptr": "*fp32", "eps": "fp32"}
     images = ("x_ptr", "x_adv_ptr")
     cases += [

@@ -950,6 +950,7 @@ class _Variant:
     relu: bool = True
     gradient: bool = True
     batch: bool = True
+    counts: bool = False
 
 
 _EVERYTHING = _Variant("")
@@ -963,6 +964,10 @@ _VARIANTS = [
     _Variant("bn+add+relu, running", pooled=False, batch=False),
     _Variant("bn+relu, running", residual=False, pooled=False, batch=False),
     _Variant("bn+add+relu, no affine", pooled=False, affine=False),
+    _Variant("bn+add+relu+pooled, running", batch=False),
+    _Variant("bn+relu+pooled, running", residual=False, batch=False),
+    _Variant("bn+add+relu, counts", pooled=False, counts=True),
+    _Variant("bn+add+relu+pooled, counts", counts=True),
 ]
 
 
@@ -1054,7 +1059,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
         }
         dresidual = kind if v.residual and v.relu else None
         written = ("dresidual_ptr",) if dresidual else ()
-        if v.batch:
+        if v.batch and not v.counts:
             add(
                 split_batch_norm_bwd_sums_kernel,
                 v.label,
@@ -1078,7 +1083,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
                 **shared,
                 "mask_ptr": masked,
                 "sums_ptr": acc if v.batch else None,
-                "counts_ptr": None,
+                "counts_ptr": acc if v.counts else None,
                 "dx_ptr": kind,
                 "dresidual_ptr": dresidual if written else None,
             },
