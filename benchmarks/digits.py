@@ -2,8 +2,7 @@
 
 Trains what is missing under ``--runs``, then writes the record under ``benchmarks/results/`` and
 prints the README's table. The settings of both methods were chosen on 287 validation images taken
-from the training images. The 360 held-out images chose nothing: they give the curve along each run,
-and the accuracies of its last weights.
+from the training images; the README says how, and what was seen of the 360 held-out images before.
 """
 
 from __future__ import annotations
