@@ -20,7 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from arat_kernels.implementation import interpreting
-from arat_kernels.split_batch_norm import split_batch_norm
+from arat_kernels.split_batch_norm import (
+    SplitBatchNorm2d,
+    split_batch_norm,
+    use_branch,
+    use_statistics,
+)
 
 
 def two_batch_norms(case: Case) -> dict[str, Tensor]:
@@ -204,6 +209,29 @@ def test_eval_mode_leaves_the_buffers_alone() -> None:
     assert torch.equal(results["running_var"], inputs.running_var)
     results = run(replace(case, training=True, update=False), inputs, None)
     assert torch.equal(results["running_mean"], inputs.running_mean)
+
+
+def test_layer_in_a_network_without_the_trainer() -> None:
+    """The example of its docstring: both branches of a training step, then the attack's forward."""
+    case = Case(residual=False, relu=False, pooled=False)
+    inputs = make(case)
+    layer = SplitBatchNorm2d(5, eps=1e-3, momentum=0.25)
+    expected_keys = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert list(layer.state_dict()) == expected_keys
+    parameters = {name: getattr(inputs, name) for name in expected_keys[:4]}
+    layer.load_state_dict({**parameters, "num_batches_tracked": torch.tensor([3, 4])})
+    model = nn.Sequential(layer)
+    expected = run(case, inputs, "reference")
+    with use_branch(model, "both", num_clean=3):
+        assert torch.equal(model(inputs.x), expected["y"])
+    assert layer.num_batches_tracked.tolist() == [4, 5]
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(layer, name), expected[name])
+    attacked = replace(case, sizes=(0, 5))
+    with use_branch(model, "adv"), use_statistics(model, "batch"):
+        y = model(inputs.x)
+    assert torch.equal(y, run(attacked, inputs, "reference")["y"])
+    assert torch.equal(layer.running_mean, expected["running_mean"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the kernels themselves")

@@ -1,5 +1,23 @@
 """Two BatchNorms over the two halves of one batch."""
 
 from arat_kernels.split_batch_norm.api import split_batch_norm
+from arat_kernels.split_batch_norm.module import (
+    ADV,
+    CLEAN,
+    Branch,
+    SplitBatchNorm2d,
+    Statistics,
+    use_branch,
+    use_statistics,
+)
 
-__all__ = ["split_batch_norm"]
+__all__ = [
+    "ADV",
+    "CLEAN",
+    "Branch",
+    "SplitBatchNorm2d",
+    "Statistics",
+    "split_batch_norm",
+    "use_branch",
+    "use_statistics",
+]

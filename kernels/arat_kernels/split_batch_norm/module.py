@@ -1,0 +1,195 @@
+"""Split BatchNorm as a layer, and the switches of its branch and of its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from arat_kernels.implementation import Impl
+from arat_kernels.split_batch_norm.api import split_batch_norm
+
+Branch = Literal["clean", "adv", "both"]
+Statistics = Literal["batch", "running", "batch_update"]
+
+CLEAN, ADV = 0, 1
+
+
+class SplitBatchNorm2d(nn.Module):
+    """BatchNorm2d with parameters and statistics for clean inputs, and others for adversarial ones.
+
+    Row 0 of every parameter and buffer is the clean branch, row 1 the adversarial one. The branch
+    in use is set for a whole network by :func:`use_branch`; outside of it every layer runs ``adv``,
+    the model that is deployed. ``train()`` and ``eval()`` mean what they mean for
+    :class:`torch.nn.BatchNorm2d`; :func:`use_statistics` overrides them for the time of an attack.
+    Two attributes may be set: ``impl``, "triton" or "reference" (None takes Triton for CUDA
+    tensors), and ``pooled_sink``, called in every forward with the pooled feature, (N, C).
+
+    Example::
+
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), SplitBatchNorm2d(16), nn.ReLU())
+        with use_branch(model, "both"):
+            y_clean, y_adv = model(torch.cat([x_clean, x_adv])).chunk(2)
+        with use_branch(model, "adv"), use_statistics(model, "batch"):
+            grad, = torch.autograd.grad(loss(model(x_adv)), x_adv)
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance, > 0.
+        momentum: weight of the new batch in the running statistics, in [0, 1].
+        affine: learn a weight and a bias, (2, C) each.
+
+    Shapes: input (N, C, H, W), output the same.
+
+    Source: Waseda et al., ICLR 2025 (arXiv 2402.14648), section 4.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if affine:
+            self.weight = nn.Parameter(torch.ones(2, num_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(2, num_features, device=device, dtype=dtype))
+        for name, fill in (("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(
+                name, torch.full((2, num_features), fill, device=device, dtype=dtype)
+            )
+        self.register_buffer("num_batches_tracked", torch.zeros(2, dtype=torch.long, device=device))
+        self.branch: Branch = "adv"
+        self.num_clean: int | None = None
+        self.statistics: Statistics | None = None
+        self.impl: Impl | None = None
+        self.pooled_sink: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalise ``x``, add ``residual`` (same shape) and apply ReLU, as asked.
+
+        Raises:
+            ValueError: ``x`` has another number of channels, or ``branch`` is "both" and the batch
+                is odd while no number of clean samples is given.
+        """
+        sizes = self._sizes(x.shape[0])
+        training = self.training if self.statistics is None else self.statistics != "running"
+        update = training and self.statistics != "batch"
+        if update:
+            if sizes[CLEAN] and sizes[ADV]:
+                self.num_batches_tracked += 1
+            else:
+                self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
+        result = split_batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            sizes,
+            training=training,
+            update_running_stats=update,
+            momentum=self.momentum,
+            eps=self.eps,
+            residual=residual,
+            relu=relu,
+            return_pooled=self.pooled_sink is not None,
+            impl=self.impl,
+        )
+        if isinstance(result, Tensor):
+            return result
+        y, pooled = result
+        assert self.pooled_sink is not None
+        self.pooled_sink(pooled)
+        return y
+
+    def extra_repr(self) -> str:
+        affine = self.weight is not None
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={affine}"
+
+    def _sizes(self, batch: int) -> tuple[int, int]:
+        if self.branch == "clean":
+            return batch, 0
+        if self.branch == "adv":
+            return 0, batch
+        if self.num_clean is not None:
+            return self.num_clean, batch - self.num_clean
+        if batch % 2:
+            raise ValueError(
+                f"an even batch [x_clean; x_adv] is expected with both branches, got {batch} "
+                "samples; pass num_clean to use_branch for unequal parts"
+            )
+        return batch // 2, batch // 2
+
+
+@contextmanager
+def use_branch(model: nn.Module, branch: Branch, num_clean: int | None = None) -> Iterator[None]:
+    """Run every :class:`SplitBatchNorm2d` of ``model`` on ``branch`` inside the context.
+
+    Args:
+        model: any network; without split layers the context does nothing.
+        branch: "clean", "adv", or "both" for a batch ``[x_clean; x_adv]``.
+        num_clean: with "both", the number of clean samples at the front; default half of the batch.
+    """
+    layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
+    before = [(layer.branch, layer.num_clean) for layer in layers]
+    for layer in layers:
+        layer.branch, layer.num_clean = branch, num_clean
+    try:
+        yield
+    finally:
+        for layer, (old_branch, old_num_clean) in zip(layers, before, strict=True):
+            layer.branch, layer.num_clean = old_branch, old_num_clean
+
+
+@contextmanager
+def use_statistics(model: nn.Module, statistics: Statistics) -> Iterator[None]:
+    """Choose which statistics every BatchNorm of ``model`` normalises with, inside the context.
+
+    Applies to split layers and to PyTorch's own (``nn.BatchNorm1d`` … ``SyncBatchNorm``) alike.
+
+    Args:
+        model: any network.
+        statistics: "batch" (those of the batch; running statistics and counters stay untouched),
+            "running" (the whole model is in eval mode, dropout included), or "batch_update" (those
+            of the batch, and the running statistics move).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    split = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
+    plain = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    before_split = [layer.statistics for layer in split]
+    before_plain = [layer.track_running_stats for layer in plain]
+    for split_layer in split:
+        split_layer.statistics = statistics
+    if statistics == "running":
+        model.eval()
+    else:
+        for plain_layer in plain:
+            plain_layer.training = True
+            if statistics == "batch":
+                plain_layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for split_layer, old in zip(split, before_split, strict=True):
+            split_layer.statistics = old
+        for plain_layer, tracked in zip(plain, before_plain, strict=True):
+            plain_layer.track_running_stats = tracked
+        for module, mode in modes:
+            module.training = mode
