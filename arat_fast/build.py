@@ -10,6 +10,7 @@ from arat_fast.data import Batches
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
+from arat_kernels.implementation import Impl
 
 
 def build_model(config: Config, data: Batches) -> nn.Module:
@@ -34,10 +35,9 @@ def build_model(config: Config, data: Batches) -> nn.Module:
     )
     if config.step.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-    if config.step.kernels != "auto":
-        for layer in model.modules():
-            if isinstance(layer, SplitBatchNorm2d):
-                layer.impl = config.step.kernels
+    for layer in model.modules():
+        if isinstance(layer, SplitBatchNorm2d):
+            layer.impl = implementation(config)
     return model
 
 
@@ -64,4 +64,10 @@ def build_objective(config: Config, model: nn.Module, data: Batches) -> Objectiv
         w_adv=options.w_adv,
         w_clean=options.w_clean,
     )
+    objective.impl = implementation(config)
     return objective.to(next(model.parameters()).device)
+
+
+def implementation(config: Config) -> Impl | None:
+    """The implementation of the method's own operations; None: Triton for CUDA tensors."""
+    return None if config.step.kernels == "auto" else config.step.kernels

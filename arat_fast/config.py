@@ -159,7 +159,13 @@ class StepConfig:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """bf16 runs under autocast; auto takes it where the device has bf16 arithmetic."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Implementation of the split BatchNorm; auto takes Triton on a GPU, PyTorch elsewhere."""
+    """Implementation of the method's own operations; auto takes Triton on a GPU, PyTorch
+    elsewhere."""
+    fold: bool = True
+    """With attack.bn=running, attack a copy with BatchNorm folded into the convolutions: the same
+    gradients up to rounding, faster."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the whole step in a CUDA graph; auto does so on a GPU."""
     channels_last: bool = True
     """Memory format of weights and activations."""
     noisy_clean: bool = False

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
+from arat_kernels.cross_entropy_grad import cross_entropy_grad
+from arat_kernels.implementation import Impl
+from arat_kernels.pgd_step import pgd_step, random_start
 
 AttackLoss = Callable[[Tensor], Tensor]
 
@@ -68,6 +71,7 @@ class PGD:
         loss_fn: AttackLoss | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        impl: Impl | None = None,
     ) -> Tensor:
         """Attack one batch.
 
@@ -79,18 +83,21 @@ class PGD:
                 cross-entropy with ``y``.
             generator: source of the random start, on the device of ``x``.
             noise: the start itself, added to ``x`` instead of a random draw; shape of ``x``.
+            impl: implementation of the attack's own operations, "triton" or "reference"; None takes
+                Triton for CUDA tensors. Layers of the network choose for themselves.
 
         Returns:
             The adversarial images, shape and dtype of ``x``, detached.
         """
-        per_sample = loss_fn if loss_fn is not None else _cross_entropy(y)
         with use_branch(model, "adv"), use_statistics(model, self.bn):
-            best = self._run(model, x, per_sample, self.start(x, generator, noise))
+            best = self._run(model, x, y, loss_fn, self.start(x, generator, noise, impl), impl)
             if self.num_restarts == 1:
                 return best
+            per_sample = loss_fn if loss_fn is not None else _cross_entropy(y)
             best_loss = _loss_without_grad(model, best, per_sample)
             for _ in range(self.num_restarts - 1):
-                x_adv = self._run(model, x, per_sample, self.start(x, generator))
+                start = self.start(x, generator, impl=impl)
+                x_adv = self._run(model, x, y, loss_fn, start, impl)
                 loss = _loss_without_grad(model, x_adv, per_sample)
                 stronger = loss > best_loss
                 best = torch.where(stronger.view(-1, 1, 1, 1), x_adv, best)
@@ -98,7 +105,11 @@ class PGD:
             return best
 
     def start(
-        self, x: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        impl: Impl | None = None,
     ) -> Tensor:
         """Where the attack on ``x`` starts: a random point of the ball, or ``x`` itself.
 
@@ -106,50 +117,41 @@ class PGD:
             x: images (N, C, H, W).
             generator: source of the random start, on the device of ``x``.
             noise: added to ``x`` instead of a random draw; shape of ``x``.
+            impl: "triton" or "reference"; None takes Triton for CUDA tensors.
         """
         if noise is not None:
             return x + noise
         if not self.random_start:
             return x.clone()
-        if self.norm == "Linf":
-            uniform = torch.empty_like(x).uniform_(-self.eps, self.eps, generator=generator)
-            return x + uniform
-        direction = torch.empty_like(x).normal_(generator=generator)
-        radius = torch.empty_like(x[:, 0, 0, 0]).uniform_(0, self.eps, generator=generator)
-        return x + direction * (radius / _l2(direction)).view(-1, 1, 1, 1)
+        # Drawn on the device: a replayed CUDA graph draws another key each time.
+        key = torch.randint(2**62, (2,), generator=generator, device=x.device)
+        return random_start(x, key, eps=self.eps, norm=self.norm, impl=impl)
 
-    def _run(self, model: nn.Module, x: Tensor, per_sample: AttackLoss, x_adv: Tensor) -> Tensor:
+    def _run(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        loss_fn: AttackLoss | None,
+        x_adv: Tensor,
+        impl: Impl | None,
+    ) -> Tensor:
         for _ in range(self.num_steps):
-            x_adv = x_adv.detach().requires_grad_()
+            x_adv.requires_grad_()
             with torch.enable_grad():
-                loss = per_sample(model(x_adv)).sum()
-                (grad,) = torch.autograd.grad(loss, x_adv)
-            x_adv = self._update(x, x_adv.detach(), grad)
-        if self.num_steps == 0:
-            x_adv = x_adv.clamp(0, 1)
-        return x_adv.detach()
-
-    def _update(self, x: Tensor, x_adv: Tensor, grad: Tensor) -> Tensor:
-        if self.norm == "Linf":
-            x_adv = x_adv + self.alpha * grad.sign()
-            x_adv = torch.min(torch.max(x_adv, x - self.eps), x + self.eps)
-        else:
-            # The smallest normal number: a zero gradient moves nothing instead of giving NaN.
-            tiny = torch.finfo(grad.dtype).tiny
-            x_adv = x_adv + self.alpha * (grad / _l2(grad).clamp_min(tiny).view(-1, 1, 1, 1))
-            delta = x_adv - x
-            shrink = (self.eps / _l2(delta).clamp_min(tiny)).clamp_max(1)
-            x_adv = x + delta * shrink.view(-1, 1, 1, 1)
-        return x_adv.clamp(0, 1)
+                logits = model(x_adv)
+                if loss_fn is None:
+                    dlogits, _ = cross_entropy_grad(logits.detach(), y, impl=impl)
+                    (grad,) = torch.autograd.grad(logits, x_adv, dlogits)
+                else:
+                    (grad,) = torch.autograd.grad(loss_fn(logits).sum(), x_adv)
+            x_adv = x_adv.detach()
+            pgd_step(x_adv, grad, x, eps=self.eps, alpha=self.alpha, norm=self.norm, impl=impl)
+        return x_adv if self.num_steps else x_adv.clamp_(0, 1)
 
 
 def _cross_entropy(y: Tensor) -> AttackLoss:
     return lambda logits: F.cross_entropy(logits, y, reduction="none")
-
-
-def _l2(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    return norm
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from arat_fast.data.batches import (
     Batch,
     Batches,
     ResidentBatches,
-    crop_flip,
     draw_crop_flip,
     seeded_generator,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "DataSplits",
     "FolderBatches",
     "ResidentBatches",
-    "crop_flip",
     "draw_crop_flip",
     "load_data",
     "seeded_generator",

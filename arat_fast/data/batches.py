@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arat_kernels.crop_flip import crop_flip
+
 
 class Batch(NamedTuple):
     """Images x (N, C, H, W), float32 in [0, 1], and labels y (N,), int64, on one device."""
@@ -143,6 +145,7 @@ class ResidentBatches:
         padding: pixels of zeros around the image before a random crop of its own size; 0: no crop.
         flip: mirror half of the images horizontally.
         seed: of order and augmentation.
+        memory_format: of the images, channels_last or contiguous.
 
     Raises:
         ValueError: shapes, dtypes, labels or values that do not fit.
@@ -160,6 +163,7 @@ class ResidentBatches:
         padding: int = 0,
         flip: bool = False,
         seed: int = 0,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         check_samples(images, labels, len(classes), max_value)
         self._num_batches = count_batches(len(images), batch_size, shuffle)
@@ -175,35 +179,67 @@ class ResidentBatches:
         self.padding = padding
         self.flip = flip
         self.seed = seed
+        self.memory_format = memory_format
 
     def __len__(self) -> int:
         return self._num_batches
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` (>= 0), from batch ``start_batch`` on."""
+        for index, draws in self.epoch_indices(epoch, start_batch):
+            yield self.assemble(index, draws)
+
+    def epoch_indices(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """What :meth:`assemble` makes the batches of an epoch of, on the device.
+
+        Args:
+            epoch: >= 0.
+            start_batch: the first batch.
+
+        Yields:
+            samples (N,), int64, and where to crop and what to mirror, (N, 3), int32.
+        """
         order = epoch_order(self.num_samples, self.shuffle, self.seed, epoch)
         slices = [
             slice(index * self.batch_size, (index + 1) * self.batch_size)
             for index in range(start_batch, len(self))
         ]
-        draws = torch.zeros(len(order), 3, dtype=torch.int64)
+        draws = torch.tensor([self.padding, self.padding, 0], dtype=torch.int32)
+        draws = draws.repeat(len(order), 1)
         if self.padding or self.flip:
             for index, chosen in enumerate(slices, start_batch):
                 generator = seeded_generator(self.seed, epoch, index)
-                draws[chosen] = draw_crop_flip(len(draws[chosen]), self.padding, generator)
+                drawn = draw_crop_flip(len(draws[chosen]), self.padding, generator)
+                if not self.flip:
+                    drawn[:, 2] = 0
+                draws[chosen] = drawn
         # One copy an epoch: the host would wait for the device at each.
         device = self.images.device
         order, draws = order.to(device), draws.to(device)
         for chosen in slices:
-            images = self.images[order[chosen]]
-            if self.padding or self.flip:
-                images = crop_flip(images, draws[chosen], self.padding, self.flip)
-            x = images.to(torch.float32) / self.max_value
-            yield Batch(x, self.labels[order[chosen]])
+            yield order[chosen], draws[chosen]
+
+    def assemble(self, index: Tensor, draws: Tensor) -> Batch:
+        """Gather, crop, mirror and convert the images of one batch, and gather their labels.
+
+        Args:
+            index: samples (N,), int64.
+            draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
+                mirror it.
+        """
+        x = crop_flip(
+            self.images,
+            index,
+            padding=self.padding,
+            offsets=draws,
+            max_value=self.max_value,
+            memory_format=self.memory_format,
+        )
+        return Batch(x, self.labels[index])
 
 
 def draw_crop_flip(num_samples: int, padding: int, generator: torch.Generator) -> Tensor:
-    """Where to crop and what to mirror, for :func:`crop_flip`.
+    """Where to crop and what to mirror, for :func:`arat_kernels.crop_flip.crop_flip`.
 
     Args:
         num_samples: images.
@@ -211,33 +247,9 @@ def draw_crop_flip(num_samples: int, padding: int, generator: torch.Generator) -
         generator: on the CPU, so that every device sees the same draws.
 
     Returns:
-        (num_samples, 3), int64: first row and column of the crop in the padded image, uniform in
+        (num_samples, 3), int32: first row and column of the crop in the padded image, uniform in
         [0, 2 * padding], and 1 to mirror it, with probability 1/2, else 0.
     """
     corner = torch.randint(2 * padding + 1, (2, num_samples), generator=generator)
     mirror = torch.rand(num_samples, generator=generator) < 0.5
-    return torch.stack([*corner, mirror.to(torch.int64)], dim=1)
-
-
-def crop_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor:
-    """Crop each image after zero padding, and mirror it horizontally where that was drawn.
-
-    Args:
-        images: (N, C, H, W).
-        draws: (N, 3), int64, from :func:`draw_crop_flip`, on the device of the images.
-        padding: pixels on each side; the crop has the size of the image.
-        flip: whether to mirror at all.
-
-    Returns:
-        new images of the same shape and dtype.
-    """
-    samples, _, height, width = images.shape
-    device = images.device
-    rows = draws[:, 0, None] + torch.arange(height, device=device)
-    columns = draws[:, 1, None] + torch.arange(width, device=device)
-    if flip:
-        columns = torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    sample = torch.arange(samples, device=device)
-    cropped = padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return cropped.permute(0, 3, 1, 2)
+    return torch.stack([*corner, mirror.to(torch.int64)], dim=1).int()

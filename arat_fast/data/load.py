@@ -52,7 +52,12 @@ class DataSplits(NamedTuple):
 
 
 def load_data(
-    config: DataConfig, *, device: torch.device, seed: int, eval_batch_size: int
+    config: DataConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    eval_batch_size: int,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> DataSplits:
     """Read a dataset and split it.
 
@@ -61,6 +66,7 @@ def load_data(
         device: where the batches go; all but Imagenette stay there as a whole.
         seed: of order and augmentation, >= 0; the held-out images do not depend on it.
         eval_batch_size: samples in a batch of ``val`` and ``test``.
+        memory_format: of the training images that stay on the device.
 
     Raises:
         FileNotFoundError: the dataset is absent, or could not be downloaded.
@@ -69,7 +75,7 @@ def load_data(
     """
     if config.name == "imagenette":
         return _folder_splits(config, device, seed, eval_batch_size)
-    return _resident_splits(config, device, seed, eval_batch_size)
+    return _resident_splits(config, device, seed, eval_batch_size, memory_format)
 
 
 def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +126,11 @@ class _Resident(NamedTuple):
 
 
 def _resident_splits(
-    config: DataConfig, device: torch.device, seed: int, eval_batch_size: int
+    config: DataConfig,
+    device: torch.device,
+    seed: int,
+    eval_batch_size: int,
+    memory_format: torch.memory_format,
 ) -> DataSplits:
     readers = {
         "digits": _read_digits,
@@ -145,6 +155,7 @@ def _resident_splits(
             padding=config.padding if training else 0,
             flip=config.flip and training,
             seed=training_seed or 0,
+            memory_format=memory_format if training else torch.contiguous_format,
         )
 
     try:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_statistics
 
 Norm = Literal["split", "shared"]
 
@@ -47,6 +47,35 @@ class StemConv2d(nn.Conv2d):
         with torch.autocast(device_type, enabled=False):
             y = super().forward(input)
         return y.to(torch.get_autocast_dtype(device_type))
+
+
+@torch.no_grad()
+def protect_stem(model: nn.Module, x: Tensor) -> None:
+    """Turn the convolution that the image enters into a :class:`StemConv2d`, in place.
+
+    It is the first one to run. Parameters and state-dict keys stay as they are.
+
+    Args:
+        model: any network; one with a :class:`StemConv2d`, or whose first convolution is of
+            another subclass, is left alone.
+        x: images (N, C, H, W) for one forward pass in eval mode.
+    """
+    if any(isinstance(module, StemConv2d) for module in model.modules()):
+        return
+    order: list[nn.Conv2d] = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: order.append(module))
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        with use_statistics(model, "running"):
+            model(x[:2])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if order and type(order[0]) is nn.Conv2d:
+        order[0].__class__ = StemConv2d
 
 
 class Normalize(nn.Module):

@@ -48,7 +48,7 @@ def convert_split_batch_norm(module: nn.Module) -> nn.Module:
     return _convert(module, "", {})
 
 
-class _SplitBatchNormAct2d(SplitBatchNorm2d):
+class SplitBatchNormAct2d(SplitBatchNorm2d):
     """Counterpart of timm's BatchNormAct2d: normalisation, dropout, activation."""
 
     def __init__(
@@ -101,7 +101,7 @@ def _split_layer(layer: nn.BatchNorm2d | nn.SyncBatchNorm, path: str) -> SplitBa
         split = SplitBatchNorm2d(layer.num_features, **keywords)  # type: ignore[arg-type]
     elif {"act", "drop"} <= dict(layer.named_children()).keys():
         drop, act = layer.get_submodule("drop"), layer.get_submodule("act")
-        split = _SplitBatchNormAct2d(layer.num_features, drop, act, **keywords)
+        split = SplitBatchNormAct2d(layer.num_features, drop, act, **keywords)
     else:
         raise ValueError(
             f"{path} is a {type(layer).__name__}, a subclass of BatchNorm2d with a forward of its "

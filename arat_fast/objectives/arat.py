@@ -13,6 +13,8 @@ from arat_fast.models.features import collect_features
 from arat_fast.models.split_batch_norm import use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
 from arat_fast.objectives.predictor import Predictors
+from arat_kernels.cosine_invariance import cosine_invariance
+from arat_kernels.implementation import Impl
 
 Direction = Literal["adv_to_clean", "clean_to_adv", "both", "symmetric"]
 
@@ -45,6 +47,10 @@ class ARAT(Objective):
     Raises:
         ValueError: a layer does not exist, ``gamma`` or a weight is negative, or switches that
             exclude each other are set.
+
+    Attributes:
+        impl: implementation of the invariance loss, "triton" or "reference"; None takes Triton for
+            CUDA tensors.
 
     Source: Waseda et al., ICLR 2025 (arXiv 2402.14648), section 4.
     """
@@ -86,6 +92,7 @@ class ARAT(Objective):
         self.stop_gradient = stop_gradient
         self.direction = direction
         self.auto_balance = auto_balance
+        self.impl: Impl | None = None
         widths = feature_widths(model, self.layers, image_shape)
         self.predictors = Predictors(widths) if predictor else None
         # Tensors, so that a captured step sees them change.
@@ -116,12 +123,12 @@ class ARAT(Objective):
 
     def _invariance(self, z_clean: list[Tensor], z_adv: list[Tensor]) -> list[Tensor]:
         if self.direction == "symmetric":
-            return _cosine_distances(z_adv, z_clean)
+            return self._distances(z_adv, z_clean)
         distances = []
         if self.direction in ("adv_to_clean", "both"):
-            distances.append(_cosine_distances(self._source(z_adv), self._target(z_clean)))
+            distances.append(self._distances(self._source(z_adv), z_clean))
         if self.direction in ("clean_to_adv", "both"):
-            distances.append(_cosine_distances(self._source(z_clean), self._target(z_adv)))
+            distances.append(self._distances(self._source(z_clean), z_adv))
         if len(distances) == 1:
             return distances[0]
         return [(a + b) / 2 for a, b in zip(*distances, strict=True)]
@@ -132,16 +139,15 @@ class ARAT(Objective):
         predicted: list[Tensor] = self.predictors(z)
         return predicted
 
-    def _target(self, z: list[Tensor]) -> list[Tensor]:
-        return [feature.detach() for feature in z] if self.stop_gradient else z
-
-
-def _cosine_distances(p: list[Tensor], z: list[Tensor]) -> list[Tensor]:
-    """Mean over the batch of 1 - cos(p, z), layer by layer; (N, d) each."""
-    return [
-        1 - F.cosine_similarity(widen(source), target, dim=-1).mean()
-        for source, target in zip(p, z, strict=True)
-    ]
+    def _distances(self, p: list[Tensor], z: list[Tensor]) -> list[Tensor]:
+        """Mean over the batch of 1 - cos(p, z), layer by layer; (N, d) each."""
+        p = [widen(source) for source in p]
+        if self.stop_gradient:
+            return list(cosine_invariance(p, z, impl=self.impl).unbind())
+        return [
+            1 - F.cosine_similarity(source, target, dim=-1).mean()
+            for source, target in zip(p, z, strict=True)
+        ]
 
 
 @torch.no_grad()

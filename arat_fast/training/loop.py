@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arat_fast.build import build_model, build_objective
+from arat_fast.build import build_model, build_objective, implementation
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.data import load_data
-from arat_fast.data.batches import Batch, stream_generator
+from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.device import (
     describe_device,
     resolve_device,
@@ -30,6 +30,7 @@ from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
 from arat_fast.interop.weights import load_weights
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.objectives import ARAT
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.interrupt import InterruptedRun, StopRequest, stop_on_signals
@@ -91,11 +92,15 @@ class Trainer:
             check_same_run(config, config_from_dict(saved["config"]), self.checkpoint_path)
         self.device = resolve_device(config.train.device)
         self.precision = resolve_precision(config.step.precision, self.device)
+        self.memory_format = (
+            torch.channels_last if config.step.channels_last else torch.contiguous_format
+        )
         self.data = load_data(
             config.data,
             device=self.device,
             seed=config.seed,
             eval_batch_size=config.eval.batch_size,
+            memory_format=self.memory_format,
         )
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.train).to(self.device)
@@ -114,8 +119,14 @@ class Trainer:
             config.attack,
             self.optimizer,
             precision=self.precision,
+            fold=config.step.fold,
+            graph=config.step.graph,
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,
+            assemble=self.data.train.assemble
+            if isinstance(self.data.train, ResidentBatches)
+            else None,
+            impl=implementation(config),
         )
         self.steps_per_epoch = len(self.data.train)
         self.total_steps = self.steps_per_epoch * config.train.epochs
@@ -124,6 +135,7 @@ class Trainer:
         )
         self.metrics = StepMetrics()
         self.step = 0
+        self.rate = config.optimizer.lr
         self.train_seconds = 0.0
         self.clean_accuracy = 1 / self.data.train.num_classes
         metrics_bytes = 0 if saved is None else self._restore(saved)
@@ -192,32 +204,45 @@ class Trainer:
         """The steps of an epoch from ``start_batch`` on, or until a signal comes."""
         config = self.config
         logged, samples, since_log = self.step, 0, time.perf_counter()
-        for x, y in self.data.train.epoch(epoch, start_batch):
-            if config.step.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            rate = learning_rate(
-                config.schedule,
-                config.optimizer.lr,
-                self.step,
-                self.steps_per_epoch,
-                config.train.epochs,
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.metrics.add(self.step, self.train_step(x, y), len(x))
+        for metrics, num_samples in self._steps(epoch, start_batch):
+            self.metrics.add(self.step, metrics, num_samples)
             self.average.update(self.model, self.step)
             self.step += 1
-            samples += len(x)
+            samples += num_samples
             bar.advance()
             last = self.step % self.steps_per_epoch == 0
             if self.step - logged >= config.train.log_every or last or stop.signal:
                 values = self._read_metrics()
                 seconds = time.perf_counter() - since_log
                 self.train_seconds += seconds
-                self._log(bar, values, rate, samples / seconds)
+                self._log(bar, values, samples / seconds)
                 logged, samples, since_log = self.step, 0, time.perf_counter()
             if stop.signal:
                 return
+
+    def _steps(self, epoch: int, start_batch: int) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """Train on the batches of an epoch; the metrics of each step and its number of samples."""
+        data = self.data.train
+        if isinstance(data, ResidentBatches):
+            for index, draws in data.epoch_indices(epoch, start_batch):
+                self._set_rate()
+                yield self.train_step.from_indices(index, draws), len(index)
+            return
+        for x, y in data.epoch(epoch, start_batch):
+            self._set_rate()
+            yield self.train_step(x.contiguous(memory_format=self.memory_format), y), len(x)
+
+    def _set_rate(self) -> None:
+        config = self.config
+        self.rate = learning_rate(
+            config.schedule,
+            config.optimizer.lr,
+            self.step,
+            self.steps_per_epoch,
+            config.train.epochs,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
 
     def _start_epoch(self, epoch: int) -> None:
         self.metrics.start_epoch()
@@ -327,14 +352,12 @@ class Trainer:
         except NotFiniteError as error:
             raise NotFiniteError(f"{error}; {self._last_checkpoint()}") from error
 
-    def _log(
-        self, bar: TrainingBar, values: dict[str, float], rate: float, images_per_second: float
-    ) -> None:
+    def _log(self, bar: TrainingBar, values: dict[str, float], images_per_second: float) -> None:
         line: dict[str, Any] = {
             "kind": "train",
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "lr": rate,
+            "lr": self.rate,
             **values,
         }
         for name in ("w_adv", "w_clean"):
@@ -462,7 +485,7 @@ class Trainer:
     def _summary(self, status: str) -> dict[str, Any]:
         """What is known of a run whether or not it came to its end."""
         config = self.config
-        split = [m for m in self.model.modules() if isinstance(m, SplitBatchNorm2d)]
+        folded = self.train_step.folded
         return {
             "recipe": config.recipe,
             "status": status,
@@ -478,12 +501,28 @@ class Trainer:
             "device": describe_device(self.device),
             "precision": str(self.precision).removeprefix("torch."),
             "versions": versions(),
-            "kernels": {"split_batch_norm": choose(split[0].impl, split[0].running_mean)}
-            if split
-            else {},
+            "kernels": self._implementations(),
+            "folded_batch_norms": len(folded.folded) if folded is not None else 0,
             "command": self.command,
             "commit": source_commit(),
         }
+
+    def _implementations(self) -> dict[str, str]:
+        """Which implementation of each of arat_kernels' operations the steps ran."""
+        chosen = choose(implementation(self.config), next(self.model.parameters()))
+        used = {
+            "split_batch_norm": any(isinstance(m, SplitBatchNorm2d) for m in self.model.modules())
+        }
+        attacked = self.objective.needs_attack
+        used["pgd_step"] = attacked
+        used["random_start"] = attacked and self.config.attack.random_start
+        used["cross_entropy_grad"] = attacked
+        used["cosine_invariance"] = (
+            isinstance(self.objective, ARAT) and self.objective.stop_gradient
+        )
+        used["crop_flip"] = isinstance(self.data.train, ResidentBatches)
+        used["frozen_affine"] = self.train_step.folded is not None
+        return {name: chosen for name, runs in used.items() if runs}
 
     def _images_seen(self) -> int:
         """Training images so far, repeats counted; the last batch of an epoch can be smaller."""

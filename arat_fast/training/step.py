@@ -2,41 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD, check_images
+from arat_fast.data.batches import Batch
+from arat_fast.models.folding import FoldedNetwork
+from arat_fast.models.layers import protect_stem
 from arat_fast.objectives.base import Objective
+from arat_fast.training.graph import StepGraphs
+from arat_kernels.implementation import Impl
 
 
+@dataclass(eq=False)
 class TrainStep:
-    """A callable training step; made by :func:`make_train_step`."""
+    """The training step for your own loop: ``metrics = step(x, y)``.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        attack: PGD,
-        optimizer: torch.optim.Optimizer,
-        *,
-        precision: torch.dtype = torch.float32,
-        noisy_clean: bool = False,
-        generator: torch.Generator | None = None,
-        check_inputs: bool | None = None,
-    ) -> None:
-        if precision not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"precision must be torch.float32 or torch.bfloat16, got {precision}")
-        self.model = model
-        self.objective = objective
-        self.attack = attack
-        self.optimizer = optimizer
-        self.precision = precision
-        self.noisy_clean = noisy_clean
-        self.generator = generator
-        self.check_inputs = check_inputs
-        self.num_calls = 0
+    Args:
+        model: the network; for ARAT with split BatchNorm layers
+            (:func:`arat_fast.models.convert_split_batch_norm`).
+        objective: what is minimised; its parameters belong into ``optimizer`` too.
+        attack: makes the adversarial examples.
+        optimizer: any PyTorch optimiser.
+        precision: torch.float32, or torch.bfloat16 for autocast; parameters, BatchNorm statistics,
+            losses and images stay float32. The convolution that the image enters, found in the
+            first step, becomes a :class:`arat_fast.models.layers.StemConv2d`, which does not round
+            the perturbation away.
+        fold: with ``attack.bn="running"``, attack a copy whose BatchNorm is folded into the
+            convolutions (:class:`arat_fast.models.folding.FoldedNetwork`): the same gradients up to
+            rounding, less memory traffic.
+        graph: "on" captures the whole step in a CUDA graph after three steps of each batch shape;
+            "auto" does so on a GPU; "off" runs eagerly.
+        noisy_clean: the official code's in-place start: the clean branch trains on ``x`` plus the
+            start noise, and the ball is centred there.
+        generator: source of the attack's random starts, on the model's device; None: PyTorch's
+            default one.
+        check_inputs: check that the images of every batch lie in [0, 1]; None checks every batch on
+            the CPU, and the first one on a GPU, which each check would synchronise.
+        assemble: how :meth:`from_indices` makes a batch from sample indices and draws.
+        impl: implementation of the attack's own operations, "triton" or "reference"; None takes
+            Triton for CUDA tensors.
+
+    Raises:
+        ValueError: a precision or a graph that this device or this optimiser cannot do.
+    """
+
+    model: nn.Module
+    objective: Objective
+    attack: PGD
+    optimizer: torch.optim.Optimizer
+    _: KW_ONLY
+    precision: torch.dtype = torch.float32
+    fold: bool = True
+    graph: Literal["auto", "on", "off"] = "off"
+    noisy_clean: bool = False
+    generator: torch.Generator | None = None
+    check_inputs: bool | None = None
+    assemble: Callable[[Tensor, Tensor], Batch] | None = None
+    impl: Impl | None = None
+    num_calls: int = field(default=0, init=False)
+    folded: FoldedNetwork | None = field(default=None, init=False)
+    """The network that is attacked, once the first step has folded it."""
+
+    def __post_init__(self) -> None:
+        if self.precision == torch.float16:
+            raise ValueError(
+                "float16 needs loss scaling, which this step does not do, got torch.float16; set "
+                "precision to torch.bfloat16 (--step.precision bf16)"
+            )
+        if self.precision not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"precision must be torch.float32 or torch.bfloat16, got {self.precision}"
+            )
+        if self.graph not in ("auto", "on", "off"):
+            raise ValueError(f'graph must be "auto", "on" or "off", got {self.graph!r}')
+        device = next(self.model.parameters()).device
+        if self.graph == "on" and device.type != "cuda":
+            raise ValueError(
+                f'a CUDA graph needs a GPU, got a model on {device}; set graph to "off" '
+                "(--step.graph off)"
+            )
+        self._graphs: StepGraphs | None = None
+        if self.graph != "off" and device.type == "cuda":
+            self._graphs = StepGraphs(
+                [self.model, self.objective], self.optimizer, device, self.generator
+            )
 
     def __call__(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Train on one batch.
@@ -52,30 +107,82 @@ class TrainStep:
             objective computes such logits.
 
         Raises:
-            ValueError: a value outside [0, 1] or NaN, in a batch that is checked.
+            ValueError: a value outside [0, 1] or NaN, in a batch that is checked; a network that
+                cannot be folded or captured.
+            torch.OutOfMemoryError: names the largest batch that fits; no weight has changed.
         """
         check = self.check_inputs
         if check is None:
             check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
-        self.num_calls += 1
+        if self.num_calls == 0 and self.precision != torch.float32:
+            protect_stem(self.model, x)
+        return self._run(self._step, x, y, *([] if noise is None else [noise]))
+
+    def from_indices(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        """Train on the batch that ``assemble`` makes of ``index`` and ``draws``, graph included.
+
+        Args:
+            index: samples (N,), int64, on the model's device, N >= 2.
+            draws: where to crop and what to mirror, (N, 3), int32.
+
+        Returns, raises: as calling the step.
+        """
+        assert self.assemble is not None
+        if self.num_calls == 0 and self.precision != torch.float32:
+            protect_stem(self.model, self.assemble(index, draws).x)
+        return self._run(self._assembled_step, index, draws)
+
+    def _run(
+        self, function: Callable[..., dict[str, Tensor]], *inputs: Tensor
+    ) -> dict[str, Tensor]:
+        try:
+            if self._graphs is None:
+                metrics = function(*inputs)
+            else:
+                metrics = self._graphs.run(function, inputs)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        else:
+            self.num_calls += 1
+            return metrics
+        # Outside of the handler, whose traceback holds on to the memory.
+        raise torch.OutOfMemoryError(
+            f"{reason}, at a batch of {len(inputs[0])}; {self._advice(function, inputs)}"
+        )
+
+    def _assembled_step(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        assert self.assemble is not None
+        return self._step(*self.assemble(index, draws))
+
+    def _step(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        metrics = self._gradients(x, y, noise)
+        self.optimizer.step()
+        return metrics
+
+    def _gradients(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """Attack, objective and backward."""
         self.model.train()
         self.objective.train()
         if self.noisy_clean and self.objective.needs_attack:
-            x = self.attack.start(x, self.generator, noise)
+            x = self.attack.start(x, self.generator, noise, self.impl)
             noise = torch.zeros_like(x)
         with self._autocast(x.device.type):
             x_adv = x
             if self.objective.needs_attack:
-                loss_fn = self.objective.attack_loss(self.model, x, y)
                 x_adv = self.attack(
-                    self.model, x, y, loss_fn=loss_fn, generator=self.generator, noise=noise
+                    self._attacked(x),
+                    x,
+                    y,
+                    loss_fn=self.objective.attack_loss(self.model, x, y),
+                    generator=self.generator,
+                    noise=noise,
+                    impl=self.impl,
                 )
             output = self.objective(self.model, x, x_adv, y)
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
-        self.optimizer.step()
         metrics = {"loss": output.loss.detach()}
         metrics |= {name: term.detach() for name, term in output.terms.items()}
         for name, logits in (("clean", output.logits_clean), ("adv", output.logits_adv)):
@@ -83,50 +190,58 @@ class TrainStep:
                 metrics[f"accuracy_{name}"] = (logits.argmax(dim=1) == y).float().mean()
         return metrics
 
+    def _attacked(self, x: Tensor) -> nn.Module:
+        """The network whose input gradients the attack follows."""
+        if self.attack.bn != "running" or not self.fold:
+            return self.model
+        if self.folded is None:
+            self.folded = FoldedNetwork(self.model, x, self.impl)
+        else:
+            self.folded.refresh()
+        return self.folded
+
     def _autocast(self, device_type: str) -> AbstractContextManager[object]:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.precision)
 
+    def _advice(
+        self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor, ...]
+    ) -> str:
+        """The largest batch whose gradients fit, found by bisection; no weight is touched."""
+        fits, fails = 0, len(inputs[0])
+        while fails - fits > max(1, fits // 16):
+            middle = (fits + fails) // 2
+            if middle < 2:
+                break
+            if self._fits(function, [tensor[:middle] for tensor in inputs]):
+                fits = middle
+            else:
+                fails = middle
+        if not fits:
+            return "no smaller batch fits either: a smaller network or image is needed"
+        return f"the largest batch that fits is {fits} (--data.batch-size {fits})"
 
-def make_train_step(
-    model: nn.Module,
-    objective: Objective,
-    attack: PGD,
-    optimizer: torch.optim.Optimizer,
-    *,
-    precision: torch.dtype = torch.float32,
-    noisy_clean: bool = False,
-    generator: torch.Generator | None = None,
-    check_inputs: bool | None = None,
-) -> TrainStep:
-    """The training step for your own loop: ``metrics = step(x, y)``.
+    def _fits(self, function: Callable[..., dict[str, Tensor]], inputs: list[Tensor]) -> bool:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        modules = (self.model, self.objective)
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            if function == self._assembled_step:
+                assert self.assemble is not None
+                self._gradients(*self.assemble(*inputs))
+            else:
+                self._gradients(*inputs)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
 
-    Args:
-        model: the network; for ARAT with split BatchNorm layers
-            (:func:`arat_fast.models.convert_split_batch_norm`).
-        objective: what is minimised; its parameters belong into ``optimizer`` too.
-        attack: makes the adversarial examples.
-        optimizer: any PyTorch optimiser.
-        precision: torch.float32, or torch.bfloat16 for autocast; parameters, BatchNorm statistics,
-            losses and images stay float32. The built-in networks keep the image in float32 until
-            after their first convolution; in another network the first convolution must be a
-            :class:`arat_fast.models.layers.StemConv2d`, or bfloat16 rounds away part of the
-            perturbation.
-        noisy_clean: the official code's in-place start: the clean branch trains on ``x`` plus the
-            start noise, and the ball is centred there.
-        generator: source of the attack's random starts, on the model's device; None: PyTorch's
-            default one.
-        check_inputs: check that the images of every batch lie in [0, 1]; None checks every batch on
-            the CPU, and the first one on a GPU, which each check would synchronise.
-    """
-    return TrainStep(
-        model,
-        objective,
-        attack,
-        optimizer,
-        precision=precision,
-        noisy_clean=noisy_clean,
-        generator=generator,
-        check_inputs=check_inputs,
-    )
+
+make_train_step = TrainStep
+"""Makes a :class:`TrainStep`; the name to import in a training loop."""

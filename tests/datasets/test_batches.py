@@ -11,11 +11,11 @@ from torch import Tensor
 
 from arat_fast.data import (
     ResidentBatches,
-    crop_flip,
     draw_crop_flip,
     seeded_generator,
     stratified_split,
 )
+from arat_kernels.crop_flip import crop_flip
 
 CLASSES = tuple("0123456789")
 
@@ -151,9 +151,11 @@ def test_crop_flip_equals_its_definition_image_by_image(
     images = torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
     expected = one_by_one(images, padding, flip, torch.Generator().manual_seed(seed))
     draws = draw_crop_flip(num_samples, padding, torch.Generator().manual_seed(seed))
-    actual = crop_flip(images, draws, padding, flip)
-    assert actual.dtype == torch.uint8
-    assert torch.equal(actual, expected)
+    draws[:, 2] *= int(flip)
+    actual = crop_flip(
+        images, torch.arange(num_samples), padding=padding, offsets=draws, max_value=1
+    )
+    assert torch.equal(actual, expected.float())
 
 
 @pytest.mark.parametrize("start", [0, 2])
@@ -174,8 +176,8 @@ def test_crops_and_flips_are_uniform() -> None:
     padding, size, num_samples = 4, 12, 20_000
     image = torch.arange(1, size * size + 1, dtype=torch.uint8).view(1, 1, size, size)
     draws = draw_crop_flip(num_samples, padding, seeded_generator(17))
-    out = crop_flip(image.expand(num_samples, 1, size, size), draws, padding, True)
-    out = out.to(torch.int64)
+    index = torch.zeros(num_samples, dtype=torch.int64)
+    out = crop_flip(image, index, padding=padding, offsets=draws, max_value=1).to(torch.int64)
     # Places (6, 6) and (6, 7) show the image in every crop; the number there tells from where.
     here, right = out[:, 0, 6, 6] - 1, out[:, 0, 6, 7] - 1
     mirrored = (right < here).to(torch.int64)

@@ -1,0 +1,419 @@
+"""BatchNorm on running statistics, folded into the convolutions before it.
+
+On running statistics BatchNorm is an affine map with constants. Where it follows a convolution it
+disappears into the convolution's weight and bias, and what is left is convolution, bias, residual
+and ReLU in one operation; elsewhere one pass of :func:`arat_kernels.frozen_affine.frozen_affine`
+does the map, the residual and the ReLU.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from arat_fast.models.layers import StemConv2d
+from arat_fast.models.split_batch_norm import (
+    ADV,
+    SplitBatchNorm2d,
+    SplitBatchNormAct2d,
+    use_branch,
+    use_statistics,
+)
+from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.implementation import Impl
+
+_AnyNorm: TypeAlias = SplitBatchNorm2d | _BatchNorm
+_NORMS = (SplitBatchNorm2d, SplitBatchNormAct2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_ADDS = (operator.add, operator.iadd, torch.add)
+_RELUS = (torch.relu, F.relu, torch.relu_, F.relu_)
+
+
+class FoldedNetwork(nn.Module):
+    """The ``adv`` branch of a network in eval mode, for gradients of the images only.
+
+    Computes what ``model`` computes under ``use_branch(model, "adv")`` and
+    ``use_statistics(model, "running")``, up to rounding, on constants that :meth:`refresh` makes
+    from the network's parameters and statistics: call it after they have changed. Parameters get no
+    gradient through the folded layers. Everything else (linear layers, activations, attention) is
+    the network's own module.
+
+    Args:
+        model: any network that ``torch.fx`` can trace; with split BatchNorm or PyTorch's own.
+        example: images (N, C, H, W) such as it will see; one forward pass of each network compares
+            them.
+        impl: implementation of the elementwise operations, "triton" or "reference"; None takes
+            Triton for CUDA tensors.
+
+    Attributes:
+        folded: module paths of the BatchNorm layers that went into the convolution before them.
+        affine: paths of those that are an affine map of their own.
+        unfolded: paths of those left as they are: no running statistics, hooks, or a subclass
+            whose forward is not known.
+
+    Raises:
+        ValueError: the network cannot be traced, or the folded one computes something else.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, impl: Impl | None = None) -> None:
+        super().__init__()
+        with use_branch(model, "adv"), use_statistics(model, "running"):
+            try:
+                graph = _Tracer().trace(model)
+            except Exception as error:  # tracing runs the network's own code
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"{type(model).__name__} cannot be traced, which folding needs: {reason}; set "
+                    "step.fold to False (--step.no-fold)"
+                ) from error
+            network = fx.GraphModule(model, graph)
+            with torch.no_grad():
+                ShapeProp(network).propagate(example[:2])  # type: ignore[no-untyped-call]
+        self.folded, self.affine, self.unfolded, self._sites = _fold(network, impl)
+        self.network = network
+        self.eval()
+        self.refresh()
+        self._compare(model, example[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) to the network's output."""
+        y: Tensor = self.network(x)
+        return y
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the constants anew, in the autocast dtype where autocast is on."""
+        for site in self._sites:
+            site.refresh()
+
+    @torch.no_grad()
+    def _compare(self, model: nn.Module, example: Tensor) -> None:
+        with use_branch(model, "adv"), use_statistics(model, "running"):
+            expected = model(example).float()
+        difference = float((self(example).float() - expected).abs().max())
+        scale = float(expected.abs().max())
+        # Far above rounding, half precision included, and far below a layer gone wrong.
+        if not difference <= 0.1 * scale + 1e-3:
+            raise ValueError(
+                f"the folded {type(model).__name__} gives another output than the network itself "
+                f"(difference {difference:.3g}, outputs up to {scale:.3g}); set step.fold to False "
+                "(--step.no-fold)"
+            )
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf: bool = super().is_leaf_module(m, module_qualified_name)
+        return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d))
+
+
+class _Site(nn.Module):
+    """One BatchNorm with what was fused around it."""
+
+    def __init__(self, norm: _AnyNorm, relu: bool, impl: Impl | None) -> None:
+        super().__init__()
+        # In a tuple, so that the network's own layers are not registered a second time.
+        self._norm = (norm,)
+        self.relu = relu
+        self.impl: Impl | None = impl
+
+    def refresh(self) -> None:
+        raise AssertionError("a site makes its own constants")
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The affine map of the BatchNorm on running statistics, (C,) each."""
+        (norm,) = self._norm
+        mean, var = norm.running_mean, norm.running_var
+        weight: Tensor | None = norm.weight
+        bias: Tensor | None = norm.bias
+        assert mean is not None and var is not None
+        if isinstance(norm, SplitBatchNorm2d):
+            mean, var = mean[ADV], var[ADV]
+            weight = None if weight is None else weight[ADV]
+            bias = None if bias is None else bias[ADV]
+        scale = (var + norm.eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight
+        shift = -mean * scale
+        return scale, shift if bias is None else shift + bias
+
+
+class _FoldedConv(_Site):
+    """``[relu](conv(x) + bias [+ residual])`` with the BatchNorm inside weight and bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, norm: _AnyNorm, relu: bool, impl: Impl | None) -> None:
+        super().__init__(norm, relu, impl)
+        self._conv = (conv,)
+        self.shortcut: _FoldedConv | None = None
+        """A convolution whose output is only the residual of this one, which adds both biases."""
+        self.keeps_bias = True
+
+    def refresh(self) -> None:
+        (conv,) = self._conv
+        scale, shift = self.scale_and_shift()
+        if conv.bias is not None:
+            shift = shift + scale * conv.bias
+        self.shift = shift
+        total = shift if self.shortcut is None else shift + self.shortcut.shift
+        dtype = conv.weight.dtype
+        device_type = conv.weight.device.type
+        if torch.is_autocast_enabled(device_type) and not isinstance(conv, StemConv2d):
+            dtype = torch.get_autocast_dtype(device_type)
+        self.weight = (conv.weight * scale[:, None, None, None]).to(dtype)
+        self.bias = total.to(dtype) if self.keeps_bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        (conv,) = self._conv
+        geometry = _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]  # not a string: _foldable
+        out_dtype = self.weight.dtype
+        device_type = x.device.type
+        if isinstance(conv, StemConv2d) and torch.is_autocast_enabled(device_type):
+            out_dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            y: Tensor = _ConvAct.apply(  # type: ignore[no-untyped-call]
+                x.to(self.weight.dtype),
+                self.weight,
+                self.bias,
+                None if residual is None else residual.to(self.weight.dtype),
+                self.relu,
+                geometry,
+                self.impl,
+            )
+        return y.to(out_dtype)
+
+
+class _FrozenAffine(_Site):
+    """``[relu](x * scale + shift [+ residual])``."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def refresh(self) -> None:
+        self.scale, self.shift = self.scale_and_shift()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return frozen_affine(
+            x, self.scale, self.shift, residual=residual, relu=self.relu, impl=self.impl
+        )
+
+
+class _Geometry(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class _ConvAct(torch.autograd.Function):
+    """Convolution, bias, residual, ReLU; backward to the input and the residual only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        geometry: _Geometry,
+        impl: Impl | None,
+    ) -> Tensor:
+        y = _conv_act(x, weight, bias, residual, relu, geometry)
+        ctx.relu, ctx.geometry, ctx.impl = relu, geometry, impl
+        ctx.save_for_backward(x, weight, *([y] if relu else []))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        if ctx.relu:
+            dy = relu_backward(dy, saved[0], impl=ctx.impl)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            stride, padding, dilation, groups = ctx.geometry
+            dx, _, _ = torch.ops.aten.convolution_backward(
+                dy,
+                x,
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                (0, 0),
+                groups,
+                (True, False, False),
+            )
+        return dx, None, None, dy if ctx.needs_input_grad[3] else None, None, None, None
+
+
+def _conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    geometry: _Geometry,
+) -> Tensor:
+    if x.is_cuda and relu and bias is not None and _has_cudnn(x.dtype):
+        y: Tensor
+        if residual is None:
+            y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        else:
+            y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+        return y
+    y = F.conv2d(x, weight, bias, *geometry)
+    if residual is not None:
+        y += residual
+    return y.relu_() if relu else y
+
+
+def _has_cudnn(dtype: torch.dtype) -> bool:
+    fast = (torch.bfloat16, torch.float16, torch.float32)
+    if dtype not in fast or torch.version.hip is not None:
+        return False
+    return bool(torch.backends.cudnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _fold(
+    network: fx.GraphModule, impl: Impl | None
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], list[_Site]]:
+    """Rewrite the graph in place; the paths by what became of them, and the new layers."""
+    modules = dict(network.named_modules())
+    folded, affine, unfolded = [], [], []
+    sites: dict[fx.Node, _Site] = {}
+    shortcuts: list[tuple[_FoldedConv, fx.Node]] = []
+    for node in list(network.graph.nodes):
+        if node.op != "call_module":
+            continue
+        path = str(node.target)
+        norm = modules[path]
+        if not isinstance(norm, (SplitBatchNorm2d, _BatchNorm)):
+            continue
+        if not _known(norm):
+            unfolded.append(path)
+            continue
+        x, residual, relu = _arguments(node)
+        end = node
+        has_activation = isinstance(norm, SplitBatchNormAct2d)
+        if not has_activation:
+            end, residual, relu = _absorb(end, residual, relu, modules)
+        conv = _convolution(x, modules)
+        site: _Site
+        source: Any
+        if conv is None:
+            site, source = _FrozenAffine(norm, relu, impl), x
+            affine.append(path)
+        else:
+            site, source = _FoldedConv(conv, norm, relu, impl), x.args[0]
+            folded.append(path)
+        name = f"_folded_{len(sites)}"
+        network.add_module(name, site)
+        with network.graph.inserting_after(end):
+            new = network.graph.call_module(name, (source, residual))
+            new.meta = dict(end.meta)
+        end.replace_all_uses_with(new)
+        sites[new] = site
+        if has_activation:
+            with network.graph.inserting_after(new):
+                activated = network.graph.call_module(f"{path}.act", (new,))
+            new.replace_all_uses_with(activated)
+            activated.args = (new,)
+        if isinstance(site, _FoldedConv) and isinstance(residual, fx.Node):
+            shortcuts.append((site, new))
+    for main, node in shortcuts:
+        other = node.args[1]
+        if not isinstance(other, fx.Node) or len(other.users) != 1:
+            continue
+        shortcut = sites.get(other)
+        if isinstance(shortcut, _FoldedConv) and not shortcut.relu:
+            main.shortcut, shortcut.keeps_bias = shortcut, False
+    network.graph.eliminate_dead_code()
+    network.delete_all_unused_submodules()
+    network.recompile()
+    # A shortcut's shift is made before the convolution that adds it.
+    ordered = sorted(sites.values(), key=lambda site: getattr(site, "keeps_bias", True))
+    return tuple(folded), tuple(affine), tuple(unfolded), ordered
+
+
+def _known(norm: _AnyNorm) -> bool:
+    return type(norm) in _NORMS and norm.running_mean is not None and not _has_hooks(norm)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _convolution(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Conv2d | None:
+    """The convolution that made ``node``, where a BatchNorm, its only user, can go into it."""
+    if node.op != "call_module" or len(node.users) != 1:
+        return None
+    conv = modules[str(node.target)]
+    if type(conv) not in (nn.Conv2d, StemConv2d) or _has_hooks(conv):
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    return conv
+
+
+def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
+    """x, residual and relu of a call of :class:`SplitBatchNorm2d` or of PyTorch's BatchNorm."""
+    names = ("x" if "x" in node.kwargs else "input", "residual", "relu")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return given[names[0]], given.get("residual"), bool(given.get("relu", False))
+
+
+def _absorb(
+    end: fx.Node, residual: fx.Node | None, relu: bool, modules: dict[str, nn.Module]
+) -> tuple[fx.Node, fx.Node | None, bool]:
+    """Follow the output through an addition and a ReLU that nothing else reads."""
+    if relu:
+        return end, residual, relu
+    if residual is None:
+        user = _only_user(end)
+        other = None if user is None else _other_summand(user, end)
+        if user is not None and other is not None:
+            end, residual = user, other
+    user = _only_user(end)
+    if user is not None and _is_relu(user, modules):
+        return user, residual, True
+    return end, residual, False
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _other_summand(node: fx.Node, known: fx.Node) -> fx.Node | None:
+    adds: bool = (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    if not adds or len(node.args) != 2 or node.kwargs:
+        return None
+    others = [argument for argument in node.args if argument is not known]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    return others[0] if _shape(others[0]) == _shape(known) is not None else None
+
+
+def _shape(node: fx.Node) -> torch.Size | None:
+    meta = node.meta.get("tensor_meta")
+    return meta.shape if isinstance(meta, TensorMetadata) else None
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.ReLU
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return node.op == "call_function" and node.target in _RELUS
