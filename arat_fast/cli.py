@@ -1,4 +1,4 @@
-"""The command ``arat-fast``: train, eval, report, info."""
+"""The command ``arat-fast``: train, eval, report, bench, info."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ usage: arat-fast COMMAND ...
       official AR-AT checkpoint.
   arat-fast report RUN [--compare RUN ...]
       Write RUN/report.html again, beside other runs if some are given.
+  arat-fast bench step|scaling [options]
+      Time the training step beside plain, tuned and compiled PyTorch and the official code, or
+      against batch size, image size, attack steps and width; writes JSON, a table and a plot.
   arat-fast info
       Versions, devices and arithmetic of this machine.
 
@@ -120,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "report": _report,
+        "bench": _bench,
         "info": _info,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -135,12 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("arat-fast: interrupted", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        print(
-            f"arat-fast: error: out of memory: {reason}; lower --data.batch-size for training, "
-            "--eval.batch-size for evaluation",
-            file=sys.stderr,
-        )
+        from arat_fast.training.step import BatchTooLargeError
+
+        message = " ".join(str(error).split())
+        if not isinstance(error, BatchTooLargeError):
+            message = (
+                f"out of memory: {message.partition('. ')[0]}; lower --data.batch-size for "
+                "training, --eval.batch-size for evaluation"
+            )
+        print(f"arat-fast: error: {message}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         if os.environ.get("ARAT_FAST_TRACEBACK") == "1":
@@ -201,6 +208,18 @@ def _report(arguments: list[str]) -> int:
     options = _parse(ReportOptions, arguments, "arat-fast report")
     print(f"report: {write_report(options.run, options.compare)}")
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from arat_fast.bench.scaling import ScalingOptions, bench_scaling
+    from arat_fast.bench.step import StepOptions, bench_step
+
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
+    if name == "step":
+        return bench_step(_parse(StepOptions, rest, "arat-fast bench step"))
+    if name == "scaling":
+        return bench_scaling(_parse(ScalingOptions, rest, "arat-fast bench scaling"))
+    raise UsageError(f"step or scaling is expected after bench, got {name}")
 
 
 def _info(arguments: list[str]) -> int:

@@ -19,6 +19,10 @@ from arat_fast.training.graph import StepGraphs
 from arat_kernels.implementation import Impl
 
 
+class BatchTooLargeError(torch.OutOfMemoryError):
+    """The step ran out of memory; the message names the largest batch that fits."""
+
+
 @dataclass(eq=False)
 class TrainStep:
     """The training step for your own loop: ``metrics = step(x, y)``.
@@ -109,7 +113,7 @@ class TrainStep:
         Raises:
             ValueError: a value outside [0, 1] or NaN, in a batch that is checked; a network that
                 cannot be folded or captured.
-            torch.OutOfMemoryError: names the largest batch that fits; no weight has changed.
+            BatchTooLargeError: names the largest batch that fits; no weight has changed.
         """
         check = self.check_inputs
         if check is None:
@@ -148,7 +152,7 @@ class TrainStep:
             self.num_calls += 1
             return metrics
         # Outside of the handler, whose traceback holds on to the memory.
-        raise torch.OutOfMemoryError(
+        raise BatchTooLargeError(
             f"{reason}, at a batch of {len(inputs[0])}; {self._advice(function, inputs)}"
         )
 

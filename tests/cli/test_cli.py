@@ -16,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import OPTIONS
+from torch import Tensor, nn
 
 from arat_fast.cli import _decimal, main
 from arat_fast.models import create_model
+from arat_fast.objectives import ARAT
+from arat_fast.objectives.base import ObjectiveOutput
 from arat_fast.recipes import RECIPES
 
 TRAIN = ["train", "digits", *OPTIONS, "--train.epochs", "2"]
@@ -56,7 +59,17 @@ def test_run_folder(run: Path) -> None:
     assert summary["status"] == "finished" and summary["steps"] == 8
     assert summary["accuracy"]["clean"]["num_samples"] == 40
     assert set(summary["accuracy"]) == {"clean", "clean_branch", "pgd1"}
-    assert summary["kernels"] == {"split_batch_norm": "reference"}
+    assert summary["kernels"] == dict.fromkeys(
+        (
+            "split_batch_norm",
+            "pgd_step",
+            "random_start",
+            "cross_entropy_grad",
+            "cosine_invariance",
+            "crop_flip",
+        ),
+        "reference",
+    )
     assert summary["command"].startswith("arat-fast train digits")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 4, 7, 8]
@@ -178,17 +191,41 @@ def test_fractions() -> None:
         assert _decimal(word) == word
 
 
-def test_out_of_memory_names_the_switch(
+@pytest.mark.parametrize(
+    ("most", "advice"),
+    [
+        (37, "the largest batch that fits is 37 (--data.batch-size 37)"),
+        (1, "no smaller batch fits either: a smaller network or image is needed"),
+    ],
+)
+def test_out_of_memory_proposes_the_largest_batch_that_fits(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    most: int,
+    advice: str,
+) -> None:
+    forward = ARAT.forward
+
+    def limited(self: ARAT, model: nn.Module, x: Tensor, *rest: Tensor) -> ObjectiveOutput:
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, model, x, *rest)
+
+    monkeypatch.setattr(ARAT, "forward", limited)
+    message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
+    assert message == f"CUDA out of memory, at a batch of 64; {advice}"
+
+
+def test_out_of_memory_elsewhere_names_the_switches(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from arat_fast.training.step import TrainStep
-
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(TrainStep, "__call__", full)
+    monkeypatch.setattr("arat_fast.training.loop.evaluate_all", full)
     message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
-    assert "out of memory" in message and "--data.batch-size" in message
+    assert "out of memory" in message and "--eval.batch-size" in message
 
 
 @pytest.mark.parametrize(
@@ -256,18 +293,16 @@ def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_diverging_loss_names_step_term_and_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arat_fast.objectives import arat
-
-    distances = arat._cosine_distances
+    distances = ARAT._distances
     calls = 0
 
-    def poisoned(p: list[torch.Tensor], z: list[torch.Tensor]) -> list[torch.Tensor]:
+    def poisoned(self: ARAT, p: list[Tensor], z: list[Tensor]) -> list[Tensor]:
         nonlocal calls
         calls += 1
-        first, *rest = distances(p, z)
+        first, *rest = distances(self, p, z)
         return [first * float("nan") if calls == 7 else first, *rest]
 
-    monkeypatch.setattr(arat, "_cosine_distances", poisoned)
+    monkeypatch.setattr(ARAT, "_distances", poisoned)
     message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
     assert "at step 6: invariance/layer3.0.bn1 is nan" in message
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint.pt'}" in message

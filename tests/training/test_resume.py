@@ -28,17 +28,17 @@ STEPS_PER_EPOCH = 4
 
 def interrupt_after(trainer: Trainer, steps: int, number: int = signal.SIGINT) -> None:
     """Send the signal to this process during the step with that 1-based count."""
-    step = trainer.train_step
+    step = trainer.train_step.from_indices
     calls = 0
 
-    def counting(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def counting(index: Tensor, draws: Tensor) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
         if calls == steps:
             os.kill(os.getpid(), number)
-        return step(x, y)
+        return step(index, draws)
 
-    trainer.train_step = counting  # type: ignore[assignment]
+    trainer.train_step.from_indices = counting  # type: ignore[method-assign]
 
 
 def tensors(value: Any, path: str = "") -> dict[str, Any]:
@@ -205,18 +205,18 @@ def test_signal_during_the_refresh_of_statistics(
 
 def test_weights_that_are_not_finite_never_overwrite_a_checkpoint(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", tiny_config(epochs=3))
-    step = trainer.train_step
+    step = trainer.train_step.from_indices
     calls = 0
 
-    def poisoning(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def poisoning(index: Tensor, draws: Tensor) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
-        metrics = step(x, y)
+        metrics = step(index, draws)
         if calls == 2 * STEPS_PER_EPOCH:
             trainer.model.linear.bias.data[0] = float("nan")
         return metrics
 
-    trainer.train_step = poisoning  # type: ignore[assignment]
+    trainer.train_step.from_indices = poisoning  # type: ignore[method-assign]
     with pytest.raises(NotFiniteError, match=r"step 8: linear\.bias; the last good checkpoint is"):
         trainer.run()
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == STEPS_PER_EPOCH
