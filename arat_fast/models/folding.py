@@ -75,7 +75,8 @@ class FoldedNetwork(nn.Module):
             with torch.no_grad():
                 ShapeProp(network).propagate(example[:2])  # type: ignore[no-untyped-call]
         self.folded, self.affine, self.unfolded, self._sites = _fold(network, impl)
-        self.network = network
+        # Made anew, it holds the layers that the graph still calls.
+        self.network = fx.GraphModule(network, network.graph)
         self.eval()
         self.refresh()
         self._compare(model, example[:2])
@@ -337,8 +338,6 @@ def _fold(
         if isinstance(shortcut, _FoldedConv) and not shortcut.relu:
             main.shortcut, shortcut.keeps_bias = shortcut, False
     network.graph.eliminate_dead_code()
-    network.delete_all_unused_submodules()
-    network.recompile()
     # A shortcut's shift is made before the convolution that adds it.
     ordered = sorted(sites.values(), key=lambda site: getattr(site, "keeps_bias", True))
     return tuple(folded), tuple(affine), tuple(unfolded), ordered

@@ -214,7 +214,7 @@ class TrainStep:
     ) -> str:
         """The largest batch whose gradients fit, found by bisection; no weight is touched."""
         fits, fails = 0, len(inputs[0])
-        while fails - fits > max(1, fits // 16):
+        while fails - fits > 1:
             middle = (fits + fails) // 2
             if middle < 2:
                 break

@@ -1,0 +1,242 @@
+"""BatchNorm folded into convolutions: the same attack, and what is folded where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from networks import BatchNormAct2d, generator, randomize
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from arat_fast.attacks import PGD
+from arat_fast.models import (
+    SplitBatchNorm2d,
+    convert_split_batch_norm,
+    create_model,
+    use_branch,
+    use_statistics,
+)
+from arat_fast.models.folding import FoldedNetwork
+from arat_fast.models.layers import StemConv2d
+from arat_fast.models.wide_resnet import WideResNet
+
+
+class Activated(nn.Module):
+    """timm's activated BatchNorm after a convolution, and one before any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn0 = BatchNormAct2d(3)
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, dilation=2, padding=1)
+        self.bn1 = BatchNormAct2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.bn1(self.conv(self.bn0(x))).mean((2, 3)))
+        return y
+
+
+class Awkward(nn.Module):
+    """What must not be fused: outputs that are read twice, sums that broadcast, other padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.bn2 = nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 8, 1, groups=4)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.conv4 = nn.Conv2d(8, 8, 3, padding="same")
+        self.bn4 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.conv1(x)
+        x = self.bn1(raw) + raw
+        x = F.relu(self.bn2(self.conv2(x)) + x.mean((2, 3), keepdim=True))
+        normalised = self.bn3(self.conv3(x))
+        x = torch.add(normalised.relu(), normalised)
+        x = self.bn4(self.conv4(x)).add(x).relu()
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int, int]] = {
+    # how it is made, image, BatchNorm layers folded and affine
+    "resnet8": (lambda: create_model("resnet8", 4), (3, 8, 8), 9, 0),
+    "resnet8 shared": (lambda: create_model("resnet8", 4, norm="shared"), (3, 8, 8), 9, 0),
+    "resnet18": (lambda: create_model("resnet18", 4), (3, 16, 16), 20, 0),
+    "resnet50": (lambda: create_model("resnet50", 4), (3, 32, 32), 53, 0),
+    "wrn16-2": (lambda: WideResNet(16, 2, 4), (3, 16, 16), 7, 6),
+    "wrn16-2 shared": (lambda: WideResNet(16, 2, 4, norm="shared"), (3, 16, 16), 7, 6),
+    "torchvision resnet18": (
+        lambda: torchvision.models.resnet18(num_classes=4),
+        (3, 32, 32),
+        20,
+        0,
+    ),
+    "mobilenet_v3_small": (
+        lambda: torchvision.models.mobilenet_v3_small(num_classes=4),
+        (3, 32, 32),
+        34,
+        0,
+    ),
+    "efficientnet_b0": (
+        lambda: torchvision.models.efficientnet_b0(num_classes=4),
+        (3, 32, 32),
+        49,
+        0,
+    ),
+    "activated": (Activated, (3, 9, 9), 1, 1),
+    "awkward": (Awkward, (3, 8, 8), 1, 3),
+}
+
+
+def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    build, shape, _, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    model = build()
+    if "shared" not in name:
+        model = convert_split_batch_norm(model)
+    x = torch.rand(4, *shape, generator=generator(1), dtype=torch.float64)
+    return randomize(model).double(), x, torch.arange(4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_folded_attack_is_the_unfolded_one(name: str) -> None:
+    model, x, y = make(name)
+    folded = FoldedNetwork(model.train(), x)
+    assert (len(folded.folded), len(folded.affine), folded.unfolded) == (*NETWORKS[name][2:], ())
+    noise = 0.02 * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
+    for norm, eps in (("Linf", 8 / 255), ("L2", 0.5)):
+        attack = PGD(eps, eps / 4, 4, norm, bn="running")  # type: ignore[arg-type]
+        expected = attack(model, x, y, noise=noise)
+        assert (attack(folded, x, y, noise=noise) - expected).abs().max() <= 1e-10
+        assert (expected - x).abs().max() > 0.01
+    with use_branch(model, "adv"), use_statistics(model, "running"):
+        logits = model(x)
+    assert (folded(x) - logits).abs().max() <= 1e-10 * logits.abs().max()
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.name().removeprefix("aten::").split(".")[0]
+        self.names.append(name)
+        if name == "convolution_backward":
+            self.masks.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_image_gradients_and_no_batch_norm() -> None:
+    model, x, y = make("resnet8")
+    folded = FoldedNetwork(model, x)
+    with _Operations() as operations:
+        PGD(num_steps=2, bn="running")(folded, x, y)
+    assert len(operations.masks) == 2 * len(folded.folded)
+    assert all(mask == [True, False, False] for mask in operations.masks)
+    assert not any("batch_norm" in name for name in operations.names)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_refresh_follows_the_network() -> None:
+    model, x, _ = make("wrn16-2")
+    folded = FoldedNetwork(model, x)
+    before = folded(x)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+    folded.refresh()
+    with use_branch(model, "adv"), use_statistics(model, "running"):
+        expected = model(x)
+    assert (folded(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (before - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_the_clean_branch_plays_no_part() -> None:
+    model, x, _ = make("resnet8")
+    before = FoldedNetwork(model, x)(x)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, SplitBatchNorm2d):
+                for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                    assert tensor is not None
+                    tensor[0].add_(3)
+    assert torch.equal(FoldedNetwork(model, x)(x), before)
+
+
+def test_what_cannot_be_folded_is_named_and_still_right() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(128, 4),
+        nn.BatchNorm1d(4),
+    ).double()
+    randomize(model)
+    calls: list[int] = []
+    model[3].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.rand(4, 3, 8, 8, generator=generator(1), dtype=torch.float64)
+    folded = FoldedNetwork(model, x)
+    assert folded.unfolded == ("1", "3", "6") and not folded.folded and not folded.affine
+    with use_statistics(model, "running"):
+        assert torch.equal(folded(x), model(x))
+    assert calls
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if float(x.sum()) > 0 else x.sum((2, 3))
+
+
+def test_a_network_that_cannot_be_traced_says_so() -> None:
+    with pytest.raises(ValueError, match=r"Branching cannot be traced.*--step\.no-fold") as error:
+        FoldedNetwork(Branching(), torch.rand(2, 3, 4, 4))
+    assert "\n" not in str(error.value)
+
+
+class Stateful(nn.Module):
+    """Computes something else when it is traced: a branch on a Python number that changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y * (1 if self.calls == 1 else 5)
+
+
+def test_a_network_that_was_traced_wrongly_is_refused() -> None:
+    with pytest.raises(ValueError, match="gives another output than the network itself"):
+        FoldedNetwork(Stateful(), torch.rand(2, 3, 4, 4))
+
+
+def test_autocast_rounds_everything_but_the_image() -> None:
+    model, x, _ = make("resnet8")
+    model, x = model.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = FoldedNetwork(model, x)
+        weights = [site.weight.dtype for site in folded.modules() if hasattr(site, "shortcut")]
+        first = folded(x)
+        # A tenth of bfloat16's spacing below 1, which rounding would lose.
+        other = folded((x + 2.0**-12).requires_grad_())
+    assert sorted(weights, key=str) == [torch.bfloat16] * 8 + [torch.float32]
+    assert isinstance(model.get_submodule("conv1"), StemConv2d)
+    assert first.dtype == torch.bfloat16 and other.requires_grad
+    stem = next(site for site in folded.modules() if getattr(site, "shortcut", 0) is None)
+    assert stem.weight.dtype == torch.float32

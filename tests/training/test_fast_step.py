@@ -1,0 +1,183 @@
+"""The fast step computes what the plain one computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import pytest
+import torch
+import torchvision
+from networks import generator
+from torch import Tensor, nn
+
+from arat_fast.attacks import PGD
+from arat_fast.data.batches import ResidentBatches
+from arat_fast.models import MODELS, convert_split_batch_norm, create_model
+from arat_fast.models.layers import StemConv2d
+from arat_fast.objectives import ARAT
+from arat_fast.training.graph import make_capturable
+from arat_fast.training.step import TrainStep, make_train_step
+
+
+def resident(num_samples: int = 24) -> ResidentBatches:
+    images = torch.randint(256, (num_samples, 3, 8, 8), generator=generator(1), dtype=torch.uint8)
+    labels = torch.randint(4, (num_samples,), generator=generator(2))
+    return ResidentBatches(
+        images, labels, tuple("abcd"), batch_size=8, shuffle=True, padding=1, flip=True
+    )
+
+
+def make_step(
+    bn: Literal["batch", "running"] = "batch",
+    dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> TrainStep:
+    torch.manual_seed(0)
+    model = create_model("resnet8", 4).to(dtype)
+    objective = ARAT(model, MODELS["resnet8"].regularized_layers, (3, 8, 8)).to(dtype)
+    objective.start_epoch(0.5)
+    parameters = [*model.parameters(), *objective.parameters()]
+    return make_train_step(
+        model,
+        objective,
+        PGD(num_steps=3, bn=bn),
+        torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+        generator=generator(3),
+        **options,  # type: ignore[arg-type]  # forwarded
+    )
+
+
+def batches(num: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    found = [batch for epoch in range(num) for batch in resident().epoch(epoch)]
+    return [(x.to(dtype), y) for x, y in found[:num]]
+
+
+def test_folding_changes_no_step() -> None:
+    folded, plain = (make_step("running", torch.float64, fold=fold) for fold in (True, False))
+    for x, y in batches(4, torch.float64):
+        metrics, expected = folded(x, y), plain(x, y)
+        for name, value in expected.items():
+            assert abs(float(metrics[name] - value)) <= 1e-9 * max(1.0, abs(float(value))), name
+    assert folded.folded is not None and plain.folded is None
+    state = plain.model.state_dict()
+    for name, tensor in folded.model.state_dict().items():
+        assert torch.allclose(tensor, state[name], rtol=1e-9, atol=1e-10), name
+
+
+def test_folding_leaves_other_attacks_alone() -> None:
+    step = make_step("batch")
+    step(*batches(1)[0])
+    assert step.folded is None
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_from_indices_is_the_step_on_the_assembled_batch(bn: Literal["batch", "running"]) -> None:
+    data = resident()
+    by_index, by_batch = make_step(bn, assemble=data.assemble), make_step(bn)
+    for epoch in range(2):
+        for (index, draws), (x, y) in zip(
+            data.epoch_indices(epoch), data.epoch(epoch), strict=True
+        ):
+            metrics, expected = by_index.from_indices(index, draws), by_batch(x, y)
+            assert metrics.keys() == expected.keys()
+            assert all(torch.equal(metrics[name], expected[name]) for name in metrics)
+    expected_state = by_batch.model.state_dict()
+    for name, tensor in by_index.model.state_dict().items():
+        assert torch.equal(tensor, expected_state[name]), name
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_bf16_follows_float32(bn: Literal["batch", "running"]) -> None:
+    """Losses over 50 steps, same seeds.
+
+    A bf16 forward pass is wrong by about 2^-9 per rounding; the loss, after some ten layers, by
+    1e-2 relative. Training moves both runs apart, as two float32 runs from weights that differ by
+    that rounding do: those set the budget.
+    """
+    plain, rounded = make_step(bn), make_step(bn)
+    fast = make_step(bn, precision=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in rounded.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    losses: dict[str, list[float]] = {"plain": [], "rounded": [], "fast": []}
+    for x, y in batches(50):
+        for name, step in (("plain", plain), ("rounded", rounded), ("fast", fast)):
+            losses[name].append(float(step(x, y)["loss"]))
+    difference = {
+        name: [abs(a - b) for a, b in zip(losses[name], losses["plain"], strict=True)]
+        for name in ("rounded", "fast")
+    }
+    assert difference["fast"][0] <= 0.01 * losses["plain"][0]
+    mean = {name: sum(values) / len(values) for name, values in difference.items()}
+    level = sum(losses["plain"]) / len(losses["plain"])
+    assert mean["fast"] <= 2 * mean["rounded"] + 0.01 * level
+    assert losses["fast"][-1] < losses["fast"][0]
+
+
+def test_the_stem_of_any_network_keeps_the_perturbation() -> None:
+    torch.manual_seed(0)
+    model = convert_split_batch_norm(torchvision.models.mobilenet_v3_small(num_classes=4))
+    keys = list(model.state_dict())
+    objective = ARAT(model, ["avgpool"], (3, 32, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = make_train_step(model, objective, PGD(num_steps=1), optimizer, precision=torch.bfloat16)
+    seen: list[Tensor] = []
+    x = torch.rand(4, 3, 32, 32, generator=generator(1))
+    step(x, torch.arange(4))
+    stems = [name for name, m in model.named_modules() if isinstance(m, StemConv2d)]
+    assert stems == ["features.0.0"] and list(model.state_dict()) == keys
+    stem = model.get_submodule(stems[0])
+    stem.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    step(x, torch.arange(4))
+    # [x; x_adv] of the training pass: the image itself, not its rounding.
+    assert seen[-1].dtype == torch.float32 and torch.equal(seen[-1][:4], x)
+
+
+def test_requests_that_cannot_be_met_name_the_switch() -> None:
+    with pytest.raises(ValueError, match=r"needs a GPU, got a model on cpu.*--step\.graph off"):
+        make_step(graph="on")
+    with pytest.raises(ValueError, match=r"float16 needs loss scaling.*--step\.precision bf16"):
+        make_step(precision=torch.float16)
+    with pytest.raises(ValueError, match='"auto", "on" or "off", got \'maybe\''):
+        make_step(graph="maybe")
+    assert make_step(graph="auto")(*batches(1)[0])["loss"] > 0
+
+
+def test_out_of_memory_changes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step()
+    before = copy.deepcopy(step.model.state_dict())
+    forward = ARAT.forward
+
+    def limited(self: ARAT, model: nn.Module, x: Tensor, *rest: Tensor) -> object:
+        output = forward(self, model, x, *rest)
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return output
+
+    monkeypatch.setattr(ARAT, "forward", limited)
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 8; the largest .* fits is 5 "):
+        step(*batches(1)[0])
+    for name, tensor in step.model.state_dict().items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+def test_learning_rates_become_tensors_where_a_graph_reads_them() -> None:
+    weights = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    groups = [{"params": weights[:1], "lr": 0.5}, {"params": weights[1:], "lr": 0.25}]
+    sgd = torch.optim.SGD(groups, momentum=0.9)
+    rates = make_capturable(sgd, torch.device("cpu"))
+    assert [group["lr"] for group in sgd.param_groups] == rates
+    for rate, value in zip(rates, (0.125, 1.0), strict=True):
+        rate.fill_(value)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    sgd.step()
+    assert weights[0].tolist() == [0.875] * 3 and weights[1].tolist() == [0.0] * 2
+    adam = torch.optim.Adam(weights)
+    make_capturable(adam, torch.device("cpu"))
+    assert adam.param_groups[0]["capturable"] is True
+    with pytest.raises(ValueError, match=r"LBFGS cannot be captured.*--step\.graph off"):
+        make_capturable(torch.optim.LBFGS(weights), torch.device("cpu"))
