@@ -205,6 +205,8 @@ class Trainer:
         config = self.config
         logged, samples, since_log = self.step, 0, time.perf_counter()
         for metrics, num_samples in self._steps(epoch, start_batch):
+            if self.train_step.num_calls == 1:
+                self._describe_folding()
             self.metrics.add(self.step, metrics, num_samples)
             self.average.update(self.model, self.step)
             self.step += 1
@@ -231,6 +233,16 @@ class Trainer:
         for x, y in data.epoch(epoch, start_batch):
             self._set_rate()
             yield self.train_step(x.contiguous(memory_format=self.memory_format), y), len(x)
+
+    def _describe_folding(self) -> None:
+        folded = self.train_step.folded
+        if folded is None:
+            return
+        left = f"; left as they are: {', '.join(folded.unfolded)}" if folded.unfolded else ""
+        self.display.say(
+            f"attack on running statistics: {len(folded.folded)} BatchNorm layers folded into "
+            f"convolutions, {len(folded.affine)} affine maps of their own{left}"
+        )
 
     def _set_rate(self) -> None:
         config = self.config

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 import torchvision
 from networks import generator
+from rich.console import Console
+from tiny import tiny_config
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
 from arat_fast.data.batches import ResidentBatches
+from arat_fast.display import Display
 from arat_fast.models import MODELS, convert_split_batch_norm, create_model
 from arat_fast.models.layers import StemConv2d
 from arat_fast.objectives import ARAT
 from arat_fast.training.graph import make_capturable
+from arat_fast.training.loop import Trainer
 from arat_fast.training.step import TrainStep, make_train_step
 
 
@@ -181,3 +188,14 @@ def test_learning_rates_become_tensors_where_a_graph_reads_them() -> None:
     assert adam.param_groups[0]["capturable"] is True
     with pytest.raises(ValueError, match=r"LBFGS cannot be captured.*--step\.graph off"):
         make_capturable(torch.optim.LBFGS(weights), torch.device("cpu"))
+
+
+def test_a_run_says_what_was_folded(tmp_path: Path) -> None:
+    config = tiny_config(epochs=1)
+    config = dataclasses.replace(config, attack=dataclasses.replace(config.attack, bn="running"))
+    said = io.StringIO()
+    display = Display(Console(file=said, width=200))
+    summary = Trainer(config, tmp_path / "run", display=display).run()
+    assert "9 BatchNorm layers folded into convolutions, 0 affine maps" in said.getvalue()
+    assert summary["folded_batch_norms"] == 9
+    assert summary["kernels"]["frozen_affine"] == "reference"

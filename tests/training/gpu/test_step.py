@@ -1,0 +1,236 @@
+"""The step on a GPU: eager, folded, and replayed from a CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import pytest
+import torch
+from networks import generator, randomize
+from torch import Tensor
+
+from arat_fast.attacks import PGD
+from arat_fast.data.batches import ResidentBatches
+from arat_fast.device import full_float32
+from arat_fast.models import MODELS, create_model, use_branch, use_statistics
+from arat_fast.models.folding import FoldedNetwork
+from arat_fast.objectives import ARAT
+from arat_fast.training.graph import NUM_WARMUP
+from arat_fast.training.step import TrainStep, make_train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+Bn = Literal["batch", "running"]
+BATCH = 32
+
+
+def resident(num_samples: int = 5 * BATCH + 7) -> ResidentBatches:
+    shape = (num_samples, 3, 32, 32)
+    images = torch.randint(256, shape, generator=generator(1), dtype=torch.uint8)
+    labels = torch.randint(10, (num_samples,), generator=generator(2))
+    return ResidentBatches(
+        images.cuda(),
+        labels.cuda(),
+        tuple("0123456789"),
+        batch_size=BATCH,
+        shuffle=True,
+        padding=4,
+        flip=True,
+        memory_format=torch.channels_last,
+    )
+
+
+def make_step(
+    bn: Bn = "batch",
+    *,
+    precision: torch.dtype = torch.bfloat16,
+    num_steps: int = 3,
+    lr: float = 0.02,
+    **options: object,
+) -> TrainStep:
+    torch.manual_seed(0)
+    model = create_model("resnet18", 10).cuda().to(memory_format=torch.channels_last)
+    objective = ARAT(model, MODELS["resnet18"].regularized_layers, (3, 32, 32)).cuda()
+    objective.start_epoch(0.5)
+    parameters = [*model.parameters(), *objective.parameters()]
+    return make_train_step(
+        model,
+        objective,
+        PGD(num_steps=num_steps, bn=bn),
+        torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4),
+        precision=precision,
+        generator=torch.Generator("cuda").manual_seed(3),
+        **options,  # type: ignore[arg-type]  # forwarded
+    )
+
+
+def losses(step: TrainStep, data: ResidentBatches, num: int) -> list[float]:
+    found: list[Tensor] = []
+    epoch = 0
+    while len(found) < num:
+        for index, draws in data.epoch_indices(epoch):
+            found.append(step.from_indices(index, draws)["loss"])
+        epoch += 1
+    return [float(loss) for loss in found[:num]]
+
+
+def assert_follow(got: list[float], expected: list[float], drifted: list[float]) -> None:
+    """``got`` stays with ``expected`` as ``drifted``, a run that started one rounding away, does.
+
+    Training magnifies every rounding; the second run measures how much.
+    """
+    level = sum(expected) / len(expected)
+
+    def apart(run: list[float]) -> float:
+        return sum(abs(a - b) for a, b in zip(run, expected, strict=True)) / len(expected)
+
+    assert apart(got) <= 2 * apart(drifted) + 0.01 * level
+
+
+def rounded(step: TrainStep) -> TrainStep:
+    """The step after its weights went through bfloat16."""
+    with torch.no_grad():
+        for parameter in step.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return step
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_bf16_and_graph_follow_float32_over_50_steps(bn: Bn) -> None:
+    data = resident()
+
+    def run(step: TrainStep) -> list[float]:
+        return losses(step, data, 50)
+
+    with full_float32():
+        plain = run(make_step(bn, precision=torch.float32, assemble=data.assemble, fold=False))
+        drifted = run(
+            rounded(make_step(bn, precision=torch.float32, assemble=data.assemble, fold=False))
+        )
+    eager = run(make_step(bn, assemble=data.assemble))
+    graph = run(make_step(bn, assemble=data.assemble, graph="on"))
+    assert_follow(eager, plain, drifted)
+    assert_follow(graph, plain, drifted)
+    # The same kernels on the same numbers.
+    assert graph[: NUM_WARMUP + 1] == pytest.approx(eager[: NUM_WARMUP + 1], rel=0.01)
+    assert plain[-1] < plain[0]
+
+
+def test_replay_sees_learning_rate_weights_data_and_new_starts() -> None:
+    data = resident()
+    step = make_step(graph="on", assemble=data.assemble, lr=0.0)
+    index, draws = next(iter(data.epoch_indices(0)))
+    for _ in range(NUM_WARMUP + 1):
+        step.from_indices(index, draws)
+    assert step._graphs is not None and len(step._graphs.captured) == 1
+    weight = step.model.get_parameter("linear.weight")
+    before = weight.clone()
+    first, second = (step.from_indices(index, draws) for _ in range(2))
+    assert torch.equal(weight, before)
+    # Nothing but the random start differs.
+    assert first["loss"] != second["loss"]
+    step.objective.start_epoch(0.9)
+    ratio = step.from_indices(index, draws)["ce_adv"] / second["ce_adv"]
+    assert float(ratio) == pytest.approx(0.9 / 0.5, rel=0.2)
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.1
+    step.from_indices(index, draws)
+    changed = (weight - before).abs().max()
+    assert changed > 0
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = weight.clone()
+    step.from_indices(index, draws)
+    assert torch.equal(weight, before)
+    other = step.from_indices((index + 1) % data.num_samples, draws)
+    assert other["loss"] != second["loss"]
+
+
+def test_last_partial_batch_and_evaluation_in_between() -> None:
+    data = resident()
+
+    def run(graph: Literal["on", "off"]) -> tuple[list[float], TrainStep]:
+        step = make_step(graph=graph, assemble=data.assemble, precision=torch.float32)
+        found = []
+        with full_float32():
+            for epoch in range(6):
+                for index, draws in data.epoch_indices(epoch):
+                    found.append(float(step.from_indices(index, draws)["loss"]))
+                with torch.no_grad(), use_statistics(step.model, "running"):
+                    logits = step.model(data.assemble(index, draws).x)
+                assert logits.isfinite().all()
+        return found, step
+
+    graph, step = run("on")
+    eager, _ = run("off")
+    assert step._graphs is not None
+    sizes = sorted(captured.inputs[0].shape[0] for captured in step._graphs.captured.values())
+    assert sizes == [7, BATCH]
+    assert graph[:8] == pytest.approx(eager[:8], rel=1e-3)
+    assert sum(graph) / len(graph) == pytest.approx(sum(eager) / len(eager), rel=0.05)
+
+
+def test_a_loaded_state_is_captured_anew() -> None:
+    data = resident()
+    step = make_step(graph="on", assemble=data.assemble)
+    saved = None
+    for number, (index, draws) in enumerate(data.epoch_indices(0)):
+        step.from_indices(index, draws)
+        if number == NUM_WARMUP:
+            saved = copy.deepcopy((step.model.state_dict(), step.optimizer.state_dict()))
+    assert saved is not None and step._graphs is not None
+    step.model.load_state_dict(saved[0])
+    step.optimizer.load_state_dict(saved[1])
+    before = {k: v["momentum_buffer"].clone() for k, v in step.optimizer.state.items()}
+    index, draws = next(iter(data.epoch_indices(1)))
+    step.from_indices(index, draws)
+    moved = [
+        not torch.equal(state["momentum_buffer"], before[parameter])
+        for parameter, state in step.optimizer.state.items()
+    ]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_network_on_the_gpu(dtype: torch.dtype) -> None:
+    """cuDNN's fused convolution and the backward, against the unfolded network in float64."""
+    model = randomize(create_model("resnet18", 10)).cuda().to(memory_format=torch.channels_last)
+    x = torch.rand(8, 3, 32, 32, generator=generator(1)).cuda()
+    x = x.contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn(8, 10, generator=generator(2)).cuda()
+
+    def gradient(network: torch.nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+        image = image.clone().requires_grad_()
+        with use_branch(network, "adv"), use_statistics(network, "running"):
+            logits = network(image)
+        (grad,) = torch.autograd.grad(logits, image, upstream.to(logits.dtype))
+        return logits.detach().double(), grad.double()
+
+    truth = gradient(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32), full_float32():
+        plain = gradient(model, x)
+        folded = gradient(FoldedNetwork(model, x), x)
+    for got, own, expected in zip(folded, plain, truth, strict=True):
+        error, allowed = (got - expected).square().mean(), (own - expected).square().mean()
+        scale = expected.square().mean() * (torch.finfo(dtype).eps / 2) ** 2
+        assert error.sqrt() <= 2 * (allowed.sqrt() + scale.sqrt())
+
+
+def test_a_step_that_cannot_be_captured_says_so() -> None:
+    step = make_step(graph="on")
+
+    def reads(logits: Tensor) -> Tensor:
+        assert float(logits.sum()) == float(logits.sum())
+        return logits.sum(dim=1)
+
+    step.objective.attack_loss = lambda model, x, y: reads  # type: ignore[method-assign]
+    x = torch.rand(BATCH, 3, 32, 32, device="cuda")
+    y = torch.randint(10, (BATCH,), device="cuda")
+    for _ in range(NUM_WARMUP):
+        step(x, y)
+    with pytest.raises(ValueError, match=r"cannot be captured in a CUDA graph.*--step\.graph off"):
+        step(x, y)
