@@ -1,0 +1,1 @@
+"""Speed of the training step beside what a user would otherwise run."""

@@ -1,0 +1,150 @@
+"""Time and memory of contestants that take turns."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def cudnn_settings(*, benchmark: bool, deterministic: bool) -> Iterator[None]:
+    """cuDNN's choice of algorithms inside the context; TF32 stays as it is."""
+    backend = torch.backends.cudnn
+    before = backend.benchmark, backend.deterministic
+    backend.benchmark, backend.deterministic = benchmark, deterministic
+    try:
+        yield
+    finally:
+        backend.benchmark, backend.deterministic = before
+
+
+def device_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``call`` takes: between two CUDA events on a GPU, wall time on the CPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # constructor
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], float]],
+    rounds: int,
+    show: Callable[[str, int, float], None] = lambda name, done, value: None,
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """The values of all ``calls``, which take turns: each runs once in every round.
+
+    Args:
+        calls: by name; each returns a number.
+        rounds: turns of each, >= 1.
+        show: told the name, the number of its turns so far, and the value.
+
+    Returns:
+        The values of each in the order of the rounds; and :func:`failure` of each call that raised
+        an error, which takes no further turn and has no values.
+    """
+    failures: dict[str, dict[str, Any]] = {}
+    values: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if name not in values:
+                continue
+            try:
+                values[name].append(call())
+            except Exception as error:
+                del values[name]
+                failures[name] = failure(error)
+            else:
+                show(name, len(values[name]), values[name][-1])
+    return values, failures
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine has too little memory."""
+    text = str(error)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Status and reason of a contestant that raised an error."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": reason}
+
+
+def spread(values: list[float]) -> float:
+    """Distance between the largest and the smallest value, as a share of the median."""
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+class PeakMemory:
+    """The most memory used since it was made, beyond what was used then.
+
+    On a GPU of tensors, in the caching allocator. On Linux without one, of the process, so that
+    memory which the C library kept from earlier work hides part of it. None elsewhere.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        free_memory(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before: int | None = torch.cuda.memory_allocated(device)
+        else:
+            self.before = _process_memory("VmRSS") if _reset_process_peak() else None
+
+    def read(self) -> int | None:
+        """Bytes."""
+        if self.before is None:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        peak = _process_memory("VmHWM")
+        return None if peak is None else peak - self.before
+
+
+def _reset_process_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _process_memory(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith(f"{field}:")]
+    return int(found[0].split()[1]) * 1024 if found else None
