@@ -28,16 +28,17 @@ import arat_kernels
 class AotCase:
     """One kernel in one configuration that its launcher can choose.
 
+    Launchers pass pointers that are multiples of 16 bytes, and kernels do not specialise on
+    integers (a constexpr says what is assumed of them), so that the fields here are all there is.
+
     Args:
         name: unique, for example "pgd_step_linf_kernel[bf16]".
         kernel: the ``@triton.jit`` function.
         signature: type of every argument that is not a constexpr, in Triton's words ("*bf16",
-            "i32", "i64", "fp32").
+            "i32", "i64", "fp32"); a tuple of types for a tuple.
         constexprs: value of every constexpr argument, and of every pointer argument that is None.
         num_warps, num_stages: as the launcher passes them on NVIDIA; AMD's warps are twice as wide,
             and half as many are compiled, as :func:`~arat_kernels.implementation.warps` gives.
-        divisible: arguments that Triton may assume to be multiples of 16; None: every pointer. List
-            the integers too that the launcher guarantees, as Triton finds out itself at launch.
         bulk: pointer arguments whose accesses must be 16 bytes wide per thread.
         bytes_per_element: the traffic in words, for example "2 reads of x, 1 write of y".
         note: why the block shape is what it is.
@@ -45,13 +46,12 @@ class AotCase:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
     bytes_per_element: str
     note: str
-    divisible: tuple[str, ...] | None = None
     bulk: tuple[str, ...] = ()
 
 
@@ -130,14 +130,11 @@ def compile_case(case: AotCase, target: Target) -> Report:
             f"{sorted(unknown)}"
         )
     signature = {name: case.signature.get(name, "constexpr") for name in arguments}
-    divisible = case.divisible
-    if divisible is None:
-        divisible = tuple(name for name, kind in case.signature.items() if kind.startswith("*"))
     source = ASTSource(
         case.kernel,
         signature,
         constexprs=case.constexprs,
-        attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        attrs={path: [["tt.divisibility", 16]] for path in divisible(case)},
     )
     num_warps = max(1, case.num_warps * 32 // target.gpu.warp_size)
     options = {"num_warps": num_warps, "num_stages": case.num_stages}
@@ -155,6 +152,19 @@ def compile_case(case: AotCase, target: Target) -> Report:
         accesses = _ptx_accesses(text, pointers)
     occupancy = _occupancy(target, registers, shared, num_warps)
     return Report(registers, spills, shared, occupancy, accesses, text)
+
+
+def divisible(case: AotCase) -> list[tuple[int, ...]]:
+    """Paths of the arguments that Triton may assume to be multiples of 16: the pointers, and those
+    in tuples, that the kernel specialises on."""
+    paths: list[tuple[int, ...]] = []
+    for index, parameter in enumerate(case.kernel.params):
+        kind = case.signature.get(parameter.name, "")
+        if isinstance(kind, tuple):
+            paths += [(index, place) for place in range(len(kind))]
+        elif kind.startswith("*") and not parameter.do_not_specialize:
+            paths.append((index,))
+    return paths
 
 
 def all_cases() -> dict[str, list[AotCase]]:

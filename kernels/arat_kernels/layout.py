@@ -1,4 +1,4 @@
-"""Memory layouts that kernels can walk in memory order."""
+"""Memory layouts that kernels can walk in memory order, from a multiple of 16 bytes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,20 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def aligned(t: Tensor) -> Tensor:
+    """``t`` itself if it begins at a multiple of 16 bytes, as allocations do, else (a slice at an
+    odd place) a copy; kernels are compiled for such pointers alone."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def aligned_or_none(t: Tensor | None) -> Tensor | None:
+    """:func:`aligned` for a tensor that may be missing."""
+    return None if t is None else aligned(t)
+
+
 def in_layout_of(t: Tensor, model: Tensor) -> Tensor:
-    """``t`` itself if it lies in memory as ``model`` (dense, same shape) does, else a copy that
-    does."""
+    """``t`` itself if it is :func:`aligned` and lies in memory as ``model`` (dense, same shape)
+    does, else a copy that does."""
     if same_strides(t, model):
-        return t
+        return aligned(t)
     return torch.empty_like(model, dtype=t.dtype).copy_(t)

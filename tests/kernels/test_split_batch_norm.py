@@ -159,6 +159,8 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"weight": torch.randn(2, 4)}, "weight must be (2, C) = (2, 5), got (2, 4)"),
         ({"bias": torch.randn(5)}, "bias must be (2, C) = (2, 5), got (5,)"),
         ({"bias": torch.ones(2, 5, dtype=torch.int64)}, "bias must be a floating-point tensor"),
+        ({"bias": torch.zeros(2, 5).half()}, "bias must be torch.float32 as weight, got torch.flo"),
+        ({"running_var": torch.ones(2, 5).double()}, "running_var must be torch.float32 as runni"),
         ({"running_mean": torch.zeros(1, 5)}, "running_mean must be (2, C) = (2, 5), got (1, 5)"),
         ({"running_var": torch.ones(2, 5, device="meta")}, "running_var must be on cpu as x"),
         ({"running_var": torch.ones(5, 2).t()}, "running_var must be contiguous"),

@@ -1,12 +1,12 @@
-"""What split BatchNorm launches, compiled instead of run, is what its AOT cases promise."""
+"""What split BatchNorm launches is what its AOT cases promise."""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import product
 
 import pytest
 import torch
-from kernels.split_batch_norm_cases import Case, call, make
+from kernels.split_batch_norm_cases import Case, Inputs, call, make
 
 from arat_kernels.implementation import interpreting
 
@@ -16,64 +16,29 @@ if torch.cuda.is_available():
     pytest.skip("a card is there, and its tests launch the kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from kernels.launches import Launch, assert_promised, recorded  # noqa: E402
 
 from arat_kernels.split_batch_norm import api  # noqa: E402
-from arat_kernels.split_batch_norm.triton import aot_cases  # noqa: E402
-
-Launch = tuple[str, tuple[tuple[str, str], ...], tuple[tuple[str, Any], ...], int]
-
-
-class Hopper:
-    """A driver without a device."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def described(
-    name: str, signature: dict[str, str], constexprs: dict[str, Any], num_warps: int
-) -> Launch:
-    typed = tuple(sorted((k, v) for k, v in signature.items() if v != "constexpr"))
-    return name, typed, tuple(sorted(constexprs.items())), num_warps
+from arat_kernels.split_batch_norm.triton import aot_cases, backward_input  # noqa: E402
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Every launch since the start of the test."""
-    found: list[Launch] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        assert len(grid) <= 3 and all(0 < size < 2**31 for size in grid)
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
-        source = compiled.src
-        constants = {self.arg_names[path[0]]: value for path, value in source.constants.items()}
-        found.append(
-            described(self.fn.__name__, source.signature, constants, compiled.metadata.num_warps)
-        )
-        return compiled
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(driver, "_active", Hopper())
     monkeypatch.setattr(api, "choose", lambda impl, *tensors: impl)
-    return found
+    return recorded(monkeypatch, compiled="sizes_of_one" in request.node.name)
 
 
-@pytest.fixture(scope="module")
-def promised() -> set[Launch]:
-    return {
-        described(case.kernel.fn.__name__, case.signature, case.constexprs, case.num_warps)
-        for case in aot_cases()
-    }
+def run(case: Case, inputs: Inputs, parameters: bool) -> None:
+    """Forward and backward, with or without the gradients of the parameters."""
+    leaves = [leaf for leaf in (inputs.x, inputs.residual) if leaf is not None]
+    affine = [leaf for leaf in (inputs.weight, inputs.bias) if leaf is not None]
+    for leaf in (*leaves, *affine):
+        leaf.requires_grad_()
+    y, pooled = call(case, inputs, "triton")
+    outputs = [y] if pooled is None else [y, pooled]
+    wanted = leaves + affine * parameters
+    torch.autograd.grad(outputs, wanted, inputs.upstream[: len(outputs)])
 
 
 STATISTICS = ["split_batch_norm_statistics_kernel", "split_batch_norm_combine_kernel"]
@@ -84,48 +49,74 @@ FORWARD, INPUT = "split_batch_norm_fwd_kernel", "split_batch_norm_bwd_input_kern
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        (Case(channels=64, dtype=torch.bfloat16), [*STATISTICS, FORWARD, *SUMS, INPUT]),
-        (Case(channels=512, dtype=torch.float16), [*STATISTICS, FORWARD, *SUMS, INPUT]),
-        (Case(channels=16, dtype=torch.float32), [*STATISTICS, FORWARD, *SUMS, INPUT]),
-        (
-            Case(sizes=(2, 0), channels=64, dtype=torch.bfloat16, pooled=False, update=False),
-            [*STATISTICS, FORWARD, *SUMS, INPUT],
-        ),
-        (
-            Case(channels=128, dtype=torch.bfloat16, pooled=False, residual=False),
-            [*STATISTICS, FORWARD, *SUMS, INPUT],
-        ),
-        (
-            Case(channels=64, dtype=torch.bfloat16, pooled=False, training=False),
-            [FORWARD, INPUT],
-        ),
-        (
-            Case(channels=64, dtype=torch.bfloat16, pooled=False, training=False, residual=False),
-            [FORWARD, INPUT],
-        ),
+        (Case(), [*STATISTICS, FORWARD, *SUMS, INPUT]),
+        (Case(sizes=(2, 0), pooled=False, update=False), [*STATISTICS, FORWARD, *SUMS, INPUT]),
+        (Case(pooled=False, residual=False), [*STATISTICS, FORWARD, *SUMS, INPUT]),
+        (Case(pooled=False, training=False), [FORWARD, INPUT]),
+        (Case(pooled=False, training=False, residual=False), [FORWARD, INPUT]),
     ],
     ids=str,
 )
-def test_attack_launches_what_was_compiled_ahead_of_time(
-    launches: list[Launch], promised: set[Launch], case: Case, expected: list[str]
+def test_kernels_of_the_attack(launches: list[Launch], case: Case, expected: list[str]) -> None:
+    run(case, make(case), parameters=False)
+    assert [launch.kernel for launch in launches] == expected
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 16, 24, 32, 50, 64, 65, 512])
+def test_every_launch_is_compiled_ahead_of_time(
+    launches: list[Launch], dtype: torch.dtype, channels: int
 ) -> None:
-    inputs = make(case)
-    leaves = [leaf for leaf in (inputs.x, inputs.residual) if leaf is not None]
-    for leaf in (*leaves, inputs.weight, inputs.bias):
-        leaf.requires_grad_()
-    y, pooled = call(case, inputs, "triton")
-    outputs = [y] if pooled is None else [y, pooled]
-    torch.autograd.grad(outputs, leaves, inputs.upstream[: len(outputs)])
-    assert [launch[0] for launch in launches] == expected
-    assert set(launches) <= promised
+    options = list(product([True, False], repeat=6))
+    for residual, relu, pooled, training, update, affine in options:
+        case = Case(
+            sizes=(2, 1),
+            channels=channels,
+            height=3,
+            width=3,
+            dtype=dtype,
+            residual=residual,
+            relu=relu,
+            pooled=pooled,
+            training=training,
+            update=update,
+            affine=affine,
+        )
+        inputs = make(case)
+        if residual is not update:
+            # As after model.to(dtype).
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                value = getattr(inputs, name)
+                setattr(inputs, name, None if value is None else value.to(dtype))
+        if relu is pooled:
+            inputs.x = at_an_odd_place(inputs.x)
+            inputs.running_mean = at_an_odd_place(inputs.running_mean)
+        run(case, inputs, parameters=training is update)
+        with torch.no_grad():
+            call(case, inputs, "triton")
+    x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    row = torch.zeros(2, channels, dtype=inputs.upstream[1].dtype)
+    counts, sums = row[:, 0].contiguous(), torch.stack([row, row])
+    for pooled in (None, row.new_zeros(3, channels)):
+        backward_input(x, pooled, x, row, row, None, None, None, sums, counts, 2, 1e-5, True, False)
+    assert len({launch.kernel for launch in launches}) == 6
+    assert_promised(launches, aot_cases())
+
+
+def at_an_odd_place(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, laid out the same, not at a multiple of 16 bytes."""
+    store = t.new_empty(t.numel() + 1)
+    moved = store.as_strided(t.shape, t.stride(), 1)
+    assert moved.copy_(t).data_ptr() % 16
+    return moved
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (1, 1, 1, 2), (3, 70, 2, 2)], ids=str)
 def test_sizes_of_one_compile(launches: list[Launch], shape: tuple[int, int, int, int]) -> None:
     n, channels, height, width = shape
     case = Case(sizes=(0, n), channels=channels, height=height, width=width)
-    inputs = make(case)
-    inputs.x.requires_grad_()
-    y, pooled = call(case, inputs, "triton")
-    torch.autograd.grad([y, pooled], inputs.x, inputs.upstream)
+    run(case, make(case), parameters=False)
     assert len(launches) == 6

@@ -24,6 +24,10 @@ def cosine_invariance(
     Targets are stopped: no gradient reaches them. All layers are one kernel launch forward and one
     backward; the sum over the batch has a fixed order.
 
+    Calls may be captured in CUDA graphs, by ``torch.compile(mode="reduce-overhead")`` too, and
+    replayed before, between and beside eager calls on any stream: every captured call has counters
+    of its own, which no pool of a graph reuses.
+
     Args:
         predictions: one (N, D_l) per layer, floating-point, one dtype for all layers; the widths
             D_l may differ.

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
+from arat_kernels.layout import aligned
 
 
 @triton.jit
@@ -93,18 +96,18 @@ def _cosines_of_rows(
     return tl.sum(products, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def cosine_invariance_fwd_kernel(
     predictions,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
     targets,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
     out_ptr,  # (LAYERS,) WIDE
     partial_ptr,  # (LAYERS, programs per layer) WIDE, uninitialised
     counter_ptr,  # (LAYERS,) int32, zero before and after
-    num,
+    num: tl.int32,
     eps,
     LAYERS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    ALIGNED: tl.constexpr,  # every pointer and every row begins at a multiple of 16 bytes
+    ALIGNED: tl.constexpr,  # every width is a multiple of 16
     ONE_BLOCK: tl.constexpr,  # a row fits into a tile and stays in registers
     WIDE: tl.constexpr,  # float32, float64 for float64 predictions
     ROWS: tl.constexpr,
@@ -163,13 +166,13 @@ def _gradient(p, t, cosine, p_norm, t_norm, eps, factor):
     return factor * (direction * inverse[:, None] - p * along[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def cosine_invariance_bwd_kernel(
     predictions,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
     targets,  # LAYERS pointers: (num, WIDTHS[l]) any float, contiguous
     dpredictions,  # LAYERS pointers: as predictions
     dout_ptr,  # (LAYERS,) WIDE
-    num,
+    num: tl.int32,
     eps,
     LAYERS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -228,16 +231,22 @@ def cosine_invariance_bwd_kernel(
 
 
 # Rows and columns of a tile and its warps; rows longer than the last one's loop over LOOP_TILE.
+# Every access of an odd row has a mask of its own, and 16 rows of them are too many on gfx942.
 TILES = ((16, 128, 4), (4, 512, 4), (2, 1024, 4), (2, 2048, 8))
+ODD_TILES = ((8, 128, 4), *TILES[1:])
 LOOP_TILE = (2, 1024, 4)
 
 
 def _tile(widths: tuple[int, ...]) -> tuple[int, int, int, bool]:
     """Rows, columns and warps of a tile, and whether it holds whole rows."""
-    for rows, cols, num_warps in TILES:
+    for rows, cols, num_warps in TILES if _multiples_of_16(widths) else ODD_TILES:
         if max(widths) <= cols:
             return rows, cols, num_warps, True
     return *LOOP_TILE, False
+
+
+def _multiples_of_16(widths: tuple[int, ...]) -> bool:
+    return all(width % 16 == 0 for width in widths)
 
 
 class _Counters:
@@ -269,22 +278,36 @@ class _Counters:
             self._captured[index] = captured + 1
             return self._for_graphs[index][captured]
         if index not in self._for_graphs:
-            self._for_graphs[index] = self._zeros(self.CAPTURED_SETS, device)
+            self._for_graphs[index] = self._lasting_zeros(self.CAPTURED_SETS, device)
             self._captured[index] = 0
         stream = (index, torch.cuda.current_stream(device).cuda_stream)
         if stream not in self._of_stream:
-            self._of_stream[stream] = self._zeros(1, device)[0]
+            self._of_stream[stream] = self._lasting_zeros(1, device)[0]
         return self._of_stream[stream]
 
     def _zeros(self, sets: int, device: torch.device) -> Tensor:
         return torch.zeros(sets, self.MOST_LAYERS, dtype=torch.int32, device=device)
 
+    def _lasting_zeros(self, sets: int, device: torch.device) -> Tensor:
+        """Counters outside of every pool of a CUDA graph.
+
+        This thread's allocations may go to such a pool although nothing is captured: in the warm-up
+        of ``torch.compile(mode="reduce-overhead")``, whose pool gives memory that is no output of
+        the compiled function to others. Those of another thread do not.
+        """
+
+        def make() -> Tensor:
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                zeros = self._zeros(sets, device)
+            stream.synchronize()
+            return zeros
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(make).result()
+
 
 _counters = _Counters()
-
-
-def _aligned(tensors: list[Tensor], widths: tuple[int, ...]) -> bool:
-    return all(w % 16 == 0 for w in widths) and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -297,8 +320,8 @@ def _launch_forward(predictions: list[Tensor], targets: list[Tensor], eps: float
     if num == 0:
         # The mean over nothing.
         return torch.full((layers,), torch.nan, dtype=wide, device=device)
-    predictions = [t.contiguous() for t in predictions]
-    targets = [t.contiguous() for t in targets]
+    predictions = [aligned(t.contiguous()) for t in predictions]
+    targets = [aligned(t.contiguous()) for t in targets]
     widths = tuple(t.shape[1] for t in predictions)
     rows, cols, num_warps, one_block = _tile(widths)
     programs = triton.cdiv(num, rows)
@@ -314,7 +337,7 @@ def _launch_forward(predictions: list[Tensor], targets: list[Tensor], eps: float
             eps,
             layers,
             widths,
-            _aligned(predictions + targets, widths),
+            _multiples_of_16(widths),
             one_block,
             tl.float64 if wide == torch.float64 else tl.float32,
             rows,
@@ -328,8 +351,8 @@ def _launch_backward(
     dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float
 ) -> list[Tensor]:
     num = predictions[0].shape[0]
-    predictions = [t.contiguous() for t in predictions]
-    targets = [t.contiguous() for t in targets]
+    predictions = [aligned(t.contiguous()) for t in predictions]
+    targets = [aligned(t.contiguous()) for t in targets]
     dpredictions = [torch.empty_like(t) for t in predictions]
     if num == 0:
         return dpredictions
@@ -340,12 +363,12 @@ def _launch_backward(
             tuple(predictions),
             tuple(targets),
             tuple(dpredictions),
-            dout.contiguous(),
+            aligned(dout.contiguous()),
             num,
             eps,
             len(predictions),
             widths,
-            _aligned(predictions + targets + dpredictions, widths),
+            _multiples_of_16(widths),
             one_block,
             tl.float64 if dout.dtype == torch.float64 else tl.float32,
             rows,
@@ -401,31 +424,29 @@ def cosine_invariance_triton(
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile for one layer, whose accesses can be told apart, and the layers of the two
-    published networks."""
-    note = (
-        "16 elements of a tile per thread: at batch 128 and 512 features 32 programs per layer, "
-        "and both tensors of a tile stay in 32 registers, so that a row is read once."
-    )
+    """Every tile for one layer, whose accesses can be told apart, for widths that are multiples of
+    16 and for others, in 16 and in 32 bits; at one width the other pairs of dtypes; and the layers
+    of the two published networks."""
     cases = []
-    for width in (*(cols for _, cols, _ in TILES), 2 * TILES[-1][1]):
-        for dtype in ("fp32", "bf16", "fp16")[: 3 if width == 512 else 2]:
-            cases += _cases((width,), dtype, dtype, note)
+    widths = [cols for _, cols, _ in TILES] + [2 * TILES[-1][1]]
+    for width in (*widths, *(width - 1 for width in widths)):
+        for kind in ("fp32", "bf16"):
+            cases += _cases((width,), kind, kind)
+    for pair in product(("fp32", "bf16", "fp16"), repeat=2):
+        if pair not in (("fp32", "fp32"), ("bf16", "bf16")):
+            cases += _cases((512,), *pair)
+    cases += _cases((512,), "fp64", "fp64")
     networks: tuple[tuple[int, ...], ...] = ((512,) * 4, (320,) + (640,) * 10)
-    for widths in networks:
-        for prediction in ("fp32", "bf16"):
-            cases += _cases(widths, prediction, "fp32", note)
+    for network in networks:
+        cases += _cases(network, "bf16", "fp32")
     return cases
 
 
-def _cases(
-    widths: tuple[int, ...],
-    prediction: str,
-    target: str,
-    note: str,
-) -> list[AotCase]:
+def _cases(widths: tuple[int, ...], prediction: str, target: str) -> list[AotCase]:
     layers = len(widths)
     rows, cols, num_warps, one_block = _tile(widths)
+    all_of_16 = _multiples_of_16(widths)
+    wide = "fp64" if prediction == "fp64" else "fp32"
     # A tuple of pointers is a tuple of types.
     pointers: dict[str, Any] = {
         "predictions": (f"*{prediction}",) * layers,
@@ -434,25 +455,33 @@ def _cases(
     constexprs = {
         "LAYERS": layers,
         "WIDTHS": widths,
-        "ALIGNED": True,
+        "ALIGNED": all_of_16,
         "ONE_BLOCK": one_block,
-        "WIDE": tl.float32,
+        "WIDE": tl.float64 if wide == "fp64" else tl.float32,
         "ROWS": rows,
         "COLS": cols,
     }
     dtypes = prediction if prediction == target else f"{prediction} and {target}"
     rows_named = f"rows of {cols}" if one_block else f"longer rows by {cols}"
+    rows_named += "" if all_of_16 else ", odd widths"
     reads = "1 read" if one_block else "2 reads (the second from the L2)"
     more = "1 read" if one_block else "3 reads (the later ones from the L2)"
     name = f"[{dtypes}, {layers} layer{'s' * (layers > 1)}, {rows_named}]"
+    # Of several layers a choice hides which pointer is accessed.
+    inputs = ("predictions", "targets") if layers == 1 else ("predictions",)
+    outputs = ("dpredictions",) if layers == 1 else ()
+    note = (
+        "16 elements of a tile per thread: at batch 128 and 512 features 32 programs per layer, "
+        "and both tensors of a tile stay in 32 registers, so that a row is read once."
+    )
     return [
         AotCase(
             f"cosine_invariance_fwd_kernel{name}",
             cosine_invariance_fwd_kernel,
             {
                 **pointers,
-                "out_ptr": "*fp32",
-                "partial_ptr": "*fp32",
+                "out_ptr": f"*{wide}",
+                "partial_ptr": f"*{wide}",
                 "counter_ptr": "*i32",
                 "num": "i32",
                 "eps": "fp32",
@@ -462,8 +491,7 @@ def _cases(
             3,
             f"{reads} each of predictions and targets",
             note,
-            divisible=(),
-            bulk=("predictions", "targets") if layers == 1 else ("predictions",),
+            bulk=inputs if all_of_16 else (),
         ),
         AotCase(
             f"cosine_invariance_bwd_kernel{name}",
@@ -471,7 +499,7 @@ def _cases(
             {
                 **pointers,
                 "dpredictions": pointers["predictions"],
-                "dout_ptr": "*fp32",
+                "dout_ptr": f"*{wide}",
                 "num": "i32",
                 "eps": "fp32",
             },
@@ -480,7 +508,6 @@ def _cases(
             3,
             f"{more} each of predictions and targets, 1 write of their gradient",
             note,
-            divisible=(),
-            bulk=("predictions", "targets", "dpredictions") if layers == 1 else ("predictions",),
+            bulk=(*inputs, *outputs) if all_of_16 else (),
         ),
     ]

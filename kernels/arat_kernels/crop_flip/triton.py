@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
@@ -36,23 +38,31 @@ def _draw(rng_ptr, sample, places):
     return top, left, tl.sum((w2 >> 31).to(tl.int32))
 
 
-@triton.jit
+# Neither integers nor pointers whose elements are read one by one are specialised on their value.
+_PLAIN = [
+    "images_ptr", "index_ptr", "rng_ptr", "offsets_ptr", "num_images", "height", "width",
+    "image_stride", "channel_stride", "row_stride", "col_stride", "size", "padding",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_PLAIN)
 def crop_flip_kernel(
     images_ptr,  # (num_images, CHANNELS, height, width) uint8, strides below
     index_ptr,  # (N,) int64 or int32
     rng_ptr,  # (2,) int64: seed, offset; or None
     offsets_ptr,  # (N, 3) int32, contiguous: first row, first column, mirrored; or None
     x_ptr,  # (N, size) any float: (height, width, OUT_CHANNELS), or the channels first
-    num_images,
-    height,
-    width,
-    image_stride,
-    channel_stride,
-    row_stride,
-    col_stride,
-    size,  # OUT_CHANNELS * height * width
-    padding,
+    num_images: tl.int64,
+    height: tl.int32,
+    width: tl.int32,
+    image_stride: tl.int64,
+    channel_stride: tl.int64,
+    row_stride: tl.int64,
+    col_stride: tl.int64,
+    size: tl.int32,  # OUT_CHANNELS * height * width
+    padding: tl.int32,
     max_value,
+    ALIGNED: tl.constexpr,  # size is a multiple of 16, with the split of 8
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -60,6 +70,8 @@ def crop_flip_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if ALIGNED:
+        size = size // 8 * 8 if SPLIT else size // 16 * 16
     sample = tl.program_id(0).to(tl.int64)
     image = tl.load(index_ptr + sample).to(tl.int64)
     top = padding
@@ -91,12 +103,7 @@ def crop_flip_kernel(
     if SPLIT:
         source = tl.where(channel < CHANNELS, channel, channel - CHANNELS)
         inside = inside & (source < CHANNELS)
-    offset = (
-        image * image_stride
-        + source.to(tl.int64) * channel_stride
-        + row.to(tl.int64) * row_stride
-        + col.to(tl.int64) * col_stride
-    )
+    offset = image * image_stride + source * channel_stride + row * row_stride + col * col_stride
     value = tl.load(images_ptr + offset, inside & known, other=0).to(tl.float32)
     # Rounded once, which a product with 1 / max_value is not.
     value = tl.div_rn(value, tl.zeros_like(value) + max_value)
@@ -157,6 +164,7 @@ def _launch(
             size,
             padding,
             float(max_value),
+            split or size % 16 == 0,
             channels,
             x.shape[1],
             channels_last,
@@ -222,25 +230,31 @@ def crop_flip_triton(
 
 
 def aot_cases() -> list[AotCase]:
-    """Every dtype and layout with drawn and with given crops; one channel; no crop;
-    int32 indices."""
-    cases = [
-        _case(3, kind, channels_last, False, draws)
-        for kind in ("fp32", "bf16", "fp16")
-        for channels_last in (True, False)
-        for draws in ("rng", "offsets")
-    ]
-    cases += [_case(3, "bf16", True, True, draws) for draws in ("rng", "offsets", "nothing")]
-    cases += [_case(3, "fp32", True, False, "nothing"), _case(1, "fp32", True, False, "rng")]
-    cases.append(_case(3, "fp32", True, False, "rng", index="i32"))
+    """Drawn and given crops in 16 and in 32 bits and in every layout, for samples of multiples of
+    16 elements and for others; float16; no crop; one channel; int32 indices."""
+    cases = []
+    for kind, channels_last in product(("fp32", "bf16"), (True, False)):
+        for draws, odd in product(("rng", "offsets"), (False, True)):
+            cases.append(_case(3, kind, channels_last, odd=odd, draws=draws))
+    cases += [_case(3, "bf16", True, split=True, draws=draws) for draws in ("rng", "offsets")]
+    cases += [_case(3, "fp16", True), _case(3, "fp32", True, draws="nothing")]
+    cases += [_case(1, "fp32", False), _case(1, "bf16", True, split=True)]
+    cases.append(_case(3, "fp32", True, index="i32"))
     return cases
 
 
 def _case(
-    channels: int, kind: str, channels_last: bool, split: bool, draws: str, index: str = "i64"
+    channels: int,
+    kind: str,
+    channels_last: bool,
+    odd: bool = False,
+    split: bool = False,
+    draws: str = "rng",
+    index: str = "i64",
 ) -> AotCase:
     layout = "channels_last" if channels_last else "contiguous"
-    name = f"{kind}, {layout}, {channels} channels, {draws}{', split' if split else ''}"
+    name = f"{kind}, {layout}, {channels} channel{'s' * (channels > 1)}, {draws}"
+    name += f"{', split' if split else ''}{', odd sizes' if odd else ''}"
     name += f", index {index}" if index != "i64" else ""
     pointers = {"images_ptr": "*u8", "index_ptr": f"*{index}", "x_ptr": f"*{kind}"}
     absent: dict[str, None] = {"rng_ptr": None, "offsets_ptr": None}
@@ -250,16 +264,20 @@ def _case(
     elif draws == "offsets":
         pointers["offsets_ptr"] = "*i32"
         del absent["offsets_ptr"]
-    integers = (
-        "num_images", "height", "width", "image_stride", "channel_stride", "row_stride",
-        "col_stride", "size", "padding",
-    )  # fmt: skip
+    large = ("num_images", "image_stride", "channel_stride", "row_stride", "col_stride")
+    small = ("height", "width", "size", "padding")
     return AotCase(
         f"crop_flip_kernel[{name}]",
         crop_flip_kernel,
-        {**pointers, **dict.fromkeys(integers, "i32"), "max_value": "fp32"},
+        {
+            **pointers,
+            **dict.fromkeys(large, "i64"),
+            **dict.fromkeys(small, "i32"),
+            "max_value": "fp32",
+        },
         {
             **absent,
+            "ALIGNED": not odd,
             "CHANNELS": channels,
             "OUT_CHANNELS": _out_channels(channels, split),
             "CHANNELS_LAST": channels_last,
@@ -272,6 +290,5 @@ def _case(
         "1 byte read, 1 value written" if not split else "1 byte read, 16 bytes written per pixel",
         "Eight neighbours of the output per thread: with the split one pixel, a vector of 16 "
         "bytes; the bytes that are read come from the L1, where their line stays.",
-        divisible=("x_ptr", "size"),
-        bulk=("x_ptr",),
+        bulk=() if odd else ("x_ptr",),
     )

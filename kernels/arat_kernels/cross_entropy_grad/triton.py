@@ -14,22 +14,27 @@ from torch import Tensor
 
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
+from arat_kernels.layout import aligned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["target_ptr", "num", "num_classes", "row_stride"])
 def cross_entropy_grad_kernel(
     logits_ptr,  # (num, num_classes) any float, rows row_stride apart
     target_ptr,  # (num,) int64 or int32
     dlogits_ptr,  # (num, num_classes) as logits, contiguous
     loss_ptr,  # (num,) WIDE
-    num,
-    num_classes,
-    row_stride,
+    num: tl.int32,
+    num_classes: tl.int32,
+    row_stride: tl.int64,
+    ALIGNED: tl.constexpr,  # num_classes and row_stride are multiples of 16
     ONE_BLOCK: tl.constexpr,  # a row fits into a tile and stays in registers
     WIDE: tl.constexpr,  # float32, float64 for float64 logits
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    if ALIGNED:
+        num_classes = num_classes // 16 * 16
+        row_stride = row_stride // 16 * 16
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < num
     target = tl.load(target_ptr + row, row_mask, other=0).to(tl.int64)
@@ -84,14 +89,16 @@ def cross_entropy_grad_kernel(
     tl.store(loss_ptr + row, tl.where(known, total - chosen, float("nan")), row_mask)
 
 
-# Rows and columns of a tile and its warps; longer rows loop over LOOP_TILE.
+# Rows and columns of a tile and its warps; longer rows loop over LOOP_TILE. Every access of an odd
+# row has a mask of its own, and two of 1024 are too many for sm_80's registers.
 TILES = ((32, 16, 4), (8, 128, 4), (2, 1024, 4), (1, 4096, 8))
+ODD_TILES = (*TILES[:2], (1, 1024, 4), TILES[3])
 LOOP_TILE = (1, 1024, 4)
 
 
-def _tile(num_classes: int) -> tuple[int, int, int, bool]:
+def _tile(num_classes: int, all_of_16: bool) -> tuple[int, int, int, bool]:
     """Rows, columns and warps of a tile, and whether it holds whole rows."""
-    for rows, cols, num_warps in TILES:
+    for rows, cols, num_warps in TILES if all_of_16 else ODD_TILES:
         if num_classes <= cols:
             return rows, cols, num_warps, True
     return *LOOP_TILE, False
@@ -103,12 +110,13 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 def _launch(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     num, num_classes = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = aligned(logits if logits.stride(1) == 1 else logits.contiguous())
     dlogits = torch.empty(num, num_classes, dtype=logits.dtype, device=logits.device)
     loss = torch.empty(num, dtype=_wide(logits), device=logits.device)
     if num == 0:
         return dlogits, loss
-    rows, cols, num_warps, one_block = _tile(num_classes)
+    all_of_16 = num_classes % 16 == 0 and logits.stride(0) % 16 == 0
+    rows, cols, num_warps, one_block = _tile(num_classes, all_of_16)
     with torch.cuda.device_of(logits):
         cross_entropy_grad_kernel[(triton.cdiv(num, rows),)](
             logits,
@@ -118,6 +126,7 @@ def _launch(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             num,
             num_classes,
             logits.stride(0),
+            all_of_16,
             one_block,
             tl.float64 if logits.dtype == torch.float64 else tl.float32,
             rows,
@@ -160,45 +169,47 @@ def cross_entropy_grad_triton(logits: Tensor, target: Tensor) -> tuple[Tensor, T
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile in float32 and bfloat16 for rows that are multiples of 16; and 10 and 100 classes,
-    as CIFAR has, in every dtype."""
-    tiles = [(*tile, True) for tile in TILES] + [(*LOOP_TILE, False)]
-    cases = [
-        _case(kind, tile, _tile_name(tile[1], tile[3]), True)
-        for tile in tiles
-        for kind in ("fp32", "bf16")
-    ]
-    cases += [
-        _case(kind, _tile(num_classes), f"{num_classes} classes", False)
-        for num_classes in (10, 100)
-        for kind in ("fp32", "bf16", "fp16")
-    ]
+    """Every tile in float32 and bfloat16, for rows that are multiples of 16 and for others, as 10,
+    100 and 1000 classes are; and the other dtypes at 10 classes."""
+    cases = []
+    for num_classes in (16, 128, 1024, 4096, 8192, 10, 100, 1000, 4095, 8191):
+        for kind in ("fp32", "bf16"):
+            cases.append(_case(kind, num_classes))
+    cases += [_case(kind, 10) for kind in ("fp16", "fp64")]
+    cases.append(_case("fp32", 10, target="i32"))
     return cases
 
 
-def _case(kind: str, tile: tuple[int, int, int, bool], label: str, aligned: bool) -> AotCase:
-    rows, cols, num_warps, one_block = tile
+def _case(kind: str, num_classes: int, target: str = "i64") -> AotCase:
+    all_of_16 = num_classes % 16 == 0
+    rows, cols, num_warps, one_block = _tile(num_classes, all_of_16)
+    label = f"up to {cols} classes" if one_block else f"loop of {cols}"
+    label += "" if all_of_16 else ", odd numbers"
+    label += f", target {target}" if target != "i64" else ""
+    wide = "fp64" if kind == "fp64" else "fp32"
     return AotCase(
         f"cross_entropy_grad_kernel[{kind}, {label}]",
         cross_entropy_grad_kernel,
         {
             "logits_ptr": f"*{kind}",
-            "target_ptr": "*i64",
+            "target_ptr": f"*{target}",
             "dlogits_ptr": f"*{kind}",
-            "loss_ptr": "*fp32",
-            **dict.fromkeys(("num", "num_classes", "row_stride"), "i32"),
+            "loss_ptr": f"*{wide}",
+            "num": "i32",
+            "num_classes": "i32",
+            "row_stride": "i64",
         },
-        {"ONE_BLOCK": one_block, "WIDE": tl.float32, "ROWS": rows, "COLS": cols},
+        {
+            "ALIGNED": all_of_16,
+            "ONE_BLOCK": one_block,
+            "WIDE": tl.float64 if wide == "fp64" else tl.float32,
+            "ROWS": rows,
+            "COLS": cols,
+        },
         num_warps,
         3,
         "1 read, 1 write" if one_block else "3 reads (the later ones from the L2), 1 write",
         "A row is read once up to 4096 classes; ten classes take 20 bytes of bf16, which no "
         "vector of 16 bytes fits, so their accesses are one element wide.",
-        divisible=("logits_ptr", "dlogits_ptr")
-        + (("num_classes", "row_stride") if aligned else ()),
-        bulk=("logits_ptr", "dlogits_ptr") if cols >= 1024 else (),
+        bulk=("logits_ptr", "dlogits_ptr") if all_of_16 and cols >= 1024 else (),
     )
-
-
-def _tile_name(cols: int, one_block: bool) -> str:
-    return f"up to {cols} classes" if one_block else f"loop of {cols}"

@@ -25,7 +25,8 @@ def frozen_affine_reference(
 def relu_backward_reference(dy: Tensor, y: Tensor, dy_skip: Tensor | None) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.frozen_affine.api.relu_backward`."""
     total = dy if dy_skip is None else (_wide(dy) + _wide(dy_skip)).to(dy.dtype)
-    return torch.where(y <= 0, torch.zeros_like(total), total)
+    masked: Tensor = torch.ops.aten.threshold_backward(total, y, 0)
+    return masked
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
-from arat_kernels.layout import in_layout_of, is_batch_dense
+from arat_kernels.layout import aligned, in_layout_of, is_batch_dense
+
+# Integers are not specialised on their value; ALIGNED says whether cols is a multiple of 16.
+_PLAIN = ["rows", "cols", "channels"]
 
 
 @triton.jit
@@ -40,22 +44,25 @@ def _constants(ptr, first, col, cols, channels, BY_ROW: tl.constexpr, ROWS: tl.c
         return tl.load(ptr + col, col < cols, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def frozen_affine_fwd_kernel(
     x_ptr,  # (rows, cols), any float; (NHW, C) for channels_last, (NC, HW) for contiguous
     scale_ptr,  # (channels,) any float, or None
     shift_ptr,  # (channels,) any float
     residual_ptr,  # (rows, cols) as x, or None
     y_ptr,  # (rows, cols) as x
-    rows,
-    cols,
-    channels,
+    rows: tl.int64,
+    cols: tl.int32,
+    channels: tl.int32,
+    ALIGNED: tl.constexpr,
     BY_ROW: tl.constexpr,  # contiguous: the channel is the row modulo channels, else the column
     RELU: tl.constexpr,
     WIDE: tl.constexpr,  # float32, float64 for float64 x
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    if ALIGNED:
+        cols = cols // 16 * 16
     first, col, at, mask = _tile(rows, cols, ROWS, COLS)
     y = tl.load(x_ptr + at, mask).to(WIDE)
     if scale_ptr is not None:
@@ -69,7 +76,7 @@ def frozen_affine_fwd_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def frozen_affine_bwd_kernel(
     dy_ptr,  # (rows, cols), any float, as in the forward
     dy_skip_ptr,  # (rows, cols) as dy, a second gradient of y, or None
@@ -77,14 +84,17 @@ def frozen_affine_bwd_kernel(
     scale_ptr,  # (channels,) any float, or None
     dx_ptr,  # (rows, cols) as dy, or None where not wanted
     dresidual_ptr,  # (rows, cols) as dy, or None where not wanted
-    rows,
-    cols,
-    channels,
+    rows: tl.int64,
+    cols: tl.int32,
+    channels: tl.int32,
+    ALIGNED: tl.constexpr,
     BY_ROW: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    if ALIGNED:
+        cols = cols // 16 * 16
     first, col, at, mask = _tile(rows, cols, ROWS, COLS)
     grad = tl.load(dy_ptr + at, mask).to(WIDE)
     if dy_skip_ptr is not None:
@@ -129,7 +139,7 @@ def _grid(rows: int, cols: int, cols_of_tile: int) -> tuple[int]:
 def _launch_forward(
     x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    x = x if is_batch_dense(x) else x.contiguous()
+    x = aligned(x if is_batch_dense(x) else x.contiguous())
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
@@ -139,13 +149,14 @@ def _launch_forward(
     with torch.cuda.device_of(x):
         frozen_affine_fwd_kernel[_grid(rows, cols, tile)](
             x,
-            None if scale is None else scale.contiguous(),
-            shift.contiguous(),
+            None if scale is None else aligned(scale.contiguous()),
+            aligned(shift.contiguous()),
             residual,
             y,
             rows,
             cols,
             x.shape[1],
+            cols % 16 == 0,
             by_row,
             relu,
             _TL_WIDE.get(x.dtype, tl.float32),
@@ -166,29 +177,31 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor]:
     """``(dx, dresidual)``; one that is not needed is empty."""
     model = dy if y is None else y
-    model = model if is_batch_dense(model) else model.contiguous()
+    model = aligned(model if is_batch_dense(model) else model.contiguous())
     y = None if y is None else model
     dx = torch.empty_like(model) if needs_dx else model.new_empty(0)
     dresidual = torch.empty_like(model) if needs_dresidual else model.new_empty(0)
     if model.numel() == 0:
         return dx, dresidual
     rows, cols, by_row = _geometry(model)
-    if scale is None and model.numel() % COLS_CHOICES[-1] == 0:
-        # No constants, so the rows may be cut anywhere: full tiles for every width.
-        cols = _cols_of_tile(model.numel())
-        rows, by_row = model.numel() // cols, False
+    if scale is None:
+        # No constants, so it does not matter where rows are cut: full tiles for every width.
+        by_row = False
+        if model.numel() % COLS_CHOICES[-1] == 0:
+            rows, cols = model.numel() // COLS_CHOICES[-1], COLS_CHOICES[-1]
     tile = _cols_of_tile(cols)
     with torch.cuda.device_of(model):
         frozen_affine_bwd_kernel[_grid(rows, cols, tile)](
             in_layout_of(dy, model),
             None if dy_skip is None else in_layout_of(dy_skip, model),
             y,
-            None if scale is None else scale.contiguous(),
+            None if scale is None else aligned(scale.contiguous()),
             dx if needs_dx else None,
             dresidual if needs_dresidual else None,
             rows,
             cols,
             1 if scale is None else model.shape[1],
+            cols % 16 == 0,
             by_row,
             _TL_WIDE.get(model.dtype, tl.float32),
             TILE // tile,
@@ -278,118 +291,129 @@ def relu_backward_triton(dy: Tensor, y: Tensor, dy_skip: Tensor | None) -> Tenso
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile, dtype and layout with every option on, and every set of options at one tile."""
-    note = (
-        "Tiles of 4096 elements keep two (bf16) or four (float32) vectors of 16 bytes per thread "
-        "and tensor in flight. A tile is as wide as divides the row, at most 64: that fills the "
-        "128-byte lines in bf16 and the constants of a tile are loaded once for all its rows."
-    )
-    every = (True, True, True)
+    """Every tile and layout in 16 and in 32 bits with every option on; at one tile every set of
+    options, and the other dtypes."""
     cases = []
-    shapes = [(t, b, kind) for t in COLS_CHOICES for b in (False, True) for kind in _KINDS]
-    for tile, by_row, kind in shapes:
-        cases.append(_forward_case(tile, by_row, kind, every, note))
-        cases.append(_backward_case(tile, by_row, kind, (False, True, True, True, True), note))
-    flags = [(scale, res, relu) for scale in (1, 0) for res in (1, 0) for relu in (1, 0)]
-    for scale, res, relu in flags[1:]:
-        options = (bool(scale), bool(res), bool(relu))
-        cases.append(_forward_case(64, False, "bf16", options, note))
-    for skip, y, scale, dx, dresidual in (
-        (False, True, True, True, False),
-        (False, True, True, False, True),
-        (False, False, True, True, False),
-        (False, True, False, True, False),
-        (True, True, False, True, False),
+    for cols, by_row, kind in product(_WIDTHS, (False, True), ("bf16", "fp32")):
+        cases.append(_forward_case(cols, by_row, kind))
+        cases.append(_backward_case(cols, by_row, kind))
+    # Three dtypes of constants, none of which depends on that of x.
+    for kind, constant in (("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "fp64")):
+        cases.append(_forward_case(64, False, kind, constant=constant))
+        cases.append(_backward_case(64, False, kind, constant=constant))
+    for scale, residual, relu in list(product((True, False), repeat=3))[1:]:
+        options = {"scale_ptr": scale, "residual_ptr": residual, "RELU": relu}
+        cases.append(_forward_case(64, False, "bf16", options))
+    for given in (
+        ("y_ptr", "scale_ptr", "dx_ptr"),
+        ("y_ptr", "scale_ptr", "dresidual_ptr"),
+        ("scale_ptr", "dx_ptr"),
     ):
-        cases.append(_backward_case(64, False, "bf16", (skip, y, scale, dx, dresidual), note))
+        cases.append(_backward_case(64, False, "bf16", given))
+    # Without constants rows are cut at 16, if they can be.
+    for cols, kind in product((16, 49, 3), ("bf16", "fp32")):
+        cases.append(_backward_case(cols, False, kind, ("dy_skip_ptr", "y_ptr", "dx_ptr")))
+    cases.append(_backward_case(16, False, "bf16", ("y_ptr", "dx_ptr")))
     return cases
 
 
-_KINDS = ("bf16", "fp16", "fp32")
+# Representatives of each choice of _cols_of_tile; the last two are no multiples of 16.
+_WIDTHS = (64, 32, 16, 49, 3)
+_NOTE = (
+    "Tiles of 4096 elements keep two (bf16) or four (float32) vectors of 16 bytes per thread "
+    "and tensor in flight. A tile is as wide as divides the row, at most 64: that fills the "
+    "128-byte lines in bf16 and the constants of a tile are loaded once for all its rows."
+)
+
+
+def _forward_case(
+    cols: int,
+    by_row: bool,
+    kind: str,
+    options: dict[str, bool] | None = None,
+    constant: str = "fp32",
+) -> AotCase:
+    options = {"scale_ptr": True, "residual_ptr": True, "RELU": True, **(options or {})}
+    return _case(
+        frozen_affine_fwd_kernel,
+        cols,
+        by_row,
+        kind,
+        constant,
+        {"x_ptr": True, "residual_ptr": options["residual_ptr"], "y_ptr": True},
+        {"scale_ptr": options["scale_ptr"], "shift_ptr": True},
+        {"RELU": options["RELU"]},
+    )
+
+
+def _backward_case(
+    cols: int,
+    by_row: bool,
+    kind: str,
+    given: tuple[str, ...] = ("y_ptr", "scale_ptr", "dx_ptr", "dresidual_ptr"),
+    constant: str = "fp32",
+) -> AotCase:
+    optional = ("dy_skip_ptr", "y_ptr", "dx_ptr", "dresidual_ptr")
+    return _case(
+        frozen_affine_bwd_kernel,
+        cols,
+        by_row,
+        kind,
+        constant,
+        {"dy_ptr": True, **{name: name in given for name in optional}},
+        {"scale_ptr": "scale_ptr" in given},
+        {},
+    )
 
 
 def _case(
     kernel: Any,
-    tile: int,
+    cols: int,
     by_row: bool,
     kind: str,
+    constant: str,
     tensors: dict[str, bool],
     constants: dict[str, bool],
-    constexprs: dict[str, Any],
-    note: str,
+    flags: dict[str, bool],
 ) -> AotCase:
     used = [name for name, there in tensors.items() if there]
     absent = [name for name, there in {**tensors, **constants}.items() if not there]
     held = [name for name, there in constants.items() if there]
-    flags = [name.lower() for name, on in constexprs.items() if on]
-    options = ", ".join([*(name.removesuffix("_ptr") for name in used + held), *flags])
+    options = [name.removesuffix("_ptr") for name in used + held]
+    options += [name.lower() for name, on in flags.items() if on]
+    options += [f"constants {constant}"] if constant != "fp32" else []
     layout = "contiguous" if by_row else "channels_last"
-    reads = [n for n in used if n not in ("y_ptr", "dx_ptr", "dresidual_ptr")]
-    if kernel is frozen_affine_bwd_kernel and "y_ptr" in used:
-        reads.append("y_ptr")
-    writes = [n for n in used if n not in reads]
+    tile, all_of_16 = _cols_of_tile(cols), cols % 16 == 0
+    width = f"{tile} wide" if all_of_16 else f"{tile} wide for odd rows"
+    written = ("y_ptr",) if kernel is frozen_affine_fwd_kernel else ("dx_ptr", "dresidual_ptr")
+    reads = [name for name in used if name not in written]
+    writes = [name for name in used if name in written]
     return AotCase(
-        f"{kernel.__name__}[{kind}, {layout}, {tile} wide: {options}]",
+        f"{kernel.__name__}[{kind}, {layout}, {width}: {', '.join(options)}]",
         kernel,
         {
             **{name: f"*{kind}" for name in used},
-            **{name: "*fp32" for name in held},
-            **dict.fromkeys(("rows", "cols", "channels"), "i32"),
+            **{name: f"*{constant}" for name in held},
+            "rows": "i64",
+            "cols": "i32",
+            "channels": "i32",
         },
         {
             **dict.fromkeys(absent),
+            "ALIGNED": all_of_16,
             "BY_ROW": by_row,
-            "WIDE": tl.float32,
+            "WIDE": tl.float64 if kind == "fp64" else tl.float32,
             "ROWS": TILE // tile,
             "COLS": tile,
-            **constexprs,
+            **flags,
         },
         NUM_WARPS,
         3,
         f"1 read each of {_names(reads)}, 1 write each of {_names(writes)}",
-        note,
-        divisible=(*used, *held, "cols", "channels"),
-        bulk=tuple(used),
+        _NOTE,
+        bulk=tuple(used) if all_of_16 else (),
     )
 
 
 def _names(pointers: list[str]) -> str:
     return " and ".join(name.removesuffix("_ptr") for name in pointers)
-
-
-def _forward_case(
-    tile: int, by_row: bool, kind: str, options: tuple[bool, bool, bool], note: str
-) -> AotCase:
-    scale, residual, relu = options
-    return _case(
-        frozen_affine_fwd_kernel,
-        tile,
-        by_row,
-        kind,
-        {"x_ptr": True, "residual_ptr": residual, "y_ptr": True},
-        {"scale_ptr": scale, "shift_ptr": True},
-        {"RELU": relu},
-        note,
-    )
-
-
-def _backward_case(
-    tile: int, by_row: bool, kind: str, options: tuple[bool, bool, bool, bool, bool], note: str
-) -> AotCase:
-    skip, y, scale, dx, dresidual = options
-    return _case(
-        frozen_affine_bwd_kernel,
-        tile,
-        by_row,
-        kind,
-        {
-            "dy_ptr": True,
-            "dy_skip_ptr": skip,
-            "y_ptr": y,
-            "dx_ptr": dx,
-            "dresidual_ptr": dresidual,
-        },
-        {"scale_ptr": scale},
-        {},
-        note,
-    )

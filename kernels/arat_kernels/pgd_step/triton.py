@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import triton
@@ -15,9 +14,13 @@ from torch import Tensor
 
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
-from arat_kernels.layout import in_layout_of, is_batch_dense
+from arat_kernels.layout import aligned, in_layout_of, is_batch_dense
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
+
+# Integers are not specialised on their value; ALIGNED says whether they are multiples of 16, as the
+# sizes of most images are.
+_PLAIN = ["numel", "size", "rng_ptr"]
 
 _START: tl.constexpr = tl.constexpr(streams.RANDOM_START)
 _RADIUS: tl.constexpr = tl.constexpr(streams.RANDOM_START_RADIUS)
@@ -39,16 +42,19 @@ def _norm(sum_of_squares):
     return tl.where(norm < _MIN_NORM, _MIN_NORM, norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def pgd_step_linf_kernel(
     x_adv_ptr,  # (numel,) float32, in memory order, changed in place
     grad_ptr,  # (numel,) any float
     x_ptr,  # (numel,) as x_adv
     eps,
     alpha,
-    numel,
+    numel: tl.int64,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if ALIGNED:
+        numel = numel // 16 * 16
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
     x_adv = tl.load(x_adv_ptr + at, mask)
@@ -60,17 +66,20 @@ def pgd_step_linf_kernel(
     tl.store(x_adv_ptr + at, _clamp(moved, 0.0, 1.0), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def pgd_step_l2_kernel(
     x_adv_ptr,  # (N, size) float32, in memory order, changed in place
     grad_ptr,  # (N, size) any float
     x_ptr,  # (N, size) as x_adv
     eps,
     alpha,
-    size,
+    size: tl.int32,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # size <= BLOCK: a sample stays in registers
 ):
+    if ALIGNED:
+        size = size // 16 * 16
     base = tl.program_id(0).to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     if ONE_BLOCK:
@@ -110,15 +119,18 @@ def pgd_step_l2_kernel(
             tl.store(x_adv_ptr + base + start + at, value, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def random_start_linf_kernel(
     x_ptr,  # (numel,) float32, in memory order
     rng_ptr,  # (2,) int64: seed, offset
     x_adv_ptr,  # (numel,) as x
     eps,
-    numel,
+    numel: tl.int64,
+    ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr,  # four elements each, from one Philox block
 ):
+    if ALIGNED:
+        numel = numel // 16 * 16
     first = tl.program_id(0).to(tl.int64) * GROUPS
     w0, w1, w2, w3 = philox.random_words(rng_ptr, first + tl.arange(0, GROUPS), _START)
     word = philox.interleave(w0, w1, w2, w3, GROUPS)
@@ -146,16 +158,19 @@ def _normals(rng_ptr, index, GROUPS: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def random_start_l2_kernel(
     x_ptr,  # (N, size) float32, in memory order
     rng_ptr,  # (2,) int64: seed, offset
     x_adv_ptr,  # (N, size) as x
     eps,
-    size,
+    size: tl.int32,
+    ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr,  # four elements each, from one Philox block
     ONE_BLOCK: tl.constexpr,  # size <= 4 * GROUPS: a sample stays in registers
 ):
+    if ALIGNED:
+        size = size // 16 * 16
     sample = tl.program_id(0).to(tl.int64)
     base = sample * size
     kind = x_ptr.dtype.element_ty
@@ -187,15 +202,16 @@ def random_start_l2_kernel(
 
 LINF_BLOCK, LINF_WARPS = 1024, 4
 # Largest sample held in registers by a block of that size, with its warps; longer ones loop over
-# the last row's block.
+# L2_LOOP_BLOCK, and so do odd ones over 4096, whose narrow accesses need too many registers.
 L2_BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
 L2_LOOP_BLOCK, L2_LOOP_WARPS = 4096, 8
+_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _l2_block(size: int) -> tuple[int, int, bool]:
     """Block, warps and whether one block holds a sample of ``size`` elements."""
     for block, num_warps in L2_BLOCKS:
-        if size <= block:
+        if size <= block and (size % 16 == 0 or block <= L2_LOOP_BLOCK):
             return block, num_warps, True
     return L2_LOOP_BLOCK, L2_LOOP_WARPS, False
 
@@ -205,27 +221,45 @@ def _launch_pgd_step(
 ) -> None:
     if x_adv.numel() == 0:
         return
-    dense = x_adv if is_batch_dense(x_adv) else x_adv.contiguous()
-    grad = in_layout_of(grad, dense)
+    dense = aligned(x_adv if is_batch_dense(x_adv) else x_adv.contiguous())
+    # float64 gradients (and 8 bits) are not worth kernels of their own.
+    grad = in_layout_of(grad if grad.dtype in _GRADIENTS else grad.to(x_adv.dtype), dense)
     x = in_layout_of(x, dense)
     with torch.cuda.device_of(x_adv):
         if norm == "Linf":
             numel = dense.numel()
             pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
-                dense, grad, x, eps, alpha, numel, LINF_BLOCK, num_warps=warps(LINF_WARPS)
+                dense,
+                grad,
+                x,
+                eps,
+                alpha,
+                numel,
+                numel % 16 == 0,
+                LINF_BLOCK,
+                num_warps=warps(LINF_WARPS),
             )
         else:
             size = dense[0].numel()
             block, num_warps, one_block = _l2_block(size)
             pgd_step_l2_kernel[(dense.shape[0],)](
-                dense, grad, x, eps, alpha, size, block, one_block, num_warps=warps(num_warps)
+                dense,
+                grad,
+                x,
+                eps,
+                alpha,
+                size,
+                size % 16 == 0,
+                block,
+                one_block,
+                num_warps=warps(num_warps),
             )
     if dense is not x_adv:
         x_adv.copy_(dense)
 
 
 def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
-    dense = x if is_batch_dense(x) else x.contiguous()
+    dense = aligned(x if is_batch_dense(x) else x.contiguous())
     x_adv = torch.empty_like(dense)
     if x.numel() == 0:
         return x_adv
@@ -233,13 +267,28 @@ def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tenso
         if norm == "Linf":
             numel = x.numel()
             random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
-                dense, rng, x_adv, eps, numel, LINF_BLOCK // 4, num_warps=warps(LINF_WARPS)
+                dense,
+                rng,
+                x_adv,
+                eps,
+                numel,
+                numel % 16 == 0,
+                LINF_BLOCK // 4,
+                num_warps=warps(LINF_WARPS),
             )
         else:
             size = dense[0].numel()
             block, num_warps, one_block = _l2_block(size)
             random_start_l2_kernel[(x.shape[0],)](
-                dense, rng, x_adv, eps, size, block // 4, one_block, num_warps=warps(num_warps)
+                dense,
+                rng,
+                x_adv,
+                eps,
+                size,
+                size % 16 == 0,
+                block // 4,
+                one_block,
+                num_warps=warps(num_warps),
             )
     return x_adv
 
@@ -280,103 +329,95 @@ def random_start_triton(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor
 
 
 def aot_cases() -> list[AotCase]:
-    """Every block that the launchers can choose, for sizes that are multiples of 16; and for others
-    the update of bf16 gradients, but not for odd samples of 4097 to 16384 elements, whose block
-    spills registers on sm_80."""
+    """Every block that the launchers can choose, for sizes that are multiples of 16 and for others,
+    with gradients of every width; float16 as bfloat16 once."""
     cases = []
-    for grad in ("fp32", "bf16", "fp16"):
-        step = {
-            "x_adv_ptr": "*fp32",
-            "grad_ptr": f"*{grad}",
-            "x_ptr": "*fp32",
-            "eps": "fp32",
-            "alpha": "fp32",
-        }
-        pointers = ("x_adv_ptr", "grad_ptr", "x_ptr")
-        cases += [
-            AotCase(
-                f"pgd_step_linf_kernel[grad {grad}, {numel} numel]",
-                pgd_step_linf_kernel,
-                {**step, "numel": numel},
-                {"BLOCK": LINF_BLOCK},
-                LINF_WARPS,
-                3,
-                "1 read each of x_adv, grad and x, 1 write of x_adv",
-                "Eight elements per thread: two float32 or one bf16 vector of 16 bytes in flight "
-                "per tensor, and enough blocks for every multiprocessor at batch 128.",
-                divisible=(*pointers, "numel"),
-                bulk=pointers,
-            )
-            for numel in ("i32", "i64")
-        ]
-        for block, num_warps, one_block in (*((b, w, True) for b, w in L2_BLOCKS), _l2_loop()):
-            passes = (
-                "1 read each of x_adv, grad and x"
-                if one_block
-                else ("3 reads of grad, 2 of x_adv and x (the later ones from the L2)")
-            )
-            cases.append(
-                AotCase(
-                    f"pgd_step_l2_kernel[grad {grad}, {_block_name(block, one_block)}]",
-                    pgd_step_l2_kernel,
-                    {**step, "size": "i32"},
-                    {"BLOCK": block, "ONE_BLOCK": one_block},
-                    num_warps,
-                    3,
-                    f"{passes}, 1 write of x_adv",
-                    "One block per sample, so that both norms stay inside it; a sample of up to "
-                    "16384 elements (3 x 64 x 64 is 12288) stays in registers.",
-                    divisible=(*pointers, "size"),
-                    bulk=pointers,
-                )
-            )
-    cases += [
-        replace(
-            case,
-            name=f"{case.name[:-1]}, odd sizes]",
-            divisible=("x_adv_ptr", "grad_ptr", "x_ptr"),
-            bulk=(),
-        )
-        for case in cases
-        if "grad bf16" in case.name and case.constexprs["BLOCK"] <= 4096
-    ]
-    start = {"x_ptr": "*fp32", "rng_ptr": "*i64", "x_adv_ptr": "*fp32", "eps": "fp32"}
-    images = ("x_ptr", "x_adv_ptr")
-    cases += [
-        AotCase(
-            f"random_start_linf_kernel[{numel} numel]",
-            random_start_linf_kernel,
-            {**start, "numel": numel},
-            {"GROUPS": LINF_BLOCK // 4},
-            LINF_WARPS,
-            3,
-            "1 read of x, 1 write of x_adv",
-            "A thread draws one Philox block for four neighbours, the width of its vectors.",
-            divisible=(*images, "numel"),
-            bulk=images,
-        )
-        for numel in ("i32", "i64")
-    ]
-    for block, num_warps, one_block in (*((b, w, True) for b, w in L2_BLOCKS), _l2_loop()):
-        cases.append(
-            AotCase(
-                f"random_start_l2_kernel[{_block_name(block, one_block)}]",
-                random_start_l2_kernel,
-                {**start, "size": "i32"},
-                {"GROUPS": block // 4, "ONE_BLOCK": one_block},
-                num_warps,
-                3,
-                "1 read of x, 1 write of x_adv",
-                "As the L2 update; beyond 16384 elements the normals are drawn twice, not stored.",
-                divisible=(*images, "size"),
-                bulk=images,
-            )
-        )
+    for kind in ("fp32", "bf16", "fp16"):
+        for size in (1024, 1023) if kind != "fp16" else (1024,):
+            cases.append(_linf_step_case(kind, size))
+        # The last is longer than every block; the odd one before it too long for its block.
+        sizes = (1024, 4096, 16384, 2**15, 1023, 4095, 16383)
+        for size in sizes if kind != "fp16" else (4096,):
+            cases.append(_l2_step_case(kind, size))
+    cases += [_linf_start_case(size) for size in (1024, 1023)]
+    cases += [_l2_start_case(size) for size in sizes]
     return cases
 
 
-def _l2_loop() -> tuple[int, int, bool]:
-    return L2_LOOP_BLOCK, L2_LOOP_WARPS, False
+_IMAGES = {"x_ptr": "*fp32", "x_adv_ptr": "*fp32", "eps": "fp32"}
+_L2_NOTE = (
+    "One block per sample, so that both norms stay inside it; a sample of up to 16384 elements "
+    "(3 x 64 x 64 is 12288) stays in registers."
+)
+
+
+def _linf_step_case(grad: str, numel: int) -> AotCase:
+    pointers = ("x_adv_ptr", "grad_ptr", "x_ptr")
+    return AotCase(
+        f"pgd_step_linf_kernel[grad {grad}{_odd(numel)}]",
+        pgd_step_linf_kernel,
+        {**_IMAGES, "grad_ptr": f"*{grad}", "alpha": "fp32", "numel": "i64"},
+        {"ALIGNED": numel % 16 == 0, "BLOCK": LINF_BLOCK},
+        LINF_WARPS,
+        3,
+        "1 read each of x_adv, grad and x, 1 write of x_adv",
+        "Eight elements per thread: two float32 or one bf16 vector of 16 bytes in flight per "
+        "tensor, and enough blocks for every multiprocessor at batch 128.",
+        bulk=pointers if numel % 16 == 0 else (),
+    )
+
+
+def _l2_step_case(grad: str, size: int) -> AotCase:
+    block, num_warps, one_block = _l2_block(size)
+    passes = (
+        "1 read each of x_adv, grad and x"
+        if one_block
+        else "3 reads of grad, 2 of x_adv and x (the later ones from the L2)"
+    )
+    return AotCase(
+        f"pgd_step_l2_kernel[grad {grad}, {_block_name(block, one_block)}{_odd(size)}]",
+        pgd_step_l2_kernel,
+        {**_IMAGES, "grad_ptr": f"*{grad}", "alpha": "fp32", "size": "i32"},
+        {"ALIGNED": size % 16 == 0, "BLOCK": block, "ONE_BLOCK": one_block},
+        num_warps,
+        3,
+        f"{passes}, 1 write of x_adv",
+        _L2_NOTE,
+        bulk=("x_adv_ptr", "grad_ptr", "x_ptr") if size % 16 == 0 else (),
+    )
+
+
+def _linf_start_case(numel: int) -> AotCase:
+    return AotCase(
+        f"random_start_linf_kernel[{'odd sizes' if numel % 16 else 'multiples of 16'}]",
+        random_start_linf_kernel,
+        {**_IMAGES, "rng_ptr": "*i64", "numel": "i64"},
+        {"ALIGNED": numel % 16 == 0, "GROUPS": LINF_BLOCK // 4},
+        LINF_WARPS,
+        3,
+        "1 read of x, 1 write of x_adv",
+        "A thread draws one Philox block for four neighbours, the width of its vectors.",
+        bulk=("x_ptr", "x_adv_ptr") if numel % 16 == 0 else (),
+    )
+
+
+def _l2_start_case(size: int) -> AotCase:
+    block, num_warps, one_block = _l2_block(size)
+    return AotCase(
+        f"random_start_l2_kernel[{_block_name(block, one_block)}{_odd(size)}]",
+        random_start_l2_kernel,
+        {**_IMAGES, "rng_ptr": "*i64", "size": "i32"},
+        {"ALIGNED": size % 16 == 0, "GROUPS": block // 4, "ONE_BLOCK": one_block},
+        num_warps,
+        3,
+        "1 read of x, 1 write of x_adv",
+        "As the L2 update; beyond one block the normals are drawn twice, not stored.",
+        bulk=("x_ptr", "x_adv_ptr") if size % 16 == 0 else (),
+    )
+
+
+def _odd(size: int) -> str:
+    return ", odd sizes" if size % 16 else ""
 
 
 def _block_name(block: int, one_block: bool) -> str:

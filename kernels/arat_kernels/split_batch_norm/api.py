@@ -109,9 +109,10 @@ def split_batch_norm(
         x: (N, C, H, W), float16, bfloat16, float32 or float64; the first ``sizes[0]`` samples are
             clean, the other ``sizes[1]`` adversarial. With Triton channels_last is the fast layout;
             any other is copied to it first and the result copied back.
-        weight, bias: (2, C), row 0 for the clean branch, row 1 for the adversarial one; None is the
-            identity.
-        running_mean, running_var: (2, C), same rows; changed in place when they are updated.
+        weight, bias: (2, C), one dtype of those of ``x`` for both; row 0 for the clean branch, row
+            1 for the adversarial one; None is the identity.
+        running_mean, running_var: (2, C), one dtype of those of ``x`` for both; same rows; changed
+            in place when they are updated.
         sizes: (clean, adv) samples, summing to N; either may be 0, and that branch is untouched.
         training: True normalises with the statistics of the batch, False with the running ones.
         update_running_stats: with ``training``, whether the running statistics move.
@@ -201,12 +202,18 @@ def _check(
             continue
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} must be (2, C) = {expected}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} must be a floating-point tensor of {_DTYPES}, got {tensor.dtype}"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} as x, got {tensor.device}")
         if name.startswith("running") and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    for one, other in (("weight", "bias"), ("running_mean", "running_var")):
+        pair = named[one], named[other]
+        if pair[0] is not None and pair[1] is not None and pair[0].dtype != pair[1].dtype:
+            raise ValueError(f"{other} must be {pair[0].dtype} as {one}, got {pair[1].dtype}")
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(

@@ -81,24 +81,22 @@ def _normalize(
     eps: float,
 ) -> Tensor:
     use_running = not training or update_running_stats
-    branches = []
-    start = 0
-    for branch, size in enumerate(sizes):
-        if size == 0:
-            continue
-        branches.append(
-            F.batch_norm(
-                x[start : start + size],
-                running_mean[branch] if use_running else None,
-                running_var[branch] if use_running else None,
-                None if weight is None else weight[branch],
-                None if bias is None else bias[branch],
-                training,
-                momentum,
-                eps,
-            )
+    # Whole, or split: the gradient of a slice is a tensor of zeros in another layout.
+    present = [branch for branch, size in enumerate(sizes) if size]
+    parts = [x] if len(present) == 1 else torch.split(x, list(sizes))
+    branches = [
+        F.batch_norm(
+            part,
+            running_mean[branch] if use_running else None,
+            running_var[branch] if use_running else None,
+            None if weight is None else weight[branch],
+            None if bias is None else bias[branch],
+            training,
+            momentum,
+            eps,
         )
-        start += size
+        for branch, part in zip(present, parts, strict=True)
+    ]
     return branches[0] if len(branches) == 1 else torch.cat(branches)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
+from arat_kernels.layout import aligned, aligned_or_none
 from arat_kernels.split_batch_norm.distributed import (
     gather_statistics,
     move_running_statistics,
@@ -134,7 +135,8 @@ def split_batch_norm_statistics_kernel(
     tl.store(at + channels, m2, mask=c_ok)
 
 
-@triton.jit(do_not_specialize=[*_PLAIN, "momentum"])
+# The running statistics are changed in place, where their owner has put them.
+@triton.jit(do_not_specialize=[*_PLAIN, "momentum", "running_mean_ptr", "running_var_ptr"])
 def split_batch_norm_combine_kernel(
     partial_ptr,  # (segments, 2, C) accumulator dtype: mean and centred sum of squares
     mean_ptr,  # (2, C) accumulator dtype
@@ -537,7 +539,9 @@ def statistics(
     mean = torch.empty((2, channels), dtype=dtype, device=x.device)
     var = torch.empty_like(mean)
     with torch.cuda.device_of(x):
-        split_batch_norm_statistics_kernel[plan.grid](x, partial, *plan.integers, **plan.constants)
+        split_batch_norm_statistics_kernel[plan.grid](
+            aligned(x), partial, *plan.integers, **plan.constants
+        )
         split_batch_norm_combine_kernel[_combine_grid(channels)](
             partial,
             mean,
@@ -593,12 +597,12 @@ def normalize(
     y, features, mask = _normalize_outputs(x, pooled, save_mask)
     with torch.cuda.device_of(x):
         split_batch_norm_fwd_kernel[plan.grid](
-            x,
-            residual,
-            mean,
-            var,
-            weight,
-            bias,
+            aligned(x),
+            aligned_or_none(residual),
+            aligned(mean),
+            aligned(var),
+            aligned_or_none(weight),
+            aligned_or_none(bias),
             y,
             features if pooled else None,
             mask if save_mask else None,
@@ -660,13 +664,13 @@ def backward_sums(
     dresidual = _like_or_empty(dy, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_sums_kernel[plan.grid](
-            dy,
-            dpooled,
-            x,
-            mean,
-            var,
-            weight,
-            bias,
+            aligned(dy),
+            aligned_or_none(dpooled),
+            aligned(x),
+            aligned(mean),
+            aligned(var),
+            aligned_or_none(weight),
+            aligned_or_none(bias),
             mask,
             partial,
             dresidual if want_dresidual else None,
@@ -736,16 +740,16 @@ def backward_input(
     dresidual = _like_or_empty(dy, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_input_kernel[plan.grid](
-            dy,
-            dpooled,
-            x,
-            mean,
-            var,
-            weight,
-            bias,
+            aligned(dy),
+            aligned_or_none(dpooled),
+            aligned(x),
+            aligned(mean),
+            aligned(var),
+            aligned_or_none(weight),
+            aligned_or_none(bias),
             mask,
-            sums,
-            counts,
+            aligned_or_none(sums),
+            aligned_or_none(counts),
             dx,
             dresidual if want_dresidual else None,
             *plan.integers,
@@ -915,7 +919,7 @@ def split_batch_norm_triton(
     return y, pooled if return_pooled else None
 
 
-_TYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _INTEGERS = {
     "channels": "i32",
     "clean_rows": "i64",
@@ -924,24 +928,38 @@ _INTEGERS = {
     "segments": "i64",
     "segment_rows": "i64",
 }
-# Representative of each entry of _BLOCK_C; 60 is no multiple of 16, so its accesses are narrow.
-_CHANNELS = (16, 32, 64, 60)
+# Representatives of each entry of _BLOCK_C; the last three are no multiples of 16, so that their
+# accesses are narrow.
+_CHANNELS = (16, 32, 64, 12, 28, 60)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every dtype, block shape and alignment; and in bf16 the optional tensors' combinations."""
+    """Every block shape and alignment in 16 and in 32 bits with all that a kernel can be given; in
+    bf16 with 64 channels the combinations that layers use; the other dtypes, of weights too."""
     cases = []
-    for kind, channels in product(_TYPES, _CHANNELS):
-        cases += _bulk_cases(kind, channels, [_EVERYTHING])
+    for kind, channels in product(("bf16", "fp32"), _CHANNELS):
+        cases += _bulk_cases(kind, channels, _EVERYTHING)
+    for kind in ("fp16", "fp64"):
+        cases += _bulk_cases(kind, 64, _EVERYTHING)
+    for kind in ("bf16", "fp16"):
+        cases += _bulk_cases(kind, 64, [_Variant(f"{kind} weights", weights=kind)])
     cases += _bulk_cases("bf16", 64, _VARIANTS)
-    for acc in ("fp32", "fp64"):
-        cases += _combine_cases(acc)
-    return cases
+    cases += _combine_cases()
+    return list({case.name: case for case in cases}.values())
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """Which of the optional tensors of the kernels are there."""
+    """Which of the optional tensors of the kernels are there.
+
+    Args:
+        label: of the variant, in the names of its cases.
+        gradient: a backward follows.
+        batch: the statistics are those of the batch.
+        counts: of several processes.
+        weights: dtype of weight and bias; None: that of the statistics.
+        kernels: the last words of the names of those that are compiled; None: all of a layer.
+    """
 
     label: str
     residual: bool = True
@@ -951,9 +969,18 @@ class _Variant:
     gradient: bool = True
     batch: bool = True
     counts: bool = False
+    weights: str | None = None
+    kernels: tuple[str, ...] | None = None
 
 
-_EVERYTHING = _Variant("")
+# All that each kernel can be given at once; its other launches do less of the same.
+_EVERYTHING = [
+    _Variant("", kernels=("statistics", "fwd", "bwd_sums")),
+    _Variant("bn+add+relu", pooled=False, kernels=("fwd",)),
+    _Variant("bn+relu+pooled, counts", residual=False, counts=True, kernels=("bwd_input",)),
+    _Variant("bn+add+relu+pooled, running", batch=False, kernels=("bwd_input",)),
+]
+_INPUT = ("bwd_input",)
 _VARIANTS = [
     _Variant("bn", residual=False, pooled=False, relu=False),
     _Variant("bn+relu", residual=False, pooled=False),
@@ -961,37 +988,38 @@ _VARIANTS = [
     _Variant("bn+add", pooled=False, relu=False),
     _Variant("bn+add+relu", pooled=False),
     _Variant("bn+add+relu, no gradient", pooled=False, gradient=False),
-    _Variant("bn+add+relu, running", pooled=False, batch=False),
-    _Variant("bn+relu, running", residual=False, pooled=False, batch=False),
     _Variant("bn+add+relu, no affine", pooled=False, affine=False),
-    _Variant("bn+add+relu+pooled, running", batch=False),
-    _Variant("bn+relu+pooled, running", residual=False, batch=False),
-    _Variant("bn+add+relu, counts", pooled=False, counts=True),
-    _Variant("bn+add+relu+pooled, counts", counts=True),
+    _Variant("bn+add+relu, running", pooled=False, batch=False, kernels=_INPUT),
+    _Variant("bn+relu, running", residual=False, pooled=False, batch=False, kernels=_INPUT),
+    _Variant("bn+relu+pooled, running", residual=False, batch=False, kernels=_INPUT),
+    _Variant("bn+add+relu, counts", pooled=False, counts=True, kernels=_INPUT),
+    _Variant("bn+add+relu+pooled, counts", counts=True, kernels=_INPUT),
 ]
 
 
 def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotCase]:
     acc = "fp64" if kind == "fp64" else "fp32"
-    aligned = channels % 16 == 0
-    everything = variants == [_EVERYTHING]
+    all_of_16 = channels % 16 == 0
     cases = []
 
     def add(
         kernel: Any,
-        label: str,
+        variant: _Variant,
         tile: dict[int, int],
         pointers: dict[str, str | None],
         bulk: tuple[str, ...],
         moved: str,
         **constexprs: Any,
     ) -> None:
+        which = kernel.__name__.removeprefix("split_batch_norm_").removesuffix("_kernel")
+        if variant.kernels is not None and which not in variant.kernels:
+            return
         types = {name: f"*{type_}" for name, type_ in pointers.items() if type_ is not None}
         scalars = {name: kind_ for name, kind_ in _INTEGERS.items() if name in kernel.arg_names}
         if "eps" in kernel.arg_names:
             scalars["eps"] = "fp32"
-        blocks = _blocks(tile, _TYPES[kind], channels)
-        details = f"{kind}, C {channels}{', ' if label else ''}{label}"
+        blocks = _blocks(tile, _SIZES[kind], channels)
+        details = f"{kind}, C {channels}{', ' if variant.label else ''}{variant.label}"
         cases.append(
             AotCase(
                 name=f"{kernel.__name__}[{details}]",
@@ -1001,7 +1029,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
                     **{name: None for name, type_ in pointers.items() if type_ is None},
                     **constexprs,
                     **blocks,
-                    "ALIGNED": aligned,
+                    "ALIGNED": all_of_16,
                 },
                 num_warps=_NUM_WARPS,
                 num_stages=3,
@@ -1011,26 +1039,27 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
                     "two 16-byte accesses per thread and tensor, so that several blocks of 8 warps "
                     "are resident and hide latency."
                 ),
-                bulk=bulk if aligned else (),
+                bulk=bulk if all_of_16 else (),
             )
         )
 
-    size = _TYPES[kind]
-    if everything:
-        add(
-            split_batch_norm_statistics_kernel,
-            "",
-            _STATISTICS_TILE,
-            {"x_ptr": kind, "partial_ptr": acc},
-            ("x_ptr",),
-            f"{size}: x read",
-        )
+    size = _SIZES[kind]
     for v in variants:
-        affine = {name: acc if v.affine else None for name in ("weight_ptr", "bias_ptr")}
+        if v.kernels is not None:
+            add(
+                split_batch_norm_statistics_kernel,
+                v,
+                _STATISTICS_TILE,
+                {"x_ptr": kind, "partial_ptr": acc},
+                ("x_ptr",),
+                f"{size}: x read",
+            )
+        weights = v.weights or acc
+        affine = {name: weights if v.affine else None for name in ("weight_ptr", "bias_ptr")}
         mask = "u8" if v.relu and v.residual and v.gradient else None
         add(
             split_batch_norm_fwd_kernel,
-            v.label,
+            v,
             _POOLED_TILE if v.pooled else _FORWARD_TILE,
             {
                 "x_ptr": kind,
@@ -1062,7 +1091,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
         if v.batch and not v.counts:
             add(
                 split_batch_norm_bwd_sums_kernel,
-                v.label,
+                v,
                 _BACKWARD_TILE,
                 {**shared, "mask_ptr": mask, "partial_ptr": acc, "dresidual_ptr": dresidual},
                 ("dy_ptr", "x_ptr", *written),
@@ -1077,7 +1106,7 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
         reads_x = v.batch or v.pooled or (v.relu and masked is None and not stopped)
         add(
             split_batch_norm_bwd_input_kernel,
-            v.label,
+            v,
             _BACKWARD_TILE,
             {
                 **shared,
@@ -1096,14 +1125,23 @@ def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotC
     return cases
 
 
-def _combine_cases(acc: str) -> list[AotCase]:
+def _combine_cases() -> list[AotCase]:
     note = "8 channels are a 32-byte sector; a tile of 64 segments keeps the loop short."
     cases = []
     forward = split_batch_norm_combine_kernel
-    for label, running in (("", None), (", running", "*fp32")):
+    buffers = ("running_mean_ptr", "running_var_ptr")
+    for acc, running in (
+        ("fp32", None),
+        ("fp32", "fp32"),
+        ("fp32", "bf16"),
+        ("fp32", "fp16"),
+        ("fp64", None),
+        ("fp64", "fp64"),
+        ("fp64", "fp32"),
+    ):
         pointers = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), f"*{acc}")
-        buffers = ("running_mean_ptr", "running_var_ptr")
-        given = dict.fromkeys(buffers, running) if running else {}
+        given = dict.fromkeys(buffers, f"*{running}") if running else {}
+        label = f", running {running}" if running else ""
         cases.append(
             AotCase(
                 name=f"{forward.__name__}[{acc}{label}]",
@@ -1118,7 +1156,7 @@ def _combine_cases(acc: str) -> list[AotCase]:
         )
     backward = split_batch_norm_bwd_combine_kernel
     integers = {name: _INTEGERS[name] for name in ("channels", "clean_segments", "segments")}
-    cases.append(
+    cases += [
         AotCase(
             name=f"{backward.__name__}[{acc}]",
             kernel=backward,
@@ -1129,5 +1167,6 @@ def _combine_cases(acc: str) -> list[AotCase]:
             bytes_per_element="per segment and channel 8: both sums",
             note=note,
         )
-    )
+        for acc in ("fp32", "fp64")
+    ]
     return cases

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import assert_within_budget, generator, randn
+from kernels.support import EPS_OF, assert_within_budget, generator, randn
 from torch import Tensor
 
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
@@ -78,7 +78,9 @@ def test_more_than_two_to_the_31_elements() -> None:
     dlogits, loss = cross_entropy_grad(logits, target, impl="triton")
     last = slice(num - 4, num)
     expected = cross_entropy_grad(logits[last].float(), target[last], impl="reference")
-    torch.testing.assert_close(dlogits[last].float(), expected[0], rtol=1e-2, atol=1e-4)
+    # Rounded once to bfloat16, after float32 arithmetic on probabilities.
+    rounding = EPS_OF[torch.bfloat16] / 2
+    torch.testing.assert_close(dlogits[last].float(), expected[0], rtol=rounding, atol=1e-6)
     torch.testing.assert_close(loss[last], expected[1], rtol=1e-5, atol=1e-5)
 
 

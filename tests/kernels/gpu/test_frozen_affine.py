@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import assert_within_budget, randn, to_float64
+from kernels.support import EPS_OF, assert_within_budget, randn, to_float64
 from torch import Tensor
 
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
@@ -66,7 +66,7 @@ def test_matches_the_float64_reference(
         truth = run(*to_float64(arguments), dy.double(), relu, "reference")
         for i, (mine, theirs, exact) in enumerate(zip(got, baseline, truth, strict=True)):
             assert mine.stride() == x.stride()
-            assert_within_budget(mine, exact, theirs, f"result {i}", factor=3.0)
+            assert_within_budget(mine, exact, theirs, f"result {i}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,10 +118,12 @@ def test_more_than_two_to_the_31_elements(layout: torch.memory_format) -> None:
     last = slice(num - 2, num)
     tail = x.detach()[last].clone().requires_grad_()
     expected = frozen_affine(tail, scale, shift, impl="reference")
-    torch.testing.assert_close(y[last], expected, rtol=1e-2, atol=1e-2)
+    # A multiply-add that rounds once may round to the next bfloat16, or move y by 1e-6 across 0.
+    torch.testing.assert_close(y[last], expected, rtol=EPS_OF[torch.bfloat16], atol=1e-6)
     mask = (y[last] > 0).float()
     dexpected = x.detach()[last].float() * mask * scale.view(-1, 1, 1)
-    torch.testing.assert_close(dx[last].float(), dexpected, rtol=1e-2, atol=1e-2)
+    rounding = EPS_OF[torch.bfloat16] / 2
+    torch.testing.assert_close(dx[last].float(), dexpected, rtol=rounding, atol=0)
     assert 0.2 < mask.mean() < 0.8
 
 

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from kernels.split_batch_norm_cases import Case, Inputs, call, make, run, truth
-from kernels.support import assert_within_budget
+from kernels.support import EPS_OF, assert_within_budget
 from torch import Tensor
 
 from arat_kernels.split_batch_norm import split_batch_norm
@@ -15,6 +15,7 @@ from arat_kernels.split_batch_norm import split_batch_norm
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = EPS_OF[torch.bfloat16] / 2
 SHAPES = [(64, 32, 32), (512, 4, 4), (640, 8, 8), (3, 17, 5), (16, 56, 56), (4096, 1, 1)]
 
 
@@ -23,7 +24,10 @@ def check(case: Case) -> None:
     got = run(case, inputs, None)
     baseline = run(case, inputs, "reference")
     for name, expected in truth(case, inputs).items():
-        assert_within_budget(got[name], expected, baseline[name], name, factor=3.0)
+        # Of float32 results once more for 1/std: Triton's root and division may be 3 ulp off, where
+        # PyTorch's are rounded. In 16 bits that is nothing beside the rounding of the result.
+        factor = 3.0 if got[name].dtype == torch.float32 else 2.0
+        assert_within_budget(got[name], expected, baseline[name], name, factor)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -195,9 +199,10 @@ def test_more_than_two_to_the_31_elements() -> None:
     ).mean(0)
     torch.testing.assert_close(buffers[0][1].double(), mean, rtol=1e-4, atol=1e-6)
     rstd = (var + 1e-5).rsqrt()[:, None, None]
+    # Results are rounded once; before that, the tolerance of the mean moves numbers of size 1.
     for i in (500, n - 1):
         xhat = (x[i].detach().double() - mean[:, None, None]) * rstd
-        torch.testing.assert_close(y[i].double(), xhat.relu(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(y[i].double(), xhat.relu(), rtol=ROUNDING, atol=1e-4)
     g = [dy[i].double() * (y[i] > 0) for i in (n - 1,)]
     sums = torch.zeros(2, channels, dtype=torch.float64, device="cuda")
     for i in last:
@@ -207,7 +212,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     sums /= len(last)
     xhat = (x[n - 1].detach().double() - mean[:, None, None]) * rstd
     expected = rstd * (g[0] - sums[0][:, None, None] - xhat * sums[1][:, None, None])
-    torch.testing.assert_close(dx[n - 1].double(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(dx[n - 1].double(), expected, rtol=ROUNDING, atol=1e-4)
 
 
 def test_compiled_with_inductor_is_bit_identical() -> None:
