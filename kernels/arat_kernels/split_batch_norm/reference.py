@@ -61,10 +61,11 @@ def split_batch_norm_reference(
     if return_pooled:
         wide = y if y.dtype == torch.float64 else y.float()
         pooled = wide.relu().mean(dim=(2, 3))
+    # In place: no backward reads the normalised value.
     if residual is not None:
-        y = y + residual
+        y += residual
     if relu:
-        y = y.relu()
+        y.relu_()
     return y, pooled
 
 
