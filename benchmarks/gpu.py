@@ -1,8 +1,10 @@
-"""Every GPU test and every kernel benchmark on this machine's card, cut off before nine minutes.
+"""Every GPU test, every kernel benchmark and the training step on this machine's card, cut off
+before nine minutes.
 
-Writes ``benchmarks/results/<card>_<date>.json`` and the same as a Markdown table. The benchmarks of
-an operation whose tests fail are left out: a speed counts only beside its correctness. Without a
-GPU it says so and exits with status 2.
+Writes ``benchmarks/results/<card>_<date>.json`` and the same as a Markdown table; the training step
+has a record of its own, ``step_<card>_<date>.json``. The benchmarks of an operation whose tests
+fail are left out: a speed counts only beside its correctness. Without a GPU it says so and exits
+with status 2.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 525
+STEP_SECONDS = 165
+"""Of these, what the training step has at least."""
 
 
 def pytest_run(arguments: list[str], seconds: float) -> int | None:
@@ -32,6 +36,17 @@ def pytest_run(arguments: list[str], seconds: float) -> int | None:
         return subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
         return None
+
+
+def bench_step(out: Path, seconds: float) -> str | None:
+    """Run ``arat-fast bench step --quick``; what went wrong, or None. A run that is cut off leaves
+    the sizes that it has done in ``out``."""
+    command = [sys.executable, "-m", "arat_fast", "bench", "step", "--quick", "--out", str(out)]
+    try:
+        status = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return f"bench step stopped after {seconds:.0f} s"
+    return f"bench step ended with status {status}" if status else None
 
 
 def outcomes(junit: Path) -> dict[str, dict[str, int]]:
@@ -86,6 +101,8 @@ def table(result: dict[str, Any]) -> str:
     notes = {e["extra_info"].get("cuDNN fused") for e in result["benchmarks"]} - {None}
     if notes:
         lines += ["", f"cuDNN's fused BatchNorm where it has no time: {'; '.join(sorted(notes))}."]
+    if result["step"]:
+        lines += ["", f"The training step: {result['step']}."]
     if result["left_out"]:
         lines += ["", "Left out: " + "; ".join(result["left_out"]) + "."]
     return "\n".join(lines) + "\n"
@@ -144,23 +161,30 @@ def main() -> int:
         print("no CUDA device is visible to PyTorch: nothing was run", file=sys.stderr)
         return 2
     started = time.monotonic()
-    tests, benchmarks, left_out, failed = run_all(started + TOTAL_SECONDS)
+    deadline = started + TOTAL_SECONDS
+    tests, benchmarks, left_out, failed = run_all(deadline - STEP_SECONDS)
     # A benchmark that failed before its end has no rates.
     benchmarks = [entry for entry in benchmarks if "speed_up" in entry["extra_info"]]
     for entry in benchmarks:
         entry["stats"].pop("data", None)
     now = datetime.datetime.now(datetime.timezone.utc)
+    gpu = torch.cuda.get_device_name()
+    card = re.sub(r"\W+", "-", gpu).strip("-").lower()
+    path = ROOT / "benchmarks" / "results" / f"{card}_{now:%Y%m%d-%H%M%S}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    step = path.with_name(f"step_{path.name}")
+    problem = bench_step(step, max(1.0, deadline - time.monotonic()))
+    if problem:
+        left_out.append(problem)
     result = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": gpu,
         "date": now.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started),
         "tests": tests,
         "benchmarks": benchmarks,
+        "step": step.with_suffix(".md").name if step.exists() else None,
         "left_out": left_out,
     }
-    card = re.sub(r"\W+", "-", result["gpu"]).strip("-").lower()
-    path = ROOT / "benchmarks" / "results" / f"{card}_{now:%Y%m%d-%H%M%S}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(result))
     print(f"wrote {path} and {path.with_suffix('.md').name}")

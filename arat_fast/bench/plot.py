@@ -24,13 +24,13 @@ from arat_fast.reporting.style import (
 LOOK = {
     "naive": (GREY, 0),
     "tuned": (ORANGE, 1),
-    "compiled": (PURPLE, 2),
-    "compiled-graphs": (PURPLE, 3),
+    "compiled": (PURPLE, 3),
+    "compiled-graphs": (PURPLE, 5),
     "compiled-autotune": (PURPLE, 4),
     "official": (INK, 5),
     "fast-eager": (SKY, 4),
     "fast": (BLUE, 1),
-    "fast-folded": (VERMILLION, 0),
+    "fast-folded": (VERMILLION, 2),
 }
 """Colour of each contestant, and which of the dashes and markers."""
 DPI = 160
@@ -193,5 +193,5 @@ def _units(speed: Axes, memory: Axes, unit: str) -> None:
     speed.set_ylabel("images/s")
     memory.set_ylabel(f"peak memory, {unit}")
     for axes in (speed, memory):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

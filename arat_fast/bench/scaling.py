@@ -79,7 +79,10 @@ def scaling_axes(
         "width": options.widths or ((0.25, 0.5, 1.0, 2.0) if on_gpu else (0.25, 0.5, 1.0)),
     }
     if options.quick:
-        axes = {axis: values[:2] for axis, values in axes.items()}
+        axes = {
+            axis: (values[0], values[len(values) // 2])[: len(values)]
+            for axis, values in axes.items()
+        }
     for axis, values in axes.items():
         for value in values:
             _at(base, axis, value)
@@ -133,11 +136,9 @@ def bench_scaling(options: ScalingOptions) -> int:
                     **done[name, workload],
                 }
                 record["results"].append(entry)
-                display.say(f"  {AXES[axis]} {value:g}  {name:18} {_told(entry)}")
+                display.say(f"  {axis}={value:g}  {name:18} {_told(entry)}")
                 if entry["status"] == "failed":
-                    record["problems"].append(
-                        f"{name} at {AXES[axis]} {value:g}: {entry['reason']}"
-                    )
+                    record["problems"].append(f"{name} at {axis}={value:g}: {entry['reason']}")
             record["seconds"] = round(time.monotonic() - started, 1)
             write_json(path, record)
     write_text(path.with_suffix(".md"), scaling_tables(record))

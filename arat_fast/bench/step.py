@@ -34,6 +34,7 @@ from arat_fast.bench.measure import (
     failure,
     free_memory,
     is_out_of_memory,
+    load_libraries,
     spread,
 )
 from arat_fast.bench.official import check_official
@@ -231,6 +232,7 @@ def start_record(
 ) -> dict[str, Any]:
     """The machine and the rates of this run."""
     display.say(f"{kind}: copy bandwidth and matrix product of this run")
+    load_libraries(device)
     return {
         "kind": kind,
         "date": now.isoformat(timespec="seconds"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from arat_fast.bench.machine import copy_bandwidth, output
 
 Call = Callable[[], object]
 ROUNDS = 15
@@ -28,16 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def output(*command: str, folder: Path = Path(__file__).parent) -> str:
-    """What ``command`` prints in ``folder``, or "unknown" where it is missing or fails, as git does
-    outside a checkout."""
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 @pytest.fixture(scope="session")
@@ -59,16 +50,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
         "dirty": commit != "unknown" and output("git", "status", "--porcelain") != "",
-        "copy_bytes_per_second": copy_bandwidth(),
+        "copy_bytes_per_second": copy_bandwidth(torch.device("cuda")),
     }
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 2 GiB, the best of ten."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    times = [seconds(lambda: target.copy_(source)) for _ in range(12)]
-    return 2 * source.numel() / min(times[2:])
 
 
 def l2_bytes() -> int:

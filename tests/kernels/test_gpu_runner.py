@@ -126,6 +126,7 @@ def test_table_holds_rates_and_what_was_left_out(runner: ModuleType) -> None:
                 {"name": "test_b[shape]", "extra_info": info},
                 {"name": "test_c", "extra_info": {**info, **cached}},
             ],
+            "step": "step_card_20260101-000000.md",
             "left_out": ["benchmarks of test_a: its GPU tests did not all pass"],
         }
     )
@@ -134,4 +135,25 @@ def test_table_holds_rates_and_what_was_left_out(runner: ModuleType) -> None:
     assert "| test_c | 100.0 | 3.60 | in the L2 | PyTorch eager 2.00× |" in text
     assert "where it has no time: not run: forward only." in text
     assert "commit 0123456789ab with local changes" in text
+    assert "The training step: step_card_20260101-000000.md." in text
     assert "Left out: benchmarks of test_a" in text
+
+
+def test_a_training_step_that_fails_or_hangs_is_left_out(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    out = tmp_path / "step.json"
+    package = tmp_path / "arat_fast"
+    package.mkdir()
+    (package / "__main__.py").write_text(
+        "import pathlib, sys, time\n"
+        "assert sys.argv[1:5] == ['bench', 'step', '--quick', '--out']\n"
+        "path = pathlib.Path(sys.argv[5])\n"
+        "path.write_text('{}') if not path.exists() else time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert runner.bench_step(out, 60) is None and out.exists()
+    assert runner.bench_step(out, 0.5) == "bench step stopped after 0 s"
+    (package / "__main__.py").write_text("raise SystemExit(3)")
+    assert runner.bench_step(out, 60) == "bench step ended with status 3"
