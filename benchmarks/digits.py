@@ -1,4 +1,5 @@
-"""ARAT and plain adversarial training on the digits, several seeds, standard AutoAttack.
+"""ARAT, plain adversarial training and ways of running ARAT's step on the digits, several seeds,
+standard AutoAttack.
 
 Trains what is missing under ``--runs``, then writes the record under ``benchmarks/results/`` and
 prints the README's table. Both methods keep the published optimiser (SGD, 0.1, weight decay 5e-4);
@@ -24,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS: dict[str, list[str]] = {
     "ARAT": [],
     "AT": ["--objective.name", "at", "--train.epochs", "26"],
+    "ARAT-bf16": ["--step.precision", "bf16"],
+    "ARAT-running": ["--attack.bn", "running", "--step.no-fold"],
+    "ARAT-bf16-folded": ["--step.precision", "bf16", "--attack.bn", "running"],
 }
 METRICS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
 
@@ -65,13 +69,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "digits-seeds")
     parser.add_argument("--num-seeds", type=int, default=5, help="seeds 0, 1, …; at least 2")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ARAT", "AT"])
     options = parser.parse_args()
     runs = {
         method: [
             train(method, seed, options.runs / f"{method.lower()}-seed{seed}")
             for seed in range(options.num_seeds)
         ]
-        for method in METHODS
+        for method in options.methods
     }
     path = ROOT / "benchmarks" / "results" / f"digits-{date.today()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from networks import generator
 from rich.console import Console
 from tiny import tiny_config
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.attacks import PGD
 from arat_fast.data.batches import ResidentBatches
@@ -120,6 +121,39 @@ def test_bf16_follows_float32(bn: Literal["batch", "running"]) -> None:
     level = sum(losses["plain"]) / len(losses["plain"])
     assert mean["fast"] <= 2 * mean["rounded"] + 0.01 * level
     assert losses["fast"][-1] < losses["fast"][0]
+
+
+class _Casts(TorchDispatchMode):
+    """Shapes of what is cast to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func.name() == "aten::_to_copy" and kwargs.get("dtype") == torch.bfloat16:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_weights_are_cast_once_a_step(bn: Literal["batch", "running"]) -> None:
+    step = make_step(bn, precision=torch.bfloat16)
+    x, y = batches(1)[0]
+    step(x, y)
+    with _Casts() as casts:
+        step(x, y)
+    # All but the stem's; with folding, once for the attack and once for the training pass.
+    weights = [
+        tuple(module.weight.shape)
+        for module in step.model.modules()
+        if isinstance(module, nn.Conv2d) and not isinstance(module, StemConv2d)
+    ]
+    assert len(weights) == 8
+    for shape in set(weights):
+        expected = weights.count(shape) * (2 if bn == "running" else 1)
+        assert casts.shapes.count(shape) == expected, shape
 
 
 def test_the_stem_of_any_network_keeps_the_perturbation() -> None:
