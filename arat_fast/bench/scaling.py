@@ -154,7 +154,7 @@ def measure_alone(
 ) -> dict[str, Any]:
     """Images/s and peak memory of one contestant at one size."""
     if contestant.compiles:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     free_memory(device)
     try:
         batches = workload.batches(NUM_BATCHES, device, seed=0)

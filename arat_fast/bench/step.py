@@ -81,7 +81,7 @@ class StepOptions:
     """Replay our steps as one CUDA graph: auto on a GPU."""
     profile: tuple[str, ...] = ("fast", "fast-folded")
     """Contestants whose launches and time by class are counted, if they take part; at the largest
-    batch size that ran."""
+    batch size."""
     roofline: bool = True
     """Measure layer by layer beside the predicted time."""
     correctness: bool = True
@@ -103,8 +103,8 @@ class Plan:
     rounds: int
     steps: int
     graph: Literal["on", "off"]
-    compile_first_only: bool
-    """torch.compile takes part at the first size only."""
+    compile_last_only: bool
+    """torch.compile takes part at the last size only, after everything else."""
     check_batch: int
     check_steps: int
 
@@ -132,7 +132,7 @@ def make_plan(options: StepOptions) -> Plan:
     names: tuple[str, ...] = ()
     steps = 20 if on_gpu else 1
     if options.quick and on_gpu:
-        sizes, steps = (512, 128), 10
+        sizes, steps = (128, 512), 10
         names = ("naive", "tuned", "compiled", "fast", "fast-folded")
     elif options.quick:
         sizes, names = (16,), ("naive", "fast", "fast-folded")
@@ -156,7 +156,7 @@ def make_plan(options: StepOptions) -> Plan:
         options.rounds,
         options.steps or steps,
         "on" if on_gpu and options.graph != "off" else "off",
-        compile_first_only=options.quick,
+        compile_last_only=options.quick,
         check_batch=128 if on_gpu else 16,
         check_steps=20 if on_gpu else 3,
     )
@@ -209,17 +209,24 @@ def bench_step(options: StepOptions) -> int:
         write_text(path.with_suffix(".md"), step_tables(record))
 
     started = time.monotonic()
-    for index, workload in enumerate(plan.workloads):
-        measure_workload(plan, workload, record, display, compiles=index == 0)
-        save()
+    *smaller, last = plan.workloads
+    stages: list[Callable[[], None]] = [
+        partial(measure_workload, plan, workload, record, display, not plan.compile_last_only)
+        for workload in smaller
+    ]
+    everyone = partial(measure_workload, plan, last, record, display)
+    if not plan.compile_last_only:
+        stages.append(everyone)
     if options.correctness:
-        _check_losses(plan, record, display)
-        save()
-    _profile(plan, options.profile, record, display)
-    save()
+        stages.append(partial(_check_losses, plan, record, display))
+    stages.append(partial(_profile, plan, options.profile, record, display))
     if options.roofline:
-        _roofline(plan, record, display)
-    save()
+        stages.append(partial(_roofline, plan, record, display))
+    if plan.compile_last_only:
+        stages.append(everyone)
+    for stage in stages:
+        stage()
+        save()
     picture = path.with_suffix(".png")
     write_atomic(picture, lambda file: plot_step(record, file))
     print(step_tables(record))
@@ -249,17 +256,18 @@ def measure_workload(
     display: Display,
     compiles: bool = True,
 ) -> None:
-    """Time all contestants at one size and append to ``record["results"]``.
+    """Time all contestants at one size and append to ``record["results"]``; those that
+    torch.compile makes only where ``compiles``.
 
     Those that do not fit into memory beside the others run afterwards, in a group of their own.
     """
     batches = workload.batches(NUM_BATCHES, plan.device, seed=0)
     entries: dict[str, dict[str, Any]] = {}
     pending = dict(plan.contestants)
-    if any(contestant.compiles for contestant in pending.values()):
-        torch._dynamo.reset()
-    if plan.compile_first_only and not compiles:
+    if not compiles:
         pending = {name: c for name, c in pending.items() if not c.compiles}
+    if any(contestant.compiles for contestant in pending.values()):
+        torch.compiler.reset()
     group = 0
     while pending:
         runs, deferred = _prepare(plan, workload, pending, batches, entries, display)
@@ -426,14 +434,12 @@ def _over_budget(entry: dict[str, Any]) -> str:
 
 
 def _profile(plan: Plan, names: Iterable[str], record: dict[str, Any], display: Display) -> None:
-    measured = [e for e in record["results"] if e["status"] == "measured"]
+    workload = max(plan.workloads, key=lambda workload: workload.batch_size)
     for name in names:
-        sizes = [e["batch_size"] for e in measured if e["contestant"] == name]
-        if not sizes:
+        if name not in plan.contestants:
             continue
         display.say(f"  profile of {name}")
         contestant = plan.contestants[name]
-        workload = replace(plan.workloads[0], batch_size=max(sizes))
         batches = workload.batches(NUM_BATCHES, plan.device, seed=0)
         with _guarded(record, f"profile of {name}", display), contestant.settings():
             run = warm(contestant, workload, plan.device, batches)
@@ -446,10 +452,7 @@ def _profile(plan: Plan, names: Iterable[str], record: dict[str, Any], display: 
 
 
 def _roofline(plan: Plan, record: dict[str, Any], display: Display) -> None:
-    sizes = [e["batch_size"] for e in record["results"] if e["status"] == "measured" and e["ours"]]
-    if not sizes:
-        return
-    workload = replace(plan.workloads[0], batch_size=max(sizes))
+    workload = max(plan.workloads, key=lambda workload: workload.batch_size)
     display.say(f"  layer by layer at batch {workload.batch_size}")
     with (
         _guarded(record, "layer by layer", display),

@@ -77,7 +77,7 @@ def plan_of(contestants: Sequence[Contestant]) -> step.Plan:
         rounds=2,
         steps=1,
         graph="off",
-        compile_first_only=False,
+        compile_last_only=False,
         check_batch=2,
         check_steps=1,
     )
