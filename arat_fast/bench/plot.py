@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from arat_fast.reporting.style import (
     BLUE,
@@ -87,7 +87,7 @@ def plot_scaling(record: dict[str, Any], file: BinaryIO) -> None:
     measured = [entry for entry in record["results"] if entry["status"] == "measured"]
     axes_names = [a for a in record["settings"]["axes"] if any(e["axis"] == a for e in measured)]
     with plot_style():
-        figure = Figure(figsize=(1 + 2.5 * len(axes_names), 5.4), layout="constrained")
+        figure = Figure(figsize=(1 + 2.75 * len(axes_names), 5.4), layout="constrained")
         grid = figure.subplots(2, len(axes_names), squeeze=False, sharex="col")
         names = list(dict.fromkeys(entry["contestant"] for entry in measured))
         scale, unit = _memory_unit(measured)
@@ -104,7 +104,7 @@ def plot_scaling(record: dict[str, Any], file: BinaryIO) -> None:
                     _line(axes, name, points, "value", field, divisor)
                 _powers(axes, values)
             below.set_xlabel(record["settings"]["axes"][axis])
-            _units(above, below, unit)
+            _units(above, below, unit, logarithmic=True)
             if column:
                 above.set_ylabel("")
                 below.set_ylabel("")
@@ -169,7 +169,7 @@ def _line(
     y_field: str,
     scale: int,
 ) -> None:
-    points = sorted((p for p in points if p[y_field] is not None), key=lambda p: p[x_field])
+    points = sorted((p for p in points if (p[y_field] or 0) > 0), key=lambda p: p[x_field])
     colour, style = LOOK.get(name, (GREY, 0))
     axes.plot(
         [p[x_field] for p in points],
@@ -185,13 +185,19 @@ def _line(
 def _powers(axes: Axes, values: list[float]) -> None:
     """A logarithmic axis with a tick at each value."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [f"{value:g}" for value in values])
+    crowded = len(values) > 5
+    axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=7 if crowded else None)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _units(speed: Axes, memory: Axes, unit: str) -> None:
+def _units(speed: Axes, memory: Axes, unit: str, logarithmic: bool = False) -> None:
     speed.set_ylabel("images/s")
     memory.set_ylabel(f"peak memory, {unit}")
     for axes in (speed, memory):
-        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
