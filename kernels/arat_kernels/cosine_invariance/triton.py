@@ -17,6 +17,7 @@ from torch import Tensor
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
 from arat_kernels.layout import aligned
+from arat_kernels.offsets import start_of
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def cosine_invariance_fwd_kernel(
     width = _width_of_layer(WIDTHS, LAYERS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < num
-    base = row.to(tl.int64) * width
+    base = start_of(row, width)
     if ONE_BLOCK:
         col = tl.arange(0, COLS)
         p_at, mask = _tile_of(p_ptr, base, col, row_mask, width, ALIGNED)
@@ -188,7 +189,7 @@ def cosine_invariance_bwd_kernel(
     width = _width_of_layer(WIDTHS, LAYERS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < num
-    base = row.to(tl.int64) * width
+    base = start_of(row, width)
     factor = -tl.load(dout_ptr + tl.program_id(1)) / num
     kind = dp_ptr.dtype.element_ty
     if ONE_BLOCK:

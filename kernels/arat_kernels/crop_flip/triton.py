@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
+from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
 
@@ -103,7 +104,12 @@ def crop_flip_kernel(
     if SPLIT:
         source = tl.where(channel < CHANNELS, channel, channel - CHANNELS)
         inside = inside & (source < CHANNELS)
-    offset = image * image_stride + source * channel_stride + row * row_stride + col * col_stride
+    offset = (
+        start_of(image, image_stride)
+        + source * channel_stride
+        + row * row_stride
+        + col * col_stride
+    )
     value = tl.load(images_ptr + offset, inside & known, other=0).to(tl.float32)
     # Rounded once, which a product with 1 / max_value is not.
     value = tl.div_rn(value, tl.zeros_like(value) + max_value)
@@ -114,7 +120,7 @@ def crop_flip_kernel(
         value = tl.where(source < CHANNELS, value, 0.0)
     if x_ptr.dtype.element_ty == tl.bfloat16:
         value = _round_to_bf16(value)
-    tl.store(x_ptr + sample * size + at, value.to(x_ptr.dtype.element_ty), at < size)
+    tl.store(x_ptr + start_of(sample, size) + at, value.to(x_ptr.dtype.element_ty), at < size)
 
 
 BLOCK, NUM_WARPS = 1024, 4

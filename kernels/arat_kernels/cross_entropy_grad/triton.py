@@ -15,6 +15,7 @@ from torch import Tensor
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
 from arat_kernels.layout import aligned
+from arat_kernels.offsets import start_of
 
 
 @triton.jit(do_not_specialize=["target_ptr", "num", "num_classes", "row_stride"])
@@ -39,8 +40,8 @@ def cross_entropy_grad_kernel(
     row_mask = row < num
     target = tl.load(target_ptr + row, row_mask, other=0).to(tl.int64)
     known = (target >= 0) & (target < num_classes)
-    source = row.to(tl.int64) * row_stride
-    result = row.to(tl.int64) * num_classes
+    source = start_of(row, row_stride)
+    result = start_of(row, num_classes)
     kind = dlogits_ptr.dtype.element_ty
     if ONE_BLOCK:
         col = tl.arange(0, COLS)

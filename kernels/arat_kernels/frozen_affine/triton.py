@@ -16,6 +16,7 @@ from torch import Tensor
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
 from arat_kernels.layout import aligned, in_layout_of, is_batch_dense
+from arat_kernels.offsets import start_of
 
 # Integers are not specialised on their value; ALIGNED says whether cols is a multiple of 16.
 _PLAIN = ["rows", "cols", "channels"]
@@ -26,11 +27,11 @@ def _tile(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """First row, rows and columns of this program's tile, 64-bit offsets and the mask."""
     col_blocks = tl.cdiv(cols, COLS)
     # Neighbouring programs share the rows, so that whole rows are in flight together.
-    first = (tl.program_id(0) // col_blocks).to(tl.int64) * ROWS
+    first = start_of(tl.program_id(0) // col_blocks, ROWS)
     row = first + tl.arange(0, ROWS)
     col = (tl.program_id(0) % col_blocks) * COLS + tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
-    return first, col, row[:, None] * cols + col[None, :], mask
+    return first, col, start_of(row, cols)[:, None] + col[None, :], mask
 
 
 @triton.jit

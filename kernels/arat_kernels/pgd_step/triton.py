@@ -15,6 +15,7 @@ from torch import Tensor
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
 from arat_kernels.layout import aligned, in_layout_of, is_batch_dense
+from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
 
@@ -55,7 +56,7 @@ def pgd_step_linf_kernel(
 ):
     if ALIGNED:
         numel = numel // 16 * 16
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = start_of(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
     mask = at < numel
     x_adv = tl.load(x_adv_ptr + at, mask)
     x = tl.load(x_ptr + at, mask)
@@ -80,7 +81,7 @@ def pgd_step_l2_kernel(
 ):
     if ALIGNED:
         size = size // 16 * 16
-    base = tl.program_id(0).to(tl.int64) * size
+    base = start_of(tl.program_id(0), size)
     at = tl.arange(0, BLOCK)
     if ONE_BLOCK:
         mask = at < size
@@ -131,7 +132,7 @@ def random_start_linf_kernel(
 ):
     if ALIGNED:
         numel = numel // 16 * 16
-    first = tl.program_id(0).to(tl.int64) * GROUPS
+    first = start_of(tl.program_id(0), GROUPS)
     w0, w1, w2, w3 = philox.random_words(rng_ptr, first + tl.arange(0, GROUPS), _START)
     word = philox.interleave(w0, w1, w2, w3, GROUPS)
     at = first * 4 + tl.arange(0, 4 * GROUPS)
@@ -172,7 +173,7 @@ def random_start_l2_kernel(
     if ALIGNED:
         size = size // 16 * 16
     sample = tl.program_id(0).to(tl.int64)
-    base = sample * size
+    base = start_of(sample, size)
     kind = x_ptr.dtype.element_ty
     word, _, _, _ = philox.random_words(rng_ptr, sample + tl.zeros((1,), tl.int64), _RADIUS)
     radius = tl.sum(philox.unit(word)).to(kind) * eps

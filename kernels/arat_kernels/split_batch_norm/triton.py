@@ -27,6 +27,7 @@ from torch import Tensor
 from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
 from arat_kernels.layout import aligned, aligned_or_none
+from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm.distributed import (
     gather_statistics,
     move_running_statistics,
@@ -60,7 +61,7 @@ def _keep_bits(
     byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     row = tl.arange(0, BLOCK_R)
     ok = inside[:, None] & (byte < width)[None, :]
-    at = mask_ptr + first * width + row[:, None] * width + byte[None, :]
+    at = mask_ptr + start_of(first, width) + row[:, None] * width + byte[None, :]
     packed = tl.load(at, mask=ok, other=0).to(tl.int32)
     bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(bits, (BLOCK_R, BLOCK_C)) != 0
@@ -113,7 +114,7 @@ def split_batch_norm_statistics_kernel(
     local = r[:, None] * channels + c[None, :]
 
     ok = (r < count)[:, None] & c_ok[None, :]
-    x = tl.load(x_ptr + first * channels + local, mask=ok, other=0.0).to(acc)
+    x = tl.load(x_ptr + start_of(first, channels) + local, mask=ok, other=0.0).to(acc)
     # Sums around the mean of the first tile: x - shift is exact for x near it, and the shift is at
     # most sqrt(count / BLOCK_R) standard deviations off, so little cancels in the last line.
     shift = tl.sum(x, axis=0) / tl.minimum(count, BLOCK_R).to(acc)
@@ -122,7 +123,7 @@ def split_batch_norm_statistics_kernel(
     squares = d * d
     for i in tl.range(BLOCK_R, count, BLOCK_R, num_stages=3):
         ok = (r < count - i)[:, None] & c_ok[None, :]
-        x = tl.load(x_ptr + (first + i) * channels + local, mask=ok, other=0.0).to(acc)
+        x = tl.load(x_ptr + start_of(first + i, channels) + local, mask=ok, other=0.0).to(acc)
         d = tl.where(ok, x - shift[None, :], 0.0)
         sums += d
         squares += d * d
@@ -130,7 +131,7 @@ def split_batch_norm_statistics_kernel(
     offset = total / count.to(acc)
     m2 = tl.sum(squares, axis=0) - total * offset
     m2 = tl.where(m2 < 0.0, 0.0, m2)
-    at = partial_ptr + segment.to(tl.int64) * 2 * channels + c
+    at = partial_ptr + start_of(segment, 2 * channels) + c
     tl.store(at, shift + offset, mask=c_ok)
     tl.store(at + channels, m2, mask=c_ok)
 
@@ -161,7 +162,7 @@ def split_batch_norm_combine_kernel(
     first = tl.where(adv, clean_segments, 0)
     number = tl.where(adv, segments - clean_segments, clean_segments)
     s = tl.arange(0, BLOCK_S)
-    partial_ptr += first * 2 * channels
+    partial_ptr += start_of(first, 2 * channels)
     present = c_ok & (total > 0)
     share = 1.0 / tl.maximum(total, 1).to(acc)
 
@@ -172,7 +173,7 @@ def split_batch_norm_combine_kernel(
         k = (i + s).to(tl.int64)
         ok = (k < number)[:, None] & c_ok[None, :]
         count = tl.minimum(total - k * segment_rows, segment_rows)
-        at = partial_ptr + (k * 2 * channels)[:, None] + c[None, :]
+        at = partial_ptr + start_of(k, 2 * channels)[:, None] + c[None, :]
         mean = tl.load(at, mask=ok, other=0.0)
         weighted += tl.sum(
             tl.where(ok, (mean - shift[None, :]) * count.to(acc)[:, None], 0.0), axis=0
@@ -183,7 +184,7 @@ def split_batch_norm_combine_kernel(
         k = (i + s).to(tl.int64)
         ok = (k < number)[:, None] & c_ok[None, :]
         count = tl.minimum(total - k * segment_rows, segment_rows)
-        at = partial_ptr + (k * 2 * channels)[:, None] + c[None, :]
+        at = partial_ptr + start_of(k, 2 * channels)[:, None] + c[None, :]
         mean = tl.load(at, mask=ok, other=0.0)
         inner = tl.load(at + channels, mask=ok, other=0.0)
         d = (mean - shift[None, :]) - offset[None, :]
@@ -241,7 +242,7 @@ def split_batch_norm_fwd_kernel(
     for i in range(0, count, BLOCK_R):
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
-        at = (first + i) * channels
+        at = start_of(first + i, channels)
         x = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
         z = (x - mean[None, :]) * scale[None, :] + bias[None, :]
         if pooled_ptr is not None:
@@ -258,14 +259,14 @@ def split_batch_norm_fwd_kernel(
                 packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
                 byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
                 tl.store(
-                    mask_ptr + (first + i) * width + r[:, None] * width + byte[None, :],
+                    mask_ptr + start_of(first + i, width) + r[:, None] * width + byte[None, :],
                     packed.to(tl.uint8),
                     mask=inside[:, None] & (byte < width)[None, :],
                 )
         tl.store(y_ptr + at + local, z.to(y_ptr.dtype.element_ty), mask=ok)
     if pooled_ptr is not None:
         value = tl.sum(pooled, axis=0) / count.to(scale.dtype)
-        tl.store(pooled_ptr + segment.to(tl.int64) * channels + c, value, mask=c_ok)
+        tl.store(pooled_ptr + start_of(segment, channels) + c, value, mask=c_ok)
 
 
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
@@ -305,15 +306,15 @@ def split_batch_norm_bwd_sums_kernel(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, branch * channels + c, c_ok, eps
     )
     if dpooled_ptr is not None:
-        dpooled = tl.load(
-            dpooled_ptr + segment.to(tl.int64) * channels + c, mask=c_ok, other=0.0
-        ).to(scale.dtype) / count.to(scale.dtype)
+        dpooled = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0).to(
+            scale.dtype
+        ) / count.to(scale.dtype)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     for i in tl.range(0, count, BLOCK_R, num_stages=3):
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
-        at = (first + i) * channels
+        at = start_of(first + i, channels)
         g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
         d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
         z = d * scale[None, :] + bias[None, :]
@@ -328,7 +329,7 @@ def split_batch_norm_bwd_sums_kernel(
             g += tl.where(ok, tl.where(z <= 0.0, 0.0, dpooled[None, :]), 0.0)
         sum_g += g
         sum_gx += g * tl.where(ok, d, 0.0)
-    at = partial_ptr + segment.to(tl.int64) * 2 * channels + c
+    at = partial_ptr + start_of(segment, 2 * channels) + c
     tl.store(at, tl.sum(sum_g, axis=0), mask=c_ok)
     tl.store(at + channels, tl.sum(sum_gx, axis=0) * rstd, mask=c_ok)
 
@@ -355,7 +356,7 @@ def split_batch_norm_bwd_combine_kernel(
     for i in range(0, number, BLOCK_S):
         k = (i + s).to(tl.int64)
         ok = (k < number)[:, None] & c_ok[None, :]
-        at = partial_ptr + ((first + k) * 2 * channels)[:, None] + c[None, :]
+        at = partial_ptr + start_of(first + k, 2 * channels)[:, None] + c[None, :]
         sum_g += tl.load(at, mask=ok, other=0.0)
         sum_gx += tl.load(at + channels, mask=ok, other=0.0)
     row = tl.program_id(1) * channels + c
@@ -401,9 +402,9 @@ def split_batch_norm_bwd_input_kernel(
     row = branch * channels + c
     mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if dpooled_ptr is not None:
-        dpooled = tl.load(
-            dpooled_ptr + segment.to(tl.int64) * channels + c, mask=c_ok, other=0.0
-        ).to(scale.dtype) / count.to(scale.dtype)
+        dpooled = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0).to(
+            scale.dtype
+        ) / count.to(scale.dtype)
     if sums_ptr is not None:
         if counts_ptr is None:
             total = tl.where(branch == 1, rows - clean_rows, clean_rows).to(scale.dtype)
@@ -414,7 +415,7 @@ def split_batch_norm_bwd_input_kernel(
     for i in range(0, count, BLOCK_R):
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
-        at = (first + i) * channels
+        at = start_of(first + i, channels)
         g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
         if sums_ptr is not None or dpooled_ptr is not None or (RELU and mask_ptr is None):
             d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]

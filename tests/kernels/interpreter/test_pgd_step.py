@@ -48,7 +48,7 @@ def test_linf_equals_the_reference_bit_for_bit(
     assert not torch.equal(got, x)
 
 
-@pytest.mark.parametrize("size", [(3, 7, 5), (3, 16, 32), (1, 4097, 1), (1, 16385, 1)])
+@pytest.mark.parametrize("size", [(3, 7, 5), (3, 16, 32), (1, 4097, 1), (1, 65, 64), (1, 16385, 1)])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 def test_l2_follows_the_reference(size: tuple[int, int, int], grad_dtype: torch.dtype) -> None:
     eps = 0.5
@@ -63,11 +63,14 @@ def test_l2_follows_the_reference(size: tuple[int, int, int], grad_dtype: torch.
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("layout", ["sliced", "expanded x", "permuted grad"])
+@pytest.mark.parametrize("layout", ["sliced", "odd place", "expanded x", "permuted grad"])
 def test_any_strides(norm: str, layout: str) -> None:
     x_adv, grad, x = case((4, 3, 6, 10), 2)
     if layout == "sliced":
         x_adv = torch.stack([x_adv, x_adv], -1)[..., 1]
+    elif layout == "odd place":
+        x_adv = torch.cat([x_adv.new_zeros(1), x_adv.flatten()])[1:].view(x_adv.shape)
+        assert x_adv.data_ptr() % 16
     elif layout == "expanded x":
         x = x[:, :1].expand(-1, 3, -1, -1)
     else:

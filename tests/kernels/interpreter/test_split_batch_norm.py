@@ -18,6 +18,7 @@ from kernels.support import assert_within_budget, few, generator
 from torch import Tensor
 
 import arat_kernels.split_batch_norm.triton as implementation
+from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm import split_batch_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -361,7 +362,7 @@ def _offsets_kernel(out_ptr, number, clean_rows, rows, clean_segments, segment_r
     tl.store(out_ptr + 4 * pid, branch.to(tl.int64))
     tl.store(out_ptr + 4 * pid + 1, first)
     tl.store(out_ptr + 4 * pid + 2, count.to(tl.int64))
-    tl.store(out_ptr + 4 * pid + 3, (first + 1) * channels)
+    tl.store(out_ptr + 4 * pid + 3, start_of(first + 1, channels))
 
 
 @pytest.mark.parametrize("clean", [2**25 + 3, 0, 2**26])
