@@ -156,6 +156,19 @@ def _cpu_clock() -> str:
     return f"{statistics.mean(clocks):.0f} MHz" if clocks else "unknown"
 
 
+def new_record(kind: str, out: Path | None, device: torch.device, now: datetime.datetime) -> Path:
+    """Where a record goes, ``out`` or :func:`results_path`; its folder is made.
+
+    Raises:
+        ValueError: ``out`` is a folder.
+    """
+    path = out or results_path(kind, device, now)
+    if path.is_dir():
+        raise ValueError(f"--out expects a file, got the folder {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def results_path(kind: str, device: torch.device, now: datetime.datetime) -> Path:
     """A new file for a result, named by device and date, under ``benchmarks/results`` in a checkout
     and in the current folder elsewhere."""

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from arat_fast.bench.contestants import Contestant, choose
-from arat_fast.bench.machine import results_path
+from arat_fast.bench.machine import new_record
 from arat_fast.bench.measure import PeakMemory, device_seconds, failure, free_memory
 from arat_fast.bench.official import check_official
 from arat_fast.bench.plot import plot_scaling
-from arat_fast.bench.step import NUM_BATCHES, start_record, warm
+from arat_fast.bench.step import NUM_BATCHES, finish, start_record, warm
 from arat_fast.bench.table import scaling_tables
 from arat_fast.bench.workload import Workload
 from arat_fast.device import resolve_device
 from arat_fast.display import Display
-from arat_fast.files import write_atomic, write_json, write_text
+from arat_fast.files import write_json
 
 AXES = {
     "batch_size": "batch size",
@@ -31,6 +31,8 @@ AXES = {
     "width": "model width, published = 1",
 }
 REPEATS = 3
+LONGEST_SECONDS = 2.0
+"""A measurement takes fewer steps, but at least one, where they would take longer."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class ScalingOptions:
     base_batch_size: int | None = None
     """Where another axis varies; default 128 on a GPU, 8 on the CPU."""
     steps: int | None = None
-    """Training steps in each of three measurements, >= 1; default 10 on a GPU, 1 on the CPU."""
+    """Training steps in each of three measurements, >= 1, fewer where they would take more than two
+    seconds; default 10 on a GPU, 1 on the CPU."""
     official: Path | None = None
     """Checkout of the official AR-AT code, for the contestant official. Its code runs."""
     device: str = "auto"
@@ -109,8 +112,7 @@ def bench_scaling(options: ScalingOptions) -> int:
     steps = options.steps or (10 if device.type == "cuda" else 1)
     display = Display()
     now = datetime.datetime.now(datetime.timezone.utc)
-    path = options.out or results_path("scaling", device, now)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = new_record("scaling", options.out, device, now)
     started = time.monotonic()
     record = start_record("scaling", device, now, display)
     record["settings"] = {
@@ -141,12 +143,7 @@ def bench_scaling(options: ScalingOptions) -> int:
                     record["problems"].append(f"{name} at {axis}={value:g}: {entry['reason']}")
             record["seconds"] = round(time.monotonic() - started, 1)
             write_json(path, record)
-    write_text(path.with_suffix(".md"), scaling_tables(record))
-    picture = path.with_suffix(".png")
-    write_atomic(picture, lambda file: plot_scaling(record, file))
-    print(scaling_tables(record))
-    print(f"record: {path}\nplot:   {picture}")
-    return int(bool(record["problems"]))
+    return finish(record, path, scaling_tables(record), plot_scaling)
 
 
 def measure_alone(
@@ -161,8 +158,10 @@ def measure_alone(
         memory = PeakMemory(device)
         run = warm(contestant, workload, device, batches)
         peak = memory.read()
-        chosen = [batches[i % len(batches)] for i in range(steps)]
         with contestant.settings():
+            first = device_seconds(partial(run, batches[:1]), device)
+            steps = max(1, min(steps, round(LONGEST_SECONDS / first)))
+            chosen = [batches[i % len(batches)] for i in range(steps)]
             times = [device_seconds(partial(run, chosen), device) / steps for _ in range(REPEATS)]
     except Exception as error:
         return failure(error)

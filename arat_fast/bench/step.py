@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from arat_fast.bench.contestants import (
     our_step,
 )
 from arat_fast.bench.correctness import Reference, compare_losses, reference_losses
-from arat_fast.bench.machine import describe_machine, rates, results_path, synchronize
+from arat_fast.bench.machine import describe_machine, new_record, rates, synchronize
 from arat_fast.bench.measure import (
     PeakMemory,
     alternate,
@@ -47,8 +47,10 @@ from arat_fast.device import resolve_device
 from arat_fast.display import Display
 from arat_fast.files import write_atomic, write_json, write_text
 
-WARM_UP = {"cuda": 5, "cpu": 1}
-"""Steps before anything is timed: cuDNN's choice, compilation, capture of the CUDA graph."""
+WARM_UP = {"cuda": 3, "cpu": 1}
+"""Steps before anything is timed: cuDNN's choice, compilation."""
+WARM_UP_GRAPH = 5
+"""The same with a CUDA graph of ours, which is captured in the fourth step."""
 NUM_BATCHES = 4
 """Different batches, which take turns."""
 
@@ -146,8 +148,9 @@ def make_plan(options: StepOptions) -> Plan:
         check_official(options.official, workloads[0])
     contestants = choose(options.contestants or names, device, options.official)
     if options.graph == "off":
-        # fast-eager is the same step then.
-        contestants.pop("fast-eager", None)
+        if "fast" in contestants:
+            # The same step then.
+            contestants.pop("fast-eager", None)
         contestants = {name: _eager(contestant) for name, contestant in contestants.items()}
     return Plan(
         device,
@@ -181,8 +184,7 @@ def bench_step(options: StepOptions) -> int:
     plan = make_plan(options)
     display = Display()
     now = datetime.datetime.now(datetime.timezone.utc)
-    path = options.out or results_path("step", plan.device, now)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = new_record("step", options.out, plan.device, now)
     record = start_record("step", plan.device, now, display)
     first = plan.workloads[0]
     flops = forward_flops(first)
@@ -227,11 +229,7 @@ def bench_step(options: StepOptions) -> int:
     for stage in stages:
         stage()
         save()
-    picture = path.with_suffix(".png")
-    write_atomic(picture, lambda file: plot_step(record, file))
-    print(step_tables(record))
-    print(f"record: {path}\nplot:   {picture}")
-    return int(bool(record["problems"]))
+    return finish(record, path, step_tables(record), plot_step)
 
 
 def start_record(
@@ -247,6 +245,23 @@ def start_record(
         "machine": describe_machine(device),
         "rates": rates(device),
     }
+
+
+def finish(
+    record: dict[str, Any],
+    path: Path,
+    tables: str,
+    plot: Callable[[dict[str, Any], BinaryIO], None],
+) -> int:
+    """Print the tables, write them and the plot beside the record, and give the exit status."""
+    write_text(path.with_suffix(".md"), tables)
+    print(tables)
+    print(f"record: {path}")
+    if any(entry["status"] == "measured" for entry in record["results"]):
+        picture = path.with_suffix(".png")
+        write_atomic(picture, lambda file: plot(record, file))
+        print(f"plot:   {picture}")
+    return int(bool(record["problems"]))
 
 
 def measure_workload(
@@ -344,7 +359,9 @@ def warm(
     """A contestant that is built and ready to be timed."""
     with contestant.settings():
         run = contestant.build(workload, device)
-        run([batches[i % len(batches)] for i in range(WARM_UP[device.type])])
+        captures = contestant.ours and device.type == "cuda"
+        number = WARM_UP_GRAPH if captures else WARM_UP[device.type]
+        run([batches[i % len(batches)] for i in range(number)])
         synchronize(device)
     return run
 

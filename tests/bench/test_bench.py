@@ -250,6 +250,23 @@ def test_scaling_varies_one_thing_at_a_time(
     assert out.with_suffix(".png").read_bytes().startswith(PNG)
 
 
+def test_a_run_in_which_nothing_could_be_measured_has_no_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    huge = {"fast": Contestant("fast", "", too_large, "batch", ours=True)}
+    monkeypatch.setattr(scaling, "choose", lambda *_: huge)
+    out = tmp_path / "scaling.json"
+    options = scaling.ScalingOptions(
+        "resnet8", (), (2,), (8,), (1,), (1,), 2, None, None, "cpu", out
+    )
+    assert scaling.bench_scaling(options) == 0
+    assert "| 2 | out of memory | – |" in capsys.readouterr().out
+    assert not out.with_suffix(".png").exists()
+
+
 def test_results_are_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "PACKAGE_ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -290,6 +307,7 @@ def test_default_contestants_of_the_cpu() -> None:
         (["step", "--batch-sizes", "1"], "batch_size must be >= 2, got 1"),
         (["step", "--rounds", "0"], "--rounds must be >= 1, got 0"),
         (["step", "--steps", "0"], "--steps must be >= 1, got 0"),
+        (["step", "--out", "/"], "--out expects a file, got the folder /"),
         (["scaling", "--steps", "0"], "--steps must be >= 1, got 0"),
         (["scaling", "--widths", "0"], "width must be > 0, got 0"),
         (["scaling", "--contestants", "x"], "unknown contestant 'x'"),
