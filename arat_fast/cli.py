@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("arat-fast: interrupted", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        from arat_fast.training.step import BatchTooLargeError
+        from arat_fast.training.graph import BatchTooLargeError
 
         message = " ".join(str(error).split())
         if not isinstance(error, BatchTooLargeError):

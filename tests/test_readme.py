@@ -1,4 +1,4 @@
-"""The README's library example runs as it is printed."""
+"""The library examples of README and docs run as they are printed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import torchvision
 from arat_fast.attacks import PGD
 from arat_fast.models import convert_split_batch_norm
 from arat_fast.objectives import ARAT
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import TrainStep, make_train_step
 
 README = Path(__file__).parent.parent / "README.md"
 
 
+def snippet(path: Path) -> str:
+    """The only Python block of a file."""
+    (found,) = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    return str(found)
+
+
 def test_library_example() -> None:
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 1
-    assert len(snippets[0].strip().splitlines()) <= 8
+    library = snippet(README)
+    assert len(library.strip().splitlines()) <= 8
     generator = torch.Generator().manual_seed(0)
     loader = [
         (
@@ -37,9 +42,11 @@ def test_library_example() -> None:
         "torch": torch,
         "torchvision": torchvision,
     }
-    exec(snippets[0], names)
-    metrics = names["metrics"]
-    assert isinstance(metrics, dict)
+    exec(library, names)
+    exec(snippet(README.parent / "docs" / "step.md"), names)
+    step, metrics = names["step"], names["metrics"]
+    assert isinstance(step, TrainStep) and isinstance(metrics, dict)
+    assert step.folded_network is not None and step.num_calls == 1
     assert set(metrics) == {
         "loss",
         "ce_adv",

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from arat_fast.device import full_float32
 from arat_fast.models.layers import StemConv2d
 from arat_fast.models.split_batch_norm import (
     ADV,
@@ -41,7 +42,8 @@ class FoldedNetwork(nn.Module):
     ``use_statistics(model, "running")``, up to rounding, on constants that :meth:`refresh` makes
     from the network's parameters and statistics: call it after they have changed. Parameters get no
     gradient through the folded layers. Everything else (linear layers, activations, attention) is
-    the network's own module.
+    the network's own module, in its own mode: run it under ``use_statistics(folded, "running")``,
+    as :class:`arat_fast.attacks.pgd.PGD` does.
 
     Args:
         model: any network that ``torch.fx`` can trace; with split BatchNorm or PyTorch's own.
@@ -64,22 +66,22 @@ class FoldedNetwork(nn.Module):
         super().__init__()
         with use_branch(model, "adv"), use_statistics(model, "running"):
             try:
-                graph = _Tracer().trace(model)
+                network = fx.GraphModule(model, _Tracer().trace(model))
+                with torch.no_grad():
+                    ShapeProp(network).propagate(example[:2])  # type: ignore[no-untyped-call]
             except Exception as error:  # tracing runs the network's own code
                 reason = " ".join(str(error).split())
                 raise ValueError(
                     f"{type(model).__name__} cannot be traced, which folding needs: {reason}; set "
                     "step.fold to False (--step.no-fold)"
                 ) from error
-            network = fx.GraphModule(model, graph)
-            with torch.no_grad():
-                ShapeProp(network).propagate(example[:2])  # type: ignore[no-untyped-call]
         self.folded, self.affine, self.unfolded, self._sites = _fold(network, impl)
         # Made anew, it holds the layers that the graph still calls.
         self.network = fx.GraphModule(network, network.graph)
-        self.eval()
+        with torch.autocast(example.device.type, enabled=False), full_float32():
+            self.refresh()
+            self._compare(model, example[:2])
         self.refresh()
-        self._compare(model, example[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) to the network's output."""
@@ -95,11 +97,12 @@ class FoldedNetwork(nn.Module):
     @torch.no_grad()
     def _compare(self, model: nn.Module, example: Tensor) -> None:
         with use_branch(model, "adv"), use_statistics(model, "running"):
-            expected = model(example).float()
-        difference = float((self(example).float() - expected).abs().max())
+            expected = model(example)
+        with use_statistics(self, "running"):
+            difference = float((self(example) - expected).abs().max())
         scale = float(expected.abs().max())
-        # Far above rounding, half precision included, and far below a layer gone wrong.
-        if not difference <= 0.1 * scale + 1e-3:
+        # Far above rounding and far below a layer gone wrong.
+        if not difference <= torch.finfo(expected.dtype).eps ** 0.5 * scale:
             raise ValueError(
                 f"the folded {type(model).__name__} gives another output than the network itself "
                 f"(difference {difference:.3g}, outputs up to {scale:.3g}); set step.fold to False "
@@ -110,7 +113,7 @@ class FoldedNetwork(nn.Module):
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf: bool = super().is_leaf_module(m, module_qualified_name)
-        return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d))
+        return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d, _BatchNorm))
 
 
 class _Site(nn.Module):
@@ -201,6 +204,8 @@ class _FrozenAffine(_Site):
         self.scale, self.shift = self.scale_and_shift()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            residual = residual.to(x.dtype)
         return frozen_affine(
             x, self.scale, self.shift, residual=residual, relu=self.relu, impl=self.impl
         )
@@ -289,25 +294,29 @@ def _fold(
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], list[_Site]]:
     """Rewrite the graph in place; the paths by what became of them, and the new layers."""
     modules = dict(network.named_modules())
+    nodes = list(network.graph.nodes)
     folded, affine, unfolded = [], [], []
     sites: dict[fx.Node, _Site] = {}
-    shortcuts: list[tuple[_FoldedConv, fx.Node]] = []
-    for node in list(network.graph.nodes):
-        if node.op != "call_module":
-            continue
-        path = str(node.target)
-        norm = modules[path]
+    for node in nodes:
+        norm = modules[str(node.target)] if node.op == "call_module" else None
         if not isinstance(norm, (SplitBatchNorm2d, _BatchNorm)):
             continue
+        path = str(node.target)
         if not _known(norm):
             unfolded.append(path)
             continue
         x, residual, relu = _arguments(node)
-        end = node
-        has_activation = isinstance(norm, SplitBatchNormAct2d)
-        if not has_activation:
-            end, residual, relu = _absorb(end, residual, relu, modules)
         conv = _convolution(x, modules)
+        if conv is not None and _mutation_between(nodes, x, node, modules):
+            conv = None
+        start: fx.Node = node if conv is None else x
+        end: fx.Node = node
+        replaced: tuple[fx.Node, ...] = (node,)
+        activated = isinstance(norm, SplitBatchNormAct2d)
+        if not activated:
+            absorbed = _absorb(node, residual, relu, modules)
+            if not _mutation_between(nodes, start, absorbed[0], modules, but=absorbed[3]):
+                end, residual, relu, replaced = absorbed
         site: _Site
         source: Any
         if conv is None:
@@ -318,29 +327,64 @@ def _fold(
             folded.append(path)
         name = f"_folded_{len(sites)}"
         network.add_module(name, site)
+        modules[name] = site
         with network.graph.inserting_after(end):
             new = network.graph.call_module(name, (source, residual))
             new.meta = dict(end.meta)
         end.replace_all_uses_with(new)
         sites[new] = site
-        if has_activation:
+        # One by one: dead code elimination would take in-place operations for dead.
+        for old in reversed((x, *replaced) if conv is not None else replaced):
+            network.graph.erase_node(old)
+        if activated:
             with network.graph.inserting_after(new):
-                activated = network.graph.call_module(f"{path}.act", (new,))
-            new.replace_all_uses_with(activated)
-            activated.args = (new,)
-        if isinstance(site, _FoldedConv) and isinstance(residual, fx.Node):
-            shortcuts.append((site, new))
-    for main, node in shortcuts:
-        other = node.args[1]
-        if not isinstance(other, fx.Node) or len(other.users) != 1:
-            continue
-        shortcut = sites.get(other)
-        if isinstance(shortcut, _FoldedConv) and not shortcut.relu:
-            main.shortcut, shortcut.keeps_bias = shortcut, False
-    network.graph.eliminate_dead_code()
+                activation = network.graph.call_module(f"{path}.act", (new,))
+            new.replace_all_uses_with(activation)
+            activation.args = (new,)
+    shortcuts = _merge_biases(sites)
     # A shortcut's shift is made before the convolution that adds it.
-    ordered = sorted(sites.values(), key=lambda site: getattr(site, "keeps_bias", True))
+    ordered = [*shortcuts, *(site for site in sites.values() if site not in shortcuts)]
     return tuple(folded), tuple(affine), tuple(unfolded), ordered
+
+
+def _merge_biases(sites: dict[fx.Node, _Site]) -> list[_Site]:
+    """Let a convolution add the bias of the one that is only its residual; the latter ones."""
+    merged: list[_Site] = []
+    for node, main in sites.items():
+        residual = node.args[1]
+        if not isinstance(main, _FoldedConv) or not isinstance(residual, fx.Node):
+            continue
+        shortcut = sites.get(residual)
+        if not isinstance(shortcut, _FoldedConv) or shortcut.relu or residual.args[1] is not None:
+            continue
+        if len(residual.users) == 1:
+            main.shortcut, shortcut.keeps_bias = shortcut, False
+            merged.append(shortcut)
+    return merged
+
+
+def _mutation_between(
+    nodes: list[fx.Node],
+    first: fx.Node,
+    last: fx.Node,
+    modules: dict[str, nn.Module],
+    but: tuple[fx.Node, ...] = (),
+) -> bool:
+    """Whether something is changed in place between two nodes: nothing may move past that."""
+    between = nodes[nodes.index(first) + 1 : nodes.index(last)]
+    return any(_is_in_place(node, modules) for node in between if node not in but)
+
+
+def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place_operator = name.startswith("i") and hasattr(operator, f"__{name}__")
+        return in_place_operator or name == "setitem" or (name.endswith("_") and name[0] != "_")
+    return node.op == "call_method" and str(node.target).endswith("_")
 
 
 def _known(norm: _AnyNorm) -> bool:
@@ -372,20 +416,25 @@ def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
 
 
 def _absorb(
-    end: fx.Node, residual: fx.Node | None, relu: bool, modules: dict[str, nn.Module]
-) -> tuple[fx.Node, fx.Node | None, bool]:
-    """Follow the output through an addition and a ReLU that nothing else reads."""
-    if relu:
-        return end, residual, relu
-    if residual is None:
+    norm: fx.Node, residual: fx.Node | None, relu: bool, modules: dict[str, nn.Module]
+) -> tuple[fx.Node, fx.Node | None, bool, tuple[fx.Node, ...]]:
+    """Follow the output through an addition and a ReLU that nothing else reads.
+
+    Returns:
+        the last node, the residual, whether ReLU comes last, and every node on the way.
+    """
+    end, way = norm, [norm]
+    if residual is None and not relu:
         user = _only_user(end)
         other = None if user is None else _other_summand(user, end)
         if user is not None and other is not None:
             end, residual = user, other
+            way.append(user)
     user = _only_user(end)
-    if user is not None and _is_relu(user, modules):
-        return user, residual, True
-    return end, residual, False
+    if not relu and user is not None and _is_relu(user, modules):
+        end, relu = user, True
+        way.append(user)
+    return end, residual, relu, tuple(way)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -402,6 +451,9 @@ def _other_summand(node: fx.Node, known: fx.Node) -> fx.Node | None:
     others = [argument for argument in node.args if argument is not known]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
+    in_place = node.target in (operator.iadd, "add_")
+    if in_place and node.args[0] is not known and len(others[0].users) > 1:
+        return None
     return others[0] if _shape(others[0]) == _shape(known) is not None else None
 
 
@@ -412,7 +464,8 @@ def _shape(node: fx.Node) -> torch.Size | None:
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return type(modules[str(node.target)]) is nn.ReLU
+        module = modules[str(node.target)]
+        return type(module) is nn.ReLU and not _has_hooks(module)
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return node.op == "call_function" and node.target in _RELUS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -50,32 +51,51 @@ class StemConv2d(nn.Conv2d):
 
 
 @torch.no_grad()
-def protect_stem(model: nn.Module, x: Tensor) -> None:
-    """Turn the convolution that the image enters into a :class:`StemConv2d`, in place.
+def protect_stem(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """Turn the convolutions that the image enters into :class:`StemConv2d`, in place.
 
-    It is the first one to run. Parameters and state-dict keys stay as they are.
+    They are those that see a wider input than ``dtype`` under autocast. Parameters and state-dict
+    keys stay as they are.
 
     Args:
-        model: any network; one with a :class:`StemConv2d`, or whose first convolution is of
-            another subclass, is left alone.
+        model: any network; one that has a :class:`StemConv2d` is left alone.
         x: images (N, C, H, W) for one forward pass in eval mode.
+        dtype: of the autocast, torch.bfloat16.
+
+    Raises:
+        ValueError: the image enters a convolution of another subclass.
     """
     if any(isinstance(module, StemConv2d) for module in model.modules()):
         return
-    order: list[nn.Conv2d] = []
+    entered: dict[str, nn.Conv2d] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].element_size() > dtype.itemsize:
+                assert isinstance(module, nn.Conv2d)
+                entered[name] = module
+
+        return hook
+
     handles = [
-        module.register_forward_pre_hook(lambda module, _: order.append(module))
-        for module in model.modules()
+        module.register_forward_pre_hook(watch(name))
+        for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
     ]
     try:
-        with use_statistics(model, "running"):
+        with use_statistics(model, "running"), torch.autocast(x.device.type, dtype=dtype):
             model(x[:2])
     finally:
         for handle in handles:
             handle.remove()
-    if order and type(order[0]) is nn.Conv2d:
-        order[0].__class__ = StemConv2d
+    for name, conv in entered.items():
+        if type(conv) is not nn.Conv2d:
+            raise ValueError(
+                f"the image enters {name}, a {type(conv).__name__}, which would round it to "
+                f"{dtype}; make it a Conv2d or StemConv2d, or set precision to torch.float32 "
+                "(--step.precision float32)"
+            )
+        conv.__class__ = StemConv2d
 
 
 class Normalize(nn.Module):

@@ -16,8 +16,12 @@ NUM_WARMUP = 3
 """Steps of a batch shape that run eagerly before it is captured: they choose cuDNN's algorithms,
 compile kernels and make the optimiser's state, and they are training steps like any other."""
 
-MOST_SHAPES = 2
-"""Batch shapes that are captured: the full batch and the last one of an epoch."""
+MAX_NUM_SHAPES = 2
+"""Batch shapes that are captured, the full batch and the last one of an epoch; more run eagerly."""
+
+
+class BatchTooLargeError(torch.OutOfMemoryError):
+    """The step ran out of memory; the message says what would fit."""
 
 
 @dataclass
@@ -26,16 +30,16 @@ class _Captured:
     inputs: list[Tensor]
     names: tuple[str, ...]
     packed: Tensor
-    addresses: tuple[int, ...]
+    state: object
 
 
 class StepGraphs:
     """Runs a step eagerly, then captures it, then replays it; one graph for each batch shape.
 
-    Everything a replay must see is a tensor on the device: the inputs are copied into the graph's
-    own, learning rates become tensors, random numbers come from registered generators. If
-    parameters, buffers or the optimiser's state are other tensors than at the capture (a state was
-    loaded), the step is captured anew.
+    What a replay must see is a tensor on the device: the inputs are copied into the graph's own,
+    learning rates become tensors, random numbers come from registered generators. The rest is part
+    of the graph. If any of it changes (other tensors, because a state was loaded; another momentum;
+    another attack), the step is captured anew.
 
     Args:
         modules: whose parameters and buffers the step reads and writes.
@@ -58,30 +62,47 @@ class StepGraphs:
         self.optimizer = optimizer
         self.device = device
         self.generator = generator
-        self.rates = make_capturable(optimizer, device)
+        self.lrs = make_capturable(optimizer, device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.num_eager: Counter[Any] = Counter()
         self.captured: dict[Any, _Captured] = {}
 
-    def run(self, function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """One step of ``function(*inputs)``; its metrics, 0-d tensors that stay as they are."""
-        self._set_rates()
+    def run(
+        self, function: Function, inputs: tuple[Tensor, ...], settings: object
+    ) -> dict[str, Tensor]:
+        """One step of ``function(*inputs)``; its metrics, 0-d tensors that stay as they are.
+
+        Args:
+            function: the step.
+            inputs: tensors on the device.
+            settings: everything else the step depends on; compared with ``==``.
+
+        Raises:
+            ValueError: the step cannot be captured.
+            BatchTooLargeError: it can run, but not be captured in the memory there is.
+        """
+        self._set_lrs()
         key = (function.__name__, tuple((t.shape, t.stride(), t.dtype) for t in inputs))
         captured = self.captured.get(key)
-        if captured is not None and captured.addresses != self._addresses():
-            self.captured.clear()
-            self.num_eager.clear()
+        state = (settings, self._state())
+        if captured is not None and captured.state != state:
+            self.forget()
             captured = None
         if captured is None:
-            if self.num_eager[key] < NUM_WARMUP or len(self.captured) >= MOST_SHAPES:
+            if self.num_eager[key] < NUM_WARMUP or len(self.captured) >= MAX_NUM_SHAPES:
                 self.num_eager[key] += 1
                 return self._eagerly(function, inputs)
-            captured = self.captured[key] = self._capture(function, inputs)
+            captured = self.captured[key] = self._capture(function, inputs, state)
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         captured.graph.replay()
         # A copy: the next replay writes over the graph's own.
         return dict(zip(captured.names, captured.packed.clone().unbind(), strict=True))
+
+    def forget(self) -> None:
+        """Give the graphs and their memory back; the next steps run eagerly again."""
+        self.captured.clear()
+        self.num_eager.clear()
 
     def _eagerly(self, function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         # On the stream of the capture, so that nothing in the graph belongs to another one.
@@ -92,13 +113,14 @@ class StepGraphs:
         current.wait_stream(self.stream)
         return metrics
 
-    def _capture(self, function: Function, inputs: tuple[Tensor, ...]) -> _Captured:
+    def _capture(self, function: Function, inputs: tuple[Tensor, ...], state: object) -> _Captured:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)
         static = [tensor.clone() for tensor in inputs]
         self.optimizer.zero_grad(set_to_none=True)
         pool = next((c.graph.pool() for c in self.captured.values()), None)
+        current = torch.cuda.current_stream(self.device)
         try:
             # Thread-local, or a data loader's thread ends the capture.
             with torch.cuda.graph(
@@ -106,30 +128,50 @@ class StepGraphs:
             ):
                 metrics = function(*static)
                 packed = torch.stack([value.float() for value in metrics.values()])
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            # The end of a broken capture raises an error of its own over the cause.
+            cause = error.__context__ or error
+            self.forget()
+            reason = str(cause).splitlines()[0]
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise BatchTooLargeError(
+                    f"{reason.partition('. ')[0]}, while capturing a batch of {len(inputs[0])} in "
+                    'a CUDA graph; it fits without one: set graph to "off" (--step.graph off) or '
+                    "lower the batch (--data.batch-size)"
+                ) from error
             raise ValueError(
                 f"the step of {type(self.modules[0]).__name__} cannot be captured in a CUDA graph: "
                 f'{reason}; set graph to "off" (--step.graph off)'
             ) from error
-        return _Captured(graph, static, tuple(metrics), packed, self._addresses())
+        finally:
+            # Which a broken capture leaves switched.
+            torch.cuda.set_stream(current)
+        return _Captured(graph, static, tuple(metrics), packed, state)
 
-    def _set_rates(self) -> None:
+    def _set_lrs(self) -> None:
         """Bring learning rates that were assigned as numbers to where the graph reads them."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            if group["lr"] is not rate:
-                rate.fill_(group["lr"])
-                group["lr"] = rate
+        groups = self.optimizer.param_groups
+        # Loading a state replaces the groups' settings.
+        if len(groups) != len(self.lrs) or not all(map(_is_capturable, groups)):
+            self.lrs = make_capturable(self.optimizer, self.device)
+            self.forget()
+        for group, lr in zip(groups, self.lrs, strict=True):
+            if group["lr"] is not lr:
+                lr.fill_(group["lr"])
+                group["lr"] = lr
 
-    def _addresses(self) -> tuple[int, ...]:
-        tensors: list[Tensor] = []
+    def _state(self) -> tuple[object, ...]:
+        """What a graph holds fast: addresses, and the optimiser's numbers."""
+        held: list[object] = []
         for module in self.modules:
-            tensors += [*module.parameters(), *module.buffers()]
+            for parameter in module.parameters():
+                held += [parameter.data_ptr(), parameter.requires_grad]
+            held += [buffer.data_ptr() for buffer in module.buffers()]
         for state in self.optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        return tuple(tensor.data_ptr() for tensor in tensors)
+            held += [value.data_ptr() for value in state.values() if isinstance(value, Tensor)]
+        for group in self.optimizer.param_groups:
+            held += [value for name, value in group.items() if name not in ("params", "lr")]
+        return tuple(held)
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
@@ -137,7 +179,7 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> l
 
     Args:
         optimizer: changed in place: the fused implementation of SGD, the ``capturable`` one of
-            others.
+            others, and their step counts on the device.
         device: where the learning rates go.
 
     Returns:
@@ -146,7 +188,7 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> l
     Raises:
         ValueError: another optimiser.
     """
-    rates = []
+    lrs = []
     for group in optimizer.param_groups:
         if type(optimizer) is torch.optim.SGD:
             group["fused"], group["foreach"] = True, False
@@ -157,7 +199,14 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> l
                 f"{type(optimizer).__name__} cannot be captured in a CUDA graph, expected SGD or "
                 'an optimiser with a capturable mode; set graph to "off" (--step.graph off)'
             )
-        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device).clone()
-        group["lr"] = rate
-        rates.append(rate)
-    return rates
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=device).clone()
+        group["lr"] = lr
+        lrs.append(lr)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(device)
+    return lrs
+
+
+def _is_capturable(group: dict[str, Any]) -> bool:
+    return bool(group.get("capturable") or group.get("fused"))

@@ -45,6 +45,7 @@ PROBE_SAMPLES = 1000
 
 _FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "data": ("root", "download", "num_workers"),
+    "step": ("graph",),
     "train": ("device", "log_every", "eval_every", "checkpoint_every"),
     "eval": ("num_steps", "alpha", "autoattack", "batch_size", "max_samples"),
 }
@@ -235,7 +236,7 @@ class Trainer:
             yield self.train_step(x.contiguous(memory_format=self.memory_format), y), len(x)
 
     def _describe_folding(self) -> None:
-        folded = self.train_step.folded
+        folded = self.train_step.folded_network
         if folded is None:
             return
         left = f"; left as they are: {', '.join(folded.unfolded)}" if folded.unfolded else ""
@@ -497,7 +498,7 @@ class Trainer:
     def _summary(self, status: str) -> dict[str, Any]:
         """What is known of a run whether or not it came to its end."""
         config = self.config
-        folded = self.train_step.folded
+        folded = self.train_step.folded_network
         return {
             "recipe": config.recipe,
             "status": status,
@@ -533,7 +534,7 @@ class Trainer:
             isinstance(self.objective, ARAT) and self.objective.stop_gradient
         )
         used["crop_flip"] = isinstance(self.data.train, ResidentBatches)
-        used["frozen_affine"] = self.train_step.folded is not None
+        used["frozen_affine"] = self.train_step.folded_network is not None
         return {name: chosen for name, runs in used.items() if runs}
 
     def _images_seen(self) -> int:

@@ -15,12 +15,8 @@ from arat_fast.data.batches import Batch
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem
 from arat_fast.objectives.base import Objective
-from arat_fast.training.graph import StepGraphs
+from arat_fast.training.graph import BatchTooLargeError, Function, StepGraphs
 from arat_kernels.implementation import Impl
-
-
-class BatchTooLargeError(torch.OutOfMemoryError):
-    """The step ran out of memory; the message names the largest batch that fits."""
 
 
 @dataclass(eq=False)
@@ -34,8 +30,8 @@ class TrainStep:
         attack: makes the adversarial examples.
         optimizer: any PyTorch optimiser.
         precision: torch.float32, or torch.bfloat16 for autocast; parameters, BatchNorm statistics,
-            losses and images stay float32. The convolution that the image enters, found in the
-            first step, becomes a :class:`arat_fast.models.layers.StemConv2d`, which does not round
+            losses and images stay float32. The convolutions that the image enters, found in the
+            first step, become :class:`arat_fast.models.layers.StemConv2d`, which does not round
             the perturbation away.
         fold: with ``attack.bn="running"``, attack a copy whose BatchNorm is folded into the
             convolutions (:class:`arat_fast.models.folding.FoldedNetwork`): the same gradients up to
@@ -70,7 +66,7 @@ class TrainStep:
     assemble: Callable[[Tensor, Tensor], Batch] | None = None
     impl: Impl | None = None
     num_calls: int = field(default=0, init=False)
-    folded: FoldedNetwork | None = field(default=None, init=False)
+    folded_network: FoldedNetwork | None = field(default=None, init=False)
     """The network that is attacked, once the first step has folded it."""
 
     def __post_init__(self) -> None:
@@ -113,7 +109,7 @@ class TrainStep:
         Raises:
             ValueError: a value outside [0, 1] or NaN, in a batch that is checked; a network that
                 cannot be folded or captured.
-            BatchTooLargeError: names the largest batch that fits; no weight has changed.
+            BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
         check = self.check_inputs
         if check is None:
@@ -121,8 +117,9 @@ class TrainStep:
         if check:
             check_images(x)
         if self.num_calls == 0 and self.precision != torch.float32:
-            protect_stem(self.model, x)
-        return self._run(self._step, x, y, *([] if noise is None else [noise]))
+            protect_stem(self.model, x, self.precision)
+        noises = [] if noise is None else [noise]
+        return self._run(self._gradients, (x, y, *noises))
 
     def from_indices(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
         """Train on the batch that ``assemble`` makes of ``index`` and ``draws``, graph included.
@@ -135,35 +132,44 @@ class TrainStep:
         """
         assert self.assemble is not None
         if self.num_calls == 0 and self.precision != torch.float32:
-            protect_stem(self.model, self.assemble(index, draws).x)
-        return self._run(self._assembled_step, index, draws)
+            protect_stem(self.model, self.assemble(index, draws).x, self.precision)
+        return self._run(self._assembled_gradients, (index, draws))
 
-    def _run(
-        self, function: Callable[..., dict[str, Tensor]], *inputs: Tensor
-    ) -> dict[str, Tensor]:
+    def _run(self, gradients: Function, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        def step(*inputs: Tensor) -> dict[str, Tensor]:
+            metrics = gradients(*inputs)
+            self.optimizer.step()
+            return metrics
+
+        step.__name__ = gradients.__name__
         try:
             if self._graphs is None:
-                metrics = function(*inputs)
+                metrics = step(*inputs)
             else:
-                metrics = self._graphs.run(function, inputs)
-        except torch.OutOfMemoryError as error:
+                metrics = self._graphs.run(step, inputs, self._settings())
+        except BatchTooLargeError:
+            raise
+        except RuntimeError as error:
             reason = str(error).partition(". ")[0]
+            if not _is_out_of_memory(error):
+                raise
         else:
             self.num_calls += 1
             return metrics
         # Outside of the handler, whose traceback holds on to the memory.
         raise BatchTooLargeError(
-            f"{reason}, at a batch of {len(inputs[0])}; {self._advice(function, inputs)}"
+            f"{reason}, at a batch of {len(inputs[0])}; {self._advice(gradients, inputs)}"
         )
 
-    def _assembled_step(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
-        assert self.assemble is not None
-        return self._step(*self.assemble(index, draws))
+    def _settings(self) -> tuple[object, ...]:
+        """What a captured step holds fast beside tensors."""
+        numbers = (bool, int, float, str, tuple)
+        own = {k: v for k, v in vars(self.objective).items() if isinstance(v, numbers)}
+        return self.attack, self.precision, self.fold, self.noisy_clean, own
 
-    def _step(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
-        metrics = self._gradients(x, y, noise)
-        self.optimizer.step()
-        return metrics
+    def _assembled_gradients(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        assert self.assemble is not None
+        return self._gradients(*self.assemble(index, draws))
 
     def _gradients(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Attack, objective and backward."""
@@ -198,53 +204,54 @@ class TrainStep:
         """The network whose input gradients the attack follows."""
         if self.attack.bn != "running" or not self.fold:
             return self.model
-        if self.folded is None:
-            self.folded = FoldedNetwork(self.model, x, self.impl)
+        if self.folded_network is None:
+            self.folded_network = FoldedNetwork(self.model, x, self.impl)
         else:
-            self.folded.refresh()
-        return self.folded
+            self.folded_network.refresh()
+        return self.folded_network
 
     def _autocast(self, device_type: str) -> AbstractContextManager[object]:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.precision)
 
-    def _advice(
-        self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor, ...]
-    ) -> str:
-        """The largest batch whose gradients fit, found by bisection; no weight is touched."""
-        fits, fails = 0, len(inputs[0])
+    def _advice(self, gradients: Function, inputs: tuple[Tensor, ...]) -> str:
+        """The largest batch whose gradients fit, found by bisection; no parameter is touched."""
+        if self._graphs is not None:
+            self._graphs.forget()
+        # BatchNorm cannot train on one sample.
+        fits, fails = 1, len(inputs[0])
         while fails - fits > 1:
             middle = (fits + fails) // 2
-            if middle < 2:
-                break
-            if self._fits(function, [tensor[:middle] for tensor in inputs]):
+            if self._fits(gradients, [tensor[:middle] for tensor in inputs]):
                 fits = middle
             else:
                 fails = middle
-        if not fits:
+        if fits == 1:
             return "no smaller batch fits either: a smaller network or image is needed"
         return f"the largest batch that fits is {fits} (--data.batch-size {fits})"
 
-    def _fits(self, function: Callable[..., dict[str, Tensor]], inputs: list[Tensor]) -> bool:
-        if torch.cuda.is_available():
+    def _fits(self, gradients: Function, inputs: list[Tensor]) -> bool:
+        if inputs[0].is_cuda:
             torch.cuda.empty_cache()
-        modules = (self.model, self.objective)
-        buffers = [buffer for module in modules for buffer in module.buffers()]
+        buffers = [b for module in (self.model, self.objective) for b in module.buffers()]
         before = [buffer.clone() for buffer in buffers]
         try:
-            if function == self._assembled_step:
-                assert self.assemble is not None
-                self._gradients(*self.assemble(*inputs))
-            else:
-                self._gradients(*inputs)
+            gradients(*inputs)
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             return False
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # PyTorch has no type of its own for the CPU.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 make_train_step = TrainStep

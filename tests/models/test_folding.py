@@ -66,6 +66,54 @@ class Awkward(nn.Module):
         return y
 
 
+class ThreeBranches(nn.Module):
+    """Three BatchNorms summed, as in RepVGG, with dropout and a BatchNorm1d behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 8, 2 * i + 1, padding=i) for i in range(3))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, 4)
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = (bn(conv(x)) for conv, bn in zip(self.convs, self.bns, strict=True))
+        y: Tensor = self.bn(self.fc(self.dropout(F.relu(first + second + third).mean((2, 3)))))
+        return y
+
+
+class InPlace(nn.Module):
+    """Tensors that are changed while a fused operation could have moved past them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.project = nn.Conv2d(8, 8, 1)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        residual = self.project(x)
+        a = self.bn1(self.conv1(x))
+        residual.relu_()
+        x = a + residual
+        residual = self.project(x)
+        total = residual.add_(self.bn2(self.conv2(x)))
+        x = total + 2 * residual
+        raw = self.conv3(x)
+        raw.clamp_(-1, 1)
+        x = self.bn3(raw) + x
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int, int]] = {
     # how it is made, image, BatchNorm layers folded and affine
     "resnet8": (lambda: create_model("resnet8", 4), (3, 8, 8), 9, 0),
@@ -94,6 +142,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int, in
     ),
     "activated": (Activated, (3, 9, 9), 1, 1),
     "awkward": (Awkward, (3, 8, 8), 1, 3),
+    "three branches": (ThreeBranches, (3, 8, 8), 3, 0),
+    "in place": (InPlace, (3, 8, 8), 2, 1),
 }
 
 
@@ -111,7 +161,9 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 def test_the_folded_attack_is_the_unfolded_one(name: str) -> None:
     model, x, y = make(name)
     folded = FoldedNetwork(model.train(), x)
-    assert (len(folded.folded), len(folded.affine), folded.unfolded) == (*NETWORKS[name][2:], ())
+    assert all(module.training for module in model.modules())
+    assert (len(folded.folded), len(folded.affine)) == NETWORKS[name][2:]
+    assert folded.unfolded == (("bn",) if name == "three branches" else ())
     noise = 0.02 * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
     for norm, eps in (("Linf", 8 / 255), ("L2", 0.5)):
         attack = PGD(eps, eps / 4, 4, norm, bn="running")  # type: ignore[arg-type]
@@ -120,7 +172,19 @@ def test_the_folded_attack_is_the_unfolded_one(name: str) -> None:
         assert (expected - x).abs().max() > 0.01
     with use_branch(model, "adv"), use_statistics(model, "running"):
         logits = model(x)
-    assert (folded(x) - logits).abs().max() <= 1e-10 * logits.abs().max()
+    with use_statistics(folded, "running"):
+        assert (folded(x) - logits).abs().max() <= 1e-10 * logits.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("resnet8", 2), ("resnet18", 3), ("torchvision resnet18", 3), ("three branches", 1)],
+)
+def test_projection_shortcuts_leave_their_bias_to_the_sum(name: str, expected: int) -> None:
+    model, x, _ = make(name)
+    folded = FoldedNetwork(model, x)
+    shortcuts = [site for site in folded.modules() if getattr(site, "shortcut", None) is not None]
+    assert len(shortcuts) == expected
 
 
 class _Operations(TorchDispatchMode):
@@ -191,9 +255,50 @@ def test_what_cannot_be_folded_is_named_and_still_right() -> None:
     x = torch.rand(4, 3, 8, 8, generator=generator(1), dtype=torch.float64)
     folded = FoldedNetwork(model, x)
     assert folded.unfolded == ("1", "3", "6") and not folded.folded and not folded.affine
-    with use_statistics(model, "running"):
+    with use_statistics(model, "running"), use_statistics(folded, "running"):
         assert torch.equal(folded(x), model(x))
     assert calls
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = 2 * super().forward(input)
+        return y
+
+
+def test_a_batch_norm_of_its_own_kind_is_left_alone() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), Doubled(8))).double()
+    x = torch.rand(4, 3, 8, 8, generator=generator(1), dtype=torch.float64)
+    folded = FoldedNetwork(model, x)
+    assert folded.unfolded == ("1",)
+    with use_statistics(model, "running"), use_statistics(folded, "running"):
+        assert torch.equal(folded(x), model(x))
+
+
+class WideResidual(nn.Module):
+    """Under autocast the residual stays in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.bn = nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y: Tensor = (self.bn(x * 1) + x.float() * self.scale).mean((2, 3))
+        return y
+
+
+def test_a_wider_residual_under_autocast() -> None:
+    model = randomize(WideResidual())
+    x = torch.rand(4, 3, 8, 8, generator=generator(1))
+    with torch.autocast("cpu", torch.bfloat16), use_statistics(model, "running"):
+        folded = FoldedNetwork(model, x)
+        expected = model(x)
+        got = folded(x)
+    assert folded.affine == ("bn",)
+    assert (got - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 class Branching(nn.Module):
@@ -221,9 +326,25 @@ class Stateful(nn.Module):
         return y * (1 if self.calls == 1 else 5)
 
 
-def test_a_network_that_was_traced_wrongly_is_refused() -> None:
+class Augmented(nn.Module):
+    """``y += ...`` changes x too, which tracing does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        y = x
+        y += self.bn(self.conv(x))
+        return (y * x).mean((2, 3))
+
+
+@pytest.mark.parametrize("build", [Stateful, Augmented])
+def test_a_network_that_was_traced_wrongly_is_refused(build: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="gives another output than the network itself"):
-        FoldedNetwork(Stateful(), torch.rand(2, 3, 4, 4))
+        FoldedNetwork(randomize(build()), torch.rand(2, 3, 4, 4, generator=generator(1)))
 
 
 def test_autocast_rounds_everything_but_the_image() -> None:

@@ -21,7 +21,7 @@ from arat_fast.attacks import PGD
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.display import Display
 from arat_fast.models import MODELS, convert_split_batch_norm, create_model
-from arat_fast.models.layers import StemConv2d
+from arat_fast.models.layers import StemConv2d, protect_stem
 from arat_fast.objectives import ARAT
 from arat_fast.training.graph import make_capturable
 from arat_fast.training.loop import Trainer
@@ -67,7 +67,7 @@ def test_folding_changes_no_step() -> None:
         metrics, expected = folded(x, y), plain(x, y)
         for name, value in expected.items():
             assert abs(float(metrics[name] - value)) <= 1e-9 * max(1.0, abs(float(value))), name
-    assert folded.folded is not None and plain.folded is None
+    assert folded.folded_network is not None and plain.folded_network is None
     state = plain.model.state_dict()
     for name, tensor in folded.model.state_dict().items():
         assert torch.allclose(tensor, state[name], rtol=1e-9, atol=1e-10), name
@@ -76,7 +76,7 @@ def test_folding_changes_no_step() -> None:
 def test_folding_leaves_other_attacks_alone() -> None:
     step = make_step("batch")
     step(*batches(1)[0])
-    assert step.folded is None
+    assert step.folded_network is None
 
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
@@ -173,6 +173,67 @@ def test_the_stem_of_any_network_keeps_the_perturbation() -> None:
     step(x, torch.arange(4))
     # [x; x_adv] of the training pass: the image itself, not its rounding.
     assert seen[-1].dtype == torch.float32 and torch.equal(seen[-1][:4], x)
+
+
+class TwoStems(nn.Module):
+    """The image enters two convolutions; what follows them does not see it."""
+
+    def __init__(self, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
+        super().__init__()
+        self.one = conv(3, 8, 3, padding=1)
+        self.two = nn.Conv2d(3, 8, 1)
+        self.three = nn.Conv2d(8, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - 0.5
+        y: Tensor = self.fc(self.bn(self.three(self.one(x) + self.two(x))).mean((2, 3)))
+        return y
+
+
+class OwnConv2d(nn.Conv2d):
+    pass
+
+
+def test_every_stem_is_protected_and_others_are_refused() -> None:
+    x = torch.rand(4, 3, 8, 8, generator=generator(1))
+    model = TwoStems()
+    protect_stem(model, x, torch.bfloat16)
+    stems = [name for name, m in model.named_modules() if isinstance(m, StemConv2d)]
+    assert stems == ["one", "two"]
+    with pytest.raises(ValueError, match=r"enters one, a OwnConv2d.*--step\.precision float32"):
+        protect_stem(TwoStems(OwnConv2d), x, torch.bfloat16)
+
+
+def test_a_torchvision_network_with_the_folded_attack() -> None:
+    torch.manual_seed(0)
+    model = convert_split_batch_norm(torchvision.models.resnet18(num_classes=4))
+    objective = ARAT(model, ["layer4.1.bn1", "layer4.1.bn2"], (3, 32, 32), gamma=1.0)
+    optimizer = torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.02)
+    step = make_train_step(model, objective, PGD(num_steps=2, bn="running"), optimizer)
+    objective.start_epoch(0.5)
+    x = torch.rand(8, 3, 32, 32, generator=generator(1))
+    y = torch.randint(4, (8,), generator=generator(2))
+    losses = [float(step(x, y)["loss"]) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert step.folded_network is not None and len(step.folded_network.folded) == 20
+
+
+def test_dropout_and_batch_norm_1d_train_in_the_first_step_too() -> None:
+    """Folding shares them with the network; a resumed run folds in its first step."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(8 * 36, 4), nn.BatchNorm1d(4))
+    body = convert_split_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    model = nn.Sequential(body, head)
+    objective = ARAT(model, ["0.1"], (3, 8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = make_train_step(model, objective, PGD(num_steps=1, bn="running"), optimizer)
+    modes: list[bool] = []
+    head[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    step(torch.rand(4, 3, 8, 8, generator=generator(1)), torch.arange(4))
+    assert modes[-1] and modes.count(True) == 1
+    assert int(head[3].num_batches_tracked) == 1
 
 
 def test_requests_that_cannot_be_met_name_the_switch() -> None:

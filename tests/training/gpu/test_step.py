@@ -175,24 +175,59 @@ def test_last_partial_batch_and_evaluation_in_between() -> None:
 
 
 def test_a_loaded_state_is_captured_anew() -> None:
+    """Going back to a saved state and on again follows the eager step that does the same."""
     data = resident()
-    step = make_step(graph="on", assemble=data.assemble)
-    saved = None
-    for number, (index, draws) in enumerate(data.epoch_indices(0)):
-        step.from_indices(index, draws)
-        if number == NUM_WARMUP:
+
+    def run(graph: Literal["on", "off"]) -> tuple[list[float], TrainStep]:
+        step = make_step(graph=graph, assemble=data.assemble, precision=torch.float32, num_steps=0)
+        with full_float32():
+            losses(step, data, 5)
             saved = copy.deepcopy((step.model.state_dict(), step.optimizer.state_dict()))
-    assert saved is not None and step._graphs is not None
-    step.model.load_state_dict(saved[0])
-    step.optimizer.load_state_dict(saved[1])
-    before = {k: v["momentum_buffer"].clone() for k, v in step.optimizer.state.items()}
-    index, draws = next(iter(data.epoch_indices(1)))
-    step.from_indices(index, draws)
-    moved = [
-        not torch.equal(state["momentum_buffer"], before[parameter])
-        for parameter, state in step.optimizer.state.items()
-    ]
-    assert all(moved)
+            losses(step, data, 5)
+            step.model.load_state_dict(saved[0])
+            step.optimizer.load_state_dict(saved[1])
+            return losses(step, data, 5), step
+
+    graph, step = run("on")
+    eager, _ = run("off")
+    assert step._graphs is not None and len(step._graphs.captured) >= 1
+    assert graph == pytest.approx(eager, rel=0.02)
+
+
+@pytest.mark.parametrize("given_noise", [False, True])
+def test_batches_from_anywhere_and_another_optimiser(given_noise: bool) -> None:
+    x = torch.rand(BATCH, 3, 32, 32, generator=generator(1)).cuda()
+    y = torch.randint(10, (BATCH,), generator=generator(2)).cuda()
+    noise = (0.02 * torch.randn(x.shape, generator=generator(3))).cuda()
+
+    def run(graph: Literal["on", "off"]) -> list[float]:
+        step = make_step(graph=graph, precision=torch.float32)
+        step = make_train_step(
+            step.model,
+            step.objective,
+            step.attack,
+            torch.optim.AdamW(step.model.parameters(), lr=1e-4),
+            graph=graph,
+            generator=step.generator,
+        )
+        arguments = (x, y, noise) if given_noise else (x, y)
+        with full_float32():
+            found = [float(step(*arguments)["loss"]) for _ in range(8)]
+        if graph == "on":
+            assert step._graphs is not None and len(step._graphs.captured) == 1
+        return found
+
+    assert run("on") == pytest.approx(run("off"), rel=0.02)
+
+
+def test_another_attack_is_captured_anew() -> None:
+    data = resident()
+    step = make_step(graph="on", assemble=data.assemble, lr=0.0)
+    index, draws = next(iter(data.epoch_indices(0)))
+    weak = [step.from_indices(index, draws)["ce_adv"] for _ in range(NUM_WARMUP + 2)][-1]
+    step.attack = PGD(eps=32 / 255, alpha=8 / 255, num_steps=10)
+    strong = [step.from_indices(index, draws)["ce_adv"] for _ in range(NUM_WARMUP + 2)][-1]
+    assert strong > weak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -234,3 +269,6 @@ def test_a_step_that_cannot_be_captured_says_so() -> None:
         step(x, y)
     with pytest.raises(ValueError, match=r"cannot be captured in a CUDA graph.*--step\.graph off"):
         step(x, y)
+    # Nothing is left behind: the same step goes on eagerly.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert step(x, y)["loss"].isfinite()
