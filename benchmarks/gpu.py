@@ -116,7 +116,7 @@ def run_all(
     Every test module and every benchmark module is a run of its own, which may take twice its even
     share of the time left, so that one that hangs costs the others little.
     """
-    modules = sorted((ROOT / "tests" / "kernels" / "gpu").glob("test_*.py"))
+    modules = sorted((ROOT / "tests").glob("*/gpu/test_*.py"))
     speeds = {path.stem: path for path in (ROOT / "benchmarks" / "kernels").glob("test_*.py")}
     runs_left = len(modules) + len(speeds)
     tests: dict[str, dict[str, int]] = {}
