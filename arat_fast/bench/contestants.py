@@ -261,16 +261,19 @@ def choose(
     return {name: contestant for name, contestant in available.items() if name in names}
 
 
-def best_baselines(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds per step of each baseline of one size; of the compiled ones, the fastest.
+def best_baselines(
+    results: Sequence[dict[str, Any]], field: str = "seconds_per_step"
+) -> dict[str, float]:
+    """``field`` of each baseline of one size; of the compiled ones, the smallest.
 
     Args:
-        results: entries with "contestant", "ours" and, where measured, "seconds_per_step".
+        results: entries with "contestant", "ours", "status" and, where measured, ``field``.
+        field: a time per step.
     """
     found: dict[str, float] = {}
     for entry in results:
         if entry["ours"] or entry["status"] != "measured":
             continue
         name = "compiled" if entry["contestant"].startswith("compiled") else entry["contestant"]
-        found[name] = min(entry["seconds_per_step"], found.get(name, float("inf")))
+        found[name] = min(entry[field], found.get(name, float("inf")))
     return found

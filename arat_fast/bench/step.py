@@ -286,8 +286,12 @@ def measure_workload(
     group = 0
     while pending:
         runs, deferred = _prepare(plan, workload, pending, batches, entries, display)
+        processor: dict[str, list[float]] = {name: [] for name in runs}
         times, failures = alternate(
-            {name: _turn(plan, pending[name], run, batches) for name, run in runs.items()},
+            {
+                name: _turn(plan, pending[name], run, batches, processor[name])
+                for name, run in runs.items()
+            },
             plan.rounds,
             lambda name, done, value: display.say(
                 f"  batch {workload.batch_size}  {name:18} turn {done}/{plan.rounds}  "
@@ -301,14 +305,15 @@ def measure_workload(
                 entries[name] |= failed
         for name, values in times.items():
             entries[name] |= {"status": "measured", "group": group, **_rates(values, workload)}
+            if plan.device.type == "cpu":
+                entries[name]["processor_seconds_per_step"] = statistics.median(processor[name])
         runs.clear()
         free_memory(plan.device)
         pending = {name: pending[name] for name in pending if name in deferred}
         group += 1
     found = [entries[name] for name in plan.contestants if name in entries]
-    baselines = best_baselines(found)
     for entry in found:
-        _relate(entry, record, baselines)
+        _relate(entry, found, record)
         if entry["status"] == "failed":
             record["problems"].append(
                 f"{entry['contestant']} at batch {workload.batch_size}: {entry['reason']}"
@@ -367,9 +372,13 @@ def warm(
 
 
 def _turn(
-    plan: Plan, contestant: Contestant, run: Run, batches: list[Batch]
+    plan: Plan,
+    contestant: Contestant,
+    run: Run,
+    batches: list[Batch],
+    processor: list[float],
 ) -> Callable[[], float]:
-    """One turn: seconds per step."""
+    """One turn: seconds per step; those of processor time, of all threads, go to ``processor``."""
     chosen = [batches[i % len(batches)] for i in range(plan.steps)]
 
     def turn() -> float:
@@ -378,7 +387,10 @@ def _turn(
                 # Another contestant has just used the memory and the caches.
                 free_memory(plan.device)
                 run(batches[:1])
-            return device_seconds(partial(run, chosen), plan.device) / plan.steps
+            began = time.process_time()
+            seconds = device_seconds(partial(run, chosen), plan.device)
+            processor.append((time.process_time() - began) / plan.steps)
+            return seconds / plan.steps
 
     return turn
 
@@ -393,17 +405,21 @@ def _rates(values: list[float], workload: Workload) -> dict[str, Any]:
     }
 
 
-def _relate(entry: dict[str, Any], record: dict[str, Any], baselines: dict[str, float]) -> None:
-    """Add what the speed is a share or a multiple of."""
+def _relate(entry: dict[str, Any], found: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    """Add what the speed is a share or a multiple of, among all ``found`` at its size."""
     if entry["status"] != "measured":
         return
     flops_per_second = entry["images_per_second"] * record["flops"]["step_per_image"]
     peak = record["rates"]["peak_flops_per_second"]
     entry["mfu"] = None if peak is None else flops_per_second / peak
     entry["share_of_matmul"] = flops_per_second / record["rates"]["matmul_flops_per_second"]
-    entry["speed_up"] = {
-        name: seconds / entry["seconds_per_step"] for name, seconds in baselines.items()
-    }
+    for result, field in (
+        ("speed_up", "seconds_per_step"),
+        ("speed_up_in_processor_time", "processor_seconds_per_step"),
+    ):
+        if field in entry:
+            baselines = best_baselines(found, field)
+            entry[result] = {name: value / entry[field] for name, value in baselines.items()}
 
 
 @contextmanager

@@ -26,6 +26,9 @@ def step_tables(record: dict[str, Any]) -> str:
         "",
         *(f"- {name}: {what}" for name, what in settings["contestants"].items()),
     ]
+    processor = _processor_time(record)
+    if processor:
+        lines += ["", processor]
     if record["correctness"]:
         lines += ["", *_correctness(record)]
     for entry in record["profile"]:
@@ -111,6 +114,22 @@ def _speeds(record: dict[str, Any]) -> list[str]:
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _processor_time(record: dict[str, Any]) -> str:
+    """Speed-ups that other work on the machine disturbs less, for the CPU."""
+    told = [
+        f"{entry['contestant']} at batch {entry['batch_size']} "
+        + ", ".join(
+            f"{_times(value)} × {name}"
+            for name, value in entry["speed_up_in_processor_time"].items()
+        )
+        for entry in record["results"]
+        if entry["ours"] and entry.get("speed_up_in_processor_time")
+    ]
+    if not told:
+        return ""
+    return f"In processor time, which other jobs on the machine disturb less: {'; '.join(told)}."
 
 
 def _loss(entry: dict[str, Any] | None) -> str:

@@ -163,7 +163,12 @@ def test_record_table_and_plot_of_a_step(
         assert entry["images_per_second"] == pytest.approx(4 / entry["seconds_per_step"])
         assert entry["mfu"] == pytest.approx(entry["share_of_matmul"] / 2)
         assert set(entry["speed_up"]) == {"naive", "tuned"}
+        assert entry["processor_seconds_per_step"] > 0
     assert results["naive"]["speed_up"]["naive"] == 1
+    assert results["fast"]["speed_up_in_processor_time"]["naive"] == pytest.approx(
+        results["naive"]["processor_seconds_per_step"]
+        / results["fast"]["processor_seconds_per_step"]
+    )
     assert results["fast"]["speed_up"]["naive"] == pytest.approx(
         results["naive"]["seconds_per_step"] / results["fast"]["seconds_per_step"]
     )
@@ -173,6 +178,7 @@ def test_record_table_and_plot_of_a_step(
     assert record["roofline"]["layers"] and not record["problems"]
     text = out.with_suffix(".md").read_text()
     assert text in printed.out and "| 4 | fast-folded |" in text and "Layer by layer" in text
+    assert "In processor time, which other jobs on the machine disturb less: fast at" in text
     assert out.with_suffix(".png").read_bytes().startswith(PNG)
 
 
