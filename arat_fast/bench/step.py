@@ -92,7 +92,7 @@ class StepOptions:
     """File for the record; default benchmarks/results/ in a checkout, else the current folder,
     named by device and date. The table and the plot lie beside it."""
     quick: bool = False
-    """Fewer sizes, steps and contestants: two minutes on a GPU, one on the CPU."""
+    """Fewer sizes, steps and contestants: about two minutes on a GPU."""
 
 
 @dataclass(frozen=True)
