@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,14 @@ if interpreting():
     pytest.skip("the interpreter replaces the kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from arat_kernels.aot import TARGETS, AotCase, Target, all_cases, compile_case  # noqa: E402
+from arat_kernels.aot import (  # noqa: E402
+    TARGETS,
+    AotCase,
+    Target,
+    all_cases,
+    compile_case,
+    kernels_table,
+)
 
 CASES = [case for cases in all_cases().values() for case in cases]
 TABLE = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -35,8 +44,13 @@ def test_compiles_well(case: AotCase, target: Target) -> None:
         for name in case.bulk:
             widths = [width for _, width in report.accesses[name]]
             assert widths and set(widths) == {16}, f"{name}: {report.accesses[name]}"
-    elif case.bulk:
-        assert 16 in [width for _, width in report.accesses[""]]
+    else:
+        # AMDGCN does not tell the pointers apart. The same tile on as many threads as sm_90's takes
+        # as many accesses of 16 bytes: were one narrower, some would be missing.
+        hopper = compile_case(case, TARGETS["sm_90"])
+        bulk = Counter(access for name in case.bulk for access in hopper.accesses[name])
+        for access, number in bulk.items():
+            assert report.accesses[""].count(access) >= number, f"{access}, as on sm_90: {number}"
 
 
 def test_narrow_accesses_are_seen() -> None:
@@ -55,9 +69,17 @@ def test_incomplete_case_is_refused() -> None:
         compile_case(broken, TARGETS["sm_90"])
 
 
-def test_committed_table_lists_the_kernels_there_are() -> None:
-    rows = [line for line in TABLE.read_text().splitlines() if line.startswith("| `")]
-    listed = [row.split("`")[1] for row in rows]
-    assert listed == [case.name for case in CASES], (
+def test_committed_table_is_that_of_the_kernels() -> None:
+    """All of it but what the compiler measures and the version of Triton."""
+    blank = kernels_table(lambda case: [""] * len(TARGETS))
+    assert without_measurements(TABLE.read_text()) == without_measurements(blank), (
         "write it anew: python -m arat_kernels.aot docs/kernels.md"
     )
+
+
+def without_measurements(table: str) -> list[str]:
+    lines = re.sub(r"with Triton \S+;", "with Triton;", table).splitlines()
+    cells = len(TARGETS) + 1
+    return [
+        " |".join(line.split(" |")[:-cells]) if line.startswith("| `") else line for line in lines
+    ]

@@ -271,6 +271,7 @@ class _Counters:
         if device.type != "cuda" or layers > self.MOST_LAYERS:
             return torch.zeros(layers, dtype=torch.int32, device=device)
         index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
         if torch.cuda.is_current_stream_capturing():
             captured = self._captured.get(index, self.CAPTURED_SETS)
             if captured == self.CAPTURED_SETS:
