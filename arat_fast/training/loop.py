@@ -92,6 +92,8 @@ class Trainer:
             saved = load_checkpoint(self.checkpoint_path)
             check_same_run(config, config_from_dict(saved["config"]), self.checkpoint_path)
         self.device = resolve_device(config.train.device)
+        # Shapes repeat, so that timing cuDNN's algorithms once pays.
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self.precision = resolve_precision(config.step.precision, self.device)
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
