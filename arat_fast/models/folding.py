@@ -126,9 +126,6 @@ class _Site(nn.Module):
         self.relu = relu
         self.impl: Impl | None = impl
 
-    def refresh(self) -> None:
-        raise AssertionError("a site makes its own constants")
-
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The affine map of the BatchNorm on running statistics, (C,) each."""
         (norm,) = self._norm
@@ -176,7 +173,7 @@ class _FoldedConv(_Site):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         (conv,) = self._conv
-        geometry = _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]  # not a string: _foldable
+        geometry = _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]  # not a string: _convolution
         out_dtype = self.weight.dtype
         device_type = x.device.type
         if isinstance(conv, StemConv2d) and torch.is_autocast_enabled(device_type):
@@ -291,12 +288,12 @@ def _has_cudnn(dtype: torch.dtype) -> bool:
 
 def _fold(
     network: fx.GraphModule, impl: Impl | None
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], list[_Site]]:
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], list[_FoldedConv | _FrozenAffine]]:
     """Rewrite the graph in place; the paths by what became of them, and the new layers."""
     modules = dict(network.named_modules())
     nodes = list(network.graph.nodes)
     folded, affine, unfolded = [], [], []
-    sites: dict[fx.Node, _Site] = {}
+    sites: dict[fx.Node, _FoldedConv | _FrozenAffine] = {}
     for node in nodes:
         norm = modules[str(node.target)] if node.op == "call_module" else None
         if not isinstance(norm, (SplitBatchNorm2d, _BatchNorm)):
@@ -317,7 +314,7 @@ def _fold(
             absorbed = _absorb(node, residual, relu, modules)
             if not _mutation_between(nodes, start, absorbed[0], modules, but=absorbed[3]):
                 end, residual, relu, replaced = absorbed
-        site: _Site
+        site: _FoldedConv | _FrozenAffine
         source: Any
         if conv is None:
             site, source = _FrozenAffine(norm, relu, impl), x
@@ -347,9 +344,9 @@ def _fold(
     return tuple(folded), tuple(affine), tuple(unfolded), ordered
 
 
-def _merge_biases(sites: dict[fx.Node, _Site]) -> list[_Site]:
+def _merge_biases(sites: dict[fx.Node, _FoldedConv | _FrozenAffine]) -> list[_FoldedConv]:
     """Let a convolution add the bias of the one that is only its residual; the latter ones."""
-    merged: list[_Site] = []
+    merged: list[_FoldedConv] = []
     for node, main in sites.items():
         residual = node.args[1]
         if not isinstance(main, _FoldedConv) or not isinstance(residual, fx.Node):
