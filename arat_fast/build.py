@@ -9,7 +9,14 @@ from arat_fast.config import Config
 from arat_fast.data import Batches
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
-from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
+from arat_fast.objectives import (
+    ARAT,
+    MART,
+    TRADES,
+    AdversarialTraining,
+    NaturalTraining,
+    Objective,
+)
 from arat_kernels.implementation import Impl
 
 
@@ -52,6 +59,10 @@ def build_objective(config: Config, model: nn.Module, data: Batches) -> Objectiv
         return NaturalTraining()
     if options.name == "at":
         return AdversarialTraining()
+    if options.name == "trades":
+        return TRADES(options.beta)
+    if options.name == "mart":
+        return MART(options.beta)
     objective = ARAT(
         model,
         config.regularized_layers,

@@ -13,7 +13,7 @@ from arat_fast.attacks.pgd import PGD
 from arat_fast.models.registry import model_spec
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenette"]
-ObjectiveName = Literal["arat", "at", "natural"]
+ObjectiveName = Literal["arat", "at", "trades", "mart", "natural"]
 Compat = Literal["paper", "official"]
 
 
@@ -36,7 +36,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: ObjectiveName = "arat"
-    """arat, at (plain adversarial training) or natural (no attack)."""
+    """arat, at (plain adversarial training), trades, mart or natural (no attack). trades and mart
+    attack on running statistics from a normal start, as published."""
     gamma: float = 30.0
     """Weight of the invariance loss; >= 0."""
     layers: tuple[str, ...] = ()
@@ -51,10 +52,17 @@ class ObjectiveConfig:
     """Weights of the classification losses: the clean branch's training accuracy over the previous
     epoch, the same measured on the first 1,024 samples before each epoch (official code), or
     fixed."""
+    beta: float = 6.0
+    """trades and mart: weight of the divergence; >= 0."""
     w_adv: float = 1.0
     """Weight of the adversarial classification loss with balance=fixed; >= 0."""
     w_clean: float = 1.0
     """Weight of the clean classification loss with balance=fixed; >= 0."""
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether one network is trained on clean and on adversarial images."""
+        return self.name in ("arat", "trades", "mart")
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def _from_training(
             data.train.epoch(config.train.epochs),
             None if config.objective.name == "natural" else config.attack,
             stream_generator(config.seed, "refresh", device),
-            mixture=config.objective.name == "arat",
+            mixture=config.objective.mixes_images,
         )
     return model, config.average.kind
 

@@ -3,5 +3,15 @@
 from arat_fast.objectives.adversarial_training import AdversarialTraining, NaturalTraining
 from arat_fast.objectives.arat import ARAT
 from arat_fast.objectives.base import Objective, ObjectiveOutput
+from arat_fast.objectives.mart import MART
+from arat_fast.objectives.trades import TRADES
 
-__all__ = ["ARAT", "AdversarialTraining", "NaturalTraining", "Objective", "ObjectiveOutput"]
+__all__ = [
+    "ARAT",
+    "MART",
+    "TRADES",
+    "AdversarialTraining",
+    "NaturalTraining",
+    "Objective",
+    "ObjectiveOutput",
+]

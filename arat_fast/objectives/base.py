@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import AttackLoss
+from arat_fast.attacks.pgd import PGD, AttackLoss
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Objective(nn.Module, ABC):
 
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss | None:
         """The loss that the attack maximises, as a function of the logits; None: cross-entropy."""
+        return None
+
+    def own_attack(self, attack: PGD) -> PGD:
+        """The attack of this objective, with radius, steps and norm of ``attack``."""
+        return attack
+
+    def attack_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """Where the attack starts, added to ``x``; None: where the attack itself says."""
         return None
 
     def start_epoch(self, clean_accuracy: float) -> None:

@@ -17,7 +17,12 @@ from arat_fast.reporting.words import duration, grouped, percent
 
 _MAX_POINTS = 1500
 _SMOOTH_ABOVE = 60
-_TERM_NAMES = {"ce_adv": "adversarial", "ce_clean": "clean"}
+_TERMS = (
+    ("ce_adv", "cross-entropy, adversarial", style.ADVERSARIAL),
+    ("ce_clean", "cross-entropy, clean", style.CLEAN),
+    ("kl", "divergence", style.GREEN),
+    ("margin", "margin", style.PURPLE),
+)
 
 
 @dataclass(frozen=True)
@@ -150,10 +155,8 @@ def _loss(run: Run) -> Plot | None:
     figure, axes = style.new_axes()
     described = []
     series = [("loss", "total", style.INK, style.DASHES[0], run.train_series("loss"))]
-    for index, (key, name) in enumerate(_TERM_NAMES.items()):
-        color = (style.ADVERSARIAL, style.CLEAN)[index]
-        label = f"cross-entropy, {name}"
-        series.append((key, label, color, style.DASHES[index + 1], run.train_series(key)))
+    for index, (key, label, color) in enumerate(_TERMS, 1):
+        series.append((key, label, color, style.DASHES[index], run.train_series(key)))
     layers = _layers(run)
     if layers:
         total = _sum_of_layers(run, layers)

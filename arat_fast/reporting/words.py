@@ -21,6 +21,8 @@ _DATASETS = {
 _OBJECTIVES = {
     "arat": "ARAT",
     "at": "Plain adversarial training",
+    "trades": "TRADES",
+    "mart": "MART",
     "natural": "Ordinary training",
 }
 _WEIGHTS = {

@@ -30,7 +30,7 @@ from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
 from arat_fast.interop.weights import load_weights
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
-from arat_fast.objectives import ARAT
+from arat_fast.objectives import ARAT, Objective
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.interrupt import InterruptedRun, StopRequest, stop_on_signals
@@ -287,7 +287,7 @@ class Trainer:
                 self._refresh_batches(stop),
                 self.config.attack if self.objective.needs_attack else None,
                 stream_generator(self.config.seed, "refresh", self.device),
-                mixture=self.config.objective.name == "arat",
+                mixture=self.config.objective.mixes_images,
             )
             self.average.statistics_fresh = True
             self._save()
@@ -530,8 +530,13 @@ class Trainer:
         }
         attacked = self.objective.needs_attack
         used["pgd_step"] = attacked
-        used["random_start"] = attacked and self.config.attack.random_start
-        used["cross_entropy_grad"] = attacked
+        own = type(self.objective)
+        used["random_start"] = (
+            attacked
+            and self.config.attack.random_start
+            and own.attack_noise is Objective.attack_noise
+        )
+        used["cross_entropy_grad"] = attacked and own.attack_loss is Objective.attack_loss
         used["cosine_invariance"] = (
             isinstance(self.objective, ARAT) and self.objective.stop_gradient
         )

@@ -181,8 +181,11 @@ class TrainStep:
         with self._autocast(x.device.type):
             x_adv = x
             if self.objective.needs_attack:
-                x_adv = self.attack(
-                    self._attacked(x),
+                attack = self.objective.own_attack(self.attack)
+                if noise is None:
+                    noise = self.objective.attack_noise(x, self.generator)
+                x_adv = attack(
+                    self._attacked(attack, x),
                     x,
                     y,
                     loss_fn=self.objective.attack_loss(self.model, x, y),
@@ -200,9 +203,9 @@ class TrainStep:
                 metrics[f"accuracy_{name}"] = (logits.argmax(dim=1) == y).float().mean()
         return metrics
 
-    def _attacked(self, x: Tensor) -> nn.Module:
+    def _attacked(self, attack: PGD, x: Tensor) -> nn.Module:
         """The network whose input gradients the attack follows."""
-        if self.attack.bn != "running" or not self.fold:
+        if attack.bn != "running" or not self.fold:
             return self.model
         if self.folded_network is None:
             self.folded_network = FoldedNetwork(self.model, x, self.impl)

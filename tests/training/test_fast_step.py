@@ -294,3 +294,16 @@ def test_a_run_says_what_was_folded(tmp_path: Path) -> None:
     assert "9 BatchNorm layers folded into convolutions, 0 affine maps" in said.getvalue()
     assert summary["folded_batch_norms"] == 9
     assert summary["kernels"]["frozen_affine"] == "reference"
+
+
+@pytest.mark.parametrize("name", ["trades", "mart"])
+def test_a_run_with_another_objective(tmp_path: Path, name: Literal["trades", "mart"]) -> None:
+    config = tiny_config(epochs=1, kind="swa", start=0.0, every=1)
+    config = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, name=name, beta=2.0)
+    )
+    display = Display(Console(quiet=True))
+    summary = Trainer(config, tmp_path / "run", display=display).run()
+    assert summary["objective"] == name and summary["folded_batch_norms"] == 9
+    assert "random_start" not in summary["kernels"]
+    assert ("cross_entropy_grad" in summary["kernels"]) == (name == "mart")

@@ -1,0 +1,65 @@
+"""MART: adversarial training that weighs samples by how sure the network is of the clean image."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arat_fast.attacks.pgd import PGD
+from arat_fast.models.split_batch_norm import use_branch
+from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.objectives.trades import check_beta, normal_start
+
+_FLOOR = 1e-12
+
+
+class MART(Objective):
+    """``BCE(f(x_adv), y) + beta * mean_n KL(p(x) || p(x_adv)) * (1 - p(x)_y)``.
+
+    ``p`` are the softmax probabilities, and ``BCE`` is the cross-entropy plus
+    ``-log(1 - max_{k != y} p(x_adv)_k)``. Gradients reach both sides of the divergence and the
+    weight. The attack maximises the cross-entropy on running statistics, from a start of normal
+    noise, whatever ``bn`` and ``random_start`` of the step's attack say. Clean and adversarial
+    images pass through the network one after the other.
+
+    Args:
+        beta: weight of the divergence, >= 0; 6 in the published code, 5 in the paper.
+
+    Raises:
+        ValueError: ``beta`` is negative.
+
+    Source: Wang et al., ICLR 2020, equation 11; the constants 1.0001, 1.0000001 and 1e-12 that keep
+    logarithms and weights positive are those of the authors' code.
+    """
+
+    def __init__(self, beta: float = 6.0) -> None:
+        super().__init__()
+        check_beta(beta)
+        self.beta = beta
+
+    def own_attack(self, attack: PGD) -> PGD:
+        return dataclasses.replace(attack, bn="running")
+
+    def attack_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        return normal_start(x, generator)
+
+    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+        with use_branch(model, "adv"):
+            logits_clean, logits_adv = widen(model(x)), widen(model(x_adv))
+        clean, adv = logits_clean.log_softmax(dim=1), logits_adv.softmax(dim=1)
+        two = adv.topk(2, dim=1).indices
+        rival = torch.where(two[:, 0] == y, two[:, 1], two[:, 0])
+        margin = F.nll_loss((1.0001 - adv + _FLOOR).log(), rival)
+        # Of logarithms: a probability that underflows would have no gradient but NaN.
+        divergences = F.kl_div((adv + _FLOOR).log(), clean, reduction="none", log_target=True)
+        unsure = 1.0000001 - clean.gather(1, y[:, None])[:, 0].exp()
+        terms = {
+            "ce_adv": F.cross_entropy(logits_adv, y),
+            "margin": margin,
+            "kl": self.beta * (divergences.sum(dim=1) * unsure).mean(),
+        }
+        loss = torch.stack(list(terms.values())).sum()
+        return ObjectiveOutput(loss, terms, logits_clean, logits_adv)
