@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from arat_fast.attacks import PGD
-from arat_fast.models import convert_split_batch_norm
+from arat_fast.models import convert_split_batch_norm, create_model, use_branch
 from arat_fast.objectives import ARAT
+from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
 from arat_fast.training.step import TrainStep, make_train_step
 
 README = Path(__file__).parent.parent / "README.md"
+FILES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 
 
 def snippet(path: Path) -> str:
@@ -59,6 +63,31 @@ def test_library_example() -> None:
     assert metrics["loss"].isfinite()
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+def test_objective_example() -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet8", 10, norm="shared")
+    names = {
+        "F": F,
+        "Objective": Objective,
+        "ObjectiveOutput": ObjectiveOutput,
+        "PGD": PGD,
+        "make_train_step": make_train_step,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "torch": torch,
+        "use_branch": use_branch,
+        "widen": widen,
+        "x": torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "y": torch.arange(4),
+    }
+    exec(snippet(README.parent / "docs" / "objectives.md"), names)
+    metrics = names["metrics"]
+    assert isinstance(metrics, dict)
+    parts = float(metrics["ce_adv"] + metrics["pairing"])
+    assert parts > 0 and abs(float(metrics["loss"]) - parts) <= 1e-6 * parts
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
