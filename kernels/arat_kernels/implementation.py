@@ -11,6 +11,9 @@ from torch import Tensor
 
 Impl = Literal["triton", "reference"]
 
+# What the kernels of floating-point tensors read and write.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Triton decides at import whether kernels are interpreted; read at import for the same reason.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

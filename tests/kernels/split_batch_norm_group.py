@@ -44,6 +44,9 @@ def check_two_processes(folder: Path, impl: Impl) -> None:
     expected = worker.results(whole, sizes, "reference", None)
     for name in ("y", "pooled", "gradient of x", "gradient of residual"):
         torch.testing.assert_close(both(name, got), expected[name], rtol=1e-6, atol=1e-8)
+    for values in got:
+        for name in ("y", "pooled", "running_mean", "running_var"):
+            assert torch.equal(values[f"{name} of the layer"], values[name]), name
     for name in ("gradient of weight", "gradient of bias"):
         torch.testing.assert_close(
             got[0][name] + got[1][name], expected[name], rtol=1e-6, atol=1e-8

@@ -158,9 +158,29 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"sizes": (6, -1)}, "must sum to N = 5, got (6, -1)"),
         ({"weight": torch.randn(2, 4)}, "weight must be (2, C) = (2, 5), got (2, 4)"),
         ({"bias": torch.randn(5)}, "bias must be (2, C) = (2, 5), got (5,)"),
-        ({"bias": torch.ones(2, 5, dtype=torch.int64)}, "bias must be a floating-point tensor"),
-        ({"bias": torch.zeros(2, 5).half()}, "bias must be torch.float32 as weight, got torch.flo"),
-        ({"running_var": torch.ones(2, 5).double()}, "running_var must be torch.float32 as runni"),
+        ({"bias": torch.ones(2, 5, dtype=torch.int64)}, "bias must be torch.float32 for an x of"),
+        ({"weight": torch.ones(2, 5).double()}, "of torch.float32, got torch.float64"),
+        (
+            {"bias": torch.zeros(2, 5).half()},
+            "bias must be torch.float32 for an x of torch.float32",
+        ),
+        ({"running_var": torch.ones(2, 5).double()}, "running_var must be torch.float32 for an x"),
+        (
+            {"x": torch.ones(5, 5, 4, 3).double()},
+            "weight must be torch.float64 for an x of torch.f",
+        ),
+        (
+            {"x": torch.ones(5, 5, 4, 3).half(), "running_var": torch.ones(2, 5).bfloat16()},
+            "running_var must be torch.float16 or torch.float32 for an x of torch.float16, got",
+        ),
+        (
+            {"x": torch.ones(5, 5, 4, 3).half(), "bias": torch.ones(2, 5).half()},
+            "bias must be torch.float32 as weight, got torch.float16",
+        ),
+        (
+            {"x": torch.ones(5, 5, 4, 3).half(), "running_var": torch.ones(2, 5).half()},
+            "running_var must be torch.float32 as running_mean, got torch.float16",
+        ),
         ({"running_mean": torch.zeros(1, 5)}, "running_mean must be (2, C) = (2, 5), got (1, 5)"),
         ({"running_var": torch.ones(2, 5, device="meta")}, "running_var must be on cpu as x"),
         ({"running_var": torch.ones(5, 2).t()}, "running_var must be contiguous"),
@@ -234,6 +254,41 @@ def test_layer_in_a_network_without_the_trainer() -> None:
         y = model(inputs.x)
     assert torch.equal(y, run(attacked, inputs, "reference")["y"])
     assert torch.equal(layer.running_mean, expected["running_mean"])
+
+
+@pytest.mark.parametrize(
+    ("branch", "num_clean", "message"),
+    [
+        ("avd", None, "branch must be one of ('clean', 'adv', 'both'), got 'avd'"),
+        ("adv", 2, "or >= 0 with branch \"both\", got 2 with branch 'adv'"),
+        ("both", -1, "or >= 0 with branch \"both\", got -1 with branch 'both'"),
+    ],
+)
+def test_bad_branch_is_refused(branch: Any, num_clean: int | None, message: str) -> None:
+    layer = SplitBatchNorm2d(5)
+    with pytest.raises(ValueError, match=re.escape(message)), use_branch(layer, branch, num_clean):
+        pass
+    assert (layer.branch, layer.num_clean) == ("adv", None)
+
+
+def test_bad_statistics_are_refused() -> None:
+    layer = SplitBatchNorm2d(5)
+    wrong: Any = "runing"
+    message = "statistics must be one of ('batch', 'running', 'batch_update'), got 'runing'"
+    with pytest.raises(ValueError, match=re.escape(message)), use_statistics(layer, wrong):
+        pass
+    assert layer.statistics is None and layer.training
+
+
+def test_a_refused_batch_is_not_counted() -> None:
+    layer = SplitBatchNorm2d(5)
+    with pytest.raises(ValueError, match="got 1 in the adv branch"):
+        layer(torch.randn(1, 5, 1, 1))
+    with pytest.raises(ValueError, match=re.escape("weight must be (2, C) = (2, 4), got (2, 5)")):
+        layer(torch.randn(2, 4, 3, 3))
+    assert layer.num_batches_tracked.tolist() == [0, 0]
+    layer(torch.randn(2, 5, 3, 3))
+    assert layer.num_batches_tracked.tolist() == [0, 1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the kernels themselves")

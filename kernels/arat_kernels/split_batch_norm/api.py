@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from arat_kernels.implementation import Impl, choose
+from arat_kernels.implementation import DTYPES, Impl, choose
 from arat_kernels.split_batch_norm.reference import split_batch_norm_reference
 
 if importlib.util.find_spec("triton"):
@@ -16,8 +16,6 @@ if importlib.util.find_spec("triton"):
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @overload
@@ -109,10 +107,11 @@ def split_batch_norm(
         x: (N, C, H, W), float16, bfloat16, float32 or float64; the first ``sizes[0]`` samples are
             clean, the other ``sizes[1]`` adversarial. With Triton channels_last is the fast layout;
             any other is copied to it first and the result copied back.
-        weight, bias: (2, C), one dtype of those of ``x`` for both; row 0 for the clean branch, row
-            1 for the adversarial one; None is the identity.
-        running_mean, running_var: (2, C), one dtype of those of ``x`` for both; same rows; changed
-            in place when they are updated.
+        weight, bias: (2, C), both in ``x``'s dtype, or in float32 for a 16-bit ``x``; row 0 for
+            the clean branch, row 1 for the adversarial one; None is the identity. With Triton
+            those of 16 bits are widened first.
+        running_mean, running_var: (2, C), both in ``x``'s dtype, or in float32 for a 16-bit ``x``;
+            same rows; changed in place when they are updated.
         sizes: (clean, adv) samples, summing to N; either may be 0, and that branch is untouched.
         training: True normalises with the statistics of the batch, False with the running ones.
         update_running_stats: with ``training``, whether the running statistics move.
@@ -182,8 +181,8 @@ def _check(
 ) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"x must be (N, C, H, W) and not empty, got shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be a floating-point tensor of {_DTYPES}, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be a floating-point tensor of {DTYPES}, got {x.dtype}")
     if len(sizes) != 2 or min(sizes) < 0 or sum(sizes) != x.shape[0]:
         raise ValueError(f"sizes (clean, adv) must sum to N = {x.shape[0]}, got {tuple(sizes)}")
     if not 0.0 <= momentum <= 1.0:
@@ -191,6 +190,8 @@ def _check(
     if not eps > 0.0:
         raise ValueError(f"eps must be > 0, got {eps}")
     expected = (2, x.shape[1])
+    wide = x.dtype in (torch.float32, torch.float64)
+    parameter_dtypes = (x.dtype,) if wide else (x.dtype, torch.float32)
     named = {
         "weight": weight,
         "bias": bias,
@@ -202,9 +203,10 @@ def _check(
             continue
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} must be (2, C) = {expected}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in parameter_dtypes:
+            expected_dtypes = " or ".join(map(str, parameter_dtypes))
             raise ValueError(
-                f"{name} must be a floating-point tensor of {_DTYPES}, got {tensor.dtype}"
+                f"{name} must be {expected_dtypes} for an x of {x.dtype}, got {tensor.dtype}"
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} as x, got {tensor.device}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_kernels.implementation import Impl
 from arat_kernels.split_batch_norm.api import split_batch_norm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Branch = Literal["clean", "adv", "both"]
 Statistics = Literal["batch", "running", "batch_update"]
@@ -26,8 +29,10 @@ class SplitBatchNorm2d(nn.Module):
     in use is set for a whole network by :func:`use_branch`; outside of it every layer runs ``adv``,
     the model that is deployed. ``train()`` and ``eval()`` mean what they mean for
     :class:`torch.nn.BatchNorm2d`; :func:`use_statistics` overrides them for the time of an attack.
-    Two attributes may be set: ``impl``, "triton" or "reference" (None takes Triton for CUDA
-    tensors), and ``pooled_sink``, called in every forward with the pooled feature, (N, C).
+    Three attributes may be set: ``impl``, "triton" or "reference" (None takes Triton for CUDA
+    tensors); ``pooled_sink``, called in every forward with the pooled feature, (N, C); and
+    ``group``, the processes of :mod:`torch.distributed` whose batches give the statistics together
+    (None: this process alone). A group can be neither copied nor pickled, nor then the layer.
 
     Example::
 
@@ -80,22 +85,18 @@ class SplitBatchNorm2d(nn.Module):
         self.statistics: Statistics | None = None
         self.impl: Impl | None = None
         self.pooled_sink: Callable[[Tensor], None] | None = None
+        self.group: ProcessGroup | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise ``x``, add ``residual`` (same shape) and apply ReLU, as asked.
 
         Raises:
             ValueError: ``x`` has another number of channels, or ``branch`` is "both" and the batch
-                is odd while no number of clean samples is given.
+                is odd while no number of clean samples is given; no buffer has changed then.
         """
         sizes = self._sizes(x.shape[0])
         training = self.training if self.statistics is None else self.statistics != "running"
         update = training and self.statistics != "batch"
-        if update:
-            if sizes[CLEAN] and sizes[ADV]:
-                self.num_batches_tracked += 1
-            else:
-                self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
         result = split_batch_norm(
             x,
             self.weight,
@@ -110,8 +111,14 @@ class SplitBatchNorm2d(nn.Module):
             residual=residual,
             relu=relu,
             return_pooled=self.pooled_sink is not None,
+            group=self.group,
             impl=self.impl,
         )
+        if update:
+            if sizes[CLEAN] and sizes[ADV]:
+                self.num_batches_tracked += 1
+            else:
+                self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
         if isinstance(result, Tensor):
             return result
         y, pooled = result
@@ -146,7 +153,17 @@ def use_branch(model: nn.Module, branch: Branch, num_clean: int | None = None) -
         model: any network; without split layers the context does nothing.
         branch: "clean", "adv", or "both" for a batch ``[x_clean; x_adv]``.
         num_clean: with "both", the number of clean samples at the front; default half of the batch.
+
+    Raises:
+        ValueError: on entry, for another branch, or ``num_clean`` without "both" or below 0.
     """
+    if branch not in get_args(Branch):
+        raise ValueError(f"branch must be one of {get_args(Branch)}, got {branch!r}")
+    if num_clean is not None and (branch != "both" or num_clean < 0):
+        raise ValueError(
+            'num_clean must be None, or >= 0 with branch "both", '
+            f"got {num_clean} with branch {branch!r}"
+        )
     layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
     before = [(layer.branch, layer.num_clean) for layer in layers]
     for layer in layers:
@@ -169,7 +186,12 @@ def use_statistics(model: nn.Module, statistics: Statistics) -> Iterator[None]:
         statistics: "batch" (those of the batch; running statistics and counters stay untouched),
             "running" (the whole model is in eval mode, dropout included), or "batch_update" (those
             of the batch, and the running statistics move).
+
+    Raises:
+        ValueError: on entry, for other statistics.
     """
+    if statistics not in get_args(Statistics):
+        raise ValueError(f"statistics must be one of {get_args(Statistics)}, got {statistics!r}")
     modes = [(module, module.training) for module in model.modules()]
     split = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
     plain = [m for m in model.modules() if isinstance(m, _BatchNorm)]
