@@ -38,8 +38,10 @@ class AotCase:
         signature: type of every argument that is not a constexpr, in Triton's words ("*bf16",
             "i32", "i64", "fp32"); a tuple of types for a tuple.
         constexprs: value of every constexpr argument, and of every pointer argument that is None.
-        num_warps, num_stages: as the launcher passes them on NVIDIA; AMD's warps are twice as wide,
-            and half as many are compiled, as :func:`~arat_kernels.implementation.warps` gives.
+        num_warps: as the launcher passes them on NVIDIA; AMD's warps are twice as wide, and half as
+            many are compiled, as :func:`~arat_kernels.implementation.warps` gives.
+        num_stages: what a launch on NVIDIA has, where launchers leave it to Triton; on AMD Triton's
+            other default is compiled.
         bulk: pointer arguments whose accesses must be 16 bytes wide per thread.
         bytes_per_element: the traffic in words, for example "2 reads of x, 1 write of y".
         note: why the block shape is what it is.
@@ -101,6 +103,7 @@ class Report:
         accesses: NVIDIA: (direction, bytes per thread) of every global access, by pointer argument
             ("x->" for what a pointer loaded through x points at). AMD: all of them under "".
         assembly: PTX or AMDGCN text.
+        ttir: Triton's own intermediate text.
     """
 
     registers: int
@@ -109,6 +112,7 @@ class Report:
     occupancy: float
     accesses: dict[str, list[tuple[str, int]]]
     assembly: str = field(repr=False)
+    ttir: str = field(repr=False)
 
 
 def compile_case(case: AotCase, target: Target) -> Report:
@@ -138,9 +142,15 @@ def compile_case(case: AotCase, target: Target) -> Report:
         attrs={path: [["tt.divisibility", 16]] for path in divisible(case)},
     )
     num_warps = max(1, case.num_warps * 32 // target.gpu.warp_size)
-    options = {"num_warps": num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": num_warps}
+    if target.gpu.backend == "cuda":
+        options["num_stages"] = case.num_stages
     compiled = triton.compile(source, target=target.gpu, options=options)
-    pointers = [name for name in arguments if name in case.signature]
+    # A tuple is as many parameters as it has elements.
+    passed: list[str] = []
+    for name in arguments:
+        kind = case.signature.get(name, ())
+        passed += [name] * (len(kind) if isinstance(kind, tuple) else 1)
     shared = int(compiled.metadata.shared)
     if target.gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -150,9 +160,9 @@ def compile_case(case: AotCase, target: Target) -> Report:
     else:
         text = compiled.asm["ptx"]
         registers, spills = _ptxas_report(text, target)
-        accesses = _ptx_accesses(text, pointers)
+        accesses = _ptx_accesses(text, passed)
     occupancy = _occupancy(target, registers, shared, num_warps)
-    return Report(registers, spills, shared, occupancy, accesses, text)
+    return Report(registers, spills, shared, occupancy, accesses, text, compiled.asm["ttir"])
 
 
 def divisible(case: AotCase) -> list[tuple[int, ...]]:
@@ -303,9 +313,12 @@ def kernels_table(measured: Callable[[AotCase], list[str]]) -> str:
         "limit it. The tests compile every row for every GPU here and fail on a register spill, "
         "on a bulk access narrower than 16 bytes per thread, and on shared memory over the limit. "
         "Other tests sweep the launchers over shapes, dtypes and layouts, and fail on a launch "
-        "that no row covers: a row has the launch's block, alignment and width of elements and at "
-        "least its optional tensors, and a row has its dtypes. float64, which is there for "
-        "gradcheck, is compiled for one block shape of each kernel.",
+        "that no row covers: one row has the launch's block, warps, alignment and dtypes, and at "
+        "least its optional tensors (a backward that computes ReLU again instead of reading its "
+        "bits has rows of its own). Numbers of channels, of layers and their widths are examples: "
+        "the cosine distance has rows of 1, 4 and 11 layers, and nothing is said here of a launch "
+        "of more. float64, which is there for gradcheck, is compiled for one block shape of each "
+        "kernel.",
         "",
         "Split BatchNorm reads its input once for the statistics and once to normalise it, in "
         "separate launches. A variant in one launch, with a barrier across the grid, is not "

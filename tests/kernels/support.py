@@ -31,6 +31,14 @@ def randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32)
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
+def at_an_odd_place(t: Tensor) -> Tensor:
+    """The same numbers, laid out the same, not at a multiple of 16 bytes."""
+    store = t.new_empty(t.numel() + 1)
+    moved = store.as_strided(t.shape, t.stride(), 1)
+    assert moved.copy_(t.detach()).data_ptr() % 16
+    return moved
+
+
 def to_float64(value: Any) -> Any:
     """Every floating-point tensor in a nest of tuples, lists and dicts, widened; others as is."""
     if isinstance(value, Tensor):

@@ -80,6 +80,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("logits must be \\(N, K\\)", {"logits": LOGITS[0]}),
     ("logits must be \\(N, K\\)", {"logits": LOGITS[:, :0]}),
     ("logits must be a floating-point", {"logits": LOGITS.int()}),
+    ("logits must be a floating-point", {"logits": LOGITS.to(torch.float8_e5m2)}),
     ("target must be \\(N,\\) = \\(6,\\)", {"target": TARGET[:5]}),
     ("target must be int64 or int32", {"target": TARGET.float()}),
     ("one device", {"target": TARGET.to("meta")}),

@@ -51,6 +51,8 @@ def test_gradient_is_masked_by_the_saved_output() -> None:
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("x must be \\(N, C, ...\\)", {"x": SCALE}),
     ("x must be a floating-point", {"x": X.int()}),
+    ("x must be a floating-point", {"x": X.to(torch.float8_e5m2)}),
+    ("scale must be a floating-point", {"scale": SCALE.to(torch.float8_e5m2)}),
     ("scale must be \\(C,\\) = \\(3,\\)", {"scale": SCALE[:2]}),
     ("shift must be \\(C,\\) = \\(3,\\)", {"shift": SHIFT[:, None]}),
     ("shift must be a floating-point", {"shift": SHIFT.int()}),
@@ -78,6 +80,7 @@ def test_constants_that_require_a_gradient_are_fine_without_grad_mode() -> None:
 BAD_BACKWARD: list[tuple[str, dict[str, Any]]] = [
     ("y must be \\(N, C, ...\\)", {"y": SCALE}),
     ("y must be a floating-point", {"y": X.int()}),
+    ("y must be a floating-point", {"y": X.to(torch.float8_e5m2)}),
     ("dy must be torch.float32 of shape", {"dy": X[:1]}),
     ("dy_skip must be torch.float32 of shape", {"dy_skip": X.double()}),
     ("one device", {"dy": X.to("meta")}),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from kernels.split_batch_norm_cases import Case, Inputs, call, make
+from kernels.support import at_an_odd_place
 
 from arat_kernels.implementation import interpreting
 
@@ -19,7 +21,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 from kernels.launches import Launch, assert_promised, recorded  # noqa: E402
 
 from arat_kernels.split_batch_norm import api  # noqa: E402
-from arat_kernels.split_batch_norm.triton import aot_cases, backward_input  # noqa: E402
+from arat_kernels.split_batch_norm.triton import (  # noqa: E402
+    aot_cases,
+    backward_input,
+    statistics,
+)
 
 
 @pytest.fixture
@@ -29,9 +35,10 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return recorded(monkeypatch, compiled="sizes_of_one" in request.node.name)
 
 
-def run(case: Case, inputs: Inputs, parameters: bool) -> None:
-    """Forward and backward, with or without the gradients of the parameters."""
-    leaves = [leaf for leaf in (inputs.x, inputs.residual) if leaf is not None]
+def run(case: Case, inputs: Inputs, parameters: bool, constant_residual: bool = False) -> None:
+    """Forward and backward, with or without the gradients of the parameters and the residual."""
+    inputs_of = (inputs.x,) if constant_residual else (inputs.x, inputs.residual)
+    leaves = [leaf for leaf in inputs_of if leaf is not None]
     affine = [leaf for leaf in (inputs.weight, inputs.bias) if leaf is not None]
     for leaf in (*leaves, *affine):
         leaf.requires_grad_()
@@ -94,6 +101,8 @@ def test_every_launch_is_compiled_ahead_of_time(
         if relu is pooled:
             inputs.x = at_an_odd_place(inputs.x)
             inputs.running_mean = at_an_odd_place(inputs.running_mean)
+        if residual and relu:
+            run(case, replace(inputs), parameters=training is update, constant_residual=True)
         run(case, inputs, parameters=training is update)
         with torch.no_grad():
             call(case, inputs, "triton")
@@ -106,12 +115,31 @@ def test_every_launch_is_compiled_ahead_of_time(
     assert_promised(launches, aot_cases())
 
 
-def at_an_odd_place(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, laid out the same, not at a multiple of 16 bytes."""
-    store = t.new_empty(t.numel() + 1)
-    moved = store.as_strided(t.shape, t.stride(), 1)
-    assert moved.copy_(t).data_ptr() % 16
-    return moved
+def test_a_launch_that_no_case_covers_is_seen(launches: list[Launch]) -> None:
+    """One case must have it all: two that have half of it each do not."""
+    x = torch.zeros(2, 16, 3, 3).to(memory_format=torch.channels_last)
+    statistics(x, torch.zeros(2, 16), torch.ones(2, 16), 1, 0.1)
+    assert_promised(launches, aot_cases())
+    launches.clear()
+    # The API refuses this, so no case has it: there are float32 partial results and there are
+    # float64 buffers.
+    statistics(x, torch.zeros(2, 16).double(), torch.ones(2, 16).double(), 1, 0.1)
+    with pytest.raises(AssertionError, match="no case has these types.*combine_kernel"):
+        assert_promised(launches, aot_cases())
+    launches.clear()
+    run(Case(channels=16, residual=False), make(Case(channels=16, residual=False)), True)
+    assert_promised(launches, aot_cases())
+    computed_again = [case for case in aot_cases() if case.constexprs.get("mask_ptr", 0) is None]
+    assert computed_again
+    with pytest.raises(AssertionError, match="no case does all of this.*bwd_sums_kernel"):
+        assert_promised(
+            launches,
+            [
+                case
+                for case in aot_cases()
+                if case not in computed_again or "bwd_sums" not in case.name
+            ],
+        )
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (1, 1, 1, 2), (3, 70, 2, 2)], ids=str)

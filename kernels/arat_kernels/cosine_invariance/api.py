@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from arat_kernels.cosine_invariance.reference import cosine_invariance_reference
-from arat_kernels.implementation import Impl, choose
+from arat_kernels.implementation import DTYPES, Impl, choose
 
 
 def cosine_invariance(
@@ -25,13 +26,17 @@ def cosine_invariance(
     backward; the sum over the batch has a fixed order.
 
     Calls may be captured in CUDA graphs, by ``torch.compile(mode="reduce-overhead")`` too, and
-    replayed before, between and beside eager calls on any stream: every captured call has counters
-    of its own, which no pool of a graph reuses.
+    replayed before, between and beside eager calls on any stream. Each has counters of its own
+    that no graph's pool holds if it is among the first 256 captured on its device, a call outside
+    of a capture came before on that device, and there are at most 64 layers. Any other's counters
+    are in the pool of its graph, which clears them before the kernel: one small launch more.
 
     Args:
-        predictions: one (N, D_l) per layer, floating-point, one dtype for all layers; the widths
-            D_l may differ.
-        targets: one (N, D_l) per layer, floating-point, one dtype for all layers.
+        predictions: one (N, D_l) per layer, one of float16, bfloat16, float32 and float64 for all
+            layers; the widths D_l may differ.
+        targets: one (N, D_l) per layer, one of the same dtypes for all layers, float64 if and only
+            if the predictions are. With Triton those in neither the predictions' dtype nor float32
+            are widened to it first.
         eps: smallest norm, > 0.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
 
@@ -64,10 +69,17 @@ def cosine_invariance(
             )
     for name, tensors in (("predictions", predictions), ("targets", targets)):
         dtypes = {t.dtype for t in tensors}
-        if len(dtypes) > 1 or not tensors[0].is_floating_point():
+        if len(dtypes) > 1 or tensors[0].dtype not in DTYPES:
             raise ValueError(
-                f"{name} must have one floating-point dtype, got {sorted(map(str, dtypes))}"
+                f"{name} must have one floating-point dtype of {DTYPES}, "
+                f"got {sorted(map(str, dtypes))}"
             )
+    kinds = predictions[0].dtype, targets[0].dtype
+    if kinds[0] != kinds[1] and torch.float64 in kinds:
+        raise ValueError(
+            "predictions and targets must both be float64 or neither, "
+            f"got {kinds[0]} and {kinds[1]}"
+        )
     if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be finite and > 0, got {eps}")
     stopped = [target.detach() for target in targets]

@@ -44,8 +44,8 @@ def crop_flip(
 
     Args:
         images: (M, C, H, W), uint8; any strides.
-        index: (N,), int64 or int32, in [0, M); an image whose index is not becomes NaN, for the
-            host does not look.
+        index: (N,), int64 (an int32 one is converted first), in [0, M); an image whose index is
+            not becomes NaN, for the host does not look.
         padding: zeros on each side before a crop of the image's own size, >= 0.
         flip: mirror each image horizontally with probability 1/2; with ``rng`` only.
         rng: (2,) int64: seed and offset.

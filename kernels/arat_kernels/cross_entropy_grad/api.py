@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from arat_kernels.cross_entropy_grad.reference import cross_entropy_grad_reference
-from arat_kernels.implementation import Impl, choose
+from arat_kernels.implementation import DTYPES, Impl, choose
 
 
 def cross_entropy_grad(
@@ -21,8 +21,8 @@ def cross_entropy_grad(
 
     Args:
         logits: (N, K), float16, bfloat16, float32 or float64, K >= 1.
-        target: (N,), int64 or int32, in [0, K); a row whose target is not gets NaN, for the host
-            does not look.
+        target: (N,), int64 (an int32 one is converted first), in [0, K); a row whose target is not
+            gets NaN, for the host does not look.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
 
     Returns:
@@ -34,8 +34,8 @@ def cross_entropy_grad(
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be (N, K) with K >= 1, got shape {tuple(logits.shape)}")
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be a floating-point tensor, got {logits.dtype}")
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"logits must be a floating-point tensor of {DTYPES}, got {logits.dtype}")
     if target.shape != logits.shape[:1]:
         raise ValueError(
             f"target must be (N,) = ({logits.shape[0]},), got shape {tuple(target.shape)}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from arat_kernels.frozen_affine.reference import frozen_affine_reference, relu_backward_reference
-from arat_kernels.implementation import Impl, choose
+from arat_kernels.implementation import DTYPES, Impl, choose
 
 
 def frozen_affine(
@@ -27,8 +27,9 @@ def frozen_affine(
 
     Args:
         x: (N, C, ...), float16, bfloat16, float32 or float64; channels_last is fastest.
-        scale: (C,), any floating-point dtype, or None for 1.
-        shift: (C,), any floating-point dtype.
+        scale: (C,), any of the same dtypes, or None for 1. With Triton constants that are not
+            float32 (float64 for float64 ``x``) are converted to it first.
+        shift: (C,), as ``scale``.
         residual: shape and dtype of ``x``, added before the ReLU.
         relu: whether ReLU comes last.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
@@ -44,16 +45,18 @@ def frozen_affine(
     """
     if x.ndim < 2:
         raise ValueError(f"x must be (N, C, ...), got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be a floating-point tensor of {DTYPES}, got {x.dtype}")
     channels = x.shape[1]
     for name, constant in (("scale", scale), ("shift", shift)):
         if constant is None:
             continue
         if tuple(constant.shape) != (channels,):
             raise ValueError(f"{name} must be (C,) = ({channels},), got {tuple(constant.shape)}")
-        if not constant.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {constant.dtype}")
+        if constant.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be a floating-point tensor of {DTYPES}, got {constant.dtype}"
+            )
         if constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} is a constant here and gets no gradient, got one that requires it; "
@@ -79,7 +82,7 @@ def relu_backward(
     skip connection, which autograd would add in a pass of its own.
 
     Args:
-        dy: (N, C, ...), gradient of ``y``, any floating-point dtype.
+        dy: (N, C, ...), gradient of ``y``, float16, bfloat16, float32 or float64.
         y: shape and dtype of ``dy``, the saved output.
         dy_skip: shape and dtype of ``dy``, a second gradient of ``y``.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
@@ -92,8 +95,8 @@ def relu_backward(
     """
     if y.ndim < 2:
         raise ValueError(f"y must be (N, C, ...), got shape {tuple(y.shape)}")
-    if not y.is_floating_point():
-        raise ValueError(f"y must be a floating-point tensor, got {y.dtype}")
+    if y.dtype not in DTYPES:
+        raise ValueError(f"y must be a floating-point tensor of {DTYPES}, got {y.dtype}")
     _check_like("dy", dy, "y", y)
     if dy_skip is not None:
         _check_like("dy_skip", dy_skip, "y", y)

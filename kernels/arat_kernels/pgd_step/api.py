@@ -34,7 +34,8 @@ def pgd_step(
 
     Args:
         x_adv: (N, ...), float32 (the reference also takes float64), changed in place; contiguous or
-            channels_last is fastest.
+            channels_last is fastest. With Triton any other layout, and memory that does not begin
+            at a multiple of 16 bytes (a slice at an odd place), costs a copy in and one back.
         grad: shape of ``x_adv``, any floating-point dtype.
         x: shape and dtype of ``x_adv``, centre of the ball.
         eps: radius of the ball, finite and >= 0.
