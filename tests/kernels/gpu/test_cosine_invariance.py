@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import EPS_OF, assert_within_budget, randn, to_float64
+from kernels.support import EPS_OF, assert_within_budget, at_an_odd_place, randn, to_float64
 from torch import Tensor
 
 from arat_kernels.cosine_invariance import cosine_invariance
@@ -61,6 +61,15 @@ def test_matches_the_float64_reference(
         if i > 0:
             # Triton's division and root are approximations of 2 ulp, PyTorch's are rounded.
             assert_within_budget(mine, exact, theirs, f"gradient {i}", factor=5.0)
+
+
+def test_tensors_at_odd_places() -> None:
+    predictions, targets, dout = case(65, (512, 320), torch.bfloat16)
+    expected = run(predictions, targets, dout, "triton")
+    moved = [[at_an_odd_place(t) for t in tensors] for tensors in (predictions, targets, [dout])]
+    got = run(moved[0], moved[1], moved[2][0], "triton")
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_zero_vectors_give_what_torch_gives() -> None:

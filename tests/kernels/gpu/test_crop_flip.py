@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import generator
+from kernels.support import at_an_odd_place, generator
 from torch import Tensor
 
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
@@ -46,6 +46,15 @@ def test_equals_the_reference_bit_for_bit(
     assert torch.equal(given, expected)
     plain = crop_flip(images, index, impl="triton", **output)
     assert torch.equal(plain, crop_flip(images, index, impl="reference", **output))
+
+
+def test_tensors_at_odd_places() -> None:
+    images, index = case(50, (3, 32, 32), 64)
+    rng = torch.tensor([3, 4], device="cuda")
+    given = {"padding": 4, "flip": True, "impl": "triton"}
+    expected = crop_flip(images, index, rng=rng, **given)
+    moved = [at_an_odd_place(t) for t in (images, index, rng)]
+    assert torch.equal(crop_flip(moved[0], moved[1], rng=moved[2], **given), expected)
 
 
 def test_unknown_index_gives_nan() -> None:

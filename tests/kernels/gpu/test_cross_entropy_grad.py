@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import EPS_OF, assert_within_budget, generator, randn
+from kernels.support import (
+    EPS_OF,
+    assert_within_budget,
+    at_an_odd_place,
+    generator,
+    randn,
+)
 from torch import Tensor
 
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
@@ -32,6 +38,20 @@ def test_matches_the_float64_reference(dtype: torch.dtype, num_classes: int) -> 
     for name, mine, exact, theirs in zip(("dlogits", "loss"), got, truth, baseline, strict=True):
         # Triton's exp and log are approximations of 2 ulp, PyTorch's of 1.
         assert_within_budget(mine, exact, theirs, name, factor=5.0)
+
+
+@pytest.mark.parametrize("num_classes", [10, 128, 4097])
+def test_tensors_at_odd_places(num_classes: int) -> None:
+    logits, target = case(67, num_classes)
+    # The slice is copied to memory of its own, whose rows lie closer than the slice's.
+    wider = torch.full((67, num_classes + 17), torch.nan, device="cuda")
+    sliced = wider[:, 1 : num_classes + 1].copy_(logits)
+    assert sliced.data_ptr() % 16
+    expected = cross_entropy_grad(logits, target, impl="triton")
+    for moved in (at_an_odd_place(logits), sliced):
+        got = cross_entropy_grad(moved, at_an_odd_place(target), impl="triton")
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("num_classes", [10, 5000])

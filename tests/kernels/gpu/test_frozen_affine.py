@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import EPS_OF, assert_within_budget, randn, to_float64
+from kernels.support import EPS_OF, assert_within_budget, at_an_odd_place, randn, to_float64
 from torch import Tensor
 
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
@@ -77,6 +77,19 @@ def test_relu_backward_equals_the_reference(dtype: torch.dtype, with_skip: bool)
         y, extra = y.relu(), skip if with_skip else None
         got = relu_backward(dy, y, dy_skip=extra, impl="triton")
         assert torch.equal(got, relu_backward(dy, y, dy_skip=extra, impl="reference"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tensors_at_odd_places(layout: torch.memory_format) -> None:
+    tensors = case(SHAPES[1], torch.bfloat16, layout)
+    moved = [at_an_odd_place(t) for t in tensors]
+    for relu in (True, False):
+        expected = run(*tensors, relu, "triton")
+        for got, value in zip(run(*moved, relu, "triton"), expected, strict=True):
+            assert torch.equal(got, value)
+    grad = relu_backward(tensors[4], tensors[0], dy_skip=tensors[3], impl="triton")
+    again = relu_backward(moved[4], moved[0], dy_skip=moved[3], impl="triton")
+    assert torch.equal(again, grad)
 
 
 def test_graph_replay_with_changed_inputs() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import randn
+from kernels.support import at_an_odd_place, randn
 from torch import Tensor
 
 from arat_kernels.pgd_step import pgd_step, random_start
@@ -48,6 +48,22 @@ def test_l2_follows_the_float64_reference(shape: tuple[int, ...]) -> None:
     assert (got.double() - truth).abs().max() <= 8 * ROUNDING
     lengths = torch.linalg.vector_norm((got - x).double().flatten(1), dim=1)
     assert (lengths <= 0.5 + 1e-5).all() and (lengths > 0.1).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_tensors_at_odd_places(norm: str) -> None:
+    """x_adv is stepped in a copy, whose numbers must come back to where x_adv lies."""
+    x_adv, grad, x = case((5, 3, 32, 32), 0, torch.bfloat16)
+    moved = at_an_odd_place(x_adv)
+    arguments = {"eps": EPS, "alpha": ALPHA, "norm": norm, "impl": "triton"}
+    expected = pgd_step(x_adv, grad, x, **arguments)
+    got = pgd_step(moved, at_an_odd_place(grad), at_an_odd_place(x), **arguments)
+    assert got is moved and moved.data_ptr() % 16
+    assert torch.equal(moved, expected)
+    rng = torch.tensor([5, 6], device="cuda")
+    start = random_start(x, rng, eps=EPS, norm=norm, impl="triton")
+    again = random_start(at_an_odd_place(x), rng, eps=EPS, norm=norm, impl="triton")
+    assert torch.equal(again, start)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from kernels.split_batch_norm_cases import Case, Inputs, call, make, run, truth
-from kernels.support import EPS_OF, assert_within_budget
+from kernels.support import EPS_OF, assert_within_budget, at_an_odd_place
 from torch import Tensor
 
 from arat_kernels.split_batch_norm import split_batch_norm
@@ -99,6 +99,26 @@ def test_nchw_and_unaligned_pointers() -> None:
     copied = Inputs(**{**vars(sliced), "x": sliced.x.clone(), "residual": sliced.residual.clone()})
     expected_y, expected_pooled = call(case, copied, "triton")
     assert torch.equal(y, expected_y) and torch.equal(pooled, expected_pooled)
+
+
+def test_tensors_at_odd_places() -> None:
+    case = Case(sizes=(4, 3), channels=32, height=5, width=5, dtype=torch.bfloat16)
+    inputs = make(case).to("cuda")
+    fields = {name: at_an_odd_place(t) for name, t in vars(inputs).items() if name != "upstream"}
+    dy, dpooled = inputs.upstream
+    moved = Inputs(**fields, upstream=(at_an_odd_place(dy), at_an_odd_place(dpooled)))
+
+    def results(given: Inputs) -> list[Tensor]:
+        # Not by run, which copies its inputs.
+        leaves = [given.x, given.residual, given.weight, given.bias]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y, pooled = call(case, given, "triton")
+        gradients = torch.autograd.grad([y, pooled], leaves, given.upstream)
+        return [y, pooled, *gradients, given.running_mean, given.running_var]
+
+    for got, expected in zip(results(moved), results(inputs), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_the_same_bits_every_time() -> None:

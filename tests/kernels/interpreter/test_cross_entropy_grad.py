@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.support import assert_within_budget, few, generator, randn
+from kernels.support import assert_within_budget, at_an_odd_place, few, generator, randn
 from torch import Tensor
 
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
@@ -54,6 +54,20 @@ def test_strides_and_narrow_targets() -> None:
         expected = cross_entropy_grad(view.contiguous(), target[::2] % 17)
         for mine, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [10, 32, 4100])
+def test_tensors_at_odd_places(num_classes: int) -> None:
+    logits, target = case(5, num_classes)
+    expected = cross_entropy_grad(logits, target, impl="triton")
+    # The slice is copied to memory of its own, whose rows lie closer than the slice's.
+    wider = torch.cat([randn((5, 1), 7), logits, randn((5, 16), 8)], 1)
+    sliced = wider[:, 1 : num_classes + 1]
+    assert sliced.data_ptr() % 16
+    for moved in (at_an_odd_place(logits), sliced):
+        got = cross_entropy_grad(moved, at_an_odd_place(target), impl="triton")
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

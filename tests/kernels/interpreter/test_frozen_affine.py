@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.support import assert_within_budget, few, randn, to_float64
+from kernels.support import assert_within_budget, at_an_odd_place, few, randn, to_float64
 from torch import Tensor
 
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
@@ -118,6 +118,23 @@ def test_any_strides() -> None:
     expected = run(*arguments, relu=True, impl="reference")
     for name in expected:
         torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_tensors_at_odd_places(layout: str, relu: bool) -> None:
+    tensors = case((2, 16, 3, 4), torch.bfloat16, layout)
+    expected = run(*tensors, relu=relu, impl="triton")
+    got = run(*map(at_an_odd_place, tensors), relu=relu, impl="triton")
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+    x, _, _, skip, dy = tensors
+    for moved in range(3):
+        arguments = [dy, x.relu(), skip]
+        grad = relu_backward(arguments[0], arguments[1], dy_skip=arguments[2], impl="triton")
+        arguments[moved] = at_an_odd_place(arguments[moved])
+        again = relu_backward(arguments[0], arguments[1], dy_skip=arguments[2], impl="triton")
+        assert torch.equal(again, grad)
 
 
 @pytest.mark.parametrize("with_scale", [True, False])
