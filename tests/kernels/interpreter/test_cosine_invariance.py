@@ -70,6 +70,16 @@ def test_against_the_float64_reference(
         assert_within_budget(grad, truth_grads[i], baseline_grads[i], f"gradient of layer {i}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_targets_of_another_narrow_dtype(dtype: torch.dtype) -> None:
+    predictions, targets, dout = case(5, (32, 7), dtype, torch.bfloat16)
+    out, grads = run(predictions, targets, dout, "triton")
+    wide_out, wide_grads = run(predictions, [t.float() for t in targets], dout, "triton")
+    assert torch.equal(out, wide_out)
+    for grad, expected in zip(grads, wide_grads, strict=True):
+        assert grad.dtype == dtype and torch.equal(grad, expected)
+
+
 @few(10)
 @given(
     num=st.integers(1, 9),

@@ -120,6 +120,16 @@ def test_any_strides() -> None:
         torch.testing.assert_close(got[name], expected[name])
 
 
+@pytest.mark.parametrize("constants", [torch.bfloat16, torch.float64], ids=str)
+def test_constants_of_another_dtype(constants: torch.dtype) -> None:
+    x, scale, shift, residual, dy = case((2, 16, 3, 4), torch.float16)
+    scale, shift = scale.to(constants), shift.to(constants)
+    got = run(x, scale, shift, residual, dy, relu=True, impl="triton")
+    expected = run(x, scale.float(), shift.float(), residual, dy, relu=True, impl="triton")
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("layout", FORMATS)
 def test_tensors_at_odd_places(layout: str, relu: bool) -> None:

@@ -388,5 +388,22 @@ def test_offsets_beyond_two_to_the_31(clean: int) -> None:
             assert offset == (expected + 1) * channels
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_of_16_bits(training: bool) -> None:
+    """As after ``model.to(bfloat16)``: the same as with the same numbers in float32."""
+    case = Case(dtype=torch.bfloat16, training=training)
+    narrow, wide = make(case), make(case)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        setattr(narrow, name, getattr(narrow, name).bfloat16())
+        setattr(wide, name, getattr(narrow, name).float())
+    expected = run(case, wide, "triton")
+    for name, value in run(case, narrow, "triton").items():
+        # The buffers that the kernel moves are truncated by the interpreter, not rounded.
+        rtol = 2.0**-7 if name.startswith("running") else 0
+        rounded = expected[name].to(value.dtype)
+        torch.testing.assert_close(value, rounded, rtol=rtol, atol=0, msg=name)
+        assert value.dtype == torch.bfloat16 or name == "pooled"
+
+
 def test_statistics_over_two_processes(tmp_path: Path) -> None:
     check_two_processes(tmp_path, "triton")
