@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import tyro
 
+from arat_fast import __version__
 from arat_fast.config import Config
 from arat_fast.recipes import RECIPES, recipe
 
@@ -130,9 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE.format(recipes=", ".join(RECIPES)), end="")
         return 0 if arguments else 2
     try:
+        if arguments[0] == "--version":
+            print(f"arat-fast {__version__}")
+            return 0
         if arguments[0] not in commands:
+            close = difflib.get_close_matches(arguments[0], commands, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(
-                f"unknown command {arguments[0]!r}, expected one of {', '.join(commands)}"
+                f"unknown command {arguments[0]!r}, expected one of {', '.join(commands)}{hint}"
             )
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
@@ -175,6 +182,11 @@ def _train(arguments: list[str]) -> int:
         summary = trainer.run()
     except InterruptedRun as stopped:
         print(f"arat-fast: {stopped}", file=sys.stderr)
+        again = [argument for argument in arguments if argument != "--resume"]
+        if options.out is None:
+            again += ["--out", str(out)]
+        again.append("--resume")
+        print(f"    {shlex.join(['arat-fast', 'train', *again])}", file=sys.stderr)
         return stopped.exit_code
     report = write_report(out)
     _print_accuracy(summary["accuracy"])
@@ -215,6 +227,9 @@ def _bench(arguments: list[str]) -> int:
     from arat_fast.bench.step import StepOptions, bench_step
 
     name, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
+    if name in ("-h", "--help"):
+        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        return 0
     if name == "step":
         return bench_step(_parse(StepOptions, rest, "arat-fast bench step"))
     if name == "scaling":

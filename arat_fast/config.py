@@ -92,7 +92,7 @@ class ScheduleConfig:
     first epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine
     down."""
     milestones: tuple[float, ...] = (0.75, 0.9)
-    """Share of the epochs done when the learning rate drops; of 100, at epochs 76 and 91."""
+    """Share of the epochs done when the learning rate drops: 0.75 of 100 is before epoch 76."""
     decay: float = 0.1
     """Factor at each milestone, in (0, 1]."""
     warmup: float = 0.3
@@ -113,7 +113,8 @@ class AverageConfig:
     """swa: equal-weight mean of the parameters, BatchNorm statistics re-estimated at the end. ema:
     exponential mean of parameters and statistics."""
     start: float = 0.75
-    """Share of the epochs done before averaging starts, in [0, 1); with 100 epochs, at epoch 76."""
+    """Share of the epochs done before averaging starts, in [0, 1): 0.75 of 100 is before
+    epoch 76."""
     every: int | None = None
     """Steps between two averaged weights; >= 1; default 500 for swa, 1 for ema."""
     decay: float = 0.999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -91,6 +92,8 @@ class Trainer:
                 )
             saved = load_checkpoint(self.checkpoint_path)
             check_same_run(config, config_from_dict(saved["config"]), self.checkpoint_path)
+        elif resume:
+            self.display.say(f"nothing to resume in {out}: a new run")
         self.device = resolve_device(config.train.device)
         # Shapes repeat, so that timing cuDNN's algorithms once pays.
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
@@ -162,6 +165,10 @@ class Trainer:
                 checkpoint.
             OSError: a file could not be written; the checkpoint before is whole.
         """
+        finished = self._finished_summary()
+        if finished is not None:
+            self.display.say(f"{self.out} is finished already; nothing was trained or evaluated")
+            return finished
         resumed = f" from step {self.step}" if self.step else ""
         self.display.say(
             f"{self.config.recipe}: {self.config.objective.name}, {self.config.model.name}, "
@@ -456,6 +463,17 @@ class Trainer:
         size: int = state["metrics_bytes"]
         return size
 
+    def _finished_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that had come to its end, evaluated as it is asked for now."""
+        if self.step < self.total_steps:
+            return None
+        with suppress(OSError, ValueError):
+            summary: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
+            wanted = config_to_dict(self.config)["eval"]
+            if summary.get("status") == "finished" and summary.get("evaluation") == wanted:
+                return summary
+        return None
+
     def _finish(self, model: nn.Module, kind: str) -> dict[str, Any]:
         config = self.config
         images = ImageSet.from_batches(self.data.test, config.eval.max_samples)
@@ -488,6 +506,7 @@ class Trainer:
         save_examples(self.out / "examples.npz", model, images, suite.strongest_examples())
         summary = {
             **self._summary("finished"),
+            "evaluation": config_to_dict(config)["eval"],
             "test_samples": len(images.y),
             "split": "test",
             "model": kind,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import OPTIONS
 from torch import Tensor, nn
 
+from arat_fast import __version__
 from arat_fast.cli import _decimal, main
 from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
@@ -185,6 +186,27 @@ def test_usage_names_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--attack.eps" in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
 
 
+def test_a_finished_run_is_not_evaluated_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [*TRAIN, "--train.epochs", "1", "--out", str(tmp_path / "run"), "--resume"]
+    assert main(arguments) == 0
+    assert f"nothing to resume in {tmp_path / 'run'}: a new run" in capsys.readouterr().err
+    before = (tmp_path / "run" / "summary.json").read_text()
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "is finished already" in captured.err and "PGD-1" in captured.out
+    assert (tmp_path / "run" / "summary.json").read_text() == before
+    assert main([*arguments, "--eval.num-steps", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "is finished already" not in captured.err and "PGD-2" in captured.out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"arat-fast {__version__}\n"
+
+
 def test_fractions() -> None:
     assert _decimal("8/255") == repr(8 / 255)
     for word in ("runs/a", "1/0", "8/255/2", "-1/2", "cifar10"):
@@ -232,6 +254,7 @@ def test_out_of_memory_elsewhere_names_the_switches(
     ("arguments", "expected"),
     [
         ("fly", "unknown command 'fly', expected one of train"),
+        ("trian", "unknown command 'trian'.*did you mean train"),
         ("train", "a recipe is expected"),
         ("train digit", "unknown recipe 'digit'.*did you mean digits"),
         ("train digits --optimizr.lr 1", "--optimizr.lr.*--optimizer.lr"),
@@ -331,7 +354,8 @@ def test_signals_save_and_end(tmp_path: Path, number: int, code: int) -> None:
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    assert "--resume" in errors
+    again = errors.strip().splitlines()[-1]
+    assert again.strip().startswith("arat-fast train digits") and f"--out {out} --resume" in again
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
     assert main(["report", str(out)]) == 0
 
