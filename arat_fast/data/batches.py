@@ -6,10 +6,10 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
 from arat_kernels.crop_flip import crop_flip
 
 
@@ -23,17 +23,19 @@ class Batch(NamedTuple):
 class Batches(Protocol):
     """One split of a dataset, as batches on the device.
 
-    ``len`` is the number of batches of an epoch. The batches of an epoch depend on the seed, the
-    epoch and nothing else, so that a run can go on from any batch; PyTorch's global generators are
-    neither read nor moved.
+    ``len`` is the number of batches of an epoch, the same on every rank. The batches of an epoch,
+    joined over the ranks, depend on the seed, the epoch and nothing else, so that a run can go on
+    from any batch; PyTorch's global generators are neither read nor moved.
 
     Attributes:
-        num_samples: images in the split.
+        plan: which samples make which batch, and this rank's share of it.
+        num_samples: images in the split, over all ranks.
         num_classes: number of classes.
         image_shape: (C, H, W) of a batch.
         classes: class names, one per label.
     """
 
+    plan: BatchPlan
     num_samples: int
     num_classes: int
     image_shape: tuple[int, int, int]
@@ -42,18 +44,7 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from ``start_batch`` on."""
-
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on one or more non-negative integers only.
-
-    Keys of different lengths give unrelated streams: (seed, epoch) and (seed, epoch, 0) too.
-    """
-    # Entropy alone would be padded with zeros, which makes those two the same; a spawn key is not.
-    sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
-    seed = sequence.generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+        """This rank's share of the batches of one epoch, from ``start_batch`` on."""
 
 
 def stream_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
@@ -105,32 +96,6 @@ def check_samples(images: Tensor, labels: Tensor, num_classes: int, max_value: i
         raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
 
 
-def count_batches(num_samples: int, batch_size: int, shuffle: bool) -> int:
-    """Batches of an epoch: all samples, but for a last batch of a single one where ``shuffle`` is
-    set, since BatchNorm cannot train on it.
-
-    Raises:
-        ValueError: batch_size < 1, or fewer samples than the split needs (1; 2 with ``shuffle``).
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    if num_samples == 0:
-        raise ValueError("the dataset is empty, expected at least one image")
-    if shuffle and num_samples == 1:
-        raise ValueError("at least 2 images to train on are expected, got 1")
-    full, rest = divmod(num_samples, batch_size)
-    if rest == 0 or (rest == 1 and shuffle):
-        return full
-    return full + 1
-
-
-def epoch_order(num_samples: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
-    """The order of the samples (num_samples,), int64, on the CPU, in one epoch."""
-    if not shuffle:
-        return torch.arange(num_samples)
-    return torch.randperm(num_samples, generator=seeded_generator(seed, epoch))
-
-
 class ResidentBatches:
     """A dataset that lives on the device as uint8; augmentation is a random crop and a flip.
 
@@ -138,13 +103,14 @@ class ResidentBatches:
         images: (num_samples, C, H, W), uint8.
         labels: (num_samples,), int64 in [0, num_classes).
         classes: class names, one per label.
-        batch_size: samples in a batch; the last one of an epoch can be smaller
-            (:func:`count_batches`).
+        batch_size: samples in a batch, over all ranks; the last one of an epoch can differ
+            (:class:`arat_fast.data.plan.BatchPlan`).
         max_value: the uint8 value that stands for 1.0.
         shuffle: new order in each epoch.
         padding: pixels of zeros around the image before a random crop of its own size; 0: no crop.
         flip: mirror half of the images horizontally.
         seed: of order and augmentation.
+        shard: this process; augmentation belongs to a sample's place in the whole batch.
         memory_format: of the images, channels_last or contiguous.
 
     Raises:
@@ -163,26 +129,25 @@ class ResidentBatches:
         padding: int = 0,
         flip: bool = False,
         seed: int = 0,
+        shard: Shard = WHOLE,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         check_samples(images, labels, len(classes), max_value)
-        self._num_batches = count_batches(len(images), batch_size, shuffle)
+        self.plan = BatchPlan(len(images), batch_size, shuffle=shuffle, seed=seed, shard=shard)
         self.images = images
         self.labels = labels
         self.classes = classes
         self.num_classes = len(classes)
         self.num_samples = len(images)
         self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
-        self.batch_size = batch_size
         self.max_value = max_value
-        self.shuffle = shuffle
         self.padding = padding
         self.flip = flip
         self.seed = seed
         self.memory_format = memory_format
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self.plan)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` (>= 0), from batch ``start_batch`` on."""
@@ -199,25 +164,25 @@ class ResidentBatches:
         Yields:
             samples (N,), int64, and where to crop and what to mirror, (N, 3), int32.
         """
-        order = epoch_order(self.num_samples, self.shuffle, self.seed, epoch)
-        slices = [
-            slice(index * self.batch_size, (index + 1) * self.batch_size)
-            for index in range(start_batch, len(self))
-        ]
+        plan = self.plan
+        order = plan.order(epoch)
+        numbers = range(start_batch, len(self))
         draws = torch.tensor([self.padding, self.padding, 0], dtype=torch.int32)
         draws = draws.repeat(len(order), 1)
         if self.padding or self.flip:
-            for index, chosen in enumerate(slices, start_batch):
-                generator = seeded_generator(self.seed, epoch, index)
-                drawn = draw_crop_flip(len(draws[chosen]), self.padding, generator)
+            for number in numbers:
+                batch = plan.batch(number)
+                generator = seeded_generator(self.seed, epoch, number)
+                drawn = draw_crop_flip(batch.stop - batch.start, self.padding, generator)
                 if not self.flip:
                     drawn[:, 2] = 0
-                draws[chosen] = drawn
+                draws[batch] = drawn
         # One copy an epoch: the host would wait for the device at each.
         device = self.images.device
         order, draws = order.to(device), draws.to(device)
-        for chosen in slices:
-            yield order[chosen], draws[chosen]
+        for number in numbers:
+            places = plan.places(number)
+            yield order[places], draws[places]
 
     def assemble(self, index: Tensor, draws: Tensor) -> Batch:
         """Gather, crop, mirror and convert the images of one batch, and gather their labels.

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from arat_fast.data.batches import Batch, count_batches, epoch_order, seeded_generator
+from arat_fast.data.batches import Batch
+from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
 
 
 class FolderBatches:
@@ -26,8 +27,8 @@ class FolderBatches:
     Args:
         samples: (file, label) of each image; labels in [0, number of classes).
         classes: class names, one per label.
-        batch_size: samples in a batch; the last one of an epoch can be smaller
-            (:func:`arat_fast.data.batches.count_batches`).
+        batch_size: samples in a batch, over all ranks; the last one of an epoch can differ
+            (:class:`arat_fast.data.plan.BatchPlan`).
         image_size: height and width of the crops, in pixels.
         device: where the batches go.
         shuffle: new order in each epoch.
@@ -36,6 +37,7 @@ class FolderBatches:
         padding: pixels of zeros around the image before a random crop.
         flip: mirror half of the images horizontally.
         seed: of order and augmentation.
+        shard: this process.
         num_workers: processes that decode; 0 decodes in this one.
 
     Raises:
@@ -56,11 +58,12 @@ class FolderBatches:
         padding: int = 0,
         flip: bool = False,
         seed: int = 0,
+        shard: Shard = WHOLE,
         num_workers: int = 0,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be >= 1, got {image_size}")
-        self._num_batches = count_batches(len(samples), batch_size, shuffle)
+        self.plan = BatchPlan(len(samples), batch_size, shuffle=shuffle, seed=seed, shard=shard)
         for path, label in samples:
             if not 0 <= label < len(classes):
                 raise ValueError(
@@ -71,10 +74,8 @@ class FolderBatches:
         self.classes = classes
         self.num_classes = len(classes)
         self.image_shape = (3, image_size, image_size)
-        self.batch_size = batch_size
         self.image_size = image_size
         self.device = device
-        self.shuffle = shuffle
         self.random_crop = random_crop
         self.padding = padding
         self.flip = flip
@@ -82,7 +83,7 @@ class FolderBatches:
         self.num_workers = num_workers
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self.plan)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` (>= 0), from batch ``start_batch`` on."""
@@ -135,12 +136,11 @@ class _Epoch(Dataset[tuple[Tensor, Tensor, str]]):
     def __init__(self, batches: FolderBatches, epoch: int) -> None:
         self.batches = batches
         self.epoch = epoch
-        self.order = epoch_order(batches.num_samples, batches.shuffle, batches.seed, epoch)
+        self.order = batches.plan.order(epoch)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, str]:
         batches = self.batches
-        first = number * batches.batch_size
-        chosen = self.order[first : first + batches.batch_size].tolist()
+        chosen = self.order[batches.plan.places(number)].tolist()
         labels = torch.tensor([batches.samples[index][1] for index in chosen])
         try:
             images = [batches.load_image(index, self.epoch) for index in chosen]

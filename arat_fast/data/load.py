@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from arat_fast.config import DataConfig
-from arat_fast.data.batches import Batches, ResidentBatches, check_samples, seeded_generator
+from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.digits import MAX_VALUE, load_digits
 from arat_fast.data.folder import FolderBatches
+from arat_fast.data.plan import WHOLE, Shard, seeded_generator
 from arat_fast.data.published import HINT, check_file, fetch, unpack
 
 # The class folders of Imagenette, in the order of their labels.
@@ -58,6 +59,7 @@ def load_data(
     seed: int,
     eval_batch_size: int,
     memory_format: torch.memory_format = torch.contiguous_format,
+    shard: Shard = WHOLE,
 ) -> DataSplits:
     """Read a dataset and split it.
 
@@ -65,8 +67,9 @@ def load_data(
         config: which dataset, where it is and how training augments it.
         device: where the batches go; all but Imagenette stay there as a whole.
         seed: of order and augmentation, >= 0; the held-out images do not depend on it.
-        eval_batch_size: samples in a batch of ``val`` and ``test``.
+        eval_batch_size: samples in a batch of ``val`` and ``test``, over all ranks.
         memory_format: of the training images that stay on the device.
+        shard: this process; every split is shared by all ranks.
 
     Raises:
         FileNotFoundError: the dataset is absent, or could not be downloaded.
@@ -74,8 +77,8 @@ def load_data(
             ``num_val`` leaves too few images to train on.
     """
     if config.name == "imagenette":
-        return _folder_splits(config, device, seed, eval_batch_size)
-    return _resident_splits(config, device, seed, eval_batch_size, memory_format)
+        return _folder_splits(config, device, seed, eval_batch_size, shard)
+    return _resident_splits(config, device, seed, eval_batch_size, memory_format, shard)
 
 
 def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
@@ -131,6 +134,7 @@ def _resident_splits(
     seed: int,
     eval_batch_size: int,
     memory_format: torch.memory_format,
+    shard: Shard,
 ) -> DataSplits:
     readers = {
         "digits": _read_digits,
@@ -155,6 +159,7 @@ def _resident_splits(
             padding=config.padding if training else 0,
             flip=config.flip and training,
             seed=training_seed or 0,
+            shard=shard,
             memory_format=memory_format if training else torch.contiguous_format,
         )
 
@@ -249,7 +254,7 @@ def _read_svhn(config: DataConfig) -> _Resident:
 
 
 def _folder_splits(
-    config: DataConfig, device: torch.device, seed: int, eval_batch_size: int
+    config: DataConfig, device: torch.device, seed: int, eval_batch_size: int, shard: Shard
 ) -> DataSplits:
     folder = config.root.expanduser() / "imagenette2-160"
 
@@ -284,6 +289,7 @@ def _folder_splits(
             padding=config.padding if training else 0,
             flip=config.flip and training,
             seed=training_seed or 0,
+            shard=shard,
             num_workers=config.num_workers,
         )
 

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arat_fast.config import DataConfig
+from arat_fast.data import Batches, BatchPlan, DataSplits, Shard, load_data
+
+CPU = torch.device("cpu")
+
+
+def shards(world_size: int) -> list[Shard]:
+    return [Shard(rank, world_size) for rank in range(world_size)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    num_samples=st.integers(1, 90),
+    batch_size=st.integers(1, 40),
+    ranks=st.integers(1, 7),
+    shuffle=st.booleans(),
+)
+def test_shares_are_equal_in_number_near_in_size_and_the_whole_once(
+    num_samples: int, batch_size: int, ranks: int, shuffle: bool
+) -> None:
+    least = (2 if shuffle else 1) * ranks
+    if min(num_samples, batch_size) < least:
+        with pytest.raises(ValueError, match=str(least)):
+            BatchPlan(num_samples, batch_size, shuffle=shuffle, shard=Shard(0, ranks))
+        return
+    plans = [
+        BatchPlan(num_samples, batch_size, shuffle=shuffle, seed=3, shard=shard)
+        for shard in shards(ranks)
+    ]
+    assert len({len(plan) for plan in plans}) == 1
+    order = plans[0].order(4)
+    assert all(torch.equal(order, plan.order(4)) for plan in plans)
+    seen: list[int] = []
+    for number in range(len(plans[0])):
+        parts = [order[plan.places(number)].tolist() for plan in plans]
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= (2 if shuffle else 1)
+        batch = [sample for part in parts for sample in part]
+        assert batch == order[plans[0].batch(number)].tolist()
+        assert plans[0].samples_before(number) == len(seen)
+        seen += batch
+    assert len(set(seen)) == len(seen) == plans[0].samples_before(len(plans[0]))
+    left_out = num_samples - len(seen)
+    assert 0 <= left_out < least if shuffle else left_out == 0
+    if shuffle and num_samples % batch_size >= least:
+        assert left_out == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_samples=st.integers(2, 90), batch_size=st.integers(2, 40), ranks=st.integers(1, 6))
+def test_batches_are_those_of_one_process_but_for_the_last(
+    num_samples: int, batch_size: int, ranks: int
+) -> None:
+    if min(num_samples, batch_size) < 2 * ranks:
+        return
+    alone = BatchPlan(num_samples, batch_size, shuffle=True, seed=1)
+    shared = BatchPlan(num_samples, batch_size, shuffle=True, seed=1, shard=Shard(0, ranks))
+    assert torch.equal(alone.order(2), shared.order(2))
+    assert len(alone) - len(shared) in (0, 1)
+    for number in range(len(shared)):
+        assert shared.batch(number) == alone.batch(number)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [((0, 0), "world_size must be >= 1, got 0"), ((3, 3), r"rank must be in \[0, 2\], got 3")],
+)
+def test_impossible_shards_are_named(shard: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shard(*shard)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "shuffle", "message"),
+    [
+        (100, 5, True, r"batch_size must be >= 6 \(3 processes share it\), got 5"),
+        (5, 6, True, r"at least 6 images to train on are expected \(3 processes .*, got 5"),
+        (2, 6, False, r"at least 3 images to evaluate are expected \(3 processes .*, got 2"),
+    ],
+)
+def test_too_little_for_every_rank_is_named(
+    num_samples: int, batch_size: int, shuffle: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchPlan(num_samples, batch_size, shuffle=shuffle, shard=Shard(0, 3))
+
+
+def load(name: str, root: Path, world_size: int, **options: Any) -> list[DataSplits]:
+    config = DataConfig(
+        name=name,  # type: ignore[arg-type]
+        root=root,
+        **{"batch_size": 7, "padding": 2, "num_workers": 0, "image_size": 16, **options},
+    )
+    return [
+        load_data(config, device=CPU, seed=5, eval_batch_size=8, shard=shard)
+        for shard in shards(world_size)
+    ]
+
+
+def joined(ranks: list[Batches], epoch: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """The batches of all ranks, put together in their order."""
+    parts = [list(rank.epoch(epoch, start)) for rank in ranks]
+    return [
+        (torch.cat([b.x for b in batch]), torch.cat([b.y for b in batch]))
+        for batch in zip(*parts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenette"])
+@pytest.mark.parametrize("split", ["train", "probe", "val", "test"])
+def test_three_ranks_together_see_what_one_process_sees(
+    published: Any, tmp_path: Path, name: str, split: str
+) -> None:
+    """The last batch is of 6 of 41 training images, and of 3, 4 or 6 images in evaluation."""
+    if name == "cifar10":
+        published.cifar(num_train=60, num_test=22)
+        options = {"num_val": 19}
+    else:
+        published.imagenette(per_class=6)
+        options = {"num_val": 19}
+    alone = getattr(load(name, tmp_path, 1, **options)[0], split)
+    ranks = [getattr(splits, split) for splits in load(name, tmp_path, 3, **options)]
+    for epoch in (0, 3):
+        whole = joined([alone], epoch)
+        shared = joined(ranks, epoch)
+        assert len(whole) == len(shared) == len(alone) == len(ranks[0])
+        for (x, y), (u, v) in zip(whole, shared, strict=True):
+            assert torch.equal(x, u) and torch.equal(y, v)
+    assert sum(len(y) for _, y in shared) == alone.num_samples == ranks[1].num_samples
+    for number in range(len(ranks[0])):
+        resumed = joined(ranks, 3, number)
+        assert all(
+            torch.equal(x, u) and torch.equal(y, v)
+            for (x, y), (u, v) in zip(shared[number:], resumed, strict=True)
+        )
+
+
+def test_last_evaluation_batch_too_small_to_share_joins_the_one_before(
+    published: Any, tmp_path: Path
+) -> None:
+    published.cifar(num_test=17)
+    ranks = [splits.test for splits in load("cifar10", tmp_path, 3)]
+    alone = load("cifar10", tmp_path, 1)[0].test
+    assert [len(y) for _, y in joined([alone], 0)] == [8, 8, 1]
+    assert [len(y) for _, y in joined(ranks, 0)] == [8, 9]
+    x = torch.cat([x for x, _ in joined(ranks, 0)])
+    assert torch.equal(x, torch.cat([x for x, _ in joined([alone], 0)]))
