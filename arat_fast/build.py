@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from arat_fast.config import Config
+from arat_fast.config import OWN_CLEAN_BRANCH, Config
 from arat_fast.data import Batches
+from arat_fast.models.layers import Norm
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import (
     ARAT,
+    ARREST,
+    LBGAT,
     MART,
     TRADES,
     AdversarialTraining,
@@ -26,19 +29,18 @@ def build_model(config: Config, data: Batches) -> nn.Module:
     Raises:
         ValueError: the images are too small for the network.
     """
+    return _network(config, data, config.model.name, config.norm)
+
+
+def _network(config: Config, data: Batches, name: str, norm: Norm) -> nn.Module:
     channels, height, width = data.image_shape
-    if config.model.name == "resnet50" and min(height, width) < 32:
+    if name == "resnet50" and min(height, width) < 32:
         raise ValueError(
             f"resnet50 halves the image five times and expects at least 32×32 pixels, got "
             f"{height}×{width}; it is meant for {model_spec('resnet50').image_size} pixels"
         )
     model = create_model(
-        config.model.name,
-        data.num_classes,
-        channels,
-        config.norm,
-        config.model.mean,
-        config.model.std,
+        name, data.num_classes, channels, norm, config.model.mean, config.model.std
     )
     if config.step.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
@@ -49,11 +51,16 @@ def build_model(config: Config, data: Batches) -> nn.Module:
 
 
 def build_objective(config: Config, model: nn.Module, data: Batches) -> Objective:
-    """The objective of a run, with fresh predictors, on the model's device.
+    """The objective of a run, with fresh predictors or a fresh guide, on the model's device.
 
     Raises:
         ValueError: a switch or a layer does not fit.
     """
+    objective = _objective(config, model, data)
+    return objective.to(next(model.parameters()).device)
+
+
+def _objective(config: Config, model: nn.Module, data: Batches) -> Objective:
     options = config.objective
     if options.name == "natural":
         return NaturalTraining()
@@ -63,6 +70,29 @@ def build_objective(config: Config, model: nn.Module, data: Batches) -> Objectiv
         return TRADES(options.beta)
     if options.name == "mart":
         return MART(options.beta)
+    if options.name == "lbgat":
+        if options.guide == OWN_CLEAN_BRANCH:
+            if config.norm == "shared":
+                raise ValueError(
+                    "a guide that is the clean branch needs split BatchNorm, got "
+                    "model.norm=shared: leave --model.norm out"
+                )
+            return LBGAT(None, options.alpha)
+        guide = _network(config, data, options.guide or config.model.name, "shared")
+        return LBGAT(guide, options.alpha)
+    if options.name == "arrest":
+        if config.norm == "split":
+            raise ValueError(
+                "arrest goes on from a natural network, which has one BatchNorm, got "
+                "model.norm=split: leave --model.norm out"
+            )
+        return ARREST(
+            model,
+            config.attack,
+            config.regularized_layers,
+            distillation=options.distillation,
+            replay=options.replay,
+        )
     objective = ARAT(
         model,
         config.regularized_layers,
@@ -76,7 +106,7 @@ def build_objective(config: Config, model: nn.Module, data: Batches) -> Objectiv
         w_clean=options.w_clean,
     )
     objective.impl = implementation(config)
-    return objective.to(next(model.parameters()).device)
+    return objective
 
 
 def implementation(config: Config) -> Impl | None:

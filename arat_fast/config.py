@@ -13,7 +13,10 @@ from arat_fast.attacks.pgd import PGD
 from arat_fast.models.registry import model_spec
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenette"]
-ObjectiveName = Literal["arat", "at", "trades", "mart", "natural"]
+ObjectiveName = Literal["arat", "at", "trades", "mart", "lbgat", "arrest", "natural"]
+
+OWN_CLEAN_BRANCH = "clean-branch"
+"""The guide of lbgat that is no network of its own."""
 Compat = Literal["paper", "official"]
 
 
@@ -23,7 +26,7 @@ class ModelConfig:
     """resnet8 (8×8 images), resnet18, wrn34-10 (32×32) or resnet50 (224×224)."""
     norm: Literal["auto", "split", "shared"] = "auto"
     """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto"
-    splits for ARAT only."""
+    splits for ARAT and for LBGAT guided by its own clean branch."""
     mean: tuple[float, ...] = ()
     """Per-channel mean subtracted inside the network; empty for no normalisation."""
     std: tuple[float, ...] = ()
@@ -36,12 +39,13 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: ObjectiveName = "arat"
-    """arat, at (plain adversarial training), trades, mart or natural (no attack). trades and mart
-    attack on running statistics from a normal start, as published."""
+    """arat, at (plain adversarial training), trades, mart, lbgat, arrest or natural (no attack).
+    trades, mart and lbgat attack on running statistics from a normal start, as published."""
     gamma: float = 30.0
     """Weight of the invariance loss; >= 0."""
     layers: tuple[str, ...] = ()
-    """Module paths of the regularised layers; empty for those published for the model."""
+    """arat and arrest: module paths of the regularised layers; empty for those published for the
+    model, and for arrest for the pooled feature before the classifier."""
     stop_gradient: bool = True
     """Detach the target of the invariance loss."""
     predictor: bool = True
@@ -54,15 +58,41 @@ class ObjectiveConfig:
     fixed."""
     beta: float = 6.0
     """trades and mart: weight of the divergence; >= 0."""
+    alpha: float = 0.0
+    """lbgat: weight of TRADES' divergence, 0 or 6 as published; >= 0."""
+    guide: str = ""
+    """lbgat: model that guides, trained along and then dropped; empty for the trained one's own
+    architecture, clean-branch for its clean branch instead of another network."""
+    teacher: Path | None = None
+    """arrest: a naturally trained model to start from, a run's folder or its exported weights;
+    without one, the run trains it first."""
+    teacher_epochs: int | None = None
+    """arrest: epochs of natural training where no teacher is given, before and beside
+    train.epochs; >= 1; default as many as train.epochs."""
+    distillation: float = 10.0
+    """arrest: weight of the distance from the natural representations; >= 0."""
+    replay: float = 0.1
+    """arrest: angle over pi by which a clean representation may move before its sample is replayed
+    with noise instead of attacked; >= 0, 1 for no replay."""
     w_adv: float = 1.0
     """Weight of the adversarial classification loss with balance=fixed; >= 0."""
     w_clean: float = 1.0
     """Weight of the clean classification loss with balance=fixed; >= 0."""
 
+    def __post_init__(self) -> None:
+        if self.guide not in ("", OWN_CLEAN_BRANCH):
+            model_spec(self.guide)
+        if self.teacher_epochs is not None and self.teacher_epochs < 1:
+            raise ValueError(f"objective.teacher_epochs must be >= 1, got {self.teacher_epochs}")
+        if self.teacher is not None and self.teacher_epochs is not None:
+            raise ValueError(
+                "objective.teacher_epochs is for a run without a teacher, got both: leave one out"
+            )
+
     @property
     def mixes_images(self) -> bool:
         """Whether one network is trained on clean and on adversarial images."""
-        return self.name in ("arat", "trades", "mart")
+        return self.name in ("arat", "trades", "mart", "lbgat")
 
 
 @dataclass(frozen=True)
@@ -260,12 +290,18 @@ class Config:
         """The BatchNorm that is really used."""
         if self.model.norm != "auto":
             return self.model.norm
-        return "split" if self.objective.name == "arat" else "shared"
+        name, guide = self.objective.name, self.objective.guide
+        splits = name == "arat" or (name == "lbgat" and guide == OWN_CLEAN_BRANCH)
+        return "split" if splits else "shared"
 
     @property
     def regularized_layers(self) -> tuple[str, ...]:
-        """The layers of the invariance loss: those asked for, else those published."""
-        return self.objective.layers or model_spec(self.model.name).regularized_layers
+        """The layers of ARAT's or ARREST's distance: those asked for, else those published."""
+        if self.objective.layers:
+            return self.objective.layers
+        if self.objective.name == "arrest":
+            return ("avgpool",)
+        return model_spec(self.model.name).regularized_layers
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -313,4 +349,4 @@ def _to_json(value: Any) -> Any:
 def _from_json(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    return Path(value) if name == "root" else value
+    return Path(value) if name in ("root", "teacher") and value is not None else value

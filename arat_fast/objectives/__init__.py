@@ -2,12 +2,16 @@
 
 from arat_fast.objectives.adversarial_training import AdversarialTraining, NaturalTraining
 from arat_fast.objectives.arat import ARAT
+from arat_fast.objectives.arrest import ARREST
 from arat_fast.objectives.base import Objective, ObjectiveOutput
+from arat_fast.objectives.lbgat import LBGAT
 from arat_fast.objectives.mart import MART
 from arat_fast.objectives.trades import TRADES
 
 __all__ = [
     "ARAT",
+    "ARREST",
+    "LBGAT",
     "MART",
     "TRADES",
     "AdversarialTraining",

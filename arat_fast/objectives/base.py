@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,14 @@ class ObjectiveOutput:
         terms: the parts of the loss by name, weights applied, 0-d each; they sum to the loss.
         logits_clean: (N, classes) on the clean images, or None where there was no such pass.
         logits_adv: (N, classes) on the adversarial images, or None.
+        metrics: further 0-d numbers to log, by name.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     logits_clean: Tensor | None
     logits_adv: Tensor | None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module, ABC):
@@ -33,6 +35,11 @@ class Objective(nn.Module, ABC):
 
     needs_attack: bool = True
     """Whether the step makes adversarial examples."""
+    starts_from_natural: bool = False
+    """Whether training goes on from a naturally trained network, which ``arat-fast train`` loads or
+    trains first."""
+    generator: torch.Generator | None = None
+    """Source of the objective's own random numbers; the step sets it to its own."""
 
     @abstractmethod
     def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
@@ -56,6 +63,9 @@ class Objective(nn.Module, ABC):
     def attack_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
         """Where the attack starts, added to ``x``; None: where the attack itself says."""
         return None
+
+    def adopt(self, model: nn.Module) -> None:
+        """Told once, before the first step, that the natural weights are in the network."""
 
     def start_epoch(self, clean_accuracy: float) -> None:
         """Told the training accuracy on clean images before an epoch, in [0, 1]."""

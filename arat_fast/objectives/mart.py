@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import PGD
 from arat_fast.models.split_batch_norm import use_branch
-from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
-from arat_fast.objectives.trades import check_beta, normal_start
+from arat_fast.objectives.base import ObjectiveOutput, widen
+from arat_fast.objectives.normal_start import NormalStart, check_weight
 
 _FLOOR = 1e-12
 
 
-class MART(Objective):
+class MART(NormalStart):
     """``BCE(f(x_adv), y) + beta * mean_n KL(p(x) || p(x_adv)) * (1 - p(x)_y)``.
 
     ``p`` are the softmax probabilities, and ``BCE`` is the cross-entropy plus
@@ -37,14 +34,8 @@ class MART(Objective):
 
     def __init__(self, beta: float = 6.0) -> None:
         super().__init__()
-        check_beta(beta)
+        check_weight("beta", beta)
         self.beta = beta
-
-    def own_attack(self, attack: PGD) -> PGD:
-        return dataclasses.replace(attack, bn="running")
-
-    def attack_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        return normal_start(x, generator)
 
     def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
         with use_branch(model, "adv"):

@@ -18,11 +18,15 @@ from arat_fast.reporting.words import duration, grouped, percent
 _MAX_POINTS = 1500
 _SMOOTH_ABOVE = 60
 _TERMS = (
-    ("ce_adv", "cross-entropy, adversarial", style.ADVERSARIAL),
-    ("ce_clean", "cross-entropy, clean", style.CLEAN),
-    ("kl", "divergence", style.GREEN),
-    ("margin", "margin", style.PURPLE),
+    ("ce_adv", "cross-entropy, adversarial", style.ADVERSARIAL, style.DASHES[1]),
+    ("ce_clean", "cross-entropy, clean", style.CLEAN, style.DASHES[2]),
+    ("mse", "distance from the guide", style.ADVERSARIAL, style.DASHES[1]),
+    ("ce_guide", "cross-entropy, guide", style.CLEAN, style.DASHES[2]),
+    ("kl", "divergence", style.GREEN, style.DASHES[3]),
+    ("distillation", "distance from natural", style.GREEN, style.DASHES[3]),
+    ("margin", "margin", style.PURPLE, style.DASHES[4]),
 )
+"""Name, label, colour and dashes of each part of a loss."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,8 @@ def _loss(run: Run) -> Plot | None:
     figure, axes = style.new_axes()
     described = []
     series = [("loss", "total", style.INK, style.DASHES[0], run.train_series("loss"))]
-    for index, (key, label, color) in enumerate(_TERMS, 1):
-        series.append((key, label, color, style.DASHES[index], run.train_series(key)))
+    for key, label, color, dashes in _TERMS:
+        series.append((key, label, color, dashes, run.train_series(key)))
     layers = _layers(run)
     if layers:
         total = _sum_of_layers(run, layers)

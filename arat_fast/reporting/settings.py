@@ -11,6 +11,7 @@ from arat_fast.reporting.run import Run, count, dig, number
 from arat_fast.reporting.statistics import wilson_interval
 from arat_fast.reporting.words import (
     DASH,
+    duration,
     grouped,
     interval,
     metric_name,
@@ -107,6 +108,7 @@ def environment_html(run: Run) -> Html:
         ("Evaluation time", seconds_of(run, "eval")),
         ("Images per second", _grouped(number(summary.get("images_per_second")))),
         ("Epochs", number(summary.get("epochs"))),
+        ("Natural training before", _natural(summary.get("natural_model"))),
         ("Steps", _grouped(count(summary.get("steps")))),
         ("Parameters", _grouped(count(summary.get("num_parameters")))),
         ("Training images", _grouped(count(summary.get("train_samples")))),
@@ -185,6 +187,17 @@ def _pairs(entries: list[tuple[str, Any]]) -> Html:
 
 def _listed(details: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {plain(value)}" for key, value in details.items()) or DASH
+
+
+def _natural(model: Any) -> str | None:
+    """The natural training that a run started from, as far as it is known; None where none was."""
+    if not isinstance(model, Mapping):
+        return None
+    epochs, seconds = count(model.get("epochs")), number(model.get("train_seconds"))
+    known = [f"{epochs} epochs" if epochs is not None else "length not known"]
+    if seconds is not None:
+        known.append(duration(seconds))
+    return f"{', '.join(known)} ({model.get('source')})"
 
 
 def _grouped(value: float | None) -> str | None:

@@ -23,6 +23,8 @@ _OBJECTIVES = {
     "at": "Plain adversarial training",
     "trades": "TRADES",
     "mart": "MART",
+    "lbgat": "LBGAT",
+    "arrest": "ARREST",
     "natural": "Ordinary training",
 }
 _WEIGHTS = {

@@ -36,6 +36,8 @@ from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.interrupt import InterruptedRun, StopRequest, stop_on_signals
 from arat_fast.training.metrics import MetricsFile, NotFiniteError, StepMetrics
+from arat_fast.training.natural import FOLDER as NATURAL_FOLDER
+from arat_fast.training.natural import load_natural, natural_config
 from arat_fast.training.schedule import learning_rate
 from arat_fast.training.step import make_train_step
 from arat_kernels.implementation import choose
@@ -80,6 +82,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.out = out
+        self.resume = resume
         self.command = command
         self.display = display or Display()
         self.checkpoint_path = out / CHECKPOINT
@@ -92,7 +95,7 @@ class Trainer:
                 )
             saved = load_checkpoint(self.checkpoint_path)
             check_same_run(config, config_from_dict(saved["config"]), self.checkpoint_path)
-        elif resume:
+        elif resume and not (out / NATURAL_FOLDER / CHECKPOINT).exists():
             self.display.say(f"nothing to resume in {out}: a new run")
         self.device = resolve_device(config.train.device)
         # Shapes repeat, so that timing cuDNN's algorithms once pays.
@@ -112,7 +115,12 @@ class Trainer:
         self.model = build_model(config, self.data.train).to(self.device)
         self.objective = build_objective(config, self.model, self.data.train)
         self.optimizer = torch.optim.SGD(
-            [*self.model.parameters(), *self.objective.parameters()],
+            [
+                parameter
+                for module in (self.model, self.objective)
+                for parameter in module.parameters()
+                if parameter.requires_grad
+            ],
             lr=config.optimizer.lr,
             momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
@@ -144,6 +152,9 @@ class Trainer:
         self.rate = config.optimizer.lr
         self.train_seconds = 0.0
         self.clean_accuracy = 1 / self.data.train.num_classes
+        self.natural_model: dict[str, Any] | None = None
+        if saved is None and config.objective.teacher and self.objective.starts_from_natural:
+            self._start_from(config.objective.teacher)
         metrics_bytes = 0 if saved is None else self._restore(saved)
         out.mkdir(parents=True, exist_ok=True)
         write_json(
@@ -161,6 +172,8 @@ class Trainer:
 
         Raises:
             InterruptedRun: Ctrl-C or SIGTERM came; the state is saved.
+            FileExistsError: there is a natural model in the folder already, and ``resume`` is not
+                set.
             NotFiniteError: a loss or a weight became NaN; names the step, the term and the last
                 checkpoint.
             OSError: a file could not be written; the checkpoint before is whole.
@@ -176,6 +189,8 @@ class Trainer:
             f"{self.precision} on {describe_device(self.device)}{resumed}; run folder {self.out}"
         )
         try:
+            if self.objective.starts_from_natural and self.natural_model is None:
+                self._train_natural_model()
             with stop_on_signals() as stop:
                 with self.display.training(self.total_steps, self.step) as bar:
                     self._train(bar, stop)
@@ -192,6 +207,32 @@ class Trainer:
             self.metrics_file.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
+
+    def _train_natural_model(self) -> None:
+        """Run the natural run that this one starts from, in a folder inside its own."""
+        config = natural_config(self.config)
+        folder = self.out / NATURAL_FOLDER
+        self.display.say(
+            f"{config.train.epochs} epochs of natural training first, then "
+            f"{self.config.train.epochs} of {self.config.objective.name}"
+        )
+        devices = [self.device] if self.device.type == "cuda" else []
+        # What follows must not depend on whether the natural run was made, resumed or found.
+        with torch.random.fork_rng(devices):
+            Trainer(
+                config, folder, resume=self.resume, command=self.command, display=self.display
+            ).run()
+        self._start_from(folder)
+        assert self.natural_model is not None
+        self.natural_model["source"] = NATURAL_FOLDER
+
+    def _start_from(self, path: Path) -> None:
+        """Start from the natural model of another run."""
+        self.natural_model = load_natural(self.model, path)
+        self.objective.adopt(self.model)
+        epochs = self.natural_model["epochs"]
+        length = f", {epochs} epochs" if epochs is not None else ""
+        self.display.say(f"starting from the natural model in {path}{length}")
 
     def _train(self, bar: TrainingBar, stop: StopRequest) -> None:
         epochs = self.config.train.epochs
@@ -402,6 +443,7 @@ class Trainer:
             "step": self.step,
             "train_seconds": self.train_seconds,
             "clean_accuracy": self.clean_accuracy,
+            "natural_model": self.natural_model,
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -456,6 +498,7 @@ class Trainer:
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
         self.clean_accuracy = state["clean_accuracy"]
+        self.natural_model = state.get("natural_model")
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng_cpu"])
         if state["rng_cuda"] is not None:
@@ -527,6 +570,7 @@ class Trainer:
             "dataset": config.data.name,
             "seed": config.seed,
             "epochs": config.train.epochs,
+            "natural_model": self.natural_model,
             "steps": self.step,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "train_samples": self.data.train.num_samples,

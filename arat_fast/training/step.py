@@ -87,6 +87,7 @@ class TrainStep:
                 f'a CUDA graph needs a GPU, got a model on {device}; set graph to "off" '
                 "(--step.graph off)"
             )
+        self.objective.generator = self.generator
         self._graphs: StepGraphs | None = None
         if self.graph != "off" and device.type == "cuda":
             self._graphs = StepGraphs(
@@ -104,7 +105,7 @@ class TrainStep:
         Returns:
             0-d tensors on the device of ``x``, not synchronised: "loss", its terms by name, and
             "accuracy_clean" and "accuracy_adv" (on this batch, in training mode) where the
-            objective computes such logits.
+            objective computes such logits, and further metrics of the objective.
 
         Raises:
             ValueError: a value outside [0, 1] or NaN, in a batch that is checked; a network that
@@ -197,7 +198,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         metrics = {"loss": output.loss.detach()}
-        metrics |= {name: term.detach() for name, term in output.terms.items()}
+        for numbers in (output.terms, output.metrics):
+            metrics |= {name: number.detach() for name, number in numbers.items()}
         for name, logits in (("clean", output.logits_clean), ("adv", output.logits_adv)):
             if logits is not None:
                 metrics[f"accuracy_{name}"] = (logits.argmax(dim=1) == y).float().mean()

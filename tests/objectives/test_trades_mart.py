@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from arat_fast.attacks import PGD
 from arat_fast.models import use_statistics
 from arat_fast.objectives import MART, TRADES, Objective
-from arat_fast.objectives.trades import START_STD
+from arat_fast.objectives.normal_start import START_STD
 from arat_fast.training.step import make_train_step
 
 

@@ -1,0 +1,117 @@
+"""ARREST: adversarial finetuning that keeps the representations of a natural network."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arat_fast.attacks.pgd import PGD
+from arat_fast.models.features import collect_features
+from arat_fast.models.split_batch_norm import use_branch, use_statistics
+from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.objectives.normal_start import check_weight
+
+
+class ARREST(Objective):
+    """``CE(f(x'), y) + distillation * mean_n d(h(x'), h_nat(x))``, from a natural network on.
+
+    - Adversarial finetuning: ``f`` starts with the weights of a naturally trained network.
+    - Representation-guided distillation: ``h`` are the representations of ``f``, ``h_nat`` those of
+      the frozen natural network, and ``d`` the angular distance, the angle divided by pi, in
+      [0, 1]. No gradient reaches ``h_nat``.
+    - Noisy replay: ``x'`` is the adversarial image, or the clean image plus uniform noise of the
+      same ball where the clean representation has moved too far, ``d(h(x), h_nat(x)) > replay``.
+
+    Args:
+        model: the naturally trained network, from which training goes on. The natural network is a
+            copy of it in eval mode; see :meth:`adopt`.
+        attack: of the training step; gives the ball of the replayed noise.
+        layers: module paths whose features are the representation; see
+            :func:`arat_fast.models.collect_features`. The distance is their mean.
+        distillation: weight of the distance, >= 0.
+        replay: distance above which a sample is replayed, >= 0; 1 never replays.
+
+    Raises:
+        ValueError: a weight or the threshold is negative.
+
+    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), who published no code. The three parts and
+    the pair of representations are the paper's. Set here, without its equations at hand: that the
+    replay is decided sample by sample, on the clean image and on running statistics; that its noise
+    is the uniform start of the attack, clamped to [0, 1]; and both default numbers.
+    """
+
+    starts_from_natural = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attack: PGD,
+        layers: Sequence[str] = ("avgpool",),
+        *,
+        distillation: float = 10.0,
+        replay: float = 0.1,
+    ) -> None:
+        super().__init__()
+        check_weight("distillation", distillation)
+        check_weight("replay", replay)
+        self.layers = tuple(layers)
+        self.distillation = distillation
+        self.replay = replay
+        self.noise = dataclasses.replace(attack, random_start=True)
+        self.natural = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def adopt(self, model: nn.Module) -> None:
+        """Take the present weights of the network for the natural ones."""
+        self.natural.load_state_dict(model.state_dict())
+
+    def train(self, mode: bool = True) -> ARREST:
+        super().train(mode)
+        self.natural.eval()
+        return self
+
+    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+        with torch.no_grad():
+            natural = self._representations(self.natural, x)
+            with use_statistics(model, "running"):
+                moved = self._distance(self._representations(model, x), natural) > self.replay
+            noisy = self.noise.start(x, self.generator).clamp_(0, 1)
+        x_used = torch.where(moved.view(-1, 1, 1, 1), noisy, x_adv)
+        with use_branch(model, "adv"), collect_features(model, self.layers) as features:
+            logits = widen(model(x_used))
+        distance = self._distance([features[layer] for layer in self.layers], natural).mean()
+        terms = {
+            "ce_adv": F.cross_entropy(logits, y),
+            "distillation": self.distillation * distance,
+        }
+        loss = terms["ce_adv"] + terms["distillation"]
+        return ObjectiveOutput(loss, terms, None, logits, {"replayed": moved.float().mean()})
+
+    def _representations(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+        with use_branch(model, "adv"), collect_features(model, self.layers) as features:
+            model(x)
+        return [features[layer] for layer in self.layers]
+
+    @staticmethod
+    def _distance(h: list[Tensor], natural: list[Tensor]) -> Tensor:
+        """Mean over the layers of the angular distance of each sample, (N,)."""
+        distances = [angular_distance(a, b) for a, b in zip(h, natural, strict=True)]
+        return torch.stack(distances).mean(dim=0)
+
+
+def angular_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Angle between the rows of two tensors divided by pi, (N,) in [0, 1].
+
+    Args:
+        a, b: (N, d), same shape. Where they are parallel the gradient is zero.
+    """
+    # Not arccos of the cosine, which has no finite gradient at parallel vectors.
+    u, v = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    half = torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
+    return 2 / math.pi * half
