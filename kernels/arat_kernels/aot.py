@@ -315,9 +315,9 @@ def kernels_table(measured: Callable[[AotCase], list[str]]) -> str:
         "Other tests sweep the launchers over shapes, dtypes and layouts, and fail on a launch "
         "that no row covers: one row has the launch's block, warps, alignment and dtypes, and at "
         "least its optional tensors (a backward that computes ReLU again instead of reading its "
-        "bits has rows of its own). Numbers of channels, of layers and their widths are examples: "
-        "the cosine distance has rows of 1, 4 and 11 layers, and nothing is said here of a launch "
-        "of more. float64, which is there for gradcheck, is compiled for one block shape of each "
+        "bits has rows of its own). Numbers of channels and widths of layers are examples. The "
+        "cosine distance takes 1, 4 or 11 layers a launch: other numbers are padded, longer lists "
+        "divided. float64, which is there for gradcheck, is compiled for one block shape of each "
         "kernel.",
         "",
         "Split BatchNorm reads its input once for the statistics and once to normalise it, in "

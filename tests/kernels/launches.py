@@ -66,9 +66,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> list[Launch]:
         yield
         guarded.pop()
 
-    def guarded_take(layers: int, device: torch.device) -> Tensor:
+    def guarded_take(device: torch.device) -> Tensor:
         assert guarded, "the counters are taken where another device may be the current one"
-        return take(layers, device)
+        return take(device)
 
     def bind(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         name = self.fn.__name__
@@ -135,7 +135,7 @@ _INSTEAD = {
     "split_batch_norm_bwd_input_kernel": ("RELU", "mask_ptr"),
 }
 # What a data set or a network brings along, in any number, and cases have examples of.
-_EXAMPLES = ("CHANNELS", "OUT_CHANNELS", "LAYERS", "WIDTHS")
+_EXAMPLES = ("CHANNELS", "OUT_CHANNELS", "WIDTHS")
 
 
 def _promise(case: AotCase) -> Launch:

@@ -89,6 +89,19 @@ def test_cosine_invariance_is_one_launch_in_each_direction(
     assert names(launches)[1:] == ["cosine_invariance_bwd_kernel"]
 
 
+@pytest.mark.parametrize(("layers", "expected"), [(11, [11]), (12, [11, 1]), (26, [11, 11, 4])])
+def test_long_lists_of_layers_take_more_launches(
+    launches: list[Launch], layers: int, expected: list[int]
+) -> None:
+    predictions = [randn((3, 16), i) for i in range(layers)]
+    targets = [randn((3, 16), i + 50) for i in range(layers)]
+    out = cosine_invariance._launch_forward(predictions, targets, 1e-8)
+    assert out.shape == (layers,)
+    gradients = cosine_invariance._launch_backward(randn((layers,), 99), predictions, targets, 1e-8)
+    assert len(gradients) == layers
+    assert [launch.constants["LAYERS"] for launch in launches] == 2 * expected
+
+
 def test_counters_of_captures_in_several_threads_are_distinct(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -101,11 +114,11 @@ def test_counters_of_captures_in_several_threads_are_distinct(
             return value
 
     counters = cosine_invariance._Counters()
-    counters._for_graphs[0] = torch.zeros(counters.CAPTURED_SETS, counters.MOST_LAYERS)
+    counters._for_graphs[0] = torch.zeros(counters.CAPTURED_SETS, counters.SIZE)
     counters._captured = Slow({0: 0})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with ThreadPoolExecutor(8) as threads:
-        sets = list(threads.map(counters.take, [4] * 32, [torch.device("cuda", 0)] * 32))
+        sets = list(threads.map(counters.take, [torch.device("cuda", 0)] * 32))
     assert len({tensor.data_ptr() for tensor in sets}) == 32
 
 
@@ -115,7 +128,7 @@ def test_counters_of_graphs_are_distinct_and_never_freed(monkeypatch: pytest.Mon
     threads: list[int] = []
 
     def zeros(sets: int, device: torch.device) -> Tensor:
-        made.append(weakref.ref(tensor := torch.zeros(sets, counters.MOST_LAYERS).int()))
+        made.append(weakref.ref(tensor := torch.zeros(sets, counters.SIZE).int()))
         threads.append(threading.get_ident())
         return tensor
 
@@ -126,10 +139,10 @@ def test_counters_of_graphs_are_distinct_and_never_freed(monkeypatch: pytest.Mon
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     device = torch.device("cuda", 0)
-    eager = counters.take(4, device)
-    assert counters.take(4, device) is eager
+    eager = counters.take(device)
+    assert counters.take(device) is eager
     capturing = True
-    sets = [counters.take(4, device) for _ in range(counters.CAPTURED_SETS + 2)]
+    sets = [counters.take(device) for _ in range(counters.CAPTURED_SETS + 2)]
     assert len({tensor.data_ptr() for tensor in (eager, *sets)}) == len(sets) + 1
     # Those that last are made where no pool of a graph takes the allocation, the others inside it.
     here = threading.get_ident()
@@ -199,7 +212,9 @@ def test_every_pgd_launch_is_compiled_ahead_of_time(bound: list[Launch]) -> None
 
 def test_every_cosine_launch_is_compiled_ahead_of_time(bound: list[Launch]) -> None:
     networks = [(1,), (16,), (100,), (128,), (129,), (512,), (1000,), (1024,), (1025,), (2048,)]
-    networks += [(2000,), (2049,), (4096,), (512,) * 4, (320, 640, 640), (7, 2048), (16, 5000)]
+    networks += [(2000,), (2049,), (4096,), (7, 2048), (16, 5000)]
+    networks += [(512,) * layers for layers in (2, 3, 4, 5, 10, 11, 12, 23)]
+    networks += [(320,) + (640,) * 10, (7,) * 4, (100,) * 11, (4096,) * 4, (2049,) * 8]
     for widths, dtype, target_dtype in product(networks, FLOATS, FLOATS):
         if (dtype == torch.float64) != (target_dtype == torch.float64):
             continue  # Refused.

@@ -22,14 +22,14 @@ def cosine_invariance(
     """Per layer the mean over the batch of ``1 - cos(prediction, target)``.
 
     ``eps`` is that of ``torch.nn.functional.cosine_similarity``: a norm below it counts as ``eps``.
-    Targets are stopped: no gradient reaches them. All layers are one kernel launch forward and one
-    backward; the sum over the batch has a fixed order.
+    Targets are stopped: no gradient reaches them. Up to 11 layers are one kernel launch forward and
+    one backward, more of them a launch for each 11; the sum over the batch has a fixed order.
 
     Calls may be captured in CUDA graphs, by ``torch.compile(mode="reduce-overhead")`` too, and
-    replayed before, between and beside eager calls on any stream. Each has counters of its own
-    that no graph's pool holds if it is among the first 256 captured on its device, a call outside
-    of a capture came before on that device, and there are at most 64 layers. Any other's counters
-    are in the pool of its graph, which clears them before the kernel: one small launch more.
+    replayed before, between and beside eager calls on any stream. Each launch has counters of its
+    own that no graph's pool holds if it is among the first 256 captured on its device and a call
+    outside of a capture came before on that device. Any other's counters are in the pool of its
+    graph, which clears them before the kernel: one small launch more.
 
     Args:
         predictions: one (N, D_l) per layer, one of float16, bfloat16, float32 and float64 for all

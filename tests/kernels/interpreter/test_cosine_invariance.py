@@ -51,7 +51,8 @@ def run(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target_dtype", [None, torch.float32])
 @pytest.mark.parametrize(
-    ("num", "widths"), [(5, (32, 16, 48)), (33, (100, 7)), (3, (600,)), (2, (2100, 30))]
+    ("num", "widths"),
+    [(5, (32, 16, 48)), (33, (100, 7)), (3, (600,)), (2, (2100, 30)), (2, tuple(range(8, 21)))],
 )
 def test_against_the_float64_reference(
     dtype: torch.dtype,
@@ -188,7 +189,7 @@ def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     from arat_kernels.cosine_invariance import triton as kernels
 
     counters = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(kernels._counters, "take", lambda layers, device: counters)
+    monkeypatch.setattr(kernels._counters, "take", lambda device: counters)
     predictions, targets, _ = case(70, (8, 9))
     first = cosine_invariance(predictions, targets, impl="triton")
     assert counters.tolist() == [0, 0]
