@@ -1,24 +1,22 @@
-"""The command ``arat-fast``: train, eval, report, bench, info."""
+"""The command ``arat-fast``: train, eval, compare, report, bench, info."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from arat_fast import __version__
+from arat_fast.command_line import UsageError, parse
 from arat_fast.config import Config
 from arat_fast.recipes import RECIPES, recipe
 
@@ -32,6 +30,10 @@ usage: arat-fast COMMAND ...
   arat-fast eval CHECKPOINT [options]
       Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights or an
       official AR-AT checkpoint.
+  arat-fast compare RECIPE [--objectives NAME ...] [--seeds N ...] [--ablation] [overrides]
+  arat-fast compare --from DIR
+      Methods over several seeds: table, LaTeX, plane. Goes on where it stopped; --from prints the
+      table of a saved comparison, or with --out runs it again.
   arat-fast report RUN [--compare RUN ...]
       Write RUN/report.html again, beside other runs if some are given.
   arat-fast bench step|scaling [options]
@@ -42,12 +44,6 @@ usage: arat-fast COMMAND ...
 
 recipes: {recipes}
 """
-
-Options = TypeVar("Options")
-
-
-class UsageError(ValueError):
-    """The command line cannot be understood."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "compare": _compare,
         "report": _report,
         "bench": _bench,
         "info": _info,
@@ -164,12 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    name, rest = _take_recipe(arguments)
+    name, rest = _take_recipe(arguments, "train")
     if name is None:
         print(USAGE.format(recipes=", ".join(RECIPES)), end="")
         return 0
     base = recipe(name, _compat(rest))  # type: ignore[arg-type]  # recipe() checks the value
-    options = _parse(TrainOptions, rest, f"arat-fast train {name}", TrainOptions(base))
+    options = parse(TrainOptions, rest, f"arat-fast train {name}", TrainOptions(base))
     config = options.config
     out = options.out or Path("runs") / _run_name(config)
     from arat_fast.reporting import write_report
@@ -198,7 +195,7 @@ def _eval(arguments: list[str]) -> int:
     from arat_fast.evaluation.checkpoint import evaluate_checkpoint
     from arat_fast.files import write_json
 
-    options = _parse(EvalOptions, arguments, "arat-fast eval")
+    options = parse(EvalOptions, arguments, "arat-fast eval")
     values = dataclasses.asdict(options)
     out = values.pop("out")
     record = evaluate_checkpoint(**values)
@@ -214,10 +211,22 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    from arat_fast.compare import compare_command
+
+    if any(argument.partition("=")[0] == "--from" for argument in arguments):
+        return compare_command(arguments, None)
+    name, rest = _take_recipe(arguments, "compare")
+    if name is None:
+        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        return 0
+    return compare_command(rest, recipe(name, _compat(rest)))  # type: ignore[arg-type]  # checked
+
+
 def _report(arguments: list[str]) -> int:
     from arat_fast.reporting import write_report
 
-    options = _parse(ReportOptions, arguments, "arat-fast report")
+    options = parse(ReportOptions, arguments, "arat-fast report")
     print(f"report: {write_report(options.run, options.compare)}")
     return 0
 
@@ -231,9 +240,9 @@ def _bench(arguments: list[str]) -> int:
         print(USAGE.format(recipes=", ".join(RECIPES)), end="")
         return 0
     if name == "step":
-        return bench_step(_parse(StepOptions, rest, "arat-fast bench step"))
+        return bench_step(parse(StepOptions, rest, "arat-fast bench step"))
     if name == "scaling":
-        return bench_scaling(_parse(ScalingOptions, rest, "arat-fast bench scaling"))
+        return bench_scaling(parse(ScalingOptions, rest, "arat-fast bench scaling"))
     raise UsageError(f"step or scaling is expected after bench, got {name}")
 
 
@@ -257,12 +266,12 @@ def _info(arguments: list[str]) -> int:
     return 0
 
 
-def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
+def _take_recipe(arguments: list[str], command: str) -> tuple[str | None, list[str]]:
     if arguments and arguments[0] in ("-h", "--help"):
         return None, []
     if not arguments or arguments[0].startswith("-"):
         got = arguments[0] if arguments else "nothing"
-        raise UsageError(f"a recipe is expected after train, got {got}: {', '.join(RECIPES)}")
+        raise UsageError(f"a recipe is expected after {command}, got {got}: {', '.join(RECIPES)}")
     return arguments[0], arguments[1:]
 
 
@@ -283,39 +292,6 @@ def _run_name(config: Config) -> str:
     if config.compat != "paper":
         parts.append(config.compat)
     return "-".join([*parts, f"seed{config.seed}"])
-
-
-def _parse(
-    options: type[Options], arguments: list[str], program: str, default: Options | None = None
-) -> Options:
-    """tyro's parser; takes fractions such as 8/255, and complains in one line."""
-    arguments = [_decimal(argument) for argument in arguments]
-    complaint = io.StringIO()
-    keywords: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed: Options = tyro.cli(options, prog=program, args=arguments, **keywords)
-            return parsed
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(f"{_one_line(complaint.getvalue())}; see {program} --help") from None
-
-
-def _decimal(argument: str) -> str:
-    """A fraction of numbers as a decimal number, anything else unchanged."""
-    fraction = re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", argument)
-    if fraction is None or float(fraction[2]) == 0:
-        return argument
-    return repr(float(fraction[1]) / float(fraction[2]))
-
-
-def _one_line(complaint: str) -> str:
-    """The sentence inside a box that tyro draws: between the title and the hints."""
-    lines = [line.strip(" │╭╮╰╯─\t") for line in complaint.splitlines()]
-    lines = [line for line in lines if line.strip("-")]
-    text = " ".join(lines[1:])
-    return re.split(r"\s*(?:Argument helptext:|For full helptext|Default:)", text)[0].rstrip(". ")
 
 
 def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:

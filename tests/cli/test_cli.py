@@ -19,7 +19,8 @@ from tiny import OPTIONS
 from torch import Tensor, nn
 
 from arat_fast import __version__
-from arat_fast.cli import _decimal, main
+from arat_fast.cli import main
+from arat_fast.command_line import decimal
 from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
 from arat_fast.objectives.base import ObjectiveOutput
@@ -208,9 +209,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fractions() -> None:
-    assert _decimal("8/255") == repr(8 / 255)
+    assert decimal("8/255") == repr(8 / 255)
     for word in ("runs/a", "1/0", "8/255/2", "-1/2", "cifar10"):
-        assert _decimal(word) == word
+        assert decimal(word) == word
 
 
 @pytest.mark.parametrize(

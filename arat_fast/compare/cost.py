@@ -1,0 +1,111 @@
+"""What a training step costs, in forward passes of the network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from arat_fast.build import build_model, build_objective
+from arat_fast.config import Config
+from arat_fast.data.batches import Batch
+from arat_fast.models.registry import model_spec
+from arat_fast.models.split_batch_norm import use_branch
+from arat_fast.training.step import make_train_step
+
+_BATCH = 2
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Arithmetic of a training step.
+
+    Attributes:
+        passes: per image, in forward passes of one image through the network: a backward pass for
+            the image alone counts one, one for the parameters too two. PGD-10 with the
+            cross-entropy's training pass makes 23.
+        attacks: whether the step makes adversarial examples.
+    """
+
+    passes: float
+    attacks: bool
+
+
+def step_cost(config: Config) -> StepCost:
+    """Count the multiplications of one training step, on the CPU.
+
+    Convolutions and matrix products count, everything else is left out: other networks that the
+    objective trains and its predictors are in, BatchNorm and the optimiser are not. The weights are
+    fresh and the images black; neither changes the count. Random generators are left as they were.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ValueError: the configuration does not fit the network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        size = model_spec(config.model.name).image_size
+        data = _NoImages((1 if config.data.name == "digits" else 3, size, size))
+        model = build_model(config, data)
+        plain = copy.deepcopy(model)
+        objective = build_objective(config, model, data)
+        step = make_train_step(
+            model,
+            objective,
+            config.attack,
+            torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.01),
+            precision=torch.float32,
+            fold=False,
+            graph="off",
+            generator=torch.Generator().manual_seed(0),
+        )
+        x = torch.zeros(_BATCH, *data.image_shape)
+        with _Multiplications() as whole:
+            step(x, torch.arange(_BATCH))
+        with use_branch(plain, "adv"), torch.no_grad(), _Multiplications() as forward:
+            plain(x)
+    return StepCost(whole.count / forward.count, objective.needs_attack)
+
+
+class _NoImages:
+    """The shape of a dataset without its images."""
+
+    num_samples = 0
+    num_classes = 10
+    classes = tuple("0123456789")
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        self.image_shape = image_shape
+
+    def __len__(self) -> int:
+        return 0
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        return iter(())
+
+
+class _Multiplications(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Counts by PyTorch's own formulas.
+
+    torch.utils.flop_counter.FlopCounterMode hooks into modules, and fails where the gradient of an
+    image is asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.count += formula(*args, **(kwargs or {}), out_val=result)
+        return result

@@ -1,0 +1,257 @@
+"""What a comparison runs: methods × seeds, every option spelt out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from arat_fast.command_line import apply_overrides, overrides_of
+from arat_fast.compare.cost import step_cost
+from arat_fast.compare.methods import Method
+from arat_fast.config import Config, config_from_dict, config_to_dict
+from arat_fast.training.loop import check_same_run
+
+Budget = Literal["epochs", "work"]
+RECORD = "comparison.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """A method as it is really run.
+
+    Attributes:
+        method: with the number of epochs among its options.
+        epochs: of training.
+        passes: forward passes per image and step; see :class:`arat_fast.compare.cost.StepCost`.
+    """
+
+    method: Method
+    epochs: int
+    passes: float
+
+    @property
+    def work(self) -> float:
+        """Forward passes per training image over the whole run."""
+        return self.epochs * self.passes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        label: of its method.
+        seed: of the run.
+        config: all of it.
+    """
+
+    label: str
+    seed: int
+    config: Config
+
+    @property
+    def run(self) -> str:
+        """Name of its folder."""
+        return f"{self.label}-seed{self.seed}"
+
+    def arguments(self, out: Path) -> list[str]:
+        """The command line after ``arat-fast`` that trains it, or goes on with it."""
+        overrides = overrides_of(self.config)
+        return ["train", self.config.recipe, *overrides, "--out", str(out / self.run), "--resume"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid of runs.
+
+    Attributes:
+        config: what all of them share; its seed is not used.
+        methods: rows of the table, in order.
+        seeds: of every method.
+        budget: "epochs" (the recipe's, for all) or "work" (as many forward passes as the recipe's
+            own objective makes, for every method that attacks).
+        command: command line that made it.
+    """
+
+    config: Config
+    methods: tuple[PlannedMethod, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+    command: str = ""
+
+    def cells(self) -> list[Cell]:
+        """Every run, the whole first seed before the second."""
+        return [
+            Cell(planned.method.label, seed, self._config(planned, seed))
+            for seed in self.seeds
+            for planned in self.methods
+        ]
+
+    def _config(self, planned: PlannedMethod, seed: int) -> Config:
+        config = apply_overrides(self.config, planned.method.options)
+        return dataclasses.replace(config, seed=seed)
+
+
+def make_plan(
+    config: Config,
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    budget: Budget = "epochs",
+    command: str = "",
+) -> Plan:
+    """Plan a comparison: check every option, and count what a step of each method costs.
+
+    Args:
+        config: what all runs share.
+        methods: rows of the table; one that sets ``--train.epochs`` keeps that number.
+        seeds: of every method, >= 0.
+        budget: see :class:`Plan`.
+        command: command line to record.
+
+    Raises:
+        ValueError: no seed or a seed twice, or a method's options do not fit.
+    """
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        given = " ".join(map(str, seeds)) or "none"
+        raise ValueError(f"--seeds expects different numbers >= 0, got {given}")
+    full = step_cost(config).passes * config.train.epochs
+    planned = []
+    for method in methods:
+        if any(option.partition("=")[0] in ("--seed", "--compat") for option in method.options):
+            raise ValueError(
+                f"{method.label} sets {' '.join(method.options)}: seed and compat are those of the "
+                "whole comparison, set them with --seeds and --compat"
+            )
+        try:
+            own = apply_overrides(config, method.options)
+            cost = step_cost(own)
+        except ValueError as error:
+            raise ValueError(f"{method.label}: {error}") from error
+        epochs = own.train.epochs
+        names = {option.partition("=")[0] for option in method.options}
+        if budget == "work" and cost.attacks and "--train.epochs" not in names:
+            epochs = max(1, round(full / cost.passes))
+            options = (*method.options, "--train.epochs", str(epochs))
+            method = dataclasses.replace(method, options=options)
+        planned.append(PlannedMethod(method, epochs, cost.passes))
+    return Plan(config, tuple(planned), tuple(seeds), budget, command)
+
+
+def merge_with_saved(plan: Plan, record: Path) -> Plan:
+    """The plan, with the methods and seeds that its folder holds already.
+
+    Args:
+        plan: what is asked for.
+        record: comparison.json of the folder; may be absent.
+
+    Raises:
+        ValueError: the folder holds a comparison of another configuration, or a method of it has
+            other options now.
+    """
+    if not record.exists():
+        return plan
+    saved = plan_from_record(read_record(record))
+    if saved.config.recipe != plan.config.recipe:
+        raise ValueError(
+            f"{record} compares on {saved.config.recipe}, got {plan.config.recipe}: choose another "
+            "folder with --out"
+        )
+    same_seed = dataclasses.replace(saved.config, seed=plan.config.seed)
+    try:
+        check_same_run(plan.config, same_seed, record)
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another folder with --out") from error
+    labels = {planned.method.label: planned for planned in plan.methods}
+    for before in saved.methods:
+        now = labels.setdefault(before.method.label, before)
+        if now.method.options != before.method.options:
+            raise ValueError(
+                f"{record} has {before.method.label} with {shlex.join(before.method.options)}, got "
+                f"{shlex.join(now.method.options)}: choose another folder with --out"
+            )
+    seeds = dict.fromkeys((*plan.seeds, *saved.seeds))
+    return dataclasses.replace(plan, methods=tuple(labels.values()), seeds=tuple(seeds))
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON types."""
+    return {
+        "command": plan.command,
+        "recipe": plan.config.recipe,
+        "budget": plan.budget,
+        "seeds": list(plan.seeds),
+        "config": config_to_dict(plan.config),
+        "methods": [
+            {
+                "label": planned.method.label,
+                "title": planned.method.title,
+                "ablation": planned.method.ablation,
+                "options": list(planned.method.options),
+                "epochs": planned.epochs,
+                "passes_per_image": planned.passes,
+            }
+            for planned in plan.methods
+        ],
+    }
+
+
+def plan_from_record(record: dict[str, Any]) -> Plan:
+    """The plan of a saved comparison.
+
+    Raises:
+        ValueError: the record is not one of this version.
+    """
+    try:
+        methods = [
+            PlannedMethod(
+                Method(
+                    str(entry["label"]),
+                    str(entry["title"]),
+                    tuple(map(str, entry["options"])),
+                    bool(entry["ablation"]),
+                ),
+                int(entry["epochs"]),
+                float(entry["passes_per_image"]),
+            )
+            for entry in record["methods"]
+        ]
+        return Plan(
+            config_from_dict(record["config"]),
+            tuple(methods),
+            tuple(map(int, record["seeds"])),
+            record["budget"],
+            str(record["command"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a comparison of this version: {error} is missing") from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of a comparison.json.
+
+    Args:
+        path: the file, or the folder of a comparison.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is another, or of another version's format.
+    """
+    file = path / RECORD if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(
+            f"no comparison at {file}: expected the folder that arat-fast compare wrote, or its "
+            f"{RECORD}"
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or "methods" not in record:
+        raise ValueError(f"{file} is no comparison of format {FORMAT}")
+    return record

@@ -1,0 +1,280 @@
+"""Runs the grid of a comparison, each cell in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict, read_record
+from arat_fast.compare.results import read_cell
+from arat_fast.compare.sharing import find_source, share_training
+from arat_fast.config import config_to_dict
+from arat_fast.device import source_commit, versions
+from arat_fast.files import write_json
+from arat_fast.training.interrupt import InterruptedRun, stop_on_signals
+
+_POLL_SECONDS = 0.2
+_LOGS = "logs"
+_PATIENCE_SECONDS = 30.0
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Job:
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    slot: int
+    started: float
+
+
+@dataclass
+class GridRunner:
+    """Runs what is missing of a plan.
+
+    Args:
+        plan: the grid.
+        out: folder of the comparison; made if absent.
+        jobs: runs at a time; None for one on a CPU, one per GPU else.
+        say: told each line for the user.
+
+    Raises:
+        ValueError: ``jobs`` is no count >= 1, or larger than the number of GPUs.
+    """
+
+    plan: Plan
+    out: Path
+    jobs: int | None
+    say: Say
+    _slots: list[dict[str, str]] = field(init=False)
+    _cells: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+    _shared: dict[str, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._slots = environments(self.plan.config.train.device, self.jobs)
+
+    def run(self) -> dict[str, Any]:
+        """Run every cell that is not finished.
+
+        Returns:
+            The content of comparison.json.
+
+        Raises:
+            InterruptedRun: Ctrl-C or SIGTERM came; the runs have saved their state and ended.
+            ValueError: another process works in the folder.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with _lock(self.out) as lock, stop_on_signals() as stop:
+            cells = self.plan.cells()
+            self._shared = _shared_before(self.out / RECORD)
+            pending = [cell for cell in cells if not self._take(cell)]
+            done = len(cells) - len(pending)
+            self._save()
+            if done:
+                self.say(f"{done} of {len(cells)} runs are finished already")
+            jobs: list[_Job] = []
+            start, total = time.monotonic(), len(pending)
+            try:
+                while (pending or jobs) and not stop.signal:
+                    while len(jobs) < len(self._slots):
+                        cell = self._next(pending, jobs, cells)
+                        if cell is None:
+                            break
+                        pending.remove(cell)
+                        jobs.append(self._start(cell, jobs, lock))
+                    for job in [j for j in jobs if j.process.poll() is not None]:
+                        jobs.remove(job)
+                        left = len(pending) + len(jobs)
+                        spent = time.monotonic() - start
+                        self._end(job, left, spent * left / max(total - left, 1))
+                    if jobs:
+                        time.sleep(_POLL_SECONDS)
+            finally:
+                self._stop(jobs)
+            if stop.signal:
+                finished = sum(self._take(job.cell) for job in jobs)
+                self._save()
+                left = len(pending) + len(jobs) - finished
+                raise InterruptedRun(
+                    f"stopped with {left} of {len(cells)} runs left; go on with the same command",
+                    stop.exit_code,
+                )
+        return self._save()
+
+    def _next(
+        self, pending: Sequence[Cell], jobs: Sequence[_Job], cells: Sequence[Cell]
+    ) -> Cell | None:
+        """The first run that has not to wait for another's training."""
+        busy = {cell.run for cell in (*pending, *(job.cell for job in jobs))}
+        for cell in pending:
+            source = find_source(cell, cells)
+            if source is None or source.run not in busy:
+                return cell
+        return None
+
+    def _start(self, cell: Cell, jobs: Sequence[_Job], lock: int | None) -> _Job:
+        source = find_source(cell, self.plan.cells())
+        folder = self.out / cell.run
+        if (
+            source is not None
+            and self._cells[source.run]["status"] == "finished"
+            and share_training(self.out / source.run, folder, cell.config)
+        ):
+            self._shared[cell.run] = source.run
+        slot = next(i for i in range(len(self._slots)) if i not in {job.slot for job in jobs})
+        log = self.out / _LOGS / f"{cell.run}.log"
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "arat_fast", *cell.arguments(self.out)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._slots[slot]},
+                # Ctrl-C reaches this process alone, which ends its children in order.
+                start_new_session=True,
+                # The folder stays locked as long as one of them lives.
+                pass_fds=() if lock is None else (lock,),
+            )
+        return _Job(cell, process, slot, time.monotonic())
+
+    def _end(self, job: _Job, left: int, seconds_left: float) -> None:
+        cell, seconds = job.cell, time.monotonic() - job.started
+        rest = f"{left} left, about {seconds_left / 60:.0f} min" if left else "all done"
+        if job.process.returncode == 0 and self._take(cell):
+            accuracy = self._cells[cell.run]["accuracy"]
+            values = ", ".join(
+                f"{name} {100 * entry['value']:.1f}"
+                for name, entry in accuracy.items()
+                if name != "clean_branch"
+            )
+            self.say(f"{cell.run}: {values} ({seconds:.0f} s; {rest})")
+        else:
+            reason = self._reason(cell, job.process.returncode)
+            self._cells[cell.run].update(status="failed", reason=reason)
+            self.say(f"{cell.run}: failed: {reason} ({rest})")
+        self._save()
+
+    def _reason(self, cell: Cell, code: int) -> str:
+        text = (self.out / _LOGS / f"{cell.run}.log").read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        last = lines[-1].strip() if lines else "it printed nothing"
+        return f"exit code {code}, {last.removeprefix('arat-fast: error: ')}"
+
+    def _stop(self, jobs: Sequence[_Job]) -> None:
+        """Let the runs save their state and end; kill what does not within half a minute."""
+        for job in jobs:
+            job.process.terminate()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        try:
+            for job in jobs:
+                job.process.wait(max(deadline - time.monotonic(), 0.1))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for job in jobs:
+                job.process.kill()
+                job.process.wait()
+
+    def _take(self, cell: Cell) -> bool:
+        """Put what the folder of a run holds into the record; whether it is finished."""
+        config = config_to_dict(cell.config)
+        found = read_cell(self.out / cell.run)
+        finished = found is not None and found["evaluation"] == config["eval"]
+        self._cells[cell.run] = {
+            "label": cell.label,
+            "seed": cell.seed,
+            "run": cell.run,
+            "status": "finished" if finished else "pending",
+            "command": shlex.join(["arat-fast", *cell.arguments(self.out)]),
+            "config": config,
+            "shared_training": self._shared.get(cell.run),
+            **(found if finished and found else {}),
+        }
+        return finished
+
+    def _save(self) -> dict[str, Any]:
+        record = {
+            "format": FORMAT,
+            **plan_to_dict(self.plan),
+            "jobs": len(self._slots),
+            "versions": versions(),
+            "commit": source_commit(),
+            "cells": list(self._cells.values()),
+        }
+        write_json(self.out / RECORD, record)
+        return record
+
+
+def _shared_before(record: Path) -> dict[str, str]:
+    """Which runs of a saved comparison took over the training of which."""
+    if not record.exists():
+        return {}
+    cells = read_record(record)["cells"]
+    return {c["run"]: c["shared_training"] for c in cells if c["shared_training"]}
+
+
+def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
+    """Environment variables of each run that goes on at the same time.
+
+    On GPUs each has one of its own; on a CPU the cores are divided among them, unless
+    OMP_NUM_THREADS is set.
+
+    Args:
+        device: ``train.device`` of the runs.
+        jobs: how many; None for one on a CPU, one per GPU else.
+
+    Raises:
+        ValueError: ``jobs`` is no count >= 1, or larger than the number of GPUs.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs must be >= 1, got {jobs}")
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if device.startswith("cuda:"):
+        gpus = 1
+    if gpus:
+        if jobs is not None and jobs > gpus:
+            raise ValueError(f"--jobs must be at most the {gpus} GPUs, one run on each, got {jobs}")
+        if device.startswith("cuda:") or gpus == 1:
+            return [{}]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: jobs or gpus]]
+    count = jobs or 1
+    if os.environ.get("OMP_NUM_THREADS"):
+        return [{}] * count
+    return [{"OMP_NUM_THREADS": str(max(1, _cores() // count))}] * count
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[int | None]:
+    """Refuse a folder in which another comparison, or a run that it left, is at work."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield None
+        return
+    # The file stays: whoever removed it could lock another one than the next process does.
+    with open(out / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another comparison is at work in {out}: wait for it, or choose another folder "
+                "with --out"
+            ) from error
+        yield file.fileno()

@@ -1,0 +1,58 @@
+"""One training for two runs of which one only averages its weights beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from arat_fast.compare.plan import Cell
+from arat_fast.config import Config, config_from_dict, config_to_dict
+from arat_fast.files import write_text
+from arat_fast.training.averaging import WeightAverage
+from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.loop import CHECKPOINT
+
+METRICS = "metrics.jsonl"
+
+
+def same_training(averaging: Config, plain: Config) -> bool:
+    """Whether the raw weights of ``averaging`` are, bit for bit, those that ``plain`` trains.
+
+    SWA copies the weights after a step and never touches them, nor the random generators.
+    """
+    return (
+        averaging.average.kind == "swa"
+        and plain.average.kind == "none"
+        and dataclasses.replace(averaging, average=plain.average) == plain
+    )
+
+
+def find_source(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
+    """The run of ``cells`` whose training ``cell`` can take over; None where there is none."""
+    return next((other for other in cells if same_training(other.config, cell.config)), None)
+
+
+def share_training(source: Path, target: Path, config: Config) -> bool:
+    """Write the checkpoint that a run of ``config`` would have written at the end of its training.
+
+    Args:
+        source: folder of a run whose training is over, of a configuration for which
+            :func:`same_training` holds.
+        target: folder to make; left alone where it holds a checkpoint already.
+        config: of the run.
+
+    Returns:
+        Whether the checkpoint was written.
+    """
+    if (target / CHECKPOINT).exists() or not (source / CHECKPOINT).exists():
+        return False
+    state = load_checkpoint(source / CHECKPOINT)
+    assert same_training(config_from_dict(state["config"]), config)
+    lines = (source / METRICS).read_bytes()[: state["metrics_bytes"]]
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / METRICS, lines.decode())
+    state["config"] = config_to_dict(config)
+    state["average"] = WeightAverage(config.average, 0).state_dict()
+    save_checkpoint(target / CHECKPOINT, state)
+    return True

@@ -1,0 +1,150 @@
+"""The table of a comparison as Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from arat_fast.compare.results import SUM, Results, Row, Spread
+
+ALL_PARTS = "all (ARAT)"
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def column_name(metric: str) -> str:
+    """Heading of a metric's column."""
+    names = {"clean": "Clean", "autoattack": "AutoAttack", SUM: "Clean + AutoAttack"}
+    return names.get(metric, metric.upper().replace("PGD", "PGD-"))
+
+
+def method_rows(results: Results) -> list[Row]:
+    """Rows of the methods themselves."""
+    return [row for row in results.rows if not row.planned.method.ablation]
+
+
+def ablation_rows(results: Results) -> list[tuple[str, Row]]:
+    """Rows of the ablation with their titles, ARAT last; empty where none was run."""
+    rows = [(row.title, row) for row in results.rows if row.planned.method.ablation]
+    whole = [(ALL_PARTS, row) for row in results.rows if row.planned.method.label == "arat"]
+    return [*rows, *whole] if rows else []
+
+
+def conditions(results: Results) -> str:
+    """One sentence on what the numbers are."""
+    config = results.plan.config
+    n = results.num_samples()
+    images = f"{n:,} test images" if n else "the test images"
+    number = len(results.plan.seeds)
+    seeds = ", ".join(map(str, results.plan.seeds))
+    spread = ", mean ± standard deviation" if number > 1 else ""
+    return (
+        f"Accuracy in percent on {images} of {config.data.name}, {config.model.name}, "
+        f"{config.attack.norm.replace('inf', '∞')} radius {config.attack.eps:.4g}{spread} over "
+        f"seed{'s' if number > 1 else ''} {seeds}."
+    )
+
+
+def cost_note(results: Results) -> str:
+    """What the columns of the cost mean."""
+    equal = (
+        "all that attack have about the same"
+        if results.plan.budget == "work"
+        else "the epochs are the same"
+    )
+    return (
+        "Cost: epochs × forward passes of the network per image and step, counted from the "
+        f"convolutions and matrix products of one step; {equal} unless a method sets its own."
+    )
+
+
+def to_markdown(results: Results) -> str:
+    """The tables with what they need to be read, as Markdown."""
+    parts = [conditions(results), cost_note(results)]
+    methods = method_rows(results)
+    if methods:
+        parts.append(_markdown_table("Method", [(row.title, row) for row in methods], results))
+    ablation = ablation_rows(results)
+    if ablation:
+        parts.append(_markdown_table("Ablation", ablation, results))
+    parts += [f"Note: {note}" for note in notes(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_latex(results: Results) -> str:
+    r"""The table as a ``tabular`` for ``\input``; needs the package booktabs."""
+    columns = [latex_text(column_name(metric)) for metric in results.metrics]
+    heading = " & ".join(["", *columns, "$n$", "epochs $\\times$ passes"])
+    groups = [[(row.title, row) for row in method_rows(results)], ablation_rows(results)]
+    lines = [
+        "% written by arat-fast compare; needs \\usepackage{booktabs}",
+        f"% {conditions(results).replace('±', '+-').replace('∞', 'inf')}",
+        f"\\begin{{tabular}}{{l{'r' * (len(columns) + 2)}}}",
+        "\\toprule",
+        f"{heading} \\\\",
+    ]
+    for group in groups:
+        if group:
+            lines.append("\\midrule")
+        for title, row in group:
+            cells = [_latex_spread(row.spreads.get(metric)) for metric in results.metrics]
+            cost = _cost(row).replace("×", "$\\times$")
+            line = " & ".join([latex_text(title), *cells, str(row.num_seeds), cost])
+            lines.append(f"{line} \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def latex_text(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader has to know beside the numbers: failed, missing and unequal runs."""
+    cells = results.record["cells"]
+    found = []
+    for cell in cells:
+        if cell["status"] == "failed":
+            found.append(f"{cell['run']} failed: {cell['reason']}.")
+    missing = sum(cell["status"] == "pending" for cell in cells)
+    if missing:
+        found.append(f"{missing} of {len(cells)} runs are not finished.")
+    finished = [cell for cell in cells if cell["status"] == "finished"]
+    for name in ("device", "precision", "commit"):
+        values = {str(cell[name]) for cell in finished}
+        if len(values) > 1:
+            found.append(f"the runs differ in {name}: {'; '.join(sorted(values))}.")
+    if len({str(sorted(cell["versions"].items())) for cell in finished}) > 1:
+        found.append("the runs differ in the versions of what computed them.")
+    return found
+
+
+def _markdown_table(name: str, rows: Sequence[tuple[str, Row]], results: Results) -> str:
+    columns = [column_name(metric) for metric in results.metrics]
+    lines = [
+        f"| {' | '.join([name, *columns, 'n', 'Cost'])} |",
+        "|---|" + "---|" * (len(columns) + 2),
+    ]
+    for title, row in rows:
+        cells = [_spread(row.spreads.get(metric)) for metric in results.metrics]
+        title = title.replace("|", "\\|")
+        lines.append(f"| {' | '.join([title, *cells, str(row.num_seeds), _cost(row)])} |")
+    return "\n".join(lines)
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{spread.mean:.2f}" + ("" if spread.std is None else f" ± {spread.std:.2f}")
+
+
+def _latex_spread(spread: Spread | None) -> str:
+    text = _spread(spread)
+    return "--" if text == "–" else text.replace("±", "$\\pm$")
+
+
+def _cost(row: Row) -> str:
+    return f"{row.planned.epochs} × {row.planned.passes:.0f}"
