@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -50,13 +52,30 @@ def _network(config: Config, data: Batches, name: str, norm: Norm) -> nn.Module:
     return model
 
 
-def build_objective(config: Config, model: nn.Module, data: Batches) -> Objective:
+def build_objective(
+    config: Config,
+    model: nn.Module,
+    data: Batches,
+    custom: Callable[[nn.Module], Objective] | None = None,
+) -> Objective:
     """The objective of a run, with fresh predictors or a fresh guide, on the model's device.
+
+    Args:
+        config: of the run.
+        model: its network.
+        data: its training batches.
+        custom: makes the objective from the network where ``config.objective.name`` is "custom".
 
     Raises:
         ValueError: a switch or a layer does not fit.
     """
-    objective = _objective(config, model, data)
+    if (custom is None) == (config.objective.name == "custom"):
+        raise ValueError(
+            f"objective.name={config.objective.name} and {'no' if custom is None else 'an'} "
+            'objective of your own: set the name to "custom" and give Trainer(objective=...) in '
+            "Python, both or neither"
+        )
+    objective = _objective(config, model, data) if custom is None else custom(model)
     return objective.to(next(model.parameters()).device)
 
 

@@ -13,7 +13,7 @@ from arat_fast.attacks.pgd import PGD
 from arat_fast.models.registry import model_spec
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenette"]
-ObjectiveName = Literal["arat", "at", "trades", "mart", "lbgat", "arrest", "natural"]
+ObjectiveName = Literal["arat", "at", "trades", "mart", "lbgat", "arrest", "natural", "custom"]
 
 OWN_CLEAN_BRANCH = "clean-branch"
 """The guide of lbgat that is no network of its own."""
@@ -40,7 +40,10 @@ class ModelConfig:
 class ObjectiveConfig:
     name: ObjectiveName = "arat"
     """arat, at (plain adversarial training), trades, mart, lbgat, arrest or natural (no attack).
-    trades, mart and lbgat attack on running statistics from a normal start, as published."""
+    trades, mart and lbgat attack on running statistics from a normal start, as published. custom
+    is an objective of your own, given to the trainer in Python."""
+    label: str = ""
+    """custom: what the summary and the report call it."""
     gamma: float = 30.0
     """Weight of the invariance loss; >= 0."""
     layers: tuple[str, ...] = ()
@@ -88,6 +91,11 @@ class ObjectiveConfig:
             raise ValueError(
                 "objective.teacher_epochs is for a run without a teacher, got both: leave one out"
             )
+
+    @property
+    def called(self) -> str:
+        """What the summary and the report call the objective."""
+        return self.label if self.name == "custom" and self.label else self.name
 
     @property
     def mixes_images(self) -> bool:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
+from tiny import tiny_config
 
 from arat_fast.attacks import PGD
-from arat_fast.models import convert_split_batch_norm, create_model, use_branch
-from arat_fast.objectives import ARAT
-from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.config import ObjectiveConfig, config_from_dict
+from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+from arat_fast.models import convert_split_batch_norm
+from arat_fast.objectives import ARAT, AdversarialTraining
+from arat_fast.training.loop import Trainer
 from arat_fast.training.step import TrainStep, make_train_step
 
 README = Path(__file__).parent.parent / "README.md"
@@ -63,28 +68,38 @@ def test_library_example() -> None:
     assert metrics["loss"].isfinite()
 
 
-def test_objective_example() -> None:
-    torch.manual_seed(0)
-    model = create_model("resnet8", 10, norm="shared")
-    names = {
-        "F": F,
-        "Objective": Objective,
-        "ObjectiveOutput": ObjectiveOutput,
-        "PGD": PGD,
-        "make_train_step": make_train_step,
-        "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "torch": torch,
-        "use_branch": use_branch,
-        "widen": widen,
-        "x": torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-        "y": torch.arange(4),
-    }
-    exec(snippet(README.parent / "docs" / "objectives.md"), names)
-    metrics = names["metrics"]
-    assert isinstance(metrics, dict)
-    parts = float(metrics["ce_adv"] + metrics["pairing"])
-    assert parts > 0 and abs(float(metrics["loss"]) - parts) <= 1e-6 * parts
+def test_objective_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file as it is printed, started as a program, on fewer digits; then its folder is read."""
+    (tmp_path / "pairing.py").write_text(snippet(README.parent / "docs" / "objectives.md"))
+    monkeypatch.chdir(tmp_path)
+    tiny = tiny_config(epochs=1)
+    monkeypatch.setattr("arat_fast.recipes.recipe", lambda name: tiny)
+    runpy.run_path("pairing.py", run_name="__main__")
+    run = tmp_path / "runs" / "pairing"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["objective"] == "logit pairing"
+    assert summary["accuracy"]["clean"]["num_samples"] == 40
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = next(line for line in lines if line["kind"] == "train")
+    assert train["pairing"] > 0
+    assert train["loss"] == pytest.approx(train["ce_adv"] + train["pairing"], rel=1e-6)
+    config = config_from_dict(json.loads((run / "config.json").read_text())["config"])
+    assert config.attack.num_steps == 7 and config.objective.name == "custom"
+    assert "logit pairing" in (run / "report.html").read_text()
+    record = evaluate_checkpoint(run, autoattack=False, max_samples=40, device="cpu")
+    assert record["accuracy"]["clean"]["value"] == summary["accuracy"]["clean"]["value"]
+    # Again: the run is finished, and nothing is trained.
+    before = (run / "checkpoint.pt").stat().st_mtime_ns
+    runpy.run_path("pairing.py", run_name="__main__")
+    assert (run / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_an_objective_of_your_own_and_its_name_go_together(tmp_path: Path) -> None:
+    custom = dataclasses.replace(tiny_config(), objective=ObjectiveConfig("custom"))
+    with pytest.raises(ValueError, match="objective.name=custom and no objective of your own"):
+        Trainer(custom, tmp_path / "a")
+    with pytest.raises(ValueError, match="objective.name=arat and an objective of your own"):
+        Trainer(tiny_config(), tmp_path / "b", objective=lambda model: AdversarialTraining())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -3,7 +3,7 @@
 from arat_fast.objectives.adversarial_training import AdversarialTraining, NaturalTraining
 from arat_fast.objectives.arat import ARAT
 from arat_fast.objectives.arrest import ARREST
-from arat_fast.objectives.base import Objective, ObjectiveOutput
+from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
 from arat_fast.objectives.lbgat import LBGAT
 from arat_fast.objectives.mart import MART
 from arat_fast.objectives.trades import TRADES
@@ -18,4 +18,5 @@ __all__ = [
     "NaturalTraining",
     "Objective",
     "ObjectiveOutput",
+    "widen",
 ]

@@ -71,6 +71,9 @@ class ARREST(Objective):
         """Take the present weights of the network for the natural ones."""
         self.natural.load_state_dict(model.state_dict())
 
+    def networks(self) -> list[nn.Module]:
+        return [self.natural]
+
     def train(self, mode: bool = True) -> ARREST:
         super().train(mode)
         self.natural.eval()

@@ -67,6 +67,10 @@ class Objective(nn.Module, ABC):
     def adopt(self, model: nn.Module) -> None:
         """Told once, before the first step, that the natural weights are in the network."""
 
+    def networks(self) -> list[nn.Module]:
+        """Further networks that images enter: a guide, a teacher."""
+        return []
+
     def start_epoch(self, clean_accuracy: float) -> None:
         """Told the training accuracy on clean images before an epoch, in [0, 1]."""
 

@@ -42,6 +42,9 @@ class LBGAT(DivergenceAttack):
         self.guide = guide
         self.alpha = alpha
 
+    def networks(self) -> list[nn.Module]:
+        return [] if self.guide is None else [self.guide]
+
     def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
         with use_branch(model, "adv"):
             logits_adv = widen(model(x_adv))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from arat_fast.reporting.run import Run, count, number
+from arat_fast.reporting.run import Run, count, dig, number
 
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
@@ -104,6 +104,12 @@ def objective_name(run: Run) -> str:
     """What was trained, in short, with every ablation that was switched on."""
     name = str(run.setting("objective", "name"))
     title = _OBJECTIVES.get(name, name)
+    if name == "custom":
+        return str(run.setting("objective", "label") or "an objective of its own")
+    if name == "lbgat":
+        guide = run.setting("objective", "guide")
+        by = {"": "", "clean-branch": ", guided by its clean branch"}.get(guide, f", guide {guide}")
+        return f"{title} (alpha {plain(run.setting('objective', 'alpha'))}{by})"
     if name != "arat":
         return title
     changes = []
@@ -166,6 +172,9 @@ def describe(run: Run) -> str:
     epochs = epochs_done(run)
     if epochs is not None:
         parts.append(f" for {plain(round(epochs, 1))} epoch{'' if epochs == 1 else 's'}")
+    before = count(dig(run.summary, "natural_model", "epochs"))
+    if before is not None:
+        parts.append(f", after {before} of natural training,")
     images = count(run.summary.get("train_samples"))
     of = f"{grouped(images)} images of " if images else ""
     parts.append(f" on {of}{dataset_name(run)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
 from arat_fast.interop.weights import load_weights
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
-from arat_fast.objectives import ARAT, Objective
+from arat_fast.objectives import ARAT, ARREST, Objective
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.interrupt import InterruptedRun, StopRequest, stop_on_signals
@@ -64,6 +64,8 @@ class Trainer:
         resume: go on from the folder's checkpoint, bit for bit; start afresh if there is none.
         command: command line to record in the summary.
         display: where progress is shown.
+        objective: makes an objective of your own from the network, where
+            ``config.objective.name`` is "custom".
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -79,6 +81,7 @@ class Trainer:
         resume: bool = False,
         command: str = "",
         display: Display | None = None,
+        objective: Callable[[nn.Module], Objective] | None = None,
     ) -> None:
         self.config = config
         self.out = out
@@ -113,7 +116,7 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.train).to(self.device)
-        self.objective = build_objective(config, self.model, self.data.train)
+        self.objective = build_objective(config, self.model, self.data.train, objective)
         self.optimizer = torch.optim.SGD(
             [
                 parameter
@@ -184,7 +187,7 @@ class Trainer:
             return finished
         resumed = f" from step {self.step}" if self.step else ""
         self.display.say(
-            f"{self.config.recipe}: {self.config.objective.name}, {self.config.model.name}, "
+            f"{self.config.recipe}: {self.config.objective.called}, {self.config.model.name}, "
             f"{self.data.train.num_samples} images, {self.config.train.epochs} epochs, "
             f"{self.precision} on {describe_device(self.device)}{resumed}; run folder {self.out}"
         )
@@ -214,7 +217,7 @@ class Trainer:
         folder = self.out / NATURAL_FOLDER
         self.display.say(
             f"{config.train.epochs} epochs of natural training first, then "
-            f"{self.config.train.epochs} of {self.config.objective.name}"
+            f"{self.config.train.epochs} of {self.config.objective.called}"
         )
         devices = [self.device] if self.device.type == "cuda" else []
         # What follows must not depend on whether the natural run was made, resumed or found.
@@ -527,7 +530,7 @@ class Trainer:
             {
                 "recipe": config.recipe,
                 "model": config.model.name,
-                "objective": config.objective.name,
+                "objective": config.objective.called,
                 "weights": kind,
                 "eps": repr(config.attack.eps),
                 "norm": config.attack.norm,
@@ -566,7 +569,7 @@ class Trainer:
         return {
             "recipe": config.recipe,
             "status": status,
-            "objective": config.objective.name,
+            "objective": config.objective.called,
             "dataset": config.data.name,
             "seed": config.seed,
             "epochs": config.train.epochs,
@@ -594,11 +597,8 @@ class Trainer:
         attacked = self.objective.needs_attack
         used["pgd_step"] = attacked
         own = type(self.objective)
-        used["random_start"] = (
-            attacked
-            and self.config.attack.random_start
-            and own.attack_noise is Objective.attack_noise
-        )
+        starts = self.config.attack.random_start and own.attack_noise is Objective.attack_noise
+        used["random_start"] = attacked and (starts or isinstance(self.objective, ARREST))
         used["cross_entropy_grad"] = attacked and own.attack_loss is Objective.attack_loss
         used["cosine_invariance"] = (
             isinstance(self.objective, ARAT) and self.objective.stop_gradient

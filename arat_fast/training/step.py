@@ -118,7 +118,7 @@ class TrainStep:
         if check:
             check_images(x)
         if self.num_calls == 0 and self.precision != torch.float32:
-            protect_stem(self.model, x, self.precision)
+            self._protect_stems(x)
         noises = [] if noise is None else [noise]
         return self._run(self._gradients, (x, y, *noises))
 
@@ -133,8 +133,12 @@ class TrainStep:
         """
         assert self.assemble is not None
         if self.num_calls == 0 and self.precision != torch.float32:
-            protect_stem(self.model, self.assemble(index, draws).x, self.precision)
+            self._protect_stems(self.assemble(index, draws).x)
         return self._run(self._assembled_gradients, (index, draws))
+
+    def _protect_stems(self, x: Tensor) -> None:
+        for network in (self.model, *self.objective.networks()):
+            protect_stem(network, x, self.precision)
 
     def _run(self, gradients: Function, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         def step(*inputs: Tensor) -> dict[str, Tensor]:

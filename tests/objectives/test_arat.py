@@ -17,7 +17,7 @@ from arat_fast.interop import (
     predictors_to_official,
 )
 from arat_fast.models import convert_split_batch_norm, create_model
-from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining
+from arat_fast.objectives import ARAT
 from arat_fast.objectives.predictor import Predictors
 
 LAYERS = ("layer2.0.bn2", "layer3.0.bn1", "layer3.0.bn2")
@@ -162,7 +162,7 @@ def test_every_switch_equals_the_transcription(
         assert parameter.grad is not None and pair[0] is not None and pair[1] is not None
         branched = ".bn" in name or name.startswith("bn") or "shortcut_bn" in name
         whole = torch.stack([pair[0], pair[1]]) if branched else pair[0] + pair[1]
-        torch.testing.assert_close(parameter.grad, whole, rtol=1e-8, atol=1e-11, msg=name)
+        torch.testing.assert_close(parameter.grad, whole, rtol=1e-10, atol=1e-13, msg=name)
     for name, tensor in model.state_dict().items():
         if "running" in name:
             pair = [net.state_dict()[name] for net in (clean, adv)]
@@ -179,7 +179,7 @@ def test_every_switch_equals_the_transcription(
         for state, module in zip(separate, predictors, strict=True):
             for key, weight in module.named_parameters():
                 torch.testing.assert_close(
-                    state[f"predictor_x.{key}"], weight.grad, rtol=1e-8, atol=1e-11
+                    state[f"predictor_x.{key}"], weight.grad, rtol=1e-10, atol=1e-13
                 )
 
 
@@ -207,7 +207,7 @@ def test_shared_batch_norm_normalises_the_mixture(predictor: bool) -> None:
     for name, term in terms.items():
         torch.testing.assert_close(output.terms[name], term, rtol=1e-10, atol=1e-12, msg=name)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-11, msg=name)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-13, msg=name)
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -228,6 +228,38 @@ def test_stop_gradient_keeps_the_invariance_loss_off_the_clean_features(
     assert adv.abs().max() > 0
     # The clean images reach the invariance loss through the clean features only.
     assert (clean.abs().max() == 0) == stop_gradient
+
+
+@pytest.mark.parametrize("predictor", [True, False])
+def test_the_invariance_loss_distils_from_a_frozen_copy_of_the_clean_branch(
+    predictor: bool,
+) -> None:
+    model = network()
+    objective = objective_for(model, predictor=predictor)
+    teacher = export_plain(model, "clean").requires_grad_(False)
+    student = export_plain(model, "adv")
+    x, x_adv, y = batch()
+    target = run_with_features(teacher, x)[1]
+    features = run_with_features(student, x_adv)[1]
+    if objective.predictors is not None:
+        separate = [sequential(s) for s in predictors_to_official(objective.predictors)]
+        features = [h(z) for h, z in zip(separate, features, strict=True)]
+    torch.stack([distance(p, z) for p, z in zip(features, target, strict=True)]).sum().backward()
+
+    terms = objective(model, x, x_adv, y).terms
+    torch.stack([v for name, v in terms.items() if name.startswith("invariance/")]).sum().backward()
+    for name, expected in student.named_parameters():
+        got = model.get_parameter(name).grad
+        if expected.grad is None:
+            assert got is None, name
+            continue
+        assert got is not None, name
+        if got.shape != expected.shape:
+            # The clean branch's own BatchNorm: nothing at all.
+            assert got[0].count_nonzero() == 0, name
+            got = got[1]
+        bound = 1e-10 * max(1e-6, float(expected.grad.abs().max()))
+        assert (got - expected.grad).abs().max() <= bound, name
 
 
 def test_auto_balance() -> None:
@@ -357,15 +389,3 @@ def test_bad_options(layers: tuple[str, ...], options: dict[str, Any], message: 
 def test_a_predictor_needs_a_hidden_unit() -> None:
     with pytest.raises(ValueError, match="got width 3: expected >= 4"):
         Predictors([3])
-
-
-def test_baselines() -> None:
-    model = network()
-    x, x_adv, y = batch()
-    adv = export_plain(model, "adv")
-    output = AdversarialTraining()(model, x, x_adv, y)
-    torch.testing.assert_close(output.loss, F.cross_entropy(adv(x_adv), y))
-    assert output.logits_clean is None and list(output.terms) == ["ce_adv"]
-    output = NaturalTraining()(model, x, x_adv, y)
-    torch.testing.assert_close(output.loss, F.cross_entropy(adv(x), y))
-    assert output.logits_adv is None and not NaturalTraining.needs_attack

@@ -56,8 +56,8 @@ def test_loss_and_gradients_are_those_of_the_formula(
     with use_statistics(model, "batch"):
         output = build(beta)(model, x, x_adv, y)
         expected = formula(model(x), model(x_adv), y, beta)
-    assert float((output.loss - expected).abs()) <= 1e-12 * float(expected.abs())
-    assert float((sum(output.terms.values()) - output.loss).abs()) <= 1e-12
+    assert float((output.loss - expected).detach().abs()) <= 1e-12 * float(expected.detach().abs())
+    assert float((sum(output.terms.values()) - output.loss).detach().abs()) <= 1e-12
     got, truth = (torch.autograd.grad(loss, parameters) for loss in (output.loss, expected))
     for a, b in zip(got, truth, strict=True):
         assert (a - b).abs().max() <= 1e-10 * max(1e-3, float(b.abs().max()))
@@ -82,25 +82,6 @@ def test_mart_stays_finite_where_the_network_is_certain() -> None:
     assert loss.isfinite() and gradient.isfinite()
     # Wrong and certain: a cross-entropy of 200 and the largest margin term, twice in three.
     assert float(loss) == pytest.approx((400 - 2 * math.log(1e-4)) / 3, rel=1e-3)
-
-
-def test_the_attack_of_trades_climbs_its_own_divergence() -> None:
-    model, x, _, y = problem()
-    noise = START_STD * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
-    objective = TRADES()
-    attack = objective.own_attack(PGD(eps=0.1, alpha=0.03, num_steps=4, bn="batch"))
-    with use_statistics(model, "running"):
-        clean = model(x).softmax(dim=1).detach()
-        expected = x + noise
-        for _ in range(4):
-            expected.requires_grad_()
-            q = model(expected).log_softmax(dim=1)
-            (gradient,) = torch.autograd.grad((clean * (clean.log() - q)).sum(), expected)
-            moved = expected.detach() + 0.03 * gradient.sign()
-            expected = torch.min(torch.max(moved, x - 0.1), x + 0.1).clamp(0, 1)
-    got = attack(model, x, y, loss_fn=objective.attack_loss(model, x, y), noise=noise)
-    assert (got - expected).abs().max() <= 1e-12
-    assert (got - x).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("build", [TRADES, MART])
