@@ -41,9 +41,16 @@ def _network(config: Config, data: Batches, name: str, norm: Norm) -> nn.Module:
             f"resnet50 halves the image five times and expects at least 32×32 pixels, got "
             f"{height}×{width}; it is meant for {model_spec('resnet50').image_size} pixels"
         )
-    model = create_model(
-        name, data.num_classes, channels, norm, config.model.mean, config.model.std
-    )
+    return _create(config, name, norm, data.num_classes, channels)
+
+
+def build_network(config: Config, num_classes: int, in_channels: int) -> nn.Module:
+    """:func:`build_model` for a number of logits and of image channels instead of a dataset."""
+    return _create(config, config.model.name, config.norm, num_classes, in_channels)
+
+
+def _create(config: Config, name: str, norm: Norm, num_classes: int, in_channels: int) -> nn.Module:
+    model = create_model(name, num_classes, in_channels, norm, config.model.mean, config.model.std)
     if config.step.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     for layer in model.modules():

@@ -12,7 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from arat_fast.interop.weights import difference, load_weights, read_tensor_file
+from arat_fast.interop.weights import (
+    difference,
+    load_weights,
+    network_size,
+    read_tensor_file,
+)
 from arat_fast.models.registry import MODELS, create_model
 from arat_fast.objectives.predictor import Predictors
 
@@ -55,19 +60,22 @@ def load_official_checkpoint(path: str | Path, num_classes: int | None = None) -
             classes.
     """
     path = Path(path)
-    return official_network(read_tensor_file(path), path, num_classes)
+    model, _ = official_network(read_tensor_file(path), path)
+    classes, _ = network_size(model.state_dict())
+    if num_classes is not None and classes != num_classes:
+        raise ValueError(f"{path} is a network of {classes} classes, expected {num_classes}")
+    return model
 
 
-def official_network(content: object, path: Path, num_classes: int | None = None) -> nn.Module:
-    """:func:`load_official_checkpoint` of a file that is read already.
+def official_network(content: object, path: Path) -> tuple[nn.Module, str]:
+    """:func:`load_official_checkpoint` of a file that is read already; with the network's name.
 
     Args:
         content: of the file.
         path: the file, for the errors.
-        num_classes: number of logits expected; None takes what the file has.
 
     Raises:
-        ValueError: the content is not such a checkpoint, or has another number of classes.
+        ValueError: the content is not such a checkpoint.
     """
     tensors = _tensors(content, path)
     try:
@@ -75,11 +83,9 @@ def official_network(content: object, path: Path, num_classes: int | None = None
         name, classes = _detect(state)
     except ValueError as error:
         raise ValueError(f"{path} is not an official checkpoint: {error}") from error
-    if num_classes is not None and classes != num_classes:
-        raise ValueError(f"{path} is a network of {classes} classes, expected {num_classes}")
     model = create_model(name, classes, in_channels=state["conv1.weight"].shape[1])
     load_weights(model, state, str(path))
-    return model.eval()
+    return model.eval(), name
 
 
 def official_to_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -239,17 +245,11 @@ def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
 
 def _detect(state: Mapping[str, Tensor]) -> tuple[str, int]:
     """Name and number of classes of the built-in network that has exactly these tensors."""
-    classes = next((len(state[k]) for k in ("linear.bias", "fc.bias") if k in state), None)
-    stem = state.get("conv1.weight")
-    if classes is None or stem is None or stem.ndim != 4:
-        raise ValueError(
-            "conv1.weight and linear.bias (or fc.bias) are expected, got "
-            f"{', '.join(list(state)[:3])} … ({len(state)} tensors)"
-        )
+    classes, channels = network_size(state)
     problems = []
     for name in MODELS:
         with torch.device("meta"):
-            expected = create_model(name, classes, in_channels=stem.shape[1]).state_dict()
+            expected = create_model(name, classes, in_channels=channels).state_dict()
         problem = difference(expected, state)
         if problem is None:
             return name, classes

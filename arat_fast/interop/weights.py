@@ -49,6 +49,25 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(tensors))
 
 
+def network_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Number of logits and of image channels of a built-in network.
+
+    Args:
+        tensors: its state dict.
+
+    Raises:
+        ValueError: the first convolution or the classifier is not there.
+    """
+    classes = next((len(tensors[k]) for k in ("linear.bias", "fc.bias") if k in tensors), None)
+    stem = tensors.get("conv1.weight")
+    if classes is None or stem is None or stem.ndim != 4:
+        raise ValueError(
+            "conv1.weight and linear.bias (or fc.bias) are expected, got "
+            f"{', '.join(list(tensors)[:3])} … ({len(tensors)} tensors)"
+        )
+    return classes, stem.shape[1]
+
+
 def read_tensor_file(path: Path) -> object:
     """Content of a file written by ``torch.save``, on the CPU.
 

@@ -29,6 +29,7 @@ from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import evaluate_all, save_examples
 from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
+from arat_fast.interop.saved import describe, header
 from arat_fast.interop.weights import load_weights
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import ARAT, ARREST, Objective
@@ -443,6 +444,7 @@ class Trainer:
         state = {
             "config": config_to_dict(self.config),
             "arithmetic": self._arithmetic(),
+            "image_shape": list(self.data.train.image_shape),
             "step": self.step,
             "train_seconds": self.train_seconds,
             "clean_accuracy": self.clean_accuracy,
@@ -524,17 +526,11 @@ class Trainer:
         config = self.config
         images = ImageSet.from_batches(self.data.test, config.eval.max_samples)
         split = any(isinstance(m, SplitBatchNorm2d) for m in model.modules())
+        facts = describe(config, kind, "adv" if split else "shared", self.data.train.image_shape)
         save_safetensors(
             export_plain(model) if split else model,
             self.out / "model.safetensors",
-            {
-                "recipe": config.recipe,
-                "model": config.model.name,
-                "objective": config.objective.called,
-                "weights": kind,
-                "eps": repr(config.attack.eps),
-                "norm": config.attack.norm,
-            },
+            header(facts),
         )
         start = time.perf_counter()
         with self.display.evaluating() as bar:

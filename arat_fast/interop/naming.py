@@ -1,0 +1,74 @@
+"""The built-in networks under the parameter names of RobustBench, torchvision and timm.
+
+Every scheme renames; no tensor changes. A network that a library has no class for is refused rather
+than written under names that load nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+_TORCHVISION = (
+    (".shortcut_bn.", ".downsample.1."),
+    (".shortcut.", ".downsample.0."),
+    ("linear.", "fc."),
+)
+SCHEMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "hub": (),
+    "robustbench": ((".shortcut_bn.", ".shortcut.1."), (".shortcut.weight", ".shortcut.0.weight")),
+    "torchvision": _TORCHVISION,
+    "timm": _TORCHVISION,
+}
+"""What is replaced in the names of the built-in networks; "hub" keeps them."""
+
+NETWORKS: dict[str, tuple[str, ...]] = {
+    "robustbench": ("resnet18", "wrn34-10"),
+    "torchvision": ("resnet18", "resnet50"),
+    "timm": ("resnet18", "resnet50"),
+}
+"""The built-in networks that a library has a class for."""
+
+NORMALIZED = "model."
+"""Prefix of a network's names inside RobustBench's ``normalize_model``."""
+
+
+def to_scheme(state: Mapping[str, Tensor], model: str, scheme: str) -> dict[str, Tensor]:
+    """Names of a built-in network with ordinary BatchNorm → names of another library.
+
+    Args:
+        state: ``model.state_dict()``; the tensors are not copied.
+        model: name of the built-in network.
+        scheme: one of :data:`SCHEMES`.
+
+    Raises:
+        ValueError: the library has no class for the network.
+    """
+    known = NETWORKS.get(scheme, (model,))
+    if model not in known:
+        raise ValueError(
+            f"{scheme} has no class for {model}, only for {' and '.join(known)}: export it in the "
+            "format hub, torch-export or onnx"
+        )
+    return {_replaced(name, SCHEMES[scheme]): tensor for name, tensor in state.items()}
+
+
+def from_scheme(state: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
+    """Inverse of :func:`to_scheme`; the normalisation in front of RobustBench's is left out.
+
+    Args:
+        state: tensors by the names of the library; they are not copied.
+        scheme: one of :data:`SCHEMES`.
+    """
+    if scheme == "robustbench" and any(name.startswith(NORMALIZED) for name in state):
+        inside = (name for name in state if name.startswith(NORMALIZED))
+        state = {name[len(NORMALIZED) :]: state[name] for name in inside}
+    back = [(new, old) for old, new in SCHEMES[scheme]]
+    return {_replaced(name, back): tensor for name, tensor in state.items()}
+
+
+def _replaced(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    for old, new in replacements:
+        name = name.replace(old, new)
+    return name
