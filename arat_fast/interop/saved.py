@@ -120,7 +120,7 @@ def describe(
     return {
         "recipe": config.recipe,
         "model": config.model.name,
-        "objective": config.objective.name,
+        "objective": config.objective.called,
         "weights": weights,
         "branch": branch,
         "norm": config.attack.norm,
