@@ -112,13 +112,15 @@ def _objective(config: Config, model: nn.Module, data: Batches) -> Objective:
                 "arrest goes on from a natural network, which has one BatchNorm, got "
                 "model.norm=split: leave --model.norm out"
             )
-        return ARREST(
+        arrest = ARREST(
             model,
             config.attack,
             config.regularized_layers,
             distillation=options.distillation,
             replay=options.replay,
         )
+        arrest.impl = implementation(config)
+        return arrest
     objective = ARAT(
         model,
         config.regularized_layers,

@@ -16,6 +16,7 @@ from arat_fast.models.features import collect_features
 from arat_fast.models.split_batch_norm import use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
 from arat_fast.objectives.normal_start import check_weight
+from arat_kernels.implementation import Impl
 
 
 class ARREST(Objective):
@@ -39,6 +40,10 @@ class ARREST(Objective):
 
     Raises:
         ValueError: a weight or the threshold is negative.
+
+    Attributes:
+        impl: implementation of the replayed noise, "triton" or "reference"; None takes Triton for
+            CUDA tensors.
 
     Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), who published no code. The three parts and
     the pair of representations are the paper's. Set here, without its equations at hand: that the
@@ -64,6 +69,7 @@ class ARREST(Objective):
         self.distillation = distillation
         self.replay = replay
         self.noise = dataclasses.replace(attack, random_start=True)
+        self.impl: Impl | None = None
         self.natural = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -84,7 +90,7 @@ class ARREST(Objective):
             natural = self._representations(self.natural, x)
             with use_statistics(model, "running"):
                 moved = self._distance(self._representations(model, x), natural) > self.replay
-            noisy = self.noise.start(x, self.generator).clamp_(0, 1)
+            noisy = self.noise.start(x, self.generator, impl=self.impl).clamp_(0, 1)
         x_used = torch.where(moved.view(-1, 1, 1, 1), noisy, x_adv)
         with use_branch(model, "adv"), collect_features(model, self.layers) as features:
             logits = widen(model(x_used))

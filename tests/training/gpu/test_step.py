@@ -15,7 +15,7 @@ from arat_fast.data.batches import ResidentBatches
 from arat_fast.device import full_float32
 from arat_fast.models import MODELS, create_model, use_branch, use_statistics
 from arat_fast.models.folding import FoldedNetwork
-from arat_fast.objectives import ARAT
+from arat_fast.objectives import ARAT, ARREST, LBGAT
 from arat_fast.training.graph import NUM_WARMUP
 from arat_fast.training.step import TrainStep, make_train_step
 
@@ -272,3 +272,40 @@ def test_a_step_that_cannot_be_captured_says_so() -> None:
     # Nothing is left behind: the same step goes on eagerly.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert step(x, y)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", ["lbgat", "arrest"])
+def test_a_second_network_in_the_graph(name: Literal["lbgat", "arrest"]) -> None:
+    data = resident()
+
+    def network() -> torch.nn.Module:
+        model = create_model("resnet18", 10, norm="shared")
+        return model.cuda().to(memory_format=torch.channels_last)
+
+    def make(graph: Literal["on", "off"]) -> TrainStep:
+        torch.manual_seed(0)
+        model, attack = network(), PGD(num_steps=2)
+        objective = LBGAT(network(), 6.0) if name == "lbgat" else ARREST(model, attack, replay=0.01)
+        trained = [p for m in (model, objective) for p in m.parameters() if p.requires_grad]
+        return make_train_step(
+            model,
+            objective,
+            attack,
+            torch.optim.SGD(trained, lr=0.02, momentum=0.9),
+            precision=torch.bfloat16,
+            generator=torch.Generator("cuda").manual_seed(3),
+            graph=graph,
+            assemble=data.assemble,
+        )
+
+    graph = make("on")
+    (second,) = graph.objective.networks()
+    start = copy.deepcopy(second.state_dict())
+    got = losses(graph, data, 12)
+    assert graph._graphs is not None and graph._graphs.captured
+    expected = losses(make("off"), data, NUM_WARMUP + 1)
+    assert got[: NUM_WARMUP + 1] == pytest.approx(expected, rel=0.02)
+    assert torch.tensor(got).isfinite().all()
+    state = second.state_dict()
+    same = [torch.equal(state[key], value) for key, value in start.items()]
+    assert not any(same) if name == "lbgat" else all(same)
