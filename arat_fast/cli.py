@@ -1,4 +1,4 @@
-"""The command ``arat-fast``: train, eval, compare, report, bench, info."""
+"""The command ``arat-fast``: train, eval, compare, report, export, bench, info."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ usage: arat-fast COMMAND ...
       table of a saved comparison, or with --out runs it again.
   arat-fast report RUN [--compare RUN ...]
       Write RUN/report.html again, beside other runs if some are given.
+  arat-fast export RUN_OR_CHECKPOINT --format FORMAT --out DIR [options]
+      The network for other software: hub (safetensors and model card), robustbench, torchvision,
+      timm, torch-export or onnx.
   arat-fast bench step|scaling [options]
       Time the training step beside plain, tuned and compiled PyTorch and the official code, or
       against batch size, image size, attack steps and width; writes JSON, a table and a plot.
@@ -105,6 +108,30 @@ class ReportOptions:
     """Folders of runs to set beside it."""
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a trained network for other software."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
+    format: Literal["hub", "robustbench", "torchvision", "timm", "torch-export", "onnx"]
+    """hub: safetensors, model card and example. robustbench: weights and model_info for its
+    classes. torchvision, timm: their parameter names. torch-export: a .pt2 program. onnx: needs the
+    extra arat-fast[onnx]."""
+    out: Path
+    """Folder to write; absent or empty."""
+    branch: Literal["adv", "clean"] | None = None
+    """BatchNorm branch of a network with two; default adv, the robust one."""
+    weights: Literal["deployed", "last"] = "deployed"
+    """deployed: the average where the run has one. last: the weights of the last step."""
+    recipe: str | None = None
+    """Recipe whose data and threat model are used where the file does not name them."""
+    name: str | None = None
+    """Name of the model on its card or in RobustBench."""
+    license: str = "unknown"
+    """hub: identifier of the weights' licence, for example apache-2.0."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -122,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "compare": _compare,
         "report": _report,
+        "export": _export,
         "bench": _bench,
         "info": _info,
     }
@@ -228,6 +256,22 @@ def _report(arguments: list[str]) -> int:
 
     options = parse(ReportOptions, arguments, "arat-fast report")
     print(f"report: {write_report(options.run, options.compare)}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    from arat_fast.interop.folder import export_checkpoint
+
+    options = parse(ExportOptions, arguments, "arat-fast export")
+    record = export_checkpoint(**dataclasses.asdict(options))
+    print(
+        f"exported: {record['model']}, {record['num_classes']} classes, {record['branch']} "
+        f"BatchNorm, {record['weights']} weights; read back, logits differ by at most "
+        f"{record['largest_difference']:.1e}"
+    )
+    if options.format == "hub" and options.license == "unknown":
+        print("licence: unknown; add --license ID, for example apache-2.0")
+    print(f"folder: {options.out}")
     return 0
 
 

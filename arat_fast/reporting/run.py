@@ -92,13 +92,7 @@ class Run:
 
     def accuracies(self) -> dict[str, Accuracy]:
         """Final accuracies by name, in the order in which they are shown."""
-        record = self.summary.get("accuracy")
-        found = {}
-        for name, entry in record.items() if isinstance(record, Mapping) else ():
-            accuracy = _accuracy(entry)
-            if accuracy is not None:
-                found[str(name)] = accuracy
-        return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+        return read_accuracies(self.summary.get("accuracy"))
 
     def train_series(self, key: str) -> tuple[Numbers, Numbers]:
         """Epochs and values of one metric of the training lines; lines without it are left out."""
@@ -156,6 +150,16 @@ def read_run(path: Path) -> Run:
         examples=_read_examples(path / "examples.npz", notes),
         notes=tuple(notes),
     )
+
+
+def read_accuracies(record: Any) -> dict[str, Accuracy]:
+    """Accuracies by name out of a record, in the order in which they are shown."""
+    found = {}
+    for name, entry in record.items() if isinstance(record, Mapping) else ():
+        accuracy = _accuracy(entry)
+        if accuracy is not None:
+            found[str(name)] = accuracy
+    return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
 
 
 def dig(value: Any, *path: str) -> Any:

@@ -1,0 +1,120 @@
+"""Networks as programs that run without their Python code: torch.export and ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FACTS = "facts.json"
+"""Name of the facts inside a .pt2 archive."""
+
+
+def save_program(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    path: Path,
+    facts: Mapping[str, Any] | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """Write a network with :func:`torch.export.save`, for batches of any size.
+
+    Args:
+        model: the network, in eval mode.
+        image_shape: (C, H, W); fixed in the program.
+        path: the file, .pt2.
+        facts: JSON types, kept in the archive as ``facts.json``.
+
+    Returns:
+        What the file holds, read back: images (N, C, H, W) → logits (N, num_classes).
+    """
+    with warnings.catch_warnings():
+        # About torch's own deprecated calls.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        program = torch.export.export(
+            model, (_example(model, image_shape),), dynamic_shapes=(_batch(),)
+        )
+        content = {FACTS: json.dumps(dict(facts or {}))}
+        torch.export.save(program, path, extra_files=content)
+        read: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+    return read
+
+
+def save_onnx(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    path: Path,
+    facts: Mapping[str, Any] | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """Write a network as ONNX, input ``image``, output ``logits``, for batches of any size.
+
+    Args:
+        model: the network, in eval mode, float32.
+        image_shape: (C, H, W); fixed in the file.
+        path: the file; the weights are inside.
+        facts: JSON types, kept as the model's metadata.
+
+    Returns:
+        What the file computes in onnxruntime on the CPU: images (N, C, H, W) → logits.
+
+    Raises:
+        ValueError: a package of the extra is not installed.
+    """
+    require_onnx()
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.onnx.export(
+            model,
+            (_example(model, image_shape),),
+            dynamo=True,
+            dynamic_shapes=(_batch(),),
+            input_names=["image"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None
+    for key, value in (facts or {}).items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        program.model.metadata_props[key] = text
+    program.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(x: Tensor) -> Tensor:
+        (logits,) = session.run(None, {"image": x.numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+def require_onnx() -> None:
+    """Raise unless the packages of the extra are installed.
+
+    Raises:
+        ValueError: one is missing; says how to install it.
+    """
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"onnx needs {', '.join(missing)}, not installed here: pip install 'arat-fast[onnx]'"
+        )
+
+
+def _example(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    # Two images: torch.export takes a batch of one for a constant.
+    return torch.zeros(2, *image_shape, dtype=dtype)
+
+
+def _batch() -> dict[int, Any]:
+    return {0: torch.export.Dim("batch", min=1)}
