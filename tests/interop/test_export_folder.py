@@ -112,8 +112,8 @@ def test_hub_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, label in (("clean", "Clean"), ("pgd1", "PGD-1")):
         measured = summary["accuracy"][name]
         low, high = wilson_interval(measured["correct"], measured["num_samples"])
-        line = f"| {label} | {100 * measured['value']:.2f} % | {100 * low:.2f} to {100 * high:.2f} % | 40 |"
-        assert line in card
+        interval = f"{100 * low:.2f} to {100 * high:.2f} %"
+        assert f"| {label} | {100 * measured['value']:.2f} % | {interval} | 40 |" in card
     assert "Linf, radius 0.12" in card and "not a certificate" in card
     assert "arat-fast train digits --seed 0" in card and "/home/me" not in card
     assert (out / "example.py").read_text() in card
