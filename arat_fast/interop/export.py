@@ -52,11 +52,18 @@ def save_safetensors(
     Raises:
         OSError: the file cannot be written.
     """
-    tensors = {
+    save_tensors(model.state_dict(), path, metadata)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """:func:`save_safetensors` of tensors by name."""
+    copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
     }
-    content = safetensors.torch.save(tensors, dict(metadata or {}))
+    content = safetensors.torch.save(copies, dict(metadata or {}))
     write_atomic(Path(path), partial(_write, content))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import string
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from arat_fast import __version__, load
 from arat_fast.device import versions
 from arat_fast.files import write_atomic, write_json, write_text
 from arat_fast.interop.card import model_card, public_command, radius
-from arat_fast.interop.export import save_safetensors
+from arat_fast.interop.export import save_tensors
 from arat_fast.interop.measured import Measured, measured
 from arat_fast.interop.naming import NORMALIZED, to_scheme
 from arat_fast.interop.papers import PAPERS
@@ -30,6 +31,11 @@ TOLERANCE = 1e-5
 
 ROBUSTBENCH_SAMPLES = 10_000
 """Images that RobustBench evaluates on."""
+_NAME = frozenset(f"{string.ascii_letters}{string.digits}-_.")
+_HEADER = (
+    *("recipe", "model", "objective", "weights", "branch"),
+    *("norm", "eps", "mean", "std", "image_shape"),
+)
 _ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
 
 
@@ -94,9 +100,6 @@ def export_checkpoint(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return record
-
-
-_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
 def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def _write(
         if format == "torchvision":
             _save_state(folder / file, state)
         else:
-            save_safetensors(_Tensors(state), folder / file, header(strings))
+            save_tensors(state, folder / file, header(strings))
     record["weights_file"] = file
     example = _example(record, name)
     write_text(folder / "example.py", example)
@@ -178,12 +181,6 @@ def _write(
         program = load(folder)
     record["largest_difference"] = _difference(model, program, shape)
     write_json(folder / RECORD, record)
-
-
-_HEADER = (
-    *("recipe", "model", "objective", "weights", "branch"),
-    *("norm", "eps", "mean", "std", "image_shape"),
-)
 
 
 def _difference(model: nn.Module, program: Any, shape: tuple[int, ...]) -> float:
@@ -202,18 +199,6 @@ def _difference(model: nn.Module, program: Any, shape: tuple[int, ...]) -> float
             )
         largest = max(largest, difference)
     return largest
-
-
-class _Tensors(nn.Module):
-    """Something whose state dict is given."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.state = dict(state)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The tensors by their names."""
-        return self.state
 
 
 def _save_state(path: Path, state: Mapping[str, Tensor]) -> None:
