@@ -45,10 +45,13 @@ class ARREST(Objective):
         impl: implementation of the replayed noise, "triton" or "reference"; None takes Triton for
             CUDA tensors.
 
-    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), who published no code. The three parts and
-    the pair of representations are the paper's. Set here, without its equations at hand: that the
-    replay is decided sample by sample, on the clean image and on running statistics; that its noise
-    is the uniform start of the attack, clamped to [0, 1]; and both default numbers.
+    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), who published no code; not compared with
+    the paper's equations, which were not at hand. The three parts are those of its abstract. The
+    pair of representations (of f on the adversarial image, of the natural network on the clean one)
+    and the angle between them are as later work describes them. Set here: that the replay is
+    decided sample by sample, by the representation of the clean image on running statistics; that
+    its noise is the uniform start of the attack, clamped to [0, 1]; and both default numbers, which
+    are not tuned.
     """
 
     starts_from_natural = True

@@ -194,7 +194,9 @@ def _natural(model: Any) -> str | None:
     if not isinstance(model, Mapping):
         return None
     epochs, seconds = count(model.get("epochs")), number(model.get("train_seconds"))
-    known = [f"{epochs} epochs" if epochs is not None else "length not known"]
+    known = ["length not known"]
+    if epochs is not None:
+        known = [f"{epochs} epoch{'' if epochs == 1 else 's'}"]
     if seconds is not None:
         known.append(duration(seconds))
     return f"{', '.join(known)} ({model.get('source')})"

@@ -217,8 +217,8 @@ class Trainer:
         config = natural_config(self.config)
         folder = self.out / NATURAL_FOLDER
         self.display.say(
-            f"{config.train.epochs} epochs of natural training first, then "
-            f"{self.config.train.epochs} of {self.config.objective.called}"
+            f"epochs of natural training first: {config.train.epochs}; then of "
+            f"{self.config.objective.called}: {self.config.train.epochs}"
         )
         devices = [self.device] if self.device.type == "cuda" else []
         # What follows must not depend on whether the natural run was made, resumed or found.
@@ -235,7 +235,7 @@ class Trainer:
         self.natural_model = load_natural(self.model, path)
         self.objective.adopt(self.model)
         epochs = self.natural_model["epochs"]
-        length = f", {epochs} epochs" if epochs is not None else ""
+        length = f", trained for {epochs} epochs" if epochs is not None else ""
         self.display.say(f"starting from the natural model in {path}{length}")
 
     def _train(self, bar: TrainingBar, stop: StopRequest) -> None:

@@ -170,6 +170,21 @@ def test_baselines_run(tmp_path: Path) -> None:
         assert (out / "report.html").exists()
 
 
+def test_settings_between_arat_and_distillation_run(tmp_path: Path) -> None:
+    """Those of docs/objectives.md, as they are printed there."""
+    text = " ".join((Path(__file__).parents[2] / "docs" / "objectives.md").read_text().split())
+    printed = re.findall(r"- `(--objective\.name [^`]+)`", text)
+    assert [options.split()[1] for options in printed] == ["arat", "lbgat"]
+    terms = []
+    for options in printed:
+        out = tmp_path / options.split()[1]
+        assert main([*TRAIN, *options.split(), "--out", str(out)]) == 0
+        terms.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
+        assert "clean_branch" in json.loads((out / "summary.json").read_text())["accuracy"]
+    assert terms[0]["invariance/avgpool"] > 0 and terms[0]["w_adv"] == terms[0]["w_clean"] == 1
+    assert terms[1]["mse"] > 0 and terms[1]["ce_guide"] > 0
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     output = capsys.readouterr().out

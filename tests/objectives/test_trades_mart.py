@@ -81,7 +81,7 @@ def test_mart_stays_finite_where_the_network_is_certain() -> None:
     (gradient,) = torch.autograd.grad(loss, model.parameters())
     assert loss.isfinite() and gradient.isfinite()
     # Wrong and certain: a cross-entropy of 200 and the largest margin term, twice in three.
-    assert float(loss) == pytest.approx((400 - 2 * math.log(1e-4)) / 3, rel=1e-3)
+    assert float(loss.detach()) == pytest.approx((400 - 2 * math.log(1e-4)) / 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("build", [TRADES, MART])

@@ -18,6 +18,7 @@ from torch import Tensor
 from arat_fast.config import Config, ObjectiveConfig, config_from_dict, config_to_dict
 from arat_fast.models import create_model
 from arat_fast.objectives import ARREST, LBGAT
+from arat_fast.reporting import write_report
 from arat_fast.training.checkpoint import load_checkpoint
 from arat_fast.training.interrupt import InterruptedRun
 from arat_fast.training.loop import Trainer
@@ -119,6 +120,9 @@ def test_the_natural_run_is_a_run_of_its_own_and_is_counted(tmp_path: Path) -> N
         "train_seconds": natural["wall_seconds"]["train"],
         "clean": natural["accuracy"]["clean"]["value"],
     }
+    report = write_report(tmp_path / "run").read_text()
+    assert "trained for 2 epochs, after 1 of natural training, on" in report
+    assert "Natural training before" in report
     weights = load_file(tmp_path / "run" / "natural" / "model.safetensors")
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     for name, tensor in weights.items():
