@@ -84,9 +84,7 @@ def export_checkpoint(
     model, exported = saved.plain(branch)
     found = measured(saved, exported)
     record = _record(saved, exported, format, found)
-    name = name or "-".join(
-        str(part) for part in (record["dataset"], saved.name, record["objective"]) if part
-    )
+    name = name or _default_name(record)
     if not set(name) <= _NAME or name.startswith("."):
         raise ValueError(f"--name must be letters, digits, '-', '_' and '.', got {name!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +98,18 @@ def export_checkpoint(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _default_name(record: Mapping[str, Any]) -> str:
+    paper = PAPERS.get(str(record["objective"]))
+    if (
+        record["format"] == "robustbench"
+        and paper is not None
+        and record["model"] in _ARCHITECTURES
+    ):
+        return f"{paper.key}_{_ARCHITECTURES[record['model']][1]}"
+    parts = (record["dataset"], record["model"], record["objective"])
+    return "-".join("".join(c if c in _NAME else "-" for c in str(part)) for part in parts if part)
 
 
 def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -> dict[str, Any]:
@@ -228,9 +238,6 @@ def _write_robustbench(
         for key in ("mean", "std"):
             state[f"normalize.{key}"] = torch.tensor(record[key]).view(1, -1, 1, 1)
     entry = _model_info(record, found)
-    paper = PAPERS.get(str(record["objective"]))
-    if paper is not None:
-        name = f"{paper.key}_{_ARCHITECTURES[record['model']][1]}"
     for kind in ("models", "model_info"):
         (folder / kind / dataset / norm).mkdir(parents=True)
     file = f"models/{dataset}/{norm}/{name}.pt"

@@ -334,6 +334,9 @@ def test_model_info(tmp_path: Path) -> None:
         assert entry["clean_acc"] == "87.82" and entry["autoattack_acc"] == reported
         assert (entry["eps"], entry["architecture"]) == ("8/255", "ResNet-18")
         assert entry["venue"] == "ICLR 2025" and entry["additional_data"] is False
+    named = export_checkpoint(path, "robustbench", tmp_path / "named", name="Mine2026_RN18")
+    assert named["weights_file"] == "models/cifar10/Linf/Mine2026_RN18.pt"
+    assert (tmp_path / "named/model_info/cifar10/Linf/Mine2026_RN18.json").is_file()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
