@@ -269,6 +269,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class AnalyzeConfig:
+    every: int = 0
+    """Epochs between two analyses during training (gradient conflict, mixture distribution), also
+    before the first and after the last; 0 for none. The weights are the same with and without."""
+    num_batches: int = 4
+    """Training batches that each of them averages over; >= 1."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"analyze.every must be >= 0, got {self.every}")
+        if self.num_batches < 1:
+            raise ValueError(f"analyze.num_batches must be >= 1, got {self.num_batches}")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that determines a run."""
 
@@ -288,6 +303,7 @@ class Config:
     step: StepConfig = field(default_factory=StepConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -335,11 +351,14 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         "step": StepConfig,
         "train": TrainConfig,
         "eval": EvalConfig,
+        "analyze": AnalyzeConfig,
     }
     arguments: dict[str, Any] = dict(values)
     try:
         for name, part in parts.items():
-            fields = {k: _from_json(k, v) for k, v in values[name].items()}
+            # Runs from before there were analyses have no such section.
+            given = values.get(name, {}) if name == "analyze" else values[name]
+            fields = {k: _from_json(k, v) for k, v in given.items()}
             arguments[name] = part(**fields)
         return Config(**arguments)
     except (TypeError, KeyError, AttributeError) as error:

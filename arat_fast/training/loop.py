@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arat_fast.analysis.snapshot import analyze_training, first_batches, headline_numbers
 from arat_fast.build import build_model, build_objective, implementation
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.data import load_data
@@ -52,6 +53,7 @@ _FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "step": ("graph",),
     "train": ("device", "log_every", "eval_every", "checkpoint_every"),
     "eval": ("num_steps", "alpha", "autoattack", "batch_size", "max_samples"),
+    "analyze": ("every", "num_batches"),
 }
 """Settings that do not change the weights, and may differ when a run is resumed."""
 
@@ -246,12 +248,14 @@ class Trainer:
             if start_batch == 0:
                 # Here, after the checkpoint of the epoch before, so that a resumed run does it too.
                 self._evaluate_if_due(epoch, bar)
+                self._analyze_if_due(epoch, bar)
                 self._start_epoch(epoch)
             self._train_epoch(epoch, start_batch, bar, stop)
             if self.step % self.steps_per_epoch == 0:
                 self._end_epoch(epoch + 1, bar)
             if stop.signal:
                 self._stop(stop)
+        self._analyze_if_due(epochs, bar)
 
     def _train_epoch(
         self, epoch: int, start_batch: int, bar: TrainingBar, stop: StopRequest
@@ -370,6 +374,19 @@ class Trainer:
         self._evaluate(done, "last", self.model)
         if self.average.model is not None and self.config.average.kind == "ema":
             self._evaluate(done, "ema", self.average.model)
+
+    def _analyze_if_due(self, done: int, bar: TrainingBar) -> None:
+        config = self.config
+        every = config.analyze.every
+        if not every or (done % every and done != config.train.epochs):
+            return
+        bar.show("analysing")
+        batches = first_batches(self.data.train, config.analyze.num_batches)
+        record = analyze_training(config, self.model, self.objective, batches)
+        self.metrics_file.write({"kind": "analysis", "step": self.step, "epoch": done, **record})
+        if self.tensorboard is not None:
+            for name, value in headline_numbers(record).items():
+                self.tensorboard.add_scalar(f"analysis/{name}", value, self.step)
 
     def _probe(self, epoch: int) -> float:
         """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""

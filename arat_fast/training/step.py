@@ -19,6 +19,57 @@ from arat_fast.training.graph import BatchTooLargeError, Function, StepGraphs
 from arat_kernels.implementation import Impl
 
 
+def adversarial_batch(
+    model: nn.Module,
+    objective: Objective,
+    attack: PGD,
+    x: Tensor,
+    y: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    noisy_clean: bool = False,
+    attacked: Callable[[PGD, Tensor], nn.Module] | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two sets of images that a step trains on.
+
+    Args:
+        model: the network, in training mode.
+        objective: has the last word on the attack.
+        attack: as configured.
+        x: images (N, C, H, W) in [0, 1].
+        y: labels (N,), int64.
+        generator: source of the random start, on the device of ``x``; None: PyTorch's default one.
+        noise: start of the attack instead of a random draw; shape of ``x``.
+        noisy_clean: the official code's in-place start.
+        attacked: gives the network that is attacked, from the attack and ``x``; None: ``model``.
+        impl: implementation of the attack's own operations.
+
+    Returns:
+        The clean images, which are ``x`` but for ``noisy_clean``, and the adversarial ones, the
+        same tensor where the objective needs no attack.
+    """
+    if not objective.needs_attack:
+        return x, x
+    if noisy_clean:
+        x = attack.start(x, generator, noise, impl)
+        noise = torch.zeros_like(x)
+    attack = objective.own_attack(attack)
+    if noise is None:
+        noise = objective.attack_noise(x, generator)
+    x_adv = attack(
+        model if attacked is None else attacked(attack, x),
+        x,
+        y,
+        loss_fn=objective.attack_loss(model, x, y),
+        generator=generator,
+        noise=noise,
+        impl=impl,
+    )
+    return x, x_adv
+
+
 @dataclass(eq=False)
 class TrainStep:
     """The training step for your own loop: ``metrics = step(x, y)``.
@@ -180,24 +231,19 @@ class TrainStep:
         """Attack, objective and backward."""
         self.model.train()
         self.objective.train()
-        if self.noisy_clean and self.objective.needs_attack:
-            x = self.attack.start(x, self.generator, noise, self.impl)
-            noise = torch.zeros_like(x)
         with self._autocast(x.device.type):
-            x_adv = x
-            if self.objective.needs_attack:
-                attack = self.objective.own_attack(self.attack)
-                if noise is None:
-                    noise = self.objective.attack_noise(x, self.generator)
-                x_adv = attack(
-                    self._attacked(attack, x),
-                    x,
-                    y,
-                    loss_fn=self.objective.attack_loss(self.model, x, y),
-                    generator=self.generator,
-                    noise=noise,
-                    impl=self.impl,
-                )
+            x, x_adv = adversarial_batch(
+                self.model,
+                self.objective,
+                self.attack,
+                x,
+                y,
+                generator=self.generator,
+                noise=noise,
+                noisy_clean=self.noisy_clean,
+                attacked=self._attacked,
+                impl=self.impl,
+            )
             output = self.objective(self.model, x, x_adv, y)
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()

@@ -1,0 +1,135 @@
+"""Mixture distribution: how far the batch statistics of clean and adversarial images lie apart."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from arat_fast.models.split_batch_norm import (
+    ADV,
+    CLEAN,
+    SplitBatchNorm2d,
+    use_branch,
+    use_statistics,
+)
+
+NUMBERS = ("mean_gap", "std_gap", "w2", "w2_relative", "output_w2")
+"""What is recorded of each BatchNorm layer; see :func:`mixture_distance`."""
+
+
+@torch.no_grad()
+def mixture_distance(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, dict[str, float]]:
+    """Distances between clean and adversarial batch statistics at every BatchNorm of a network.
+
+    ``[x; x_adv]`` runs in one pass on batch statistics, as in a step of ARAT: a split BatchNorm
+    normalises each half with its own statistics, an ordinary one both with those of the mixture.
+    For each channel, m and s are mean and standard deviation over the batch and all positions
+    (divided by their number, not by one less) of the layer's *input*, for each half. With M and S
+    those of the two halves together:
+
+    - ``mean_gap``: mean over channels of ``|m_adv - m_clean|``;
+    - ``std_gap``: mean over channels of ``|s_adv - s_clean|``;
+    - ``w2``: mean over channels of ``sqrt((m_adv - m_clean)^2 + (s_adv - s_clean)^2)``, the
+      Wasserstein-2 distance of two normal distributions with these moments;
+    - ``w2_relative``: the same of ``(input - M) / S``, free of scale, so that layers and networks
+      can be compared; a channel that is constant over both halves counts as 0;
+    - ``output_w2``: ``w2`` of the layer's *output*, after weight and bias and before any residual
+      or ReLU: the distance that the next layer sees.
+
+    Args:
+        model: any network, in any mode; its statistics stay as they are.
+        x, x_adv: images (N, C, H, W) and their adversarial versions.
+
+    Returns:
+        The numbers by module path, in the order of the forward pass.
+
+    Source: arXiv 2402.14648, section 3: channel means and standard deviations, layer by layer; the
+    paper shows them, the distances are ours.
+    """
+    inputs: dict[str, Tensor] = {}
+    handles = []
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (SplitBatchNorm2d, _BatchNorm))
+    }
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = _moments(args[0])
+
+        return hook
+
+    for name, module in layers.items():
+        handles.append(module.register_forward_pre_hook(watch(name)))
+    try:
+        with use_branch(model, "both"), use_statistics(model, "batch"):
+            model(torch.cat([x, x_adv]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _distances(layers[name], moments) for name, moments in inputs.items()}
+
+
+def mean_mixture(batches: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Means over batches of what :func:`mixture_distance` returned.
+
+    Args:
+        batches: one record or more, of one network.
+
+    Returns:
+        ``{"layers": {PATH: {NUMBER: …}}, "mean": {NUMBER: …}, "num_batches": …}``; "mean" is over
+        the layers, each counting once.
+    """
+    layers = {
+        path: {key: statistics.fmean(batch[path][key] for batch in batches) for key in NUMBERS}
+        for path in batches[0]
+    }
+    mean = {
+        key: statistics.fmean(layer[key] for layer in layers.values()) if layers else None
+        for key in NUMBERS
+    }
+    return {"layers": layers, "mean": mean, "num_batches": len(batches)}
+
+
+def _moments(x: Tensor) -> Tensor:
+    """Mean and variance of each half and of both: (3, 2, C) in float64."""
+    dims = (0, *range(2, x.ndim))
+    parts = [*x.double().chunk(2), x.double()]
+    return torch.stack(
+        [torch.stack([p.mean(dim=dims), p.var(dim=dims, unbiased=False)]) for p in parts]
+    )
+
+
+def _distances(layer: nn.Module, moments: Tensor) -> dict[str, float]:
+    mean, var = moments.unbind(dim=1)
+    std = var.sqrt()
+    mixed_mean, mixed_std = mean[2], std[2]
+    gaps = mean[ADV] - mean[CLEAN], std[ADV] - std[CLEAN]
+    w2 = torch.hypot(*gaps)
+    relative = torch.where(mixed_std > 0, w2 / mixed_std, 0.0)
+    assert isinstance(layer, (SplitBatchNorm2d, _BatchNorm))
+    outputs = []
+    for half in (CLEAN, ADV):
+        split = isinstance(layer, SplitBatchNorm2d)
+        scale = ((var[half] if split else var[2]) + layer.eps).rsqrt()
+        shift = mean[half] if split else mixed_mean
+        weight, bias = _affine(layer, half)
+        outputs.append(((mean[half] - shift) * scale * weight + bias, std[half] * scale * weight))
+    (clean_mean, clean_std), (adv_mean, adv_std) = outputs
+    output_w2 = torch.hypot(adv_mean - clean_mean, adv_std.abs() - clean_std.abs())
+    values = (gaps[0].abs(), gaps[1].abs(), w2, relative, output_w2)
+    return {name: float(value.mean()) for name, value in zip(NUMBERS, values, strict=True)}
+
+
+def _affine(layer: SplitBatchNorm2d | _BatchNorm, half: int) -> tuple[Tensor, Tensor]:
+    if layer.weight is None or layer.bias is None:
+        return torch.tensor(1.0), torch.tensor(0.0)
+    rows = (layer.weight, layer.bias)
+    weight, bias = (row[half] for row in rows) if isinstance(layer, SplitBatchNorm2d) else rows
+    return weight.double(), bias.double()
