@@ -1,4 +1,4 @@
-"""The command ``arat-fast``: train, eval, compare, report, export, bench, info."""
+"""The command ``arat-fast``: train, eval, compare, analyze, report, export, bench, info."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ usage: arat-fast COMMAND ...
   arat-fast compare --from DIR
       Methods over several seeds: table, LaTeX, plane. Goes on where it stopped; --from prints the
       table of a saved comparison, or with --out runs it again.
+  arat-fast analyze RUN_OR_CHECKPOINT [...] [options]
+      Gradient conflict, mixture distribution, loss surfaces, a check for masked gradients, and
+      what an attacker sees, as numbers and plots beside the run. Several networks attack each
+      other with the examples made for one of them.
   arat-fast report RUN [--compare RUN ...]
       Write RUN/report.html again, beside other runs if some are given.
   arat-fast export RUN_OR_CHECKPOINT --format FORMAT --out DIR [options]
@@ -148,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "compare": _compare,
+        "analyze": _analyze,
         "report": _report,
         "export": _export,
         "bench": _bench,
@@ -249,6 +254,22 @@ def _compare(arguments: list[str]) -> int:
         print(USAGE.format(recipes=", ".join(RECIPES)), end="")
         return 0
     return compare_command(rest, recipe(name, _compat(rest)))  # type: ignore[arg-type]  # checked
+
+
+def _analyze(arguments: list[str]) -> int:
+    from arat_fast.analysis.run import AnalyzeOptions, analyze_networks
+    from arat_fast.reporting.analysis_words import analysis_sentences
+
+    options = parse(AnalyzeOptions, arguments, "arat-fast analyze")
+    if not options.checkpoints:
+        raise UsageError("a run or a checkpoint is expected after analyze, got nothing")
+    for analysis in analyze_networks(options.checkpoints, options.settings):
+        print(f"{analysis.name}: {analysis.folder}")
+        for sentence in analysis_sentences(analysis.records):
+            print(f"  {sentence}")
+        for part, reason in analysis.left_out.items():
+            print(f"  {part} left out: {reason}")
+    return 0
 
 
 def _report(arguments: list[str]) -> int:

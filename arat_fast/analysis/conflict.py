@@ -29,9 +29,9 @@ def split_terms(terms: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return classification, {n: t for n, t in terms.items() if n not in classification}
 
 
-def shared_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def shared_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of every convolution and linear layer by module path, biases left out."""
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and id(module.weight) not in seen:
@@ -46,7 +46,6 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
     An entry of a weight conflicts where its two gradients have opposite signs. The share counts
     all entries of the convolution and linear weights of the network, those without any invariance
     gradient (the classifier after the last regularised layer) included, as the official code does.
-    Two gradients that know nothing of each other conflict in half of the entries, with cosine 0.
 
     Args:
         model: the network that was run; predictors are no part of it.
@@ -57,11 +56,13 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
 
             {"pairs": {PAIR: {"share": …, "cosine": …}},
              "layers": {PATH: {"share": …, "cosine": …, "entries": …}},
-             "norms": {"classification": …, "invariance": …}, "entries": …}
+             "norms": {"classification": …, "invariance": …}, "entries": …, "unrelated": …}
 
         PAIR is "classification" (the whole classification loss, weights applied) or one of its
         terms ("ce_adv", "ce_clean"), against the whole invariance loss. "layers" is for the first.
         A share and a cosine are None where one of the two gradients is zero throughout.
+        "unrelated" is the share that gradients of random signs would have: half of the entries of
+        the layers that have both gradients.
 
     Source: arXiv 2402.14648, section 3, and the module ``utils_analysis/grad.py`` of the official
     code. There the sign is that of a float32 product, which vanishes where it underflows; here the
@@ -87,11 +88,16 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
             layers = {
                 path: {**sums.record(), "entries": sums.entries} for path, sums in compared.items()
             }
+    entries = sum(weight.numel() for weight in weights.values())
+    compared_entries = sum(
+        weights[path].numel() for path, layer in layers.items() if layer["share"] is not None
+    )
     return {
         "pairs": pairs,
         "layers": layers,
         "norms": norms,
-        "entries": sum(weight.numel() for weight in weights.values()),
+        "entries": entries,
+        "unrelated": 0.5 * compared_entries / entries,
     }
 
 
@@ -106,7 +112,7 @@ def mean_conflict(batches: list[dict[str, Any]]) -> dict[str, Any]:
         "cosine_std", standard deviations over the batches, None for one batch; "num_batches".
     """
     first = batches[0]
-    pairs = {}
+    pairs: dict[str, dict[str, float | None]] = {}
     for name in first["pairs"]:
         pairs[name] = {}
         for key in ("share", "cosine"):
@@ -125,6 +131,7 @@ def mean_conflict(batches: list[dict[str, Any]]) -> dict[str, Any]:
         "layers": layers,
         "norms": norms,
         "entries": first["entries"],
+        "unrelated": statistics.fmean(b["unrelated"] for b in batches),
         "num_batches": len(batches),
     }
 
@@ -160,7 +167,7 @@ class _Sums:
         }
 
 
-def _gradients(loss: Tensor, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(
         loss, list(weights.values()), retain_graph=True, materialize_grads=True
     )

@@ -48,6 +48,7 @@ def analyze_training(
     with torch.random.fork_rng(devices=devices), full_float32():
         generator = stream_generator(config.seed, "analysis", device)
         model, objective = _private_copy(model, objective)
+        objective.generator = generator
         model.train()
         objective.train()
         conflicts, mixtures, seen = [], [], 0
@@ -98,14 +99,16 @@ def headline_numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _private_copy(model: nn.Module, objective: Objective) -> tuple[nn.Module, Objective]:
-    with _without_groups(model):
+    with _without_what_cannot_be_copied(model, objective):
         # Together: an objective may hold on to the network.
         return copy.deepcopy((model, objective))
 
 
 @contextmanager
-def _without_groups(model: nn.Module) -> Iterator[None]:
-    """Processes cannot be copied; the copy normalises with the statistics of its own batch."""
+def _without_what_cannot_be_copied(model: nn.Module, objective: Objective) -> Iterator[None]:
+    """Neither groups of processes nor a generator that a CUDA graph knows; without its group, a
+    copy normalises with the statistics of its own batch."""
+    generator, objective.generator = objective.generator, None
     layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
     groups = [layer.group for layer in layers]
     for layer in layers:
@@ -113,5 +116,6 @@ def _without_groups(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        objective.generator = generator
         for layer, group in zip(layers, groups, strict=True):
             layer.group = group

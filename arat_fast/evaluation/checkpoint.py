@@ -94,7 +94,7 @@ def evaluate_checkpoint(
     data = load_data(
         config.data, device=target, seed=config.seed, eval_batch_size=config.eval.batch_size
     )
-    model = _network(saved, trained, data, target)
+    model = place_network(saved, trained, data, target)
     images = ImageSet.from_batches(data.test, max_samples)
     start = time.perf_counter()
     with (display or Display()).evaluating() as bar:
@@ -124,10 +124,16 @@ def evaluate_checkpoint(
     }
 
 
-def _network(
+def place_network(
     saved: SavedNetwork, config: Config, data: DataSplits, device: torch.device
 ) -> nn.Module:
     """The network on the device, once it is sure that it fits the data.
+
+    Args:
+        saved: what a file holds.
+        config: of the run.
+        data: of that configuration; an average that has no statistics yet gets them here.
+        device: where the network goes.
 
     Raises:
         ValueError: it has another number of classes or of image channels.

@@ -1,0 +1,415 @@
+"""Is the robustness real? Signs of gradients that are masked rather than useless to an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arat_fast.attacks.pgd import PGD, check_images
+from arat_fast.evaluation.evaluate import (
+    ImageSet,
+    Progress,
+    accept,
+    evaluation_mode,
+    pgd_accuracy,
+    predict,
+)
+from arat_fast.evaluation.threat_model import ThreatModel
+
+SIGNIFICANCE = 0.01
+"""A weaker attack counts as stronger below this p-value of the one-sided sign test."""
+ZERO_GRADIENTS = 0.05
+"""Largest share of images without any gradient that is no warning."""
+RESTART_GAIN = 0.1
+"""Largest share of images broken by restarts alone that is no warning."""
+LEFT_AT_FULL_RANGE = 0.02
+"""Largest share of images left right by an attack without limit that is no warning."""
+
+_RANDOM_DRAWS = 100
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One attack on all images.
+
+    Attributes:
+        kind: "gradient", "random", "black-box" or "transfer".
+        name: in words.
+        correct: (N,) bool, what it left right; wrong as they are count as broken.
+        settings: JSON types.
+    """
+
+    kind: str
+    name: str
+    correct: Tensor
+    settings: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Name, counts and settings, as JSON types."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "correct": int(self.correct.sum()),
+            "num_samples": len(self.correct),
+            **self.settings,
+        }
+
+
+def masking_check(
+    model: nn.Module,
+    images: ImageSet,
+    threat: ThreatModel,
+    *,
+    num_steps: int = 50,
+    num_restarts: int = 5,
+    num_queries: int = 1000,
+    sources: Mapping[str, nn.Module] | None = None,
+    batch_size: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Attack a network in ways that must not beat each other, and say where one does.
+
+    Robust accuracy is only as good as the attack. A network whose gradients vanish, are quantised
+    away or point nowhere looks robust to PGD and is not. What must hold for every network whose
+    gradients can be trusted, and what is checked:
+
+    - ``gradient``: the loss has a gradient at (nearly) every image;
+    - ``steps``: one large step breaks no more than ``num_steps`` small ones, nor do fewer steps;
+    - ``restarts``: the outcome does not hang on the random start;
+    - ``radius``: a larger ball never leaves more images right;
+    - ``full range``: with no limit but [0, 1], (nearly) nothing is left right;
+    - ``random``: random points of the ball break no more than the gradient attack;
+    - ``black-box``: neither does Square, which sees no gradient;
+    - ``transfer``: nor do examples made for another network.
+
+    "Breaks more" is decided on pairs: of the images that only one of two attacks breaks, so many
+    fall to the weaker attack that a fair coin would give it with probability below 0.01.
+
+    Args:
+        model: the network, in any mode; its ``adv`` branch is attacked.
+        images: float32 images and labels on the model's device.
+        threat: ball of the attacks, eps > 0.
+        num_steps: of PGD with step size eps / 4, >= 2.
+        num_restarts: independent runs of PGD, >= 2.
+        num_queries: of Square for each image; 0 leaves it out.
+        sources: other networks by name, whose adversarial examples are tried.
+        batch_size: samples at a time.
+        seed: of every attack; the global random state stays as it was.
+        progress: told what is running.
+
+    Returns:
+        JSON types: ``attacks``, what each left right; ``checks``, each with its name, "passed" and
+        a sentence; "passed", whether all did.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: the signs of Athalye, Carlini and Wagner, ICML 2018 (arXiv 1802.00420), section 3.1, and
+    of Carlini et al., "On Evaluating Adversarial Robustness" (arXiv 1902.06705), section 3.
+    """
+    if not threat.eps > 0:
+        raise ValueError(f"the masking check needs a radius > 0, got eps {threat.eps}")
+    if num_steps < 2 or num_restarts < 2 or num_queries < 0:
+        raise ValueError(
+            "num_steps >= 2, num_restarts >= 2 and num_queries >= 0 are expected, got "
+            f"{num_steps}, {num_restarts} and {num_queries}"
+        )
+    check_images(images.x)
+    check = _Check(model, images, threat, batch_size, seed, progress)
+    checks = [check.gradient()]
+
+    single = check.single_step()
+    fewer = [check.pgd(steps) for steps in _fewer_steps(num_steps)]
+    many = check.pgd(num_steps)
+    restarted = check.pgd(num_steps, num_restarts)
+    checks += [_compare_steps(single, fewer, many), _compare_restarts(many, restarted)]
+
+    ladder = {threat.eps: many}
+    for eps in radii(threat, images.x[0].numel()):
+        if eps not in ladder:
+            ladder[eps] = check.pgd(num_steps, threat=ThreatModel(eps, threat.norm))
+    ladder = dict(sorted(ladder.items()))
+    checks += [_compare_radii(ladder), _full_range(ladder)]
+
+    rivals = [check.random()]
+    if num_queries:
+        rivals.append(check.square(num_queries))
+    rivals += [check.transfer(name, source, num_steps) for name, source in (sources or {}).items()]
+    for rival in rivals:
+        checks.append(_compare_rival(rival, restarted))
+    tried = [single, *fewer, many, restarted, *rivals]
+    return {
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "num_samples": len(images.y),
+        "clean_correct": int(check.clean.sum()),
+        "attacks": [attack.record() for attack in tried],
+        "radii": [{"eps": eps, "correct": int(t.correct.sum())} for eps, t in ladder.items()],
+        "checks": checks,
+        "passed": all(entry["passed"] for entry in checks),
+    }
+
+
+def radii(threat: ThreatModel, num_pixels: int) -> list[float]:
+    """Radii from half of eps on, doubled, up to the one that any image can be reached in.
+
+    Args:
+        threat: the ball.
+        num_pixels: values in an image, channels included.
+    """
+    full = 1.0 if threat.norm == "Linf" else math.sqrt(num_pixels)
+    values = [threat.eps / 2]
+    while 2 * values[-1] < 0.9 * full:
+        values.append(2 * values[-1])
+    return [*values, full]
+
+
+def sign_test(only_weak: int, only_strong: int) -> float:
+    """Probability that a fair coin gives the weaker attack ``only_weak`` wins or more.
+
+    Args:
+        only_weak, only_strong: images broken by one of two attacks alone, >= 0.
+    """
+    n = only_weak + only_strong
+    # In logarithms: 2^n leaves the range of a float from n = 1024 on.
+    tail = (
+        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
+        for k in range(only_weak, n + 1)
+    )
+    return min(1.0, math.fsum(tail))
+
+
+class _Check:
+    """The attacks on one set of images."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: ImageSet,
+        threat: ThreatModel,
+        batch_size: int,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.threat = threat
+        self.batch_size = batch_size
+        self.seed = seed
+        self.progress = progress
+        with evaluation_mode(model):
+            self.clean = predict(model, images.x, batch_size).argmax(dim=1) == images.y
+
+    def gradient(self) -> dict[str, Any]:
+        zero = 0
+        with evaluation_mode(self.model):
+            for x, y in self._batches():
+                x = x.detach().clone().requires_grad_()
+                loss = F.cross_entropy(self.model(x), y, reduction="sum")
+                (grad,) = torch.autograd.grad(loss, x)
+                zero += int((grad.flatten(1) == 0).all(dim=1).sum())
+        share = zero / len(self.images.y)
+        text = f"The loss has no gradient at {zero} of {len(self.images.y)} images"
+        if share > ZERO_GRADIENTS:
+            text += ": an attack that follows it stands still there."
+        else:
+            text += "."
+        return _result("gradient", share <= ZERO_GRADIENTS, text, zero=zero)
+
+    def single_step(self) -> Tried:
+        """One step of length eps from the image itself."""
+        attack = PGD(
+            self.threat.eps,
+            self.threat.eps,
+            1,
+            self.threat.norm,
+            random_start=False,
+            bn="running",
+        )
+        correct = []
+        with evaluation_mode(self.model):
+            for x, y in self._batches():
+                correct.append(self._left(self.model, x, y, attack(self.model, x, y)))
+        settings = {"num_steps": 1, "alpha": self.threat.eps}
+        return Tried("gradient", "one step of length eps", torch.cat(correct), settings)
+
+    def pgd(
+        self, num_steps: int, num_restarts: int = 1, threat: ThreatModel | None = None
+    ) -> Tried:
+        threat = threat or self.threat
+        result = pgd_accuracy(
+            self.model,
+            self.images,
+            threat,
+            num_steps=num_steps,
+            alpha=threat.eps / 4,
+            num_restarts=num_restarts,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        name = f"PGD-{num_steps}" + (f", {num_restarts} restarts" if num_restarts > 1 else "")
+        settings = {"num_steps": num_steps, "num_restarts": num_restarts, "alpha": threat.eps / 4}
+        return Tried("gradient", name, result.correct, settings)
+
+    def random(self) -> Tried:
+        """Random points of the ball: its corners in L∞, its surface in L2."""
+        generator = torch.Generator(self.images.x.device).manual_seed(self.seed)
+        eps = self.threat.eps
+        correct = []
+        with evaluation_mode(self.model):
+            for x, y in self._batches():
+                left = self._left(self.model, x, y, x)
+                for _ in range(_RANDOM_DRAWS):
+                    draw = torch.randn(x.shape, generator=generator, device=x.device)
+                    if self.threat.norm == "Linf":
+                        delta = eps * draw.sign()
+                    else:
+                        delta = eps * draw / draw.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                    left &= self._left(self.model, x, y, (x + delta).clamp(0, 1))
+                correct.append(left)
+        name = f"{_RANDOM_DRAWS} random points"
+        return Tried("random", name, torch.cat(correct), {"num_draws": _RANDOM_DRAWS})
+
+    def square(self, num_queries: int) -> Tried:
+        from pyautoattack.square import SquareAttack
+
+        left = self.clean.clone()
+        device = self.images.x.device
+        devices = [device] if device.type == "cuda" else []
+        alive = left.nonzero().flatten()
+        with torch.random.fork_rng(devices=devices), evaluation_mode(self.model):
+            for done, chunk in enumerate(torch.split(alive, self.batch_size)):
+                if self.progress is not None:
+                    self.progress("Square", done * self.batch_size, len(alive))
+                attack = SquareAttack(
+                    self.model,
+                    norm=self.threat.norm,
+                    n_queries=num_queries,
+                    eps=self.threat.eps,
+                    seed=self.seed,
+                    resc_schedule=True,
+                    device=device,
+                )
+                x, y = self.images.x[chunk], self.images.y[chunk]
+                left[chunk] = self._left(self.model, x, y, attack.perturb(x, y))
+        return Tried("black-box", f"Square, {num_queries} queries", left, {"queries": num_queries})
+
+    def transfer(self, name: str, source: nn.Module, num_steps: int) -> Tried:
+        attack = PGD(
+            self.threat.eps, self.threat.eps / 4, num_steps, self.threat.norm, bn="running"
+        )
+        generator = torch.Generator(self.images.x.device).manual_seed(self.seed)
+        correct = []
+        for x, y in self._batches():
+            with evaluation_mode(source):
+                candidate = attack(source, x, y, generator=generator)
+            with evaluation_mode(self.model):
+                correct.append(self._left(self.model, x, y, candidate))
+        settings = {"source": name, "num_steps": num_steps}
+        return Tried("transfer", f"examples made for {name}", torch.cat(correct), settings)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self.batch_size
+        return zip(torch.split(self.images.x, size), torch.split(self.images.y, size), strict=True)
+
+    def _left(self, model: nn.Module, x: Tensor, y: Tensor, candidate: Tensor) -> Tensor:
+        """What is right both as it is and as the candidate, which counts inside the ball only."""
+        still, _, _ = accept(model, x, y, candidate, self.threat)
+        with torch.no_grad():
+            left: Tensor = still & (model(x).argmax(dim=1) == y)
+        return left
+
+
+def _fewer_steps(num_steps: int) -> list[int]:
+    return [steps for steps in (1, 2, 5, 10, 20, 50, 100) if steps < num_steps]
+
+
+def _result(name: str, passed: bool, text: str, **numbers: Any) -> dict[str, Any]:
+    return {"name": name, "passed": passed, "text": text, **numbers}
+
+
+def _pair(weak: Tried, strong: Tried) -> tuple[int, int, bool]:
+    """Images that only one of them breaks, and whether the weaker is the stronger one."""
+    only_weak = int((strong.correct & ~weak.correct).sum())
+    only_strong = int((weak.correct & ~strong.correct).sum())
+    return only_weak, only_strong, sign_test(only_weak, only_strong) < SIGNIFICANCE
+
+
+def _compare_steps(single: Tried, fewer: list[Tried], many: Tried) -> dict[str, Any]:
+    beaten = [(weak, *_pair(weak, many)) for weak in (single, *fewer)]
+    wrong = [entry for entry in beaten if entry[3]]
+    if not wrong:
+        text = (
+            f"More steps break more: {_left_words(single)} after {single.name}, "
+            f"{_left_words(many)} after {many.name}."
+        )
+        return _result("steps", True, text)
+    weak, only_weak, only_many, _ = max(wrong, key=lambda entry: entry[1])
+    text = (
+        f"Fewer steps break more: {weak.name} breaks {only_weak} images that {many.name} does not, "
+        f"and only {only_many} the other way round. The way uphill does not lead on."
+    )
+    return _result("steps", False, text)
+
+
+def _compare_restarts(once: Tried, restarted: Tried) -> dict[str, Any]:
+    gained = int((once.correct & ~restarted.correct).sum())
+    share = gained / len(once.correct)
+    text = f"{restarted.name} break {gained} images more than one run."
+    if share > RESTART_GAIN:
+        text += " The outcome hangs on where the attack starts: the surface is rough."
+    return _result("restarts", share <= RESTART_GAIN, text, gained=gained)
+
+
+def _compare_radii(ladder: Mapping[float, Tried]) -> dict[str, Any]:
+    steps = list(ladder.items())
+    for (small, weak), (large, strong) in zip(steps, steps[1:], strict=False):
+        only_weak, only_strong, wrong = _pair(weak, strong)
+        if wrong:
+            text = (
+                f"A larger ball leaves more right: {only_weak} images fall at radius {small:.3g} "
+                f"and not at {large:.3g}, {only_strong} the other way round."
+            )
+            return _result("radius", False, text)
+    counts = ", ".join(f"{_left_words(t)} at {eps:.3g}" for eps, t in steps)
+    return _result("radius", True, f"Larger balls break more: {counts}.")
+
+
+def _full_range(ladder: Mapping[float, Tried]) -> dict[str, Any]:
+    tried = ladder[max(ladder)]
+    left = int(tried.correct.sum())
+    passed = left <= LEFT_AT_FULL_RANGE * len(tried.correct)
+    text = f"With no limit but [0, 1] the attack leaves {_left_words(tried)}"
+    text += "." if passed else ", and any image can be made of any other: it does not find the way."
+    return _result("full range", passed, text, left=left)
+
+
+def _compare_rival(rival: Tried, white: Tried) -> dict[str, Any]:
+    only_rival, only_white, wrong = _pair(rival, white)
+    names = {
+        "random": "It takes no gradient to find what the gradient does not.",
+        "black-box": "An attack that sees no gradient is the stronger one.",
+        "transfer": "The other network’s gradient is the better guide.",
+    }
+    sides = (
+        f"{rival.name} break {only_rival} images that {white.name} do not, and {only_white} the "
+        "other way round"
+    )
+    if rival.kind == "black-box":
+        sides = sides.replace(" break ", " breaks ", 1)
+    text = f"{sides[0].upper()}{sides[1:]}."
+    if wrong:
+        text += f" {names[rival.kind]}"
+    return _result(rival.kind, not wrong, text, only_rival=only_rival, only_white=only_white)
+
+
+def _left_words(tried: Tried) -> str:
+    return f"{int(tried.correct.sum())} of {len(tried.correct)} right"

@@ -1,0 +1,194 @@
+"""Analyses during training: they change nothing, and find what the checkpoint gives again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_trainer
+from torch import Tensor
+
+from arat_fast.analysis.run import AnalyzeSettings, analyze_networks
+from arat_fast.analysis.snapshot import analyze_training, first_batches
+from arat_fast.config import AnalyzeConfig, Config, config_from_dict, config_to_dict
+from arat_fast.training.checkpoint import load_checkpoint
+from arat_fast.training.interrupt import InterruptedRun
+
+
+def analysed(every: int, epochs: int = 3, **average: object) -> Config:
+    return dataclasses.replace(
+        tiny_config(epochs, **average), analyze=AnalyzeConfig(every, num_batches=2)
+    )
+
+
+def analysis_lines(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "analysis"]
+
+
+def tensors(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in items for k, v in tensors(item, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def assert_same_state(left: Path, right: Path) -> None:
+    states = [tensors(load_checkpoint(run / "checkpoint.pt")) for run in (left, right)]
+    differing = ("/train_seconds", "/metrics_bytes", "/config/analyze")
+    compared = 0
+    for path, value in states[0].items():
+        if path.startswith(differing):
+            continue
+        if isinstance(value, Tensor):
+            assert torch.equal(value, states[1][path]), path
+            compared += 1
+        else:
+            assert value == states[1][path], path
+    assert compared > 50
+    exported = [load_file(run / "model.safetensors") for run in (left, right)]
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(value, exported[1][name]) for name, value in exported[0].items())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One run without analyses, one with."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, every in (("without", 0), ("with", 1)):
+        tiny_trainer(folder / name, analysed(every)).run()
+    return folder / "without", folder / "with"
+
+
+def test_weights_are_the_same_bit_for_bit(runs: tuple[Path, Path]) -> None:
+    without, with_analyses = runs
+    assert not analysis_lines(without)
+    assert [line["epoch"] for line in analysis_lines(with_analyses)] == [0, 1, 2, 3]
+    assert_same_state(without, with_analyses)
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_the_same_when_interrupted_and_resumed(
+    runs: tuple[Path, Path], tmp_path: Path, steps: int
+) -> None:
+    without, with_analyses = runs
+    trainer = tiny_trainer(tmp_path, analysed(1))
+    step, calls = trainer.train_step.from_indices, 0
+
+    def counting(index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(index, draws)
+
+    trainer.train_step.from_indices = counting  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRun):
+        trainer.run()
+    tiny_trainer(tmp_path, analysed(1), resume=True).run()
+    assert_same_state(without, tmp_path)
+    assert analysis_lines(tmp_path) == analysis_lines(with_analyses)
+
+
+def test_switched_on_in_the_middle(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    without, with_analyses = runs
+    trainer = tiny_trainer(tmp_path, analysed(0))
+    step, calls = trainer.train_step.from_indices, 0
+
+    def counting(index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(index, draws)
+
+    trainer.train_step.from_indices = counting  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRun):
+        trainer.run()
+    tiny_trainer(tmp_path, analysed(2), resume=True).run()
+    assert_same_state(without, tmp_path)
+    wanted = [line for line in analysis_lines(with_analyses) if line["epoch"] in (2, 3)]
+    assert analysis_lines(tmp_path) == wanted
+
+
+def test_checkpoint_gives_the_last_line_again(runs: tuple[Path, Path]) -> None:
+    _, run = runs
+    settings = AnalyzeSettings(("gradient-conflict", "mixture"), num_batches=2, device="cpu")
+    (analysis,) = analyze_networks([run], settings)
+    last = analysis_lines(run)[-1]
+    for part, key in (("gradient-conflict", "gradient_conflict"), ("mixture", "mixture")):
+        written = json.loads((run / "analysis" / f"{part}.json").read_text())
+        assert last[key].items() <= written.items()
+        assert written["epoch"] == 3
+    assert not analysis.left_out
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_no_global_state_moves(tmp_path: Path, official: bool) -> None:
+    config = analysed(0)
+    if official:
+        config = dataclasses.replace(
+            config,
+            attack=dataclasses.replace(config.attack, bn="batch_update"),
+            step=dataclasses.replace(config.step, noisy_clean=True),
+        )
+    trainer = tiny_trainer(tmp_path, config)
+    trainer.model.eval()
+    modules = [trainer.model, trainer.objective]
+    before = [{n: v.clone() for n, v in m.state_dict().items()} for m in modules]
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    batches = list(first_batches(trainer.data.train, 2))
+    first = analyze_training(config, trainer.model, trainer.objective, batches)
+    again = analyze_training(config, trainer.model, trainer.objective, batches)
+    assert first == again
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+    for module, old in zip(modules, before, strict=True):
+        assert all(torch.equal(value, old[name]) for name, value in module.state_dict().items())
+        assert all(p.grad is None for p in module.parameters())
+    assert not trainer.model.training
+
+
+def test_other_objectives(tmp_path: Path) -> None:
+    config = analysed(1, epochs=1)
+    for name, has_conflict, has_mixture in (
+        ("trades", True, True),
+        ("at", False, True),
+        ("natural", False, False),
+    ):
+        objective = dataclasses.replace(config.objective, name=name)
+        tiny_trainer(tmp_path / name, dataclasses.replace(config, objective=objective)).run()
+        for line in analysis_lines(tmp_path / name):
+            assert (line["gradient_conflict"] is not None) == has_conflict
+            assert (line["mixture"] is not None) == has_mixture
+    settings = AnalyzeSettings(("gradient-conflict", "mixture"), device="cpu")
+    (analysis,) = analyze_networks([tmp_path / "natural"], settings)
+    assert set(analysis.left_out) == {"gradient-conflict", "mixture"}
+    assert not analysis.records
+
+
+def test_configurations_from_before(tmp_path: Path) -> None:
+    values = config_to_dict(tiny_config())
+    del values["analyze"]
+    assert config_from_dict(values) == tiny_config()
+
+
+@pytest.mark.parametrize(("field", "value"), [("every", -1), ("num_batches", 0)])
+def test_configuration_is_checked(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"analyze.{field} must be"):
+        AnalyzeConfig(**{field: value})
+
+
+def test_no_batch_is_an_error(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match="at least one batch"):
+        analyze_training(trainer.config, trainer.model, trainer.objective, [])
