@@ -339,15 +339,15 @@ def margin_histogram(view: Mapping[str, NDArray[Any]]) -> Drawing:
     edges = np.histogram_bin_edges(np.concatenate([clean, adv]), bins=40)
     # An edge at 0: no bar holds both right and wrong answers.
     edges = edges - edges[np.abs(edges).argmin()]
-    edges = np.append(edges, edges[-1] + (edges[1] - edges[0]))
+    bins = np.append(edges, edges[-1] + (edges[1] - edges[0])).tolist()
     with style.plot_style():
         figure, axes = style.new_axes(5.4, 3.2)
         for values, label, color in (
             (clean, "as they are", style.CLEAN),
             (adv, "attacked", style.ADVERSARIAL),
         ):
-            axes.hist(values, edges, color=color, alpha=0.5, label=label)
-            axes.hist(values, edges, color=color, histtype="step", linewidth=1.2)
+            axes.hist(values, bins, color=color, alpha=0.5, label=label)
+            axes.hist(values, bins, color=color, histtype="step", linewidth=1.2)
         axes.axvline(0, color=style.INK, linewidth=1.0)
         axes.set_xlabel("margin: logit of the right class minus the next one")
         axes.set_ylabel("images")
