@@ -51,6 +51,9 @@ class FoldedNetwork(nn.Module):
             them.
         impl: implementation of the elementwise operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
+        constant: the weights stay as they are for very many calls, as in an evaluation: they are
+            laid out for speed, channels last, and a convolution whose image is no larger than its
+            window (3x3 on 2x2 pixels) becomes one matrix product.
 
     Attributes:
         folded: module paths of the BatchNorm layers that went into the convolution before them.
@@ -62,7 +65,9 @@ class FoldedNetwork(nn.Module):
         ValueError: the network cannot be traced, or the folded one computes something else.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, impl: Impl | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, example: Tensor, impl: Impl | None = None, *, constant: bool = False
+    ) -> None:
         super().__init__()
         with use_branch(model, "adv"), use_statistics(model, "running"):
             try:
@@ -78,6 +83,8 @@ class FoldedNetwork(nn.Module):
         self.folded, self.affine, self.unfolded, self._sites = _fold(network, impl)
         # Made anew, it holds the layers that the graph still calls.
         self.network = fx.GraphModule(network, network.graph)
+        for site in self._sites:
+            site.constant = constant
         with torch.autocast(example.device.type, enabled=False), full_float32():
             self.refresh()
             self._compare(model, example[:2])
@@ -125,6 +132,7 @@ class _Site(nn.Module):
         self._norm = (norm,)
         self.relu = relu
         self.impl: Impl | None = impl
+        self.constant = False
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The affine map of the BatchNorm on running statistics, (C,) each."""
@@ -156,6 +164,7 @@ class _FoldedConv(_Site):
         self.shortcut: _FoldedConv | None = None
         """A convolution whose output is only the residual of this one, which adds both biases."""
         self.keeps_bias = True
+        self._matrices: dict[tuple[int, int], _Matrix] = {}
 
     def refresh(self) -> None:
         (conv,) = self._conv
@@ -170,10 +179,16 @@ class _FoldedConv(_Site):
             dtype = torch.get_autocast_dtype(device_type)
         self.weight = (conv.weight * scale[:, None, None, None]).to(dtype)
         self.bias = total.to(dtype) if self.keeps_bias else None
+        self._matrices.clear()
+        if self.constant:
+            self.weight = self.weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         (conv,) = self._conv
         geometry = _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]  # not a string: _convolution
+        if self.constant and x.dtype == self.weight.dtype and self._fits_matrix(x):
+            y = _MatrixAct.apply(x, self._matrix(x, geometry), residual, self.relu, self.impl)  # type: ignore[no-untyped-call]
+            return y  # type: ignore[no-any-return]
         out_dtype = self.weight.dtype
         device_type = x.device.type
         if isinstance(conv, StemConv2d) and torch.is_autocast_enabled(device_type):
@@ -189,6 +204,17 @@ class _FoldedConv(_Site):
                 self.impl,
             )
         return y.to(out_dtype)
+
+    def _fits_matrix(self, x: Tensor) -> bool:
+        """Whether the matrix product takes no more multiplications than the convolution."""
+        (conv,) = self._conv
+        return conv.groups == 1 and x[0, 0].numel() <= self.weight[0, 0].numel()
+
+    def _matrix(self, x: Tensor, geometry: _Geometry) -> _Matrix:
+        size = (x.shape[2], x.shape[3])
+        if size not in self._matrices:
+            self._matrices[size] = _Matrix.of(self.weight, self.bias, size, geometry)
+        return self._matrices[size]
 
 
 class _FrozenAffine(_Site):
@@ -213,6 +239,72 @@ class _Geometry(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+
+
+class _Matrix(NamedTuple):
+    """A convolution of images of one size as a matrix.
+
+    Attributes:
+        weight: (H·W·C, H'·W'·C'), channels last on both sides.
+        bias: (H'·W'·C') or None.
+        out_shape: H', W', C'.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    out_shape: tuple[int, int, int]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, size: tuple[int, int], geometry: _Geometry
+    ) -> _Matrix:
+        """The matrix of a convolution with ``weight`` (C', C, kH, kW) of images of ``size``."""
+        height, width = size
+        entries = height * width * weight.shape[1]
+        unit = torch.eye(entries, dtype=weight.dtype, device=weight.device)
+        images = unit.view(entries, height, width, -1).permute(0, 3, 1, 2)
+        answers = F.conv2d(images, weight, None, *geometry).permute(0, 2, 3, 1)
+        _, *out_shape = answers.shape
+        positions = out_shape[0] * out_shape[1]
+        return cls(
+            answers.reshape(entries, -1).contiguous(),
+            None if bias is None else bias.repeat(positions),
+            (out_shape[0], out_shape[1], out_shape[2]),
+        )
+
+
+class _MatrixAct(torch.autograd.Function):
+    """:class:`_ConvAct` through a matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, matrix: _Matrix, residual: Tensor | None, relu: bool, impl: Impl | None
+    ) -> Tensor:
+        rows = x.permute(0, 2, 3, 1).flatten(1)
+        if matrix.bias is None:
+            flat = rows @ matrix.weight
+        else:
+            flat = torch.addmm(matrix.bias, rows, matrix.weight)
+        y = flat.view(-1, *matrix.out_shape).permute(0, 3, 1, 2)
+        if residual is not None:
+            y += residual
+        if relu:
+            y.relu_()
+        ctx.relu, ctx.impl, ctx.matrix, ctx.shape = relu, impl, matrix, x.shape
+        ctx.save_for_backward(*([y] if relu else []))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.relu:
+            dy = relu_backward(dy, ctx.saved_tensors[0], impl=ctx.impl)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            flat = dy.permute(0, 2, 3, 1).flatten(1) @ ctx.matrix.weight.t()
+            batch, channels, height, width = ctx.shape
+            dx = flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return dx, None, dy if ctx.needs_input_grad[2] else None, None, None
 
 
 class _ConvAct(torch.autograd.Function):

@@ -14,6 +14,9 @@ from torch import nn
 
 from arat_fast.data.digits import MAX_VALUE, load_digits
 from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, pgd_accuracy
+from arat_fast.evaluation.evaluate import evaluation_mode
+from arat_fast.models import use_branch
+from arat_fast.models.resnet import BasicBlock, ResNet
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,59 @@ def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps
     assert set(seen) == {f"AutoAttack {name}" for name in result.details["attacks"]}
     pgd = pgd_accuracy(linear, images, threat, num_steps=20, alpha=eps / 4, batch_size=40)
     assert result.accuracy <= pgd.accuracy
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> nn.Module:
+    """Split BatchNorm, a residual and a projection, trained a little on noised digits."""
+    pixels, labels = load_digits(train=True)
+    x = pixels.float() / MAX_VALUE
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = ResNet(BasicBlock, (1, 1), (8, 16), num_classes=10, in_channels=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with use_branch(model, "adv"):
+            for step in range(60):
+                batch = slice(step % 11 * 128, step % 11 * 128 + 128)
+                noised = x[batch] + 0.1 * torch.randn_like(x[batch]).sign()
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(noised), labels[batch]).backward()
+                optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.05), ("L2", 0.4)])
+def test_the_fast_path_has_the_same_robust_set(
+    convolutional: nn.Module, norm: str, eps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arat_fast.evaluation.autoattack.NUM_QUERIES", 600)
+    images, threat = digits(40), ThreatModel(eps, norm)  # type: ignore[arg-type]
+    fast, plain = (
+        autoattack(convolutional, images, threat, batch_size=25, seed=1, fast=fast)
+        for fast in (True, False)
+    )
+    assert torch.equal(fast.correct, plain.correct)
+    assert 0.1 < fast.accuracy < 0.9
+    assert fast.details["attacks"] == plain.details["attacks"]
+    assert (fast.details["path"], fast.details["network"]) == ("fast", "folded")
+    assert (plain.details["path"], plain.details["network"]) == ("plain", "eager")
+    assert threat.allows(images.x, fast.x_adv).all()
+    with evaluation_mode(convolutional):
+        broken = convolutional(fast.x_adv).argmax(1) != images.y
+    assert torch.equal(broken, ~fast.correct)
+
+
+def test_what_only_the_fast_network_lost_is_attacked_again(
+    linear: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, threat = digits(12), ThreatModel(0.04)
+    plain = autoattack(linear, images, threat, batch_size=12, seed=5, fast=False)
+    wrong = nn.Sequential(linear, nn.Linear(10, 10, bias=False))
+    wrong[1].weight.data = -torch.eye(10)
+    monkeypatch.setattr("arat_fast.evaluation.autoattack._fast_network", lambda *_: wrong.eval())
+    fast = autoattack(linear, images, threat, batch_size=12, seed=5)
+    assert fast.details["num_disputed"] >= int(plain.correct.sum())
+    assert torch.equal(fast.correct, plain.correct)
 
 
 def test_torchattacks10_is_the_reference_code_with_ten_steps(linear: nn.Module) -> None:

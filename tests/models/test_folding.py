@@ -157,10 +157,11 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return randomize(model).double(), x, torch.arange(4)
 
 
+@pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_folded_attack_is_the_unfolded_one(name: str) -> None:
+def test_the_folded_attack_is_the_unfolded_one(name: str, constant: bool) -> None:
     model, x, y = make(name)
-    folded = FoldedNetwork(model.train(), x)
+    folded = FoldedNetwork(model.train(), x, constant=constant)
     assert all(module.training for module in model.modules())
     assert (len(folded.folded), len(folded.affine)) == NETWORKS[name][2:]
     assert folded.unfolded == (("bn",) if name == "three branches" else ())
@@ -225,6 +226,22 @@ def test_refresh_follows_the_network() -> None:
         expected = model(x)
     assert (folded(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert (before - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_constant_weights_make_small_images_one_matrix_product() -> None:
+    model, x, y = make("resnet8")
+    folded = FoldedNetwork(model, x, constant=True)
+    with _Operations() as operations:
+        PGD(num_steps=2, bn="running")(folded, x, y)
+    # layer3.0.conv2 sees 2x2 pixels, fewer than its window has.
+    assert len(operations.masks) == 2 * (len(folded.folded) - 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    folded.refresh()
+    with use_branch(model, "adv"), use_statistics(model, "running"):
+        expected = model(x)
+    assert (folded(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 def test_the_clean_branch_plays_no_part() -> None:

@@ -1,0 +1,90 @@
+"""Square without repeated queries against the reference code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from arat_fast.attacks import SquareLinf
+
+EPS = 0.02
+
+
+def network(channels: int, seed: int) -> nn.Module:
+    """In float64: no rounding decides what is accepted."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(6)
+        ).double()
+        model(torch.zeros(1, channels, 9, 9, dtype=torch.float64))
+    return _Wide(model).eval()
+
+
+class _Wide(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += len(x)
+        logits: Tensor = self.model(x.double())
+        return logits
+
+
+def images(model: nn.Module, count: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Images, some pixels at the ends of the range, and the labels that the model gives them."""
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.rand((count, channels, 9, 9), generator=generator) * 1.4 - 0.2
+    x = x.clamp(0, 1)
+    with torch.no_grad():
+        return x, model(x).argmax(dim=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("rescale_schedule", [False, True])
+def test_same_examples_as_the_reference_code(channels: int, rescale_schedule: bool) -> None:
+    model = network(channels, seed=3)
+    x, y = images(model, 24, channels)
+    with torch.random.fork_rng():
+        reference = SquareAttack(
+            model, eps=EPS, n_queries=1500, seed=7, resc_schedule=rescale_schedule, device="cpu"
+        )
+        model.count = 0
+        expected = reference.perturb(x, y)
+        asked = model.count
+    attack = SquareLinf(
+        EPS, num_queries=1500, seed=7, batch_size=10, rescale_schedule=rescale_schedule
+    )
+    x_adv = attack(model, x, y)
+    broken = (expected != x).flatten(1).any(dim=1)
+    assert 0 < int(broken.sum()) < len(x)
+    assert torch.equal(x_adv, expected)
+    assert attack.num_evaluated < asked / (3 if channels == 1 else 1)
+
+
+def test_random_state_and_progress() -> None:
+    model = network(1, seed=3)
+    x, y = images(model, 4, 1)
+    calls: list[None] = []
+    state = torch.get_rng_state()
+    attack = SquareLinf(EPS, num_queries=30, progress=lambda: calls.append(None))
+    first = attack(model, x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(calls) > 1
+    assert torch.equal(attack(model, x, y), first)
+    assert (
+        ((first - x).abs() <= EPS * (1 + 1e-5)).all() and (first >= 0).all() and (first <= 1).all()
+    )
+
+
+def test_nothing_to_attack_and_no_queries() -> None:
+    model = network(1, seed=3)
+    x, y = images(model, 4, 1)
+    assert SquareLinf(EPS)(model, x[:0], y[:0]).shape == (0, 1, 9, 9)
+    assert SquareLinf(EPS, num_queries=0)(model, x, y).shape == x.shape
+    with pytest.raises(ValueError, match="num_queries >= 0"):
+        SquareLinf(EPS, num_queries=-1)
