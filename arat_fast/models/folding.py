@@ -281,12 +281,19 @@ class _MatrixAct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, matrix: _Matrix, residual: Tensor | None, relu: bool, impl: Impl | None
     ) -> Tensor:
-        rows = x.permute(0, 2, 3, 1).flatten(1)
+        height, width, channels = matrix.out_shape
+        # Not a view of the product: what follows may change it in place.
+        y = torch.empty(
+            (len(x), channels, height, width),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        rows, out = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, y))
         if matrix.bias is None:
-            flat = rows @ matrix.weight
+            torch.mm(rows, matrix.weight, out=out)
         else:
-            flat = torch.addmm(matrix.bias, rows, matrix.weight)
-        y = flat.view(-1, *matrix.out_shape).permute(0, 3, 1, 2)
+            torch.addmm(matrix.bias, rows, matrix.weight, out=out)
         if residual is not None:
             y += residual
         if relu:

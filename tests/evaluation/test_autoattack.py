@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 
 import numpy as np
@@ -17,6 +18,9 @@ from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, pgd_accuracy
 from arat_fast.evaluation.evaluate import evaluation_mode
 from arat_fast.models import use_branch
 from arat_fast.models.resnet import BasicBlock, ResNet
+
+# The function of the same name hides the module.
+MODULE = importlib.import_module("arat_fast.evaluation.autoattack")
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +93,18 @@ def convolutional() -> nn.Module:
 def test_the_fast_path_has_the_same_robust_set(
     convolutional: nn.Module, norm: str, eps: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arat_fast.evaluation.autoattack.NUM_QUERIES", 600)
-    images, threat = digits(40), ThreatModel(eps, norm)  # type: ignore[arg-type]
+    monkeypatch.setattr(MODULE, "NUM_QUERIES", 300)
+    images, threat = digits(30), ThreatModel(eps, norm)  # type: ignore[arg-type]
     fast, plain = (
-        autoattack(convolutional, images, threat, batch_size=25, seed=1, fast=fast)
+        autoattack(
+            convolutional,
+            images,
+            threat,
+            batch_size=20,
+            version="torchattacks10",
+            seed=1,
+            fast=fast,
+        )
         for fast in (True, False)
     )
     assert torch.equal(fast.correct, plain.correct)
@@ -109,12 +121,15 @@ def test_the_fast_path_has_the_same_robust_set(
 def test_what_only_the_fast_network_lost_is_attacked_again(
     linear: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(MODULE, "NUM_QUERIES", 50)
     images, threat = digits(12), ThreatModel(0.04)
-    plain = autoattack(linear, images, threat, batch_size=12, seed=5, fast=False)
+    plain = autoattack(
+        linear, images, threat, batch_size=12, version="torchattacks10", seed=5, fast=False
+    )
     wrong = nn.Sequential(linear, nn.Linear(10, 10, bias=False))
     wrong[1].weight.data = -torch.eye(10)
-    monkeypatch.setattr("arat_fast.evaluation.autoattack._fast_network", lambda *_: wrong.eval())
-    fast = autoattack(linear, images, threat, batch_size=12, seed=5)
+    monkeypatch.setattr(MODULE, "_fast_network", lambda *_: wrong.eval())
+    fast = autoattack(linear, images, threat, batch_size=12, version="torchattacks10", seed=5)
     assert fast.details["num_disputed"] >= int(plain.correct.sum())
     assert torch.equal(fast.correct, plain.correct)
 
