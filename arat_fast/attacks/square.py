@@ -114,7 +114,8 @@ class SquareLinf:
     def _margins(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """True logit less the largest other one, (N,)."""
         margins = []
-        for images, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
+        pairs = zip(torch.split(x, self.batch_size), torch.split(y, self.batch_size), strict=True)
+        for images, labels in pairs:
             count = len(images)
             # Few different batch sizes: a library prepares itself for each of them.
             missing = -count % min(_BATCH_STEP, self.batch_size)
@@ -153,7 +154,7 @@ class _Proposals:
         left = ((width - side) * draws[:, 1]).long()
         signs = _signs(draws[:, 2:])
         rows = torch.cat([torch.stack([side, top, left], dim=1), signs.long()], dim=1)
-        unique, kind = rows.unique(dim=0, return_inverse=True) if count else (rows, side)
+        unique, kind = torch.unique(rows, dim=0, return_inverse=True) if count else (rows, side)
         self.num_kinds = len(unique)
         self.side, self.top, self.left = side.to(device), top.to(device), left.to(device)
         self.signs, self.kind = signs.to(device), kind.to(device)

@@ -109,7 +109,7 @@ def autoattack(
                 adversary.attacks_to_run = [name]
                 candidates, _ = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
             disputed = []
-            for chunk in torch.arange(len(indices), device=x.device).split(batch_size):  # type: ignore[no-untyped-call]
+            for chunk in torch.split(torch.arange(len(indices), device=x.device), batch_size):
                 still, adversarial, outside = accept(
                     model, x[chunk], y[chunk], candidates[chunk], threat
                 )
@@ -199,7 +199,7 @@ def _square(
         batch_size=batch_size,
         rescale_schedule=short,
     )
-    pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    pairs = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
     return torch.cat([attack(model, images, labels) for images, labels in pairs])
 
 

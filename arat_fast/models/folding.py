@@ -187,8 +187,10 @@ class _FoldedConv(_Site):
         (conv,) = self._conv
         geometry = _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]  # not a string: _convolution
         if self.constant and x.dtype == self.weight.dtype and self._fits_matrix(x):
-            y = _MatrixAct.apply(x, self._matrix(x, geometry), residual, self.relu, self.impl)  # type: ignore[no-untyped-call]
-            return y  # type: ignore[no-any-return]
+            product: Tensor = _MatrixAct.apply(  # type: ignore[no-untyped-call]
+                x, self._matrix(x, geometry), residual, self.relu, self.impl
+            )
+            return product
         out_dtype = self.weight.dtype
         device_type = x.device.type
         if isinstance(conv, StemConv2d) and torch.is_autocast_enabled(device_type):
