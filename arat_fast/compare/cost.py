@@ -30,10 +30,12 @@ class StepCost:
             the image alone counts one, one for the parameters too two. PGD-10 with the
             cross-entropy's training pass makes 23.
         attacks: whether the step makes adversarial examples.
+        starts_from_natural: whether the run goes on from a naturally trained network.
     """
 
     passes: float
     attacks: bool
+    starts_from_natural: bool
 
 
 def step_cost(config: Config) -> StepCost:
@@ -70,7 +72,9 @@ def step_cost(config: Config) -> StepCost:
             step(x, torch.arange(_BATCH))
         with use_branch(plain, "adv"), torch.no_grad(), _Multiplications() as forward:
             plain(x)
-    return StepCost(whole.count / forward.count, objective.needs_attack)
+    return StepCost(
+        whole.count / forward.count, objective.needs_attack, objective.starts_from_natural
+    )
 
 
 class _NoImages:

@@ -53,9 +53,10 @@ def _switches(stop_gradient: bool, predictor: bool, split: bool) -> tuple[str, .
     )
 
 
-_ORDER = [n for n in (*_TITLES, *get_args(ObjectiveName)) if n in get_args(ObjectiveName)]
+# An objective of one's own is given in Python, which no command line can.
+_NAMES = [name for name in get_args(ObjectiveName) if name != "custom"]
 METHODS: dict[str, Method] = {
-    **{name: _objective(name) for name in dict.fromkeys(_ORDER)},
+    **{name: _objective(name) for name in dict.fromkeys((*_TITLES, *_NAMES))},
     "arat+swa": Method(
         "arat+swa",
         "ARAT + SWA",

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from arat_fast import __version__
 from arat_fast.compare.plane import describe_plane, plane
-from arat_fast.compare.results import SUM, Results, Row, Spread
+from arat_fast.compare.results import SUM, Results, Row, Spread, train_seconds
 from arat_fast.compare.tables import (
     ablation_rows,
     column_name,
@@ -77,9 +77,9 @@ def _plane(results: Results) -> Html | None:
     )
 
 
-def _method_table(results: Results) -> Html | None:
+def _method_table(results: Results) -> Html:
     rows = [(row.title, row) for row in method_rows(results)]
-    return _table(rows, results) if rows else None
+    return join([_table(rows, results), tag("p", cost_note(results), class_="small")])
 
 
 def _ablation(results: Results) -> Html | None:
@@ -100,14 +100,10 @@ def _table(rows: Sequence[tuple[str, Row]], results: Results) -> Html:
     for title, row in rows:
         cells: list[Child] = [tag("b", title)]
         cells += [_cell(row.spreads.get(metric)) for metric in results.metrics]
-        planned = row.planned
-        cost = f"{planned.epochs} × {planned.passes:.0f}"
-        cells.append([tag("span", cost, class_="big"), tag("span", "passes", class_="small")])
+        cells.append([row.planned.cost, tag("span", "passes", class_="small")])
         cells.append(duration(row.train_seconds) if row.train_seconds is not None else DASH)
         body.append(cells)
-    return join(
-        [table(headings, body, class_="runs"), tag("p", cost_note(results), class_="small")]
-    )
+    return table(headings, body, class_="runs")
 
 
 def _cell(spread: Spread | None) -> Child:
@@ -150,7 +146,7 @@ def _runs(results: Results) -> Html:
             continue
         link = tag("a", cell["run"], href=quote(f"{cell['run']}/report.html"))
         shared = cell["shared_training"]
-        training: list[Child] = [duration(cell["wall_seconds"]["train"])]
+        training: list[Child] = [duration(train_seconds(cell))]
         if shared:
             training.append(tag("span", f"that of {shared}", class_="small"))
         accuracy = cell["accuracy"]
@@ -184,7 +180,7 @@ def _options(results: Results) -> Html:
         f"Beside the recipe {shared.recipe}, with attacks of {shared.attack.num_steps} steps in "
         f"the {shared.attack.norm} ball of radius {plain(shared.attack.eps)}."
     )
-    return join([tag("p", words), table(["Method", "Overrides"], rows, class_="wide")])
+    return join([tag("p", words), table(["Method", "Overrides"], rows, class_="options")])
 
 
 def _again(results: Results) -> Html:

@@ -15,6 +15,7 @@ from arat_fast.compare.cost import step_cost
 from arat_fast.compare.methods import Method
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.training.loop import check_same_run
+from arat_fast.training.natural import natural_config
 
 Budget = Literal["epochs", "work"]
 RECORD = "comparison.json"
@@ -29,16 +30,26 @@ class PlannedMethod:
         method: with the number of epochs among its options.
         epochs: of training.
         passes: forward passes per image and step; see :class:`arat_fast.compare.cost.StepCost`.
+        natural_epochs: of natural training that come before, 0 for none.
+        natural_passes: forward passes per image and step of those.
     """
 
     method: Method
     epochs: int
     passes: float
+    natural_epochs: int = 0
+    natural_passes: float = 0.0
 
     @property
     def work(self) -> float:
         """Forward passes per training image over the whole run."""
-        return self.epochs * self.passes
+        return self.epochs * self.passes + self.natural_epochs * self.natural_passes
+
+    @property
+    def cost(self) -> str:
+        """Epochs times forward passes, in words: "23 × 26", "22 × 24 + 22 × 3"."""
+        natural = f" + {self.natural_epochs} × {self.natural_passes:.0f}"
+        return f"{self.epochs} × {self.passes:.0f}" + (natural if self.natural_epochs else "")
 
 
 @dataclass(frozen=True)
@@ -121,26 +132,46 @@ def make_plan(
         given = " ".join(map(str, seeds)) or "none"
         raise ValueError(f"--seeds expects different numbers >= 0, got {given}")
     full = step_cost(config).passes * config.train.epochs
-    planned = []
-    for method in methods:
-        if any(option.partition("=")[0] in ("--seed", "--compat") for option in method.options):
-            raise ValueError(
-                f"{method.label} sets {' '.join(method.options)}: seed and compat are those of the "
-                "whole comparison, set them with --seeds and --compat"
-            )
-        try:
-            own = apply_overrides(config, method.options)
-            cost = step_cost(own)
-        except ValueError as error:
-            raise ValueError(f"{method.label}: {error}") from error
-        epochs = own.train.epochs
-        names = {option.partition("=")[0] for option in method.options}
-        if budget == "work" and cost.attacks and "--train.epochs" not in names:
-            epochs = max(1, round(full / cost.passes))
-            options = (*method.options, "--train.epochs", str(epochs))
-            method = dataclasses.replace(method, options=options)
-        planned.append(PlannedMethod(method, epochs, cost.passes))
-    return Plan(config, tuple(planned), tuple(seeds), budget, command)
+    return Plan(
+        config,
+        tuple(_planned(config, method, full if budget == "work" else None) for method in methods),
+        tuple(seeds),
+        budget,
+        command,
+    )
+
+
+def _planned(config: Config, method: Method, work: float | None) -> PlannedMethod:
+    """The method with its cost, and with the epochs that make ``work`` passes if it is given."""
+    names = {option.partition("=")[0] for option in method.options}
+    if names & {"--seed", "--compat"}:
+        raise ValueError(
+            f"{method.label} sets {' '.join(method.options)}: seed and compat are those of the "
+            "whole comparison, set them with --seeds and --compat"
+        )
+    try:
+        own = apply_overrides(config, method.options)
+        cost = step_cost(own)
+        natural = None
+        if cost.starts_from_natural and own.objective.teacher is None:
+            natural = natural_config(own)
+        natural_passes = step_cost(natural).passes if natural else 0.0
+    except ValueError as error:
+        raise ValueError(f"{method.label}: {error}") from error
+    epochs = own.train.epochs
+    natural_epochs = natural.train.epochs if natural else 0
+    if work is not None and cost.attacks and "--train.epochs" not in names:
+        if natural is None:
+            epochs = max(1, round(work / cost.passes))
+        elif own.objective.teacher_epochs is None:
+            # As many natural epochs as others.
+            epochs = max(1, round(work / (cost.passes + natural_passes)))
+            natural_epochs = epochs
+        else:
+            epochs = max(1, round((work - natural_epochs * natural_passes) / cost.passes))
+        options = (*method.options, "--train.epochs", str(epochs))
+        method = dataclasses.replace(method, options=options)
+    return PlannedMethod(method, epochs, cost.passes, natural_epochs, natural_passes)
 
 
 def merge_with_saved(plan: Plan, record: Path) -> Plan:
@@ -195,6 +226,8 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
                 "options": list(planned.method.options),
                 "epochs": planned.epochs,
                 "passes_per_image": planned.passes,
+                "natural_epochs": planned.natural_epochs,
+                "natural_passes_per_image": planned.natural_passes,
             }
             for planned in plan.methods
         ],
@@ -218,6 +251,8 @@ def plan_from_record(record: dict[str, Any]) -> Plan:
                 ),
                 int(entry["epochs"]),
                 float(entry["passes_per_image"]),
+                int(entry["natural_epochs"]),
+                float(entry["natural_passes_per_image"]),
             )
             for entry in record["methods"]
         ]

@@ -114,7 +114,7 @@ def _row(planned: PlannedMethod, cells: Sequence[Mapping[str, Any]]) -> Row:
             percent[SUM] = percent["clean"] + percent["autoattack"]
         for name, value in percent.items():
             columns.setdefault(name, []).append(value)
-    seconds = [float(cell["wall_seconds"]["train"]) for cell in own]
+    seconds = [train_seconds(cell) for cell in own]
     weights = {str(cell["model"]) for cell in own}
     return Row(
         planned,
@@ -123,6 +123,12 @@ def _row(planned: PlannedMethod, cells: Sequence[Mapping[str, Any]]) -> Row:
         " and ".join(sorted(weights)) or None,
         statistics.fmean(seconds) if seconds else None,
     )
+
+
+def train_seconds(cell: Mapping[str, Any]) -> float:
+    """Training time of a finished run, with that of the natural training before it."""
+    natural = cell["natural_model"] or {}
+    return float(cell["wall_seconds"]["train"]) + float(natural.get("train_seconds") or 0)
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:
@@ -134,6 +140,7 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
         kept = (
             *("accuracy", "evaluation", "model", "wall_seconds", "device", "precision"),
             *("versions", "commit", "kernels", "num_parameters", "train_samples", "split"),
+            "natural_model",
         )
         return {name: summary[name] for name in kept}
     return None

@@ -56,8 +56,9 @@ def cost_note(results: Results) -> str:
         else "the epochs are the same"
     )
     return (
-        "Cost: epochs × forward passes of the network per image and step, counted from the "
-        f"convolutions and matrix products of one step; {equal} unless a method sets its own."
+        "Cost: epochs × forward passes of the network per image, counted from the convolutions and "
+        f"matrix products of one step, and those of natural training before it; {equal}, unless a "
+        "method sets its own."
     )
 
 
@@ -91,7 +92,7 @@ def to_latex(results: Results) -> str:
             lines.append("\\midrule")
         for title, row in group:
             cells = [_latex_spread(row.spreads.get(metric)) for metric in results.metrics]
-            cost = _cost(row).replace("×", "$\\times$")
+            cost = row.planned.cost.replace("×", "$\\times$")
             line = " & ".join([latex_text(title), *cells, str(row.num_seeds), cost])
             lines.append(f"{line} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
@@ -131,7 +132,7 @@ def _markdown_table(name: str, rows: Sequence[tuple[str, Row]], results: Results
     for title, row in rows:
         cells = [_spread(row.spreads.get(metric)) for metric in results.metrics]
         title = title.replace("|", "\\|")
-        lines.append(f"| {' | '.join([title, *cells, str(row.num_seeds), _cost(row)])} |")
+        lines.append(f"| {' | '.join([title, *cells, str(row.num_seeds), row.planned.cost])} |")
     return "\n".join(lines)
 
 
@@ -144,7 +145,3 @@ def _spread(spread: Spread | None) -> str:
 def _latex_spread(spread: Spread | None) -> str:
     text = _spread(spread)
     return "--" if text == "–" else text.replace("±", "$\\pm$")
-
-
-def _cost(row: Row) -> str:
-    return f"{row.planned.epochs} × {row.planned.passes:.0f}"

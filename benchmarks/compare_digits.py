@@ -1,0 +1,75 @@
+"""Every method and the ablation on the digits, three seeds, standard AutoAttack, two cores.
+
+Runs ``arat-fast compare`` in ``--out``, goes on where it was stopped, and copies the results to
+``benchmarks/results/compare-digits-DATE.*``.
+
+The budget is 40 minutes on two cores, 36 runs, one thread and one core each:
+
+- Every method that attacks makes the forward passes that ARAT makes in EPOCHS epochs (--budget
+  work), the natural training that ARREST starts from counted in.
+- ARAT and ARAT + SWA are one training, of which the former evaluates the last weights and the
+  latter the average; two runs would give the same weights bit for bit.
+- All methods deploy the weights of the last step, as the paper does, so that averaging is seen
+  where it is named. SWA averages every SWA_EVERY steps over the last quarter: about the 20 weights
+  that the published 500 steps give in 100 epochs of CIFAR.
+- No evaluation during training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from datetime import date
+from pathlib import Path
+
+from arat_fast.cli import main as arat_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS = 15
+SWA_EVERY = 4
+
+
+def arguments(out: Path, epochs: int, swa_every: int) -> list[str]:
+    """The command line after ``arat-fast``."""
+    swa = f"--objective.name arat --average.kind swa --average.every {swa_every}"
+    methods = ["natural", "at", "trades", "mart", "lbgat", "arrest", "arat", "arat+swa"]
+    return [
+        *("compare", "digits", "--objectives", *methods, "--seeds", "0", "1", "2", "--ablation"),
+        *("--variant", f"arat+swa: {swa}", "--budget", "work"),
+        *("--train.epochs", str(epochs), "--train.eval-every", "0", "--average.kind", "none"),
+        *("--out", str(out), "--jobs", "2"),
+    ]
+
+
+def copy_results(source: Path, folder: Path, name: str) -> list[Path]:
+    """Copy the files of a comparison to ``folder/name-DATE.*``, over none that are there."""
+    stem, count = f"{name}-{date.today()}", 1
+    while (folder / f"{stem}.json").exists():
+        count += 1
+        stem = f"{name}-{date.today()}-{count}"
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = [folder / f"{stem}.{ending}" for ending in ("json", "md", "tex", "png")]
+    for copy in copies:
+        shutil.copyfile(source / f"comparison{copy.suffix}", copy)
+    return copies
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs") / "compare-digits")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of ARAT")
+    parser.add_argument("--swa-every", type=int, default=SWA_EVERY, help="steps")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the copies"
+    )
+    options, overrides = parser.parse_known_args()
+    code = arat_fast([*arguments(options.out, options.epochs, options.swa_every), *overrides])
+    if code == 0:
+        copies = copy_results(options.out, options.results, "compare-digits")
+        print("results:", *(copy.name for copy in copies), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

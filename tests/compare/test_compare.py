@@ -1,0 +1,324 @@
+"""A whole small comparison: its runs, its files, and what can be made from them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import OPTIONS, tiny_config, tiny_trainer
+
+from arat_fast.cli import main
+from arat_fast.command_line import apply_overrides
+from arat_fast.compare.methods import choose_methods
+from arat_fast.compare.plan import RECORD, make_plan
+from arat_fast.compare.runner import GridRunner, environments
+from arat_fast.config import config_from_dict
+from arat_fast.recipes import recipe
+from arat_fast.training.checkpoint import load_checkpoint
+
+GRID = [
+    *("compare", "digits", "--objectives", "natural", "arat", "arat+swa", "--seeds", "3"),
+    *("--variant", "arat+swa: --objective.name arat --average.kind swa --average.every 2"),
+    *("--train.epochs", "2", "--train.eval-every", "0", "--average.kind", "none", *OPTIONS),
+]
+RUNS = {"natural-seed3", "arat-seed3", "arat+swa-seed3"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def paths() -> Iterator[None]:
+    """The children import what the tests import, with one thread each."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "out"
+    assert main([*GRID, "--out", str(out), "--jobs", "2"]) == 0
+    return out
+
+
+def record(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    return content
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_cell_is_a_run(compared: Path) -> None:
+    for name in RUNS:
+        summary = json.loads((compared / name / "summary.json").read_text())
+        assert (summary["status"], summary["seed"], summary["epochs"]) == ("finished", 3, 2)
+        assert (compared / name / "report.html").exists()
+        assert (compared / "logs" / f"{name}.log").read_text()
+    names = {path.name for path in compared.iterdir()}
+    files = {f"comparison.{ending}" for ending in ("json", "md", "tex", "png", "html")}
+    assert files | RUNS <= names
+
+
+def test_the_record_holds_what_every_cell_did(compared: Path) -> None:
+    content = record(compared)
+    assert content["command"] == shlex.join(
+        ["arat-fast", *GRID, "--out", str(compared), "--jobs", "2"]
+    )
+    assert (content["seeds"], content["jobs"], content["threads"]) == ([3], 2, 1)
+    assert content["versions"]["torch"] == torch.__version__
+    cells = {cell["run"]: cell for cell in content["cells"]}
+    assert set(cells) == RUNS
+    for name, cell in cells.items():
+        summary = json.loads((compared / name / "summary.json").read_text())
+        assert cell["accuracy"] == summary["accuracy"]
+        assert cell["accuracy"]["clean"]["num_samples"] == 40
+        saved = json.loads((compared / name / "config.json").read_text())
+        assert cell["config"] == saved["config"]
+        assert summary["command"] == cell["command"]
+    methods = {method["label"]: method for method in content["methods"]}
+    assert methods["natural"]["options"] == ["--objective.name", "natural"]
+    assert methods["natural"]["passes_per_image"] == pytest.approx(3, abs=0.05)
+    assert methods["arat"]["passes_per_image"] == pytest.approx(8, abs=0.05)
+
+
+def test_a_shared_training_is_what_a_run_of_its_own_gives(
+    compared: Path, tmp_path: Path, one_thread: None
+) -> None:
+    cells = {cell["run"]: cell for cell in record(compared)["cells"]}
+    assert cells["arat-seed3"]["shared_training"] == "arat+swa-seed3"
+    assert cells["arat+swa-seed3"]["shared_training"] is None
+    config = config_from_dict(cells["arat-seed3"]["config"])
+    assert config.average.kind == "none"
+    alone = tiny_trainer(tmp_path / "alone", config)
+    summary = alone.run()
+    assert_same(weights(compared / "arat-seed3"), weights(tmp_path / "alone"))
+    assert summary["accuracy"] == cells["arat-seed3"]["accuracy"]
+    shared, own = (
+        load_checkpoint(f / "checkpoint.pt") for f in (compared / "arat-seed3", alone.out)
+    )
+    assert shared["config"] == own["config"]
+    assert shared["average"] == own["average"]
+    assert torch.equal(shared["generator"], own["generator"])
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (compared / "arat-seed3", alone.out)
+    ]
+    for one in (line for side in lines for line in side):
+        one.pop("images_per_second")
+    assert lines[0] == lines[1]
+    averaged = weights(compared / "arat+swa-seed3")
+    assert not torch.equal(averaged["fc.weight"], weights(compared / "arat-seed3")["fc.weight"])
+
+
+def test_the_saved_file_alone_is_enough_for_the_same_weights(
+    compared: Path, tmp_path: Path, one_thread: None
+) -> None:
+    shutil.copy(compared / RECORD, tmp_path)
+    (cell,) = (c for c in record(tmp_path)["cells"] if c["run"] == "arat+swa-seed3")
+    tiny_trainer(tmp_path / "again", config_from_dict(cell["config"])).run()
+    assert_same(weights(compared / "arat+swa-seed3"), weights(tmp_path / "again"))
+
+
+def test_the_recorded_command_line_says_the_same_as_the_configuration(compared: Path) -> None:
+    for cell in record(compared)["cells"]:
+        program, train, name, *options = shlex.split(cell["command"])
+        assert (program, train, name) == ("arat-fast", "train", "digits")
+        assert options[-3:] == ["--out", str(compared / cell["run"]), "--resume"]
+        config = apply_overrides(recipe("digits"), options[:-3])
+        assert config == config_from_dict(cell["config"])
+
+
+def test_the_same_command_again_trains_nothing(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: (compared / name / "summary.json").stat().st_mtime_ns for name in RUNS}
+    content = record(compared)
+    assert main([*GRID, "--out", str(compared), "--jobs", "2"]) == 0
+    assert "3 of 3 runs are finished already" in capsys.readouterr().err
+    assert before == {n: (compared / n / "summary.json").stat().st_mtime_ns for n in RUNS}
+    assert record(compared)["cells"] == content["cells"]
+
+
+def test_the_tables_come_from_the_folder_or_the_file_alone(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = {
+        ending: (compared / f"comparison.{ending}").read_bytes()
+        for ending in ("md", "tex", "png", "html")
+    }
+    shutil.copy(compared / RECORD, tmp_path)
+    capsys.readouterr()
+    assert main(["compare", "--from", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.encode() == written["md"]
+    for ending, content in written.items():
+        assert (tmp_path / f"comparison.{ending}").read_bytes() == content
+    alone = tmp_path / "saved.json"
+    shutil.move(tmp_path / RECORD, alone)
+    assert main(["compare", "--from", str(alone)]) == 0
+    assert capsys.readouterr().out.encode() == written["md"]
+
+
+def test_a_saved_comparison_runs_again_in_another_folder(compared: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    content = record(compared)
+    content["methods"] = [m for m in content["methods"] if m["label"] == "natural"]
+    saved.write_text(json.dumps(content))
+    assert main(["compare", "--from", str(saved), "--out", str(tmp_path / "again")]) == 0
+    assert_same(weights(compared / "natural-seed3"), weights(tmp_path / "again" / "natural-seed3"))
+    (cell,) = record(tmp_path / "again")["cells"]
+    (before,) = (c for c in content["cells"] if c["run"] == "natural-seed3")
+    assert cell["accuracy"] == before["accuracy"]
+
+
+def test_another_evaluation_is_made_without_training(compared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(compared / "natural-seed3", out / "natural-seed3")
+    before = (out / "natural-seed3" / "checkpoint.pt").read_bytes()
+    arguments = [
+        *("compare", "digits", "--objectives", "natural", "--seeds", "3", "--train.epochs", "2"),
+        *("--train.eval-every", "0", "--average.kind", "none", *OPTIONS),
+    ]
+    assert main([*arguments, "--eval.max-samples", "30", "--out", str(out)]) == 0
+    assert (out / "natural-seed3" / "checkpoint.pt").read_bytes() == before
+    (cell,) = record(out)["cells"]
+    assert cell["accuracy"]["clean"]["num_samples"] == 30
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_folder_of_another_configuration_is_refused(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (compared / RECORD).read_bytes()
+    line = refused(capsys, [*GRID, "--data.batch-size", "32", "--out", str(compared)])
+    assert "data.batch_size=64, got data.batch_size=32" in line
+    assert "choose another folder with --out" in line
+    assert (compared / RECORD).read_bytes() == before
+
+
+def test_bad_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    for arguments, message in (
+        (["compare"], "a recipe is expected after compare"),
+        (["compare", "digits", "--seed", "1", *out], "--seeds is expected"),
+        (["compare", "digits", "--objectives", "aart", *out], "unknown objective 'aart'"),
+        (["compare", "digits", "--objectives", "at", "--jobs", "0", *out], "--jobs must be >= 1"),
+        (["compare", "--from", str(tmp_path / "none")], "no comparison at"),
+        (["compare", "--from", str(tmp_path), "--jobs", "two"], "compare --help"),
+    ):
+        assert message in refused(capsys, arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_does_not_lose_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        *("compare", "digits", "--objectives", "natural", "--seeds", "0", "--train.epochs", "1"),
+        *("--variant", "too fast: --objective.name natural --optimizer.lr 1e30", *OPTIONS),
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert "| Natural |" in printed.out
+    assert "Note: too-fast-seed0 failed: exit code 2, " in printed.out
+    assert "too-fast-seed0: failed: " in printed.err
+    cells = {cell["run"]: cell for cell in record(tmp_path / "out")["cells"]}
+    assert cells["natural-seed0"]["status"] == "finished"
+    assert cells["too-fast-seed0"]["status"] == "failed"
+    assert "finite" in cells["too-fast-seed0"]["reason"]
+    assert "too-fast-seed0" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_stops_the_children_and_the_same_command_goes_on(
+    number: signal.Signals, code: int, tmp_path: Path, one_thread: None
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "arat_fast", "compare", "digits", "--objectives", "at"),
+        *("--seeds", "0", *OPTIONS, "--train.epochs", "30", "--out", str(out)),
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    run = out / "at-seed0"
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"stopped with 1 of 1 runs left; go on with the same command" in errors
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and 0 < summary["steps"] < 120
+    assert record(out)["cells"][0]["status"] == "pending"
+    # Nobody works in the folder any more: it can be locked, and the run's state stays.
+    assert main(command[3:]) == 0
+    config = config_from_dict(record(out)["cells"][0]["config"])
+    tiny_trainer(tmp_path / "alone", config).run()
+    assert_same(weights(run), weights(tmp_path / "alone"))
+
+
+def test_a_folder_at_work_is_refused(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    plan = make_plan(tiny_config(), choose_methods(["natural"]), (0,))
+    with open(tmp_path / ".lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another comparison is at work in"):
+            GridRunner(plan, tmp_path, 1, print).run()
+    assert not (tmp_path / RECORD).exists()
+
+
+def test_cores_are_divided_and_gpus_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arat_fast.compare.runner._cores", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert environments("auto", None) == [{"OMP_NUM_THREADS": "8"}]
+    assert environments("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert environments("cpu", 20) == [{"OMP_NUM_THREADS": "1"}] * 20
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert environments("cpu", 2) == [{}, {}]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environments("auto", None) == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
+    assert environments("cuda", 1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
+    assert environments("cuda:2", None) == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert environments("auto", 2) == [{"CUDA_VISIBLE_DEVICES": v} for v in ("4", "6")]
+    for device, jobs in (("auto", 4), ("cuda:1", 2)):
+        with pytest.raises(ValueError, match="one run on each"):
+            environments(device, jobs)
+    assert environments("cpu", 4) == [{"OMP_NUM_THREADS": "2"}] * 4
