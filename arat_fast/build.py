@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from arat_fast.config import OWN_CLEAN_BRANCH, Config
-from arat_fast.data import Batches
 from arat_fast.models.layers import Norm
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
@@ -25,7 +25,19 @@ from arat_fast.objectives import (
 from arat_kernels.implementation import Impl
 
 
-def build_model(config: Config, data: Batches) -> nn.Module:
+class DataShape(Protocol):
+    """What a network has to know of the data; every split of a dataset says it.
+
+    Attributes:
+        num_classes: number of classes.
+        image_shape: (C, H, W) of a batch.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+def build_model(config: Config, data: DataShape) -> nn.Module:
     """The network of a run, with fresh weights, on the CPU.
 
     Raises:
@@ -34,7 +46,7 @@ def build_model(config: Config, data: Batches) -> nn.Module:
     return _network(config, data, config.model.name, config.norm)
 
 
-def _network(config: Config, data: Batches, name: str, norm: Norm) -> nn.Module:
+def _network(config: Config, data: DataShape, name: str, norm: Norm) -> nn.Module:
     channels, height, width = data.image_shape
     if name == "resnet50" and min(height, width) < 32:
         raise ValueError(
@@ -62,7 +74,7 @@ def _create(config: Config, name: str, norm: Norm, num_classes: int, in_channels
 def build_objective(
     config: Config,
     model: nn.Module,
-    data: Batches,
+    data: DataShape,
     custom: Callable[[nn.Module], Objective] | None = None,
 ) -> Objective:
     """The objective of a run, with fresh predictors or a fresh guide, on the model's device.
@@ -86,7 +98,7 @@ def build_objective(
     return objective.to(next(model.parameters()).device)
 
 
-def _objective(config: Config, model: nn.Module, data: Batches) -> Objective:
+def _objective(config: Config, model: nn.Module, data: DataShape) -> Objective:
     options = config.objective
     if options.name == "natural":
         return NaturalTraining()

@@ -134,7 +134,9 @@ def test_a_shared_training_is_what_a_run_of_its_own_gives(
         one.pop("images_per_second")
     assert lines[0] == lines[1]
     averaged = weights(compared / "arat+swa-seed3")
-    assert not torch.equal(averaged["fc.weight"], weights(compared / "arat-seed3")["fc.weight"])
+    assert not torch.equal(
+        averaged["conv1.weight"], weights(compared / "arat-seed3")["conv1.weight"]
+    )
 
 
 def test_the_saved_file_alone_is_enough_for_the_same_weights(
@@ -261,14 +263,13 @@ def test_a_run_that_fails_does_not_lose_the_others(
     assert "too-fast-seed0" in (tmp_path / "out" / "comparison.html").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_stops_the_children_and_the_same_command_goes_on(
-    number: signal.Signals, code: int, tmp_path: Path, one_thread: None
+def test_ctrl_c_stops_the_children_and_the_same_command_goes_on(
+    tmp_path: Path, one_thread: None
 ) -> None:
     out = tmp_path / "out"
     command = [
         *(sys.executable, "-m", "arat_fast", "compare", "digits", "--objectives", "at"),
-        *("--seeds", "0", *OPTIONS, "--train.epochs", "30", "--out", str(out)),
+        *("--seeds", "0", *OPTIONS, "--train.epochs", "16", "--out", str(out)),
     ]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
@@ -277,12 +278,12 @@ def test_a_signal_stops_the_children_and_the_same_command_goes_on(
     deadline = time.monotonic() + 120
     while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 130
     assert b"stopped with 1 of 1 runs left; go on with the same command" in errors
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["status"] == "interrupted" and 0 < summary["steps"] < 120
+    assert summary["status"] == "interrupted" and 0 < summary["steps"] < 64
     assert record(out)["cells"][0]["status"] == "pending"
     # Nobody works in the folder any more: it can be locked, and the run's state stays.
     assert main(command[3:]) == 0
