@@ -71,6 +71,8 @@ class PGD:
         loss_fn: AttackLoss | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        keys: Tensor | None = None,
+        first: int = 0,
         impl: Impl | None = None,
     ) -> Tensor:
         """Attack one batch.
@@ -83,20 +85,26 @@ class PGD:
                 cross-entropy with ``y``.
             generator: source of the random start, on the device of ``x``.
             noise: the start itself, added to ``x`` instead of a random draw; shape of ``x``.
+            keys: (num_restarts, 2) int64, from :meth:`draw_keys`, instead of draws from
+                ``generator``.
+            first: the place of ``x``'s first sample in a larger batch, >= 0: the parts of a batch,
+                with the same keys, start as the whole.
             impl: implementation of the attack's own operations, "triton" or "reference"; None takes
                 Triton for CUDA tensors. Layers of the network choose for themselves.
 
         Returns:
             The adversarial images, shape and dtype of ``x``, detached.
         """
+        key = [None] * self.num_restarts if keys is None else list(keys)
         with use_branch(model, "adv"), use_statistics(model, self.bn):
-            best = self._run(model, x, y, loss_fn, self.start(x, generator, noise, impl), impl)
+            start = self.start(x, generator, noise, impl, key=key[0], first=first)
+            best = self._run(model, x, y, loss_fn, start, impl)
             if self.num_restarts == 1:
                 return best
             per_sample = loss_fn if loss_fn is not None else _cross_entropy(y)
             best_loss = _loss_without_grad(model, best, per_sample)
-            for _ in range(self.num_restarts - 1):
-                start = self.start(x, generator, impl=impl)
+            for another in key[1:]:
+                start = self.start(x, generator, impl=impl, key=another, first=first)
                 x_adv = self._run(model, x, y, loss_fn, start, impl)
                 loss = _loss_without_grad(model, x_adv, per_sample)
                 stronger = loss > best_loss
@@ -110,6 +118,9 @@ class PGD:
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         impl: Impl | None = None,
+        *,
+        key: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Where the attack on ``x`` starts: a random point of the ball, or ``x`` itself.
 
@@ -118,14 +129,36 @@ class PGD:
             generator: source of the random start, on the device of ``x``.
             noise: added to ``x`` instead of a random draw; shape of ``x``.
             impl: "triton" or "reference"; None takes Triton for CUDA tensors.
+            key: (2,) int64 instead of a draw from ``generator``.
+            first: the place of ``x``'s first sample in a larger batch, >= 0.
         """
         if noise is not None:
             return x + noise
         if not self.random_start:
             return x.clone()
-        # Drawn on the device: a replayed CUDA graph draws another key each time.
-        key = torch.randint(2**62, (2,), generator=generator, device=x.device)
-        return random_start(x, key, eps=self.eps, norm=self.norm, impl=impl)
+        if key is None:
+            key = _draw_key(generator, x.device)
+        return random_start(x, key, eps=self.eps, norm=self.norm, first=first, impl=impl)
+
+    def draw_keys(
+        self, generator: torch.Generator | None, device: torch.device, first_given: bool = False
+    ) -> Tensor:
+        """The keys of the random starts of one batch, (num_restarts, 2) int64, on ``device``.
+
+        Args:
+            generator: source of the draws: as many as calling the attack takes.
+            device: of the generator.
+            first_given: the first start is given as noise, and needs no key.
+        """
+        unused = torch.zeros(2, dtype=torch.int64, device=device)
+        return torch.stack(
+            [
+                unused
+                if not self.random_start or (first_given and number == 0)
+                else _draw_key(generator, device)
+                for number in range(self.num_restarts)
+            ]
+        )
 
     def _run(
         self,
@@ -148,6 +181,11 @@ class PGD:
             x_adv = x_adv.detach()
             pgd_step(x_adv, grad, x, eps=self.eps, alpha=self.alpha, norm=self.norm, impl=impl)
         return x_adv if self.num_steps else x_adv.clamp_(0, 1)
+
+
+def _draw_key(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    # Drawn on the device: a replayed CUDA graph draws another key each time.
+    return torch.randint(2**62, (2,), generator=generator, device=device)
 
 
 def _cross_entropy(y: Tensor) -> AttackLoss:

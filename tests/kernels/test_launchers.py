@@ -205,7 +205,8 @@ def test_every_pgd_launch_is_compiled_ahead_of_time(bound: list[Launch]) -> None
         for image in at_places(x):
             for gradient in at_places(grad):
                 pgd_step._launch_pgd_step(image, gradient, x, 0.1, 1.0, norm)
-            pgd_step._launch_random_start(image, at_places(RNG)[1], 0.1, norm)
+            for first in (0, 1, 16):
+                pgd_step._launch_random_start(image, at_places(RNG)[1], 0.1, norm, first)
     assert len(set(names(bound))) == 4
     assert_promised(bound, pgd_step.aot_cases())
 

@@ -85,6 +85,7 @@ def random_start(
     *,
     eps: float,
     norm: Norm = "Linf",
+    first: int = 0,
     impl: Impl | None = None,
 ) -> Tensor:
     """A random point of the ball around ``x``; not clamped to [0, 1].
@@ -99,6 +100,8 @@ def random_start(
         rng: (2,) int64 on ``x``'s device: seed and offset.
         eps: radius of the ball, finite and >= 0.
         norm: "Linf" or "L2".
+        first: the place of ``x``'s first sample in a larger batch, >= 0: the parts of a batch, with
+            the same ``rng``, get the numbers of the whole.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
 
     Returns:
@@ -115,12 +118,14 @@ def random_start(
     check_rng(rng)
     _check_number("eps", eps)
     _check_norm(norm)
+    if first < 0:
+        raise ValueError(f"first must be >= 0, got {first}")
     if choose(impl, x, rng) == "triton":
         _check_triton_dtype("x", x)
         from arat_kernels.pgd_step.triton import random_start_triton
 
-        return random_start_triton(x.detach(), rng, eps, norm)
-    return random_start_reference(x.detach(), rng, eps, norm)
+        return random_start_triton(x.detach(), rng, eps, norm, first)
+    return random_start_reference(x.detach(), rng, eps, norm, first)
 
 
 def _check_images(name: str, t: Tensor) -> None:

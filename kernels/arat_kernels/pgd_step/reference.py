@@ -31,18 +31,20 @@ def pgd_step_reference(
     x_adv.copy_(projected.clamp(0, 1))
 
 
-def random_start_reference(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+def random_start_reference(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.pgd_step.api.random_start`."""
     x = x if is_batch_dense(x) else x.contiguous()
     num = x.shape[0]
     size = math.prod(x.shape[1:])
     if norm == "Linf":
-        groups = torch.arange(-(-num * size // 4), device=x.device)
-        words = torch.stack(random_words(rng, groups, RANDOM_START), -1).flatten()[: num * size]
+        start, end = first * size, (first + num) * size
+        groups = torch.arange(start // 4, -(-end // 4), device=x.device)
+        words = torch.stack(random_words(rng, groups, RANDOM_START), -1).flatten()
+        words = words[start % 4 :][: num * size]
         delta = (2 * _unit(words) - 1).to(x.dtype) * eps
     else:
         groups = torch.arange(-(-size // 4), device=x.device)
-        sample = torch.arange(num, device=x.device)
+        sample = torch.arange(first, first + num, device=x.device)
         w0, w1, w2, w3 = random_words(rng, (sample[:, None] << 32) + groups, RANDOM_START)
         normals = torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), -1)
         direction = normals.flatten(1)[:, :size].to(x.dtype)

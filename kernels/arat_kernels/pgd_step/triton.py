@@ -21,7 +21,7 @@ from arat_kernels.philox import streams
 
 # Integers are not specialised on their value; ALIGNED says whether they are multiples of 16, as the
 # sizes of most images are.
-_PLAIN = ["numel", "size", "rng_ptr"]
+_PLAIN = ["numel", "size", "rng_ptr", "first_group", "first_sample"]
 
 _START: tl.constexpr = tl.constexpr(streams.RANDOM_START)
 _RADIUS: tl.constexpr = tl.constexpr(streams.RANDOM_START_RADIUS)
@@ -127,13 +127,15 @@ def random_start_linf_kernel(
     x_adv_ptr,  # (numel,) as x
     eps,
     numel: tl.int64,
+    first_group: tl.int64,  # of the batch, where x begins
     ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr,  # four elements each, from one Philox block
 ):
     if ALIGNED:
         numel = numel // 16 * 16
     first = start_of(tl.program_id(0), GROUPS)
-    w0, w1, w2, w3 = philox.random_words(rng_ptr, first + tl.arange(0, GROUPS), _START)
+    index = first_group + first + tl.arange(0, GROUPS)
+    w0, w1, w2, w3 = philox.random_words(rng_ptr, index, _START)
     word = philox.interleave(w0, w1, w2, w3, GROUPS)
     at = first * 4 + tl.arange(0, 4 * GROUPS)
     mask = at < numel
@@ -166,14 +168,15 @@ def random_start_l2_kernel(
     x_adv_ptr,  # (N, size) as x
     eps,
     size: tl.int32,
+    first_sample: tl.int64,  # of the batch, where x begins
     ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr,  # four elements each, from one Philox block
     ONE_BLOCK: tl.constexpr,  # size <= 4 * GROUPS: a sample stays in registers
 ):
     if ALIGNED:
         size = size // 16 * 16
-    sample = tl.program_id(0).to(tl.int64)
-    base = start_of(sample, size)
+    base = start_of(tl.program_id(0), size)
+    sample = first_sample + tl.program_id(0).to(tl.int64)
     kind = x_ptr.dtype.element_ty
     word, _, _, _ = philox.random_words(rng_ptr, sample + tl.zeros((1,), tl.int64), _RADIUS)
     radius = tl.sum(philox.unit(word)).to(kind) * eps
@@ -259,26 +262,25 @@ def _launch_pgd_step(
         x_adv.copy_(dense)
 
 
-def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str, first: int = 0) -> Tensor:
     dense = aligned(x if is_batch_dense(x) else x.contiguous())
     x_adv = torch.empty_like(dense)
     if x.numel() == 0:
         return x_adv
+    size = dense[0].numel()
     with torch.cuda.device_of(x):
         if norm == "Linf":
-            numel = x.numel()
-            random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
-                dense,
-                rng,
-                x_adv,
-                eps,
-                numel,
-                numel % 16 == 0,
-                LINF_BLOCK // 4,
-                num_warps=warps(LINF_WARPS),
-            )
+            # Where the batch's groups of four do not begin with x, a front that is thrown away.
+            front = first * size % 4
+            if front:
+                longer = x.new_zeros(1, front + x.numel())
+                longer[0, front:] = dense.as_strided((x.numel(),), (1,))
+                drawn = torch.empty_like(longer)
+                _launch_linf_start(longer, rng, drawn, eps, first * size // 4)
+                x_adv.as_strided((x.numel(),), (1,)).copy_(drawn[0, front:])
+            else:
+                _launch_linf_start(dense, rng, x_adv, eps, first * size // 4)
         else:
-            size = dense[0].numel()
             block, num_warps, one_block = _l2_block(size)
             random_start_l2_kernel[(x.shape[0],)](
                 dense,
@@ -286,12 +288,28 @@ def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tenso
                 x_adv,
                 eps,
                 size,
+                first,
                 size % 16 == 0,
                 block // 4,
                 one_block,
                 num_warps=warps(num_warps),
             )
     return x_adv
+
+
+def _launch_linf_start(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: int) -> None:
+    numel = x.numel()
+    random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
+        x,
+        rng,
+        x_adv,
+        eps,
+        numel,
+        first_group,
+        numel % 16 == 0,
+        LINF_BLOCK // 4,
+        num_warps=warps(LINF_WARPS),
+    )
 
 
 @torch.library.custom_op("arat_kernels::pgd_step", mutates_args=("x_adv",))
@@ -307,12 +325,12 @@ def _(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: st
 
 
 @torch.library.custom_op("arat_kernels::random_start", mutates_args=())
-def _random_start_op(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
-    return _launch_random_start(x, rng, eps, norm)
+def _random_start_op(x: Tensor, rng: Tensor, eps: float, norm: str, first: int = 0) -> Tensor:
+    return _launch_random_start(x, rng, eps, norm, first)
 
 
 @_random_start_op.register_fake
-def _(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+def _(x: Tensor, rng: Tensor, eps: float, norm: str, first: int = 0) -> Tensor:
     return torch.empty_like(x if is_batch_dense(x) else x.contiguous())
 
 
@@ -323,9 +341,9 @@ def pgd_step_triton(
     _pgd_step_op(x_adv, grad, x, eps, alpha, norm)
 
 
-def random_start_triton(x: Tensor, rng: Tensor, eps: float, norm: str) -> Tensor:
+def random_start_triton(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.pgd_step.api.random_start`."""
-    x_adv: Tensor = _random_start_op(x, rng, eps, norm)
+    x_adv: Tensor = _random_start_op(x, rng, eps, norm, first)
     return x_adv
 
 
@@ -392,7 +410,7 @@ def _linf_start_case(numel: int) -> AotCase:
     return AotCase(
         f"random_start_linf_kernel[{'odd sizes' if numel % 16 else 'multiples of 16'}]",
         random_start_linf_kernel,
-        {**_IMAGES, "rng_ptr": "*i64", "numel": "i64"},
+        {**_IMAGES, "rng_ptr": "*i64", "numel": "i64", "first_group": "i64"},
         {"ALIGNED": numel % 16 == 0, "GROUPS": LINF_BLOCK // 4},
         LINF_WARPS,
         3,
@@ -407,7 +425,7 @@ def _l2_start_case(size: int) -> AotCase:
     return AotCase(
         f"random_start_l2_kernel[{_block_name(block, one_block)}{_odd(size)}]",
         random_start_l2_kernel,
-        {**_IMAGES, "rng_ptr": "*i64", "size": "i32"},
+        {**_IMAGES, "rng_ptr": "*i64", "size": "i32", "first_sample": "i64"},
         {"ALIGNED": size % 16 == 0, "GROUPS": block // 4, "ONE_BLOCK": one_block},
         num_warps,
         3,

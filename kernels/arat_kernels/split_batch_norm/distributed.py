@@ -88,3 +88,47 @@ def move_running_statistics(
     unbiased = var * (count / (count - 1).clamp(min=1))
     running_mean.lerp_(mean.to(running_mean.dtype), share.to(running_mean.dtype))
     running_var.lerp_(unbiased.to(running_var.dtype), share.to(running_var.dtype))
+
+
+def batch_norm_over_group(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    group_name: str,
+) -> Tensor:
+    """Ordinary BatchNorm in training with the statistics of every process's ``x``; plain PyTorch.
+
+    Args:
+        x: (N, C, ...), with an N of its own on every process, 0 included.
+        weight, bias: (C,), or None for the identity.
+        running_mean, running_var: (C,), moved in place; None for none.
+        momentum: weight of the new batch in the running statistics.
+        eps: added to the variance, > 0.
+        group_name: of the processes.
+
+    Returns:
+        Shape and dtype of ``x``; gradients of weight and bias are this process's own.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    dims = [d for d in range(x.ndim) if d != 1]
+    shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    count = sum_over_group(wide.new_full((1,), x.numel() // x.shape[1]), group_name)
+    mean = differentiable_sum_over_group(wide.sum(dims), group_name) / count
+    centred = wide - mean.view(shape)
+    var = differentiable_sum_over_group(centred.square().sum(dims), group_name) / count
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    y = centred * scale.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)

@@ -174,11 +174,25 @@ def test_start_of_a_sliced_image_is_that_of_its_copy() -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 1, 5, 5), (5, 1, 1, 1)], ids=str)
+def test_parts_of_a_batch_start_as_the_whole(norm: str, shape: tuple[int, ...]) -> None:
+    x = case(shape, 9)[2].contiguous(memory_format=torch.channels_last)
+    rng = torch.tensor([1, 2**33])
+    whole = random_start(x, rng, eps=EPS, norm=norm, impl="triton")
+    for first, stop in ((0, 2), (2, 5), (3, 4)):
+        part = random_start(x[first:stop], rng, eps=EPS, norm=norm, first=first, impl="triton")
+        assert torch.equal(part, whole[first:stop])
+    far = random_start(x, rng, eps=EPS, norm=norm, first=2**31 + 1, impl="triton")
+    expected = random_start(x, rng, eps=EPS, norm=norm, first=2**31 + 1, impl="reference")
+    torch.testing.assert_close(far, expected, rtol=0, atol=0 if norm == "Linf" else 4 * SLACK)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_operators_pass_opcheck(norm: str) -> None:
     x_adv, grad, x = case((2, 3, 4, 4), 10)
     torch.library.opcheck(_pgd_step_op, (x_adv, grad, x, EPS, ALPHA, norm))
     torch.library.opcheck(_random_start_op, (x, torch.tensor([1, 2]), EPS, norm))
-    torch.library.opcheck(_random_start_op, (x[:, :, ::2], torch.tensor([1, 2]), EPS, norm))
+    torch.library.opcheck(_random_start_op, (x[:, :, ::2], torch.tensor([1, 2]), EPS, norm, 7))
 
 
 @pytest.mark.parametrize("norm", NORMS)
