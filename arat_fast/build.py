@@ -149,6 +149,25 @@ def _objective(config: Config, model: nn.Module, data: DataShape) -> Objective:
     return objective
 
 
+def build_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser of a run, at its peak learning rate."""
+    options = config.optimizer
+    if options.name == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=config.peak_lr,
+            betas=(options.momentum, 0.999),
+            weight_decay=options.weight_decay,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.peak_lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+    )
+
+
 def implementation(config: Config) -> Impl | None:
     """The implementation of the method's own operations; None: Triton for CUDA tensors."""
     return None if config.step.kernels == "auto" else config.step.kernels

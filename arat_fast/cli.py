@@ -18,6 +18,7 @@ import tyro
 from arat_fast import __version__
 from arat_fast.command_line import UsageError, parse
 from arat_fast.config import Config
+from arat_fast.distributed.ranks import LeftBehindError
 from arat_fast.recipes import RECIPES, recipe
 
 USAGE = """\
@@ -175,6 +176,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("arat-fast: interrupted", file=sys.stderr)
         return 130
+    except LeftBehindError as error:
+        if str(error):
+            print(f"arat-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The libraries' own clean-up would wait for the process that is lost.
+        os._exit(error.exit_code)
+    except UsageError as error:
+        # Every process has the same command line.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"arat-fast: error: {error}", file=sys.stderr)
+        return 2
     except torch.OutOfMemoryError as error:
         from arat_fast.training.graph import BatchTooLargeError
 
@@ -202,15 +215,23 @@ def _train(arguments: list[str]) -> int:
     options = parse(TrainOptions, rest, f"arat-fast train {name}", TrainOptions(base))
     config = options.config
     out = options.out or Path("runs") / _run_name(config)
+    from arat_fast.distributed import join
     from arat_fast.reporting import write_report
     from arat_fast.training.interrupt import InterruptedRun
     from arat_fast.training.loop import Trainer
 
     command = shlex.join(["arat-fast", "train", *arguments])
-    trainer = Trainer(config, out, resume=options.resume, command=command)
+    # What torchrun starts again goes on.
+    resume = options.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        summary = trainer.run()
+        with join(config.train.device, config.distributed.timeout) as ranks:
+            trainer = Trainer(config, out, resume=resume, command=command, ranks=ranks)
+            summary = trainer.run()
+            is_main = ranks.is_main
     except InterruptedRun as stopped:
+        if not is_main:
+            return stopped.exit_code
         print(f"arat-fast: {stopped}", file=sys.stderr)
         again = [argument for argument in arguments if argument != "--resume"]
         if options.out is None:
@@ -218,6 +239,8 @@ def _train(arguments: list[str]) -> int:
         again.append("--resume")
         print(f"    {shlex.join(['arat-fast', 'train', *again])}", file=sys.stderr)
         return stopped.exit_code
+    if not is_main:
+        return 0
     report = write_report(out)
     _print_accuracy(summary["accuracy"])
     print(f"report: {report}")
@@ -225,13 +248,17 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
+    from arat_fast.distributed import join
     from arat_fast.evaluation.checkpoint import evaluate_checkpoint
     from arat_fast.files import write_json
 
     options = parse(EvalOptions, arguments, "arat-fast eval")
     values = dataclasses.asdict(options)
     out = values.pop("out")
-    record = evaluate_checkpoint(**values)
+    with join(options.device) as ranks:
+        record = evaluate_checkpoint(**values, ranks=ranks)
+        if not ranks.is_main:
+            return 0
     _print_accuracy(record["accuracy"])
     checkpoint = options.checkpoint
     if checkpoint.is_dir():

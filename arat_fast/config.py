@@ -105,10 +105,17 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd, with momentum, or adamw."""
     lr: float = 0.1
-    """Peak learning rate; > 0."""
+    """Peak learning rate, before ``lr_scaling``; > 0."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply ``lr`` by data.batch_size / ``base_batch``, or by the square root of that: a larger
+    batch then needs no other lr. The first epochs may need a warm-up (schedule.warmup_epochs)."""
+    base_batch: int = 128
+    """Batch size that ``lr`` is meant for; >= 1."""
     momentum: float = 0.9
-    """Momentum of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1); AdamW's decay of the mean gradient."""
     weight_decay: float = 5e-4
     """Weight decay on every parameter; >= 0."""
     nesterov: bool = False
@@ -117,6 +124,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr must be > 0, got {self.lr}")
+        if self.base_batch < 1:
+            raise ValueError(f"optimizer.base_batch must be >= 1, got {self.base_batch}")
+        if self.name == "adamw" and self.nesterov:
+            raise ValueError("optimizer.nesterov is SGD's, got optimizer.name=adamw")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
         if not self.weight_decay >= 0:
@@ -135,6 +146,8 @@ class ScheduleConfig:
     """Factor at each milestone, in (0, 1]."""
     warmup: float = 0.3
     """onecycle: share of the steps that go up, in (0, 1)."""
+    warmup_epochs: float = 0.0
+    """All but onecycle: epochs over which the learning rate grows linearly from 0; >= 0."""
 
     def __post_init__(self) -> None:
         if not all(0 < m <= 1 for m in self.milestones):
@@ -143,6 +156,12 @@ class ScheduleConfig:
             raise ValueError(f"schedule.decay must be in (0, 1], got {self.decay}")
         if not 0 < self.warmup < 1:
             raise ValueError(f"schedule.warmup must be in (0, 1), got {self.warmup}")
+        if not self.warmup_epochs >= 0:
+            raise ValueError(f"schedule.warmup_epochs must be >= 0, got {self.warmup_epochs}")
+        if self.warmup_epochs and self.name == "onecycle":
+            raise ValueError(
+                f"onecycle warms up by schedule.warmup, got warmup_epochs={self.warmup_epochs}"
+            )
 
 
 @dataclass(frozen=True)
@@ -232,13 +251,45 @@ class TrainConfig:
     """Epochs between two evaluations (clean, PGD) during training; 0 for none."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; >= 1."""
+    keep_last: int = 2
+    """Checkpoints kept, the newest included; of two or more, a damaged one is passed over; >= 1."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the best PGD accuracy on the validation images
+    (data.num_val)."""
+    accumulate: int = 1
+    """Parts in which each process takes its share of a batch, one after the other: the gradient of
+    the whole batch with less memory, but for BatchNorm, which sees each part alone; >= 1."""
+    rollbacks: int = 0
+    """Times that a loss which is not finite sends the run back to its last checkpoint, with a lower
+    learning rate, before the run ends; >= 0."""
+    rollback_factor: float = 0.5
+    """Factor on the learning rate at each of them, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "log_every", "checkpoint_every"):
+        for name in ("epochs", "log_every", "checkpoint_every", "keep_last", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
+        if self.rollbacks < 0:
+            raise ValueError(f"train.rollbacks must be >= 0, got {self.rollbacks}")
+        if not 0 < self.rollback_factor <= 1:
+            raise ValueError(f"train.rollback_factor must be in (0, 1], got {self.rollback_factor}")
         if self.eval_every < 0:
             raise ValueError(f"train.eval_every must be >= 0, got {self.eval_every}")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    sync_bn: bool = False
+    """Normalise with the statistics of the batch over all processes, each BatchNorm branch by
+    itself, instead of those of each process."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Send gradients while the backward pass still runs; auto does so on a GPU."""
+    timeout: float = 600.0
+    """Seconds after which a process that waits for another gives up; > 0."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"distributed.timeout must be > 0, got {self.timeout}")
 
 
 @dataclass(frozen=True)
@@ -304,10 +355,24 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.train.keep_best and not (self.data.num_val and self.train.eval_every):
+            raise ValueError(
+                "train.keep_best chooses by validation images, not by test images: set "
+                f"data.num_val and train.eval_every, got {self.data.num_val} and "
+                f"{self.train.eval_every}"
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate, scaled to the batch size."""
+        factor = self.data.batch_size / self.optimizer.base_batch
+        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.optimizer.lr_scaling]
+        return self.optimizer.lr if power == 0 else self.optimizer.lr * factor**power
 
     @property
     def norm(self) -> Literal["split", "shared"]:
@@ -352,13 +417,13 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         "train": TrainConfig,
         "eval": EvalConfig,
         "analyze": AnalyzeConfig,
+        "distributed": DistributedConfig,
     }
     arguments: dict[str, Any] = dict(values)
     try:
         for name, part in parts.items():
-            # Runs from before there were analyses have no such section.
-            given = values.get(name, {}) if name == "analyze" else values[name]
-            fields = {k: _from_json(k, v) for k, v in given.items()}
+            # Runs from before have no sections for what came later.
+            fields = {k: _from_json(k, v) for k, v in values.get(name, {}).items()}
             arguments[name] = part(**fields)
         return Config(**arguments)
     except (TypeError, KeyError, AttributeError) as error:

@@ -74,6 +74,10 @@ class TrainingBar:
         """One step is done."""
         self.progress.advance(self.task)
 
+    def go_to(self, step: int) -> None:
+        """``step`` steps are done, fewer than before."""
+        self.progress.update(self.task, completed=step)
+
     def show(self, status: str) -> None:
         """Set the text beside the bar; where there is none, a line now and then."""
         self.progress.update(self.task, status=status)

@@ -16,7 +16,6 @@ from arat_fast.analysis.mixture import mean_mixture, mixture_distance
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch, Batches, stream_generator
 from arat_fast.device import full_float32
-from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import Objective
 from arat_fast.training.step import adversarial_batch
 
@@ -109,13 +108,14 @@ def _without_what_cannot_be_copied(model: nn.Module, objective: Objective) -> It
     """Neither groups of processes nor a generator that a CUDA graph knows; without its group, a
     copy normalises with the statistics of its own batch."""
     generator, objective.generator = objective.generator, None
-    layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
-    groups = [layer.group for layer in layers]
-    for layer in layers:
-        layer.group = None
+    modules = [*model.modules(), *objective.modules()]
+    # A module can be found in both.
+    groups = {m: m.group for m in modules if getattr(m, "group", None) is not None}
+    for layer in groups:
+        setattr(layer, "group", None)  # noqa: B010  # no attribute of nn.Module
     try:
         yield
     finally:
         objective.generator = generator
-        for layer, group in zip(layers, groups, strict=True):
-            layer.group = group
+        for layer, group in groups.items():
+            setattr(layer, "group", group)  # noqa: B010

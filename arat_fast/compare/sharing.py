@@ -10,8 +10,7 @@ from arat_fast.compare.plan import Cell
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.files import write_text
 from arat_fast.training.averaging import WeightAverage
-from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from arat_fast.training.loop import CHECKPOINT
+from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 METRICS = "metrics.jsonl"
 

@@ -51,6 +51,11 @@ class Shard:
         start = self.rank * size + min(self.rank, rest)
         return slice(start, start + size + (self.rank < rest))
 
+    def num(self, num_samples: int) -> int:
+        """Samples in this rank's part of ``num_samples``."""
+        part = self.share(num_samples)
+        return int(part.stop) - int(part.start)
+
 
 WHOLE = Shard()
 """A process of its own."""

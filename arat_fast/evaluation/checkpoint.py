@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from arat_fast.config import Config
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.batches import stream_generator
-from arat_fast.device import describe_device, resolve_device, source_commit, versions
+from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
+from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.evaluation.threat_model import ThreatModel
@@ -40,6 +42,7 @@ def evaluate_checkpoint(
     device: str = "auto",
     seed: int = 0,
     display: Display | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Accuracies of a checkpoint on the test images of its dataset.
 
@@ -58,6 +61,7 @@ def evaluate_checkpoint(
         device: auto, cpu, cuda or cuda:N.
         seed: of the attacks.
         display: where progress is shown.
+        ranks: the processes that share the images; each returns the record.
 
     Returns:
         The record, as JSON types.
@@ -67,7 +71,7 @@ def evaluate_checkpoint(
         ValueError: the file is cut or of another architecture, a recipe or the radius of another
             norm is missing, or an argument is out of range.
     """
-    target = resolve_device(device)
+    target = ranks.device(device)
     saved = read_saved(checkpoint, recipe=recipe, with_config=True)
     trained = saved.config
     assert trained is not None
@@ -97,6 +101,8 @@ def evaluate_checkpoint(
     model = place_network(saved, trained, data, target)
     images = ImageSet.from_batches(data.test, max_samples)
     start = time.perf_counter()
+    if not ranks.is_main:
+        display = Display(Console(quiet=True))
     with (display or Display()).evaluating() as bar:
         suite = evaluate_all(
             model,
@@ -110,6 +116,7 @@ def evaluate_checkpoint(
             batch_size=config.eval.batch_size,
             seed=seed,
             progress=bar,
+            ranks=ranks,
         )
     return {
         "checkpoint": str(saved.path),

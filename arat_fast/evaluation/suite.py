@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arat_fast.evaluation.autoattack import autoattack
+from arat_fast.distributed import ALONE, Ranks
+from arat_fast.distributed.evaluation import share_evaluation
+from arat_fast.evaluation.autoattack import Version, autoattack
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
@@ -61,6 +64,7 @@ def evaluate_all(
     num_restarts: int = 1,
     with_torchattacks10: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> SuiteResult:
     """Clean, PGD and AutoAttack accuracy of the ``adv`` branch, and clean accuracy of the other.
 
@@ -76,37 +80,43 @@ def evaluate_all(
         with_torchattacks10: whether to run the 10-step AutoAttack too, which overstates robustness
             and is for comparison with the paper's table only.
         progress: told what is running.
+        ranks: the processes that share the images; each returns all results.
     """
-    results = {"clean": clean_accuracy(model, images, batch_size=batch_size)}
+    share = partial(share_evaluation, ranks)
+    clean = partial(clean_accuracy, model, batch_size=batch_size)
+    results = {"clean": share(clean, images)}
     if any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
-        results["clean_branch"] = clean_accuracy(
-            model, images, batch_size=batch_size, branch="clean"
-        )
-    results[f"pgd{num_steps}"] = pgd_accuracy(
-        model,
-        images,
-        threat,
-        num_steps=num_steps,
-        alpha=alpha,
-        batch_size=batch_size,
-        num_restarts=num_restarts,
-        seed=seed,
-        progress=progress,
-    )
-    if with_autoattack:
-        results["autoattack"] = autoattack(
-            model, images, threat, batch_size=batch_size, seed=seed, progress=progress
-        )
-    if with_torchattacks10:
-        results["aa-torchattacks10"] = autoattack(
+        results["clean_branch"] = share(partial(clean, branch="clean"), images)
+    results[f"pgd{num_steps}"] = share(
+        lambda own: pgd_accuracy(
             model,
-            images,
+            own,
             threat,
+            num_steps=num_steps,
+            alpha=alpha,
             batch_size=batch_size,
-            version="torchattacks10",
+            num_restarts=num_restarts,
+            seed=seed,
+            progress=progress,
+        ),
+        images,
+    )
+    versions: list[tuple[str, Version]] = []
+    if with_autoattack:
+        versions.append(("autoattack", "standard"))
+    if with_torchattacks10:
+        versions.append(("aa-torchattacks10", "torchattacks10"))
+    for name, version in versions:
+        attack = partial(
+            autoattack,
+            model,
+            threat=threat,
+            batch_size=batch_size,
+            version=version,
             seed=seed,
             progress=progress,
         )
+        results[name] = share(attack, images)
     return SuiteResult(results)
 
 

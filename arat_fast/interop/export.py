@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from arat_fast.files import write_atomic
 from arat_fast.interop.weights import load_weights
-from arat_fast.models.split_batch_norm import ADV, CLEAN, SplitBatchNorm2d
+from arat_fast.models.split_batch_norm import ADV, CLEAN, SplitBatchNorm2d, copy_network
 
 
 def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> nn.Module:
@@ -36,7 +35,7 @@ def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> n
         raise ValueError(f'branch must be "clean" or "adv", got {branch!r}')
     if not any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
         raise ValueError("a network with split BatchNorm is expected, got one without")
-    return _plain(copy.deepcopy(model), ADV if branch == "adv" else CLEAN, {})
+    return _plain(copy_network(model), ADV if branch == "adv" else CLEAN, {})
 
 
 def save_safetensors(

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arat_fast.interop.saved import CHECKPOINT, SAFETENSORS, SavedNetwork
+from arat_fast.interop.saved import SAFETENSORS, SavedNetwork
 from arat_fast.reporting.run import Accuracy, dig, read_accuracies, read_run
+from arat_fast.training.checkpoint import CHECKPOINT
 
 
 @dataclass(frozen=True)

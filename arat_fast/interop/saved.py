@@ -21,9 +21,8 @@ from arat_fast.interop.weights import load_weights, network_size, read_tensor_fi
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.recipes import recipe as recipe_by_name
-from arat_fast.training.checkpoint import is_training_checkpoint, training_state
+from arat_fast.training.checkpoint import CHECKPOINT, is_training_checkpoint, training_state
 
-CHECKPOINT = "checkpoint.pt"
 SAFETENSORS = "model.safetensors"
 RECORD = "config.json"
 """Of a run's folder: its configuration. Of an export: what was exported."""

@@ -18,7 +18,7 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_fast.device import full_float32
-from arat_fast.models.layers import StemConv2d
+from arat_fast.models.layers import GroupBatchNorm2d, StemConv2d
 from arat_fast.models.split_batch_norm import (
     ADV,
     SplitBatchNorm2d,
@@ -30,7 +30,13 @@ from arat_kernels.frozen_affine import frozen_affine, relu_backward
 from arat_kernels.implementation import Impl
 
 _AnyNorm: TypeAlias = SplitBatchNorm2d | _BatchNorm
-_NORMS = (SplitBatchNorm2d, SplitBatchNormAct2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_NORMS = (
+    SplitBatchNorm2d,
+    SplitBatchNormAct2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    GroupBatchNorm2d,
+)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELUS = (torch.relu, F.relu, torch.relu_, F.relu_)
 

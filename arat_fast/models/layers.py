@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_statistics
+from arat_kernels.split_batch_norm.distributed import batch_norm_over_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Norm = Literal["split", "shared"]
+
+
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that normalises with the statistics of a process group; any device.
+
+    PyTorch's SyncBatchNorm is for GPUs only.
+    """
+
+    group: ProcessGroup | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if not self.training or self.group is None:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        return batch_norm_over_group(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean if self.track_running_stats else None,
+            self.running_var if self.track_running_stats else None,
+            self.momentum,
+            self.eps,
+            self.group.group_name,
+        )
 
 
 def make_norm(norm: Norm, num_features: int) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ __all__ = [
     "SplitBatchNorm2d",
     "Statistics",
     "convert_split_batch_norm",
+    "copy_network",
     "use_branch",
     "use_statistics",
 ]
@@ -46,6 +49,13 @@ def convert_split_batch_norm(module: nn.Module) -> nn.Module:
             or is a subclass whose own forward is not known.
     """
     return _convert(module, "", {})
+
+
+def copy_network(module: nn.Module) -> nn.Module:
+    """A deep copy of a network whose BatchNorm may belong to a process group, which is shared: a
+    group cannot be copied."""
+    groups = [getattr(layer, "group", None) for layer in module.modules()]
+    return copy.deepcopy(module, {id(group): group for group in groups if group is not None})
 
 
 class SplitBatchNormAct2d(SplitBatchNorm2d):

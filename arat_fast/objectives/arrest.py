@@ -93,7 +93,9 @@ class ARREST(Objective):
             natural = self._representations(self.natural, x)
             with use_statistics(model, "running"):
                 moved = self._distance(self._representations(model, x), natural) > self.replay
-            noisy = self.noise.start(x, self.generator, impl=self.impl).clamp_(0, 1)
+            noisy = self.noise.start(x, self.generator, impl=self.impl, first=self.first).clamp_(
+                0, 1
+            )
         x_used = torch.where(moved.view(-1, 1, 1, 1), noisy, x_adv)
         with use_branch(model, "adv"), collect_features(model, self.layers) as features:
             logits = widen(model(x_used))

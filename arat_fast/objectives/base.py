@@ -40,6 +40,8 @@ class Objective(nn.Module, ABC):
     trains first."""
     generator: torch.Generator | None = None
     """Source of the objective's own random numbers; the step sets it to its own."""
+    first: int = 0
+    """Place of the first of the samples in the batch of all processes; the step sets it."""
 
     @abstractmethod
     def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from arat_kernels.split_batch_norm.distributed import batch_norm_over_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
@@ -36,7 +42,7 @@ class Predictors(nn.Module):
         self.num_layers = len(widths)
         self.groups = list(groups.values())
         self.stacks = nn.ModuleList(
-            _PredictorStack(len(members), width, int(width * ratio))
+            PredictorStack(len(members), width, int(width * ratio))
             for width, members in groups.items()
         )
 
@@ -50,7 +56,13 @@ class Predictors(nn.Module):
         return outputs
 
 
-class _PredictorStack(nn.Module):
+class PredictorStack(nn.Module):
+    """Predictors of equal width as one batched matrix product.
+
+    Attributes:
+        group: the processes whose batches give the statistics together; None: this process alone.
+    """
+
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -67,6 +79,7 @@ class _PredictorStack(nn.Module):
         self.register_buffer("running_mean", torch.zeros(count, hidden))
         self.register_buffer("running_var", torch.ones(count, hidden))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+        self.group: ProcessGroup | None = None
         # torch.nn.Linear's default initialisation.
         nn.init.uniform_(self.weight1, -1 / math.sqrt(width), 1 / math.sqrt(width))
         nn.init.uniform_(self.weight2, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
@@ -78,15 +91,14 @@ class _PredictorStack(nn.Module):
         count, samples, width = hidden.shape
         if self.training:
             self.num_batches_tracked += 1
-        flat = F.batch_norm(
-            hidden.transpose(0, 1).reshape(samples, count * width),
-            self.running_mean.view(-1),
-            self.running_var.view(-1),
-            self.bn_weight.view(-1),
-            self.bn_bias.view(-1),
-            self.training,
-            BN_MOMENTUM,
-            BN_EPS,
-        )
+        rows = hidden.transpose(0, 1).reshape(samples, count * width)
+        affine = self.bn_weight.view(-1), self.bn_bias.view(-1)
+        statistics = self.running_mean.view(-1), self.running_var.view(-1)
+        if self.training and self.group is not None:
+            flat = batch_norm_over_group(
+                rows, *affine, *statistics, BN_MOMENTUM, BN_EPS, self.group.group_name
+            )
+        else:
+            flat = F.batch_norm(rows, *statistics, *affine, self.training, BN_MOMENTUM, BN_EPS)
         hidden = flat.relu().view(samples, count, width).transpose(0, 1)
         return torch.baddbmm(self.bias2.unsqueeze(1), hidden, self.weight2.mT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +12,10 @@ from torch import nn
 from arat_fast.attacks.pgd import PGD
 from arat_fast.config import AverageConfig
 from arat_fast.data.batches import Batch
-from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_branch
+from arat_fast.data.plan import BatchPlan
+from arat_fast.distributed import ALONE, Place, Ranks, place_of
+from arat_fast.distributed.batch_norm import running_statistics
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d, copy_network, use_branch
 
 
 class WeightAverage:
@@ -42,7 +44,7 @@ class WeightAverage:
         if (step - self.start_step) % self.config.interval:
             return
         if self.model is None:
-            self.model = copy.deepcopy(model).requires_grad_(False)
+            self.model = copy_network(model).requires_grad_(False)
         else:
             self._average(self.model, model)
         self.num_averaged += 1
@@ -79,7 +81,7 @@ class WeightAverage:
         self.statistics_fresh = state["statistics_fresh"]
         self.model = None
         if state["model"] is not None:
-            self.model = copy.deepcopy(model).requires_grad_(False)
+            self.model = copy_network(model).requires_grad_(False)
             self.model.load_state_dict(state["model"])
 
 
@@ -89,6 +91,8 @@ def refresh_batch_norm(
     attack: PGD | None,
     generator: torch.Generator | None = None,
     mixture: bool = False,
+    ranks: Ranks = ALONE,
+    plan: BatchPlan | None = None,
 ) -> None:
     """Re-estimate the running statistics of every BatchNorm2d, both branches, with one pass.
 
@@ -105,6 +109,8 @@ def refresh_batch_norm(
         generator: source of the random starts.
         mixture: a network without split BatchNorm that was trained on clean and adversarial images
             in one batch; it sees both.
+        ranks: the processes that share every batch; all get the same statistics.
+        plan: of the batches, which start with the first; needed with several processes.
     """
     layers = [m for m in model.modules() if isinstance(m, (SplitBatchNorm2d, nn.BatchNorm2d))]
     if not layers:
@@ -122,20 +128,30 @@ def refresh_batch_norm(
         ):
             if buffer is not None:
                 buffer.fill_(start)
-    seen = 0
+    seen: dict[bool, int] = {False: 0, True: 0}
     model.train()
     try:
-        for x, y in batches:
-            x_adv = x if attack is None else attack(model, x, y, generator=generator)
-            seen += len(x)
+        for number, (x, y) in enumerate(batches):
+            place = Place(0, len(x)) if plan is None else place_of(plan, number)
+            x_adv = x
+            if attack is not None:
+                x_adv = attack(model, x, y, generator=generator, first=place.first)
+            # Of all processes where they normalise together, else of this one.
+            for together, num in ((False, len(x)), (True, place.total)):
+                seen[together] += num
             for layer in layers:
-                layer.momentum = len(x) / seen
+                together = getattr(layer, "group", None) is not None
+                layer.momentum = (place.total if together else len(x)) / seen[together]
             with torch.no_grad():
                 with use_branch(model, "adv"):
                     model(torch.cat([x, x_adv]) if mixture and not split else x_adv)
                 if split:
                     with use_branch(model, "clean"):
                         model(x)
+        if not ranks.alone:
+            share = seen[False] / seen[True]
+            for buffer in running_statistics(model):
+                buffer.copy_(ranks.sum_(buffer * share))
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

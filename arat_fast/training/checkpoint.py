@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from arat_fast.files import write_atomic
 from arat_fast.interop.weights import read_tensor_file
 
 FORMAT = 1
+CHECKPOINT = "checkpoint.pt"
+BEST = "checkpoint-best.pt"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -41,8 +50,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is cut, or was not written by :func:`save_checkpoint`.
+        ValueError: the file is cut, its content differs from its checksums, or it was not written
+            by :func:`save_checkpoint`.
     """
+    check_archive(path)
     return training_state(read_tensor_file(path), path)
 
 
@@ -69,3 +80,212 @@ def training_state(content: object, path: Path) -> dict[str, Any]:
 def is_training_checkpoint(content: object) -> bool:
     """Whether what a file holds was written by :func:`save_checkpoint`."""
     return isinstance(content, dict) and "format" in content
+
+
+def check_archive(path: Path) -> None:
+    """Compare the content of a file of ``torch.save`` with the checksums in it; torch does not.
+
+    Args:
+        path: the file; one that is no such archive at all passes, and is for the reader to refuse.
+
+    Raises:
+        ValueError: a part of the file differs from its CRC-32.
+    """
+    if not path.is_file():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile:
+        return
+    if damaged is not None:
+        raise ValueError(
+            f"{path} is not a whole checkpoint: {damaged} differs from its checksum; the file was "
+            "damaged after it was written"
+        )
+
+
+class Found(NamedTuple):
+    """A checkpoint that can be read: its file, its content, and what was wrong with newer ones."""
+
+    path: Path
+    state: dict[str, Any]
+    problems: tuple[str, ...]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: ``checkpoint.pt`` is the newest; those before it have their step
+    in their name; ``checkpoint-best.pt`` is the best by validation.
+
+    A checkpoint is copied at once and written by a thread, so that training goes on meanwhile. The
+    newest one on disk is replaced only by a whole one.
+
+    Args:
+        folder: of the run.
+        keep_last: checkpoints kept, the newest included; >= 1.
+    """
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.newest_step: int | None = None
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    @property
+    def newest(self) -> Path:
+        """The file of the newest checkpoint."""
+        return self.folder / CHECKPOINT
+
+    def exists(self) -> bool:
+        """Whether there is a checkpoint, readable or not."""
+        return bool(self._candidates())
+
+    def find(self) -> Found | None:
+        """The newest checkpoint that can be read; None where there is none at all.
+
+        Raises:
+            ValueError: none of them can be read; names the newest.
+        """
+        problems: list[str] = []
+        for path in self._candidates():
+            try:
+                state = load_checkpoint(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            self.newest_step = state["step"]
+            return Found(path, state, tuple(problems))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return None
+
+    def save(self, step: int, state: dict[str, Any], before: Callable[[], object]) -> None:
+        """Copy ``state`` and write it in the background, after the one before it is written.
+
+        Args:
+            step: of the state.
+            state: as for :func:`save_checkpoint`; may change once this has returned.
+            before: called by the thread first, to bring other files to disk.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
+        """
+        self.wait()
+        copied = _Copy(state)
+
+        def write() -> None:
+            try:
+                before()
+                self._keep_the_one_before(step)
+                save_checkpoint(self.newest, copied.on_host())
+                self.newest_step = step
+                self._remove_old()
+            except OSError as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk.
+
+        Raises:
+            OSError: it could not be written; the one before is whole.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the OSError of a write that has failed; does not wait."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def keep_as_best(self) -> None:
+        """Keep the newest checkpoint as the best one."""
+        self.wait()
+        temporary = self.folder / f".{BEST}.new"
+        temporary.unlink(missing_ok=True)
+        _link(self.newest, temporary)
+        os.replace(temporary, self.folder / BEST)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed in the middle of writing has left."""
+        for path in self.folder.glob(f".{CHECKPOINT}.*"):
+            path.unlink()
+
+    def _candidates(self) -> list[Path]:
+        newest = [self.newest] if self.newest.exists() else []
+        return newest + [path for _, path in sorted(self._before(), reverse=True)]
+
+    def _before(self) -> list[tuple[int, Path]]:
+        """Steps and files of the checkpoints before the newest."""
+        matches = [
+            (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path)
+            for path in self.folder.glob("checkpoint-*.pt")
+        ]
+        return [(int(match[1]), path) for match, path in matches if match]
+
+    def _keep_the_one_before(self, step: int) -> None:
+        if self.keep_last == 1 or self.newest_step in (None, step) or not self.newest.exists():
+            return
+        kept = self.folder / f"checkpoint-{self.newest_step:08}.pt"
+        if not kept.exists():
+            _link(self.newest, kept)
+
+    def _remove_old(self) -> None:
+        before = sorted(self._before())
+        for _, path in before[: len(before) - (self.keep_last - 1)]:
+            path.unlink(missing_ok=True)
+
+
+class _Copy:
+    """A copy of a state, made on its device at once and brought to the host later."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._device: torch.device | None = None
+        self._copy: dict[str, Any] = _map_tensors(state, self._clone)
+        self._made: Any = None
+        if self._device is not None:
+            self._made = torch.cuda.current_stream(self._device).record_event()
+
+    def _clone(self, tensor: Tensor) -> Tensor:
+        if tensor.is_cuda:
+            self._device = tensor.device
+        return tensor.detach().clone()
+
+    def on_host(self) -> dict[str, Any]:
+        """The state on the CPU, once, from any thread."""
+        copy = self._copy
+        self._copy = {}
+        if self._device is not None:
+            # On a stream of its own: the training's does not wait for the bus.
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_event(self._made)
+            with torch.cuda.stream(stream):
+                copy = _map_tensors(copy, Tensor.cpu)
+            stream.synchronize()
+        return copy
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``value`` with every tensor in its dictionaries, lists and tuples changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        # Of whatever kind: a state_dict carries metadata that is not state.
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -68,7 +68,11 @@ class StepGraphs:
         self.captured: dict[Any, _Captured] = {}
 
     def run(
-        self, function: Function, inputs: tuple[Tensor, ...], settings: object
+        self,
+        function: Function,
+        inputs: tuple[Tensor, ...],
+        settings: object,
+        variant: object = None,
     ) -> dict[str, Tensor]:
         """One step of ``function(*inputs)``; its metrics, 0-d tensors that stay as they are.
 
@@ -76,13 +80,14 @@ class StepGraphs:
             function: the step.
             inputs: tensors on the device.
             settings: everything else the step depends on; compared with ``==``.
+            variant: hashable; a graph of its own for each, as for each shape.
 
         Raises:
             ValueError: the step cannot be captured.
             BatchTooLargeError: it can run, but not be captured in the memory there is.
         """
         self._set_lrs()
-        key = (function.__name__, tuple((t.shape, t.stride(), t.dtype) for t in inputs))
+        key = (function.__name__, variant, tuple((t.shape, t.stride(), t.dtype) for t in inputs))
         captured = self.captured.get(key)
         state = (settings, self._state())
         if captured is not None and captured.state != state:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at the next step, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a run at the next step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+if hasattr(signal, "SIGUSR1"):
+    # What Slurm sends before the end of a job's time, if asked to.
+    EXIT_CODES[signal.SIGUSR1] = 75
 """Exit code by signal; 75 is EX_TEMPFAIL: start the same command again to go on."""
 
 
@@ -24,6 +27,10 @@ class InterruptedRun(Exception):
         self.exit_code = exit_code
 
 
+class EvaluationStopped(Exception):
+    """A signal came in the middle of an evaluation, whose results are lost."""
+
+
 class StopRequest:
     """Which signal asked the run to stop; None as long as none did."""
 
@@ -37,7 +44,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT raises KeyboardInterrupt.
+    """Turn the first of the signals into a request; a second SIGINT raises KeyboardInterrupt.
 
     Outside the main thread no handler can be set, and the request never comes.
     """

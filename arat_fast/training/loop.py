@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,23 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from arat_fast.analysis.snapshot import analyze_training, first_batches, headline_numbers
-from arat_fast.build import build_model, build_objective, implementation
+from arat_fast.build import build_model, build_objective, build_optimizer, implementation
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.data import load_data
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.device import (
     describe_device,
-    resolve_device,
     resolve_precision,
     source_commit,
     versions,
 )
 from arat_fast.display import Display, TrainingBar
-from arat_fast.evaluation import ImageSet, ThreatModel, clean_accuracy, pgd_accuracy
-from arat_fast.evaluation.evaluate import evaluation_mode, predict
+from arat_fast.distributed import ALONE, Ranks, place_of
+from arat_fast.distributed.batch_norm import synchronize_batch_norm
+from arat_fast.distributed.evaluation import gather_images, share_evaluation
+from arat_fast.distributed.ranks import Vote
+from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
+from arat_fast.evaluation.evaluate import Progress, evaluation_mode, predict
 from arat_fast.evaluation.suite import evaluate_all, save_examples
 from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
@@ -35,8 +41,14 @@ from arat_fast.interop.weights import load_weights
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import ARAT, ARREST, Objective
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
-from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from arat_fast.training.interrupt import InterruptedRun, StopRequest, stop_on_signals
+from arat_fast.training.checkpoint import CHECKPOINT, CheckpointFolder, training_state
+from arat_fast.training.interrupt import (
+    EXIT_CODES,
+    EvaluationStopped,
+    InterruptedRun,
+    StopRequest,
+    stop_on_signals,
+)
 from arat_fast.training.metrics import MetricsFile, NotFiniteError, StepMetrics
 from arat_fast.training.natural import FOLDER as NATURAL_FOLDER
 from arat_fast.training.natural import load_natural, natural_config
@@ -44,16 +56,25 @@ from arat_fast.training.schedule import learning_rate
 from arat_fast.training.step import make_train_step
 from arat_kernels.implementation import choose
 
-CHECKPOINT = "checkpoint.pt"
 PROBE_SAMPLES = 1000
 """The official code measures the balance on batches until it has seen this many samples."""
 
 _FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "data": ("root", "download", "num_workers"),
     "step": ("graph",),
-    "train": ("device", "log_every", "eval_every", "checkpoint_every"),
+    "train": (
+        "device",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_last",
+        "keep_best",
+        "rollbacks",
+        "rollback_factor",
+    ),
     "eval": ("num_steps", "alpha", "autoattack", "batch_size", "max_samples"),
     "analyze": ("every", "num_batches"),
+    "distributed": ("overlap", "timeout"),
 }
 """Settings that do not change the weights, and may differ when a run is resumed."""
 
@@ -66,9 +87,11 @@ class Trainer:
         out: folder of the run; made if absent.
         resume: go on from the folder's checkpoint, bit for bit; start afresh if there is none.
         command: command line to record in the summary.
-        display: where progress is shown.
+        display: where progress is shown; by rank 0 alone.
         objective: makes an objective of your own from the network, where
             ``config.objective.name`` is "custom".
+        ranks: the processes that train together; each makes a trainer and calls :meth:`run`. Only
+            rank 0 writes into the folder.
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -85,52 +108,55 @@ class Trainer:
         command: str = "",
         display: Display | None = None,
         objective: Callable[[nn.Module], Objective] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.out = out
         self.resume = resume
         self.command = command
+        self.ranks = ranks
         self.display = display or Display()
-        self.checkpoint_path = out / CHECKPOINT
-        saved = None
-        if self.checkpoint_path.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{out} holds a run already; add --resume to go on with it, or choose another "
-                    "folder with --out"
-                )
-            saved = load_checkpoint(self.checkpoint_path)
-            check_same_run(config, config_from_dict(saved["config"]), self.checkpoint_path)
-        elif resume and not (out / NATURAL_FOLDER / CHECKPOINT).exists():
-            self.display.say(f"nothing to resume in {out}: a new run")
-        self.device = resolve_device(config.train.device)
+        if not ranks.is_main:
+            self.display = Display(Console(quiet=True))
+        self.checkpoints = CheckpointFolder(out, config.train.keep_last)
+        self.checkpoint_path = self.checkpoints.newest
+        saved = self._load_saved(resume)
+        self.device = ranks.device(config.train.device)
         # Shapes repeat, so that timing cuDNN's algorithms once pays.
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self.precision = resolve_precision(config.step.precision, self.device)
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
         )
+        if config.data.download and not ranks.is_main:
+            ranks.meet()
         self.data = load_data(
             config.data,
             device=self.device,
             seed=config.seed,
             eval_batch_size=config.eval.batch_size,
             memory_format=self.memory_format,
+            shard=ranks.shard,
         )
+        if config.data.download and ranks.is_main:
+            ranks.meet()
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.train).to(self.device)
         self.objective = build_objective(config, self.model, self.data.train, objective)
-        self.optimizer = torch.optim.SGD(
+        if config.distributed.sync_bn and ranks.group is not None:
+            synchronize_batch_norm(self.model, ranks.group)
+            synchronize_batch_norm(self.objective, ranks.group)
+        if not ranks.is_main:
+            # The weights are the same everywhere; what dropout draws is not.
+            self._seed_rank()
+        self.optimizer = build_optimizer(
+            config,
             [
                 parameter
                 for module in (self.model, self.objective)
                 for parameter in module.parameters()
                 if parameter.requires_grad
             ],
-            lr=config.optimizer.lr,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-            nesterov=config.optimizer.nesterov,
         )
         self.generator = stream_generator(config.seed, "attack", self.device)
         self.train_step = make_train_step(
@@ -146,6 +172,9 @@ class Trainer:
             assemble=self.data.train.assemble
             if isinstance(self.data.train, ResidentBatches)
             else None,
+            accumulate=config.train.accumulate,
+            ranks=ranks,
+            overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
         )
         self.steps_per_epoch = len(self.data.train)
@@ -153,22 +182,30 @@ class Trainer:
         self.average = WeightAverage(
             config.average, int(config.average.start * config.train.epochs) * self.steps_per_epoch
         )
-        self.metrics = StepMetrics()
+        self.metrics = StepMetrics(ranks)
+        self.vote = Vote(ranks)
         self.step = 0
-        self.rate = config.optimizer.lr
+        self.rate = config.peak_lr
+        self.rate_factor = 1.0
+        self.num_rollbacks = 0
+        self.best_accuracy: float | None = None
         self.train_seconds = 0.0
         self.clean_accuracy = 1 / self.data.train.num_classes
         self.natural_model: dict[str, Any] | None = None
         if saved is None and config.objective.teacher and self.objective.starts_from_natural:
             self._start_from(config.objective.teacher)
         metrics_bytes = 0 if saved is None else self._restore(saved)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(
-            out / "config.json",
-            {"version": versions().get("arat-fast"), "config": config_to_dict(config)},
-        )
-        self.metrics_file = MetricsFile(out / "metrics.jsonl", keep=metrics_bytes)
-        self.tensorboard = _tensorboard_writer(out, self.step)
+        self.metrics_file: MetricsFile | None = None
+        self.tensorboard: Any = None
+        if ranks.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.remove_leftovers()
+            write_json(
+                out / "config.json",
+                {"version": versions().get("arat-fast"), "config": config_to_dict(config)},
+            )
+            self.metrics_file = MetricsFile(out / "metrics.jsonl", keep=metrics_bytes)
+            self.tensorboard = _tensorboard_writer(out, self.step)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the summary.
@@ -177,11 +214,12 @@ class Trainer:
             The content of ``summary.json``.
 
         Raises:
-            InterruptedRun: Ctrl-C or SIGTERM came; the state is saved.
+            InterruptedRun: Ctrl-C, SIGTERM or SIGUSR1 came, to any of the processes; the state is
+                saved.
             FileExistsError: there is a natural model in the folder already, and ``resume`` is not
                 set.
             NotFiniteError: a loss or a weight became NaN; names the step, the term and the last
-                checkpoint.
+                checkpoint. Raised by all processes in the same step.
             OSError: a file could not be written; the checkpoint before is whole.
         """
         finished = self._finished_summary()
@@ -189,28 +227,39 @@ class Trainer:
             self.display.say(f"{self.out} is finished already; nothing was trained or evaluated")
             return finished
         resumed = f" from step {self.step}" if self.step else ""
+        together = "" if self.ranks.alone else f" in {self.ranks.world_size} processes"
         self.display.say(
             f"{self.config.recipe}: {self.config.objective.called}, {self.config.model.name}, "
             f"{self.data.train.num_samples} images, {self.config.train.epochs} epochs, "
-            f"{self.precision} on {describe_device(self.device)}{resumed}; run folder {self.out}"
+            f"{self.precision} on {describe_device(self.device)}{together}{resumed}; run folder "
+            f"{self.out}"
         )
         try:
             if self.objective.starts_from_natural and self.natural_model is None:
                 self._train_natural_model()
             with stop_on_signals() as stop:
                 with self.display.training(self.total_steps, self.step) as bar:
-                    self._train(bar, stop)
+                    self._train_or_roll_back(bar, stop)
                 model, kind = self._deploy(stop)
-            return self._finish(model, kind)
+                self.checkpoints.wait()
+                try:
+                    return self._finish(model, kind, stop)
+                except EvaluationStopped:
+                    self._stop(stop, save=False)
+                    raise
         except (NotFiniteError, OSError) as error:
             # The disk may be what failed.
             with suppress(OSError):
-                write_json(
-                    self.out / "summary.json", {**self._summary("failed"), "reason": str(error)}
-                )
+                self.checkpoints.wait()
+                if self.ranks.is_main:
+                    summary = {**self._summary("failed"), "reason": str(error)}
+                    write_json(self.out / "summary.json", summary)
             raise
         finally:
-            self.metrics_file.close()
+            with suppress(OSError):
+                self.checkpoints.wait()
+            if self.metrics_file is not None:
+                self.metrics_file.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
 
@@ -226,7 +275,12 @@ class Trainer:
         # What follows must not depend on whether the natural run was made, resumed or found.
         with torch.random.fork_rng(devices):
             Trainer(
-                config, folder, resume=self.resume, command=self.command, display=self.display
+                config,
+                folder,
+                resume=self.resume,
+                command=self.command,
+                display=self.display,
+                ranks=self.ranks,
             ).run()
         self._start_from(folder)
         assert self.natural_model is not None
@@ -234,11 +288,46 @@ class Trainer:
 
     def _start_from(self, path: Path) -> None:
         """Start from the natural model of another run."""
-        self.natural_model = load_natural(self.model, path)
+        content = b""
+        if self.ranks.is_main:
+            # Only rank 0 needs to see the folder.
+            content = json.dumps(load_natural(self.model, path)).encode()
+        self.natural_model = json.loads(self.ranks.broadcast_bytes(content))
+        for tensor in self.model.state_dict().values():
+            self.ranks.broadcast_(tensor)
         self.objective.adopt(self.model)
         epochs = self.natural_model["epochs"]
         length = f", trained for {epochs} epochs" if epochs is not None else ""
         self.display.say(f"starting from the natural model in {path}{length}")
+
+    def _train_or_roll_back(self, bar: TrainingBar, stop: StopRequest) -> None:
+        while True:
+            try:
+                self._train(bar, stop)
+                return
+            except NotFiniteError as error:
+                self._roll_back(error, bar)
+
+    def _roll_back(self, error: NotFiniteError, bar: TrainingBar) -> None:
+        """Go back to the last checkpoint with a lower learning rate, or raise ``error``."""
+        train = self.config.train
+        if self.num_rollbacks >= train.rollbacks:
+            raise error
+        # Before, or the state of the checkpoint would be counted anew with every one of them.
+        number, factor = self.num_rollbacks + 1, self.rate_factor * train.rollback_factor
+        saved = self._newest_state()
+        if saved is None:
+            raise error
+        keep = self._restore(saved)
+        self.num_rollbacks, self.rate_factor = number, factor
+        if self.metrics_file is not None:
+            self.metrics_file.close()
+            self.metrics_file = MetricsFile(self.out / "metrics.jsonl", keep=keep)
+        bar.go_to(self.step)
+        self.display.say(
+            f"{error}: back to step {self.step} with {factor:g} times the learning rate (rollback "
+            f"{number} of {train.rollbacks})"
+        )
 
     def _train(self, bar: TrainingBar, stop: StopRequest) -> None:
         epochs = self.config.train.epochs
@@ -247,15 +336,24 @@ class Trainer:
             bar.start_epoch(epoch + 1, epochs)
             if start_batch == 0:
                 # Here, after the checkpoint of the epoch before, so that a resumed run does it too.
-                self._evaluate_if_due(epoch, bar)
+                try:
+                    self._evaluate_if_due(epoch, bar, stop)
+                except EvaluationStopped:
+                    self._stop(stop)
                 self._analyze_if_due(epoch, bar)
                 self._start_epoch(epoch)
             self._train_epoch(epoch, start_batch, bar, stop)
             if self.step % self.steps_per_epoch == 0:
                 self._end_epoch(epoch + 1, bar)
-            if stop.signal:
+            if self._told_to_stop(stop):
                 self._stop(stop)
         self._analyze_if_due(epochs, bar)
+
+    def _told_to_stop(self, stop: StopRequest) -> bool:
+        """Whether all processes know that one of them was told to stop."""
+        if self.ranks.alone:
+            return stop.signal is not None
+        return self.vote.result > 0
 
     def _train_epoch(
         self, epoch: int, start_batch: int, bar: TrainingBar, stop: StopRequest
@@ -264,34 +362,48 @@ class Trainer:
         config = self.config
         logged, samples, since_log = self.step, 0, time.perf_counter()
         for metrics, num_samples in self._steps(epoch, start_batch):
+            self.vote.cast(int(stop.signal or 0))
+            self.checkpoints.check()
             if self.train_step.num_calls == 1:
                 self._describe_folding()
             self.metrics.add(self.step, metrics, num_samples)
             self.average.update(self.model, self.step)
             self.step += 1
+            self.ranks.at_step(self.step)
             samples += num_samples
             bar.advance()
             last = self.step % self.steps_per_epoch == 0
-            if self.step - logged >= config.train.log_every or last or stop.signal:
+            stopping = self._told_to_stop(stop)
+            if self.step - logged >= config.train.log_every or last or stopping:
                 values = self._read_metrics()
                 seconds = time.perf_counter() - since_log
                 self.train_seconds += seconds
                 self._log(bar, values, samples / seconds)
                 logged, samples, since_log = self.step, 0, time.perf_counter()
-            if stop.signal:
+            if stopping:
                 return
 
     def _steps(self, epoch: int, start_batch: int) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """Train on the batches of an epoch; the metrics of each step and its number of samples."""
+        """Train on the batches of an epoch; the metrics of each step and its number of samples,
+        over all processes."""
         data = self.data.train
+        places = (place_of(data.plan, number) for number in range(start_batch, len(data)))
+        step = self.train_step
         if isinstance(data, ResidentBatches):
-            for index, draws in data.epoch_indices(epoch, start_batch):
+            resident = zip(data.epoch_indices(epoch, start_batch), places, strict=True)
+            for (index, draws), place in resident:
                 self._set_rate()
-                yield self.train_step.from_indices(index, draws), len(index)
+                metrics = (
+                    step.from_indices(index, draws)
+                    if self.ranks.alone
+                    else step.from_indices(index, draws, place=place)
+                )
+                yield metrics, place.total
             return
-        for x, y in data.epoch(epoch, start_batch):
+        for (x, y), place in zip(data.epoch(epoch, start_batch), places, strict=True):
             self._set_rate()
-            yield self.train_step(x.contiguous(memory_format=self.memory_format), y), len(x)
+            x = x.contiguous(memory_format=self.memory_format)
+            yield step(x, y, place=None if self.ranks.alone else place), place.total
 
     def _describe_folding(self) -> None:
         folded = self.train_step.folded_network
@@ -307,11 +419,13 @@ class Trainer:
         config = self.config
         self.rate = learning_rate(
             config.schedule,
-            config.optimizer.lr,
+            config.peak_lr,
             self.step,
             self.steps_per_epoch,
             config.train.epochs,
         )
+        if self.rate_factor != 1:
+            self.rate *= self.rate_factor
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
@@ -344,6 +458,8 @@ class Trainer:
                 self.config.attack if self.objective.needs_attack else None,
                 stream_generator(self.config.seed, "refresh", self.device),
                 mixture=self.config.objective.mixes_images,
+                ranks=self.ranks,
+                plan=self.data.train.plan,
             )
             self.average.statistics_fresh = True
             self._save()
@@ -352,33 +468,65 @@ class Trainer:
     def _refresh_batches(self, stop: StopRequest) -> Iterator[Batch]:
         """One more epoch; the weights are saved already, and a signal leaves that checkpoint."""
         for batch in self.data.train.epoch(self.config.train.epochs):
-            if stop.signal:
+            self.vote.cast(int(stop.signal or 0))
+            if self._told_to_stop(stop):
                 self._stop(stop, save=False)
             yield batch
 
     def _stop(self, stop: StopRequest, save: bool = True) -> None:
+        self.vote.settle()
+        number = max(int(stop.signal or 0), self.vote.result)
+        if not self.ranks.alone:
+            number = self.ranks.largest(number)
         if save:
             self._save()
-        write_json(self.out / "summary.json", self._summary("interrupted"))
+            self.checkpoints.wait()
+        if self.ranks.is_main:
+            write_json(self.out / "summary.json", self._summary("interrupted"))
+        done = self.step == self.total_steps
+        doing = f"after the training, step {self.step}" if done else f"at step {self.step}"
         raise InterruptedRun(
-            f"stopped at step {self.step} of {self.total_steps}; the state is in "
-            f"{self.checkpoint_path}: go on with --resume",
-            stop.exit_code,
+            f"stopped {doing} of {self.total_steps}; the state is in {self.checkpoint_path}: go on "
+            "with --resume",
+            EXIT_CODES[signal.Signals(number)],
         )
 
-    def _evaluate_if_due(self, done: int, bar: TrainingBar) -> None:
+    def _evaluate_if_due(self, done: int, bar: TrainingBar, stop: StopRequest) -> None:
         every = self.config.train.eval_every
         if not every or not done or done % every:
             return
         bar.show("evaluating")
-        self._evaluate(done, "last", self.model)
+        accuracy = self._evaluate(done, "last", self.model, stop)
         if self.average.model is not None and self.config.average.kind == "ema":
-            self._evaluate(done, "ema", self.average.model)
+            accuracy = self._evaluate(done, "ema", self.average.model, stop)
+        if self.config.train.keep_best and (
+            self.best_accuracy is None or accuracy > self.best_accuracy
+        ):
+            self.best_accuracy = accuracy
+            self._save()
+            if self.ranks.is_main:
+                self.checkpoints.keep_as_best()
+
+    def _progress(self, stop: StopRequest, show: Progress | None = None) -> Progress:
+        """Told of the progress of an evaluation, which it ends when a signal comes."""
+
+        def progress(name: str, done: int, total: int) -> None:
+            if stop.signal is not None and not self.ranks.asked:
+                self.ranks.ask(int(stop.signal))
+            if stop.signal is not None or self.ranks.asked:
+                raise EvaluationStopped
+            if show is not None:
+                show(name, done, total)
+
+        return progress
 
     def _analyze_if_due(self, done: int, bar: TrainingBar) -> None:
         config = self.config
         every = config.analyze.every
         if not every or (done % every and done != config.train.epochs):
+            return
+        # Of this process's share of the batches; the others wait for it in the next step.
+        if self.metrics_file is None:
             return
         bar.show("analysing")
         batches = first_batches(self.data.train, config.analyze.num_batches)
@@ -391,28 +539,38 @@ class Trainer:
     def _probe(self, epoch: int) -> float:
         """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""
         correct = seen = 0
+        plan = self.data.probe.plan
         with evaluation_mode(self.model, "clean"):
-            for x, y in self.data.probe.epoch(epoch):
+            for number, (x, y) in enumerate(self.data.probe.epoch(epoch)):
                 correct += int((predict(self.model, x, len(x)).argmax(dim=1) == y).sum())
-                seen += len(x)
+                seen = plan.samples_before(number + 1)
                 if seen >= PROBE_SAMPLES:
                     break
-        return correct / seen
+        return int(self.ranks.gather(torch.tensor([correct])).sum()) / seen
 
-    def _evaluate(self, epoch: int, kind: str, model: nn.Module) -> None:
+    def _evaluate(self, epoch: int, kind: str, model: nn.Module, stop: StopRequest) -> float:
         """Clean and PGD accuracy on the validation images, else on the test images."""
         config = self.config
         split, batches = ("val", self.data.val) if self.data.val else ("test", self.data.test)
-        images = ImageSet.from_batches(batches, config.eval.max_samples)
-        clean = clean_accuracy(model, images, batch_size=config.eval.batch_size)
-        pgd = pgd_accuracy(
-            model,
+        images = gather_images(self.ranks, batches, config.eval.max_samples)
+        clean = share_evaluation(
+            self.ranks,
+            lambda own: clean_accuracy(model, own, batch_size=config.eval.batch_size),
             images,
-            ThreatModel(config.attack.eps, config.attack.norm),
-            num_steps=config.eval.num_steps,
-            alpha=config.eval.step_size(config.attack.eps),
-            batch_size=config.eval.batch_size,
-            seed=config.seed,
+        )
+        pgd = share_evaluation(
+            self.ranks,
+            lambda own: pgd_accuracy(
+                model,
+                own,
+                ThreatModel(config.attack.eps, config.attack.norm),
+                num_steps=config.eval.num_steps,
+                alpha=config.eval.step_size(config.attack.eps),
+                batch_size=config.eval.batch_size,
+                seed=config.seed,
+                progress=self._progress(stop),
+            ),
+            images,
         )
         line = {
             "kind": "eval",
@@ -425,10 +583,12 @@ class Trainer:
             "num_steps": config.eval.num_steps,
             "num_samples": len(images.y),
         }
-        self.metrics_file.write(line)
+        if self.metrics_file is not None:
+            self.metrics_file.write(line)
         if self.tensorboard is not None:
             for name in ("clean", "pgd"):
                 self.tensorboard.add_scalar(f"{split}/{kind}/{name}", line[name], self.step)
+        return pgd.accuracy
 
     def _read_metrics(self) -> dict[str, float]:
         try:
@@ -449,7 +609,8 @@ class Trainer:
             if isinstance(weight, Tensor):
                 line[name] = float(weight)
         line["images_per_second"] = images_per_second
-        self.metrics_file.write(line)
+        if self.metrics_file is not None:
+            self.metrics_file.write(line)
         if self.tensorboard is not None:
             for name, value in line.items():
                 if name not in ("kind", "step"):
@@ -457,28 +618,89 @@ class Trainer:
         bar.show(_status(dict(values), images_per_second))
 
     def _save(self) -> None:
+        """Write a checkpoint in the background; every process takes part, rank 0 writes."""
         self._check_weights()
+        on_gpu = self.device.type == "cuda"
+        rng_cpu = self.ranks.gather(torch.get_rng_state())
+        rng_cuda = self.ranks.gather(torch.cuda.get_rng_state(self.device)) if on_gpu else None
+        if self.metrics_file is None:
+            return
         state = {
             "config": config_to_dict(self.config),
             "arithmetic": self._arithmetic(),
             "image_shape": list(self.data.train.image_shape),
             "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
             "train_seconds": self.train_seconds,
             "clean_accuracy": self.clean_accuracy,
             "natural_model": self.natural_model,
+            "best_accuracy": self.best_accuracy,
+            "rate_factor": self.rate_factor,
+            "num_rollbacks": self.num_rollbacks,
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "metrics": self.metrics.state_dict(),
-            "metrics_bytes": self.metrics_file.sync(),
+            "metrics_bytes": self.metrics_file.flush(),
             "generator": self.generator.get_state(),
-            "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device)
-            if self.device.type == "cuda"
-            else None,
+            "rng_cpu": rng_cpu[0],
+            "rng_cuda": None if rng_cuda is None else rng_cuda[0],
+            "rng_of_other_ranks": [
+                {"cpu": rng_cpu[rank], "cuda": None if rng_cuda is None else rng_cuda[rank]}
+                for rank in range(1, self.ranks.world_size)
+            ],
         }
-        save_checkpoint(self.checkpoint_path, state)
+        self.checkpoints.save(self.step, state, self.metrics_file.sync)
+
+    def _load_saved(self, resume: bool) -> dict[str, Any] | None:
+        """The state to go on from, or None for a new run."""
+        if self.ranks.is_main and self.checkpoints.exists() and not resume:
+            raise FileExistsError(
+                f"{self.out} holds a run already; add --resume to go on with it, or choose another "
+                "folder with --out"
+            )
+        saved = self._newest_state() if resume else None
+        if saved is not None:
+            source = self.checkpoint_path
+            check_same_run(self.config, config_from_dict(saved["config"]), source)
+        elif resume and not (self.out / NATURAL_FOLDER / CHECKPOINT).exists():
+            self.display.say(f"nothing to resume in {self.out}: a new run")
+        return saved
+
+    def _newest_state(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, on every process."""
+        content: bytes | None = None
+        state: dict[str, Any] | None = None
+        if self.ranks.is_main:
+            self.checkpoints.wait()
+            found = self.checkpoints.find()
+            if found is not None:
+                state = found.state
+                for problem in found.problems:
+                    self.display.say(f"warning: {problem}")
+                if found.problems:
+                    self.display.say(
+                        f"going on from the checkpoint before it, {found.path}, step "
+                        f"{state['step']}"
+                    )
+            if not self.ranks.alone:
+                content = b"" if found is None else found.path.read_bytes()
+        if self.ranks.alone:
+            return state
+        # Only rank 0 needs to see the folder.
+        content = self.ranks.broadcast_bytes(content)
+        if state is None and content:
+            raw = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = training_state(raw, self.checkpoint_path)
+        return state
+
+    def _seed_rank(self) -> None:
+        """Random numbers of its own for this process, beside those that all share."""
+        name = f"rank {self.ranks.rank} step {getattr(self, 'step', 0)}"
+        torch.manual_seed(
+            stream_generator(self.config.seed, name, torch.device("cpu")).initial_seed()
+        )
 
     def _arithmetic(self) -> str:
         """What the numbers depend on beside the configuration: a run goes on with the same."""
@@ -517,38 +739,67 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"], self.model)
         self.metrics.load_state_dict(state["metrics"])
-        self.step = state["step"]
         self.train_seconds = state["train_seconds"]
         self.clean_accuracy = state["clean_accuracy"]
         self.natural_model = state.get("natural_model")
+        self.best_accuracy = state.get("best_accuracy")
+        self.rate_factor = state.get("rate_factor", 1.0)
+        self.num_rollbacks = state.get("num_rollbacks", 0)
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["rng_cpu"])
-        if state["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        # Epochs can differ by a last batch that is too small for so many processes.
+        epoch, batch = divmod(state["step"], state.get("steps_per_epoch", self.steps_per_epoch))
+        self.step = epoch * self.steps_per_epoch + min(batch, self.steps_per_epoch)
+        self._restore_rng(state)
         size: int = state["metrics_bytes"]
         return size
+
+    def _restore_rng(self, state: dict[str, Any]) -> None:
+        """PyTorch's own random numbers: dropout's, each process has its own."""
+        others = state.get("rng_of_other_ranks", [])
+        saved = [{"cpu": state["rng_cpu"], "cuda": state["rng_cuda"]}, *others]
+        if self.ranks.world_size != len(saved):
+            self.display.say(
+                f"a run of {len(saved)} processes goes on with {self.ranks.world_size}: "
+                + (
+                    "with the same batches and BatchNorm over all of them"
+                    if self.config.distributed.sync_bn
+                    else "with the same batches; BatchNorm normalises other parts of them"
+                )
+            )
+        if self.ranks.rank >= len(saved):
+            self._seed_rank()
+            return
+        own = saved[self.ranks.rank]
+        torch.set_rng_state(own["cpu"])
+        if own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"], self.device)
 
     def _finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that had come to its end, evaluated as it is asked for now."""
         if self.step < self.total_steps:
             return None
-        with suppress(OSError, ValueError):
-            summary: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
-            wanted = config_to_dict(self.config)["eval"]
-            if summary.get("status") == "finished" and summary.get("evaluation") == wanted:
-                return summary
-        return None
+        content = b""
+        if self.ranks.is_main:
+            with suppress(OSError, ValueError):
+                text = (self.out / "summary.json").read_bytes()
+                summary: dict[str, Any] = json.loads(text)
+                wanted = config_to_dict(self.config)["eval"]
+                if summary.get("status") == "finished" and summary.get("evaluation") == wanted:
+                    content = text
+        content = self.ranks.broadcast_bytes(content)
+        return json.loads(content) if content else None
 
-    def _finish(self, model: nn.Module, kind: str) -> dict[str, Any]:
+    def _finish(self, model: nn.Module, kind: str, stop: StopRequest) -> dict[str, Any]:
         config = self.config
-        images = ImageSet.from_batches(self.data.test, config.eval.max_samples)
+        images = gather_images(self.ranks, self.data.test, config.eval.max_samples)
         split = any(isinstance(m, SplitBatchNorm2d) for m in model.modules())
         facts = describe(config, kind, "adv" if split else "shared", self.data.train.image_shape)
-        save_safetensors(
-            export_plain(model) if split else model,
-            self.out / "model.safetensors",
-            header(facts),
-        )
+        if self.ranks.is_main:
+            save_safetensors(
+                export_plain(model) if split else model,
+                self.out / "model.safetensors",
+                header(facts),
+            )
         start = time.perf_counter()
         with self.display.evaluating() as bar:
             suite = evaluate_all(
@@ -560,8 +811,11 @@ class Trainer:
                 with_autoattack=config.eval.autoattack,
                 batch_size=config.eval.batch_size,
                 seed=config.seed,
-                progress=bar,
+                progress=self._progress(stop, bar),
+                ranks=self.ranks,
             )
+        if not self.ranks.is_main:
+            return {}
         save_examples(self.out / "examples.npz", model, images, suite.strongest_examples())
         summary = {
             **self._summary("finished"),
@@ -588,6 +842,7 @@ class Trainer:
             "epochs": config.train.epochs,
             "natural_model": self.natural_model,
             "steps": self.step,
+            "processes": self.ranks.world_size,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "train_samples": self.data.train.num_samples,
             "wall_seconds": {"train": self.train_seconds},
@@ -621,12 +876,10 @@ class Trainer:
         return {name: chosen for name, runs in used.items() if runs}
 
     def _images_seen(self) -> int:
-        """Training images so far, repeats counted; the last batch of an epoch can be smaller."""
+        """Training images so far, repeats counted, over all processes."""
+        plan = self.data.train.plan
         epochs, batches = divmod(self.step, self.steps_per_epoch)
-        per_epoch = min(
-            self.data.train.num_samples, self.steps_per_epoch * self.config.data.batch_size
-        )
-        return epochs * per_epoch + batches * self.config.data.batch_size
+        return epochs * plan.samples_before(len(plan)) + plan.samples_before(batches)
 
 
 def check_same_run(config: Config, saved: Config, source: Path) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arat_fast.data.plan import Shard
+from arat_fast.distributed import ALONE, Ranks
+
 
 class NotFiniteError(ValueError):
     """A loss became NaN or infinite."""
@@ -21,9 +24,13 @@ class StepMetrics:
 
     :meth:`read` moves what has come since the last call in one copy, checks that every number is
     finite, and adds it to the sums of the epoch.
+
+    Args:
+        ranks: the processes whose samples are counted; all read at the same steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.pending: list[Tensor] = []
         self.pending_samples: list[int] = []
         self.names: tuple[str, ...] = ()
@@ -32,7 +39,10 @@ class StepMetrics:
         self.epoch_sums: dict[str, float] = {}
 
     def add(self, step: int, metrics: dict[str, Tensor], num_samples: int) -> None:
-        """Keep the 0-d metrics of ``step``, a batch of ``num_samples``."""
+        """Keep the 0-d metrics of ``step``, a batch of ``num_samples`` over all processes.
+
+        The metrics are means over the samples of this process.
+        """
         if not self.pending:
             self.first_pending = step
             self.names = tuple(metrics)
@@ -43,21 +53,36 @@ class StepMetrics:
         """Means since the last call, weighted by samples; empty if there was no step.
 
         Raises:
-            NotFiniteError: names the step and the term that went first.
+            NotFiniteError: names the step and the term that went first, and the process; raised by
+                all of them.
         """
         if not self.pending:
             return {}
-        rows = torch.stack(self.pending).double().cpu()
+        rows = torch.stack(self.pending).double()
         samples = torch.tensor(self.pending_samples, dtype=torch.float64)
+        of_rank = self.ranks.gather(rows).cpu()
         self.pending, self.pending_samples = [], []
+        rows = of_rank[0]
+        if len(of_rank) > 1:
+            parts = [
+                [Shard(rank, len(of_rank)).num(int(total)) for total in samples]
+                for rank in range(len(of_rank))
+            ]
+            shares = torch.tensor(parts, dtype=torch.float64) / samples
+            rows = (of_rank * shares[:, :, None]).sum(dim=0)
         finite = rows.isfinite()
         if not finite.all():
             row = int((~finite).any(dim=1).nonzero()[0])
             bad = [n for n, ok in zip(self.names, finite[row].tolist(), strict=True) if not ok]
             terms = [name for name in bad if name != "loss"] or bad
             values = dict(zip(self.names, rows[row].tolist(), strict=True))
+            where = ""
+            if len(of_rank) > 1:
+                sick = ~of_rank[:, row].isfinite().all(dim=1)
+                named = ", ".join(str(rank) for rank in sick.nonzero().flatten().tolist())
+                where = f" on rank {named}"
             raise NotFiniteError(
-                f"the loss stopped being finite at step {self.first_pending + row}: "
+                f"the loss stopped being finite at step {self.first_pending + row}{where}: "
                 f"{', '.join(f'{name} is {values[name]}' for name in terms)}"
             )
         sums = (rows * samples[:, None]).sum(dim=0).tolist()
@@ -84,6 +109,7 @@ class StepMetrics:
         return {"epoch_samples": self.epoch_samples, "epoch_sums": dict(self.epoch_sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pending, self.pending_samples = [], []
         self.epoch_samples = state["epoch_samples"]
         self.epoch_sums = dict(state["epoch_sums"])
 
@@ -109,11 +135,14 @@ class MetricsFile:
         except OSError as error:
             raise OSError(f"cannot write {self.file.name}: {error.strerror}") from error
 
-    def sync(self) -> int:
-        """Bring the file to disk; its size in bytes."""
+    def flush(self) -> int:
+        """Hand the file to the system; its size in bytes."""
         self.file.flush()
-        os.fsync(self.file.fileno())
         return self.file.tell()
+
+    def sync(self) -> None:
+        """Bring what was flushed to disk."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

@@ -27,6 +27,7 @@ def natural_config(config: Config) -> Config:
             config.train,
             epochs=config.objective.teacher_epochs or config.train.epochs,
             eval_every=0,
+            keep_best=False,
         ),
         eval=dataclasses.replace(config.eval, autoattack=False),
     )

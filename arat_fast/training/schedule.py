@@ -23,8 +23,12 @@ def learning_rate(
         epochs: length of the run.
 
     Source: "steps" and "official_steps": arXiv 2402.14648 and its code; "cosine": Loshchilov and
-    Hutter, 2017; "onecycle": Smith and Topin, 2018.
+    Hutter, 2017; "onecycle": Smith and Topin, 2018; the warm-up of the others: Goyal et al., 2017
+    (arXiv 1706.02677), section 2.2, from 0 instead of the unscaled rate.
     """
+    warm_steps = config.warmup_epochs * steps_per_epoch
+    if step + 1 < warm_steps:
+        peak = peak * (step + 1) / warm_steps
     epoch = step // steps_per_epoch
     total = epochs * steps_per_epoch
     if config.name == "steps":

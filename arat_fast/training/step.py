@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD, check_images
 from arat_fast.data.batches import Batch
+from arat_fast.distributed import ALONE, Place, Ranks
+from arat_fast.distributed.batch_norm import running_statistics
+from arat_fast.distributed.gradients import GradientSum
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem
 from arat_fast.objectives.base import Objective
@@ -28,6 +31,8 @@ def adversarial_batch(
     *,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
+    keys: Tensor | None = None,
+    first: int = 0,
     noisy_clean: bool = False,
     attacked: Callable[[PGD, Tensor], nn.Module] | None = None,
     impl: Impl | None = None,
@@ -42,6 +47,8 @@ def adversarial_batch(
         y: labels (N,), int64.
         generator: source of the random start, on the device of ``x``; None: PyTorch's default one.
         noise: start of the attack instead of a random draw; shape of ``x``.
+        keys: of the random starts, as for calling the attack; None draws them.
+        first: place of the first sample in a larger batch.
         noisy_clean: the official code's in-place start.
         attacked: gives the network that is attacked, from the attack and ``x``; None: ``model``.
         impl: implementation of the attack's own operations.
@@ -53,7 +60,8 @@ def adversarial_batch(
     if not objective.needs_attack:
         return x, x
     if noisy_clean:
-        x = attack.start(x, generator, noise, impl)
+        key = None if keys is None else keys[0]
+        x = attack.start(x, generator, noise, impl, key=key, first=first)
         noise = torch.zeros_like(x)
     attack = objective.own_attack(attack)
     if noise is None:
@@ -65,6 +73,8 @@ def adversarial_batch(
         loss_fn=objective.attack_loss(model, x, y),
         generator=generator,
         noise=noise,
+        keys=keys,
+        first=first,
         impl=impl,
     )
     return x, x_adv
@@ -96,6 +106,14 @@ class TrainStep:
         check_inputs: check that the images of every batch lie in [0, 1]; None checks every batch on
             the CPU, and the first one on a GPU, which each check would synchronise.
         assemble: how :meth:`from_indices` makes a batch from sample indices and draws.
+        accumulate: parts in which a batch goes through the network, one after the other, before the
+            update; >= 1. The gradient is that of the whole batch, except that BatchNorm has the
+            statistics of each part, and moves its running ones once a part.
+        ranks: processes that share every batch; each calls the step with its part, and all get the
+            same update, that of the whole batch. BatchNorm normalises with the statistics of each
+            part, unless :func:`arat_fast.distributed.batch_norm.synchronize_batch_norm` was called;
+            the running ones are the same everywhere.
+        overlap: send gradients while the backward pass still runs; None: on a GPU.
         impl: implementation of the attack's own operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
 
@@ -115,8 +133,12 @@ class TrainStep:
     generator: torch.Generator | None = None
     check_inputs: bool | None = None
     assemble: Callable[[Tensor, Tensor], Batch] | None = None
+    accumulate: int = 1
+    ranks: Ranks = ALONE
+    overlap: bool | None = None
     impl: Impl | None = None
     num_calls: int = field(default=0, init=False)
+    _place: Place = field(default=Place(0, 0), init=False, repr=False)
     folded_network: FoldedNetwork | None = field(default=None, init=False)
     """The network that is attacked, once the first step has folded it."""
 
@@ -132,6 +154,8 @@ class TrainStep:
             )
         if self.graph not in ("auto", "on", "off"):
             raise ValueError(f'graph must be "auto", "on" or "off", got {self.graph!r}')
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be >= 1, got {self.accumulate}")
         device = next(self.model.parameters()).device
         if self.graph == "on" and device.type != "cuda":
             raise ValueError(
@@ -144,14 +168,34 @@ class TrainStep:
             self._graphs = StepGraphs(
                 [self.model, self.objective], self.optimizer, device, self.generator
             )
+        self._sum: GradientSum | None = None
+        if self.ranks.group is not None:
+            # What stays in eval mode keeps its statistics.
+            self.model.train()
+            self.objective.train()
+            parameters = [*self.model.parameters(), *self.objective.parameters()]
+            self._sum = GradientSum(
+                [p for p in parameters if p.requires_grad],
+                running_statistics(self.model, self.objective),
+                self.ranks.group,
+                overlap=device.type == "cuda" if self.overlap is None else self.overlap,
+            )
 
-    def __call__(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor | None = None,
+        *,
+        place: Place | None = None,
+    ) -> dict[str, Tensor]:
         """Train on one batch.
 
         Args:
             x: images (N, C, H, W) in [0, 1], N >= 2.
             y: labels (N,), int64.
             noise: start of the attack instead of a random draw; shape of ``x``.
+            place: of ``x`` in the batch of all ranks; None: every rank has as many samples.
 
         Returns:
             0-d tensors on the device of ``x``, not synchronised: "loss", its terms by name, and
@@ -171,27 +215,37 @@ class TrainStep:
         if self.num_calls == 0 and self.precision != torch.float32:
             self._protect_stems(x)
         noises = [] if noise is None else [noise]
-        return self._run(self._gradients, (x, y, *noises))
+        return self._run(self._gradients, (x, y, *noises), place)
 
-    def from_indices(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+    def from_indices(
+        self, index: Tensor, draws: Tensor, *, place: Place | None = None
+    ) -> dict[str, Tensor]:
         """Train on the batch that ``assemble`` makes of ``index`` and ``draws``, graph included.
 
         Args:
             index: samples (N,), int64, on the model's device, N >= 2.
             draws: where to crop and what to mirror, (N, 3), int32.
+            place: as for calling the step.
 
         Returns, raises: as calling the step.
         """
         assert self.assemble is not None
         if self.num_calls == 0 and self.precision != torch.float32:
             self._protect_stems(self.assemble(index, draws).x)
-        return self._run(self._assembled_gradients, (index, draws))
+        return self._run(self._assembled_gradients, (index, draws), place)
 
     def _protect_stems(self, x: Tensor) -> None:
         for network in (self.model, *self.objective.networks()):
             protect_stem(network, x, self.precision)
 
-    def _run(self, gradients: Function, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _run(
+        self, gradients: Function, inputs: tuple[Tensor, ...], place: Place | None
+    ) -> dict[str, Tensor]:
+        num = len(inputs[0])
+        if place is None:
+            place = Place(self.ranks.rank * num, self.ranks.world_size * num)
+        self._place = place
+
         def step(*inputs: Tensor) -> dict[str, Tensor]:
             metrics = gradients(*inputs)
             self.optimizer.step()
@@ -202,7 +256,7 @@ class TrainStep:
             if self._graphs is None:
                 metrics = step(*inputs)
             else:
-                metrics = self._graphs.run(step, inputs, self._settings())
+                metrics = self._graphs.run(step, inputs, self._settings(), place)
         except BatchTooLargeError:
             raise
         except RuntimeError as error:
@@ -214,23 +268,112 @@ class TrainStep:
             return metrics
         # Outside of the handler, whose traceback holds on to the memory.
         raise BatchTooLargeError(
-            f"{reason}, at a batch of {len(inputs[0])}; {self._advice(gradients, inputs)}"
+            f"{reason}, at a batch of {num}; {self._advice(gradients, inputs)}"
         )
 
     def _settings(self) -> tuple[object, ...]:
         """What a captured step holds fast beside tensors."""
         numbers = (bool, int, float, str, tuple)
-        own = {k: v for k, v in vars(self.objective).items() if isinstance(v, numbers)}
+        values = vars(self.objective).items()
+        own = {k: v for k, v in values if isinstance(v, numbers) and k != "first"}
         return self.attack, self.precision, self.fold, self.noisy_clean, own
 
     def _assembled_gradients(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
         assert self.assemble is not None
-        return self._gradients(*self.assemble(index, draws))
+        parts = self._parts(index, draws)
+        return self._sum_of_parts(parts, lambda part: self._assemble_part(*part), None)
+
+    def _assemble_part(self, index: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.assemble is not None
+        x, y = self.assemble(index, draws)
+        return x, y
 
     def _gradients(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Attack, objective and backward."""
+        parts = self._parts(x, y)
+        return self._sum_of_parts(parts, lambda part: part, noise)
+
+    def _parts(self, first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A batch in ``accumulate`` parts of two samples or more, as many on every rank."""
+        least = self._place.total // self.ranks.world_size
+        num = max(1, min(self.accumulate, least // 2))
+        if num == 1:
+            return [(first, second)]
+        return list(zip(first.tensor_split(num), second.tensor_split(num), strict=True))
+
+    def _sum_of_parts(
+        self,
+        parts: list[tuple[Tensor, Tensor]],
+        load: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
+        noise: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Gradients of the mean over the batch of all ranks, and the means over this rank's part.
+
+        Args:
+            parts: of this rank's samples, in order.
+            load: makes images and labels of a part.
+            noise: start of the attack, for all parts.
+        """
         self.model.train()
         self.objective.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        place = self._place
+        whole = len(parts) == 1 and self._sum is None
+        num_samples = sum(len(part[0]) for part in parts)
+        keys: Tensor | None = None
+        metrics: dict[str, Tensor] = {}
+        first = place.first
+        for number, part in enumerate(parts):
+            x, y = load(part)
+            num = len(x)
+            if number == 0 and not whole and self.objective.needs_attack:
+                # Once for the whole batch, in the order in which it would draw by itself.
+                noise = self._own_noise(x, num_samples) if noise is None else noise
+                attack = self.objective.own_attack(self.attack)
+                keys = attack.draw_keys(self.generator, x.device, first_given=noise is not None)
+            start = None
+            if noise is not None:
+                done = first - place.first
+                start = noise[done : done + num]
+            loss, part_metrics = self._loss(x, y, start, keys, first)
+            if not whole:
+                loss = loss * (num / place.total)
+            last = number == len(parts) - 1
+            with self._sum.backward() if last and self._sum is not None else nullcontext():
+                loss.backward()  # type: ignore[no-untyped-call]  # Tensor.backward
+            for name, value in part_metrics.items():
+                if len(parts) > 1:
+                    value = value * (num / num_samples)
+                metrics[name] = metrics[name] + value if name in metrics else value
+            first += num
+        if self._sum is not None:
+            self._sum.average_statistics(num_samples / place.total)
+        return metrics
+
+    def _own_noise(self, x: Tensor, num_samples: int) -> Tensor | None:
+        """This rank's part of the objective's own start, drawn for the batch of all ranks."""
+        if type(self.objective).attack_noise is Objective.attack_noise:
+            return None
+        place = self._place
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        batch = torch.empty(
+            (place.total, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout
+        )
+        noise = self.objective.attack_noise(batch, self.generator)
+        assert noise is not None
+        return noise[place.first : place.first + num_samples]
+
+    def _loss(
+        self, x: Tensor, y: Tensor, noise: Tensor | None, keys: Tensor | None, first: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attack and objective: the mean loss of these samples, and their metrics.
+
+        Args:
+            x, y: images and labels.
+            noise: start of the attack, shape of ``x``; None: as the objective says.
+            keys: of the random starts; None draws them.
+            first: place of the first sample in the batch of all ranks.
+        """
         with self._autocast(x.device.type):
             x, x_adv = adversarial_batch(
                 self.model,
@@ -240,20 +383,21 @@ class TrainStep:
                 y,
                 generator=self.generator,
                 noise=noise,
+                keys=keys,
+                first=first,
                 noisy_clean=self.noisy_clean,
                 attacked=self._attacked,
                 impl=self.impl,
             )
+            self.objective.first = first
             output = self.objective(self.model, x, x_adv, y)
-        self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
         metrics = {"loss": output.loss.detach()}
         for numbers in (output.terms, output.metrics):
             metrics |= {name: number.detach() for name, number in numbers.items()}
         for name, logits in (("clean", output.logits_clean), ("adv", output.logits_adv)):
             if logits is not None:
                 metrics[f"accuracy_{name}"] = (logits.argmax(dim=1) == y).float().mean()
-        return metrics
+        return output.loss, metrics
 
     def _attacked(self, attack: PGD, x: Tensor) -> nn.Module:
         """The network whose input gradients the attack follows."""
@@ -272,6 +416,12 @@ class TrainStep:
 
     def _advice(self, gradients: Function, inputs: tuple[Tensor, ...]) -> str:
         """The largest batch whose gradients fit, found by bisection; no parameter is touched."""
+        if self._sum is not None:
+            # The other ranks do not take part in a search.
+            return (
+                "lower --data.batch-size, which all processes share, or raise --train.accumulate "
+                f"above {self.accumulate}"
+            )
         if self._graphs is not None:
             self._graphs.forget()
         # BatchNorm cannot train on one sample.
@@ -284,13 +434,18 @@ class TrainStep:
                 fails = middle
         if fits == 1:
             return "no smaller batch fits either: a smaller network or image is needed"
-        return f"the largest batch that fits is {fits} (--data.batch-size {fits})"
+        parts = self.accumulate * -(-len(inputs[0]) // fits)
+        return (
+            f"the largest batch that fits is {fits} (--data.batch-size {fits}, or "
+            f"--train.accumulate {parts} for the same batch in parts)"
+        )
 
     def _fits(self, gradients: Function, inputs: list[Tensor]) -> bool:
         if inputs[0].is_cuda:
             torch.cuda.empty_cache()
         buffers = [b for module in (self.model, self.objective) for b in module.buffers()]
         before = [buffer.clone() for buffer in buffers]
+        self._place = Place(0, len(inputs[0]))
         try:
             gradients(*inputs)
             return True
@@ -302,6 +457,11 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether images lie in channels_last order, and not in the contiguous one too."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -232,7 +232,11 @@ def test_fractions() -> None:
 @pytest.mark.parametrize(
     ("most", "advice"),
     [
-        (37, "the largest batch that fits is 37 (--data.batch-size 37)"),
+        (
+            37,
+            "the largest batch that fits is 37 (--data.batch-size 37, or --train.accumulate 2 for "
+            "the same batch in parts)",
+        ),
         (1, "no smaller batch fits either: a smaller network or image is needed"),
     ],
 )
@@ -379,11 +383,11 @@ def test_signals_save_and_end(tmp_path: Path, number: int, code: int) -> None:
 def test_full_disk_while_saving(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arat_fast.training import loop
+    from arat_fast.training import checkpoint
 
     out = tmp_path / "run"
     saves = 0
-    save = loop.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def filling(path: Path, state: dict[str, object]) -> None:
         nonlocal saves
@@ -396,7 +400,7 @@ def test_full_disk_while_saving(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_checkpoint", filling)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", filling)
     message = refused(capsys, [*TRAIN, "--out", str(out)])
     assert "No space left on device" in message and str(out) in message
     assert (out / "checkpoint.pt").read_bytes() == (tmp_path / "before.pt").read_bytes()

@@ -1,0 +1,212 @@
+"""Training steps in float64, alone or as one of several processes: the cases of the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.attacks import PGD
+from arat_fast.config import AverageConfig
+from arat_fast.data.batches import ResidentBatches
+from arat_fast.distributed import ALONE, Ranks, place_of
+from arat_fast.distributed.batch_norm import synchronize_batch_norm
+from arat_fast.models import convert_split_batch_norm
+from arat_fast.objectives import ARAT, MART, TRADES, Objective
+from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
+from arat_fast.training.step import make_train_step
+
+NUM_STEPS = 5
+BATCH = 13
+NUM_CLASSES = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    objective: str = "arat"
+    sync: bool = True
+    norm: str = "batch"
+    bn: str = "batch"
+    ball: str = "Linf"
+    restarts: int = 1
+    accumulate: int = 1
+    overlap: bool = True
+    noisy_clean: bool = False
+    image: tuple[int, int, int] = (3, 6, 6)
+
+
+CASES = {
+    "arat": Case(),
+    "after the backward": Case(overlap=False),
+    "trades": Case("trades", bn="running"),
+    "mart": Case("mart"),
+    "L2, two starts": Case(ball="L2", restarts=2),
+    # 25 pixels: the random numbers of a part begin within a group of four.
+    "odd images": Case(image=(1, 5, 5)),
+    "official start": Case(bn="batch_update", noisy_clean=True),
+    "own statistics": Case(sync=False),
+    "own statistics, attack on running ones": Case(sync=False, bn="running"),
+    # Without BatchNorm nothing depends on which samples are together.
+    "accumulate": Case(norm="none", accumulate=3, restarts=2),
+    "accumulate trades": Case("trades", norm="none", accumulate=2),
+}
+
+
+def network(case: Case) -> nn.Module:
+    """Two convolutions with BatchNorm, split for ARAT."""
+    channels, height, width = case.image
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        norms = [nn.BatchNorm2d(n) if case.norm == "batch" else nn.GroupNorm(2, n) for n in (8, 16)]
+        model = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, padding=1),
+            norms[0],
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            norms[1],
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, NUM_CLASSES),
+        )
+    if case.objective == "arat":
+        model = convert_split_batch_norm(model)
+    return model.double()
+
+
+def objective_of(case: Case, model: nn.Module) -> Objective:
+    if case.objective == "trades":
+        return TRADES()
+    if case.objective == "mart":
+        return MART()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        # The predictor's BatchNorm would see the parts of a batch.
+        objective = ARAT(model, ["1", "4"], case.image, predictor=case.norm == "batch")
+    objective.start_epoch(0.4)
+    return objective.double()
+
+
+def data_of(case: Case, ranks: Ranks) -> ResidentBatches:
+    generator = torch.Generator().manual_seed(2)
+    shape = (3 * BATCH - 2, *case.image)
+    return ResidentBatches(
+        torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+        torch.randint(NUM_CLASSES, (shape[0],), generator=generator),
+        tuple("abcd"),
+        batch_size=BATCH,
+        shuffle=True,
+        padding=1,
+        flip=True,
+        shard=ranks.shard,
+    )
+
+
+def train(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The state after five steps, the last batch of an epoch, smaller by two, included."""
+    model = network(case)
+    objective = objective_of(case, model)
+    if case.sync and ranks.group is not None:
+        synchronize_batch_norm(model, ranks.group)
+        synchronize_batch_norm(objective, ranks.group)
+    step = make_train_step(
+        model,
+        objective,
+        PGD(0.1, 0.05, 2, case.ball, num_restarts=case.restarts, bn=case.bn),  # type: ignore[arg-type]
+        torch.optim.SGD(
+            [*model.parameters(), *objective.parameters()], 0.1, momentum=0.9, weight_decay=5e-4
+        ),
+        fold=False,
+        noisy_clean=case.noisy_clean,
+        generator=torch.Generator().manual_seed(3),
+        accumulate=case.accumulate,
+        ranks=ranks,
+        overlap=case.overlap,
+    )
+    average = WeightAverage(AverageConfig("swa", every=2), 0)
+    data = data_of(case, ranks)
+    done, epoch = 0, 0
+    losses: list[Tensor] = []
+    while done < NUM_STEPS:
+        for number, (x, y) in enumerate(data.epoch(epoch)):
+            if done == NUM_STEPS:
+                break
+            place = place_of(data.plan, number)
+            share = len(x) / place.total
+            losses.append(ranks.sum_(step(x.double(), y, place=place)["loss"] * share))
+            average.update(model, done)
+            done += 1
+        epoch += 1
+    assert average.model is not None
+    if case.norm == "batch":
+        refresh_batch_norm(
+            average.model,
+            ((x.double(), y) for x, y in data.epoch(9)),  # type: ignore[misc]
+            PGD(0.1, 0.05, 2),
+            torch.Generator().manual_seed(4),
+            ranks=ranks,
+            plan=data.plan,
+        )
+    return {
+        **{f"model.{k}": v for k, v in model.state_dict().items()},
+        **{f"objective.{k}": v for k, v in objective.state_dict().items()},
+        **{f"average.{k}": v for k, v in average.model.state_dict().items()},
+        "losses": torch.stack(losses),
+        "next key": step.attack.draw_keys(step.generator, torch.device("cpu")),
+    }
+
+
+def shard_by_shard(case: Case, num_ranks: int) -> dict[str, Tensor]:
+    """What unsynchronised BatchNorm means, in one process: each rank's part by itself.
+
+    For every part the gradients and the moved statistics, both added with the part's share.
+    """
+    model = network(case)
+    objective = objective_of(case, model)
+    parameters = [*model.parameters(), *objective.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=5e-4)
+    attack = PGD(0.1, 0.05, 2, bn=case.bn)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    buffers = [
+        (buffer, name)
+        for module in (model, objective)
+        for name, buffer in module.named_buffers()
+        if "running" in name
+    ]
+    shards = [data_of(case, Ranks(rank, num_ranks)) for rank in range(num_ranks)]
+    done, epoch = 0, 0
+    while done < NUM_STEPS:
+        epochs = [list(data.epoch(epoch)) for data in shards]
+        for number in range(len(shards[0])):
+            if done == NUM_STEPS:
+                break
+            key = attack.draw_keys(generator, torch.device("cpu"))
+            before = [buffer.clone() for buffer, _ in buffers]
+            gradients = [torch.zeros_like(p) for p in parameters]
+            statistics = [torch.zeros_like(buffer) for buffer, _ in buffers]
+            for rank in range(num_ranks):
+                for (buffer, _), old in zip(buffers, before, strict=True):
+                    buffer.copy_(old)
+                model.train()
+                x, y = epochs[rank][number]
+                place = place_of(shards[rank].plan, number)
+                x = x.double()
+                x_adv = attack(model, x, y, keys=key, first=place.first)
+                loss = objective(model, x, x_adv, y).loss * (len(x) / place.total)
+                for total, g in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+                    total += g
+                for total, (buffer, _) in zip(statistics, buffers, strict=True):
+                    total += buffer * (len(x) / place.total)
+            for (buffer, _), total in zip(buffers, statistics, strict=True):
+                buffer.copy_(total)
+            for parameter, total in zip(parameters, gradients, strict=True):
+                parameter.grad = total
+            optimizer.step()
+            done += 1
+        epoch += 1
+    return {
+        **{f"model.{k}": v for k, v in model.state_dict().items()},
+        **{f"objective.{k}": v for k, v in objective.state_dict().items()},
+    }

@@ -1,0 +1,143 @@
+"""``arat-fast train`` on a few digits, with the accident that it is told to have.
+
+As a program: ``python drills.py JSON`` with the fields of :class:`Drill`, for torchrun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from tiny import OPTIONS
+from torch import Tensor
+
+import arat_fast.reporting
+import arat_fast.training.checkpoint as checkpoint_module
+import arat_fast.training.loop as loop_module
+from arat_fast.cli import main as command_line
+
+STEPS_PER_EPOCH = 4
+BASE = ["train", "digits", *OPTIONS, "--eval.max-samples", "8", "--train.eval-every", "0"]
+
+
+@dataclass(frozen=True)
+class Drill:
+    """One start of a run.
+
+    Attributes:
+        out: folder of the run.
+        accident: "none"; a signal's name; "kill" (SIGKILL), "error" or "nan" in a step; "nan once",
+            of which a second attempt is spared; "kill in write" or "full disk" in writing a
+            checkpoint.
+        step: in which it happens, or after which a checkpoint is written.
+        rank: to which it happens; None: to all.
+        extra: further arguments of the command line.
+        first_attempt_only: torchrun's restarts are spared.
+    """
+
+    out: str
+    accident: str = "none"
+    step: int = 0
+    rank: int | None = None
+    extra: tuple[str, ...] = ()
+    first_attempt_only: bool = False
+
+
+def run(drill: Drill) -> int:
+    """Run ``arat-fast train`` in this process; its exit code."""
+    torch.set_num_threads(1)
+    # The report would be most of the time.
+    arat_fast.reporting.write_report = lambda out: Path(out) / "report.html"
+    spared = drill.first_attempt_only and os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
+    if drill.accident != "none" and not spared:
+        loop_module.Trainer = prepared(drill)  # type: ignore[misc]
+    return command_line([*BASE, *drill.extra, "--out", drill.out, "--resume"])
+
+
+def prepared(drill: Drill) -> Any:
+    """A trainer that has the accident."""
+
+    class Unlucky(loop_module.Trainer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.had_it = False
+            if drill.rank in (None, self.ranks.rank):
+                if drill.accident in ("kill in write", "full disk"):
+                    break_writes(self, drill)
+                else:
+                    break_steps(self, drill)
+
+    return Unlucky
+
+
+def break_steps(trainer: Any, drill: Drill) -> None:
+    step = trainer.train_step.from_indices
+
+    def accident(index: Tensor, draws: Tensor, **place: Any) -> dict[str, Tensor]:
+        if trainer.step != drill.step or trainer.had_it:
+            result: dict[str, Tensor] = step(index, draws, **place)
+            return result
+        trainer.had_it = drill.accident == "nan once"
+        if drill.accident == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if drill.accident == "error":
+            raise ValueError("an image that cannot be read")
+        if drill.accident.startswith("nan"):
+            # Before the step: it reaches the loss, the gradients and the other ranks' weights.
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(float("nan"))
+        else:
+            os.kill(os.getpid(), getattr(signal, drill.accident))
+        result = step(index, draws, **place)
+        return result
+
+    trainer.train_step.from_indices = accident
+
+
+def break_writes(trainer: Any, drill: Drill) -> None:
+    whole = checkpoint_module.write_atomic
+
+    def broken(path: Path, write: Any) -> None:
+        def half(file: BinaryIO) -> None:
+            write(file)
+            if trainer.step < drill.step:
+                return
+            if drill.accident == "full disk":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate(file.tell() // 2)
+            file.flush()
+            (Path(drill.out) / "writing").touch()
+            # The test kills all ranks meanwhile; this one would end by itself otherwise.
+            time.sleep(20)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        whole(path, half)
+
+    checkpoint_module.write_atomic = broken
+
+
+def as_rank(drill: Drill, environment: dict[str, str], log: str) -> None:
+    """Body of a forked process: one rank, its output in a file."""
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(run(drill))
+
+
+def as_json(drill: Drill) -> str:
+    return json.dumps(dataclasses.asdict(drill))
+
+
+if __name__ == "__main__":
+    values = json.loads(sys.argv[1])
+    sys.exit(run(Drill(**{**values, "extra": tuple(values["extra"])})))

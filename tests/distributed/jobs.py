@@ -1,0 +1,63 @@
+"""Starts the processes of a job on this machine, as torchrun does, but forked from one that has
+imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["distributed.drills", "distributed.worker"])
+
+
+def start(
+    body: Callable[..., None], arguments: Sequence[Any], num_ranks: int, folder: Path
+) -> list[BaseProcess]:
+    """Processes that call ``body(*arguments, environment, log)``, rank r with ``folder/r.log``.
+
+    With ``num_ranks`` 0 it is one process without torchrun's variables.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes: list[BaseProcess] = []
+    for rank in range(max(num_ranks, 1)):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        log = str(folder / f"{rank}.log")
+        given = environment if num_ranks else {}
+        process = _CONTEXT.Process(target=body, args=(*arguments, given, log), daemon=True)
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def wait(processes: Sequence[BaseProcess], seconds: float = 150) -> list[int | None]:
+    """Exit codes, negative for a signal; processes that are there after that long are killed."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def printed(folder: Path) -> str:
+    """What all ranks printed."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
