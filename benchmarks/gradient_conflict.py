@@ -1,17 +1,31 @@
 """Gradient conflict and mixture distribution on the digits: with and without stop-gradient, shared
 and split BatchNorm, several seeds.
 
-Trains what is missing under ``--runs`` with the digits recipe, analysed after every epoch, then
-writes the record, the plots and a table under ``benchmarks/results/``.
+Trains what is missing under ``--runs`` with the digits recipe, analysed before the first epoch and
+after each, then writes the record and the plots under ``benchmarks/results/`` and prints the table
+of ``docs/analysis.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any
+
+from arat_fast.files import write_atomic, write_json
+from arat_fast.reporting.analysis_plots import (
+    Drawing,
+    conflict_between,
+    mixture_by_layer,
+    mixture_over_time,
+)
+from arat_fast.reporting.run import Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,32 +33,143 @@ NO_STOP = ["--objective.no-stop-gradient"]
 NAIVE = ["--objective.no-predictor", "--model.norm", "shared"]
 METHODS: dict[str, list[str]] = {
     "naive": [*NAIVE, *NO_STOP],
-    "naive-stop-gradient": NAIVE,
-    "arat-no-stop-gradient": NO_STOP,
-    "arat-shared": ["--model.norm", "shared"],
-    "arat": [],
+    "naive + stop-gradient": NAIVE,
+    "ARAT without stop-gradient": NO_STOP,
+    "ARAT, shared BatchNorm": ["--model.norm", "shared"],
+    "ARAT": [],
 }
+STOP_GRADIENT = ("naive", "naive + stop-gradient", "ARAT without stop-gradient", "ARAT")
+BATCH_NORM = ("ARAT, shared BatchNorm", "ARAT")
 COMMON = ["--analyze.every", "1", "--eval.no-autoattack"]
 
 
-def train(method: str, seed: int, out: Path) -> None:
-    """One run, if it is not there yet."""
+def train(method: str, seed: int, out: Path) -> Run:
+    """One run, trained if it is not there yet."""
     summary = out / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
         command = [sys.executable, "-m", "arat_fast", "train", "digits"]
         command += [*METHODS[method], *COMMON, "--seed", str(seed)]
         subprocess.run([*command, "--out", str(out), "--resume"], check=True, cwd=ROOT)
+    return read_run(out)
+
+
+def folder_name(method: str, seed: int) -> str:
+    """Name of a run's folder."""
+    words = method.lower().replace("+", " ").replace(",", " ").split()
+    return f"{'-'.join(words)}-seed{seed}"
+
+
+def record(method: str, run: Run) -> dict[str, Any]:
+    """What a run found, epoch by epoch, without its layers but for those of the last epoch."""
+    epochs = []
+    for line in run.analyses:
+        conflict, mixture = line["gradient_conflict"], line["mixture"]
+        epochs.append(
+            {
+                "epoch": line["epoch"],
+                "pairs": conflict["pairs"],
+                "unrelated": conflict["unrelated"],
+                "norms": conflict["norms"],
+                "mixture": mixture["mean"],
+            }
+        )
+    last = run.analyses[-1]
+    keys = ("accuracy", "versions", "device", "precision", "commit", "wall_seconds")
+    return {
+        "options": [*METHODS[method], *COMMON],
+        "seed": run.setting("seed"),
+        **{key: run.summary.get(key) for key in keys},
+        "epochs": epochs,
+        "layers": {
+            "gradient_conflict": last["gradient_conflict"]["layers"],
+            "mixture": last["mixture"]["layers"],
+        },
+    }
+
+
+def over_training(run: Run, *path: str) -> float:
+    """Mean of a number over the epochs after the first analysis, that of the untrained network."""
+    values = []
+    for line in run.analyses[1:]:
+        value: Any = line
+        for key in path:
+            value = value[key]
+        values.append(value)
+    return statistics.fmean(values)
+
+
+def cell(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
+    """Mean and standard deviation over the seeds."""
+    values = [scale * value for value in values]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def table(groups: Mapping[str, Sequence[Run]]) -> str:
+    """The methods beside each other, as Markdown."""
+    pair = ("gradient_conflict", "pairs", "classification")
+    columns = {
+        "opposite signs, %": lambda r: over_training(r, *pair, "share"),
+        "cosine": lambda r: over_training(r, *pair, "cosine"),
+        "before BatchNorm": lambda r: r.analyses[-1]["mixture"]["mean"]["w2_relative"],
+        "after BatchNorm": lambda r: r.analyses[-1]["mixture"]["mean"]["output_w2"],
+        "clean, %": lambda r: r.summary["accuracy"]["clean"]["value"],
+        "PGD-20, %": lambda r: r.summary["accuracy"]["pgd20"]["value"],
+    }
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for method, runs in groups.items():
+        cells = []
+        for title, read in columns.items():
+            percent = title.endswith("%")
+            cells.append(
+                cell([read(run) for run in runs], 100 if percent else 1, 1 if percent else 3)
+            )
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def save(drawing: Drawing | None, path: Path) -> None:
+    """One plot as a PNG file."""
+    assert drawing is not None
+    content = drawing.to_png()
+    write_atomic(path, lambda file: file.write(content) and None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "gradient-conflict")
     parser.add_argument("--num-seeds", type=int, default=3, help="seeds 0, 1, …; at least 1")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
-    for seed in range(options.num_seeds):
-        for method in options.methods:
-            train(method, seed, options.runs / f"{method}-seed{seed}")
+    groups = {
+        method: [
+            train(method, seed, options.runs / folder_name(method, seed))
+            for seed in range(options.num_seeds)
+        ]
+        for method in METHODS
+    }
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    stem, count = f"gradient-conflict-{date.today()}", 1
+    while (results / f"{stem}.json").exists():
+        count += 1
+        stem = f"gradient-conflict-{date.today()}-{count}"
+    write_json(
+        results / f"{stem}.json",
+        {method: [record(method, run) for run in runs] for method, runs in groups.items()},
+    )
+    lines = {method: [run.analyses for run in runs] for method, runs in groups.items()}
+    last = {
+        method: [run.analyses[-1]["mixture"] for run in groups[method]] for method in BATCH_NORM
+    }
+    drawings = {
+        "": conflict_between({method: lines[method] for method in STOP_GRADIENT}),
+        "-mixture": mixture_over_time({method: lines[method] for method in BATCH_NORM}),
+        "-mixture-layers": mixture_by_layer(last),
+    }
+    for suffix, drawing in drawings.items():
+        save(drawing, results / f"{stem}{suffix}.png")
+    print(table(groups))
+    print(f"\nrecord: {(results / stem).relative_to(ROOT)}.json")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Run:
         path: the folder.
         version: of arat_fast that wrote it, or "".
         config: the nested configuration.
-        train, evals: lines of metrics.jsonl, one per step (and split and model), by step.
+        train, evals, analyses: lines of metrics.jsonl, one per step (and split and model), by step.
         summary: summary.json, empty where the run has not written one.
         examples: None where there are none.
         notes: what was missing or unreadable, in words.
@@ -80,6 +80,7 @@ class Run:
     summary: Mapping[str, Any]
     examples: Examples | None
     notes: tuple[str, ...]
+    analyses: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -139,7 +140,7 @@ def read_run(path: Path) -> Run:
             f"expected {file} to hold a run's configuration, got something else ({error}); "
             "train the run again or restore the file"
         ) from error
-    train, evals = _read_metrics(path / "metrics.jsonl", notes)
+    train, evals, analyses = _read_metrics(path / "metrics.jsonl", notes)
     return Run(
         path=path,
         version=str(stored.get("version") or ""),
@@ -149,6 +150,7 @@ def read_run(path: Path) -> Run:
         summary=_read_summary(path / "summary.json", notes),
         examples=_read_examples(path / "examples.npz", notes),
         notes=tuple(notes),
+        analyses=analyses,
     )
 
 
@@ -228,18 +230,17 @@ def _series(lines: tuple[Mapping[str, Any], ...], key: str) -> tuple[Numbers, Nu
     return array[:, 0], array[:, 1]
 
 
-def _read_metrics(
-    file: Path, notes: list[str]
-) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
+def _read_metrics(file: Path, notes: list[str]) -> tuple[tuple[Mapping[str, Any], ...], ...]:
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         notes.append("There is no metrics.jsonl, so there are no curves.")
-        return (), ()
+        return (), (), ()
     lines = text.split("\n")
     # A run that was resumed goes over some steps again; the later line is what the weights saw.
     train: dict[int, Mapping[str, Any]] = {}
     evals: dict[tuple[int, str, str], Mapping[str, Any]] = {}
+    analyses: dict[int, Mapping[str, Any]] = {}
     broken = 0
     for index, line in enumerate(lines):
         if not line.strip():
@@ -256,6 +257,8 @@ def _read_metrics(
                 notes.append("The last line of metrics.jsonl is cut off; it was left out.")
         elif entry.get("kind") == "train":
             train[step] = entry
+        elif entry.get("kind") == "analysis":
+            analyses[step] = entry
         elif entry.get("kind") == "eval":
             evals[step, str(entry.get("split")), str(entry.get("model"))] = entry
     if broken:
@@ -263,6 +266,7 @@ def _read_metrics(
     return (
         tuple(train[step] for step in sorted(train)),
         tuple(evals[key] for key in sorted(evals)),
+        tuple(analyses[step] for step in sorted(analyses)),
     )
 
 
