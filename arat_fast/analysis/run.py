@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 import tyro
@@ -25,6 +26,8 @@ from arat_fast.evaluation.checkpoint import place_network
 from arat_fast.files import write_atomic, write_json
 from arat_fast.interop.saved import SavedNetwork, read_saved
 from arat_fast.interop.weights import load_weights
+from arat_fast.reporting.analysis import draw_analyses, read_analyses
+from arat_fast.reporting.run import read_run
 from arat_fast.training.checkpoint import load_checkpoint
 
 Part = Literal["gradient-conflict", "mixture", "surface", "masking", "attacker"]
@@ -198,6 +201,7 @@ def _analyze(
     records |= {part: {**deployed_about, **record} for part, record in deployed.items()}
     for part, record in records.items():
         write_json(folder / f"{part}.json", {**about, **record})
+    _write_plots(folder, opened.path)
     return Analysis(_short_name(opened.path), folder, records, left_out)
 
 
@@ -299,6 +303,17 @@ def _rivals(opened: _Opened, sources: Mapping[str, _Opened]) -> dict[str, nn.Mod
         and other.data.test.image_shape == shape
         and other.data.test.classes == classes
     }
+
+
+def _write_plots(folder: Path, checkpoint: Path) -> None:
+    lines = read_run(checkpoint).analyses if (checkpoint / "config.json").is_file() else ()
+    for name, drawing in draw_analyses(read_analyses(folder), lines).items():
+        content = drawing.to_png()
+        write_atomic(folder / f"{name}.png", partial(_write_all, content))
+
+
+def _write_all(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def _short_name(path: Path) -> str:

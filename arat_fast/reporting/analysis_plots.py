@@ -67,7 +67,7 @@ def conflict_over_time(lines: Lines) -> Drawing | None:
         if not described:
             return None
         _conflict_axes(left, right, _unrelated(lines))
-        style.legend_above(left, 3)
+        _legend_outside(figure, left)
     return Drawing(
         "Gradient conflict along training",
         figure,
@@ -250,7 +250,7 @@ def surface_panels(arrays: Mapping[str, NDArray[Any]]) -> Drawing:
             # Inside it no pixel moves by more than eps, whatever the signs.
             axes.plot([-1, 0, 1, 0, -1], [0, 1, 0, -1, 0], color=style.INK, lw=0.9, ls=(0, (4, 2)))
             axes.plot(0, 0, marker="+", color=style.INK, markersize=7)
-            axes.set_title(style.plot_text(str(labels[index])), fontsize=9, loc="left")
+            axes.set_title(f"is {style.plot_text(str(labels[index]))}", fontsize=9, loc="left")
             axes.set_aspect("equal")
             axes.grid(False)
         figure.supxlabel("adversarial direction, in radii", fontsize=9, color=style.GREY)
@@ -298,7 +298,7 @@ def masking_curves(record: Mapping[str, Any]) -> Drawing | None:
         )
         middle.axvline(record["eps"], color=style.GREY, linewidth=1.0)
         middle.set_xlim(left=0)
-        middle.set_xlabel("radius of the ball; grey: the one trained for")
+        middle.set_xlabel("radius of the ball")
         clean = {"name": "no attack", "correct": record["clean_correct"]}
         bars = [clean, *others, plain[-1]]
         bars.sort(key=lambda a: -a["correct"])
@@ -329,7 +329,8 @@ def masking_curves(record: Mapping[str, Any]) -> Drawing | None:
         + "; ".join(f"{a['name']} {percent(a['correct'] / samples)}" for a in bars)
         + ".",
         "Left and middle: more steps and larger balls must not leave more answers right, and the "
-        "largest ball none. Right: no attack without the gradient may leave less than PGD.",
+        "largest ball none; grey is the radius of the threat model. Right: no attack without the "
+        "gradient may leave less than PGD.",
     )
 
 
@@ -373,7 +374,8 @@ def confusion_panel(record: Mapping[str, Any]) -> Drawing:
         side = 3.6 if few else 5.0
         figure, axes = style.new_axes(side + 1.0, side + 0.3)
         shares = wrong / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axes.imshow(shares, cmap="Oranges", vmin=0, vmax=max(float(shares.max()), 0.05))
+        top = max(float(shares.max()), 0.05)
+        axes.imshow(shares, cmap="Oranges", vmin=0, vmax=top)
         axes.grid(False)
         axes.set_xlabel("taken for")
         axes.set_ylabel("is")
@@ -395,7 +397,11 @@ def confusion_panel(record: Mapping[str, Any]) -> Drawing:
                     ha="center",
                     va="center",
                     fontsize=7.5,
-                    color=style.INK if bold else style.GREY,
+                    color="white"
+                    if shares[i, j] > 0.7 * top
+                    else style.INK
+                    if bold
+                    else style.GREY,
                     fontweight="bold" if bold else "normal",
                 )
         axes.tick_params(length=0)

@@ -60,6 +60,10 @@ main > section { border-top: 1px solid var(--line); margin-top: 36px; padding-to
 .verdict { font-size: 0.86rem; color: var(--soft); text-align: right; }
 .wrong .verdict { color: var(--ink); font-weight: 650; }
 .triple { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 8px; }
+.triple.four { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+.whole { margin-bottom: 24px; }
+.checks th, .checks td { padding: 8px 14px 8px 0; }
+.checks th:first-child, .checks td:nth-child(2) { white-space: nowrap; }
 .triple figure { margin: 0; }
 .triple img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
   image-rendering: pixelated; background: var(--paper); border: 1px solid var(--line); }

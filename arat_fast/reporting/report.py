@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from arat_fast import __version__
 from arat_fast.files import write_text
+from arat_fast.reporting.analysis import (
+    ATTACKER_PAGE,
+    Analyses,
+    attacker_opening,
+    attacker_sections,
+    draw_analyses,
+    read_analyses,
+    training_html,
+    trust_html,
+)
+from arat_fast.reporting.analysis_plots import Drawing
 from arat_fast.reporting.comparison import comparison_html
 from arat_fast.reporting.curves import run_plots
 from arat_fast.reporting.examples import examples_html
@@ -26,7 +37,8 @@ from arat_fast.reporting.settings import (
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` into a run's folder: one file that needs nothing else.
 
-    A run that was interrupted is reported as far as it got. The dataset is not needed.
+    Where the run was analysed, ``attacker.html``, what an attacker sees, is written beside it. A
+    run that was interrupted is reported as far as it got. The dataset is not needed.
 
     Args:
         run: folder of the run.
@@ -42,19 +54,35 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """
     this = read_run(run)
     others = [read_run(path) for path in compare]
+    analyses = read_analyses(run / "analysis")
+    drawings = draw_analyses(analyses, this.analyses)
     path = run / "report.html"
-    write_text(path, page(title_of(this), headline_html(this), _sections(this, others), _closing()))
+    sections = _sections(this, others, analyses, drawings)
+    write_text(path, page(title_of(this), headline_html(this), sections, _closing()))
+    attacker = attacker_sections(this, analyses, drawings)
+    if attacker:
+        title = f"What an attacker sees: {title_of(this)}"
+        opening = attacker_opening(this, analyses)
+        write_text(run / ATTACKER_PAGE, page(title, opening, attacker, _closing()))
     return path
 
 
-def _sections(run: Run, others: Sequence[Run]) -> list[Section]:
+def _sections(
+    run: Run, others: Sequence[Run], analyses: Analyses, drawings: Mapping[str, Drawing]
+) -> list[Section]:
     plots = run_plots(run)
     curves = tag("div", [plot.to_html() for plot in plots], class_="panels") if plots else None
     candidates: list[tuple[str, str, Html | None]] = [
         ("comparison", "Beside other runs", comparison_html(run, others) if others else None),
         ("meaning", "What this means", meaning_html(run)),
         ("examples", "Examples", examples_html(run)),
+        ("trust", "Can the robustness be trusted?", trust_html(analyses, drawings)),
         ("training", "Training", curves),
+        (
+            "analyses",
+            "Gradient conflict and mixture distribution",
+            training_html(run, analyses, drawings),
+        ),
         ("measurements", "Measurements in full", measurements_html(run)),
         ("configuration", "Configuration", configuration_html(run, recipe_defaults(run))),
         ("environment", "Environment", environment_html(run)),
