@@ -87,7 +87,7 @@ def test_report_and_page(analysed: tuple[Path, Path]) -> None:
         assert f"<h2>{heading}</h2>" in page
     assert page.count('class="triple four"') == 12
     assert page.count("<img") == 12 * 4 + 4
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "://" not in page
 
 
 def test_report_without_analyses_is_as_before(analysed: tuple[Path, Path], tmp_path: Path) -> None:
