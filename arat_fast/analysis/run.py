@@ -27,6 +27,11 @@ from arat_fast.files import write_atomic, write_json
 from arat_fast.interop.saved import SavedNetwork, read_saved
 from arat_fast.interop.weights import load_weights
 from arat_fast.reporting.analysis import draw_analyses, read_analyses
+from arat_fast.reporting.analysis_plots import (
+    conflict_between,
+    mixture_by_layer,
+    mixture_over_time,
+)
 from arat_fast.reporting.run import read_run
 from arat_fast.training.checkpoint import load_checkpoint
 
@@ -127,7 +132,8 @@ def analyze_networks(
 
     Returns:
         One analysis per checkpoint; its folder is ``analysis`` in a run's folder, ``NAME.analysis``
-        beside a file ``NAME.pt``.
+        beside a file ``NAME.pt``. Plots of several networks together, ``compared-….png``, go to
+        the folder of the first.
 
     Raises:
         FileNotFoundError: no such file, or the dataset is not there.
@@ -139,7 +145,10 @@ def analyze_networks(
     opened = [opener.open(path) for path in checkpoints]
     sources = {_short_name(path): opener.open(path) for path in settings.source}
     sources = {_short_name(o.path): o for o in opened} | sources
-    return [_analyze(each, sources, settings, display) for each in opened]
+    found = [_analyze(each, sources, settings, display) for each in opened]
+    if len(found) > 1:
+        _write_comparison(opened, found)
+    return found
 
 
 def analysis_folder(checkpoint: Path) -> Path:
@@ -306,10 +315,32 @@ def _rivals(opened: _Opened, sources: Mapping[str, _Opened]) -> dict[str, nn.Mod
 
 
 def _write_plots(folder: Path, checkpoint: Path) -> None:
-    lines = read_run(checkpoint).analyses if (checkpoint / "config.json").is_file() else ()
+    lines = _analysis_lines(checkpoint)
     for name, drawing in draw_analyses(read_analyses(folder), lines).items():
         content = drawing.to_png()
         write_atomic(folder / f"{name}.png", partial(_write_all, content))
+
+
+def _write_comparison(opened: Sequence[_Opened], found: Sequence[Analysis]) -> None:
+    """Plots of several networks together, of what two or more of them have."""
+    lines = {
+        each.name: [_analysis_lines(one.path)] for one, each in zip(opened, found, strict=True)
+    }
+    along = {name: runs for name, runs in lines.items() if runs[0]}
+    mixtures = {e.name: [e.records["mixture"]] for e in found if "mixture" in e.records}
+    drawings = {
+        "gradient-conflict": conflict_between(along) if len(along) > 1 else None,
+        "mixture": mixture_over_time(along) if len(along) > 1 else None,
+        "mixture-layers": mixture_by_layer(mixtures) if len(mixtures) > 1 else None,
+    }
+    for name, drawing in drawings.items():
+        if drawing is not None:
+            path = found[0].folder / f"compared-{name}.png"
+            write_atomic(path, partial(_write_all, drawing.to_png()))
+
+
+def _analysis_lines(checkpoint: Path) -> Sequence[Mapping[str, Any]]:
+    return read_run(checkpoint).analyses if (checkpoint / "config.json").is_file() else ()
 
 
 def _write_all(content: bytes, file: BinaryIO) -> None:

@@ -48,6 +48,8 @@ def analyze_training(
         generator = stream_generator(config.seed, "analysis", device)
         model, objective = _private_copy(model, objective)
         objective.generator = generator
+        # The share of one process is a batch of its own here.
+        objective.first = 0
         model.train()
         objective.train()
         conflicts, mixtures, seen = [], [], 0
@@ -108,14 +110,18 @@ def _without_what_cannot_be_copied(model: nn.Module, objective: Objective) -> It
     """Neither groups of processes nor a generator that a CUDA graph knows; without its group, a
     copy normalises with the statistics of its own batch."""
     generator, objective.generator = objective.generator, None
-    modules = [*model.modules(), *objective.modules()]
-    # A module can be found in both.
-    groups = {m: m.group for m in modules if getattr(m, "group", None) is not None}
-    for layer in groups:
-        setattr(layer, "group", None)  # noqa: B010  # no attribute of nn.Module
+    layers = [
+        layer
+        for root in (model, objective)
+        for layer in root.modules()
+        if getattr(layer, "group", None) is not None
+    ]
+    groups = [layer.group for layer in layers]
+    for layer in layers:
+        layer.group = None  # type: ignore[assignment]  # of no type that nn.Module knows
     try:
         yield
     finally:
         objective.generator = generator
-        for layer, group in groups.items():
-            setattr(layer, "group", group)  # noqa: B010
+        for layer, group in zip(layers, groups, strict=True):
+            layer.group = group

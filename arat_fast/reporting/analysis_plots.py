@@ -78,7 +78,7 @@ def conflict_over_time(lines: Lines) -> Drawing | None:
     )
 
 
-def conflict_between(groups: Mapping[str, Sequence[Lines]]) -> Drawing:
+def conflict_between(groups: Mapping[str, Sequence[Lines]]) -> Drawing | None:
     """Share and cosine along training for several methods, each the mean over its runs.
 
     Args:
@@ -95,6 +95,8 @@ def conflict_between(groups: Mapping[str, Sequence[Lines]]) -> Drawing:
                 )
                 if mean is not None:
                     described.append(f"{key} of {name} ends at {mean:.3f}")
+        if not described:
+            return None
         _conflict_axes(
             left, right, _unrelated([line for runs in groups.values() for r in runs for line in r])
         )
@@ -150,23 +152,22 @@ def mixture_by_layer(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Drawi
         groups: mixture records of one run or more by name; runs of a name are averaged.
     """
     layers = dict.fromkeys(path for runs in groups.values() for r in runs for path in r["layers"])
-    if not layers:
+    table = {
+        key: {
+            name: np.array([_mean_of(runs, str(path), key) for path in layers])
+            for name, runs in groups.items()
+        }
+        for key in ("w2_relative", "output_w2")
+    }
+    shown = [values for by_name in table.values() for values in by_name.values()]
+    if not layers or not all(np.isfinite(values).any() for values in shown):
         return None
     names = [str(path) for path in layers]
     described = []
     with style.plot_style():
         figure = Figure(figsize=(8.6, 1.6 + 0.22 * len(names)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for axes, key in ((left, "w2_relative"), (right, "output_w2")):
-            values = {
-                name: np.array(
-                    [
-                        np.nanmean([number(dig(r, "layers", path, key)) or np.nan for r in runs])
-                        for path in layers
-                    ]
-                )
-                for name, runs in groups.items()
-            }
+        for axes, (key, values) in zip((left, right), table.items(), strict=True):
             _dots(axes, names, values)
             axes.set_xlim(left=0)
             described += [f"{key} of {n}: mean {np.nanmean(v):.3f}" for n, v in values.items()]
@@ -413,6 +414,12 @@ def confusion_panel(record: Mapping[str, Any]) -> Drawing:
         "Rows: what the image is; columns: the answer under attack. Colour: share of the row that "
         "is taken for another class.",
     )
+
+
+def _mean_of(runs: Sequence[Mapping[str, Any]], path: str, key: str) -> float:
+    """Mean of a layer's number over the runs that have it, NaN without any."""
+    found = [v for r in runs if (v := number(dig(r, "layers", path, key))) is not None]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def _pair_series(lines: Lines, pair: str, key: str) -> tuple[Numbers, Numbers]:

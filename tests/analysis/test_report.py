@@ -56,6 +56,9 @@ def test_files(analysed: tuple[Path, Path]) -> None:
         "masking.png",
         "margins.png",
         "confusion.png",
+        "compared-gradient-conflict.png",
+        "compared-mixture.png",
+        "compared-mixture-layers.png",
     }
     for path in (run / "analysis").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
