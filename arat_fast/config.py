@@ -12,7 +12,9 @@ import tyro
 from arat_fast.attacks.pgd import PGD
 from arat_fast.models.registry import model_spec
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenette"]
+DatasetName = Literal[
+    "digits", "cifar10", "cifar100", "svhn", "imagenette", "folder", "webdataset", "arrays"
+]
 ObjectiveName = Literal["arat", "at", "trades", "mart", "lbgat", "arrest", "natural", "custom"]
 
 OWN_CLEAN_BRANCH = "clean-branch"
@@ -194,23 +196,41 @@ class AverageConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: DatasetName = "cifar10"
-    """digits is built in; the others are read from ``root``."""
+    """digits is built in; the others are read from ``root``. folder: images of your own by class;
+    webdataset: tar shards; arrays: what arat-fast data prepare writes."""
     root: Path = Path("data")
-    """Folder of the datasets, in torchvision's layout."""
+    """Folder of the datasets, in torchvision's layout; folder, webdataset and arrays: the dataset
+    itself."""
     download: bool = False
     """Fetch the dataset into ``root`` where it is absent."""
     batch_size: int = 128
-    """Samples in a training batch; >= 2."""
+    """Samples in a training batch, over all processes; >= 2."""
+    loader: Literal["auto", "resident", "dali", "dataloader"] = "auto"
+    """resident keeps the images on the device; dali and dataloader (PyTorch's) read them batch by
+    batch. auto: resident where they fit, else dali where it is installed. The batches are the
+    same."""
+    crop: Literal["auto", "pad", "resized"] = "auto"
+    """Image files: pad cuts out image_size pixels, resized scales a random part to them; auto is
+    pad for imagenette, else resized."""
     padding: int = 4
     """Random crop: pixels of zeros added on each side; 0 for none."""
     flip: bool = True
     """Random horizontal flip."""
     num_val: int = 0
     """Training images held out for validation, the same ones in every run; 0 for none."""
+    unsup: Path | None = None
+    """Generated images with pseudo-labels, mixed into every training batch: a folder that arat-fast
+    data prepare has written."""
+    unsup_fraction: float = 0.7
+    """Share of the generated images in a training batch, in (0, 1)."""
     image_size: int = 128
-    """imagenette: height and width of the crops."""
+    """Image files: height and width of the crops."""
     num_workers: int = 4
-    """imagenette: processes that decode images; 0 decodes in the training process."""
+    """Processes (dataloader) or threads (dali) that read and decode; 0 decodes in the training
+    process."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """Files that are no readable image: stop at the first, or decode all before the run and leave
+    them out."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
@@ -218,6 +238,8 @@ class DataConfig:
         for name in ("padding", "num_val", "num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 < self.unsup_fraction < 1:
+            raise ValueError(f"data.unsup_fraction must be in (0, 1), got {self.unsup_fraction}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,6 +113,8 @@ class ResidentBatches:
         seed: of order and augmentation.
         shard: this process; augmentation belongs to a sample's place in the whole batch.
         memory_format: of the images, channels_last or contiguous.
+        plan: which samples make which batch, instead of what ``batch_size``, ``shuffle``,
+            ``seed`` and ``shard`` say.
 
     Raises:
         ValueError: shapes, dtypes, labels or values that do not fit.
@@ -131,19 +134,23 @@ class ResidentBatches:
         seed: int = 0,
         shard: Shard = WHOLE,
         memory_format: torch.memory_format = torch.contiguous_format,
+        plan: BatchPlan | None = None,
     ) -> None:
         check_samples(images, labels, len(classes), max_value)
-        self.plan = BatchPlan(len(images), batch_size, shuffle=shuffle, seed=seed, shard=shard)
-        self.images = images
+        self.plan = plan or BatchPlan(
+            len(images), batch_size, shuffle=shuffle, seed=seed, shard=shard
+        )
+        # On a CPU whole rows are copied: pixels lie as the batch will.
+        on_cpu = images.device.type == "cpu"
+        self.images = images.contiguous(memory_format=memory_format) if on_cpu else images
         self.labels = labels
         self.classes = classes
         self.num_classes = len(classes)
-        self.num_samples = len(images)
+        self.num_samples = self.plan.num_samples
         self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
         self.max_value = max_value
         self.padding = padding
         self.flip = flip
-        self.seed = seed
         self.memory_format = memory_format
 
     def __len__(self) -> int:
@@ -165,18 +172,11 @@ class ResidentBatches:
             samples (N,), int64, and where to crop and what to mirror, (N, 3), int32.
         """
         plan = self.plan
-        order = plan.order(epoch)
         numbers = range(start_batch, len(self))
-        draws = torch.tensor([self.padding, self.padding, 0], dtype=torch.int32)
-        draws = draws.repeat(len(order), 1)
-        if self.padding or self.flip:
-            for number in numbers:
-                batch = plan.batch(number)
-                generator = seeded_generator(self.seed, epoch, number)
-                drawn = draw_crop_flip(batch.stop - batch.start, self.padding, generator)
-                if not self.flip:
-                    drawn[:, 2] = 0
-                draws[batch] = drawn
+        order = plan.order(epoch)
+        draws = torch.empty(len(order), 3, dtype=torch.int32)
+        for number in numbers:
+            draws[plan.places(number)] = draw_batch(plan, epoch, number, self.padding, self.flip)
         # One copy an epoch: the host would wait for the device at each.
         device = self.images.device
         order, draws = order.to(device), draws.to(device)
@@ -192,15 +192,88 @@ class ResidentBatches:
             draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
                 mirror it.
         """
-        x = crop_flip(
-            self.images,
-            index,
-            padding=self.padding,
-            offsets=draws,
-            max_value=self.max_value,
-            memory_format=self.memory_format,
+        x = crop_and_flip(
+            self.images, index, draws, self.padding, self.max_value, self.memory_format
         )
         return Batch(x, self.labels[index])
+
+
+def crop_and_flip(
+    images: Tensor,
+    index: Tensor,
+    draws: Tensor,
+    padding: int,
+    max_value: int,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """:func:`arat_kernels.crop_flip.crop_flip`; on a CPU the same values, image by image.
+
+    Args:
+        images: (num_samples, C, H, W), uint8.
+        index: samples (N,), int64.
+        draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
+            mirror it.
+        padding: pixels of zeros on each side.
+        max_value: the uint8 value that stands for 1.0.
+        memory_format: of the result, channels_last or contiguous.
+
+    Returns:
+        (N, C, H, W), float32 in [0, 1].
+    """
+    if images.device.type != "cpu":
+        return crop_flip(
+            images,
+            index,
+            padding=padding,
+            offsets=draws,
+            max_value=max_value,
+            memory_format=memory_format,
+        )
+    # The definition gathers pixel by pixel, which a CPU does ten times slower.
+    channels_last = memory_format == torch.channels_last
+    chosen = images.permute(0, 2, 3, 1) if channels_last else images
+    pixels = chosen.numpy()[index.numpy()]
+    height, width = images.shape[2:]
+    if padding:
+        rows = slice(padding, padding + height)
+        columns = slice(padding, padding + width)
+        if channels_last:
+            shape = (len(index), height + 2 * padding, width + 2 * padding, images.shape[1])
+            padded = np.zeros(shape, np.uint8)
+            padded[:, rows, columns] = pixels
+        else:
+            shape = (len(index), images.shape[1], height + 2 * padding, width + 2 * padding)
+            padded = np.zeros(shape, np.uint8)
+            padded[:, :, rows, columns] = pixels
+    else:
+        padded = pixels
+    result = np.empty_like(pixels)
+    for place, (top, left, mirrored) in enumerate(draws.tolist()):
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        if channels_last:
+            crop = padded[place, rows, columns]
+            result[place] = crop[:, ::-1] if mirrored else crop
+        else:
+            crop = padded[place, :, rows, columns]
+            result[place] = crop[:, :, ::-1] if mirrored else crop
+    x = torch.from_numpy(result).float().div_(max_value)
+    return x.permute(0, 3, 1, 2) if channels_last else x
+
+
+def draw_batch(plan: BatchPlan, epoch: int, number: int, padding: int, flip: bool) -> Tensor:
+    """Where to crop and what to mirror in this rank's share of a batch: (N, 3), int32, on the CPU.
+
+    The draws belong to the places of the whole batch, whatever the number of ranks.
+    """
+    share = plan.share(number)
+    if not padding and not flip:
+        return torch.zeros(share.stop - share.start, 3, dtype=torch.int32)
+    batch = plan.batch(number)
+    generator = seeded_generator(plan.seed, epoch, number)
+    draws = draw_crop_flip(batch.stop - batch.start, padding, generator)[share]
+    if not flip:
+        draws[:, 2] = 0
+    return draws
 
 
 def draw_crop_flip(num_samples: int, padding: int, generator: torch.Generator) -> Tensor:

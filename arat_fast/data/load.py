@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +14,23 @@ import torch
 from torch import Tensor
 
 from arat_fast.config import DataConfig
+from arat_fast.data.arrays import ArrayRows, JoinedRows, Rows, SelectedRows, StreamedBatches
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
+from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.digits import MAX_VALUE, load_digits
-from arat_fast.data.folder import FolderBatches
-from arat_fast.data.plan import WHOLE, Shard, seeded_generator
+from arat_fast.data.formats import (
+    Encoded,
+    array_folder,
+    cifar_binary,
+    class_folders,
+    tar_shards,
+    unreadable,
+)
+from arat_fast.data.framing import Framing, Kind
+from arat_fast.data.images import LoaderBatches
+from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
 from arat_fast.data.published import HINT, check_file, fetch, unpack
+from arat_fast.data.sources import EncodedImages, FileImages, decode_image
 
 # The class folders of Imagenette, in the order of their labels.
 IMAGENETTE_CLASSES = {
@@ -30,6 +45,7 @@ IMAGENETTE_CLASSES = {
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
+_CROPS: dict[str, Kind] = {"imagenette": "pad"}
 _VAL_SEED = 20
 _EVALUATION_SEED = 21
 _PROBE_STREAM = 1
@@ -44,12 +60,14 @@ class DataSplits(NamedTuple):
         val: images held out of training, in a fixed order, not augmented; None for none.
         test: the test images of the dataset, in a fixed order, not augmented. The first images of
             either are a sample of all classes.
+        skipped: files that were left out, and why.
     """
 
     train: Batches
     probe: Batches
     val: Batches | None
     test: Batches
+    skipped: tuple[str, ...] = ()
 
 
 def load_data(
@@ -65,7 +83,7 @@ def load_data(
 
     Args:
         config: which dataset, where it is and how training augments it.
-        device: where the batches go; all but Imagenette stay there as a whole.
+        device: where the batches go; images in arrays stay there as a whole where they fit.
         seed: of order and augmentation, >= 0; the held-out images do not depend on it.
         eval_batch_size: samples in a batch of ``val`` and ``test``, over all ranks.
         memory_format: of the training images that stay on the device.
@@ -76,9 +94,10 @@ def load_data(
         ValueError: a file is not the published one, an image or a label does not fit, or
             ``num_val`` leaves too few images to train on.
     """
-    if config.name == "imagenette":
-        return _folder_splits(config, device, seed, eval_batch_size, shard)
-    return _resident_splits(config, device, seed, eval_batch_size, memory_format, shard)
+    make = (
+        _encoded_splits if config.name in ("imagenette", "folder", "webdataset") else _array_splits
+    )
+    return make(config, device, seed, eval_batch_size, memory_format, shard)
 
 
 def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
@@ -117,18 +136,24 @@ def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
 
 
 class _Images(NamedTuple):
-    x: Tensor
-    y: Tensor
+    rows: Rows
+    labels: Tensor
+
+    def subset(self, index: Tensor) -> _Images:
+        chosen = index.numpy()
+        if isinstance(self.rows, ArrayRows):
+            return _Images(ArrayRows(self.rows.pixels[chosen]), self.labels[index])
+        return _Images(SelectedRows(self.rows, chosen), self.labels[index])
 
 
-class _Resident(NamedTuple):
+class _Arrays(NamedTuple):
     train: _Images
     test: _Images
     classes: tuple[str, ...]
     max_value: int = 255
 
 
-def _resident_splits(
+def _array_splits(
     config: DataConfig,
     device: torch.device,
     seed: int,
@@ -141,53 +166,177 @@ def _resident_splits(
         "cifar10": _read_cifar,
         "cifar100": _read_cifar,
         "svhn": _read_svhn,
+        "arrays": _read_arrays,
     }
     dataset = readers[config.name](config)
-
-    def on_device(images: _Images) -> _Images:
-        return _Images(images.x.to(device), images.y.to(device))
-
-    def batches(images: _Images, training_seed: int | None = None) -> ResidentBatches:
-        training = training_seed is not None
-        return ResidentBatches(
-            images.x,
-            images.y,
-            dataset.classes,
-            batch_size=config.batch_size if training else eval_batch_size,
-            max_value=dataset.max_value,
-            shuffle=training,
-            padding=config.padding if training else 0,
-            flip=config.flip and training,
-            seed=training_seed or 0,
-            shard=shard,
-            memory_format=memory_format if training else torch.contiguous_format,
-        )
-
     try:
-        check_samples(*dataset.train, len(dataset.classes), dataset.max_value)
-        chosen, held_out = stratified_split(dataset.train.y, config.num_val)
-        train = on_device(_Images(dataset.train.x[chosen], dataset.train.y[chosen]))
-        val = on_device(_Images(dataset.train.x[held_out], dataset.train.y[held_out]))
-        return DataSplits(
-            train=batches(train, seed),
-            probe=batches(train, _probe_seed(seed)),
-            val=batches(val) if config.num_val else None,
-            test=batches(on_device(dataset.test)),
+        for part in (dataset.train, dataset.test):
+            if isinstance(part.rows, ArrayRows):
+                check_samples(_tensor(part), part.labels, len(dataset.classes), dataset.max_value)
+        return _make_array_splits(
+            dataset, config, device, seed, eval_batch_size, memory_format, shard
         )
     except ValueError as error:
         raise ValueError(f"dataset {config.name}: {error}") from error
+
+
+def _make_array_splits(
+    dataset: _Arrays,
+    config: DataConfig,
+    device: torch.device,
+    seed: int,
+    eval_batch_size: int,
+    memory_format: torch.memory_format,
+    shard: Shard,
+) -> DataSplits:
+    chosen, held_out = stratified_split(dataset.train.labels, config.num_val)
+    train = dataset.train if not config.num_val else dataset.train.subset(chosen)
+    val = dataset.train.subset(held_out)
+    num_original = train.rows.shape[0]
+    if config.unsup is not None:
+        train = _with_generated(train, config.unsup.expanduser(), len(dataset.classes))
+
+    def plan(training_seed: int) -> BatchPlan:
+        if config.unsup is None:
+            return BatchPlan(
+                num_original, config.batch_size, shuffle=True, seed=training_seed, shard=shard
+            )
+        return MixedPlan(
+            num_original,
+            train.rows.shape[0] - num_original,
+            config.batch_size,
+            config.unsup_fraction,
+            seed=training_seed,
+            shard=shard,
+        )
+
+    num_bytes = sum(math.prod(part.rows.shape) for part in (train, val, dataset.test))
+    loader = config.loader
+    if loader == "auto":
+        streamed = "dali" if has_dali() else "dataloader"
+        loader = "resident" if num_bytes <= _room(device) else streamed
+
+    def make(images: _Images, plans: list[BatchPlan], training: bool) -> list[Batches]:
+        padding = config.padding if training else 0
+        flip = config.flip and training
+        layout = memory_format if training else torch.contiguous_format
+        if loader != "resident":
+            return [
+                StreamedBatches(
+                    images.rows,
+                    images.labels,
+                    dataset.classes,
+                    one,
+                    device=device,
+                    loader=loader,
+                    max_value=dataset.max_value,
+                    padding=padding,
+                    flip=flip,
+                    memory_format=layout,
+                    num_workers=config.num_workers,
+                )
+                for one in plans
+            ]
+        x, y = _tensor(images).to(device), images.labels.to(device)
+        return [
+            ResidentBatches(
+                x,
+                y,
+                dataset.classes,
+                batch_size=one.batch_size,
+                max_value=dataset.max_value,
+                padding=padding,
+                flip=flip,
+                memory_format=layout,
+                plan=one,
+            )
+            for one in plans
+        ]
+
+    def evaluated(images: _Images) -> Batches:
+        one = BatchPlan(images.rows.shape[0], eval_batch_size, shard=shard)
+        return make(images, [one], False)[0]
+
+    training = make(train, [plan(seed), plan(_probe_seed(seed))], True)
+    return DataSplits(
+        train=training[0],
+        probe=training[1],
+        val=evaluated(val) if config.num_val else None,
+        test=evaluated(dataset.test),
+    )
+
+
+def _tensor(images: _Images) -> Tensor:
+    """All images, (num_samples, C, H, W), uint8, in memory."""
+    rows = images.rows
+    pixels = rows.pixels if isinstance(rows, ArrayRows) else rows.take(np.arange(rows.shape[0]))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _with_generated(train: _Images, folder: Path, num_classes: int) -> _Images:
+    rows, labels = array_folder(folder)
+    if len(labels) and int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got {int(labels.max())}"
+        )
+    return _Images(JoinedRows([train.rows, rows]), torch.cat([train.labels, labels]))
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that a dataset may take on a device: half of what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 2**32
 
 
 def _probe_seed(seed: int) -> int:
     return seeded_generator(seed, _PROBE_STREAM).initial_seed()
 
 
-def _read_digits(config: DataConfig) -> _Resident:
-    train, test = _Images(*load_digits(True)), _Images(*load_digits(False))
-    return _Resident(train, test, tuple("0123456789"), MAX_VALUE)
+def _rows(pixels: Tensor) -> ArrayRows:
+    """Images (num_samples, C, H, W), uint8, as rows."""
+    return ArrayRows(pixels.permute(0, 2, 3, 1).numpy())
 
 
-def _read_cifar(config: DataConfig) -> _Resident:
+def _read_digits(config: DataConfig) -> _Arrays:
+    (train, train_labels), (test, test_labels) = load_digits(True), load_digits(False)
+    return _Arrays(
+        _Images(_rows(train), train_labels),
+        _Images(_rows(test), test_labels),
+        tuple("0123456789"),
+        MAX_VALUE,
+    )
+
+
+def _read_arrays(config: DataConfig) -> _Arrays:
+    root = config.root.expanduser()
+    whole = root if (root / "images.npy").exists() else root / "train"
+    train = _Images(*array_folder(whole))
+    held_out = next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
+    if held_out is not None and whole != root:
+        test = _Images(*array_folder(held_out))
+    else:
+        chosen, tenth = stratified_split(train.labels, _a_tenth(len(train.labels)))
+        train, test = train.subset(chosen), train.subset(tenth)
+    labels = torch.cat([train.labels, test.labels])
+    num_classes = int(labels.max()) + 1
+    missing = (torch.bincount(train.labels, minlength=num_classes) == 0).nonzero()
+    if len(missing):
+        raise ValueError(
+            f"{root}: expected images of every class to train on, got none with label "
+            f"{int(missing[0])}"
+        )
+    return _Arrays(train, test, tuple(str(label) for label in range(num_classes)))
+
+
+def _a_tenth(num_samples: int) -> int:
+    return max(num_samples // 10, 1)
+
+
+def _read_cifar(config: DataConfig) -> _Arrays:
     from torchvision import datasets
 
     dataset = datasets.CIFAR10 if config.name == "cifar10" else datasets.CIFAR100
@@ -207,6 +356,11 @@ def _read_cifar(config: DataConfig) -> _Resident:
         fetch(dataset.url, archive, dataset.tgz_md5)
         unpack(archive, folder)
 
+    if not folder.is_dir():
+        binary = cifar_binary(config.name, root)
+        if binary is not None:
+            (x, y, test_x, test_y), classes = binary
+            return _Arrays(_Images(_rows(x), y), _Images(_rows(test_x), test_y), classes)
     _ensure(check, download if config.download else None)
     try:
         train, test = dataset(root, train=True), dataset(root, train=False)
@@ -214,13 +368,12 @@ def _read_cifar(config: DataConfig) -> _Resident:
         raise ValueError(f"{folder}: expected {config.name} as published, got {error}") from error
 
     def images(source: Any) -> _Images:
-        x = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-        return _Images(x, torch.tensor(source.targets))
+        return _Images(ArrayRows(source.data), torch.tensor(source.targets))
 
-    return _Resident(images(train), images(test), tuple(train.classes))
+    return _Arrays(images(train), images(test), tuple(train.classes))
 
 
-def _read_svhn(config: DataConfig) -> _Resident:
+def _read_svhn(config: DataConfig) -> _Arrays:
     from torchvision import datasets
 
     root = config.root.expanduser()
@@ -247,15 +400,13 @@ def _read_svhn(config: DataConfig) -> _Resident:
         if source.data.shape[1:] != (3, 32, 32):
             size = "x".join(map(str, source.data.shape[1:]))
             raise ValueError(f"{path}: expected images of 3x32x32, got {size}")
-        x = torch.from_numpy(np.ascontiguousarray(source.data))
-        return _Images(x, torch.from_numpy(source.labels).reshape(-1))
+        rows = ArrayRows(source.data.transpose(0, 2, 3, 1))
+        return _Images(rows, torch.from_numpy(source.labels).reshape(-1))
 
-    return _Resident(images("train"), images("test"), tuple("0123456789"))
+    return _Arrays(images("train"), images("test"), tuple("0123456789"))
 
 
-def _folder_splits(
-    config: DataConfig, device: torch.device, seed: int, eval_batch_size: int, shard: Shard
-) -> DataSplits:
+def _read_imagenette(config: DataConfig) -> Encoded:
     folder = config.root.expanduser() / "imagenette2-160"
 
     def check() -> None:
@@ -274,40 +425,122 @@ def _folder_splits(
 
     _ensure(check, download if config.download else None)
     train, test = _list_images(folder / "train"), _list_images(folder / "val")
-    chosen, held_out = stratified_split(torch.tensor([y for _, y in train]), config.num_val)
+    return Encoded(FileImages(train), FileImages(test), tuple(IMAGENETTE_CLASSES.values()))
 
-    def batches(samples: list[tuple[Path, int]], training_seed: int | None = None) -> FolderBatches:
+
+def _encoded_splits(
+    config: DataConfig,
+    device: torch.device,
+    seed: int,
+    eval_batch_size: int,
+    memory_format: torch.memory_format,
+    shard: Shard,
+) -> DataSplits:
+    if config.unsup is not None:
+        raise ValueError(
+            f"data.unsup is mixed with images in arrays (cifar10, …), got data.name {config.name}"
+        )
+    root = config.root.expanduser()
+    if config.name == "imagenette":
+        dataset = _read_imagenette(config)
+    else:
+        dataset = class_folders(root) if config.name == "folder" else tar_shards(root)
+    train, test, skipped = dataset.train, dataset.test, []
+    if config.bad_images == "skip":
+        train, reasons = _readable(train)
+        skipped += reasons
+        if test is not None:
+            test, reasons = _readable(test)
+            skipped += reasons
+    if test is None:
+        chosen, tenth = stratified_split(train.labels, _a_tenth(len(train)))
+        train, test = train.subset(chosen), train.subset(tenth)
+    chosen, held_out = stratified_split(train.labels, config.num_val)
+    kept, val = train.subset(chosen), _mixed(train.subset(held_out))
+    cut = config.crop if config.crop != "auto" else _CROPS.get(config.name, "resized")
+    evaluated = Framing(config.image_size, cut)
+    trained = Framing(config.image_size, cut, True, config.padding, config.flip)
+    loader = config.loader
+    if loader == "auto":
+        loader = "dali" if has_dali() else "dataloader"
+    if loader == "resident":
+        if cut == "resized":
+            raise ValueError(
+                "data.loader resident keeps images of one size: it needs --data.crop pad with "
+                f"images of {config.image_size} x {config.image_size} pixels"
+            )
+        parts = [_decode_all(part, config.image_size) for part in (kept, val, _mixed(test))]
+        arrays = _Arrays(parts[0], parts[2], dataset.classes)
+        splits = _make_array_splits(
+            arrays,
+            dataclasses.replace(config, num_val=0),
+            device,
+            seed,
+            eval_batch_size,
+            memory_format,
+            shard,
+        )
+        if len(val):
+            pixels, labels = _tensor(parts[1]).to(device), parts[1].labels.to(device)
+            plan = BatchPlan(len(labels), eval_batch_size, shard=shard)
+            splits = splits._replace(
+                val=ResidentBatches(
+                    pixels, labels, dataset.classes, batch_size=eval_batch_size, plan=plan
+                )
+            )
+        return splits._replace(skipped=tuple(skipped))
+
+    def batches(source: EncodedImages, training_seed: int | None = None) -> Batches:
         training = training_seed is not None
-        return FolderBatches(
-            samples,
-            tuple(IMAGENETTE_CLASSES.values()),
+        kind = DaliBatches if loader == "dali" else LoaderBatches
+        return kind(
+            source,
+            dataset.classes,
+            trained if training else evaluated,
             batch_size=config.batch_size if training else eval_batch_size,
-            image_size=config.image_size,
             device=device,
             shuffle=training,
-            random_crop=training,
-            padding=config.padding if training else 0,
-            flip=config.flip and training,
             seed=training_seed or 0,
             shard=shard,
             num_workers=config.num_workers,
         )
 
-    kept = [train[index] for index in chosen.tolist()]
-    val = [train[index] for index in held_out.tolist()]
     return DataSplits(
         train=batches(kept, seed),
         probe=batches(kept, _probe_seed(seed)),
-        val=batches(_mixed(val)) if val else None,
+        val=batches(val) if len(val) else None,
         test=batches(_mixed(test)),
+        skipped=tuple(skipped),
     )
 
 
-def _mixed(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+def _readable(source: EncodedImages) -> tuple[EncodedImages, list[str]]:
+    """The images that can be decoded, and what is wrong with the others."""
+    bad = unreadable(source)
+    kept = torch.tensor([index for index in range(len(source)) if index not in bad])
+    for label in set(source.labels.tolist()) - set(source.labels[kept].tolist()):
+        first = next(index for index in bad if int(source.labels[index]) == label)
+        raise ValueError(f"no image with label {label} can be read; {bad[first]}")
+    return source.subset(kept), list(bad.values())
+
+
+def _decode_all(source: EncodedImages, size: int) -> _Images:
+    pixels = np.empty((len(source), size, size, 3), np.uint8)
+    for index in range(len(source)):
+        image = decode_image(source.read(index), source.name(index))
+        if image.shape[:2] != (size, size):
+            raise ValueError(
+                f"{source.name(index)}: data.loader resident needs images of {size} x {size} "
+                f"pixels (data.image_size), got {image.shape[0]} x {image.shape[1]}"
+            )
+        pixels[index] = image
+    return _Images(ArrayRows(pixels), source.labels)
+
+
+def _mixed(source: EncodedImages) -> EncodedImages:
     """The samples in another fixed order: the folders are sorted by class, and evaluation takes
     the first images where it is asked for fewer than all."""
-    order = torch.randperm(len(samples), generator=seeded_generator(_EVALUATION_SEED))
-    return [samples[index] for index in order.tolist()]
+    return source.subset(torch.randperm(len(source), generator=seeded_generator(_EVALUATION_SEED)))
 
 
 def _list_images(folder: Path) -> list[tuple[Path, int]]:

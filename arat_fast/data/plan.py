@@ -119,6 +119,7 @@ class BatchPlan:
         full, rest = divmod(num_samples, batch_size)
         too_small = 0 < rest < least
         self._num_batches = full + (rest > 0 and not too_small)
+        self._order: tuple[int, Tensor] | None = None
         self._end = full * batch_size if too_small and shuffle else num_samples
 
     def __len__(self) -> int:
@@ -129,6 +130,19 @@ class BatchPlan:
         if not self.shuffle:
             return torch.arange(self.num_samples)
         return torch.randperm(self.num_samples, generator=seeded_generator(self.seed, epoch))
+
+    def samples(self, epoch: int, number: int) -> Tensor:
+        """This rank's share of a batch: (N,), int64, on the CPU."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self.order(epoch))
+        return self._order[1][self.places(number)]
+
+    @property
+    def largest_share(self) -> int:
+        """The most samples that this rank can have in a batch."""
+        return max(
+            (part.stop - part.start for part in map(self.share, {0, len(self) - 1})), default=0
+        )
 
     def batch(self, number: int) -> slice:
         """The places of batch ``number`` in the order of its epoch, over all ranks."""
@@ -150,3 +164,87 @@ class BatchPlan:
         """Samples of an epoch, over all ranks, that come before batch ``number``; with
         ``number = len(plan)`` those of a whole epoch."""
         return self._end if number == len(self) else number * self.batch_size
+
+
+class MixedPlan(BatchPlan):
+    """Training batches of original and of generated images, ``fraction`` of each generated.
+
+    Samples count from 0: first the original ones, then the generated ones. An epoch has as many
+    batches as one of the original images alone, so that a schedule means the same with and without
+    generated images. Both kinds are drawn without repeats until all have been seen, which takes
+    several epochs, and are shuffled within the batch, so that every rank gets both.
+
+    Args:
+        num_original: original samples.
+        num_generated: generated samples, >= 1.
+        batch_size: samples in a batch, over all ranks.
+        fraction: share of the generated samples in a batch, in (0, 1).
+        seed: of the order, >= 0.
+        shard: this process.
+
+    Raises:
+        ValueError: as for :class:`BatchPlan`; nothing is generated; a batch would hold samples of
+            one kind only.
+
+    Source: Gowal et al., NeurIPS 2021 (arXiv 2110.09468), section 5.
+    """
+
+    def __init__(
+        self,
+        num_original: int,
+        num_generated: int,
+        batch_size: int,
+        fraction: float,
+        *,
+        seed: int = 0,
+        shard: Shard = WHOLE,
+    ) -> None:
+        super().__init__(num_original, batch_size, shuffle=True, seed=seed, shard=shard)
+        if num_generated < 1:
+            raise ValueError("no generated image, expected at least one")
+        self.num_generated = num_generated
+        self.fraction = fraction
+        generated = self._generated(0)
+        if not 0 < generated < self._size(0):
+            raise ValueError(
+                f"a batch of {self._size(0)} with unsup_fraction {fraction} holds {generated} "
+                "generated images, expected some of either kind"
+            )
+        self._passes: dict[int, tuple[int, Tensor]] = {}
+
+    def order(self, epoch: int) -> Tensor:
+        """The samples of the batches of an epoch in order, int64, on the CPU."""
+        numbers = range(len(self))
+        generated = [self._generated(number) for number in numbers]
+        original = [self._size(number) - generated[number] for number in numbers]
+        new = self._stream(1, self.num_generated, epoch * sum(generated), sum(generated))
+        old = self._stream(0, self.num_samples, epoch * sum(original), sum(original))
+        batches = []
+        for number, (a, b) in enumerate(
+            zip(old.split(original), new.split(generated), strict=True)
+        ):
+            batch = torch.cat([a, b + self.num_samples])
+            generator = seeded_generator(self.seed, epoch, number, 1)
+            batches.append(batch[torch.randperm(len(batch), generator=generator)])
+        return torch.cat(batches)
+
+    def _size(self, number: int) -> int:
+        batch = self.batch(number)
+        return batch.stop - batch.start
+
+    def _generated(self, number: int) -> int:
+        return round(self.fraction * self._size(number))
+
+    def _stream(self, kind: int, num_samples: int, start: int, length: int) -> Tensor:
+        """``length`` samples from place ``start`` of an endless row of permutations."""
+        parts = []
+        while length:
+            number, first = divmod(start, num_samples)
+            if self._passes.get(kind, (-1,))[0] != number:
+                generator = seeded_generator(self.seed, number, kind, 0, 0)
+                permutation = torch.randperm(num_samples, generator=generator)
+                self._passes[kind] = (number, permutation)
+            part = self._passes[kind][1][first : first + length]
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+        return torch.cat(parts)

@@ -17,17 +17,24 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from arat_fast.config import DataConfig
-from arat_fast.data import Batch, DataSplits, FolderBatches, load_data
-from arat_fast.data.folder import read_image
+from arat_fast.data import Batch, DataSplits, LoaderBatches, load_data
+from arat_fast.data.framing import Framing
 from arat_fast.data.load import IMAGENETTE_CLASSES
+from arat_fast.data.sources import FileImages
 
 CPU = torch.device("cpu")
 
 
 def load(root: Path, seed: int = 0, **options: Any) -> DataSplits:
-    options = {"batch_size": 6, "image_size": 16, "num_workers": 0, **options}
+    defaults = {"batch_size": 6, "image_size": 16, "num_workers": 0, "loader": "dataloader"}
+    options = {**defaults, **options}
     config = DataConfig(name="imagenette", root=root, **options)
     return load_data(config, device=CPU, seed=seed, eval_batch_size=7)
+
+
+def files(split: Any) -> list[Path]:
+    assert isinstance(split, LoaderBatches) and isinstance(split.source, FileImages)
+    return [path for path, _ in split.source.samples]
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
@@ -37,9 +44,8 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 def crops(path: Path, size: int, num_epochs: int, **options: Any) -> list[Tensor]:
-    batches = FolderBatches(
-        [(path, 0)], ("a",), batch_size=1, image_size=size, device=CPU, random_crop=True, **options
-    )
+    framing = Framing(size, random=True, **options)
+    batches = LoaderBatches(FileImages([(path, 0)]), ("a",), framing, batch_size=1, device=CPU)
     return [next(batches.epoch(epoch)).x[0] for epoch in range(num_epochs)]
 
 
@@ -48,8 +54,7 @@ def test_test_images_are_centre_crops(published: Any, tmp_path: Path) -> None:
     splits = load(tmp_path)
     batches = list(splits.test.epoch(0))
     x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
-    assert isinstance(splits.test, FolderBatches)
-    paths = [path for path, _ in splits.test.samples]
+    paths = files(splits.test)
     assert sorted(paths) == sorted((folder / "val").rglob("*.JPEG"))
     assert [list(IMAGENETTE_CLASSES)[label] for label in y.tolist()] == [
         p.parent.name for p in paths
@@ -69,10 +74,10 @@ def test_first_images_to_evaluate_are_of_all_classes(published: Any, tmp_path: P
     splits = load(tmp_path, num_val=60)
     again = load(tmp_path, num_val=60, seed=9)
     for part, other, first in ((splits.test, again.test, 40), (splits.val, again.val, 30)):
-        assert isinstance(part, FolderBatches) and isinstance(other, FolderBatches)
-        assert part.samples == other.samples
-        assert {label for _, label in part.samples[:first]} == set(range(10))
-        assert len({label for _, label in part.samples[:16]}) > 5
+        assert files(part) == files(other)
+        assert isinstance(part, LoaderBatches)
+        assert set(part.source.labels[:first].tolist()) == set(range(10))
+        assert len(set(part.source.labels[:16].tolist())) > 5
 
 
 @settings(max_examples=50, deadline=None)
@@ -83,9 +88,11 @@ def test_centre_crop_of_any_size_is_torchvisions(
     path = tmp_path_factory.mktemp("images") / "image.png"
     pixels = np.random.default_rng(4).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    batches = FolderBatches([(path, 0)], ("a",), batch_size=1, image_size=size, device=CPU)
+    batches = LoaderBatches(
+        FileImages([(path, 0)]), ("a",), Framing(size), batch_size=1, device=CPU
+    )
     expected = F.center_crop(torch.from_numpy(pixels).permute(2, 0, 1), [size, size])
-    assert torch.equal(batches.load_image(0, 0), expected)
+    assert torch.equal(next(batches.pixels(0))[0][0], expected)
 
 
 def positions(length: int, size: int, padding: int) -> set[int]:
@@ -182,12 +189,11 @@ def test_interrupt_of_the_workers_loses_no_batch(published: Any, tmp_path: Path)
 def test_held_out_images(published: Any, tmp_path: Path) -> None:
     published.imagenette(per_class=3)
     splits = load(tmp_path, num_val=10, seed=4)
-    assert isinstance(splits.train, FolderBatches) and isinstance(splits.val, FolderBatches)
-    train, val = ({path for path, _ in part.samples} for part in (splits.train, splits.val))
+    assert isinstance(splits.val, LoaderBatches)
+    train, val = (set(files(part)) for part in (splits.train, splits.val))
     assert not train & val and len(train) == 20 and len(val) == 10
-    assert sorted(label for _, label in splits.val.samples) == list(range(10))
-    other = load(tmp_path, num_val=10, seed=5).val
-    assert isinstance(other, FolderBatches) and other.samples == splits.val.samples
+    assert sorted(splits.val.source.labels.tolist()) == list(range(10))
+    assert files(load(tmp_path, num_val=10, seed=5).val) == files(splits.val)
     assert [len(b.y) for b in splits.val.epoch(0)] == [7, 3]
     with pytest.raises(ValueError, match="at most 28 .* got 29"):
         load(tmp_path, num_val=29)
@@ -207,8 +213,7 @@ def test_damaged_image_is_named_in_one_line(
 ) -> None:
     published.imagenette()
     test = load(tmp_path).test
-    assert isinstance(test, FolderBatches)
-    path = test.samples[9][0]
+    path = files(test)[9]
     content = path.read_bytes()
     path.write_bytes({"truncated": content[: len(content) - 60], "empty": b""}.get(damage, b"text"))
     batches = load(tmp_path, num_workers=num_workers).test.epoch(0)
@@ -221,7 +226,7 @@ def test_damaged_image_is_named_in_one_line(
 
 def test_image_that_vanished_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gone.JPEG"):
-        read_image(tmp_path / "gone.JPEG")
+        FileImages([(tmp_path / "gone.JPEG", 0)]).read(0)
 
 
 def test_missing_pieces_are_named(published: Any, tmp_path: Path) -> None:
@@ -264,6 +269,12 @@ def test_empty_folder_names_the_absent_split(tmp_path: Path) -> None:
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     arguments = {"samples": [(Path("a.JPEG"), 0)], "batch_size": 2, "image_size": 8, **options}
-    samples = arguments.pop("samples")
+    source = FileImages(arguments["samples"])
     with pytest.raises(ValueError, match=message):
-        FolderBatches(samples, ("a", "b"), device=CPU, **arguments)
+        LoaderBatches(
+            source,
+            ("a", "b"),
+            Framing(arguments["image_size"]),
+            batch_size=arguments["batch_size"],
+            device=CPU,
+        )

@@ -1,0 +1,362 @@
+"""Batches decoded by NVIDIA DALI: on the GPU where there is one, by its C++ threads on the CPU.
+
+DALI's own readers are not used. Their order depends on the number of shards and on how far the
+reader has come: ``shuffle_after_epoch`` draws from a fixed seed whatever seed the pipeline is
+given, an epoch's length follows from the reader's name and padding, and a reset before the end of
+an epoch does nothing. Here every batch is fed by number from the plan that all loaders share, so
+that its samples are those of any other loader, a run goes on at any batch, and an epoch can be left
+at any time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from arat_fast.data.framing import Framing
+from arat_fast.data.images import EncodedBatches, cut_out
+from arat_fast.data.sources import decode_image, image_size
+
+INSTALL = 'pip install "arat-fast[dali]"'
+QUEUE_DEPTH = 2
+"""Batches that DALI prepares ahead."""
+
+
+def has_dali() -> bool:
+    """Whether DALI can be imported."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def require_dali() -> None:
+    """Raise a ValueError unless DALI can be imported."""
+    if not has_dali():
+        raise ValueError(
+            f"data.loader dali needs NVIDIA DALI, which is not installed: {INSTALL} (Linux), or "
+            "--data.loader dataloader"
+        )
+
+
+Label = TypeVar("Label")
+Inputs = dict[str, Any]
+
+
+class _Encoded(NamedTuple):
+    """One batch on its way to the decoder: contents of the files, boxes (N, 4) and mirror (N,)."""
+
+    index: list[int]
+    contents: list[bytes]
+    boxes: npt.NDArray[np.int64]
+    mirror: npt.NDArray[np.bool_]
+    # (N, 4): the part of each image that is decoded.
+    regions: npt.NDArray[np.int64]
+
+
+class DaliBatches(EncodedBatches):
+    """:class:`EncodedBatches` by DALI; arguments as there.
+
+    On a CPU, DALI decodes no more than what is cut out, in ``num_workers`` threads (at least one),
+    and PyTorch scales it: pixels are those of :class:`LoaderBatches`. On a GPU everything is done
+    there; PNG and other files that the GPU cannot decode are decoded by the CPU first.
+
+    Raises:
+        ValueError: as for :class:`EncodedBatches`; DALI is not installed.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        require_dali()
+        self._pipeline: DaliStream | None = None
+
+    def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
+        if self._pipeline is None:
+            self._pipeline = DaliStream(
+                partial(
+                    image_pipeline,
+                    self.framing,
+                    batch_size=self.plan.largest_share,
+                    num_threads=max(self.num_workers, 1),
+                    device=self.device,
+                )
+            )
+        on_gpu = self.device.type == "cuda"
+        with ThreadPoolExecutor(1) as reader:
+            for encoded, outputs in self._pipeline.run(self._encoded(epoch, start_batch, reader)):
+                if isinstance(outputs, RuntimeError):
+                    raise self._explain(encoded, outputs) from outputs
+                images = _as_tensor(outputs) if on_gpu else self._finish(encoded, outputs)
+                labels = self.source.labels[torch.tensor(encoded.index)]
+                yield images, labels.to(self.device, non_blocking=True)
+
+    def _encoded(
+        self, epoch: int, start_batch: int, reader: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Encoded, Inputs]]:
+        """The batches of an epoch and what DALI is fed for each, read one batch ahead."""
+        order = self.plan.order(epoch)
+        numbers = range(start_batch, len(self))
+        ahead = deque(reader.submit(self._read, order, epoch, n) for n in numbers[:1])
+        for number in numbers:
+            if number + 1 < len(self):
+                ahead.append(reader.submit(self._read, order, epoch, number + 1))
+            encoded = ahead.popleft().result()
+            yield (
+                encoded,
+                {
+                    "encoded": [np.frombuffer(content, np.uint8) for content in encoded.contents],
+                    "region": list(encoded.regions.astype(np.int32)),
+                    "shift": list((encoded.boxes - encoded.regions)[:, :2].astype(np.int32)),
+                    "mirror": list(encoded.mirror.astype(np.int32)),
+                },
+            )
+
+    def _read(self, order: Tensor, epoch: int, number: int) -> _Encoded:
+        index = order[self.plan.places(number)].tolist()
+        contents = [self.source.read(i) for i in index]
+        sizes = [image_size(c, self.source.name(i)) for c, i in zip(contents, index, strict=True)]
+        heights, widths = np.array(sizes).T
+        draws = self.framing.draw(self.plan, epoch, number)
+        boxes, mirror = self.framing.place(heights, widths, draws)
+        return _Encoded(index, contents, boxes, mirror, inside(boxes, heights, widths))
+
+    def _finish(self, encoded: _Encoded, outputs: Any) -> Tensor:
+        size = self.framing.size
+        images = torch.zeros(len(encoded.index), 3, size, size, dtype=torch.uint8)
+        boxes = encoded.boxes.copy()
+        boxes[:, :2] -= encoded.regions[:, :2]
+        for place, (box, mirror) in enumerate(zip(boxes.tolist(), encoded.mirror, strict=True)):
+            cut_out(np.asarray(outputs[0][place]), box, bool(mirror), images[place])
+        return images
+
+    def _explain(self, encoded: _Encoded, error: RuntimeError) -> ValueError:
+        """Which file of a batch DALI could not decode."""
+        for index, content in zip(encoded.index, encoded.contents, strict=True):
+            try:
+                decode_image(content, self.source.name(index))
+            except ValueError as found:
+                return found
+        names = self.source.name(encoded.index[0])
+        reason = " ".join(str(error).split())[-200:]
+        return ValueError(
+            f"DALI cannot decode an image of the batch that begins with {names} and that Pillow "
+            f"can: {reason}; --data.loader dataloader reads it"
+        )
+
+
+def inside(
+    boxes: npt.NDArray[np.int64], heights: npt.ArrayLike, widths: npt.ArrayLike
+) -> npt.NDArray[np.int64]:
+    """The part of each box (N, 4) that lies in its image, at least one pixel of the image."""
+    h, w = np.asarray(heights), np.asarray(widths)
+    top, left = np.clip(boxes[:, 0], 0, h - 1), np.clip(boxes[:, 1], 0, w - 1)
+    bottom = np.clip(boxes[:, 0] + boxes[:, 2], top + 1, h)
+    right = np.clip(boxes[:, 1] + boxes[:, 3], left + 1, w)
+    return np.stack([top, left, bottom - top, right - left], 1)
+
+
+def image_pipeline(
+    framing: Framing,
+    *,
+    batch_size: int,
+    num_threads: int,
+    device: torch.device,
+    whole: bool | None = None,
+) -> Any:
+    """A DALI pipeline with the inputs "encoded" (bytes of a file), "region" (first row and column,
+    height and width to decode), "shift" (first row and column of the square in the region) and
+    "mirror" (0 or 1).
+
+    Args:
+        framing: size and kind of the squares.
+        batch_size: the largest batch.
+        num_threads: of the CPU, >= 1.
+        device: which decodes. Nothing is found out: without a GPU this is the CPU.
+        whole: also scale, mirror and transpose to (3, size, size), otherwise regions come out,
+            (height, width, 3); default on a GPU only.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    on_gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=QUEUE_DEPTH,
+        exec_dynamic=True,
+    )
+    with pipeline:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        region = fn.external_source(name="region", dtype=types.INT32, ndim=1)
+        shift = fn.external_source(name="shift", dtype=types.INT32, ndim=1)
+        mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+        images = fn.decoders.image_slice(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            axis_names="HW",
+            start=region[:2],
+            shape=region[2:],
+            # As Pillow decodes: chroma interpolated, no rotation by the EXIF tag.
+            jpeg_fancy_upsampling=True,
+            adjust_orientation=False,
+        )
+        if on_gpu if whole is None else whole:
+            size = [framing.size, framing.size]
+            if framing.kind == "resized":
+                images = fn.resize(
+                    images, size=size, interp_type=types.INTERP_LINEAR, antialias=True
+                )
+            else:
+                images = fn.slice(
+                    images,
+                    start=shift,
+                    shape=size,
+                    axis_names="HW",
+                    out_of_bounds_policy="pad",
+                    fill_values=0,
+                )
+            images = fn.transpose(fn.flip(images, horizontal=mirror), perm=[2, 0, 1])
+        # An input that nothing depends on could not be fed.
+        pipeline.set_outputs(images, shift, mirror)
+    pipeline.build()
+    return pipeline
+
+
+def array_pipeline(
+    *, batch_size: int, num_threads: int, size: tuple[int, int], device: torch.device
+) -> Any:
+    """A DALI pipeline with the inputs "images" (height, width, channels), "start" (first row and
+    column of the crop, beyond the image there are zeros) and "mirror" (0 or 1); what comes out is
+    (channels, height, width), uint8.
+
+    Args:
+        batch_size: the largest batch.
+        num_threads: of the CPU, >= 1.
+        size: height and width of the images.
+        device: which crops and mirrors.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    on_gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=QUEUE_DEPTH,
+        exec_dynamic=True,
+    )
+    with pipeline:
+        images = fn.external_source(name="images", dtype=types.UINT8, ndim=3)
+        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+        mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+        cropped = fn.slice(
+            images.gpu() if on_gpu else images,
+            start=start,
+            shape=list(size),
+            axes=[0, 1],
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
+        flipped = fn.flip(fn.reinterpret(cropped, layout="HWC"), horizontal=mirror)
+        pipeline.set_outputs(fn.transpose(flipped, perm=[2, 0, 1]))
+    pipeline.build()
+    return pipeline
+
+
+def _as_tensor(outputs: Any) -> Tensor:
+    """A copy of the first output; DALI uses its memory again."""
+    return torch.from_dlpack(outputs[0].as_tensor()).clone()
+
+
+class DaliStream:
+    """Batches through a pipeline, in order, several of them under way; made anew after an error.
+
+    Args:
+        make: builds the pipeline.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._pipeline: Any = None
+        # Batches scheduled and not yet taken, and whether the last one taken is still in use.
+        self._under_way = 0
+        self._held = False
+
+    def run(self, batches: Iterable[tuple[Label, Inputs]]) -> Iterator[tuple[Label, Any]]:
+        """Feed each batch and yield what comes out of it, valid until the next is asked for.
+
+        Args:
+            batches: a label of one's own, and the inputs of the pipeline by name.
+
+        Yields:
+            the label, and the outputs or the RuntimeError that DALI raised.
+        """
+        waiting: deque[tuple[Label, Inputs]] = deque()
+        try:
+            for label, inputs in batches:
+                waiting.append((label, inputs))
+                self._schedule(inputs)
+                if len(waiting) == QUEUE_DEPTH:
+                    yield waiting[0][0], self._outputs()
+                    self._release()
+                    waiting.popleft()
+            while waiting:
+                yield waiting[0][0], self._outputs()
+                self._release()
+                waiting.popleft()
+        finally:
+            # Where an epoch is left early: DALI reads the inputs until it has used them.
+            self._release()
+            while self._under_way:
+                self._outputs()
+                self._release()
+
+    def _schedule(self, inputs: Inputs) -> None:
+        if self._pipeline is None:
+            self._pipeline = self._make()
+            # The first run of a pipeline takes as many batches as its queue is deep.
+            first = {name: values[:1] for name, values in inputs.items()}
+            for _ in range(QUEUE_DEPTH - 1):
+                self._feed(first)
+            self._feed(inputs)
+            self._under_way = QUEUE_DEPTH
+            self._pipeline.schedule_run()
+            for _ in range(QUEUE_DEPTH - 1):
+                self._outputs()
+                self._release()
+            return
+        self._feed(inputs)
+        self._pipeline.schedule_run()
+        self._under_way += 1
+
+    def _feed(self, inputs: Inputs) -> None:
+        for name, values in inputs.items():
+            self._pipeline.feed_input(name, values)
+
+    def _outputs(self) -> Any:
+        try:
+            outputs = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            # DALI cannot go on with this pipeline.
+            self._pipeline, self._under_way = None, 0
+            return error
+        self._under_way -= 1
+        self._held = True
+        return outputs
+
+    def _release(self) -> None:
+        if self._held:
+            self._pipeline.release_outputs()
+            self._held = False

@@ -1,0 +1,139 @@
+"""How an image of any size becomes a square: crop, scale, mirror; the same for every loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from arat_fast.data.plan import BatchPlan, seeded_generator
+
+AREA = (0.08, 1.0)
+"""Share of the image that a random resized crop covers."""
+
+RATIO = (3 / 4, 4 / 3)
+"""Width over height of a random resized crop."""
+
+ATTEMPTS = 10
+"""Crops that are tried before the largest one in the middle is taken."""
+
+EVALUATED = 7 / 8
+"""Share of the shorter side that evaluation looks at: 224 of 256 pixels."""
+
+Kind = Literal["pad", "resized"]
+Boxes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What is cut out of an image.
+
+    Args:
+        size: height and width of the result, in pixels, >= 1.
+        kind: "pad" cuts out size × size pixels; where the image is smaller, zeros surround it.
+            "resized" scales a part of the image, of any size, to size × size.
+        random: training: a random place, for "resized" a random size and shape too; else the
+            centre.
+        padding: "pad" with ``random``: pixels of zeros around the image before the crop.
+        flip: mirror half of the images.
+
+    Raises:
+        ValueError: ``size`` or ``padding`` out of range.
+
+    Source: the random resized crop of Szegedy et al., CVPR 2015 (arXiv 1409.4842), section 6.
+    """
+
+    size: int
+    kind: Kind = "pad"
+    random: bool = False
+    padding: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"image_size must be >= 1, got {self.size}")
+        if self.padding < 0:
+            raise ValueError(f"padding must be >= 0, got {self.padding}")
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is left to chance."""
+        return self.random or self.flip
+
+    def draw(self, plan: BatchPlan, epoch: int, number: int) -> Tensor:
+        """Random numbers of this rank's share of a batch, (N, 3 + 2 ATTEMPTS), float64, in [0, 1).
+
+        They belong to the places of the whole batch, and are 0 where nothing is random.
+        """
+        batch = plan.batch(number)
+        shape = (batch.stop - batch.start, 3 + 2 * ATTEMPTS)
+        if not self.draws:
+            return torch.zeros(shape, dtype=torch.float64)[plan.share(number)]
+        generator = seeded_generator(plan.seed, epoch, number)
+        return torch.rand(shape, generator=generator, dtype=torch.float64)[plan.share(number)]
+
+    def place(
+        self, heights: npt.ArrayLike, widths: npt.ArrayLike, draws: Tensor
+    ) -> tuple[Boxes, npt.NDArray[np.bool_]]:
+        """Where to cut and what to mirror.
+
+        Args:
+            heights: of the images (N,), in pixels.
+            widths: of the images (N,), in pixels.
+            draws: (N, 3 + 2 ATTEMPTS), from :meth:`draw`.
+
+        Returns:
+            (N, 4) boxes: first row, first column, height and width; of kind "pad" they can reach
+            beyond the image; and (N,) whether to mirror.
+        """
+        u = draws.numpy()
+        h, w = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+        mirror = u[:, 2] < 0.5 if self.flip else np.zeros(len(h), np.bool_)
+        if self.kind == "resized":
+            boxes = self._resized(h, w, u) if self.random else self._middle(h, w)
+        else:
+            size = np.full(len(h), self.size)
+            rows, columns = (
+                self._random_start(length, u[:, axis]) if self.random else self._centre(length)
+                for axis, length in enumerate((h, w))
+            )
+            boxes = np.stack([rows, columns, size, size], 1)
+        return boxes, mirror
+
+    def _centre(self, length: Boxes) -> Boxes:
+        """Where a centred crop starts, as torchvision's; negative for an image that is smaller."""
+        inside = np.round((length - self.size) / 2).astype(np.int64)
+        return np.where(length >= self.size, inside, -((self.size - length) // 2))
+
+    def _random_start(self, length: Boxes, u: npt.NDArray[np.float64]) -> Boxes:
+        """Where a crop of the padded image starts, counted from the image itself."""
+        padding = self.padding + np.maximum(self.size - length - 2 * self.padding, 0)
+        places = length + 2 * padding - self.size + 1
+        return (u * places).astype(np.int64) - padding
+
+    def _resized(self, h: Boxes, w: Boxes, u: npt.NDArray[np.float64]) -> Boxes:
+        area = (h * w)[:, None] * (AREA[0] + (AREA[1] - AREA[0]) * u[:, 3 : 3 + ATTEMPTS])
+        low, high = np.log(RATIO[0]), np.log(RATIO[1])
+        ratio = np.exp(low + (high - low) * u[:, 3 + ATTEMPTS :])
+        widths = np.round(np.sqrt(area * ratio)).astype(np.int64)
+        heights = np.round(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (widths <= w[:, None]) & (heights <= h[:, None]) & (widths > 0) & (heights > 0)
+        first = fits.argmax(1)
+        rows = np.arange(len(h))
+        # The largest crop in the middle whose shape is allowed.
+        widest = np.minimum(w, np.round(h * RATIO[1])).astype(np.int64)
+        highest = np.minimum(h, np.round(w / RATIO[0])).astype(np.int64)
+        found = fits.any(1)
+        width = np.where(found, widths[rows, first], np.maximum(widest, 1))
+        height = np.where(found, heights[rows, first], np.maximum(highest, 1))
+        top = np.where(found, (u[:, 0] * (h - height + 1)).astype(np.int64), (h - height) // 2)
+        left = np.where(found, (u[:, 1] * (w - width + 1)).astype(np.int64), (w - width) // 2)
+        return np.stack([top, left, height, width], 1)
+
+    def _middle(self, h: Boxes, w: Boxes) -> Boxes:
+        side = np.maximum(np.round(np.minimum(h, w) * EVALUATED).astype(np.int64), 1)
+        return np.stack([(h - side) // 2, (w - side) // 2, side, side], 1)

@@ -1,0 +1,230 @@
+"""Encoded images as batches: what the loaders of files have in common, and PyTorch's DataLoader."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from arat_fast.data.batches import Batch
+from arat_fast.data.framing import Framing
+from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
+from arat_fast.data.sources import EncodedImages, decode_image
+
+
+class EncodedBatches:
+    """A dataset of encoded images, decoded batch by batch as RGB; how is a subclass's.
+
+    The order depends on the seed and the epoch, what is cut out and mirrored on the seed, the epoch
+    and the place in the whole batch: neither depends on the loader, on ``num_workers`` or on the
+    number of ranks.
+
+    Args:
+        source: the images; labels in [0, number of classes).
+        classes: class names, one per label.
+        framing: how an image becomes a square.
+        batch_size: samples in a batch, over all ranks; the last one of an epoch can differ
+            (:class:`arat_fast.data.plan.BatchPlan`).
+        device: where the batches go.
+        shuffle: new order in each epoch.
+        seed: of order and augmentation.
+        shard: this process.
+        num_workers: processes or threads that decode, >= 0.
+
+    Raises:
+        ValueError: an argument out of range, now; a file that is no readable image, when its batch
+            is made.
+    """
+
+    def __init__(
+        self,
+        source: EncodedImages,
+        classes: tuple[str, ...],
+        framing: Framing,
+        *,
+        batch_size: int,
+        device: torch.device,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard: Shard = WHOLE,
+        num_workers: int = 0,
+    ) -> None:
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be >= 0, got {num_workers}")
+        self.plan = BatchPlan(len(source), batch_size, shuffle=shuffle, seed=seed, shard=shard)
+        wrong = (source.labels < 0) | (source.labels >= len(classes))
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"labels must lie in [0, {len(classes) - 1}], got {int(source.labels[first])} for "
+                f"{source.name(first)}"
+            )
+        self.source = source
+        self.num_samples = len(source)
+        self.classes = classes
+        self.num_classes = len(classes)
+        self.image_shape = (3, framing.size, framing.size)
+        self.framing = framing
+        self.device = device
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """This rank's share of the batches of epoch ``epoch`` (>= 0), from ``start_batch`` on."""
+        for images, labels in self.pixels(epoch, start_batch):
+            yield Batch(images.to(torch.float32) / 255, labels)
+
+    def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
+        raise TypeError(f"{type(self).__name__} does not decode: use LoaderBatches or DaliBatches")
+
+
+class LoaderBatches(EncodedBatches):
+    """:class:`EncodedBatches` by PyTorch's DataLoader and Pillow; arguments as there.
+
+    ``num_workers`` processes decode, and stay from one epoch to the next; 0 decodes in this one.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._numbers = BatchNumbers()
+        self._loader: DataLoader[tuple[Tensor, Tensor, str]] | None = None
+        atexit.register(_stop_workers, weakref.ref(self))
+
+    def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
+        self._numbers.set(epoch, range(start_batch, len(self)))
+        on_gpu = self.device.type == "cuda"
+        if self._loader is None:
+            self._loader = DataLoader(
+                _Samples(self),
+                batch_size=None,
+                sampler=self._numbers,
+                num_workers=min(self.num_workers, len(self)),
+                pin_memory=on_gpu,
+                persistent_workers=min(self.num_workers, len(self)) > 0,
+                worker_init_fn=leave_signals_to_the_parent,
+                # Otherwise a number is drawn from the global generator, once per epoch.
+                generator=seeded_generator(self.plan.seed, epoch),
+            )
+        for images, labels, error in self._loader:
+            if error:
+                raise ValueError(error)
+            yield (
+                images.to(self.device, non_blocking=on_gpu),
+                labels.to(self.device, non_blocking=on_gpu),
+            )
+
+
+def _stop_workers(batches: weakref.ref[LoaderBatches]) -> None:
+    """At exit: workers that still wait for work would be killed, and PyTorch would complain."""
+    alive = batches()
+    if alive is not None:
+        alive._loader = None
+
+
+class BatchNumbers:
+    """The (epoch, batch) pairs that the DataLoader asks for; changed before each of its epochs."""
+
+    def __init__(self) -> None:
+        self.set(0, range(0))
+
+    def set(self, epoch: int, numbers: range) -> None:
+        self.pairs = [(epoch, number) for number in numbers]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class _Samples(Dataset[tuple[Tensor, Tensor, str]]):
+    """Batches by their epoch and number: images, labels and the error, if there was one.
+
+    An exception in a worker would reach the user as a traceback of many lines.
+    """
+
+    def __init__(self, batches: EncodedBatches) -> None:
+        self.source = batches.source
+        self.framing = batches.framing
+        self.plan = batches.plan
+        self.order: tuple[int, Tensor] | None = None
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+        epoch, number = place
+        if self.order is None or self.order[0] != epoch:
+            self.order = (epoch, self.plan.order(epoch))
+        chosen = self.order[1][self.plan.places(number)]
+        labels = self.source.labels[chosen]
+        draws = self.framing.draw(self.plan, epoch, number)
+        size = self.framing.size
+        images = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
+        for place_in_batch, index in enumerate(chosen.tolist()):
+            try:
+                image = decode_image(self.source.read(index), self.source.name(index))
+            except ValueError as error:
+                return torch.empty(0), labels, str(error)
+            one = slice(place_in_batch, place_in_batch + 1)
+            boxes, mirror = self.framing.place([image.shape[0]], [image.shape[1]], draws[one])
+            cut_out(image, boxes[0].tolist(), bool(mirror[0]), images[place_in_batch])
+        return images, labels, ""
+
+
+def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Tensor) -> None:
+    """Write a part of an image, scaled where its size is another one, into a square.
+
+    Args:
+        image: (height, width, 3), uint8.
+        box: first row, first column, height and width of the part; beyond the image there are
+            zeros, but a part that is scaled lies inside.
+        mirror: mirror it horizontally.
+        out: (3, size, size), uint8, zeros; written.
+    """
+    top, left, height, width = box
+    size = out.shape[1]
+    if (height, width) == (size, size):
+        rows, columns = _overlap(top, size, image.shape[0]), _overlap(left, size, image.shape[1])
+        inside = image[rows.start : rows.stop, columns.start : columns.stop].transpose(2, 0, 1)
+        target_rows = slice(rows.start - top, rows.stop - top)
+        target_columns = slice(columns.start - left, columns.stop - left)
+        out[:, target_rows, target_columns] = torch.from_numpy(inside)
+    else:
+        part = torch.from_numpy(image[top : top + height, left : left + width])
+        scaled = F.interpolate(
+            part.permute(2, 0, 1)[None], size=(size, size), mode="bilinear", antialias=True
+        )
+        out.copy_(scaled[0])
+    if mirror:
+        out.copy_(out.flip(2))
+
+
+def _overlap(offset: int, size: int, length: int) -> range:
+    """The places of ``range(offset, offset + size)`` that lie in the image; empty if none does."""
+    start = max(offset, 0)
+    return range(start, max(min(offset + size, length), start))
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches the workers too, and a fork inherits the trainer's handlers: the batch under
+    # way must still arrive, and a worker that is told to terminate must do so.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def default_workers() -> int:
+    """As many as there are cores for this process."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -1,0 +1,207 @@
+"""Encoded images by number: files in folders, members of tar shards."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+"""Names of image files end in one of these, in any case."""
+
+MAX_PIXELS = 150_000_000
+"""Larger images are refused before they are decoded. Pillow refuses about as many itself."""
+
+# Pillow reports damage as any of these, depending on the format and on where the damage is.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class EncodedImages(Protocol):
+    """Images as the bytes of their files.
+
+    Attributes:
+        labels: (num_samples,), int64.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one image.
+
+        Raises:
+            ValueError: they cannot be read; the message names the file.
+        """
+
+    def name(self, index: int) -> str:
+        """The file, for messages."""
+
+    def subset(self, index: Tensor) -> EncodedImages:
+        """The images ``index`` (N,), int64, in that order."""
+
+
+class FileImages:
+    """Image files.
+
+    Args:
+        samples: (file, label) of each image.
+    """
+
+    def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
+        self.samples = tuple(samples)
+        self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one file."""
+        path = self.samples[index][0]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise _unreadable(str(path), error) from error
+
+    def name(self, index: int) -> str:
+        """The path of one file."""
+        return str(self.samples[index][0])
+
+    def subset(self, index: Tensor) -> FileImages:
+        """The files ``index`` (N,), int64, in that order."""
+        return FileImages([self.samples[i] for i in index.tolist()])
+
+
+class TarImages:
+    """Members of tar archives, read where they lie.
+
+    Args:
+        shards: the archives.
+        members: (num_samples, 3), int64: archive, first byte and number of bytes of each image.
+        names: of the members, without their suffix.
+        labels: (num_samples,), int64.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        members: npt.NDArray[np.int64],
+        names: Sequence[str],
+        labels: Tensor,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.members = members
+        self.names = tuple(names)
+        self.labels = labels
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _local=threading.local())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one member."""
+        shard, start, size = self.members[index].tolist()
+        try:
+            file = self._open(shard)
+            file.seek(start)
+            content = file.read(size)
+        except OSError as error:
+            raise _unreadable(self.name(index), error) from error
+        if len(content) != size:
+            raise ValueError(
+                f"{self.name(index)}: expected {size} bytes, got {len(content)}: the archive was "
+                "cut since it was listed"
+            )
+        return content
+
+    def _open(self, shard: int) -> io.FileIO:
+        """An open file of this thread and this process: a fork would share its position."""
+        files: dict[tuple[int, int], io.FileIO] = self._local.__dict__.setdefault("files", {})
+        key = (os.getpid(), shard)
+        if key not in files:
+            files[key] = io.FileIO(self.shards[shard])
+        return files[key]
+
+    def name(self, index: int) -> str:
+        """Archive and member."""
+        return f"{self.shards[int(self.members[index, 0])]}: {self.names[index]}"
+
+    def subset(self, index: Tensor) -> TarImages:
+        """The members ``index`` (N,), int64, in that order."""
+        return TarImages(
+            self.shards,
+            self.members[index.numpy()],
+            [self.names[i] for i in index.tolist()],
+            self.labels[index],
+        )
+
+
+def image_size(content: bytes, name: str) -> tuple[int, int]:
+    """Height and width of an encoded image, from its header.
+
+    Args:
+        content: of the file.
+        name: of the file, for the message.
+
+    Raises:
+        ValueError: it is no image, or one of more than ``MAX_PIXELS`` pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+    except _DAMAGE as error:
+        raise _unreadable(name, error) from error
+    _check_pixels(height, width, name)
+    return height, width
+
+
+def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
+    """Decode an image as RGB: (height, width, 3); alpha is dropped, 16 bits become 8.
+
+    Args:
+        content: of the file.
+        name: of the file, for the message.
+
+    Raises:
+        ValueError: it is cut short or no image, or has more than ``MAX_PIXELS`` pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            _check_pixels(image.height, image.width, name)
+            if image.mode.startswith("I"):
+                # Pillow would cut 16 bits off at 255.
+                grey = np.round(np.asarray(image, np.float64) / 257).clip(0, 255)
+                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, 2)
+            return np.array(image.convert("RGB"))
+    except _DAMAGE as error:
+        raise _unreadable(name, error) from error
+
+
+def _check_pixels(height: int, width: int, name: str) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"{name}: an image of {height} x {width} pixels, expected at most {MAX_PIXELS:,} "
+            "pixels; scale it down first"
+        )
+
+
+def _unreadable(name: str, error: BaseException) -> ValueError:
+    if isinstance(error, ValueError) and str(error).startswith(f"{name}: "):
+        return error
+    reason = " ".join(str(error).split())
+    return ValueError(f"{name}: expected an image file, but reading it fails: {reason}")
