@@ -5,48 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from arat_fast.config import DataConfig
-from arat_fast.data.arrays import ArrayRows, JoinedRows, Rows, SelectedRows, StreamedBatches
+from arat_fast.data.arrays import ArrayRows, JoinedRows, StreamedBatches
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
-from arat_fast.data.digits import MAX_VALUE, load_digits
-from arat_fast.data.formats import (
-    Encoded,
-    array_folder,
-    cifar_binary,
-    class_folders,
-    tar_shards,
-    unreadable,
+from arat_fast.data.datasets import (
+    Arrays,
+    Images,
+    a_tenth,
+    read_arrays,
+    read_imagenette,
+    stratified_split,
 )
+from arat_fast.data.formats import array_folder, class_folders, tar_shards, unreadable
 from arat_fast.data.framing import Framing, Kind
 from arat_fast.data.images import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
-from arat_fast.data.published import HINT, check_file, fetch, unpack
-from arat_fast.data.sources import EncodedImages, FileImages, decode_image
+from arat_fast.data.sources import EncodedImages, decode_image
 
-# The class folders of Imagenette, in the order of their labels.
-IMAGENETTE_CLASSES = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-}
 _CROPS: dict[str, Kind] = {"imagenette": "pad"}
-_VAL_SEED = 20
 _EVALUATION_SEED = 21
 _PROBE_STREAM = 1
 
@@ -100,59 +83,6 @@ def load_data(
     return make(config, device, seed, eval_batch_size, memory_format, shard)
 
 
-def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
-    """Choose a fixed held-out set with the class shares of the whole, as nearly as counts allow.
-
-    Args:
-        labels: (num_samples,), int64, >= 0.
-        num_val: images to hold out, in [0, num_samples - 2].
-
-    Returns:
-        sorted indices of the images to train on and of those held out, int64.
-
-    Raises:
-        ValueError: a label is negative, or num_val leaves fewer than two images to train on.
-    """
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
-    if num_val and num_val > len(labels) - 2:
-        raise ValueError(
-            f"data.num_val must be at most {max(len(labels) - 2, 0)} to leave two of the "
-            f"{len(labels)} training images, got {num_val}"
-        )
-    counts = torch.bincount(labels)
-    exact = counts * num_val
-    quota = exact // len(labels)
-    rest = num_val - int(quota.sum())
-    largest = torch.argsort(exact % len(labels), descending=True, stable=True)[:rest]
-    quota[largest] += 1
-    generator = seeded_generator(_VAL_SEED)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label, number in enumerate(quota.tolist()):
-        members = torch.nonzero(labels == label)[:, 0]
-        chosen = torch.randperm(len(members), generator=generator)[:number]
-        held_out[members[chosen]] = True
-    return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
-
-
-class _Images(NamedTuple):
-    rows: Rows
-    labels: Tensor
-
-    def subset(self, index: Tensor) -> _Images:
-        chosen = index.numpy()
-        if isinstance(self.rows, ArrayRows):
-            return _Images(ArrayRows(self.rows.pixels[chosen]), self.labels[index])
-        return _Images(SelectedRows(self.rows, chosen), self.labels[index])
-
-
-class _Arrays(NamedTuple):
-    train: _Images
-    test: _Images
-    classes: tuple[str, ...]
-    max_value: int = 255
-
-
 def _array_splits(
     config: DataConfig,
     device: torch.device,
@@ -161,18 +91,11 @@ def _array_splits(
     memory_format: torch.memory_format,
     shard: Shard,
 ) -> DataSplits:
-    readers = {
-        "digits": _read_digits,
-        "cifar10": _read_cifar,
-        "cifar100": _read_cifar,
-        "svhn": _read_svhn,
-        "arrays": _read_arrays,
-    }
-    dataset = readers[config.name](config)
+    dataset = read_arrays(config)
     try:
         for part in (dataset.train, dataset.test):
             if isinstance(part.rows, ArrayRows):
-                check_samples(_tensor(part), part.labels, len(dataset.classes), dataset.max_value)
+                check_samples(part.pixels, part.labels, len(dataset.classes), dataset.max_value)
         return _make_array_splits(
             dataset, config, device, seed, eval_batch_size, memory_format, shard
         )
@@ -181,7 +104,7 @@ def _array_splits(
 
 
 def _make_array_splits(
-    dataset: _Arrays,
+    dataset: Arrays,
     config: DataConfig,
     device: torch.device,
     seed: int,
@@ -216,7 +139,7 @@ def _make_array_splits(
         streamed = "dali" if has_dali() else "dataloader"
         loader = "resident" if num_bytes <= _room(device) else streamed
 
-    def make(images: _Images, plans: list[BatchPlan], training: bool) -> list[Batches]:
+    def make(images: Images, plans: list[BatchPlan], training: bool) -> list[Batches]:
         padding = config.padding if training else 0
         flip = config.flip and training
         layout = memory_format if training else torch.contiguous_format
@@ -237,7 +160,7 @@ def _make_array_splits(
                 )
                 for one in plans
             ]
-        x, y = _tensor(images).to(device), images.labels.to(device)
+        x, y = images.pixels.to(device), images.labels.to(device)
         return [
             ResidentBatches(
                 x,
@@ -253,7 +176,7 @@ def _make_array_splits(
             for one in plans
         ]
 
-    def evaluated(images: _Images) -> Batches:
+    def evaluated(images: Images) -> Batches:
         one = BatchPlan(images.rows.shape[0], eval_batch_size, shard=shard)
         return make(images, [one], False)[0]
 
@@ -266,20 +189,13 @@ def _make_array_splits(
     )
 
 
-def _tensor(images: _Images) -> Tensor:
-    """All images, (num_samples, C, H, W), uint8, in memory."""
-    rows = images.rows
-    pixels = rows.pixels if isinstance(rows, ArrayRows) else rows.take(np.arange(rows.shape[0]))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-def _with_generated(train: _Images, folder: Path, num_classes: int) -> _Images:
+def _with_generated(train: Images, folder: Path, num_classes: int) -> Images:
     rows, labels = array_folder(folder)
     if len(labels) and int(labels.max()) >= num_classes:
         raise ValueError(
             f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got {int(labels.max())}"
         )
-    return _Images(JoinedRows([train.rows, rows]), torch.cat([train.labels, labels]))
+    return Images(JoinedRows([train.rows, rows]), torch.cat([train.labels, labels]))
 
 
 def _room(device: torch.device) -> int:
@@ -296,138 +212,6 @@ def _probe_seed(seed: int) -> int:
     return seeded_generator(seed, _PROBE_STREAM).initial_seed()
 
 
-def _rows(pixels: Tensor) -> ArrayRows:
-    """Images (num_samples, C, H, W), uint8, as rows."""
-    return ArrayRows(pixels.permute(0, 2, 3, 1).numpy())
-
-
-def _read_digits(config: DataConfig) -> _Arrays:
-    (train, train_labels), (test, test_labels) = load_digits(True), load_digits(False)
-    return _Arrays(
-        _Images(_rows(train), train_labels),
-        _Images(_rows(test), test_labels),
-        tuple("0123456789"),
-        MAX_VALUE,
-    )
-
-
-def _read_arrays(config: DataConfig) -> _Arrays:
-    root = config.root.expanduser()
-    whole = root if (root / "images.npy").exists() else root / "train"
-    train = _Images(*array_folder(whole))
-    held_out = next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
-    if held_out is not None and whole != root:
-        test = _Images(*array_folder(held_out))
-    else:
-        chosen, tenth = stratified_split(train.labels, _a_tenth(len(train.labels)))
-        train, test = train.subset(chosen), train.subset(tenth)
-    labels = torch.cat([train.labels, test.labels])
-    num_classes = int(labels.max()) + 1
-    missing = (torch.bincount(train.labels, minlength=num_classes) == 0).nonzero()
-    if len(missing):
-        raise ValueError(
-            f"{root}: expected images of every class to train on, got none with label "
-            f"{int(missing[0])}"
-        )
-    return _Arrays(train, test, tuple(str(label) for label in range(num_classes)))
-
-
-def _a_tenth(num_samples: int) -> int:
-    return max(num_samples // 10, 1)
-
-
-def _read_cifar(config: DataConfig) -> _Arrays:
-    from torchvision import datasets
-
-    dataset = datasets.CIFAR10 if config.name == "cifar10" else datasets.CIFAR100
-    root = config.root.expanduser()
-    folder = root / dataset.base_folder
-    files = [*dataset.train_list, *dataset.test_list]
-    files.append([dataset.meta["filename"], dataset.meta["md5"]])
-
-    def check() -> None:
-        if not folder.is_dir():
-            raise FileNotFoundError(_absent(config, folder))
-        for name, md5 in files:
-            check_file(folder / name, md5)
-
-    def download() -> None:
-        archive = root / dataset.filename
-        fetch(dataset.url, archive, dataset.tgz_md5)
-        unpack(archive, folder)
-
-    if not folder.is_dir():
-        binary = cifar_binary(config.name, root)
-        if binary is not None:
-            (x, y, test_x, test_y), classes = binary
-            return _Arrays(_Images(_rows(x), y), _Images(_rows(test_x), test_y), classes)
-    _ensure(check, download if config.download else None)
-    try:
-        train, test = dataset(root, train=True), dataset(root, train=False)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: expected {config.name} as published, got {error}") from error
-
-    def images(source: Any) -> _Images:
-        return _Images(ArrayRows(source.data), torch.tensor(source.targets))
-
-    return _Arrays(images(train), images(test), tuple(train.classes))
-
-
-def _read_svhn(config: DataConfig) -> _Arrays:
-    from torchvision import datasets
-
-    root = config.root.expanduser()
-    files = {split: datasets.SVHN.split_list[split] for split in ("train", "test")}
-
-    def check() -> None:
-        for _, name, md5 in files.values():
-            if not (root / name).exists():
-                raise FileNotFoundError(_absent(config, root / name))
-            check_file(root / name, md5)
-
-    def download() -> None:
-        for url, name, md5 in files.values():
-            fetch(url, root / name, md5)
-
-    _ensure(check, download if config.download else None)
-
-    def images(split: str) -> _Images:
-        path = root / files[split][1]
-        try:
-            source = datasets.SVHN(root, split=split)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path}: expected svhn as published, got {error}") from error
-        if source.data.shape[1:] != (3, 32, 32):
-            size = "x".join(map(str, source.data.shape[1:]))
-            raise ValueError(f"{path}: expected images of 3x32x32, got {size}")
-        rows = ArrayRows(source.data.transpose(0, 2, 3, 1))
-        return _Images(rows, torch.from_numpy(source.labels).reshape(-1))
-
-    return _Arrays(images("train"), images("test"), tuple("0123456789"))
-
-
-def _read_imagenette(config: DataConfig) -> Encoded:
-    folder = config.root.expanduser() / "imagenette2-160"
-
-    def check() -> None:
-        if not folder.is_dir():
-            raise FileNotFoundError(_absent(config, folder))
-        for split in ("train", "val"):
-            _list_images(folder / split)
-
-    def download() -> None:
-        from torchvision import datasets
-
-        url, md5 = datasets.Imagenette._ARCHIVES["160px"]
-        archive = folder.parent / url.rsplit("/", 1)[-1]
-        fetch(url, archive, md5)
-        unpack(archive, folder)
-
-    _ensure(check, download if config.download else None)
-    train, test = _list_images(folder / "train"), _list_images(folder / "val")
-    return Encoded(FileImages(train), FileImages(test), tuple(IMAGENETTE_CLASSES.values()))
-
-
 def _encoded_splits(
     config: DataConfig,
     device: torch.device,
@@ -442,7 +226,7 @@ def _encoded_splits(
         )
     root = config.root.expanduser()
     if config.name == "imagenette":
-        dataset = _read_imagenette(config)
+        dataset = read_imagenette(config)
     else:
         dataset = class_folders(root) if config.name == "folder" else tar_shards(root)
     train, test, skipped = dataset.train, dataset.test, []
@@ -453,7 +237,7 @@ def _encoded_splits(
             test, reasons = _readable(test)
             skipped += reasons
     if test is None:
-        chosen, tenth = stratified_split(train.labels, _a_tenth(len(train)))
+        chosen, tenth = stratified_split(train.labels, a_tenth(len(train)))
         train, test = train.subset(chosen), train.subset(tenth)
     chosen, held_out = stratified_split(train.labels, config.num_val)
     kept, val = train.subset(chosen), _mixed(train.subset(held_out))
@@ -470,7 +254,7 @@ def _encoded_splits(
                 f"images of {config.image_size} x {config.image_size} pixels"
             )
         parts = [_decode_all(part, config.image_size) for part in (kept, val, _mixed(test))]
-        arrays = _Arrays(parts[0], parts[2], dataset.classes)
+        arrays = Arrays(parts[0], parts[2], dataset.classes)
         splits = _make_array_splits(
             arrays,
             dataclasses.replace(config, num_val=0),
@@ -481,7 +265,7 @@ def _encoded_splits(
             shard,
         )
         if len(val):
-            pixels, labels = _tensor(parts[1]).to(device), parts[1].labels.to(device)
+            pixels, labels = parts[1].pixels.to(device), parts[1].labels.to(device)
             plan = BatchPlan(len(labels), eval_batch_size, shard=shard)
             splits = splits._replace(
                 val=ResidentBatches(
@@ -524,7 +308,7 @@ def _readable(source: EncodedImages) -> tuple[EncodedImages, list[str]]:
     return source.subset(kept), list(bad.values())
 
 
-def _decode_all(source: EncodedImages, size: int) -> _Images:
+def _decode_all(source: EncodedImages, size: int) -> Images:
     pixels = np.empty((len(source), size, size, 3), np.uint8)
     for index in range(len(source)):
         image = decode_image(source.read(index), source.name(index))
@@ -534,46 +318,10 @@ def _decode_all(source: EncodedImages, size: int) -> _Images:
                 f"pixels (data.image_size), got {image.shape[0]} x {image.shape[1]}"
             )
         pixels[index] = image
-    return _Images(ArrayRows(pixels), source.labels)
+    return Images(ArrayRows(pixels), source.labels)
 
 
 def _mixed(source: EncodedImages) -> EncodedImages:
     """The samples in another fixed order: the folders are sorted by class, and evaluation takes
     the first images where it is asked for fewer than all."""
     return source.subset(torch.randperm(len(source), generator=seeded_generator(_EVALUATION_SEED)))
-
-
-def _list_images(folder: Path) -> list[tuple[Path, int]]:
-    """Files and labels of one split of Imagenette, in a fixed order."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}, expected one of images by class; {HINT}")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    for name in found:
-        if name not in IMAGENETTE_CLASSES and not name.startswith("."):
-            expected = ", ".join(IMAGENETTE_CLASSES)
-            raise ValueError(f"{folder}: expected the class folders {expected}, got {name}")
-    samples = []
-    for label, (name, title) in enumerate(IMAGENETTE_CLASSES.items()):
-        files = sorted((folder / name).glob("*.[jJ][pP][eE][gG]"))
-        if not files:
-            raise ValueError(f"{folder / name}: expected .JPEG images ({title}), got none; {HINT}")
-        samples += [(file, label) for file in files]
-    return samples
-
-
-def _ensure(check: Callable[[], None], download: Callable[[], None] | None) -> None:
-    """Check that a dataset is there and intact; where it is not, download it and check again."""
-    try:
-        check()
-    except (FileNotFoundError, ValueError):
-        if download is None:
-            raise
-        download()
-        check()
-
-
-def _absent(config: DataConfig, path: Path) -> str:
-    return (
-        f"dataset {config.name} not found, looked at {path}; {HINT} into {config.root}, or "
-        f"--data.root with the folder that holds it"
-    )
