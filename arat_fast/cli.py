@@ -44,9 +44,15 @@ usage: arat-fast COMMAND ...
   arat-fast export RUN_OR_CHECKPOINT --format FORMAT --out DIR [options]
       The network for other software: hub (safetensors and model card), robustbench, torchvision,
       timm, torch-export or onnx.
-  arat-fast bench step|scaling [options]
+  arat-fast data inspect PATH
+  arat-fast data prepare PATH [OUT]
+      What a dataset is: classes, counts, sizes, mean and std, a sheet of images. prepare converts
+      an .npz file of generated images to arrays in the folder OUT, and decodes every image of a
+      folder or of tar shards to name those that cannot be.
+  arat-fast bench step|scaling|data [options]
       Time the training step beside plain, tuned and compiled PyTorch and the official code, or
-      against batch size, image size, attack steps and width; writes JSON, a table and a plot.
+      against batch size, image size, attack steps and width; or the loaders. Writes JSON, a table
+      and a plot.
   arat-fast info
       Versions, devices and arithmetic of this machine.
 
@@ -104,6 +110,28 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class InspectOptions:
+    """Say what a dataset is, and draw a sheet of its images."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of a dataset or of images, an .npz file, or a tar shard."""
+    sheet: Path | None = None
+    """PNG file for the sheet; default NAME-sheet.png in the current folder."""
+    max_samples: int = 2000
+    """Images decoded for sizes, mean and std, evenly spread; >= 1."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Convert a dataset for fast reading, or verify that every image can be decoded."""
+
+    path: tyro.conf.Positional[Path]
+    """An .npz file with image and label, a folder of images by class, or tar shards."""
+    out: tyro.conf.Positional[Path | None] = None
+    """Folder to make of an .npz file."""
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Write the report of a run."""
 
@@ -156,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "analyze": _analyze,
         "report": _report,
         "export": _export,
+        "data": _data,
         "bench": _bench,
         "info": _info,
     }
@@ -335,7 +364,54 @@ def _bench(arguments: list[str]) -> int:
         return bench_step(parse(StepOptions, rest, "arat-fast bench step"))
     if name == "scaling":
         return bench_scaling(parse(ScalingOptions, rest, "arat-fast bench scaling"))
-    raise UsageError(f"step or scaling is expected after bench, got {name}")
+    if name == "data":
+        from arat_fast.bench.data import DataOptions, bench_data
+
+        return bench_data(parse(DataOptions, rest, "arat-fast bench data"))
+    raise UsageError(f"step, scaling or data is expected after bench, got {name}")
+
+
+def _data(arguments: list[str]) -> int:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
+    if name in ("-h", "--help"):
+        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        return 0
+    if name == "inspect":
+        return _inspect(parse(InspectOptions, rest, "arat-fast data inspect"))
+    if name == "prepare":
+        return _prepare(parse(PrepareOptions, rest, "arat-fast data prepare"))
+    raise UsageError(f"inspect or prepare is expected after data, got {name}")
+
+
+def _inspect(options: InspectOptions) -> int:
+    from arat_fast.data.inspect import inspect
+
+    sheet = options.sheet or Path(f"{options.path.resolve().name}-sheet.png")
+    found = inspect(options.path, sheet, options.max_samples)
+    print("\n".join(found.lines()))
+    print(f"sheet        {sheet}")
+    return 0
+
+
+def _prepare(options: PrepareOptions) -> int:
+    from arat_fast.data.prepare import convert_npz, verify
+
+    if options.path.suffix == ".npz":
+        if options.out is None:
+            raise UsageError(f"a folder to write is expected after {options.path}")
+        number = convert_npz(options.path, options.out)
+        print(f"converted: {number:,} images with labels, checksums right")
+        print(f"folder: {options.out}; mix it in with --data.unsup {options.out}")
+        return 0
+    if options.out is not None:
+        raise UsageError(f"{options.path} is used as it is: no folder to write, got {options.out}")
+    number, bad = verify(options.path)
+    for reason in bad:
+        print(f"unreadable: {reason}")
+    print(f"{number - len(bad):,} of {number:,} images can be decoded")
+    if bad:
+        print("train on the others with --data.bad-images skip, or remove the files")
+    return 2 if bad else 0
 
 
 def _info(arguments: list[str]) -> int:

@@ -49,12 +49,13 @@ def published(dataset: DatasetName, model: str) -> Config:
 
     Source: arXiv 2402.14648, section 5.
     """
+    large = dataset in ("imagenette", "folder")
     return Config(
         recipe=f"{dataset}-{model}",
         model=ModelConfig(model),
         objective=ObjectiveConfig(gamma=GAMMA[model]),
         data=DataConfig(dataset),
-        eval=EvalConfig(batch_size=EVAL_BATCH[model] // (10 if dataset == "imagenette" else 1)),
+        eval=EvalConfig(batch_size=EVAL_BATCH[model] // (10 if large else 1)),
     )
 
 
@@ -67,6 +68,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
             "cifar100": ("resnet18", "wrn34-10"),
             "svhn": ("resnet18", "wrn34-10"),
             "imagenette": ("resnet18",),
+            "folder": ("resnet18",),
         }.items()
         for model in models
     },

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import mmap
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from arat_fast.data.batches import Batch, crop_and_flip, draw_batch
-from arat_fast.data.images import BatchNumbers, leave_signals_to_the_parent
+from arat_fast.data.images import BatchNumbers, close_at_exit, leave_signals_to_the_parent
 from arat_fast.data.plan import BatchPlan, seeded_generator
 
 Index = npt.NDArray[np.int64]
@@ -215,12 +213,19 @@ class StreamedBatches:
                     num_threads=max(num_workers, 1),
                     size=(height, width),
                     device=device,
-                )
+                ),
+                device,
             )
-        atexit.register(_stop_workers, weakref.ref(self))
+        close_at_exit(self)
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    def close(self) -> None:
+        """Stop the workers and DALI; the next epoch starts others."""
+        self._workers = None
+        if self._stream is not None:
+            self._stream.close()
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's share of the batches of epoch ``epoch`` (>= 0), from ``start_batch`` on."""
@@ -273,18 +278,11 @@ class StreamedBatches:
             yield (
                 chosen,
                 {
-                    "images": self.rows.take(chosen.numpy()),
+                    "images": np.ascontiguousarray(self.rows.take(chosen.numpy())),
                     "start": draws[:, :2] - np.int32(self.padding),
                     "mirror": draws[:, 2].copy(),
                 },
             )
-
-
-def _stop_workers(batches: weakref.ref[StreamedBatches]) -> None:
-    """At exit: workers that still wait for work would be killed, and PyTorch would complain."""
-    alive = batches()
-    if alive is not None:
-        alive._workers = None
 
 
 class _Samples(Dataset[tuple[Tensor, Tensor]]):

@@ -80,6 +80,11 @@ class DaliBatches(EncodedBatches):
         require_dali()
         self._pipeline: DaliStream | None = None
 
+    def close(self) -> None:
+        """Give up DALI's threads and memory; the next epoch takes others."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
     def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
         if self._pipeline is None:
@@ -90,14 +95,15 @@ class DaliBatches(EncodedBatches):
                     batch_size=self.plan.largest_share,
                     num_threads=max(self.num_workers, 1),
                     device=self.device,
-                )
+                ),
+                self.device,
             )
         on_gpu = self.device.type == "cuda"
         with ThreadPoolExecutor(1) as reader:
             for encoded, outputs in self._pipeline.run(self._encoded(epoch, start_batch, reader)):
                 if isinstance(outputs, RuntimeError):
                     raise self._explain(encoded, outputs) from outputs
-                images = _as_tensor(outputs) if on_gpu else self._finish(encoded, outputs)
+                images = as_tensor(outputs) if on_gpu else self._finish(encoded, outputs)
                 labels = self.source.labels[torch.tensor(encoded.index)]
                 yield images, labels.to(self.device, non_blocking=True)
 
@@ -107,29 +113,33 @@ class DaliBatches(EncodedBatches):
         """The batches of an epoch and what DALI is fed for each, read one batch ahead."""
         order = self.plan.order(epoch)
         numbers = range(start_batch, len(self))
-        ahead = deque(reader.submit(self._read, order, epoch, n) for n in numbers[:1])
+        ahead = deque(reader.submit(self.feed, order, epoch, n) for n in numbers[:1])
         for number in numbers:
             if number + 1 < len(self):
-                ahead.append(reader.submit(self._read, order, epoch, number + 1))
-            encoded = ahead.popleft().result()
-            yield (
-                encoded,
-                {
-                    "encoded": [np.frombuffer(content, np.uint8) for content in encoded.contents],
-                    "region": list(encoded.regions.astype(np.int32)),
-                    "shift": list((encoded.boxes - encoded.regions)[:, :2].astype(np.int32)),
-                    "mirror": list(encoded.mirror.astype(np.int32)),
-                },
-            )
+                ahead.append(reader.submit(self.feed, order, epoch, number + 1))
+            yield ahead.popleft().result()
 
-    def _read(self, order: Tensor, epoch: int, number: int) -> _Encoded:
+    def feed(self, order: Tensor, epoch: int, number: int) -> tuple[_Encoded, Inputs]:
+        """One batch, and what :func:`image_pipeline` is fed for it.
+
+        Args:
+            order: of the samples in the epoch.
+            epoch: >= 0.
+            number: of the batch.
+        """
         index = order[self.plan.places(number)].tolist()
         contents = [self.source.read(i) for i in index]
         sizes = [image_size(c, self.source.name(i)) for c, i in zip(contents, index, strict=True)]
         heights, widths = np.array(sizes).T
         draws = self.framing.draw(self.plan, epoch, number)
         boxes, mirror = self.framing.place(heights, widths, draws)
-        return _Encoded(index, contents, boxes, mirror, inside(boxes, heights, widths))
+        encoded = _Encoded(index, contents, boxes, mirror, inside(boxes, heights, widths))
+        return encoded, {
+            "encoded": [np.frombuffer(content, np.uint8) for content in contents],
+            "region": list(encoded.regions.astype(np.int32)),
+            "shift": list((boxes - encoded.regions)[:, :2].astype(np.int32)),
+            "mirror": list(mirror.astype(np.int32)),
+        }
 
     def _finish(self, encoded: _Encoded, outputs: Any) -> Tensor:
         size = self.framing.size
@@ -147,12 +157,26 @@ class DaliBatches(EncodedBatches):
                 decode_image(content, self.source.name(index))
             except ValueError as found:
                 return found
-        names = self.source.name(encoded.index[0])
-        reason = " ".join(str(error).split())[-200:]
+        name = next(filter(None, map(self._refused, encoded.index)), "an image")
         return ValueError(
-            f"DALI cannot decode an image of the batch that begins with {names} and that Pillow "
-            f"can: {reason}; --data.loader dataloader reads it"
+            f"{name}: DALI cannot decode it, though Pillow can; --data.loader dataloader reads it"
         )
+
+    def _refused(self, index: int) -> str:
+        """The name of a file if DALI cannot decode it alone, else nothing."""
+        content = self.source.read(index)
+        height, width = image_size(content, self.source.name(index))
+        pipeline = image_pipeline(self.framing, batch_size=1, num_threads=1, device=self.device)
+        inputs: Inputs = {
+            "encoded": [np.frombuffer(content, np.uint8)],
+            "region": [np.array([0, 0, height, width], np.int32)],
+            "shift": [np.zeros(2, np.int32)],
+            "mirror": [np.int32(0)],
+        }
+        for _, outputs in DaliStream(lambda: pipeline, self.device).run([(None, inputs)]):
+            if isinstance(outputs, RuntimeError):
+                return self.source.name(index)
+        return ""
 
 
 def inside(
@@ -275,7 +299,7 @@ def array_pipeline(
     return pipeline
 
 
-def _as_tensor(outputs: Any) -> Tensor:
+def as_tensor(outputs: Any) -> Tensor:
     """A copy of the first output; DALI uses its memory again."""
     return torch.from_dlpack(outputs[0].as_tensor()).clone()
 
@@ -285,14 +309,17 @@ class DaliStream:
 
     Args:
         make: builds the pipeline.
+        device: where its outputs are used.
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make: Callable[[], Any], device: torch.device) -> None:
         self._make = make
+        self._device = device
         self._pipeline: Any = None
         # Batches scheduled and not yet taken, and whether the last one taken is still in use.
         self._under_way = 0
         self._held = False
+        self._failure: RuntimeError | None = None
 
     def run(self, batches: Iterable[tuple[Label, Inputs]]) -> Iterator[tuple[Label, Any]]:
         """Feed each batch and yield what comes out of it, valid until the next is asked for.
@@ -304,18 +331,27 @@ class DaliStream:
             the label, and the outputs or the RuntimeError that DALI raised.
         """
         waiting: deque[tuple[Label, Inputs]] = deque()
+        source, unread = iter(batches), None
+        self._failure = None
         try:
-            for label, inputs in batches:
-                waiting.append((label, inputs))
-                self._schedule(inputs)
-                if len(waiting) == QUEUE_DEPTH:
+            more = True
+            while more or waiting:
+                try:
+                    label, inputs = next(source)
+                except StopIteration:
+                    more = False
+                except ValueError as error:
+                    # After the batches that are under way.
+                    more, unread = False, error
+                else:
+                    waiting.append((label, inputs))
+                    self._schedule(inputs)
+                if waiting and (not more or len(waiting) == QUEUE_DEPTH):
                     yield waiting[0][0], self._outputs()
                     self._release()
                     waiting.popleft()
-            while waiting:
-                yield waiting[0][0], self._outputs()
-                self._release()
-                waiting.popleft()
+            if unread is not None:
+                raise unread
         finally:
             # Where an epoch is left early: DALI reads the inputs until it has used them.
             self._release()
@@ -323,7 +359,13 @@ class DaliStream:
                 self._outputs()
                 self._release()
 
+    def close(self) -> None:
+        """Give up the pipeline; the next batch makes another one."""
+        self._pipeline = None
+
     def _schedule(self, inputs: Inputs) -> None:
+        if self._failure is not None:
+            return
         if self._pipeline is None:
             self._pipeline = self._make()
             # The first run of a pipeline takes as many batches as its queue is deep.
@@ -346,11 +388,16 @@ class DaliStream:
             self._pipeline.feed_input(name, values)
 
     def _outputs(self) -> Any:
+        if self._failure is not None:
+            return self._failure
         try:
-            outputs = self._pipeline.share_outputs()
+            # On a GPU, DALI waits for PyTorch's stream before it uses their memory again.
+            on_gpu = self._device.type == "cuda"
+            stream = torch.cuda.current_stream(self._device) if on_gpu else None
+            outputs = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
             # DALI cannot go on with this pipeline.
-            self._pipeline, self._under_way = None, 0
+            self._pipeline, self._under_way, self._failure = None, 0, error
             return error
         self._under_way -= 1
         self._held = True

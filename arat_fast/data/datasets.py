@@ -112,6 +112,8 @@ def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
             f"data.num_val must be at most {max(len(labels) - 2, 0)} to leave two of the "
             f"{len(labels)} training images, got {num_val}"
         )
+    if not num_val:
+        return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
     counts = torch.bincount(labels)
     exact = counts * num_val
     quota = exact // len(labels)

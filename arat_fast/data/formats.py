@@ -243,7 +243,7 @@ def array_folder(folder: Path) -> tuple[MappedRows, Tensor]:
         )
     if rows.shape[0] and y.min() < 0:
         raise ValueError(f"{labels}: expected labels >= 0, got {y.min()}")
-    return rows, torch.from_numpy(y.astype(np.int64))
+    return rows, torch.from_numpy(y.astype(np.int64, copy=False))
 
 
 def cifar_binary(name: str, root: Path) -> tuple[list[Tensor], tuple[str, ...]] | None:

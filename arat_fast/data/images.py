@@ -7,7 +7,7 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +101,11 @@ class LoaderBatches(EncodedBatches):
         super().__init__(*args, **keywords)
         self._numbers = BatchNumbers()
         self._loader: DataLoader[tuple[Tensor, Tensor, str]] | None = None
-        atexit.register(_stop_workers, weakref.ref(self))
+        close_at_exit(self)
+
+    def close(self) -> None:
+        """Stop the workers; the next epoch starts others."""
+        self._loader = None
 
     def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
@@ -121,18 +125,35 @@ class LoaderBatches(EncodedBatches):
             )
         for images, labels, error in self._loader:
             if error:
-                raise ValueError(error)
+                break
             yield (
                 images.to(self.device, non_blocking=on_gpu),
                 labels.to(self.device, non_blocking=on_gpu),
             )
+        else:
+            return
+        # Left to the garbage collector, the workers would be waited for in vain.
+        self.close()
+        raise ValueError(error)
 
 
-def _stop_workers(batches: weakref.ref[LoaderBatches]) -> None:
-    """At exit: workers that still wait for work would be killed, and PyTorch would complain."""
-    alive = batches()
-    if alive is not None:
-        alive._loader = None
+class Closable(Protocol):
+    """Something that has worker processes."""
+
+    def close(self) -> None:
+        """Stop them."""
+
+
+def close_at_exit(batches: Closable) -> None:
+    """Stop the workers before the interpreter kills them, of which PyTorch would complain."""
+    reference = weakref.ref(batches)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.close()
+
+    atexit.register(close)
 
 
 class BatchNumbers:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -204,4 +204,6 @@ def _unreadable(name: str, error: BaseException) -> ValueError:
     if isinstance(error, ValueError) and str(error).startswith(f"{name}: "):
         return error
     reason = " ".join(str(error).split())
+    if isinstance(error, UnidentifiedImageError):
+        reason = "its format is unknown"
     return ValueError(f"{name}: expected an image file, but reading it fails: {reason}")

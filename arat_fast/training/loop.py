@@ -140,6 +140,9 @@ class Trainer:
         )
         if config.data.download and ranks.is_main:
             ranks.meet()
+        if self.data.skipped:
+            first = self.data.skipped[0]
+            self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.train).to(self.device)
         self.objective = build_objective(config, self.model, self.data.train, objective)

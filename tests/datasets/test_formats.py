@@ -1,0 +1,604 @@
+"""Datasets on disk, and what is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import CLASSES, add_member, encoded, image_folder, picture, tar_shard
+from PIL import Image
+
+from arat_fast.config import DataConfig
+from arat_fast.data import DataSplits, MixedPlan, Shard, load_data
+from arat_fast.data.dali import has_dali
+from arat_fast.data.datasets import stratified_split
+from arat_fast.data.formats import class_folders, tar_shards
+from arat_fast.data.prepare import convert_npz, verify
+from arat_fast.data.published import unpack
+from arat_fast.data.sources import decode_image
+
+CPU = torch.device("cpu")
+LOADERS = [
+    "dataloader",
+    pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="no DALI")),
+]
+
+
+def load(name: str, root: Path, **options: Any) -> DataSplits:
+    defaults = {"batch_size": 6, "image_size": 24, "num_workers": 0, "loader": "dataloader"}
+    config = DataConfig(name=name, root=root, **{**defaults, **options})  # type: ignore[arg-type]
+    return load_data(config, device=CPU, seed=0, eval_batch_size=7)
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# Class folders
+
+
+def test_folder_with_splits(tmp_path: Path) -> None:
+    splits = load("folder", image_folder(tmp_path / "set"))
+    assert splits.train.classes == CLASSES
+    assert splits.train.num_samples == splits.test.num_samples == 15
+    assert splits.train.image_shape == (3, 24, 24)
+
+
+def test_folder_without_splits_holds_out_a_tenth(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", per_class=20, splits=(".",))
+    splits = load("folder", root)
+    assert splits.train.num_samples == 54 and splits.test.num_samples == 6
+    labels = torch.cat([y for _, y in splits.test.epoch(0)])
+    assert torch.bincount(labels).tolist() == [2, 2, 2]
+    train = {x.numpy().tobytes() for b in splits.train.epoch(0) for x in b.x}
+    assert not train & {x.numpy().tobytes() for b in splits.test.epoch(0) for x in b.x}
+
+
+def test_an_empty_class_is_named(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    for file in (root / "val" / "dog").iterdir():
+        file.unlink()
+    (root / "val" / "dog" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="val/dog: expected images .* got none") as error:
+        load("folder", root)
+    one_line(error)
+
+
+def test_a_class_of_one_split_only_is_named(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    (root / "val" / "dog").rename(root / "val" / "wolf")
+    with pytest.raises(ValueError, match="expected the classes of .*train, got wolf too"):
+        load("folder", root)
+    (root / "val" / "wolf").rename(tmp_path / "wolf")
+    with pytest.raises(ValueError, match="val/dog: expected images"):
+        load("folder", root)
+
+
+def test_folders_without_classes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load("folder", tmp_path / "nowhere")
+    (tmp_path / "image.png").write_bytes(encoded(picture(1), ".png"))
+    with pytest.raises(ValueError, match="expected a folder for each class, got none"):
+        load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_bad_files_stop_the_run_or_are_skipped_and_counted(tmp_path: Path, loader: str) -> None:
+    root = image_folder(tmp_path / "set", suffix=".jpg")
+    bad = [root / "train" / "cat" / "0_0.jpg", root / "val" / "owl" / "2_3.jpg"]
+    bad[0].write_bytes(bad[0].read_bytes()[:-300])
+    bad[1].write_text("<html>not found</html>")
+    splits = load("folder", root, loader=loader)
+    with pytest.raises(ValueError, match="0_0.jpg: expected an image file") as error:
+        list(splits.train.epoch(0))
+    one_line(error)
+    splits = load("folder", root, loader=loader, bad_images="skip")
+    assert len(splits.skipped) == 2
+    assert str(bad[0]) in splits.skipped[0] and str(bad[1]) in splits.skipped[1]
+    assert splits.train.num_samples == splits.test.num_samples == 14
+    assert sum(len(y) for _, y in splits.test.epoch(0)) == 14
+    number, reasons = verify(root)
+    assert number == 30 and reasons == list(splits.skipped)
+
+
+def test_a_class_of_bad_files_is_no_class(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    for file in (root / "train" / "dog").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no image with label 1 can be read; .*dog"):
+        load("folder", root, bad_images="skip")
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str, loader: str) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for index in range(2):
+            image = picture(index)
+            if mode == "I;16":
+                grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+                image, expected = Image.fromarray(grey), image.convert("L").convert("RGB")
+            else:
+                image = image.convert(mode)
+                expected = image.convert("RGB")
+            suffix = ".jpg" if mode == "CMYK" else ".png"
+            content = encoded(image, suffix)
+            if mode == "CMYK":
+                expected = Image.open(io.BytesIO(content)).convert("RGB")
+            (tmp_path / split / "a" / f"{index}{suffix}").write_bytes(content)
+            pixels = decode_image(content, "name")
+            assert np.abs(pixels.astype(int) - np.asarray(expected)).max() <= 1
+    options: dict[str, Any] = {"crop": "pad", "image_size": 40}
+    a = load("folder", tmp_path, **options).test
+    b = load("folder", tmp_path, loader=loader, **options).test
+    for p, q in zip(a.epoch(0), b.epoch(0), strict=True):
+        assert float((p.x - q.x).abs().max()) <= 1 / 255
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_one_pixel_and_a_hundred_million(tmp_path: Path, loader: str, crop: str) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / split / "a" / "small.png")
+    large = Image.new("L", (10_000, 10_000), 77)
+    large.save(tmp_path / "train" / "a" / "large.png", compress_level=1)
+    splits = load("folder", tmp_path, loader=loader, crop=crop)
+    ((x, y),) = splits.train.epoch(0)
+    assert x.shape == (2, 3, 24, 24) and len(y) == 2
+    values = sorted(float(v) for v in (255 * x[:, 0]).amax((1, 2)).round())
+    assert values == [9, 77]
+    ((x, _),) = splits.test.epoch(0)
+    assert float((255 * x).amax()) == pytest.approx(9)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_too_large_to_decode_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (14_000, 12_000)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="name: an image of 12000 x 14000 pixels, .*at most"):
+        decode_image(buffer.getvalue(), "name")
+
+
+def test_a_dataset_smaller_than_a_batch(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", per_class=1)
+    splits = load("folder", root, batch_size=128)
+    assert [len(y) for _, y in splits.train.epoch(0)] == [3]
+    assert [len(y) for _, y in splits.test.epoch(0)] == [3]
+
+
+def test_files_of_one_size_can_be_resident(tmp_path: Path) -> None:
+    for split, first in (("train", 0), ("val", 20)):
+        for label, name in enumerate(CLASSES):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(3):
+                image = picture(first + 3 * label + index, 24, 24)
+                image.save(tmp_path / split / name / f"{index}.png")
+    options: dict[str, Any] = {"crop": "pad", "padding": 0, "flip": False, "num_val": 3}
+    a = load("folder", tmp_path, **options)
+    b = load("folder", tmp_path, loader="resident", **options)
+    for split in ("train", "val", "test"):
+        for p, q in zip(getattr(a, split).epoch(1), getattr(b, split).epoch(1), strict=True):
+            assert torch.equal(p.x, q.x) and torch.equal(p.y, q.y)
+    with pytest.raises(ValueError, match="--data.crop pad"):
+        load("folder", tmp_path, loader="resident")
+    with pytest.raises(ValueError, match="needs images of 20 x 20 .* got 24 x 24"):
+        load("folder", tmp_path, loader="resident", crop="pad", image_size=20)
+
+
+# Tar shards
+
+
+def shards(root: Path) -> Path:
+    tar_shard(root / "train-0.tar", 0, 6)
+    tar_shard(root / "train-1.tar", 6, 5)
+    tar_shard(root / "val-0.tar", 11, 4)
+    return root
+
+
+def test_shards_of_both_splits_and_their_class_names(tmp_path: Path) -> None:
+    splits = load("webdataset", shards(tmp_path))
+    assert splits.train.num_samples == 11 and splits.test.num_samples == 4
+    assert splits.train.classes == ("0", "1", "2")
+    (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
+    assert load("webdataset", tmp_path).train.classes == CLASSES
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match="names 2 classes, but there is a label 2"):
+        load("webdataset", tmp_path)
+
+
+def test_one_shard_is_a_dataset(tmp_path: Path) -> None:
+    found = tar_shards(tar_shard(tmp_path / "a.tar", 0, 30))
+    assert len(found.train) == 30 and found.test is None
+    assert decode_image(found.train.read(7), "7").shape == (40, 50, 3)
+    assert found.train.name(7).endswith("a.tar: sample/00007.jpg")
+
+
+@pytest.mark.parametrize("cut", ["in an image", "in a header", "between", "before the end"])
+def test_a_tar_cut_short_is_named(tmp_path: Path, cut: str) -> None:
+    path = shards(tmp_path) / "train-1.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    end = members[-1].offset_data + 512
+    left = {
+        "in an image": members[4].offset_data + 700,
+        "in a header": members[4].offset + 100,
+        "between": members[4].offset,
+        "before the end": end,
+    }[cut]
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match="train-1.tar") as error:
+        load("webdataset", tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_tar_cut_after_it_was_listed_is_named(tmp_path: Path, loader: str) -> None:
+    splits = load("webdataset", shards(tmp_path), loader=loader)
+    path = tmp_path / "train-1.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="train-1.tar: sample/000.*: expected .* bytes") as error:
+        list(splits.train.epoch(0))
+    one_line(error)
+
+
+def archive(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members.items():
+            add_member(tar, name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"1.cls": b"0"}, "expected images with labels, got none"),
+        ({"1.png": b"image"}, "1.png has no label, expected 1.cls"),
+        ({"1.png": b"image", "1.cls": b"cat"}, "1.cls holds b'cat', expected a label"),
+        ({"1.png": b"image", "1.cls": b"-1"}, "1.cls holds b'-1', expected a label"),
+    ],
+)
+def test_labels_that_disagree_with_the_images_of_a_shard(
+    tmp_path: Path, members: dict[str, bytes], message: str
+) -> None:
+    archive(tmp_path / "train.tar", members)
+    with pytest.raises(ValueError, match=message) as error:
+        load("webdataset", tmp_path)
+    one_line(error)
+
+
+def test_what_is_no_plain_tar_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no .tar archive"):
+        load("webdataset", tmp_path)
+    archive(tmp_path / "train.tar", {"1.png": b"image", "1.cls": b"0"}, "w:gz")
+    with pytest.raises(ValueError, match="expected an uncompressed tar archive"):
+        load("webdataset", tmp_path)
+
+
+def test_nothing_is_written_whatever_a_shard_is_called_inside(tmp_path: Path) -> None:
+    content = encoded(picture(0), ".png")
+    root = tmp_path / "set"
+    root.mkdir()
+    members = {"../../evil.png": content, "../../evil.cls": b"0", "/b.png": content, "/b.cls": b"1"}
+    archive(root / "train.tar", members)
+    before = sorted(tmp_path.rglob("*"))
+    found = tar_shards(root)
+    assert len(found.train) == 2 and found.train.read(0) == content
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_archive_that_unpacks_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.tar", {"set/a.txt": b"a", "set/../../evil.txt": b"b"})
+    with pytest.raises(ValueError, match="evil.txt"):
+        unpack(path, tmp_path / "set")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
+
+
+# Arrays
+
+
+def npz(path: Path, number: int = 50, **changes: Any) -> Path:
+    rng = np.random.default_rng(4)
+    arrays = {
+        "image": rng.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8),
+        "label": np.arange(number) % 10,
+        **changes,
+    }
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+def test_npz_becomes_arrays_that_are_mapped(tmp_path: Path) -> None:
+    source = npz(tmp_path / "edm.npz")
+    folder = tmp_path / "sub" / "edm"
+    assert convert_npz(source, folder) == 50
+    assert sorted(p.name for p in folder.iterdir()) == ["images.npy", "labels.npy"]
+    with np.load(source) as arrays:
+        assert np.array_equal(np.load(folder / "images.npy"), arrays["image"])
+        assert np.array_equal(np.load(folder / "labels.npy"), arrays["label"])
+    with pytest.raises(FileExistsError, match="there already"):
+        convert_npz(source, folder)
+    splits = load("arrays", folder)
+    assert splits.train.num_samples == 45 and splits.test.num_samples == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": None}, "expected the arrays image and label, got image"),
+        ({"label": np.arange(49)}, "expected 50 integer labels, .* got int64 of shape .49,."),
+        ({"label": np.arange(50) / 2}, "integer labels, .* got float64"),
+        ({"label": np.arange(50) - 1}, "expected labels >= 0, got -1"),
+        ({"image": np.zeros((50, 3, 4, 4), np.uint8)}, "1 or 3. uint8, got .50, 3, 4, 4."),
+        ({"image": np.zeros((50, 4, 4, 3))}, "uint8, got .50, 4, 4, 3. float64"),
+        (
+            {"image": np.zeros((0, 4, 4, 3), np.uint8), "label": np.zeros(0, int)},
+            "expected at least one image",
+        ),
+    ],
+)
+def test_npz_that_holds_something_else(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    source = npz(tmp_path / "edm.npz", **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        convert_npz(source, tmp_path / "out")
+    one_line(error)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
+
+
+class Planted:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_a_pickle_inside_an_npz_never_runs(tmp_path: Path, name: str) -> None:
+    mark = tmp_path / "ran"
+    planted = np.array([Planted(mark)] * 50, dtype=object)
+    source = npz(tmp_path / "edm.npz", **{name: planted})
+    with pytest.raises(ValueError):
+        convert_npz(source, tmp_path / "out")
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    np.save(folder / "images.npy", np.zeros((50, 4, 4, 3), np.uint8))
+    np.save(folder / "labels.npy", planted, allow_pickle=True)
+    with pytest.raises(ValueError, match="labels.npy"):
+        load("arrays", folder)
+    assert not mark.exists()
+
+
+def test_a_damaged_npz_leaves_nothing(tmp_path: Path) -> None:
+    source = npz(tmp_path / "edm.npz")
+    content = bytearray(source.read_bytes())
+    content[5000] ^= 255
+    source.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        convert_npz(source, tmp_path / "out")
+    source.write_bytes(content[:9000])
+    with pytest.raises(ValueError, match="expected an .npz file"):
+        convert_npz(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
+    assert zipfile.is_zipfile(npz(source))
+
+
+def test_arrays_that_disagree(tmp_path: Path) -> None:
+    folder = tmp_path / "edm"
+    convert_npz(npz(tmp_path / "edm.npz"), folder)
+    np.save(folder / "labels.npy", np.arange(49))
+    with pytest.raises(ValueError, match="expected 50 integers, .* got int64 of shape .49,."):
+        load("arrays", folder)
+    np.save(folder / "labels.npy", np.arange(50) % 3)
+    images = folder / "images.npy"
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="images.npy: expected .* it was cut short"):
+        load("arrays", folder)
+    images.unlink()
+    with pytest.raises(FileNotFoundError, match="images.npy|train"):
+        load("arrays", folder)
+
+
+# CIFAR's binary version
+
+
+def test_cifar_binary_is_the_python_version(published: Any, tmp_path: Path) -> None:
+    for name, record in (("cifar10", 1), ("cifar100", 2)):
+        published.cifar(name)
+        expected = load(name, tmp_path, padding=0, flip=False, loader="resident")
+        binary(published, name, record, tmp_path / "binary")
+        splits = load(name, tmp_path / "binary", padding=0, flip=False, loader="resident")
+        assert splits.train.classes == expected.train.classes
+        for split in ("train", "test"):
+            a, b = getattr(expected, split).epoch(0), getattr(splits, split).epoch(0)
+            for p, q in zip(a, b, strict=True):
+                assert torch.equal(p.x, q.x) and torch.equal(p.y, q.y)
+
+
+def binary(published: Any, name: str, num_labels: int, root: Path) -> Path:
+    """Write the binary version of the Python files that are there."""
+    import pickle
+
+    from torchvision import datasets
+
+    from arat_fast.data.formats import CIFAR_BINARY
+
+    dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    folder_name, train, test, meta, _ = CIFAR_BINARY[name]
+    folder = root / folder_name
+    folder.mkdir(parents=True)
+    pickles = [file for file, _ in [*dataset.train_list, *dataset.test_list]]
+    source = published.root / dataset.base_folder
+    for file, target in zip(pickles, [*train, *test], strict=True):
+        content = pickle.loads((source / file).read_bytes())
+        fine = content.get("labels", content.get("fine_labels"))
+        columns = [np.array(fine, np.uint8)[:, None], content["data"]]
+        if num_labels == 2:
+            columns.insert(0, np.array(content["coarse_labels"], np.uint8)[:, None])
+        (folder / target).write_bytes(np.concatenate(columns, 1).tobytes())
+    classes = [f"class {i}" for i in range(10 if name == "cifar10" else 100)]
+    (folder / meta).write_text("\n".join(classes) + "\n\n")
+    return folder
+
+
+def test_damaged_cifar_binary_is_named(published: Any, tmp_path: Path) -> None:
+    published.cifar()
+    folder = binary(published, "cifar10", 1, tmp_path / "binary")
+    path = folder / "data_batch_2.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    with pytest.raises(ValueError, match="data_batch_2.bin: expected records of 3073 bytes"):
+        load("cifar10", tmp_path / "binary", loader="resident")
+    path.write_bytes(b"\xff" + content[1:])
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], got values from 0 to 255"):
+        load("cifar10", tmp_path / "binary", loader="resident")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_2.bin"):
+        load("cifar10", tmp_path / "binary", loader="resident")
+
+
+# Generated images
+
+
+def test_mixed_batches_hold_their_share_of_generated_images() -> None:
+    plan = MixedPlan(21, 28, 10, 0.7, seed=3)
+    ranks = [MixedPlan(21, 28, 10, 0.7, seed=3, shard=Shard(rank, 3)) for rank in range(3)]
+    originals, generated = [], []
+    for epoch in range(9):
+        assert len(plan) == 2
+        for number in range(2):
+            batch = plan.samples(epoch, number).tolist()
+            parts = [rank.samples(epoch, number).tolist() for rank in ranks]
+            assert sum(parts, []) == batch
+            originals += [sample for sample in batch if sample < 21]
+            generated += [sample - 21 for sample in batch if sample >= 21]
+            assert len(originals) == 3 * (2 * epoch + number + 1)
+            assert len(generated) == 7 * (2 * epoch + number + 1)
+    # Each once, before any comes again.
+    assert sorted(originals[:21]) == sorted(originals[21:42]) == list(range(21))
+    assert sorted(generated[:28]) == sorted(generated[28:56]) == list(range(28))
+    assert originals[:21] != originals[21:42]
+    again = MixedPlan(21, 28, 10, 0.7, seed=3)
+    assert torch.equal(again.samples(7, 1), plan.samples(7, 1))
+    assert not torch.equal(MixedPlan(21, 28, 10, 0.7, seed=4).order(0), plan.order(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((20, 0, 10, 0.5), "no generated image"),
+        ((20, 9, 10, 0.01), "holds 0 generated images, expected some of either kind"),
+        ((20, 9, 10, 0.99), "holds 10 generated images, expected some of either kind"),
+    ],
+)
+def test_batches_of_one_kind_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixedPlan(*arguments)
+
+
+@pytest.mark.parametrize("loader", ["resident", *LOADERS])
+def test_generated_images_are_mixed_in_with_their_pseudo_labels(
+    published: Any, tmp_path: Path, loader: str
+) -> None:
+    published.cifar(num_train=60)
+    marked = np.full((36, 32, 32, 3), 255, np.uint8)
+    source = npz(tmp_path / "edm.npz", number=36, image=marked)
+    convert_npz(source, tmp_path / "edm")
+    options: dict[str, Any] = {
+        "unsup": tmp_path / "edm",
+        "unsup_fraction": 0.6,
+        "batch_size": 20,
+        "padding": 0,
+        "loader": loader,
+    }
+    splits = load("cifar10", tmp_path, **options)
+    assert len(splits.train) == 3 and splits.train.num_samples == 60
+    labels = []
+    for epoch in range(2):
+        for x, y in splits.train.epoch(epoch):
+            generated = (x == 1).flatten(1).all(1)
+            assert len(x) == 20 and int(generated.sum()) == 12
+            labels += y[generated].tolist()
+    assert sorted(labels[:36]) == sorted(labels[36:]) == sorted(i % 10 for i in range(36))
+    assert splits.test.num_samples == 12
+    other = load("cifar10", tmp_path, **{**options, "loader": "resident"})
+    for p, q in zip(splits.train.epoch(1), other.train.epoch(1), strict=True):
+        assert torch.equal(p.x, q.x) and torch.equal(p.y, q.y)
+
+
+def test_generated_images_that_do_not_fit(published: Any, tmp_path: Path) -> None:
+    published.cifar()
+    convert_npz(npz(tmp_path / "a.npz", label=np.arange(50)), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"pseudo-labels must lie in \[0, 9\], got 49"):
+        load("cifar10", tmp_path, unsup=tmp_path / "a")
+    small = np.zeros((50, 28, 28, 3), np.uint8)
+    convert_npz(npz(tmp_path / "b.npz", image=small), tmp_path / "b")
+    with pytest.raises(ValueError, match="images of 32x32x3 and of 28x28x3 cannot be mixed"):
+        load("cifar10", tmp_path, unsup=tmp_path / "b")
+    image_folder(tmp_path / "set")
+    with pytest.raises(ValueError, match="data.unsup is mixed with images in arrays"):
+        load("folder", tmp_path / "set", unsup=tmp_path / "b")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_twenty_million_images_train_in_less_than_two_gigabytes(tmp_path: Path) -> None:
+    """61 GB of images; the file is sparse."""
+    number = 20_000_000
+    for split, count in (("train", number), ("test", 100)):
+        (tmp_path / split).mkdir()
+        images = np.lib.format.open_memmap(
+            tmp_path / split / "images.npy", "w+", np.uint8, (count, 32, 32, 3)
+        )
+        images[-1] = 255
+        del images
+        labels = np.lib.format.open_memmap(
+            tmp_path / split / "labels.npy", "w+", np.uint8, (count,)
+        )
+        labels[-1] = 1
+        del labels
+    program = f"""
+import itertools, pathlib, torch
+from arat_fast.config import DataConfig
+from arat_fast.data import StreamedBatches, load_data
+config = DataConfig(name="arrays", root=pathlib.Path({str(tmp_path)!r}), loader="dataloader",
+                    batch_size=512, num_workers=0)
+splits = load_data(config, device=torch.device("cpu"), seed=0, eval_batch_size=50)
+assert isinstance(splits.train, StreamedBatches) and splits.train.num_samples == {number}
+seen = sum(len(y) for _, y in itertools.islice(splits.train.epoch(0), 60))
+assert seen == 60 * 512
+peak = [l for l in open("/proc/self/status") if l.startswith("VmHWM")][0].split()[1]
+print(int(peak) * 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2e9
+
+
+def test_no_image_is_held_out_of_none() -> None:
+    chosen, held_out = stratified_split(torch.tensor([0, 1, 1]), 0)
+    assert chosen.tolist() == [0, 1, 2] and not len(held_out)
+
+
+def test_files_that_are_no_images_are_passed_over(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    (root / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
+    (root / "train" / "cat" / ".hidden.png").write_bytes(b"x")
+    assert len(class_folders(root).train) == 15

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import CLASSES, encoded, image_folder, picture, tar_shard
+from PIL import Image
+
+from arat_fast.cli import main
+from arat_fast.data.inspect import TILE, inspect
+from arat_fast.data.prepare import convert_npz
+
+
+def npz(path: Path) -> Path:
+    rng = np.random.default_rng(4)
+    images = rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
+    np.savez(path, image=images, label=np.arange(30) % 3)
+    return path
+
+
+def test_folder_of_classes(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    sheet = tmp_path / "sheet.png"
+    found = inspect(root, sheet)
+    assert found.kind == "images in folders by class" and found.classes == CLASSES
+    assert found.counts == {"train": 15, "test": 15}
+    assert found.per_class["dog"] == {"train": 5, "test": 5}
+    assert sum(found.sizes.values()) == found.looked_at == 30 and not found.bad
+    assert found.use == f"--data.name folder --data.root {root}"
+    pixels = []
+    for path in sorted(root.rglob("*.png")):
+        with Image.open(path) as file:
+            pixels.append(np.asarray(file.convert("RGB")).reshape(-1, 3) / 255)
+    whole = np.concatenate(pixels)
+    assert np.allclose(found.mean, whole.mean(0)) and np.allclose(found.std, whole.std(0))
+    with Image.open(sheet) as image:
+        assert image.mode == "RGB" and image.width > 8 * TILE
+        colours = np.asarray(image).reshape(-1, 3)
+        assert len(np.unique(colours, axis=0)) > 1000
+
+
+def test_bad_images_are_counted_and_drawn(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    (root / "train" / "cat" / "0_0.png").write_bytes(b"nothing")
+    found = inspect(root, tmp_path / "sheet.png")
+    assert len(found.bad) == 1 and "0_0.png" in found.bad[0]
+    assert any(line.startswith("unreadable") for line in found.lines())
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "imagenette"])
+def test_published_datasets_are_known(published: Any, tmp_path: Path, name: str) -> None:
+    folder = {"cifar10": published.cifar, "svhn": published.svhn}.get(name, published.imagenette)()
+    found = inspect(tmp_path)
+    kind = {"cifar10": "CIFAR-10, Python version", "svhn": "SVHN"}
+    assert found.kind == kind.get(name, "Imagenette, 160 pixels")
+    assert f"--data.name {name}" in found.use and len(found.classes) == 10
+    if name != "svhn":
+        assert inspect(folder).kind == found.kind
+
+
+def test_other_kinds(tmp_path: Path) -> None:
+    source = npz(tmp_path / "edm.npz")
+    found = inspect(source, tmp_path / "sheet.png")
+    assert "30 generated images" in found.kind and found.sizes == {"16 x 16": 30}
+    convert_npz(source, tmp_path / "edm")
+    arrays = inspect(tmp_path / "edm")
+    assert arrays.kind == "prepared arrays" and arrays.counts == {"images": 30}
+    assert np.allclose(arrays.mean, found.mean)
+    shard = tar_shard(tmp_path / "shards" / "train-0.tar", 0, 6)
+    assert inspect(shard).counts == {"images": 6}
+    assert inspect(shard.parent).use.startswith("--data.name webdataset")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "a.png").write_bytes(encoded(picture(1), ".png"))
+    assert inspect(flat, tmp_path / "flat.png").kind == "images without classes"
+
+
+def test_what_cannot_be_inspected_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (tmp_path / "nowhere", "nothing at"),
+        (tmp_path / "notes.txt", "expected an .npz file, a .tar shard or a folder"),
+        (tmp_path / "empty", "expected a folder for each class"),
+    ):
+        assert main(["data", "inspect", str(path)]) == 2
+        text = capsys.readouterr().err
+        assert message in text and text.count("\n") == 1
+
+
+def test_command_inspect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = image_folder(tmp_path / "pets")
+    assert main(["data", "inspect", str(root), "--max-samples", "10"]) == 0
+    text = capsys.readouterr().out
+    assert "images in folders by class" in text and "looked at    10 images" in text
+    assert "owl  train 5  test 5" in text
+    assert (tmp_path / "pets-sheet.png").is_file()
+
+
+def test_command_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = npz(tmp_path / "edm.npz"), tmp_path / "edm"
+    assert main(["data", "prepare", str(source), str(out)]) == 0
+    assert f"--data.unsup {out}" in capsys.readouterr().out
+    assert main(["data", "prepare", str(source), str(out)]) == 2
+    assert main(["data", "prepare", str(source)]) == 2
+    assert "a folder to write is expected" in capsys.readouterr().err
+    root = image_folder(tmp_path / "set")
+    assert main(["data", "prepare", str(root)]) == 0
+    assert "30 of 30 images can be decoded" in capsys.readouterr().out
+    (root / "val" / "cat" / "0_1.png").write_bytes(b"")
+    assert main(["data", "prepare", str(root)]) == 2
+    text = capsys.readouterr().out
+    assert "unreadable" in text and "29 of 30" in text and "--data.bad-images skip" in text
+    assert main(["data"]) == 2 and main(["data", "--help"]) == 0
