@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -262,10 +262,12 @@ class StreamedBatches:
             yield Batch(x, labels.to(self.device, non_blocking=on_gpu))
 
     def _by_dali(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        from arat_fast.data.dali import as_tensor
+
         for chosen, outputs in self._stream.run(self._callback(epoch, start_batch)):
             if isinstance(outputs, RuntimeError):
                 raise outputs
-            images = torch.from_dlpack(outputs[0].as_tensor()).to(torch.float32)
+            images = as_tensor(outputs).to(torch.float32)
             # By a tensor on the same device: by a number CUDA multiplies with the reciprocal.
             x = images / images.new_full((), self.max_value)
             labels = self.labels[chosen].to(self.device)
@@ -296,18 +298,28 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(self.rows.take(chosen.numpy())), self.labels[chosen]
 
 
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, Fortran order and dtype of an open .npy file, left at the first byte of the array.
+
+    Raises:
+        ValueError: it is none.
+    """
+    lib: Any = np.lib.format
+    version = lib.read_magic(file)
+    read = {(1, 0): lib.read_array_header_1_0, (2, 0): lib.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the format")
+    header: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(file)
+    return header
+
+
 def _read_header(path: Path) -> tuple[tuple[int, int, int, int], int]:
     """Shape and first byte of the images of an .npy file."""
     try:
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran, dtype = read(file)
+            shape, fortran, dtype = read_npy_header(file)
             offset = file.tell()
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: expected an .npy array, got {error}") from error
     if len(shape) != 4 or dtype != np.uint8 or fortran:
         raise ValueError(

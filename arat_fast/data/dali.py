@@ -56,7 +56,7 @@ Inputs = dict[str, Any]
 class _Encoded(NamedTuple):
     """One batch on its way to the decoder: contents of the files, boxes (N, 4) and mirror (N,)."""
 
-    index: list[int]
+    samples: list[int]
     contents: list[bytes]
     boxes: npt.NDArray[np.int64]
     mirror: npt.NDArray[np.bool_]
@@ -104,7 +104,7 @@ class DaliBatches(EncodedBatches):
                 if isinstance(outputs, RuntimeError):
                     raise self._explain(encoded, outputs) from outputs
                 images = as_tensor(outputs) if on_gpu else self._finish(encoded, outputs)
-                labels = self.source.labels[torch.tensor(encoded.index)]
+                labels = self.source.labels[torch.tensor(encoded.samples)]
                 yield images, labels.to(self.device, non_blocking=True)
 
     def _encoded(
@@ -143,7 +143,7 @@ class DaliBatches(EncodedBatches):
 
     def _finish(self, encoded: _Encoded, outputs: Any) -> Tensor:
         size = self.framing.size
-        images = torch.zeros(len(encoded.index), 3, size, size, dtype=torch.uint8)
+        images = torch.zeros(len(encoded.samples), 3, size, size, dtype=torch.uint8)
         boxes = encoded.boxes.copy()
         boxes[:, :2] -= encoded.regions[:, :2]
         for place, (box, mirror) in enumerate(zip(boxes.tolist(), encoded.mirror, strict=True)):
@@ -152,12 +152,12 @@ class DaliBatches(EncodedBatches):
 
     def _explain(self, encoded: _Encoded, error: RuntimeError) -> ValueError:
         """Which file of a batch DALI could not decode."""
-        for index, content in zip(encoded.index, encoded.contents, strict=True):
+        for index, content in zip(encoded.samples, encoded.contents, strict=True):
             try:
                 decode_image(content, self.source.name(index))
             except ValueError as found:
                 return found
-        name = next(filter(None, map(self._refused, encoded.index)), "an image")
+        name = next(filter(None, map(self._refused, encoded.samples)), "an image")
         return ValueError(
             f"{name}: DALI cannot decode it, though Pillow can; --data.loader dataloader reads it"
         )
@@ -301,7 +301,7 @@ def array_pipeline(
 
 def as_tensor(outputs: Any) -> Tensor:
     """A copy of the first output; DALI uses its memory again."""
-    return torch.from_dlpack(outputs[0].as_tensor()).clone()
+    return torch.utils.dlpack.from_dlpack(outputs[0].as_tensor()).clone()
 
 
 class DaliStream:

@@ -113,7 +113,8 @@ class Framing:
         """Where a crop of the padded image starts, counted from the image itself."""
         padding = self.padding + np.maximum(self.size - length - 2 * self.padding, 0)
         places = length + 2 * padding - self.size + 1
-        return (u * places).astype(np.int64) - padding
+        start: Boxes = (u * places).astype(np.int64) - padding
+        return start
 
     def _resized(self, h: Boxes, w: Boxes, u: npt.NDArray[np.float64]) -> Boxes:
         area = (h * w)[:, None] * (AREA[0] + (AREA[1] - AREA[0]) * u[:, 3 : 3 + ATTEMPTS])

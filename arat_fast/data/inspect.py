@@ -17,7 +17,6 @@ from arat_fast.config import DataConfig, DatasetName
 from arat_fast.data.arrays import Rows
 from arat_fast.data.datasets import read_arrays, read_imagenette
 from arat_fast.data.formats import (
-    CIFAR_BINARY,
     array_folder,
     class_folders,
     image_files,
@@ -28,6 +27,14 @@ from arat_fast.data.sources import EncodedImages, FileImages, decode_image
 from arat_fast.files import write_atomic
 
 Pixels = npt.NDArray[np.uint8]
+
+CIFAR: dict[str, tuple[DatasetName, str]] = {
+    "cifar-10-batches-py": ("cifar10", "CIFAR-10, Python version"),
+    "cifar-10-batches-bin": ("cifar10", "CIFAR-10, binary version"),
+    "cifar-100-python": ("cifar100", "CIFAR-100, Python version"),
+    "cifar-100-binary": ("cifar100", "CIFAR-100, binary version"),
+}
+"""Folders of CIFAR: the dataset, and what it is."""
 
 TILE = 96
 """Pixels of an image on the contact sheet, each way."""
@@ -186,15 +193,10 @@ def _open(path: Path) -> tuple[str, str, tuple[str, ...], list[Part]]:
         return "prepared arrays", use, _numbers(labels), [_rows("images", rows, labels)]
     if (path / "train" / "images.npy").is_file():
         return _stored("arrays", path, "prepared arrays")
-    for name in ("cifar10", "cifar100"):
-        for folder, words in (
-            ({"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name], "Python"),
-            (CIFAR_BINARY[name][0], "binary"),
-        ):
-            root = path.parent if path.name == folder else path
-            if (root / folder).is_dir():
-                title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[name]
-                return _stored(name, root, f"{title}, {words} version")  # type: ignore[arg-type]
+    for folder, (name, words) in CIFAR.items():
+        root = path.parent if path.name == folder else path
+        if (root / folder).is_dir():
+            return _stored(name, root, words)
     if (path / "train_32x32.mat").is_file():
         return _stored("svhn", path, "SVHN")
     if (path / "imagenette2-160").is_dir() or path.name == "imagenette2-160":
@@ -206,7 +208,7 @@ def _open(path: Path) -> tuple[str, str, tuple[str, ...], list[Part]]:
         return "Imagenette, 160 pixels", use, encoded.classes, parts
     if any(path.rglob("*.tar")):
         encoded = tar_shards(path)
-        name: DatasetName = "webdataset"
+        name = "webdataset"
         kind = "WebDataset shards"
     else:
         flat = [file for file in image_files(path) if file.parent == path]
@@ -255,7 +257,8 @@ def _npz_part(path: Path, labels: Tensor) -> Part:
     first = first_images(path, 2048)
 
     def image(index: int) -> Pixels:
-        return first[index]
+        pixels: Pixels = first[index]
+        return pixels
 
     return Part("images", labels[: len(first)], image)
 

@@ -134,7 +134,7 @@ def _make_array_splits(
         )
 
     num_bytes = sum(math.prod(part.rows.shape) for part in (train, val, dataset.test))
-    loader = config.loader
+    loader: str = config.loader
     if loader == "auto":
         streamed = "dali" if has_dali() else "dataloader"
         loader = "resident" if num_bytes <= _room(device) else streamed

@@ -220,9 +220,8 @@ class MixedPlan(BatchPlan):
         new = self._stream(1, self.num_generated, epoch * sum(generated), sum(generated))
         old = self._stream(0, self.num_samples, epoch * sum(original), sum(original))
         batches = []
-        for number, (a, b) in enumerate(
-            zip(old.split(original), new.split(generated), strict=True)
-        ):
+        parts = zip(torch.split(old, original), torch.split(new, generated), strict=True)
+        for number, (a, b) in enumerate(parts):
             batch = torch.cat([a, b + self.num_samples])
             generator = seeded_generator(self.seed, epoch, number, 1)
             batches.append(batch[torch.randperm(len(batch), generator=generator)])
@@ -230,7 +229,7 @@ class MixedPlan(BatchPlan):
 
     def _size(self, number: int) -> int:
         batch = self.batch(number)
-        return batch.stop - batch.start
+        return int(batch.stop - batch.start)
 
     def _generated(self, number: int) -> int:
         return round(self.fraction * self._size(number))

@@ -7,13 +7,14 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arat_fast.data.arrays import read_npy_header
 from arat_fast.data.formats import Encoded, array_folder, class_folders, tar_shards, unreadable
 
 CHUNK = 2**24
@@ -44,7 +45,8 @@ def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
             with archive.open("image.npy") as file:
                 shape = _header(path, file)
             with archive.open("label.npy") as file:
-                labels = np.lib.format.read_array(file, allow_pickle=False)
+                lib: Any = np.lib.format
+                labels = lib.read_array(file, allow_pickle=False)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: expected an .npz file, but reading it fails: {error}") from error
     if labels.shape != (shape[0],) or not np.issubdtype(labels.dtype, np.integer):
@@ -71,11 +73,7 @@ def first_images(path: Path, number: int) -> npt.NDArray[np.uint8]:
 
 def _header(path: Path, file: IO[bytes]) -> tuple[int, int, int, int]:
     """The shape of the images of an open .npy file, which is left at their first byte."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        read = np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = read_npy_header(file)
     if len(shape) != 4 or dtype != np.uint8 or fortran or shape[3] not in (1, 3):
         raise ValueError(
             f"{path}: expected images (num_samples, height, width, 1 or 3) uint8, got "
