@@ -113,7 +113,7 @@ class Inspection:
         common = sorted(self.sizes.items(), key=lambda item: -item[1])
         shown_sizes = ", ".join(f"{size} ({count:,})" for size, count in common[:5])
         more = f", and {len(common) - 5} other sizes" if len(common) > 5 else ""
-        lines.append(f"height x width  {shown_sizes}{more}")
+        lines.append(f"sizes        {shown_sizes}{more} (height x width)")
         if self.mean:
             lines.append("mean         " + ", ".join(f"{v:.4f}" for v in self.mean))
             lines.append("std          " + ", ".join(f"{v:.4f}" for v in self.std))
