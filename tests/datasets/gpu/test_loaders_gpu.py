@@ -16,10 +16,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LOADERS = [
-    "dataloader",
-    pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="no DALI")),
-]
+without_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
+LOADERS = ["dataloader", pytest.param("dali", marks=without_dali)]
 
 
 def load(name: str, root: Path, loader: str, device: torch.device, **options: Any) -> DataSplits:
