@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
 from arat_fast.data.sources import EncodedImages, decode_image
 
 
-class EncodedBatches:
+class EncodedBatches(ABC):
     """A dataset of encoded images, decoded batch by batch as RGB; how is a subclass's.
 
     The order depends on the seed and the epoch, what is cut out and mirrored on the seed, the epoch
@@ -86,9 +87,9 @@ class EncodedBatches:
         for images, labels in self.pixels(epoch, start_batch):
             yield Batch(images.to(torch.float32) / 255, labels)
 
+    @abstractmethod
     def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
-        raise TypeError(f"{type(self).__name__} does not decode: use LoaderBatches or DaliBatches")
 
 
 class LoaderBatches(EncodedBatches):

@@ -160,7 +160,10 @@ def _make_array_splits(
                 )
                 for one in plans
             ]
-        x, y = images.pixels.to(device), images.labels.to(device)
+        # Once for all: on a CPU in the format of the batches, as ResidentBatches keeps it.
+        stored = layout if device.type == "cpu" else torch.contiguous_format
+        x = images.pixels.contiguous(memory_format=stored).to(device)
+        y = images.labels.to(device)
         return [
             ResidentBatches(
                 x,

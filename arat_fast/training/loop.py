@@ -60,7 +60,7 @@ PROBE_SAMPLES = 1000
 """The official code measures the balance on batches until it has seen this many samples."""
 
 _FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
-    "data": ("root", "download", "num_workers"),
+    "data": ("root", "download", "num_workers", "loader"),
     "step": ("graph",),
     "train": (
         "device",
