@@ -95,7 +95,7 @@ def _ablation(results: Results) -> Html | None:
 
 
 def _table(rows: Sequence[tuple[str, Row]], results: Results) -> Html:
-    headings: list[Child] = ["Method", *map(column_name, results.metrics), "Cost", "Training"]
+    headings: list[Child] = ["Method", *map(_heading, results.metrics), "Cost", "Training"]
     body: list[list[Child]] = []
     for title, row in rows:
         cells: list[Child] = [tag("b", title)]
@@ -104,6 +104,10 @@ def _table(rows: Sequence[tuple[str, Row]], results: Results) -> Html:
         cells.append(duration(row.train_seconds) if row.train_seconds is not None else DASH)
         body.append(cells)
     return table(headings, body, class_="runs")
+
+
+def _heading(metric: str) -> str:
+    return "Sum" if metric == SUM else column_name(metric)
 
 
 def _cell(spread: Spread | None) -> Child:
@@ -122,7 +126,7 @@ def _meaning(results: Results) -> Html:
         "The standard deviation (n − 1) is that between seeds. With few seeds it is a rough "
         "guess itself: two methods whose means lie closer than it are not told apart.",
         "Robust accuracy is what today’s attacks leave over: an upper bound, not a guarantee.",
-        f"{column_name(SUM)} is the mean of the sum of each seed.",
+        "Sum: clean plus AutoAttack accuracy of each seed, then the mean.",
     ]
     n = results.num_samples()
     if n:
@@ -136,7 +140,7 @@ def _meaning(results: Results) -> Html:
 
 
 def _runs(results: Results) -> Html:
-    headings: list[Child] = ["Run", *map(column_name, results.metrics), "Training", "Weights"]
+    headings: list[Child] = ["Run", *map(_heading, results.metrics), "Training", "Weights"]
     titles = {row.planned.method.label: row.title for row in results.rows}
     body: list[list[Child]] = []
     for cell in results.record["cells"]:

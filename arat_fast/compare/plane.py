@@ -259,7 +259,7 @@ def _limits(axes: Axes, points: Sequence[_Point]) -> None:
         margin = max(0.14 * (high - low), 0.5)
         set_limits(low - margin, min(high + margin, 100 + margin / 4))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=8))
+        axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
         # No mark outside of 0 to 100, though the margin may reach over it.
         axis.set_major_formatter(lambda value, _: f"{value:g}" if 0 <= value <= 100 else "")
 
@@ -267,7 +267,9 @@ def _limits(axes: Axes, points: Sequence[_Point]) -> None:
 def _iso_sums(axes: Axes) -> list[Text]:
     written: list[Text] = []
     (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
-    for total in MaxNLocator(nbins=7).tick_values(x_low + y_low, x_high + y_high):
+    for total in MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(
+        x_low + y_low, x_high + y_high
+    ):
         x_from, x_to = max(x_low, total - y_high), min(x_high, total - y_low)
         if x_to - x_from < 0.08 * (x_high - x_low):
             continue
@@ -322,7 +324,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[_Point], written: Sequen
     frame = axes.get_window_extent(renderer)
     corners = place_labels(
         anchors,
-        [(extent.width + 2 * scale, extent.height + 2 * scale) for extent in extents],
+        [(extent.width + 6 * scale, extent.height + 2 * scale) for extent in extents],
         obstacles,
         (frame.x0, frame.y0, frame.x1, frame.y1),
         scale,
@@ -331,7 +333,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[_Point], written: Sequen
     for text, extent, anchor, corner, point in zip(
         texts, extents, anchors, corners, points, strict=True
     ):
-        left, bottom = corner[0] + scale, corner[1] + scale
+        left, bottom = corner[0] + 3 * scale, corner[1] + scale
         x, y = back((left, bottom))
         text.set_position((float(x), float(y)))
         text.set_verticalalignment("bottom")

@@ -82,6 +82,11 @@ class GridRunner:
             self._save()
             if done:
                 self.say(f"{done} of {len(cells)} runs are finished already")
+            if pending:
+                self.say(
+                    f"{len(pending)} runs, {len(self._slots)} at a time; what they print is in "
+                    f"{self.out / _LOGS}"
+                )
             jobs: list[_Job] = []
             start, total = time.monotonic(), len(pending)
             try:

@@ -11,6 +11,9 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    # After the end of a row, these two would belong to it.
+    "[": "{[}",
+    "*": "{*}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
@@ -37,7 +40,8 @@ def conditions(results: Results) -> str:
     """One sentence on what the numbers are."""
     config = results.plan.config
     n = results.num_samples()
-    images = f"{n:,} test images" if n else "the test images"
+    first = "the first " if config.eval.max_samples else ""
+    images = f"{first}{n:,} test images" if n else "the test images"
     number = len(results.plan.seeds)
     seeds = ", ".join(map(str, results.plan.seeds))
     spread = ", mean ± standard deviation" if number > 1 else ""

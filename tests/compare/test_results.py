@@ -185,14 +185,14 @@ def test_latex(record: dict[str, Any]) -> None:
 
 
 def test_latex_escapes() -> None:
-    assert latex_text(r"50% & #1 a_b {x} $y$ ~^\ ") == (
-        r"50\% \& \#1 a\_b \{x\} \$y\$ \textasciitilde{}\textasciicircum{}\textbackslash{} "
+    assert latex_text(r"[*] 50% & #1 a_b {x} $y$ ~^\ ") == (
+        r"{[}{*}] 50\% \& \#1 a\_b \{x\} \$y\$ \textasciitilde{}\textasciicircum{}\textbackslash{} "
     )
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 def test_latex_compiles(record: dict[str, Any], tmp_path: Path) -> None:
-    record["methods"][0]["title"] = r"50% & #1 a_b {x} $y$ ~^\ "
+    record["methods"][0]["title"] = r"[*] 50% & #1 a_b {x} $y$ ~^\ "
     (tmp_path / "table.tex").write_text(to_latex(evaluate_record(record)))
     (tmp_path / "main.tex").write_text(
         "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{table}\\end{document}"
