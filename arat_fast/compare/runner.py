@@ -128,14 +128,7 @@ class GridRunner:
         return None
 
     def _start(self, cell: Cell, jobs: Sequence[_Job], lock: int | None) -> _Job:
-        source = find_source(cell, self.plan.cells())
-        folder = self.out / cell.run
-        if (
-            source is not None
-            and self._cells[source.run]["status"] == "finished"
-            and share_training(self.out / source.run, folder, cell.config)
-        ):
-            self._shared[cell.run] = source.run
+        self._share_training(cell)
         slot = next(i for i in range(len(self._slots)) if i not in {job.slot for job in jobs})
         log = self.out / _LOGS / f"{cell.run}.log"
         log.parent.mkdir(exist_ok=True)
@@ -152,6 +145,16 @@ class GridRunner:
                 pass_fds=() if lock is None else (lock,),
             )
         return _Job(cell, process, slot, time.monotonic())
+
+    def _share_training(self, cell: Cell) -> None:
+        source = find_source(cell, self.plan.cells())
+        if source is None or self._cells[source.run]["status"] != "finished":
+            return
+        try:
+            if share_training(self.out / source.run, self.out / cell.run, cell.config):
+                self._shared[cell.run] = source.run
+        except ValueError as error:
+            self.say(f"{cell.run} trains by itself: {error}")
 
     def _end(self, job: _Job, left: int, seconds_left: float) -> None:
         cell, seconds = job.cell, time.monotonic() - job.started
