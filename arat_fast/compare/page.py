@@ -181,8 +181,8 @@ def _options(results: Results) -> Html:
     ]
     shared = results.plan.config
     words = (
-        f"Beside the recipe {shared.recipe}, with attacks of {shared.attack.num_steps} steps in "
-        f"the {shared.attack.norm} ball of radius {plain(shared.attack.eps)}."
+        f"Beside the recipe {shared.recipe}, trained with PGD-{shared.attack.num_steps} in the "
+        f"{shared.attack.norm} ball of radius {plain(shared.attack.eps)}."
     )
     return join([tag("p", words), table(["Method", "Overrides"], rows, class_="options")])
 

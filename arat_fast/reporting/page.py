@@ -91,7 +91,8 @@ tbody tr + tr > * { border-top: 1px solid var(--line); }
 .runs thead th:nth-last-child(2) { width: 11%; }
 .runs thead th:last-child { width: 13%; }
 .options th, .options td { padding: 8px 14px 8px 0; }
-.options th { width: 22%; }
+.options { table-layout: fixed; }
+.options thead th:first-child { width: 22%; }
 .options code { font-size: 0.86rem; white-space: pre-wrap; }
 .difference { margin-top: 2px; }
 .cell-name { display: none !important; }
