@@ -325,6 +325,9 @@ def _analyze(arguments: list[str]) -> int:
             print(f"  {sentence}")
         for part, reason in analysis.left_out.items():
             print(f"  {part} left out: {reason}")
+    for path in dict.fromkeys(options.checkpoints):
+        if (path / "config.json").is_file():
+            print(f"in the report: {shlex.join(['arat-fast', 'report', str(path)])}")
     return 0
 
 

@@ -64,9 +64,9 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
         "unrelated" is the share that gradients of random signs would have: half of the entries of
         the layers that have both gradients.
 
-    Source: arXiv 2402.14648, section 3, and the module ``utils_analysis/grad.py`` of the official
-    code. There the sign is that of a float32 product, which vanishes where it underflows; here the
-    signs themselves are compared.
+    Source: arXiv 2402.14648, and the module ``utils_analysis/grad.py`` of its official code. There
+    the sign is that of a float32 product, which vanishes where it underflows; here the signs
+    themselves are compared.
     """
     classification, invariance = split_terms(output.terms)
     if not classification or not invariance:

@@ -112,7 +112,7 @@ def masking_check(
         ValueError: an argument out of range.
 
     Source: the signs of Athalye, Carlini and Wagner, ICML 2018 (arXiv 1802.00420), section 3.1, and
-    of Carlini et al., "On Evaluating Adversarial Robustness" (arXiv 1902.06705), section 3.
+    of Carlini et al., "On Evaluating Adversarial Robustness" (arXiv 1902.06705).
     """
     if not threat.eps > 0:
         raise ValueError(f"the masking check needs a radius > 0, got eps {threat.eps}")

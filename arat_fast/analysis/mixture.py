@@ -48,7 +48,7 @@ def mixture_distance(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, di
     Returns:
         The numbers by module path, in the order of the forward pass.
 
-    Source: arXiv 2402.14648, section 3: channel means and standard deviations, layer by layer; the
+    Source: arXiv 2402.14648: channel means and standard deviations, layer by layer; the
     paper shows them, the distances are ours.
     """
     inputs: dict[str, Tensor] = {}

@@ -78,6 +78,8 @@ class AnalyzeSettings:
         for name, low in (("num_batches", 1), ("num_images", 0), ("num_surfaces", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +144,32 @@ def analyze_networks(
     """
     display = display or Display()
     opener = _Opener(settings)
-    opened = [opener.open(path) for path in checkpoints]
-    sources = {_short_name(path): opener.open(path) for path in settings.source}
-    sources = {_short_name(o.path): o for o in opened} | sources
-    found = [_analyze(each, sources, settings, display) for each in opened]
+    paths = list(dict.fromkeys((*checkpoints, *settings.source)))
+    names = short_names(paths)
+    networks = {name: opener.open(path) for name, path in zip(names, paths, strict=True)}
+    opened = [networks[names[paths.index(path)]] for path in dict.fromkeys(checkpoints)]
+    found = [_analyze(each, networks, settings, display) for each in opened]
     if len(found) > 1:
         _write_comparison(opened, found)
     return found
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of runs' folders and of files, short, and no two the same.
+
+    Args:
+        paths: no two of them the same.
+    """
+    names = []
+    for path in paths:
+        whole = path.resolve()
+        name = whole.name if path.is_dir() else f"{whole.parent.name}/{whole.stem}"
+        number = 2
+        unique = name
+        while unique in names:
+            unique, number = f"{name} ({number})", number + 1
+        names.append(unique)
+    return names
 
 
 def analysis_folder(checkpoint: Path) -> Path:
@@ -188,7 +209,7 @@ class _Opener:
 
 def _analyze(
     opened: _Opened,
-    sources: Mapping[str, _Opened],
+    networks: Mapping[str, _Opened],
     settings: AnalyzeSettings,
     display: Display,
 ) -> Analysis:
@@ -205,13 +226,14 @@ def _analyze(
         "commit": source_commit(),
     }
     records, left_out = _of_training(opened, settings)
-    deployed = _of_network(opened, images, _rivals(opened, sources), settings, display, folder)
+    deployed = _of_network(opened, images, _rivals(opened, networks), settings, display, folder)
     deployed_about = {"model": opened.saved.weights, "split": "test", "seed": settings.seed}
     records |= {part: {**deployed_about, **record} for part, record in deployed.items()}
     for part, record in records.items():
         write_json(folder / f"{part}.json", {**about, **record})
     _write_plots(folder, opened.path)
-    return Analysis(_short_name(opened.path), folder, records, left_out)
+    name = next(name for name, network in networks.items() if network is opened)
+    return Analysis(name, folder, records, left_out)
 
 
 def _of_training(
@@ -302,13 +324,13 @@ def _of_network(
     return records
 
 
-def _rivals(opened: _Opened, sources: Mapping[str, _Opened]) -> dict[str, nn.Module]:
+def _rivals(opened: _Opened, networks: Mapping[str, _Opened]) -> dict[str, nn.Module]:
     """The other networks that see the same images and know the same classes."""
     shape, classes = opened.data.test.image_shape, opened.data.test.classes
     return {
         name: other.model
-        for name, other in sources.items()
-        if other.path != opened.path
+        for name, other in networks.items()
+        if other is not opened
         and other.data.test.image_shape == shape
         and other.data.test.classes == classes
     }
@@ -345,10 +367,6 @@ def _analysis_lines(checkpoint: Path) -> Sequence[Mapping[str, Any]]:
 
 def _write_all(content: bytes, file: BinaryIO) -> None:
     file.write(content)
-
-
-def _short_name(path: Path) -> str:
-    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_trainer
 
+from arat_fast.analysis.run import short_names
 from arat_fast.cli import main
 from arat_fast.config import AnalyzeConfig
 from arat_fast.reporting import write_report
@@ -140,6 +141,7 @@ def test_exported_weights(
         (["analyze"], "a run or a checkpoint is expected after analyze, got nothing"),
         (["analyze", "nowhere"], "nowhere"),
         (["analyze", "RUN", "--num-batches", "0"], "num_batches must be >= 1, got 0"),
+        (["analyze", "RUN", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
         (["analyze", "RUN", "--parts", "colour"], "colour"),
         (["analyze", "RUN", "--points", "4", "--parts", "surface"], "points must be odd"),
         (["analyze", "RUN", "--num-steps", "1", "--parts", "masking"], "num_steps >= 2"),
@@ -155,6 +157,14 @@ def test_errors_are_one_line(
     assert main([run if argument == "RUN" else argument for argument in arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_names_are_short_and_different(tmp_path: Path) -> None:
+    for folder in ("a/run", "b/run"):
+        (tmp_path / folder).mkdir(parents=True)
+    files = [tmp_path / "a" / "run" / "model.safetensors", tmp_path / "b" / "x.pt"]
+    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run", *files]
+    assert short_names(paths) == ["run", "run (2)", "run/model", "b/x"]
 
 
 def conflict(share: float, cosine: float, std: float = 0.01) -> dict[str, object]:
