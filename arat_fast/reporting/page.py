@@ -115,6 +115,7 @@ footer { color: var(--soft); font-size: 0.86rem; border-top: 1px solid var(--lin
   .lead { font-size: 1rem; }
   .panels { grid-template-columns: minmax(0, 1fr); }
   .cards { grid-template-columns: minmax(0, 1fr); }
+  .checks th:first-child, .checks td:nth-child(2) { white-space: normal; }
   .runs thead, .wide thead { display: none; }
   .runs tr, .wide tr { display: block; padding: 8px 0; }
   .runs tbody tr + tr, .wide tbody tr + tr { border-top: 1px solid var(--line); }
