@@ -89,11 +89,13 @@ class EvalOptions:
     """Step size of PGD; default the run's, in another ball a quarter of the radius."""
     num_restarts: int = 1
     """Independent runs of PGD; an image counts as robust if it withstands them all; >= 1."""
-    autoattack: bool = True
-    """Run standard AutoAttack."""
-    aa_torchattacks10: bool = False
-    """Also run AutoAttack with torchattacks' 10 steps, as the paper's table did: it overstates
-    robustness and is for comparison with that table only."""
+    attacks: tuple[
+        Literal["pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10", "corruptions"], ...
+    ] = ("pgd", "autoattack")
+    """What to run beside the clean images. apgd-ce and square are AutoAttack's first and last
+    attack alone; corruptions are fifteen common ones in five severities, made on the fly;
+    aa-torchattacks10 is AutoAttack with torchattacks' 10 steps, as the paper's table had it: it
+    overstates robustness and is for comparison with that table only."""
     max_samples: int = 0
     """Evaluate the first samples only; 0 for all."""
     batch_size: int | None = None
@@ -106,7 +108,8 @@ class EvalOptions:
     """Seed of the attacks."""
     out: Path | None = None
     """File for the record; default evaluation.json in the run's folder, NAME.evaluation.json beside
-    a file NAME.pt or NAME.safetensors."""
+    a file NAME.pt or NAME.safetensors. Results image by image go beside it as .npz; an interrupted
+    evaluation goes on where it was when the same command is given again."""
 
 
 @dataclass(frozen=True)
@@ -282,21 +285,28 @@ def _eval(arguments: list[str]) -> int:
     from arat_fast.files import write_json
 
     options = parse(EvalOptions, arguments, "arat-fast eval")
-    values = dataclasses.asdict(options)
-    out = values.pop("out")
-    with join(options.device) as ranks:
-        record = evaluate_checkpoint(**values, ranks=ranks)
-        if not ranks.is_main:
-            return 0
-    _print_accuracy(record["accuracy"])
     checkpoint = options.checkpoint
     if checkpoint.is_dir():
         default = checkpoint / "evaluation.json"
     else:
         default = checkpoint.with_name(f"{checkpoint.stem}.evaluation.json")
-    path = out or default
+    path = options.out or default
+    if path.is_dir() or path.suffix == ".npz":
+        raise UsageError(f"--out expects the name of a JSON file, got {path}")
+    with join(options.device) as ranks:
+        record = evaluate_checkpoint(**{**dataclasses.asdict(options), "out": path}, ranks=ranks)
+        if not ranks.is_main:
+            return 0
+    if "interrupted" in record:
+        steps = record["interrupted"]
+        print(
+            f"an interrupted run: {steps['steps']:,} of {steps['of']:,} steps are trained; "
+            "arat-fast train with --resume goes on with it"
+        )
+    _print_accuracy(record["accuracy"])
     write_json(path, record)
     print(f"record: {path}")
+    print(f"image by image: {path.with_suffix('.npz')}")
     return 0
 
 
@@ -471,8 +481,15 @@ def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
         "clean_branch": "clean (clean branch)",
         "autoattack": "AutoAttack",
         "aa-torchattacks10": "aa-torchattacks10",
+        "apgd-ce": "APGD-CE alone",
+        "square": "Square alone",
+        "corruptions": "common corruptions",
     }
     for name, record in accuracy.items():
         label = labels.get(name, name.upper().replace("PGD", "PGD-"))
         counts = f"{record['correct']}/{record['num_samples']}"
-        print(f"{label:22} {100 * record['value']:6.2f} %   {counts}")
+        low, high = (100 * end for end in record["interval"])
+        print(
+            f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
+            f"95 % interval {low:.2f} to {high:.2f} %"
+        )

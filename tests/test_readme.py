@@ -86,7 +86,7 @@ def test_objective_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     config = config_from_dict(json.loads((run / "config.json").read_text())["config"])
     assert config.attack.num_steps == 7 and config.objective.name == "custom"
     assert "logit pairing" in (run / "report.html").read_text()
-    record = evaluate_checkpoint(run, autoattack=False, max_samples=40, device="cpu")
+    record = evaluate_checkpoint(run, attacks=["pgd"], max_samples=40, device="cpu")
     assert record["accuracy"]["clean"]["value"] == summary["accuracy"]["clean"]["value"]
     # Again: the run is finished, and nothing is trained.
     before = (run / "checkpoint.pt").stat().st_mtime_ns

@@ -68,7 +68,12 @@ def share_evaluation(
     if not ranks.all(not stopped):
         raise EvaluationStopped
     correct, x_adv = ranks.gather_rows(result.correct), ranks.gather_rows(result.x_adv)
-    return AttackResult(correct, x_adv, _join_details(ranks, result))
+    masks = list(result.after.values())
+    # A process without images has no attacks to tell of.
+    masks += [own.y == own.y] * (ranks.largest(len(masks)) - len(masks))
+    joined = [ranks.gather_rows(mask) for mask in masks]
+    after = dict(zip(result.after, joined, strict=False))
+    return AttackResult(correct, x_adv, _join_details(ranks, result), after)
 
 
 def _join_details(ranks: Ranks, result: AttackResult) -> dict[str, Any]:
@@ -76,14 +81,17 @@ def _join_details(ranks: Ranks, result: AttackResult) -> dict[str, Any]:
     details = dict(result.details)
     num = len(result.correct)
     attacks = list(details.get("attacks", {}).values())
-    counts = [round(value * num) for value in attacks] + [details.get("num_rejected", 0), num]
+    counts = [round(value * num) for value in attacks]
+    counts += [details.get("num_rejected", 0), details.get("num_disputed", 0), num]
     # A process without images has no attacks to tell of.
     longest = ranks.largest(len(counts))
     padded = torch.tensor([0] * (longest - len(counts)) + counts)
     totals = ranks.gather(padded).sum(dim=0).tolist()
     if "num_rejected" in details:
-        details["num_rejected"] = totals[-2]
+        details["num_rejected"] = totals[-3]
+    if "num_disputed" in details:
+        details["num_disputed"] = totals[-2]
     if "attacks" in details:
-        shares = [count / totals[-1] for count in totals[:-2]]
+        shares = [count / totals[-1] for count in totals[:-3]]
         details["attacks"] = dict(zip(details["attacks"], shares, strict=True))
     return details

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from arat_fast.evaluation.evaluate import (
     evaluation_mode,
     predict,
 )
+from arat_fast.evaluation.pieces import Pieces
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.folding import FoldedNetwork
 
@@ -40,8 +42,10 @@ def autoattack(
     *,
     batch_size: int,
     version: Version = "standard",
+    attacks: Sequence[str] = STANDARD,
     seed: int = 0,
     fast: bool = True,
+    pieces: Pieces | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
     """Accuracy of the ``adv`` branch under AutoAttack.
@@ -66,18 +70,20 @@ def autoattack(
         threat: ball of the attack.
         batch_size: samples attacked at once, >= 1.
         version: "standard", or "torchattacks10".
+        attacks: those of the four to run, in this order; fewer are not AutoAttack.
         seed: of every attack. The global random state is left as it was.
         fast: take the fast path; otherwise the reference code as it is.
+        pieces: what is finished already; each attack on each batch is one piece.
         progress: told the name of the attack, the forward passes so far and the survivors; called
             at every forward pass.
 
     Returns:
-        The survivors; ``details["attacks"]`` holds the accuracy after each attack,
+        The survivors, also after each attack; ``details["attacks"]`` holds the accuracy after each,
         ``details["num_disputed"]`` the images that were attacked again.
 
     Raises:
-        ValueError: unknown version, fewer than 4 classes (the DLR loss needs 4), or images outside
-            [0, 1].
+        ValueError: unknown version or attack, fewer than 4 classes (the DLR loss needs 4), or
+            images outside [0, 1].
 
     Source: Croce and Hein, ICML 2020 (arXiv 2003.01690), version "standard".
     """
@@ -87,51 +93,73 @@ def autoattack(
     num_classes = len(images.classes)
     if num_classes < MIN_CLASSES:
         raise ValueError(f"AutoAttack needs at least {MIN_CLASSES} classes, got {num_classes}")
+    unknown = [name for name in attacks if name not in STANDARD]
+    if unknown or not attacks:
+        raise ValueError(f"attacks must be among {', '.join(STANDARD)}, got {list(attacks)}")
     short = version == "torchattacks10"
     num_targets = num_classes - 1 if short else min(NUM_TARGETS, num_classes - 1)
     title = "AutoAttack (torchattacks, 10 steps)" if short else "AutoAttack"
-    after: dict[str, float] = {}
-    rejected = disputes = 0
+    if tuple(attacks) != STANDARD:
+        title = "Of AutoAttack:"
+    pieces = pieces or Pieces()
+    after: dict[str, Tensor] = {}
+    num_rejected = num_disputed = 0
     x_adv = images.x.clone()
     with _private_random_state(images.x.device), evaluation_mode(model):
         network = _fast_network(model, images.x) if fast else model
         robust = predict(model, images.x, batch_size).argmax(dim=1) == images.y
 
-        def attack(name: str, attacked: nn.Module, indices: Tensor) -> Tensor:
-            """Take what is broken out of ``robust``; those lost by ``attacked`` alone."""
-            nonlocal rejected
-            ticking = _Ticking(attacked, f"{title} {name}", len(indices), progress)
+        def attack(name: str, attacked: nn.Module, indices: Tensor) -> _Attacked:
             x, y = images.x[indices], images.y[indices]
+            ticking = _Ticking(attacked, f"{title} {name}", int(robust.sum()), progress)
             if name == "square" and threat.norm == "Linf" and fast:
-                candidates = _square(ticking, x, y, threat, batch_size, seed, short)
+                square = SquareLinf(
+                    threat.eps,
+                    num_queries=NUM_QUERIES,
+                    seed=seed,
+                    batch_size=batch_size,
+                    rescale_schedule=short,
+                )
+                candidates = square(ticking, x, y)
             else:
                 adversary = _reference(ticking, threat, seed, num_targets, short)
                 adversary.attacks_to_run = [name]
-                candidates, _ = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
-            disputed = []
-            for chunk in torch.split(torch.arange(len(indices), device=x.device), batch_size):
-                still, adversarial, outside = accept(
-                    model, x[chunk], y[chunk], candidates[chunk], threat
-                )
-                broken = indices[chunk[~still]]
-                robust[broken] = False
-                x_adv[broken] = adversarial[~still]
-                rejected += outside
-                if attacked is not model:
-                    lost = predict(attacked, candidates[chunk], batch_size).argmax(dim=1)
-                    disputed.append(indices[chunk[still & (lost != y[chunk])]])
-            return torch.cat(disputed) if disputed else indices[:0]
+                candidates, _ = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+            still, adversarial, rejected = accept(model, x, y, candidates, threat)
+            lost = predict(attacked, candidates, batch_size).argmax(dim=1) != y
+            return _Attacked(still, adversarial, rejected, still & lost)
 
-        for name in STANDARD:
+        def piece(name: str, indices: Tensor) -> dict[str, Tensor]:
+            still, adversarial, rejected, disputed = attack(name, network, indices)
+            if network is model:
+                disputed = torch.zeros_like(still)
+            elif disputed.any():
+                again = attack(name, model, indices[disputed])
+                still[disputed], adversarial[disputed] = again.still, again.x_adv
+                rejected += again.rejected
+            counts = torch.tensor([rejected, int(disputed.sum())])
+            return {"still": still, "x_adv": adversarial[~still], "counts": counts}
+
+        for name in attacks:
             survivors = robust.nonzero().flatten()
-            if len(survivors):
-                disputed = attack(name, network, survivors)
-                disputes += len(disputed)
-                if len(disputed):
-                    attack(name, model, disputed)
-            after[name] = float(robust.double().mean())
+            for number, indices in enumerate(torch.split(survivors, batch_size)):
+                if len(indices) == 0:
+                    continue
+                kept = f"{version}-{'-'.join(attacks)}-{name}-{number}"
+                found = pieces.get(kept, partial(piece, name, indices), images.x.device)
+                broken = indices[~found["still"]]
+                robust[broken] = False
+                x_adv[broken] = found["x_adv"]
+                rejected, disputed = found["counts"].tolist()
+                num_rejected += rejected
+                num_disputed += disputed
+            after[name] = robust.clone()
+    implementation = f"pyautoattack {metadata.version('pyautoattack')}"
+    if "square" in attacks and threat.norm == "Linf" and fast:
+        own = "arat_fast.attacks.SquareLinf"
+        implementation = own if tuple(attacks) == ("square",) else f"{implementation}, {own}"
     details = {
-        "implementation": f"pyautoattack {metadata.version('pyautoattack')}",
+        "implementation": implementation,
         "path": "fast" if fast else "plain",
         "network": "folded" if isinstance(network, FoldedNetwork) else "eager",
         "precision": "float32",
@@ -142,11 +170,27 @@ def autoattack(
         "num_targets": num_targets,
         "num_queries": NUM_QUERIES,
         "seed": seed,
-        "attacks": after,
-        "num_rejected": rejected,
-        "num_disputed": disputes,
+        "attacks": {name: float(mask.double().mean()) for name, mask in after.items()},
+        "num_rejected": num_rejected,
+        "num_disputed": num_disputed,
     }
-    return AttackResult(robust, x_adv, details)
+    return AttackResult(robust, x_adv, details, after)
+
+
+class _Attacked(NamedTuple):
+    """What one attack did to some images.
+
+    Attributes:
+        still: (n,) bool: the network itself classifies them correctly.
+        x_adv: (n, C, H, W).
+        rejected: number of examples outside the ball.
+        disputed: (n,) bool: those that only the attacked network gets wrong.
+    """
+
+    still: Tensor
+    x_adv: Tensor
+    rejected: int
+    disputed: Tensor
 
 
 def _fast_network(model: nn.Module, x: Tensor) -> nn.Module:
@@ -180,27 +224,6 @@ def _reference(
     if short:
         _shorten(adversary)
     return adversary
-
-
-def _square(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    batch_size: int,
-    seed: int,
-    short: bool,
-) -> Tensor:
-    """Square on the batches that the reference code makes: it draws for each of them anew."""
-    attack = SquareLinf(
-        threat.eps,
-        num_queries=NUM_QUERIES,
-        seed=seed,
-        batch_size=batch_size,
-        rescale_schedule=short,
-    )
-    pairs = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
-    return torch.cat([attack(model, images, labels) for images, labels in pairs])
 
 
 def _shorten(adversary: Any) -> None:

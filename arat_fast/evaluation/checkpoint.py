@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.evaluate import ImageSet
-from arat_fast.evaluation.suite import evaluate_all
+from arat_fast.evaluation.suite import evaluate_all, save_per_example
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.interop.saved import SavedNetwork, read_saved
 from arat_fast.interop.weights import network_size
@@ -33,14 +34,14 @@ def evaluate_checkpoint(
     eps: float | None = None,
     num_steps: int | None = None,
     alpha: float | None = None,
-    autoattack: bool = True,
-    aa_torchattacks10: bool = False,
+    attacks: Sequence[str] = ("pgd", "autoattack"),
     max_samples: int = 0,
     num_restarts: int = 1,
     batch_size: int | None = None,
     data_root: Path | None = None,
     device: str = "auto",
     seed: int = 0,
+    out: Path | None = None,
     display: Display | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
@@ -53,18 +54,20 @@ def evaluate_checkpoint(
             run's own checkpoint does; its exported weights name recipe, model and ball.
         norm, eps, num_steps, alpha, batch_size, data_root: override the run's; None keeps them.
             Another norm needs a radius; in another ball the step size is a quarter of it.
-        autoattack: run standard AutoAttack too.
-        aa_torchattacks10: run the 10-step AutoAttack too, which overstates robustness and is for
-            comparison with the paper's table only.
+        attacks: of :data:`arat_fast.evaluation.suite.ATTACKS`.
         max_samples: the first samples only; 0 for all.
         num_restarts: of PGD, >= 1.
         device: auto, cpu, cuda or cuda:N.
         seed: of the attacks.
+        out: where the record will go: the results image by image are written beside it as .npz,
+            and what is finished is kept there in a folder .partial, from which the same evaluation
+            goes on if it is interrupted. None writes nothing.
         display: where progress is shown.
         ranks: the processes that share the images; each returns the record.
 
     Returns:
-        The record, as JSON types.
+        The record, as JSON types; "interrupted" holds the steps trained and those of the whole run
+        where the checkpoint is of a run that had not come to its end.
 
     Raises:
         FileNotFoundError: no such file, or the dataset is not there.
@@ -111,20 +114,26 @@ def evaluate_checkpoint(
             num_steps=config.eval.num_steps,
             alpha=config.eval.step_size(config.attack.eps),
             num_restarts=num_restarts,
-            with_autoattack=autoattack,
-            with_torchattacks10=aa_torchattacks10,
+            attacks=attacks,
             batch_size=config.eval.batch_size,
             seed=seed,
+            folder=None if out is None else out.with_suffix(".partial"),
             progress=bar,
             ranks=ranks,
         )
+    seconds = time.perf_counter() - start
+    if out is not None and ranks.is_main:
+        save_per_example(out.with_suffix(".npz"), model, images, suite, config.eval.batch_size)
+    total_steps = len(data.train) * trained.train.epochs
+    unfinished = saved.steps is not None and saved.steps < total_steps
     return {
         "checkpoint": str(saved.path),
         "recipe": config.recipe,
         "split": "test",
         "model": saved.weights,
+        **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
         "accuracy": suite.record(),
-        "wall_seconds": {"eval": time.perf_counter() - start},
+        "wall_seconds": {"eval": seconds},
         "device": describe_device(target),
         "versions": versions(),
         "commit": source_commit(),

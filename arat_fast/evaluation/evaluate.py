@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from arat_fast.data.batches import Batches
 from arat_fast.device import full_float32
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
+from arat_fast.reporting.statistics import wilson_interval
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""
@@ -51,11 +52,13 @@ class AttackResult:
         x_adv: (N, C, H, W): the adversarial images; the clean one where the attack failed or where
             there was no attack.
         details: how it was done, as JSON types.
+        after: ``correct`` as it was after each of several attacks.
     """
 
     correct: Tensor
     x_adv: Tensor
     details: dict[str, Any]
+    after: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -63,11 +66,13 @@ class AttackResult:
         return float(self.correct.double().mean())
 
     def record(self) -> dict[str, Any]:
-        """Value, counts and details, as JSON types."""
+        """Value, counts, Wilson's 95 % interval and details, as JSON types."""
+        correct, num_samples = int(self.correct.sum()), len(self.correct)
         return {
             "value": self.accuracy,
-            "correct": int(self.correct.sum()),
-            "num_samples": len(self.correct),
+            "correct": correct,
+            "num_samples": num_samples,
+            "interval": list(wilson_interval(correct, num_samples)),
             **self.details,
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from arat_fast.device import describe_device, versions
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.evaluation import share_evaluation
-from arat_fast.evaluation.autoattack import Version, autoattack
+from arat_fast.evaluation.autoattack import autoattack
+from arat_fast.evaluation.corruptions import CORRUPTIONS, NUM_SEVERITIES, corrupt
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
@@ -23,23 +27,72 @@ from arat_fast.evaluation.evaluate import (
     pgd_accuracy,
     predict,
 )
+from arat_fast.evaluation.pieces import Pieces, checksum
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_atomic
-from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d
+from arat_fast.reporting.statistics import Z_95
+from arat_fast.training.interrupt import EvaluationStopped
 
 NUM_EXAMPLES = 16
 
 
+ATTACKS = ("pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10", "corruptions")
+"""What an evaluation can hold beside the clean accuracy. "apgd-ce" and "square" are AutoAttack's
+first and last attack alone; "aa-torchattacks10" overstates robustness and is for comparison with
+the paper's table only."""
+
+
+@dataclass(frozen=True)
+class CorruptionResult:
+    """Accuracy on corrupted images.
+
+    Attributes:
+        correct: (corruptions, severities, N) bool.
+        details: how it was done, as JSON types.
+    """
+
+    correct: Tensor
+    details: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Mean and accuracy by corruption and severity, counts, a 95 % interval and details.
+
+        The interval is the normal one of the images' mean accuracies: the corrupted copies of an
+        image are no independent samples.
+        """
+        per_image = self.correct.double().mean(dim=(0, 1))
+        value, count = float(per_image.mean()), len(per_image)
+        half = Z_95 * float(per_image.std(correction=0)) / count**0.5
+        accuracies = self.correct.double().mean(dim=2).tolist()
+        return {
+            "value": value,
+            "correct": int(self.correct.sum()),
+            "num_samples": self.correct.numel(),
+            "interval": [max(0.0, value - half), min(1.0, value + half)],
+            "corruptions": dict(zip(CORRUPTIONS, accuracies, strict=True)),
+            **self.details,
+        }
+
+
 @dataclass(frozen=True)
 class SuiteResult:
-    """Results by name ("clean", "clean_branch", "pgd20", "autoattack", "aa-torchattacks10"), in the
-    order they ran."""
+    """Results by name ("clean", "clean_branch", "pgd20", "autoattack", …), in the order they ran.
+
+    Attributes:
+        results: of the clean images and of each attack.
+        corruptions: of the corrupted images, where they were asked for.
+    """
 
     results: dict[str, AttackResult]
+    corruptions: CorruptionResult | None = None
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Accuracies, counts and how they were measured, as JSON types."""
-        return {name: result.record() for name, result in self.results.items()}
+        record = {name: result.record() for name, result in self.results.items()}
+        if self.corruptions is not None:
+            record["corruptions"] = self.corruptions.record()
+        return record
 
     def strongest_examples(self) -> Tensor:
         """AutoAttack's example where it broke an image that PGD did not, else PGD's."""
@@ -58,66 +111,217 @@ def evaluate_all(
     *,
     num_steps: int,
     alpha: float,
-    with_autoattack: bool,
+    attacks: Sequence[str],
     batch_size: int,
     seed: int,
     num_restarts: int = 1,
-    with_torchattacks10: bool = False,
+    folder: Path | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> SuiteResult:
-    """Clean, PGD and AutoAttack accuracy of the ``adv`` branch, and clean accuracy of the other.
+    """Clean accuracy of both branches, and accuracy of the ``adv`` branch under attacks.
 
     Args:
         model: the network, in any mode.
         images: float32 images and labels on the model's device.
         threat: ball of the attacks.
         num_steps, alpha: steps and step size of PGD.
-        with_autoattack: whether to run AutoAttack.
+        attacks: of :data:`ATTACKS`.
         batch_size: samples at a time.
-        seed: of the attacks.
+        seed: of the attacks and of the corruptions.
         num_restarts: of PGD.
-        with_torchattacks10: whether to run the 10-step AutoAttack too, which overstates robustness
-            and is for comparison with the paper's table only.
+        folder: where finished pieces are kept; an interrupted evaluation of the same weights,
+            images and settings goes on from them. Removed at the end. None keeps nothing.
         progress: told what is running.
-        ranks: the processes that share the images; each returns all results.
+        ranks: the processes that share the images; each returns all results, and keeps pieces of
+            its own.
+
+    Raises:
+        ValueError: an attack is unknown, or an argument is out of range.
     """
+    unknown = [name for name in attacks if name not in ATTACKS]
+    if unknown:
+        raise ValueError(f"unknown attack {unknown[0]!r}, expected some of {', '.join(ATTACKS)}")
+    settings = {
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "num_steps": num_steps,
+        "alpha": alpha,
+        "num_restarts": num_restarts,
+        "batch_size": batch_size,
+        "seed": seed,
+        "versions": versions(),
+        "device": describe_device(images.x.device),
+    }
+    pieces = Pieces()
+    if folder is not None:
+        if not ranks.alone:
+            shard = ranks.shard
+            settings["processes"] = [shard.rank, shard.world_size]
+            folder = folder.with_name(f"{folder.name}-{shard.rank}-of-{shard.world_size}")
+        pieces = Pieces(folder, checksum(model, {"x": images.x, "y": images.y}, settings))
     share = partial(share_evaluation, ranks)
     clean = partial(clean_accuracy, model, batch_size=batch_size)
     results = {"clean": share(clean, images)}
     if any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
         results["clean_branch"] = share(partial(clean, branch="clean"), images)
-    results[f"pgd{num_steps}"] = share(
-        lambda own: pgd_accuracy(
+    if "pgd" in attacks:
+        pgd = partial(
+            pgd_accuracy,
             model,
-            own,
-            threat,
+            threat=threat,
             num_steps=num_steps,
             alpha=alpha,
             batch_size=batch_size,
             num_restarts=num_restarts,
             seed=seed,
             progress=progress,
-        ),
-        images,
-    )
-    versions: list[tuple[str, Version]] = []
-    if with_autoattack:
-        versions.append(("autoattack", "standard"))
-    if with_torchattacks10:
-        versions.append(("aa-torchattacks10", "torchattacks10"))
-    for name, version in versions:
-        attack = partial(
-            autoattack,
-            model,
-            threat=threat,
-            batch_size=batch_size,
-            version=version,
-            seed=seed,
-            progress=progress,
         )
-        results[name] = share(attack, images)
-    return SuiteResult(results)
+        results[f"pgd{num_steps}"] = share(partial(_kept, pieces, "pgd", pgd), images)
+    reference = partial(
+        autoattack,
+        model,
+        threat=threat,
+        batch_size=batch_size,
+        seed=seed,
+        pieces=pieces,
+        progress=progress,
+    )
+    if "autoattack" in attacks:
+        results["autoattack"] = share(reference, images)
+    for name in ("apgd-ce", "square"):
+        if name in attacks:
+            results[name] = share(partial(reference, attacks=(name,)), images)
+    if "aa-torchattacks10" in attacks:
+        results["aa-torchattacks10"] = share(partial(reference, version="torchattacks10"), images)
+    corruptions = None
+    if "corruptions" in attacks:
+        corruptions = corruption_accuracy(
+            model,
+            images,
+            batch_size=batch_size,
+            seed=seed,
+            pieces=pieces,
+            progress=progress,
+            ranks=ranks,
+        )
+    pieces.remove()
+    return SuiteResult(results, corruptions)
+
+
+def corruption_accuracy(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    pieces: Pieces | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> CorruptionResult:
+    """Accuracy of the ``adv`` branch on images with common corruptions, made on the fly.
+
+    Args:
+        model: the network, in any mode.
+        images: float32 images and labels on the model's device.
+        batch_size: samples at a time, >= 1.
+        seed: of the corruptions.
+        pieces: what is finished already; each corruption is one piece.
+        progress: told after each corruption.
+        ranks: the processes that share the corruptions; each returns all results.
+
+    Raises:
+        EvaluationStopped: a process was told to stop; raised on all of them.
+    """
+    pieces = pieces or Pieces()
+    names = list(CORRUPTIONS)
+    own = names if ranks.alone else names[ranks.shard.share(len(names))]
+    # A process may have none.
+    none = torch.empty((0, NUM_SEVERITIES, len(images.y)), dtype=torch.bool, device=images.x.device)
+    correct = [none]
+
+    def one(name: str) -> dict[str, Tensor]:
+        predictions = [
+            predict(model, corrupt(images.x, name, severity, seed=seed), batch_size).argmax(dim=1)
+            for severity in range(1, NUM_SEVERITIES + 1)
+        ]
+        return {"correct": torch.stack(predictions) == images.y}
+
+    stopped = False
+    try:
+        with evaluation_mode(model):
+            for number, name in enumerate(own):
+                found = pieces.get(f"corruption-{name}", partial(one, name), images.x.device)
+                correct.append(found["correct"][None])
+                if progress is not None:
+                    progress("corruptions", number + 1, len(own))
+    except EvaluationStopped:
+        if ranks.alone:
+            raise
+        stopped = True
+    found_by_name = torch.cat(correct)
+    if not ranks.alone:
+        ranks.meet()
+        if not ranks.all(not stopped):
+            raise EvaluationStopped
+        found_by_name = ranks.gather_rows(found_by_name)
+    details = {
+        "implementation": "arat_fast.evaluation.corruptions",
+        "severities": list(range(1, NUM_SEVERITIES + 1)),
+        "seed": seed,
+    }
+    return CorruptionResult(found_by_name, details)
+
+
+def _kept(
+    pieces: Pieces, name: str, attack: Callable[[ImageSet], AttackResult], images: ImageSet
+) -> AttackResult:
+    """A whole attack as one piece; its details travel as JSON in bytes."""
+
+    def compute() -> dict[str, Tensor]:
+        result = attack(images)
+        written = json.dumps(result.details).encode()
+        details = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+        return {"correct": result.correct, "x_adv": result.x_adv, "details": details}
+
+    found = pieces.get(name, compute, images.x.device)
+    details = json.loads(found["details"].cpu().numpy().tobytes())
+    return AttackResult(found["correct"], found["x_adv"], details)
+
+
+def save_per_example(
+    path: Path, model: nn.Module, images: ImageSet, suite: SuiteResult, batch_size: int
+) -> None:
+    """Write what became of each image (.npz).
+
+    ``label`` (N,) int64; for each result ``NAME_correct`` (N,) bool, ``NAME_prediction`` (N,) int64
+    and ``NAME_margin`` (N,) float32, the true logit less the largest other one, on the adversarial
+    image (the clean one where the attack failed), and ``NAME_after_ATTACK`` (N,) bool, what stood
+    after each attack of several; ``corruptions_correct`` (corruptions, severities, N) bool.
+
+    Args:
+        path: the file.
+        model: the network.
+        images: the images that were evaluated.
+        suite: what was found.
+        batch_size: samples at a time, >= 1.
+    """
+    arrays: dict[str, Any] = {"label": images.y}
+    for name, result in suite.results.items():
+        branch: Branch = "clean" if name == "clean_branch" else "adv"
+        with evaluation_mode(model, branch):
+            logits = predict(model, result.x_adv, batch_size)
+        true = logits.gather(1, images.y[:, None]).flatten()
+        others = logits.scatter(1, images.y[:, None], -torch.inf).amax(dim=1)
+        arrays[f"{name}_correct"] = result.correct
+        arrays[f"{name}_prediction"] = logits.argmax(dim=1)
+        arrays[f"{name}_margin"] = true - others
+        for attack, mask in result.after.items():
+            arrays[f"{name}_after_{attack}"] = mask
+    if suite.corruptions is not None:
+        arrays["corruptions_correct"] = suite.corruptions.correct
+    arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
+    write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, x_adv: Tensor) -> None:

@@ -811,9 +811,10 @@ class Trainer:
                 ThreatModel(config.attack.eps, config.attack.norm),
                 num_steps=config.eval.num_steps,
                 alpha=config.eval.step_size(config.attack.eps),
-                with_autoattack=config.eval.autoattack,
+                attacks=("pgd", "autoattack") if config.eval.autoattack else ("pgd",),
                 batch_size=config.eval.batch_size,
                 seed=config.seed,
+                folder=self.out / "evaluation.partial",
                 progress=self._progress(stop, bar),
                 ranks=self.ranks,
             )

@@ -88,7 +88,7 @@ def test_eval_of_every_kind_of_file_agrees(
     records = []
     for name in ("", "checkpoint.pt", "model.safetensors"):
         out = tmp_path / f"record{len(records)}.json"
-        arguments = ["eval", str(run / name), "--no-autoattack", "--max-samples", "40"]
+        arguments = ["eval", str(run / name), "--attacks", "pgd", "--max-samples", "40"]
         if name.endswith("safetensors"):
             arguments += ["--num-steps", "1"]
         assert main([*arguments, "--out", str(out)]) == 0
@@ -103,7 +103,8 @@ def test_eval_of_every_kind_of_file_agrees(
 def test_eval_with_another_ball(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     arguments = [
-        "--no-autoattack",
+        "--attacks",
+        "pgd",
         "--norm",
         "L2",
         "--eps",
@@ -123,7 +124,7 @@ def test_eval_writes_beside_the_checkpoint_and_prints_first(
 ) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(run / "model.safetensors", path)
-    arguments = ["--no-autoattack", "--max-samples", "20", "--num-steps", "1"]
+    arguments = ["--attacks", "pgd", "--max-samples", "20", "--num-steps", "1"]
     assert main(["eval", str(path), *arguments]) == 0
     written = tmp_path / "model.evaluation.json"
     assert json.loads(written.read_text())["accuracy"]["clean"]["num_samples"] == 20

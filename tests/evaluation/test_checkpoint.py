@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -13,6 +15,7 @@ from tiny import tiny_config, tiny_trainer
 
 from arat_fast.display import Display
 from arat_fast.evaluation import checkpoint as module
+from arat_fast.evaluation.corruptions import CORRUPTIONS
 from arat_fast.interop import save_safetensors
 from arat_fast.models import create_model
 from arat_fast.recipes import RECIPES, recipe
@@ -31,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(path: Path, **options: Any) -> dict[str, Any]:
-    options = {"autoattack": False, "max_samples": 30, "device": "cpu", **options}
+    options = {"attacks": ["pgd"], "max_samples": 30, "device": "cpu", **options}
     return module.evaluate_checkpoint(path, display=Display(Console(quiet=True)), **options)
 
 
@@ -147,6 +150,74 @@ def test_arguments_out_of_range(run: Path, options: dict[str, Any], message: str
 
 
 def test_ten_step_autoattack_has_a_name_of_its_own(run: Path) -> None:
-    record = evaluate(run, max_samples=4, eps=0.5, aa_torchattacks10=True)
+    record = evaluate(run, max_samples=4, eps=0.5, attacks=["pgd", "aa-torchattacks10"])
     assert set(record["accuracy"]) == {"clean", "clean_branch", "pgd1", "aa-torchattacks10"}
     assert record["accuracy"]["aa-torchattacks10"]["version"] == "torchattacks10"
+
+
+def test_results_image_by_image(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    attacks = ["pgd", "apgd-ce", "square", "corruptions"]
+    record = evaluate(run, max_samples=12, eps=0.5, attacks=attacks, out=out)["accuracy"]
+    assert set(record) == {"clean", "clean_branch", "pgd1", "apgd-ce", "square", "corruptions"}
+    with np.load(tmp_path / "record.npz", allow_pickle=False) as arrays:
+        found = dict(arrays)
+    for name in ("clean", "clean_branch", "pgd1", "apgd-ce", "square"):
+        correct = found[f"{name}_correct"]
+        assert correct.sum() == record[name]["correct"] and len(correct) == 12
+        low, high = record[name]["interval"]
+        assert low <= record[name]["value"] <= high
+        assert np.array_equal(found[f"{name}_prediction"] == found["label"], correct)
+        assert np.array_equal(found[f"{name}_margin"] > 0, correct)
+    assert np.array_equal(found["apgd-ce_after_apgd-ce"], found["apgd-ce_correct"])
+    assert record["square"]["implementation"] == "arat_fast.attacks.SquareLinf"
+    assert list(record["square"]["attacks"]) == ["square"]
+    corruptions = found["corruptions_correct"]
+    assert corruptions.shape == (15, 5, 12)
+    assert record["corruptions"]["value"] == pytest.approx(corruptions.mean())
+    assert record["corruptions"]["corruptions"]["fog"] == pytest.approx(
+        corruptions[list(CORRUPTIONS).index("fog")].mean(axis=1).tolist()
+    )
+    assert not (tmp_path / "record.partial").exists()
+
+
+def test_an_interrupted_evaluation_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"max_samples": 8, "eps": 0.02, "attacks": ["pgd", "apgd-ce"]}
+    whole = evaluate(run, **options, out=tmp_path / "whole.json")["accuracy"]
+    suite = importlib.import_module("arat_fast.evaluation.suite")
+    real = suite.autoattack
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        real(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "autoattack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, **options, out=tmp_path / "record.json")
+    assert len(list((tmp_path / "record.partial").glob("*.npz"))) == 2
+
+    def never(*arguments: Any, **keywords: Any) -> Any:
+        raise AssertionError("attacked again")
+
+    monkeypatch.setattr(suite, "pgd_accuracy", never)
+    monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", never)
+    assert evaluate(run, **options, out=tmp_path / "record.json")["accuracy"] == whole
+    # Other settings are another evaluation.
+    with pytest.raises(AssertionError, match="attacked again"):
+        evaluate(run, **{**options, "eps": 0.03}, out=tmp_path / "record.json")
+
+
+def test_an_interrupted_run_is_called_one(run: Path, tmp_path: Path) -> None:
+    assert "interrupted" not in evaluate(run)
+    state = load_checkpoint(run / "checkpoint.pt")
+    total, state["step"] = state["step"], 1
+    save_checkpoint(tmp_path / "cut.pt", state)
+    assert evaluate(tmp_path / "cut.pt")["interrupted"] == {"steps": 1, "of": total}
+
+
+def test_an_unknown_attack(run: Path) -> None:
+    with pytest.raises(ValueError, match="unknown attack 'fgsm', expected some of pgd, autoattack"):
+        evaluate(run, attacks=["fgsm"])

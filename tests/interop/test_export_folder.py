@@ -117,7 +117,7 @@ def test_hub_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Linf, radius 0.12" in card and "not a certificate" in card
     assert "arat-fast train digits --seed 0" in card and "/home/me" not in card
     assert (out / "example.py").read_text() in card
-    assert main(["eval", str(out), "--eps", "0.1", "--no-autoattack", "--max-samples", "20"]) == 0
+    assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
 
 
 def test_figures_of_other_weights_are_not_on_the_card(run: Path, tmp_path: Path) -> None:
