@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import metadata
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,7 @@ from arat_fast.evaluation.evaluate import (
     evaluation_mode,
     predict,
 )
+from arat_fast.evaluation.parallel import shared_batches
 from arat_fast.evaluation.pieces import Pieces
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.folding import FoldedNetwork
@@ -105,8 +106,13 @@ def autoattack(
     after: dict[str, Tensor] = {}
     num_rejected = num_disputed = 0
     x_adv = images.x.clone()
-    with _private_random_state(images.x.device), evaluation_mode(model):
-        network = _fast_network(model, images.x) if fast else model
+    with ExitStack() as stack:
+        stack.enter_context(_private_random_state(images.x.device))
+        stack.enter_context(evaluation_mode(model))
+        network = model
+        if fast:
+            folded = _fast_network(model, images.x)
+            network = stack.enter_context(shared_batches(folded, images.x[:batch_size]))
         robust = predict(model, images.x, batch_size).argmax(dim=1) == images.y
 
         def attack(name: str, attacked: nn.Module, indices: Tensor) -> _Attacked:
@@ -161,7 +167,7 @@ def autoattack(
     details = {
         "implementation": implementation,
         "path": "fast" if fast else "plain",
-        "network": "folded" if isinstance(network, FoldedNetwork) else "eager",
+        "network": "folded" if fast and folded is not model else "eager",
         "precision": "float32",
         "version": version,
         "norm": threat.norm,
