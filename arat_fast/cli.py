@@ -49,6 +49,8 @@ usage: arat-fast COMMAND ...
       What a dataset is: classes, counts, sizes, mean and std, a sheet of images. prepare converts
       an .npz file of generated images to arrays in the folder OUT, and decodes every image of a
       folder or of tar shards to name those that cannot be.
+  arat-fast bench eval RUN ... [options]
+      Time AutoAttack's fast path beside pyautoattack as it is, and compare what survives.
   arat-fast bench step|scaling|data [options]
       Time the training step beside plain, tuned and compiled PyTorch and the official code, or
       against batch size, image size, attack steps and width; or the loaders. Writes JSON, a table
@@ -375,13 +377,17 @@ def _bench(arguments: list[str]) -> int:
         return 0
     if name == "step":
         return bench_step(parse(StepOptions, rest, "arat-fast bench step"))
+    if name == "eval":
+        from arat_fast.bench.evaluation import EvalBenchOptions, bench_eval
+
+        return bench_eval(parse(EvalBenchOptions, rest, "arat-fast bench eval"))
     if name == "scaling":
         return bench_scaling(parse(ScalingOptions, rest, "arat-fast bench scaling"))
     if name == "data":
         from arat_fast.bench.data import DataOptions, bench_data
 
         return bench_data(parse(DataOptions, rest, "arat-fast bench data"))
-    raise UsageError(f"step, scaling or data is expected after bench, got {name}")
+    raise UsageError(f"step, scaling, data or eval is expected after bench, got {name}")
 
 
 def _data(arguments: list[str]) -> int:

@@ -107,7 +107,7 @@ def autoattack(
     num_rejected = num_disputed = 0
     x_adv = images.x.clone()
     with ExitStack() as stack:
-        stack.enter_context(_private_random_state(images.x.device))
+        stack.enter_context(private_random_state(images.x.device))
         stack.enter_context(evaluation_mode(model))
         network = model
         if fast:
@@ -267,7 +267,7 @@ class _Ticking(nn.Module):
 
 
 @contextmanager
-def _private_random_state(device: torch.device) -> Iterator[None]:
+def private_random_state(device: torch.device) -> Iterator[None]:
     """The reference code reseeds global generators; put them back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [device] if device.type == "cuda" else []

@@ -142,7 +142,7 @@ def evaluate_all(
     unknown = [name for name in attacks if name not in ATTACKS]
     if unknown:
         raise ValueError(f"unknown attack {unknown[0]!r}, expected some of {', '.join(ATTACKS)}")
-    settings = {
+    settings: dict[str, Any] = {
         "norm": threat.norm,
         "eps": threat.eps,
         "num_steps": num_steps,
