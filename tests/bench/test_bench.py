@@ -301,8 +301,8 @@ def test_default_contestants_of_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "step, scaling or eval is expected after bench, got nothing"),
-        (["stap"], "step, scaling or eval is expected after bench, got stap"),
+        ([], "step, scaling, data or eval is expected after bench, got nothing"),
+        (["stap"], "step, scaling, data or eval is expected after bench, got stap"),
         (["step", "--contestants", "nave"], "unknown contestant 'nave', expected one of naive"),
         (["step", "--contestants", "official"], "--official DIR"),
         (["step", "--contestants", "fast-eager"], "needs a GPU, got device cpu"),
