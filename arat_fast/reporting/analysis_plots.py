@@ -258,7 +258,7 @@ def surface_panels(arrays: Mapping[str, NDArray[Any]]) -> Drawing:
         figure.supylabel("random direction, in radii", fontsize=9, color=style.GREY)
         bar = figure.colorbar(mesh, ax=panels, shrink=0.7, pad=0.02)
         bar.set_label("margin of the right class")
-        bar.outline.set_visible(False)
+        bar.ax.spines["outline"].set_visible(False)
     crossed = sum(bool((m <= 0).any()) for m in margin)
     return Drawing(
         "The surroundings of images",
