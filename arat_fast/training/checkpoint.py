@@ -238,7 +238,7 @@ class CheckpointFolder:
 
     def _remove_old(self) -> None:
         before = sorted(self._before())
-        for _, path in before[: len(before) - (self.keep_last - 1)]:
+        for _, path in before[: max(0, len(before) - (self.keep_last - 1))]:
             path.unlink(missing_ok=True)
 
 
