@@ -299,6 +299,7 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
         if isinstance(exit_code, int):
             # A stop that all processes agreed on.
             watch.stop()
+            dist.destroy_process_group()
             raise
         if is_collective_failure(error):
             message, exit_code = watch.explain_loss(error)

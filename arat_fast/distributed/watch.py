@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -61,14 +64,24 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching, after all processes have come here; those that are lost are waited for
-        briefly only."""
-        try:
-            self._barrier("stop", LOST_SECONDS)
-        except RuntimeError:
-            self._store_lost = True
+        """Stop watching, when all processes have come here.
+
+        Rank 0 leaves last, because the store is its own. One that is lost after all is waited for
+        :data:`SILENT_SECONDS`.
+        """
         self._stopped.set()
         self._thread.join()
+        deadline = time.monotonic() + SILENT_SECONDS
+        with contextlib.suppress(RuntimeError):
+            self._store.add("stop", 1)
+            if self.rank == 0:
+                self._wait_until(lambda: self._store.add("stop", 0) >= self.world_size, deadline)
+                self._store.set("bye", "")
+                others = self.world_size - 1
+                self._wait_until(lambda: self._store.add("gone", 0) >= others, deadline)
+            else:
+                self._wait_until(lambda: bool(self._store.check(["bye"])), deadline)
+                self._store.add("gone", 1)
 
     def meet(self) -> None:
         """Wait until every process has called this."""
@@ -199,14 +212,14 @@ class Watch:
         if self._line.check(["exit code"]):
             self._spoken = int(self._line.get("exit code"))
 
-    def _barrier(self, name: str, seconds: float | None = None) -> None:
-        """Wait until all processes are here, or that long."""
+    def _barrier(self, name: str) -> None:
         self._store.add(name, 1)
-        start = time.monotonic()
+        self._wait_until(lambda: self._store.add(name, 0) >= self.world_size)
+
+    @staticmethod
+    def _wait_until(ready: Callable[[], bool], deadline: float = math.inf) -> None:
         pause = 0.005
-        while self._store.add(name, 0) < self.world_size:
-            if seconds is not None and time.monotonic() - start > seconds:
-                return
+        while not ready() and time.monotonic() < deadline:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 

@@ -20,6 +20,7 @@ import torch
 from tiny import OPTIONS
 from torch import Tensor
 
+import arat_fast.distributed.watch as watch_module
 import arat_fast.reporting
 import arat_fast.training.checkpoint as checkpoint_module
 import arat_fast.training.loop as loop_module
@@ -58,6 +59,10 @@ def run(drill: Drill) -> int:
     # The report would be most of the time.
     arat_fast.reporting.write_report = lambda out: Path(out) / "report.html"
     spared = drill.first_attempt_only and os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
+    # A process is lost sooner than outside of tests.
+    watch_module.BEAT_SECONDS, watch_module.LOST_SECONDS = 0.2, 1.5
+    if drill.accident == "SIGSTOP":
+        watch_module.SILENT_SECONDS = 4.0
     if drill.accident != "none" and not spared:
         loop_module.Trainer = prepared(drill)  # type: ignore[misc]
     return command_line([*BASE, *drill.extra, "--out", drill.out, "--resume"])

@@ -109,6 +109,17 @@ def test_rank_0_killed(whole: Callable[[int], Path], tmp_path: Path) -> None:
     assert_same_run(whole(3), out)
 
 
+def test_a_rank_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    """Alive, but without a sign of life: no connection breaks."""
+    drill = Drill(str(tmp_path / "run"), "SIGSTOP", 5, 1, EPOCHS)
+    processes = jobs.start(drills.as_rank, (drill,), 2, tmp_path)
+    processes[0].join(60)
+    assert processes[0].exitcode == 1, jobs.printed(tmp_path)
+    processes[1].kill()
+    (message,) = errors(jobs.printed(tmp_path))
+    assert "rank 1 (" in message and "was lost at step 5," in message
+
+
 def test_an_error_of_one_rank_is_said_once(tmp_path: Path) -> None:
     out = tmp_path / "run"
     codes, text = go(tmp_path / "logs", 2, Drill(str(out), "error", 5, 1, EPOCHS))
