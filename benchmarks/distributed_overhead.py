@@ -1,0 +1,136 @@
+"""What checkpoints and the distributed path cost, on digits: shares of the time of training.
+
+    python benchmarks/distributed_overhead.py
+
+The contestants train the same epochs of the recipe and take turns in one process: plain; with a
+checkpoint after every epoch, the wait for the last one included; as the only process of a job
+(gloo on a CPU, NCCL on a GPU), its collectives included; and both. Each is compared with the plain
+one of the same round, in wall time and in processor time of all threads, which other work on the
+machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import os
+import socket
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from arat_fast.bench.machine import describe_machine, new_record
+from arat_fast.config import Config
+from arat_fast.display import Display
+from arat_fast.distributed import ALONE, Ranks, join
+from arat_fast.files import write_json
+from arat_fast.recipes import recipe
+from arat_fast.training.interrupt import StopRequest
+from arat_fast.training.loop import Trainer
+
+TARGET = 0.03
+
+
+def configuration(epochs: int, device: str) -> Config:
+    """The recipe without evaluations during training."""
+    config = recipe("digits")
+    train = dataclasses.replace(config.train, epochs=epochs, eval_every=0, device=device)
+    return dataclasses.replace(config, train=train)
+
+
+def train_seconds(config: Config, ranks: Ranks, checkpoints: bool) -> tuple[float, float]:
+    """Wall and processor time of the training of a new run."""
+    with tempfile.TemporaryDirectory() as folder:
+        display = Display(Console(quiet=True))
+        trainer = Trainer(config, Path(folder) / "run", display=display, ranks=ranks)
+        if not checkpoints:
+            trainer._save = lambda: None  # type: ignore[method-assign]
+        with display.training(trainer.total_steps, 0) as bar:
+            start, processor = time.perf_counter(), time.process_time()
+            trainer._train_or_roll_back(bar, StopRequest())
+            trainer.checkpoints.wait()
+            seconds = time.perf_counter() - start, time.process_time() - processor
+        trainer.vote.settle()
+        assert trainer.metrics_file is not None
+        trainer.metrics_file.close()
+        return seconds
+
+
+def measure(rounds: int, epochs: int, device: str) -> dict[str, list[tuple[float, float]]]:
+    """Wall and processor time of each contestant in each round."""
+    config = configuration(epochs, device)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update({**job, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    with join(device) as ranks:
+        contestants = {
+            "plain": (ALONE, False),
+            "checkpoints": (ALONE, True),
+            "distributed": (ranks, False),
+            "both": (ranks, True),
+        }
+        for name in contestants:
+            train_seconds(configuration(1, device), *contestants[name])
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+        for number in range(rounds):
+            # In another order each time: what comes first is not always the same.
+            order = list(contestants)[number % 4 :] + list(contestants)[: number % 4]
+            for name in order:
+                found[name].append(train_seconds(config, *contestants[name]))
+    return found
+
+
+def main() -> None:
+    """Measure, print and write a record under ``benchmarks/results``."""
+    parser = argparse.ArgumentParser(description="Cost of checkpoints and of the distributed path.")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=1, help="of each contestant in each round")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="file of the record")
+    options = parser.parse_args()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    device = ALONE.device(options.device)
+    seconds = measure(options.rounds, options.epochs, options.device)
+    results: dict[str, Any] = {}
+    for name, values in seconds.items():
+        results[name] = {}
+        for place, kind in enumerate(("wall", "processor")):
+            own = [value[place] for value in values]
+            plain = [value[place] for value in seconds["plain"]]
+            overheads = [mine / other - 1 for mine, other in zip(own, plain, strict=True)]
+            results[name][kind] = {
+                "round_seconds": own,
+                "round_overheads": overheads,
+                "overhead": statistics.median(overheads),
+            }
+            print(
+                f"{name:12} {kind:10} {statistics.median(own):7.3f} s, overhead "
+                f"{100 * statistics.median(overheads):+.2f} % "
+                f"(rounds {100 * min(overheads):+.2f} to {100 * max(overheads):+.2f})"
+            )
+    path = new_record("overhead", options.out, device, now)
+    write_json(
+        path,
+        {
+            "kind": "distributed overhead",
+            "date": now.isoformat(timespec="seconds"),
+            "machine": describe_machine(device),
+            "threads": torch.get_num_threads(),
+            "settings": {"recipe": "digits", "epochs": options.epochs, "rounds": options.rounds},
+            "target": TARGET,
+            "results": results,
+        },
+    )
+    print(f"record: {path}")
+
+
+if __name__ == "__main__":
+    main()
