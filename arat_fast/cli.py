@@ -178,8 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, with one line on standard error that says what was got
-        and what was expected; 130 or 75 for a run that Ctrl-C or SIGTERM stopped. With the
-        environment variable ARAT_FAST_TRACEBACK=1, errors are raised instead.
+        and what was expected; 130 or 75 for a run that Ctrl-C or SIGTERM stopped; 1, without
+        returning, where another process of the job was lost. With the environment variable
+        ARAT_FAST_TRACEBACK=1, errors are raised instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {

@@ -25,7 +25,8 @@ Compat = Literal["paper", "official"]
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "resnet18"
-    """resnet8 (8×8 images), resnet18, wrn34-10 (32×32) or resnet50 (224×224)."""
+    """resnet8 (8×8 images), resnet18, wrn34-10 (32×32), resnet50 or convnext-t (224×224; by timm,
+    an extra; it has no BatchNorm to split)."""
     norm: Literal["auto", "split", "shared"] = "auto"
     """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto"
     splits for ARAT and for LBGAT guided by its own clean branch."""
@@ -232,7 +233,17 @@ class DataConfig:
     """Files that are no readable image: stop at the first, or decode all before the run and leave
     them out."""
 
+    progressive: tuple[int, ...] = ()
+    """Image files: height and width in equal parts of the training, for example 128 160 192 224;
+    the crops are scaled down on the device. Empty for image_size throughout."""
+
     def __post_init__(self) -> None:
+        for size in self.progressive:
+            if not 1 <= size <= self.image_size:
+                raise ValueError(
+                    f"data.progressive must be sizes in [1, image_size = {self.image_size}], got "
+                    f"{size}"
+                )
         if self.batch_size < 2:
             raise ValueError(f"data.batch_size must be >= 2, got {self.batch_size}")
         for name in ("padding", "num_val", "num_workers"):
@@ -403,7 +414,7 @@ class Config:
             return self.model.norm
         name, guide = self.objective.name, self.objective.guide
         splits = name == "arat" or (name == "lbgat" and guide == OWN_CLEAN_BRANCH)
-        return "split" if splits else "shared"
+        return "split" if splits and model_spec(self.model.name).has_batch_norm else "shared"
 
     @property
     def regularized_layers(self) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 from arat_fast.attacks.pgd import PGD
 from arat_fast.config import (
@@ -17,6 +19,7 @@ from arat_fast.config import (
     EvalConfig,
     ModelConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     ScheduleConfig,
     StepConfig,
     TrainConfig,
@@ -59,8 +62,53 @@ def published(dataset: DatasetName, model: str) -> Config:
     )
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_EPS = 4 / 255
+
+
+def imagenet(model: str = "resnet50", attack: Literal["pgd3", "fgsm"] = "pgd3") -> Config:
+    """ImageNet from class folders (``data/imagenet/train`` and ``val``), L∞ 4/255, 224 pixels.
+
+    "pgd3" is PGD with three steps of 2/3 of the radius (Salman et al., NeurIPS 2020), "fgsm" one
+    step of 5/4 of the radius from a random start (Wong et al., ICLR 2020, arXiv 2001.03994).
+    ResNet-50 has ImageNet's usual schedule, SGD at 0.1 for batch 512, 90 epochs, drops at 30 and
+    60; ConvNeXt-T AdamW, cosine and warm-up, from fresh weights. Neither schedule nor gamma has
+    been searched for ARAT, and none of these recipes has been run to its end.
+    """
+    steps = {"pgd3": (3, 2 / 3), "fgsm": (1, 5 / 4)}
+    num_steps, share = steps[attack]
+    suffix = "-fgsm" if attack == "fgsm" else ""
+    convnext = model == "convnext-t"
+    return Config(
+        recipe=f"imagenet-{model}{suffix}",
+        model=ModelConfig(model, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        objective=ObjectiveConfig(gamma=GAMMA["resnet18"]),
+        attack=PGD(eps=IMAGENET_EPS, alpha=share * IMAGENET_EPS, num_steps=num_steps),
+        optimizer=OptimizerConfig("adamw", lr=1e-3, base_batch=1024, weight_decay=0.05)
+        if convnext
+        else OptimizerConfig(lr=0.1, base_batch=512, weight_decay=1e-4),
+        schedule=ScheduleConfig("cosine", warmup_epochs=10)
+        if convnext
+        else ScheduleConfig(milestones=(1 / 3, 2 / 3)),
+        average=AverageConfig("ema", start=0.0, decay=0.9999),
+        data=DataConfig(
+            "folder",
+            Path("data/imagenet"),
+            batch_size=1024 if convnext else 512,
+            padding=0,
+            image_size=224,
+            num_workers=12,
+        ),
+        train=TrainConfig(epochs=50 if convnext else 90, log_every=50, eval_every=10),
+        eval=EvalConfig(batch_size=64, max_samples=5000),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
+    "imagenet-resnet50": imagenet,
+    "imagenet-resnet50-fgsm": partial(imagenet, attack="fgsm"),
+    "imagenet-convnext-t": partial(imagenet, "convnext-t"),
     **{
         f"{dataset}-{model}": partial(published, dataset, model)  # type: ignore[arg-type]
         for dataset, models in {

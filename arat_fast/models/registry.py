@@ -12,6 +12,7 @@ from torch import nn
 
 from arat_fast.models.layers import Norm
 from arat_fast.models.resnet import BasicBlock, Bottleneck, ResNet
+from arat_fast.models.timm_network import TimmNetwork
 from arat_fast.models.wide_resnet import WideResNet
 
 
@@ -23,11 +24,14 @@ class ModelSpec:
         build: constructor; takes num_classes, in_channels, norm, mean and std.
         regularized_layers: module paths, in the order of the forward pass.
         image_size: height and width that it is meant for, in pixels.
+        has_batch_norm: whether there is BatchNorm, which ARAT splits; without, it is the invariance
+            loss and its predictor only.
     """
 
     build: Callable[..., nn.Module]
     regularized_layers: tuple[str, ...]
     image_size: int
+    has_batch_norm: bool = True
 
 
 _LAST_STAGE_18 = tuple(f"layer4.{block}.bn{i}" for block in (0, 1) for i in (1, 2))
@@ -53,6 +57,12 @@ MODELS: dict[str, ModelSpec] = {
         tuple(f"layer4.{block}.bn{i}" for block in range(3) for i in (1, 2, 3)),
         224,
     ),
+    "convnext-t": ModelSpec(
+        partial(TimmNetwork, "convnext_tiny"),
+        tuple(f"network.stages.3.blocks.{block}" for block in range(3)),
+        224,
+        has_batch_norm=False,
+    ),
 }
 
 
@@ -76,14 +86,15 @@ def create_model(
     """Build a network with fresh weights (PyTorch's default generator).
 
     Args:
-        name: resnet8 (8×8 images), resnet18, wrn34-10 (32×32), resnet50 (224×224).
+        name: resnet8 (8×8 images), resnet18, wrn34-10 (32×32), resnet50, convnext-t (224×224;
+            the latter needs timm).
         num_classes: number of logits.
         in_channels: channels of the image.
         norm: "split" (two BatchNorm branches) or "shared" (ordinary BatchNorm).
         mean, std: per-channel normalisation inside the network; empty for none.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name; timm is not installed; a norm that the network cannot have.
     """
     options: dict[str, Any] = {"norm": norm, "mean": mean, "std": std}
     return model_spec(name).build(num_classes=num_classes, in_channels=in_channels, **options)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
 from arat_fast.interop.saved import describe, header
 from arat_fast.interop.weights import load_weights
+from arat_fast.models.registry import MODELS
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import ARAT, ARREST, Objective
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
@@ -52,7 +54,7 @@ from arat_fast.training.interrupt import (
 from arat_fast.training.metrics import MetricsFile, NotFiniteError, StepMetrics
 from arat_fast.training.natural import FOLDER as NATURAL_FOLDER
 from arat_fast.training.natural import load_natural, natural_config
-from arat_fast.training.schedule import learning_rate
+from arat_fast.training.schedule import learning_rate, progressive_size
 from arat_fast.training.step import make_train_step
 from arat_kernels.implementation import choose
 
@@ -185,6 +187,12 @@ class Trainer:
         self.average = WeightAverage(
             config.average, int(config.average.start * config.train.epochs) * self.steps_per_epoch
         )
+        if config.data.progressive and isinstance(self.data.train, ResidentBatches):
+            raise ValueError(
+                "data.progressive is for images that are read in batches, got a dataset that stays "
+                "on the device; set --data.loader dataloader or dali"
+            )
+        self.size: int | None = None
         self.metrics = StepMetrics(ranks)
         self.vote = Vote(ranks)
         self.step = 0
@@ -237,6 +245,12 @@ class Trainer:
             f"{self.precision} on {describe_device(self.device)}{together}{resumed}; run folder "
             f"{self.out}"
         )
+        spec = MODELS.get(self.config.model.name)
+        if self.config.objective.name == "arat" and spec is not None and not spec.has_batch_norm:
+            self.display.say(
+                f"{self.config.model.name} has LayerNorm and no BatchNorm to split: ARAT is the "
+                "invariance loss and its predictor, and both kinds of images share every layer"
+            )
         try:
             if self.objective.starts_from_natural and self.natural_model is None:
                 self._train_natural_model()
@@ -405,8 +419,19 @@ class Trainer:
             return
         for (x, y), place in zip(data.epoch(epoch, start_batch), places, strict=True):
             self._set_rate()
-            x = x.contiguous(memory_format=self.memory_format)
+            x = self._scaled(x, epoch).contiguous(memory_format=self.memory_format)
             yield step(x, y, place=None if self.ranks.alone else place), place.total
+
+    def _scaled(self, x: Tensor, epoch: int) -> Tensor:
+        """Images in the size of the epoch: data.progressive."""
+        size = progressive_size(self.config.data.progressive, epoch, self.config.train.epochs)
+        if size is None or size == x.shape[-1]:
+            return x
+        if size != self.size:
+            self.train_step.forget()
+            self.size = size
+        # Between 0 and 1 up to rounding, which the attack does not allow.
+        return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
     def _describe_folding(self) -> None:
         folded = self.train_step.folded_network

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as functions of the step."""
+"""Learning-rate schedules, as functions of the step, and the size of the images."""
 
 from __future__ import annotations
 
@@ -44,6 +44,18 @@ def learning_rate(
     if done < config.warmup:
         return peak * done / config.warmup
     return peak * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup))) / 2
+
+
+def progressive_size(sizes: tuple[int, ...], epoch: int, epochs: int) -> int | None:
+    """Size of the images of an epoch, of sizes for equal parts of the run; None where there are
+    none.
+
+    Args:
+        sizes: in pixels, in order.
+        epoch: in [0, epochs).
+        epochs: length of the run.
+    """
+    return sizes[epoch * len(sizes) // epochs] if sizes else None
 
 
 def _milestones_passed(config: ScheduleConfig, epochs_done: int, epochs: int) -> int:

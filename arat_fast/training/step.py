@@ -238,6 +238,11 @@ class TrainStep:
         for network in (self.model, *self.objective.networks()):
             protect_stem(network, x, self.precision)
 
+    def forget(self) -> None:
+        """Give captured graphs back: steps of other shapes follow, as many as at first."""
+        if self._graphs is not None:
+            self._graphs.forget()
+
     def _run(
         self, gradients: Function, inputs: tuple[Tensor, ...], place: Place | None
     ) -> dict[str, Tensor]:

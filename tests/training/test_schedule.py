@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from tiny import tiny_config
 
 from arat_fast.config import ScheduleConfig
-from arat_fast.training.schedule import learning_rate
+from arat_fast.training.schedule import learning_rate, progressive_size
 
 STEPS = 7
 
@@ -50,6 +53,37 @@ def test_smooth_schedules(name: str) -> None:
         assert 18 <= peak <= 21
         assert values[:18] == sorted(values[:18])
     assert values[peak:] == sorted(values[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("name", ["steps", "cosine"])
+def test_warm_up_is_linear_and_changes_nothing_after_it(name: str) -> None:
+    cold = ScheduleConfig(name)  # type: ignore[arg-type]
+    warm = ScheduleConfig(name, warmup_epochs=1.5)  # type: ignore[arg-type]
+    pairs = [
+        [learning_rate(config, 0.4, step, 10, 8) for config in (warm, cold)] for step in range(80)
+    ]
+    for step, (warmed, without) in enumerate(pairs):
+        assert warmed == pytest.approx(without * min(1, (step + 1) / 15))
+    assert pairs[14][0] == pairs[14][1]
+
+
+def test_learning_rate_follows_the_batch() -> None:
+    config = tiny_config()
+    for scaling, factor in (("none", 1), ("linear", 0.5), ("sqrt", 0.5**0.5)):
+        optimizer = dataclasses.replace(config.optimizer, lr_scaling=scaling, base_batch=128)
+        scaled = dataclasses.replace(config, optimizer=optimizer)
+        assert scaled.peak_lr == pytest.approx(factor * config.optimizer.lr)
+
+
+def test_sizes_of_equal_parts_of_the_run() -> None:
+    sizes = [progressive_size((128, 160, 224), epoch, 7) for epoch in range(7)]
+    assert sizes == [128, 128, 128, 160, 160, 224, 224]
+    assert progressive_size((), 3, 7) is None
+
+
+def test_warm_up_of_onecycle_has_its_own_name() -> None:
+    with pytest.raises(ValueError, match="warms up by schedule.warmup"):
+        ScheduleConfig("onecycle", warmup_epochs=1)
 
 
 @pytest.mark.parametrize(
