@@ -751,6 +751,9 @@ class Trainer:
             )
 
     def _last_checkpoint(self) -> str:
+        # It may still be on its way to the disk; that it does not get there is another error.
+        with suppress(OSError):
+            self.checkpoints.wait()
         if self.checkpoint_path.exists():
             return f"the last good checkpoint is {self.checkpoint_path}"
         return "there is no checkpoint yet"
