@@ -34,7 +34,8 @@ class TRADES(DivergenceAttack):
 
     Gradients reach both sides of the divergence. The attack maximises the same divergence, on
     running statistics and from a start of normal noise, whatever ``bn`` and ``random_start`` of the
-    step's attack say. Clean and adversarial images pass through the network one after the other.
+    step's attack say. Clean, adversarial and once more clean images pass through the network, one
+    batch after the other.
 
     Args:
         beta: weight of the divergence, >= 0; 6 as published.
@@ -43,7 +44,8 @@ class TRADES(DivergenceAttack):
         ValueError: ``beta`` is negative.
 
     Source: Zhang et al., ICML 2019 (arXiv 1901.08573), equation 5 and algorithm 1; the direction of
-    the divergence, the eval mode of the attack and its start as in the authors' code.
+    the divergence, the eval mode of the attack, its start and the three passes as in the authors'
+    code.
     """
 
     def __init__(self, beta: float = 6.0) -> None:
@@ -54,6 +56,10 @@ class TRADES(DivergenceAttack):
     def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
         with use_branch(model, "adv"):
             logits_clean, logits_adv = widen(model(x)), widen(model(x_adv))
+            # The authors' code computes the divergence with a clean pass of its own: the gradient
+            # is the same, but the running statistics see the clean images twice.
+            with torch.no_grad():
+                model(x)
         terms = {
             "ce_clean": F.cross_entropy(logits_clean, y),
             "kl": self.beta * divergence(logits_clean, logits_adv),
