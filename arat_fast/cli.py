@@ -109,9 +109,10 @@ class EvalOptions:
     seed: int = 0
     """Seed of the attacks."""
     out: Path | None = None
-    """File for the record; default evaluation.json in the run's folder, NAME.evaluation.json beside
-    a file NAME.pt or NAME.safetensors. Results image by image go beside it as .npz; an interrupted
-    evaluation goes on where it was when the same command is given again."""
+    """File for the record, NAME.json; default evaluation.json in the run's folder,
+    NAME.evaluation.json beside a file NAME.pt or NAME.safetensors. Results image by image go beside
+    it as .npz; an interrupted evaluation goes on where it was when the same command is given
+    again."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,6 @@ def _train(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     from arat_fast.distributed import join
     from arat_fast.evaluation.checkpoint import evaluate_checkpoint
-    from arat_fast.files import write_json
 
     options = parse(EvalOptions, arguments, "arat-fast eval")
     checkpoint = options.checkpoint
@@ -294,8 +294,6 @@ def _eval(arguments: list[str]) -> int:
     else:
         default = checkpoint.with_name(f"{checkpoint.stem}.evaluation.json")
     path = options.out or default
-    if path.is_dir() or path.suffix == ".npz":
-        raise UsageError(f"--out expects the name of a JSON file, got {path}")
     with join(options.device) as ranks:
         record = evaluate_checkpoint(**{**dataclasses.asdict(options), "out": path}, ranks=ranks)
         if not ranks.is_main:
@@ -307,7 +305,6 @@ def _eval(arguments: list[str]) -> int:
             "arat-fast train with --resume goes on with it"
         )
     _print_accuracy(record["accuracy"])
-    write_json(path, record)
     print(f"record: {path}")
     print(f"image by image: {path.with_suffix('.npz')}")
     return 0

@@ -19,8 +19,9 @@ from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.evaluate import ImageSet
-from arat_fast.evaluation.suite import evaluate_all, save_per_example
+from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, save_per_example
 from arat_fast.evaluation.threat_model import ThreatModel
+from arat_fast.files import write_json
 from arat_fast.interop.saved import SavedNetwork, read_saved
 from arat_fast.interop.weights import network_size
 from arat_fast.training.averaging import refresh_batch_norm
@@ -59,9 +60,9 @@ def evaluate_checkpoint(
         num_restarts: of PGD, >= 1.
         device: auto, cpu, cuda or cuda:N.
         seed: of the attacks.
-        out: where the record will go: the results image by image are written beside it as .npz,
-            and what is finished is kept there in a folder .partial, from which the same evaluation
-            goes on if it is interrupted. None writes nothing.
+        out: file for the record, NAME.json: the results image by image are written beside it as
+            NAME.npz, and what is finished is kept in the folder NAME.partial, from which the same
+            evaluation goes on if it is interrupted. None writes nothing.
         display: where progress is shown.
         ranks: the processes that share the images; each returns the record.
 
@@ -73,7 +74,10 @@ def evaluate_checkpoint(
         FileNotFoundError: no such file, or the dataset is not there.
         ValueError: the file is cut or of another architecture, a recipe or the radius of another
             norm is missing, or an argument is out of range.
+        OSError: ``out`` cannot be written; what is finished stays in NAME.partial.
     """
+    if out is not None and (out.suffix != ".json" or out.is_dir()):
+        raise ValueError(f"--out expects the name of a JSON file, NAME.json, got {out}")
     target = ranks.device(device)
     saved = read_saved(checkpoint, recipe=recipe, with_config=True)
     trained = saved.config
@@ -104,9 +108,12 @@ def evaluate_checkpoint(
     model = place_network(saved, trained, data, target)
     images = ImageSet.from_batches(data.test, max_samples)
     start = time.perf_counter()
+    display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
-    with (display or Display()).evaluating() as bar:
+    for name, reason in attacks_left_out(attacks, data.test.num_classes).items():
+        display.say(f"{name} is left out: {reason}")
+    with display.evaluating() as bar:
         suite = evaluate_all(
             model,
             images,
@@ -122,22 +129,27 @@ def evaluate_checkpoint(
             ranks=ranks,
         )
     seconds = time.perf_counter() - start
-    if out is not None and ranks.is_main:
-        save_per_example(out.with_suffix(".npz"), model, images, suite, config.eval.batch_size)
     total_steps = len(data.train) * trained.train.epochs
     unfinished = saved.steps is not None and saved.steps < total_steps
-    return {
+    record = {
         "checkpoint": str(saved.path),
         "recipe": config.recipe,
         "split": "test",
         "model": saved.weights,
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
         "accuracy": suite.record(),
+        **({"left_out": suite.left_out} if suite.left_out else {}),
         "wall_seconds": {"eval": seconds},
         "device": describe_device(target),
         "versions": versions(),
         "commit": source_commit(),
     }
+    if out is not None and ranks.is_main:
+        save_per_example(out.with_suffix(".npz"), model, images, suite, config.eval.batch_size)
+        write_json(out, record)
+    ranks.meet()
+    suite.pieces.remove()
+    return record
 
 
 def place_network(
@@ -154,7 +166,7 @@ def place_network(
     Raises:
         ValueError: it has another number of classes or of image channels.
     """
-    classes, channels = network_size(saved.model.state_dict())
+    classes, channels = network_size(saved.model.state_dict(), saved.name)
     expected = data.test.num_classes, data.test.image_shape[0]
     if (classes, channels) != expected:
         raise ValueError(

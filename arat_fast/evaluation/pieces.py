@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arat_fast.files import write_atomic, write_text
+from arat_fast.files import write_atomic
 
 Tensors = dict[str, Tensor]
 
@@ -23,11 +22,12 @@ Tensors = dict[str, Tensor]
 class Pieces:
     """Results by name, each computed once and kept in a folder.
 
-    Each piece is one file that is written atomically. A folder that belongs to another evaluation
-    is emptied.
+    Each piece is one file that is written atomically, in a folder that has the first 16 digits of
+    the checksum for its name: evaluations that differ do not meet, and two of the same write the
+    same files.
 
     Args:
-        folder: where the pieces are kept; made if absent. None keeps nothing.
+        folder: where the folders of evaluations are; made if absent. None keeps nothing.
         checksum: of everything that the pieces depend on, as :func:`checksum` makes it.
 
     Attributes:
@@ -35,17 +35,9 @@ class Pieces:
     """
 
     def __init__(self, folder: Path | None = None, checksum: str = "") -> None:
-        self.folder = folder
+        self.folder = None if folder is None else folder / checksum[:16]
         self.num_reused = 0
-        if folder is None:
-            return
-        label = folder / "checksum"
-        with suppress(OSError, UnicodeDecodeError):
-            if label.read_text(encoding="utf-8") == checksum:
-                return
-        self.remove()
-        folder.mkdir(parents=True)
-        write_text(label, checksum)
+        self._own: list[Path] = []
 
     def get(self, name: str, compute: Callable[[], Tensors], device: torch.device) -> Tensors:
         """The piece called ``name``, from disk or from ``compute``.
@@ -61,25 +53,34 @@ class Pieces:
         if self.folder is None:
             return compute()
         path = self.folder / f"{name}.npz"
+        self._own.append(path)
         # A file that cannot be read is as good as none.
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with np.load(path, allow_pickle=False) as arrays:
                 found = {key: torch.from_numpy(arrays[key]).to(device) for key in arrays.files}
             self.num_reused += 1
             return found
         tensors = compute()
         arrays = {key: value.cpu().numpy() for key, value in tensors.items()}
+        # The same evaluation in another process may have come to its end and removed the folder.
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: np.savez(file, **arrays))
         return tensors
 
     def remove(self) -> None:
-        """Delete the folder: the evaluation is finished, or it is another one's."""
-        if self.folder is not None and self.folder.exists():
-            shutil.rmtree(self.folder)
+        """Delete the pieces that were asked for, once the results are on disk; others stay."""
+        if self.folder is None:
+            return
+        for path in self._own:
+            path.unlink(missing_ok=True)
+        # Another evaluation may have pieces there.
+        with suppress(OSError):
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
 
 
 def checksum(model: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """SHA-256 of a network's weights, of tensors and of settings, as hexadecimal digits.
+    """SHA-256, as hexadecimal digits, of a network's weights and buffers, tensors and settings.
 
     Args:
         model: the network.
@@ -87,7 +88,9 @@ def checksum(model: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[
         settings: JSON types.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    # What normalises the images is a buffer that no file keeps.
+    state = {**model.state_dict(), **dict(model.named_buffers())}
+    state = {f"model.{name}": tensor for name, tensor in state.items()}
     for name, tensor in sorted({**state, **tensors}.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())

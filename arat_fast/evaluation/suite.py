@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arat_fast.device import describe_device, versions
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.evaluation import share_evaluation
-from arat_fast.evaluation.autoattack import autoattack
+from arat_fast.evaluation.autoattack import MIN_CLASSES, autoattack
 from arat_fast.evaluation.corruptions import CORRUPTIONS, NUM_SEVERITIES, corrupt
 from arat_fast.evaluation.evaluate import (
     AttackResult,
@@ -41,6 +41,7 @@ ATTACKS = ("pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10", "corru
 """What an evaluation can hold beside the clean accuracy. "apgd-ce" and "square" are AutoAttack's
 first and last attack alone; "aa-torchattacks10" overstates robustness and is for comparison with
 the paper's table only."""
+_OF_AUTOATTACK = ("autoattack", "apgd-ce", "square", "aa-torchattacks10")
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,14 @@ class SuiteResult:
     Attributes:
         results: of the clean images and of each attack.
         corruptions: of the corrupted images, where they were asked for.
+        left_out: attacks that were asked for and cannot be run, and why.
+        pieces: what is kept on disk until the caller has written the results and removes it.
     """
 
     results: dict[str, AttackResult]
     corruptions: CorruptionResult | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    pieces: Pieces = field(default_factory=Pieces)
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Accuracies, counts and how they were measured, as JSON types."""
@@ -102,6 +107,14 @@ class SuiteResult:
         full = self.results["autoattack"]
         better = pgd.correct & ~full.correct
         return torch.where(better.view(-1, 1, 1, 1), full.x_adv, pgd.x_adv)
+
+
+def attacks_left_out(attacks: Sequence[str], num_classes: int) -> dict[str, str]:
+    """Those of ``attacks`` that cannot be run with so few classes, and why."""
+    if num_classes >= MIN_CLASSES:
+        return {}
+    reason = f"AutoAttack's targeted loss needs at least {MIN_CLASSES} classes, got {num_classes}"
+    return {name: reason for name in attacks if name in _OF_AUTOATTACK}
 
 
 def evaluate_all(
@@ -126,12 +139,13 @@ def evaluate_all(
         images: float32 images and labels on the model's device.
         threat: ball of the attacks.
         num_steps, alpha: steps and step size of PGD.
-        attacks: of :data:`ATTACKS`.
+        attacks: of :data:`ATTACKS`; those of :func:`attacks_left_out` are not run.
         batch_size: samples at a time.
         seed: of the attacks and of the corruptions.
         num_restarts: of PGD.
         folder: where finished pieces are kept; an interrupted evaluation of the same weights,
-            images and settings goes on from them. Removed at the end. None keeps nothing.
+            images and settings goes on from them. They stay for the caller to remove, see
+            :class:`SuiteResult`. None keeps nothing.
         progress: told what is running.
         ranks: the processes that share the images; each returns all results, and keeps pieces of
             its own.
@@ -142,6 +156,8 @@ def evaluate_all(
     unknown = [name for name in attacks if name not in ATTACKS]
     if unknown:
         raise ValueError(f"unknown attack {unknown[0]!r}, expected some of {', '.join(ATTACKS)}")
+    left_out = attacks_left_out(attacks, len(images.classes))
+    attacks = [name for name in attacks if name not in left_out]
     settings: dict[str, Any] = {
         "norm": threat.norm,
         "eps": threat.eps,
@@ -156,9 +172,7 @@ def evaluate_all(
     pieces = Pieces()
     if folder is not None:
         if not ranks.alone:
-            shard = ranks.shard
-            settings["processes"] = [shard.rank, shard.world_size]
-            folder = folder.with_name(f"{folder.name}-{shard.rank}-of-{shard.world_size}")
+            settings["processes"] = [ranks.rank, ranks.world_size]
         pieces = Pieces(folder, checksum(model, {"x": images.x, "y": images.y}, settings))
     share = partial(share_evaluation, ranks)
     clean = partial(clean_accuracy, model, batch_size=batch_size)
@@ -205,8 +219,7 @@ def evaluate_all(
             progress=progress,
             ranks=ranks,
         )
-    pieces.remove()
-    return SuiteResult(results, corruptions)
+    return SuiteResult(results, corruptions, left_out, pieces)
 
 
 def corruption_accuracy(

@@ -60,8 +60,8 @@ def load_official_checkpoint(path: str | Path, num_classes: int | None = None) -
             classes.
     """
     path = Path(path)
-    model, _ = official_network(read_tensor_file(path), path)
-    classes, _ = network_size(model.state_dict())
+    model, name = official_network(read_tensor_file(path), path)
+    classes, _ = network_size(model.state_dict(), name)
     if num_classes is not None and classes != num_classes:
         raise ValueError(f"{path} is a network of {classes} classes, expected {num_classes}")
     return model
@@ -80,10 +80,10 @@ def official_network(content: object, path: Path) -> tuple[nn.Module, str]:
     tensors = _tensors(content, path)
     try:
         state = official_to_state_dict(tensors)
-        name, classes = _detect(state)
+        name = _detect(state)
     except ValueError as error:
         raise ValueError(f"{path} is not an official checkpoint: {error}") from error
-    model = create_model(name, classes, in_channels=state["conv1.weight"].shape[1])
+    model = create_model(name, *network_size(state, name))
     load_weights(model, state, str(path))
     return model.eval(), name
 
@@ -243,18 +243,22 @@ def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
     return schemes[0]
 
 
-def _detect(state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Name and number of classes of the built-in network that has exactly these tensors."""
-    classes, channels = network_size(state)
-    problems = []
+def _detect(state: Mapping[str, Tensor]) -> str:
+    """Name of the built-in network that has exactly these tensors."""
+    problems, unlike = [], []
     for name, spec in MODELS.items():
         if not spec.has_batch_norm:
             continue
+        try:
+            size = network_size(state, name)
+        except ValueError as error:
+            unlike.append(str(error))
+            continue
         with torch.device("meta"):
-            expected = create_model(name, classes, in_channels=channels).state_dict()
+            expected = create_model(name, *size).state_dict()
         problem = difference(expected, state)
         if problem is None:
-            return name, classes
+            return name
         common = len(expected.keys() & state.keys()) / len(expected.keys() | state.keys())
         problems.append((common, f"{problem}, for the nearest network, {name}"))
-    raise ValueError(max(problems)[1])
+    raise ValueError(max(problems)[1] if problems else unlike[0])

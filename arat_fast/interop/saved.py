@@ -75,7 +75,7 @@ class SavedNetwork:
     @property
     def num_classes(self) -> int:
         """Number of logits."""
-        return network_size(self.model.state_dict())[0]
+        return network_size(self.model.state_dict(), self.name)[0]
 
     def plain(self, branch: Literal["adv", "clean"] | None = None) -> tuple[nn.Module, str]:
         """The network with ordinary BatchNorm, in eval mode, and the branch that it is.
@@ -260,14 +260,18 @@ def _exported(
     if name is None:
         raise ValueError(_no_recipe(path))
     try:
-        classes, channels = network_size(tensors)
+        model_spec(name)
+    except ValueError as error:
+        raise _odd(path, error) from error
+    try:
+        classes, channels = network_size(tensors, name)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the network: {error}") from error
     mean, std = tuple(found.get("mean", ())), tuple(found.get("std", ()))
     try:
         model = create_model(name, classes, channels, "shared", mean, std)
     except ValueError as error:
-        raise _odd(path, error) from error
+        raise ValueError(f"{path}: {error}") from error
     load_weights(model, tensors, str(path))
     facts = {
         # A header without them is of the branch that is deployed.
@@ -334,7 +338,7 @@ def _from_training(path: Path, state: dict[str, Any], weights: Which) -> SavedNe
     averaged = weights == "deployed" and average["model"] is not None
     tensors = average["model"] if averaged else state["model"]
     try:
-        classes, channels = network_size(tensors)
+        classes, channels = network_size(tensors, config.model.name)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the network: {error}") from error
     model = build_network(config, classes, channels)
@@ -362,7 +366,7 @@ def _from_official(
 ) -> SavedNetwork:
     config = _recipe_for(path, recipe) if recipe or with_config else None
     model, name = official_network(content, path)
-    shape = (network_size(model.state_dict())[1], *_image_size(config, name))
+    shape = (network_size(model.state_dict(), name)[1], *_image_size(config, name))
     facts: dict[str, Any] = {"mean": (), "std": (), "image_shape": shape}
     if config is not None:
         facts |= describe(config, "file", "both", shape)

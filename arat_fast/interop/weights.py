@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from arat_fast.models.registry import model_spec
+
 
 def difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str | None:
     """The first difference in names or shapes and the number of all; None where there is none.
@@ -49,23 +51,25 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(tensors))
 
 
-def network_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+def network_size(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """Number of logits and of image channels of a built-in network.
 
     Args:
         tensors: its state dict.
+        name: of the network.
 
     Raises:
-        ValueError: the first convolution or the classifier is not there.
+        ValueError: unknown name; the first convolution or the classifier is not there.
     """
-    classes = next((len(tensors[k]) for k in ("linear.bias", "fc.bias") if k in tensors), None)
-    stem = tensors.get("conv1.weight")
-    if classes is None or stem is None or stem.ndim != 4:
+    spec = model_spec(name)
+    stem = tensors.get(f"{spec.stem}.weight")
+    classifier = tensors.get(f"{spec.classifier}.bias")
+    if stem is None or stem.ndim != 4 or classifier is None or classifier.ndim != 1:
         raise ValueError(
-            "conv1.weight and linear.bias (or fc.bias) are expected, got "
+            f"{name} has {spec.stem}.weight and {spec.classifier}.bias, got "
             f"{', '.join(list(tensors)[:3])} … ({len(tensors)} tensors)"
         )
-    return classes, stem.shape[1]
+    return len(classifier), stem.shape[1]
 
 
 def read_tensor_file(path: Path) -> object:

@@ -26,12 +26,16 @@ class ModelSpec:
         image_size: height and width that it is meant for, in pixels.
         has_batch_norm: whether there is BatchNorm, which ARAT splits; without, it is the invariance
             loss and its predictor only.
+        stem: module path of the first convolution, which the image enters.
+        classifier: module path of the last layer, which gives the logits.
     """
 
     build: Callable[..., nn.Module]
     regularized_layers: tuple[str, ...]
     image_size: int
     has_batch_norm: bool = True
+    stem: str = "conv1"
+    classifier: str = "linear"
 
 
 _LAST_STAGE_18 = tuple(f"layer4.{block}.bn{i}" for block in (0, 1) for i in (1, 2))
@@ -51,6 +55,7 @@ MODELS: dict[str, ModelSpec] = {
         partial(WideResNet, 34, 10),
         (*(f"block3.layer.{block}.bn{i}" for block in range(5) for i in (1, 2)), "avgpool"),
         32,
+        classifier="fc",
     ),
     "resnet50": ModelSpec(
         partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), stem="imagenet"),
@@ -62,6 +67,8 @@ MODELS: dict[str, ModelSpec] = {
         tuple(f"network.stages.3.blocks.{block}" for block in range(3)),
         224,
         has_batch_norm=False,
+        stem="network.stem.0",
+        classifier="network.head.fc",
     ),
 }
 

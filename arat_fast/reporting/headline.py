@@ -109,7 +109,9 @@ def _numbers(run: Run) -> Html:
         cards = []
         for key in keys:
             caption = captions.get(key, "gradient attack; a quick check")
-            cards.append(_number(metric_name(key), caption, final.get(key)))
+            reason = dig(run.summary, "left_out", key)
+            missing = f"left out: {reason}" if isinstance(reason, str) else "not measured"
+            cards.append(_number(metric_name(key), caption, final.get(key), missing))
         return tag("div", cards, class_="numbers")
     if not run.evals:
         return tag("p", "No accuracy has been measured yet.", class_="small")
@@ -132,12 +134,12 @@ def _numbers(run: Run) -> Html:
     )
 
 
-def _number(name: str, caption: str, accuracy: Accuracy | None) -> Html:
+def _number(
+    name: str, caption: str, accuracy: Accuracy | None, missing: str = "not measured"
+) -> Html:
     head = tag("p", tag("b", name), tag("span", caption), class_="number-name")
     if accuracy is None:
-        return tag(
-            "div", head, tag("p", DASH, class_="value"), tag("p", "not measured"), class_="number"
-        )
+        return tag("div", head, tag("p", DASH, class_="value"), tag("p", missing), class_="number")
     n = accuracy.num_samples
     low, high = wilson_interval(accuracy.correct, n)
     value, _, sign = percent(accuracy.value, n).partition("\u202f")

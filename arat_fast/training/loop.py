@@ -34,7 +34,7 @@ from arat_fast.distributed.evaluation import gather_images, share_evaluation
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import Progress, evaluation_mode, predict
-from arat_fast.evaluation.suite import evaluate_all, save_examples
+from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, save_examples
 from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
 from arat_fast.interop.saved import describe, header
@@ -192,6 +192,9 @@ class Trainer:
                 "data.progressive is for images that are read in batches, got a dataset that stays "
                 "on the device; set --data.loader dataloader or dali"
             )
+        self._attacks = ("pgd", "autoattack") if config.eval.autoattack else ("pgd",)
+        for name, reason in attacks_left_out(self._attacks, self.data.test.num_classes).items():
+            self.display.say(f"{name} is left out of the evaluation: {reason}")
         self.size: int | None = None
         self.metrics = StepMetrics(ranks)
         self.vote = Vote(ranks)
@@ -839,26 +842,29 @@ class Trainer:
                 ThreatModel(config.attack.eps, config.attack.norm),
                 num_steps=config.eval.num_steps,
                 alpha=config.eval.step_size(config.attack.eps),
-                attacks=("pgd", "autoattack") if config.eval.autoattack else ("pgd",),
+                attacks=self._attacks,
                 batch_size=config.eval.batch_size,
                 seed=config.seed,
                 folder=self.out / "evaluation.partial",
                 progress=self._progress(stop, bar),
                 ranks=self.ranks,
             )
-        if not self.ranks.is_main:
-            return {}
-        save_examples(self.out / "examples.npz", model, images, suite.strongest_examples())
-        summary = {
-            **self._summary("finished"),
-            "evaluation": config_to_dict(config)["eval"],
-            "test_samples": len(images.y),
-            "split": "test",
-            "model": kind,
-            "accuracy": suite.record(),
-            "wall_seconds": {"train": self.train_seconds, "eval": time.perf_counter() - start},
-        }
-        write_json(self.out / "summary.json", summary)
+        summary: dict[str, Any] = {}
+        if self.ranks.is_main:
+            save_examples(self.out / "examples.npz", model, images, suite.strongest_examples())
+            summary = {
+                **self._summary("finished"),
+                "evaluation": config_to_dict(config)["eval"],
+                "test_samples": len(images.y),
+                "split": "test",
+                "model": kind,
+                "accuracy": suite.record(),
+                **({"left_out": suite.left_out} if suite.left_out else {}),
+                "wall_seconds": {"train": self.train_seconds, "eval": time.perf_counter() - start},
+            }
+            write_json(self.out / "summary.json", summary)
+        self.ranks.meet()
+        suite.pieces.remove()
         return summary
 
     def _summary(self, status: str) -> dict[str, Any]:

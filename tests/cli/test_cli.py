@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import image_folder
 from safetensors.torch import load_file
 from tiny import OPTIONS
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def test_eval_with_another_ball(run: Path, tmp_path: Path) -> None:
     assert (attack["norm"], attack["eps"], attack["num_samples"]) == ("L2", 0.5, 360)
 
 
-def test_eval_writes_beside_the_checkpoint_and_prints_first(
+def test_eval_writes_beside_the_checkpoint_and_keeps_its_work_until_then(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.safetensors"
@@ -131,14 +132,48 @@ def test_eval_writes_beside_the_checkpoint_and_prints_first(
     assert f"record: {written}" in capsys.readouterr().out
     assert not (tmp_path / "evaluation.json").exists()
 
-    def read_only(path: Path, value: object) -> None:
-        raise OSError(f"cannot write {path}: Read-only file system")
+    def full(path: Path, value: object) -> None:
+        raise OSError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr("arat_fast.files.write_json", read_only)
-    assert main(["eval", str(run), *arguments]) == 2
-    printed = capsys.readouterr()
-    assert re.search(r"clean +\d+\.\d\d %   \d+/20", printed.out)
-    assert f"cannot write {run / 'evaluation.json'}" in printed.err
+    def never(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("attacked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("arat_fast.evaluation.checkpoint.write_json", full)
+        assert f"cannot write {run / 'evaluation.json'}" in refused(
+            capsys, ["eval", str(run), *arguments]
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr("arat_fast.evaluation.suite.pgd_accuracy", never)
+        assert main(["eval", str(run), *arguments]) == 0
+    assert re.search(r"clean +\d+\.\d\d %   \d+/20", capsys.readouterr().out)
+    assert not (run / "evaluation.partial").exists()
+    for name in ("eps0.1", "record.npz"):
+        message = refused(capsys, ["eval", str(run), *arguments, "--out", str(tmp_path / name)])
+        assert message.startswith("--out expects the name of a JSON file, NAME.json, got ")
+
+
+def test_a_run_of_three_classes_has_no_autoattack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_folder(tmp_path / "data", per_class=4)
+    out = tmp_path / "run"
+    arguments = ["--data.root", str(tmp_path / "data"), "--data.image-size", "32"]
+    arguments += ["--data.batch-size", "4", "--data.num-workers", "0", "--train.epochs", "1"]
+    arguments += ["--model.name", "resnet8", "--attack.num-steps", "1", "--eval.num-steps", "1"]
+    arguments += ["--train.device", "cpu", "--train.eval-every", "0", "--out", str(out)]
+    assert main(["train", "folder-resnet18", *arguments]) == 0
+    reason = "AutoAttack's targeted loss needs at least 4 classes, got 3"
+    first = capsys.readouterr().err
+    assert f"autoattack is left out of the evaluation: {reason}" in first
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished" and "autoattack" not in summary["accuracy"]
+    assert summary["left_out"] == {"autoattack": reason}
+    assert "left out: AutoAttack" in (out / "report.html").read_text()
+    assert main(["eval", str(out), "--attacks", "pgd", "autoattack", "square"]) == 0
+    record = json.loads((out / "evaluation.json").read_text())
+    assert record["left_out"] == dict.fromkeys(("autoattack", "square"), reason)
+    assert set(record["accuracy"]) == {"clean", "clean_branch", "pgd1"}
 
 
 def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

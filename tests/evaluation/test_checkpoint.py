@@ -199,7 +199,10 @@ def test_an_interrupted_evaluation_goes_on(
         patch.setattr(suite, "autoattack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluate(run, **options, out=tmp_path / "record.json")
-    assert len(list((tmp_path / "record.partial").glob("*.npz"))) == 2
+    assert len(list((tmp_path / "record.partial").glob("*/*.npz"))) == 2
+    # A quick look with other settings neither uses nor removes the pieces.
+    evaluate(run, max_samples=2, out=tmp_path / "record.json")
+    assert len(list((tmp_path / "record.partial").glob("*/*.npz"))) == 2
 
     def never(*arguments: Any, **keywords: Any) -> Any:
         raise AssertionError("attacked again")
@@ -207,6 +210,7 @@ def test_an_interrupted_evaluation_goes_on(
     monkeypatch.setattr(suite, "pgd_accuracy", never)
     monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", never)
     assert evaluate(run, **options, out=tmp_path / "record.json")["accuracy"] == whole
+    assert not (tmp_path / "record.partial").exists()
     # Other settings are another evaluation.
     with pytest.raises(AssertionError, match="attacked again"):
         evaluate(run, **{**options, "eps": 0.03}, out=tmp_path / "record.json")

@@ -223,7 +223,7 @@ def test_other_content_is_named(small: dict[str, Tensor], tmp_path: Path) -> Non
         "more": ({**small, "extra.weight": torch.ones(2)}, "extra.weight is not expected"),
         "no head": (
             {n: t for n, t in small.items() if n != "linear.bias"},
-            "conv1.weight and linear.bias (or fc.bias) are expected",
+            "has conv1.weight and linear.bias, got conv1.weight",
         ),
         "unequal branches": (
             {**small, "bn1.adv.weight": torch.ones(3)},

@@ -17,7 +17,9 @@ from torch import Tensor
 import arat_fast
 from arat_fast.interop import export_plain, save_safetensors, state_dict_to_official
 from arat_fast.interop.saved import describe, header, read_saved
+from arat_fast.interop.weights import network_size
 from arat_fast.models import create_model, use_branch
+from arat_fast.models.registry import MODELS
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 X = torch.rand(5, 1, 8, 8, generator=generator(3))
@@ -84,6 +86,28 @@ def test_an_official_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(arat_fast.load(tmp_path / "last.pt")(X), export_plain(model)(X))
     named = read_saved(tmp_path / "last.pt", recipe="digits")
     assert named.facts["eps"] == 0.12 and named.facts["weights"] == "file"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_built_in_network_is_read_back(name: str, tmp_path: Path) -> None:
+    if name == "convnext-t":
+        pytest.importorskip("timm")
+    model = create_model(name, 7, 2, norm="shared")
+    path = tmp_path / "model.safetensors"
+    save_safetensors(model, path, {"model": name, "branch": "shared"})
+    saved = read_saved(path)
+    path.unlink()
+    assert (saved.num_classes, saved.image_shape[0]) == (7, 2)
+    read = saved.model.state_dict()
+    assert all(torch.equal(read[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_size_is_read_off_the_stem_and_the_classifier() -> None:
+    tensors = {"network.stem.0.weight": (96, 3, 4, 4), "network.head.fc.bias": (7,)}
+    state = {key: torch.empty(shape, device="meta") for key, shape in tensors.items()}
+    assert network_size(state, "convnext-t") == (7, 3)
+    with pytest.raises(ValueError, match=r"has conv1\.weight and fc\.bias, got network\.stem"):
+        network_size(state, "wrn34-10")
 
 
 def test_a_network_of_one_batch_norm_has_no_branch_to_choose(tmp_path: Path) -> None:
