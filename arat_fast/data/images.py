@@ -240,8 +240,11 @@ def _overlap(offset: int, size: int, length: int) -> range:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches the workers too, and a fork inherits the trainer's handlers: the batch under
-    # way must still arrive, and a worker that is told to terminate must do so.
+    # Ctrl-C and torchrun signal the whole process group, and a fork inherits the trainer's
+    # handlers: the batch under way must still arrive, and a worker that is told to terminate must
+    # do so. Workers end with their parent, in whichever group they are.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -101,21 +101,7 @@ class Ranks:
         Raises:
             ValueError: no such device, a GPU asked for by number, or fewer GPUs than processes.
         """
-        device = resolve_device(name)
-        if self.alone or device.type != "cuda":
-            return device
-        if device.index is not None:
-            raise ValueError(
-                f"each process takes the GPU of its local rank, got --train.device {name}; set "
-                "CUDA_VISIBLE_DEVICES to choose among them"
-            )
-        found = torch.cuda.device_count()
-        if self.local_rank >= found:
-            raise ValueError(
-                f"one GPU for each process of a machine is expected, got {found} for local rank "
-                f"{self.local_rank}; lower --nproc-per-node to {found}"
-            )
-        return torch.device("cuda", self.local_rank)
+        return resolve_device(name) if self.alone else _local_device(name, self.local_rank)
 
     def sum_(self, value: Tensor) -> Tensor:
         """Add up every process's ``value``, in place; returns it."""
@@ -253,7 +239,8 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
 
     If one process ends with an error, or dies, the others end too. One of them says why: the first
     one that fails with an error of its own, or, of a process that cannot speak any more, one of
-    those that are left.
+    those that are left; of rank 0, through which they agree on that, rank 1 and one process of each
+    other machine.
 
     Args:
         device: auto, cpu, cuda or cuda:N, as configured.
@@ -270,7 +257,7 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = Ranks(rank, world_size, local_rank, group=dist.group.WORLD).device(device)
+    chosen = _local_device(device, local_rank)
     backend = "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -284,7 +271,7 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
             world_size=world_size,
             timeout=limit,
         )
-        watch = Watch(rank, world_size)
+        watch = Watch(rank, world_size, local_rank)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise OSError(
@@ -298,8 +285,7 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
         exit_code = getattr(error, "exit_code", None)
         if isinstance(exit_code, int):
             # A stop that all processes agreed on.
-            watch.stop()
-            dist.destroy_process_group()
+            _leave(watch)
             raise
         if is_collective_failure(error):
             message, exit_code = watch.explain_loss(error)
@@ -308,8 +294,37 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
         if spoken is None:
             raise
         raise LeftBehindError("", spoken) from error
-    watch.stop()
+    _leave(watch)
+
+
+def _leave(watch: Watch) -> None:
+    """Part from the other processes, once all are done."""
+    try:
+        spoken = watch.stop()
+    except RuntimeError as error:
+        message, exit_code = watch.explain_loss(error)
+        raise LeftBehindError(message, exit_code) from error
+    if spoken is not None:
+        raise LeftBehindError("", spoken)
     dist.destroy_process_group()
+
+
+def _local_device(name: str, local_rank: int) -> torch.device:
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(
+            f"each process takes the GPU of its local rank, got --train.device {name}; set "
+            "CUDA_VISIBLE_DEVICES to choose among them"
+        )
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise ValueError(
+            f"one GPU for each process of a machine is expected, got {found} for local rank "
+            f"{local_rank}; lower --nproc-per-node to {found}"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def is_collective_failure(error: Exception) -> bool:

@@ -34,15 +34,17 @@ class Watch:
     Args:
         rank: of this process.
         world_size: number of processes.
+        local_rank: of this process among those of its machine.
 
     Attributes:
         step: how far this process is.
         asked: the largest number that any process has asked with, or 0; a second late at most.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, local_rank: int) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.local_rank = local_rank
         self.step = 0
         self.asked = 0
         self._spoken: int | None = None
@@ -63,25 +65,40 @@ class Watch:
         self._line = self._store.clone()  # type: ignore[attr-defined]  # not in torch's stub
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop watching, when all processes have come here.
+    def stop(self) -> int | None:
+        """Stop watching, when all processes have come here, however long the others still work.
 
-        Rank 0 leaves last, because the store is its own. One that is lost after all is waited for
-        :data:`SILENT_SECONDS`.
+        Signs of life go on until then. Rank 0 leaves last, because the store is its own; one that
+        is lost between its goodbye and its end is waited for :data:`SILENT_SECONDS`.
+
+        Returns:
+            None: all are done; else the exit code of a process that has failed meanwhile.
+
+        Raises:
+            RuntimeError: rank 0 was lost.
         """
+        self._store.add("stop", 1)
+        if self.rank == 0:
+            self._wait_until(
+                lambda: self._spoken is not None or self._store.add("stop", 0) >= self.world_size
+            )
+        else:
+            self._wait_until(lambda: self._spoken is not None or self._store.check(["bye"]))
+        if self.rank == 0 and self._spoken is None:
+            self._store.set("bye", "")
         self._stopped.set()
         self._thread.join()
+        if self._spoken is not None:
+            self._let_others_hear()
+            return self._spoken
         deadline = time.monotonic() + SILENT_SECONDS
         with contextlib.suppress(RuntimeError):
-            self._store.add("stop", 1)
             if self.rank == 0:
-                self._wait_until(lambda: self._store.add("stop", 0) >= self.world_size, deadline)
-                self._store.set("bye", "")
                 others = self.world_size - 1
                 self._wait_until(lambda: self._store.add("gone", 0) >= others, deadline)
             else:
-                self._wait_until(lambda: bool(self._store.check(["bye"])), deadline)
                 self._store.add("gone", 1)
+        return None
 
     def meet(self) -> None:
         """Wait until every process has called this."""
@@ -106,14 +123,18 @@ class Watch:
         try:
             if self._store.add("claimed", 1) == 1:
                 self._store.set("exit code", str(exit_code))
-                if self.rank == 0:
-                    # The store goes with this process: the others must have heard of it before.
-                    time.sleep(3 * BEAT_SECONDS)
+                self._let_others_hear()
                 return None
             return int(self._store.get("exit code"))
         except RuntimeError:
-            # Rank 0 has gone, and the store with it: the first rank after it speaks.
-            return None if self.rank == 1 else LOST_EXIT_CODE
+            # Rank 0 has gone, and the store with it: the first rank after it speaks, and as its
+            # whole machine may be lost, the first process of every other machine.
+            return None if self.rank == 1 or self.local_rank == 0 else LOST_EXIT_CODE
+
+    def _let_others_hear(self) -> None:
+        if self.rank == 0:
+            # The store goes with this process.
+            time.sleep(3 * BEAT_SECONDS)
 
     def explain_loss(self, error: Exception) -> tuple[str, int]:
         """Why talking to another process failed: a message, empty if another process has given one,

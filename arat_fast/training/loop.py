@@ -276,6 +276,8 @@ class Trainer:
                     write_json(self.out / "summary.json", summary)
             raise
         finally:
+            # With collectives in them, the process group could not be closed.
+            self.train_step.forget()
             with suppress(OSError):
                 self.checkpoints.wait()
             if self.metrics_file is not None:

@@ -38,7 +38,7 @@ class Drill:
         out: folder of the run.
         accident: "none"; a signal's name; "kill" (SIGKILL), "error" or "nan" in a step; "nan once",
             of which a second attempt is spared; "kill in write" or "full disk" in writing a
-            checkpoint.
+            checkpoint; "launcher" (SIGTERM to torchrun's, before a step).
         step: in which it happens, or after which a checkpoint is written.
         rank: to which it happens; None: to all.
         extra: further arguments of the command line.
@@ -78,6 +78,8 @@ def prepared(drill: Drill) -> Any:
             if drill.rank in (None, self.ranks.rank):
                 if drill.accident in ("kill in write", "full disk"):
                     break_writes(self, drill)
+                elif drill.accident == "launcher":
+                    end_launcher(self, drill)
                 else:
                     break_steps(self, drill)
 
@@ -106,6 +108,19 @@ def break_steps(trainer: Any, drill: Drill) -> None:
         return result
 
     trainer.train_step.from_indices = accident
+
+
+def end_launcher(trainer: Any, drill: Drill) -> None:
+    set_rate = trainer._set_rate
+
+    def accident() -> None:
+        set_rate()
+        if trainer.step == drill.step:
+            os.kill(os.getppid(), signal.SIGTERM)
+            # Until torchrun's signal to the process group has come.
+            time.sleep(3)
+
+    trainer._set_rate = accident
 
 
 def break_writes(trainer: Any, drill: Drill) -> None:

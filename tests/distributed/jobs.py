@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["distributed.drills", "distributed.worker"])
+_CONTEXT.set_forkserver_preload(["distributed.drills", "distributed.endings", "distributed.worker"])
 
 
 def start(
-    body: Callable[..., None], arguments: Sequence[Any], num_ranks: int, folder: Path
+    body: Callable[..., None],
+    arguments: Sequence[Any],
+    num_ranks: int,
+    folder: Path,
+    per_machine: int = 8,
 ) -> list[BaseProcess]:
     """Processes that call ``body(*arguments, environment, log)``, rank r with ``folder/r.log``.
 
-    With ``num_ranks`` 0 it is one process without torchrun's variables.
+    With ``num_ranks`` 0 it is one process without torchrun's variables. ``per_machine`` of them
+    believe that they share a machine.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -33,7 +38,7 @@ def start(
     for rank in range(max(num_ranks, 1)):
         environment = {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(rank % per_machine),
             "WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),

@@ -252,18 +252,16 @@ def test_twenty_interruptions(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", out)
 
 
-def test_torchrun_restarts_what_was_killed(whole: Callable[[int], Path], tmp_path: Path) -> None:
-    """The real launcher: a rank is killed, all are started again, and go on."""
-    out = tmp_path / "run"
-    drill = Drill(str(out), "kill", 6, 1, EPOCHS, first_attempt_only=True)
-    result = subprocess.run(
+def torchrun(drill: Drill, *options: str) -> subprocess.CompletedProcess[str]:
+    """The real launcher, of two processes."""
+    return subprocess.run(
         [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--standalone",
             "--nproc-per-node=2",
-            "--max-restarts=1",
+            *options,
             drills.__file__,
             drills.as_json(drill),
         ],
@@ -276,6 +274,24 @@ def test_torchrun_restarts_what_was_killed(whole: Callable[[int], Path], tmp_pat
         text=True,
         timeout=200,
     )
+
+
+def test_torchrun_restarts_what_was_killed(whole: Callable[[int], Path], tmp_path: Path) -> None:
+    """A rank is killed, all are started again, and go on."""
+    out = tmp_path / "run"
+    drill = Drill(str(out), "kill", 6, 1, EPOCHS, first_attempt_only=True)
+    result = torchrun(drill, "--max-restarts=1")
     assert result.returncode == 0, result.stderr
     assert "2 processes from step 4" in result.stderr
+    assert_same_run(whole(2), out)
+
+
+def test_sigterm_to_torchrun_with_workers(whole: Callable[[int], Path], tmp_path: Path) -> None:
+    """It signals whole process groups, and the data loader's workers go on all the same."""
+    out = tmp_path / "run"
+    workers = ("--data.loader", "dataloader", "--data.num-workers", "1")
+    result = torchrun(Drill(str(out), "launcher", 5, 0, (*EPOCHS, *workers)))
+    assert result.returncode != 0 and "stopped at step 7" in result.stderr, result.stderr
+    assert load_checkpoint(out / "checkpoint.pt")["step"] == 7
+    finish(tmp_path / "logs", out, 2)
     assert_same_run(whole(2), out)

@@ -285,6 +285,15 @@ def test_learning_rates_become_tensors_where_a_graph_reads_them() -> None:
         make_capturable(torch.optim.LBFGS(weights), torch.device("cpu"))
 
 
+def test_a_run_gives_its_graphs_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(epochs=1)
+    trainer = Trainer(config, tmp_path, display=Display(Console(quiet=True)))
+    steps = []
+    monkeypatch.setattr(trainer.train_step, "forget", lambda: steps.append(trainer.step))
+    trainer.run()
+    assert steps == [trainer.total_steps]
+
+
 def test_a_run_says_what_was_folded(tmp_path: Path) -> None:
     config = tiny_config(epochs=1)
     config = dataclasses.replace(config, attack=dataclasses.replace(config.attack, bn="running"))
