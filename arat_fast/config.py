@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -208,8 +208,8 @@ class DataConfig:
     """Samples in a training batch, over all processes; >= 2."""
     loader: Literal["auto", "resident", "dali", "dataloader"] = "auto"
     """resident keeps the images on the device; dali and dataloader (PyTorch's) read them batch by
-    batch. auto: resident where they fit, else dali where it is installed. The batches are the
-    same."""
+    batch. auto: arrays are resident where they fit; else dali where it is installed, arrays on a
+    CPU by dataloader. The batches are the same."""
     crop: Literal["auto", "pad", "resized"] = "auto"
     """Image files: pad cuts out image_size pixels, resized scales a random part to them; auto is
     pad for imagenette, else resized."""
@@ -227,8 +227,8 @@ class DataConfig:
     image_size: int = 128
     """Image files: height and width of the crops."""
     num_workers: int = 4
-    """Processes (dataloader) or threads (dali) that read and decode; 0 decodes in the training
-    process."""
+    """Processes (dataloader) that read and decode, 0 for the training process; or threads (dali):
+    as many that read files as that decode, at least one."""
     bad_images: Literal["stop", "skip"] = "stop"
     """Files that are no readable image: stop at the first, or decode all before the run and leave
     them out."""
@@ -455,8 +455,9 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     arguments: dict[str, Any] = dict(values)
     try:
         for name, part in parts.items():
+            types = get_type_hints(part)
             # Runs from before have no sections for what came later.
-            fields = {k: _from_json(k, v) for k, v in values.get(name, {}).items()}
+            fields = {k: _from_json(types.get(k), v) for k, v in values.get(name, {}).items()}
             arguments[name] = part(**fields)
         return Config(**arguments)
     except (TypeError, KeyError, AttributeError) as error:
@@ -471,7 +472,8 @@ def _to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _from_json(name: str, value: Any) -> Any:
+def _from_json(expected: Any, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    return Path(value) if name in ("root", "teacher") and value is not None else value
+    is_path = Path in (expected, *get_args(expected))
+    return Path(value) if is_path and value is not None else value
