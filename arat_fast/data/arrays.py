@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from arat_fast.data.batches import Batch, crop_and_flip, draw_batch
-from arat_fast.data.images import BatchNumbers, close_at_exit, leave_signals_to_the_parent
+from arat_fast.data.images import (
+    BatchNumbers,
+    close_at_exit,
+    leave_signals_to_the_parent,
+    read_ahead,
+)
 from arat_fast.data.plan import BatchPlan, seeded_generator
 
 Index = npt.NDArray[np.int64]
@@ -81,6 +86,11 @@ class ArrayRows:
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
         self.shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2], pixels.shape[3])
+
+    @property
+    def images(self) -> Tensor:
+        """All images, (num_samples, C, H, W), uint8; the same memory."""
+        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
 
     def take(self, index: Index) -> Pixels:
         """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
@@ -264,27 +274,29 @@ class StreamedBatches:
     def _by_dali(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         from arat_fast.data.dali import as_tensor
 
-        for chosen, outputs in self._stream.run(self._callback(epoch, start_batch)):
+        feed = read_ahead(partial(self._feed, epoch), range(start_batch, len(self)))
+        for labels, outputs in self._stream.run(feed):
             if isinstance(outputs, RuntimeError):
                 raise outputs
             images = as_tensor(outputs).to(torch.float32)
             # By a tensor on the same device: by a number CUDA multiplies with the reciprocal.
             x = images / images.new_full((), self.max_value)
-            labels = self.labels[chosen].to(self.device)
-            yield Batch(x.contiguous(memory_format=self.memory_format), labels)
-
-    def _callback(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        for number in range(start_batch, len(self)):
-            chosen = self.plan.samples(epoch, number)
-            draws = draw_batch(self.plan, epoch, number, self.padding, self.flip).numpy()
-            yield (
-                chosen,
-                {
-                    "images": np.ascontiguousarray(self.rows.take(chosen.numpy())),
-                    "start": draws[:, :2] - np.int32(self.padding),
-                    "mirror": draws[:, 2].copy(),
-                },
+            # A copy from other memory than this can wait for the steps before it.
+            labels = labels.pin_memory() if self.device.type == "cuda" else labels
+            yield Batch(
+                x.contiguous(memory_format=self.memory_format),
+                labels.to(self.device, non_blocking=True),
             )
+
+    def _feed(self, epoch: int, number: int) -> tuple[Tensor, dict[str, Any]]:
+        """The labels of a batch, and what DALI is fed for it."""
+        chosen = self.plan.samples(epoch, number)
+        draws = draw_batch(self.plan, epoch, number, self.padding, self.flip).numpy()
+        return self.labels[chosen], {
+            "images": np.ascontiguousarray(self.rows.take(chosen.numpy())),
+            "start": draws[:, :2] - np.int32(self.padding),
+            "mirror": draws[:, 2].copy(),
+        }
 
 
 class _Samples(Dataset[tuple[Tensor, Tensor]]):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from arat_fast.data.framing import Framing
-from arat_fast.data.images import EncodedBatches, cut_out
+from arat_fast.data.images import EncodedBatches, cut_out, read_ahead
 from arat_fast.data.sources import decode_image, image_size
 
 INSTALL = 'pip install "arat-fast[dali]"'
@@ -99,47 +100,47 @@ class DaliBatches(EncodedBatches):
                 self.device,
             )
         on_gpu = self.device.type == "cuda"
-        with ThreadPoolExecutor(1) as reader:
-            for encoded, outputs in self._pipeline.run(self._encoded(epoch, start_batch, reader)):
-                if isinstance(outputs, RuntimeError):
-                    raise self._explain(encoded, outputs) from outputs
-                images = as_tensor(outputs) if on_gpu else self._finish(encoded, outputs)
-                labels = self.source.labels[torch.tensor(encoded.samples)]
-                yield images, labels.to(self.device, non_blocking=True)
+        with ThreadPoolExecutor(max(self.num_workers, 1)) as readers:
+            feed = partial(self.feed, self.plan.order(epoch), epoch, read=readers.map)
+            with closing(read_ahead(feed, range(start_batch, len(self)))) as fed:
+                for encoded, outputs in self._pipeline.run(fed):
+                    if isinstance(outputs, RuntimeError):
+                        raise self._explain(encoded, outputs) from outputs
+                    images = as_tensor(outputs) if on_gpu else self._finish(encoded, outputs)
+                    labels = self.source.labels[torch.tensor(encoded.samples)]
+                    yield images, labels.to(self.device, non_blocking=True)
 
-    def _encoded(
-        self, epoch: int, start_batch: int, reader: ThreadPoolExecutor
-    ) -> Iterator[tuple[_Encoded, Inputs]]:
-        """The batches of an epoch and what DALI is fed for each, read one batch ahead."""
-        order = self.plan.order(epoch)
-        numbers = range(start_batch, len(self))
-        ahead = deque(reader.submit(self.feed, order, epoch, n) for n in numbers[:1])
-        for number in numbers:
-            if number + 1 < len(self):
-                ahead.append(reader.submit(self.feed, order, epoch, number + 1))
-            yield ahead.popleft().result()
-
-    def feed(self, order: Tensor, epoch: int, number: int) -> tuple[_Encoded, Inputs]:
+    def feed(
+        self, order: Tensor, epoch: int, number: int, *, read: Callable[..., Iterable[Any]] = map
+    ) -> tuple[_Encoded, Inputs]:
         """One batch, and what :func:`image_pipeline` is fed for it.
 
         Args:
             order: of the samples in the epoch.
             epoch: >= 0.
             number: of the batch.
+            read: applies a function to every sample, as :func:`map`; that of a pool of threads
+                reads several files at a time.
         """
         index = order[self.plan.places(number)].tolist()
-        contents = [self.source.read(i) for i in index]
-        sizes = [image_size(c, self.source.name(i)) for c, i in zip(contents, index, strict=True)]
+        contents, sizes = zip(*read(self._read, index), strict=True)
         heights, widths = np.array(sizes).T
         draws = self.framing.draw(self.plan, epoch, number)
         boxes, mirror = self.framing.place(heights, widths, draws)
-        encoded = _Encoded(index, contents, boxes, mirror, inside(boxes, heights, widths))
+        encoded = _Encoded(index, list(contents), boxes, mirror, inside(boxes, heights, widths))
         return encoded, {
             "encoded": [np.frombuffer(content, np.uint8) for content in contents],
             "region": list(encoded.regions.astype(np.int32)),
             "shift": list((boxes - encoded.regions)[:, :2].astype(np.int32)),
             "mirror": list(mirror.astype(np.int32)),
         }
+
+    def _read(self, index: int) -> tuple[bytes, tuple[int, int]]:
+        """A file, and the height and width of its image."""
+        content, name = self.source.read(index), self.source.name(index)
+        if may_be_cut(content):
+            decode_image(content, name)
+        return content, image_size(content, name)
 
     def _finish(self, encoded: _Encoded, outputs: Any) -> Tensor:
         size = self.framing.size
@@ -150,20 +151,26 @@ class DaliBatches(EncodedBatches):
             cut_out(np.asarray(outputs[0][place]), box, bool(mirror), images[place])
         return images
 
-    def _explain(self, encoded: _Encoded, error: RuntimeError) -> ValueError:
-        """Which file of a batch DALI could not decode."""
+    def _explain(self, encoded: _Encoded, error: RuntimeError) -> Exception:
+        """Which file of a batch DALI could not decode, or what else is wrong."""
         for index, content in zip(encoded.samples, encoded.contents, strict=True):
             try:
                 decode_image(content, self.source.name(index))
             except ValueError as found:
                 return found
-        name = next(filter(None, map(self._refused, encoded.samples)), "an image")
-        return ValueError(
-            f"{name}: DALI cannot decode it, though Pillow can; --data.loader dataloader reads it"
-        )
+        reason = told(error)
+        refused = next((i for i in encoded.samples if not self._decodes(i)), None)
+        # Where no file can be decoded, it is not the file: memory is short, or the device fails.
+        if refused is not None and any(map(self._decodes, encoded.samples)):
+            return ValueError(
+                f"{self.source.name(refused)}: DALI cannot decode it, though Pillow can; "
+                f"--data.loader dataloader reads it; DALI says: {reason}"
+            )
+        kind = torch.OutOfMemoryError if "out of memory" in str(error) else RuntimeError
+        return kind(f"DALI cannot make a batch of {len(encoded.samples)} images: {reason}")
 
-    def _refused(self, index: int) -> str:
-        """The name of a file if DALI cannot decode it alone, else nothing."""
+    def _decodes(self, index: int) -> bool:
+        """Whether DALI can decode a file alone."""
         content = self.source.read(index)
         height, width = image_size(content, self.source.name(index))
         pipeline = image_pipeline(self.framing, batch_size=1, num_threads=1, device=self.device)
@@ -175,8 +182,26 @@ class DaliBatches(EncodedBatches):
         }
         for _, outputs in DaliStream(lambda: pipeline, self.device).run([(None, inputs)]):
             if isinstance(outputs, RuntimeError):
-                return self.source.name(index)
-        return ""
+                return False
+        return True
+
+
+def may_be_cut(content: bytes) -> bool:
+    """Whether a file can lack its end without DALI noticing, which decodes no more than the part
+    that is asked for: a TIFF, or a JPEG whose last scan has no end marker."""
+    if content.startswith((b"II*\0", b"MM\0*")):
+        return True
+    if not content.startswith(b"\xff\xd8") or content.endswith(b"\xff\xd9"):
+        return False
+    return content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
+
+
+def told(error: RuntimeError) -> str:
+    """What DALI says of an error, in one line, without where it was in which file of whose."""
+    text = str(error).partition("encountered:")[2] or str(error)
+    lines = map(str.strip, text.partition("Stacktrace")[0].splitlines())
+    said = (line for line in lines if not line.startswith(("Critical error", "Current pipeline")))
+    return " ".join(filter(None, said))[:300]
 
 
 def inside(

@@ -7,8 +7,10 @@ import os
 import signal
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,8 @@ from arat_fast.data.batches import Batch
 from arat_fast.data.framing import Framing
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
 from arat_fast.data.sources import EncodedImages, decode_image
+
+Made = TypeVar("Made")
 
 
 class EncodedBatches(ABC):
@@ -155,6 +159,18 @@ def close_at_exit(batches: Closable) -> None:
             alive.close()
 
     atexit.register(close)
+
+
+def read_ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Generator[Made, None, None]:
+    """``make(number)`` for each of ``numbers``, one of them ahead, in a thread of its own."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead: deque[Future[Made]] = deque()
+        for number in numbers:
+            ahead.append(reader.submit(make, number))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 class BatchNumbers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,13 +170,95 @@ def test_a_file_that_is_no_image_is_named_and_the_loader_goes_on(tmp_path: Path,
     assert [len(y) for _, y in test.pixels(0)] == [6, 6, 6, 2]
 
 
+class TopLeft(Framing):
+    def place(self, heights: Any, widths: Any, draws: Tensor) -> Any:
+        boxes, mirror = super().place(heights, widths, draws)
+        return boxes * [0, 0, 1, 1], mirror
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("JPEG", 2), ("JPEG", 9000), ("TIFF", 9000)])
+def test_a_file_cut_below_the_part_that_is_decoded_is_named(
+    tmp_path: Path, kind: str, cut: int
+) -> None:
+    """The first rows are whole, and DALI looks no further."""
+    content = io.BytesIO()
+    picture(3, 600, 400).save(content, kind)
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(content.getvalue()[:-cut])
+    source = FileImages([(path, 0)])
+    batches = make(source, framing=TopLeft(16, "pad"), batch_size=1)
+    with pytest.raises(ValueError, match="cut.jpg: expected an image file.* truncated") as error:
+        list(batches.pixels(0))
+    assert "\n" not in str(error.value)
+    path.write_bytes(content.getvalue())
+    assert len(list(batches.pixels(0))) == 1
+    path.write_bytes(content.getvalue() + bytes(100))
+    assert len(list(batches.pixels(0))) == 1
+
+
 def test_a_file_that_only_pillow_reads_is_named(tmp_path: Path) -> None:
     source = files(tmp_path, 7)
     path = source.samples[5][0]
     picture(1).save(path, "GIF")
-    with pytest.raises(ValueError, match="dataloader reads it") as error:
+    with pytest.raises(ValueError, match="dataloader reads it; DALI says: .") as error:
         list(make(source).pixels(0))
-    assert str(path) in str(error.value)
+    text = str(error.value)
+    assert str(path) in text and "\n" not in text
+
+
+def test_files_are_read_by_as_many_threads_as_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = files(tmp_path, 12)
+    expected = [y.tolist() for _, y in make(source).pixels(0)]
+    read, together = FileImages.read, threading.Barrier(3)
+
+    def waiting(self: FileImages, index: int) -> bytes:
+        together.wait(20)
+        return read(self, index)
+
+    monkeypatch.setattr(FileImages, "read", waiting)
+    assert [y.tolist() for _, y in make(source, num_workers=3).pixels(0)] == expected
+
+
+@pytest.mark.parametrize("decodable", [True, False])
+def test_an_error_that_is_not_the_files_blames_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decodable: bool
+) -> None:
+    """Every file can be decoded alone, or none can."""
+    run, alone = DaliStream.run, DaliBatches._decodes
+
+    def failing(self: DaliStream, batches: Any) -> Any:
+        for label, _ in run(self, batches):
+            yield label, RuntimeError("Critical error in pipeline:\nCUDA error\nout of memory")
+
+    batches = make(files(tmp_path, 7))
+    with monkeypatch.context() as patch:
+        patch.setattr(DaliStream, "run", failing)
+        patch.setattr(DaliBatches, "_decodes", lambda *_: decodable)
+        with pytest.raises(RuntimeError, match="of 6 images: .*CUDA error out of memory") as error:
+            list(batches.pixels(0))
+    text = str(error.value)
+    assert ".jpg" not in text and "\n" not in text
+    assert isinstance(error.value, torch.OutOfMemoryError)
+    assert alone(batches, 0)
+
+
+def test_arrays_are_read_ahead_in_a_thread() -> None:
+    threads = []
+
+    class Watched(ArrayRows):
+        def take(self, index: Any) -> Any:
+            threads.append(threading.current_thread())
+            return super().take(index)
+
+    rows = Watched(np.zeros((10, 4, 4, 3), np.uint8))
+    plan = BatchPlan(10, 2)
+    batches = StreamedBatches(
+        rows, torch.arange(10), tuple("0123456789"), plan, device=CPU, loader="dali"
+    )
+    assert [y.tolist() for _, y in batches.epoch(0)] == [[i, i + 1] for i in range(0, 10, 2)]
+    assert len(threads) == 5 and threading.current_thread() not in threads
 
 
 def test_arrays_through_the_callback_source_resume_from_a_file(tmp_path: Path) -> None:

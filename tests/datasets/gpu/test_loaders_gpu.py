@@ -62,3 +62,14 @@ def test_an_epoch_left_early_and_resumed_on_the_device(tmp_path: Path) -> None:
     for start in range(len(train)):
         resumed = [b.x for b in train.epoch(0, start)]
         assert all(torch.equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+@without_dali
+def test_no_batch_of_an_array_waits_for_the_steps_before_it() -> None:
+    train = load("digits", Path(), "dali", CUDA, batch_size=200).train
+    list(train.epoch(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(train.epoch(1))) == len(train)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
