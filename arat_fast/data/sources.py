@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tif
 
 MAX_PIXELS = 150_000_000
 """Larger images are refused before they are decoded. Pillow refuses about as many itself."""
+
+OPEN_SHARDS = 128
+"""Archives that are kept open by each :class:`TarImages` of a process; there can be thousands."""
 
 # Pillow reports damage as any of these, depending on the format and on where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -81,6 +84,31 @@ class FileImages:
         return FileImages([self.samples[i] for i in index.tolist()])
 
 
+class _Shard:
+    """An archive to read from at any place, by any thread and by a process that was forked: none
+    moves another's position. Closed when it is used no more."""
+
+    _file: int | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if hasattr(os, "pread"):
+            self._file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+    def read(self, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start`` on; fewer where the file ends before."""
+        if self._file is not None:
+            return os.pread(self._file, size, start)
+        # Windows.
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+
 class TarImages:
     """Members of tar archives, read where they lie.
 
@@ -102,13 +130,13 @@ class TarImages:
         self.members = members
         self.names = tuple(names)
         self.labels = labels
-        self._local = threading.local()
+        self._open = lru_cache(OPEN_SHARDS)(_Shard)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _local=threading.local())
+        self.__dict__.update(state, _open=lru_cache(OPEN_SHARDS)(_Shard))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -117,9 +145,7 @@ class TarImages:
         """The bytes of one member."""
         shard, start, size = self.members[index].tolist()
         try:
-            file = self._open(shard)
-            file.seek(start)
-            content = file.read(size)
+            content = self._open(self.shards[shard]).read(start, size)
         except OSError as error:
             raise _unreadable(self.name(index), error) from error
         if len(content) != size:
@@ -128,14 +154,6 @@ class TarImages:
                 "cut since it was listed"
             )
         return content
-
-    def _open(self, shard: int) -> io.FileIO:
-        """An open file of this thread and this process: a fork would share its position."""
-        files: dict[tuple[int, int], io.FileIO] = self._local.__dict__.setdefault("files", {})
-        key = (os.getpid(), shard)
-        if key not in files:
-            files[key] = io.FileIO(self.shards[shard])
-        return files[key]
 
     def name(self, index: int) -> str:
         """Archive and member."""
