@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from arat_fast.bench.contestants import all_contestants
 from arat_fast.bench.machine import describe_machine, new_record, synchronize
 from arat_fast.bench.measure import alternate, failure, free_memory, spread
-from arat_fast.bench.step import warm
+from arat_fast.bench.step import guarded, warm
 from arat_fast.bench.workload import Workload
 from arat_fast.data.arrays import ArrayRows, StreamedBatches
 from arat_fast.data.batches import ResidentBatches
@@ -40,6 +40,9 @@ PHOTO = (375, 500)
 """Height and width of the generated photographs, those of many ImageNet files."""
 QUALITY = 90
 PADDING = 4
+OURS = ("resident", "dali")
+"""Loaders of this package, whose batches are those of the :data:`REFERENCE`."""
+REFERENCE = "dataloader"
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,15 @@ def bench_data(options: DataOptions) -> int:
             (32, array_loaders(options, device)),
             (224, file_loaders(files, options, device)),
         ):
-            chosen = _choose_workers(size, contestants, workers, options, record, display)
-            _time(size, chosen, options, record, display, device)
-            if beside:
-                _beside_step(size, chosen, options, record, display, device)
-            for loader in chosen.values():
-                loader.stop()
+            chosen = _choose_workers(size, contestants, workers, record, display, device)
+            try:
+                _leave_out_unequal(size, chosen, record, device)
+                _time(size, chosen, options, record, display, device)
+                if beside:
+                    _beside_step(size, chosen, options, record, display, device)
+            finally:
+                for loader in chosen.values():
+                    loader.stop()
             record["seconds"] = round(time.monotonic() - started, 1)
             write_json(path, record)
     table = data_table(record)
@@ -333,9 +339,9 @@ def _choose_workers(
     size: int,
     contestants: dict[str, Make],
     workers: tuple[int, ...],
-    options: DataOptions,
     record: dict[str, Any],
     display: Display,
+    device: torch.device,
 ) -> dict[str, Loader]:
     """Each contestant with the number of workers that is fastest in one epoch after another."""
     chosen = {}
@@ -347,8 +353,8 @@ def _choose_workers(
         try:
             for number in numbers.get(name, workers):
                 loader = make(number)
-                _epoch_rate(loader, 0)
-                tried[number] = _epoch_rate(loader, 1)
+                _epoch_rate(loader, 0, device)
+                tried[number] = _epoch_rate(loader, 1, device)
                 if best is None or tried[number] > best[0]:
                     if best is not None:
                         best[1].stop()
@@ -357,6 +363,8 @@ def _choose_workers(
                     loader.stop()
         except Exception as error:
             record["problems"].append(f"{name} at {size} pixels: {failure(error)['reason']}")
+            if best is not None:
+                best[1].stop()
             continue
         assert best is not None
         chosen[name] = best[1]
@@ -374,12 +382,33 @@ def _choose_workers(
     return chosen
 
 
-def _epoch_rate(loader: Loader, epoch: int, device: torch.device | None = None) -> float:
+def _epoch_rate(loader: Loader, epoch: int, device: torch.device) -> float:
     start = time.perf_counter()
     images = sum(len(y) for _, y in loader.epoch(epoch))
-    if device is not None:
-        synchronize(device)
+    synchronize(device)
     return images / (time.perf_counter() - start)
+
+
+def _leave_out_unequal(
+    size: int, chosen: dict[str, Loader], record: dict[str, Any], device: torch.device
+) -> None:
+    """Stop the loaders of this package whose first batch is not that of its DataLoader.
+
+    A GPU decodes and scales by its own arithmetic: there the mean may differ by a level of 255.
+    """
+    if REFERENCE not in chosen:
+        return
+    x, y = next(iter(chosen[REFERENCE].epoch(0)))
+    for name in [name for name in OURS if name in chosen]:
+        other = next(iter(chosen[name].epoch(0)))
+        levels = 255 * float((other[0] - x).abs().mean()) if other[0].shape == x.shape else 255
+        if levels <= (1 if device.type == "cuda" else 0) and torch.equal(other[1], y):
+            continue
+        record["problems"].append(
+            f"{name} at {size} pixels: its first batch is not that of {REFERENCE}, the mean "
+            f"difference is {levels:.3g} levels of 255; it was not timed"
+        )
+        chosen.pop(name).stop()
 
 
 def _time(
@@ -397,9 +426,9 @@ def _time(
     }
     values, failures = alternate(calls, options.rounds)
     for entry in record["results"]:
-        if entry["size"] != size:
-            continue
         name = entry["contestant"]
+        if entry["size"] != size or name not in chosen:
+            continue
         if name in failures:
             record["problems"].append(f"{name} at {size} pixels: {failures[name]['reason']}")
             continue
@@ -420,17 +449,19 @@ def _beside_step(
     """Share of the time that the step of this package waits for each loader."""
     workload = Workload(options.model, options.batch_size, size, options.attack_steps)
     contestant = all_contestants(device, None)["fast"]
-    ready = workload.batches(2, device, seed=0)
-    run = warm(contestant, workload, device, ready)
-    for entry in record["results"]:
-        if entry["size"] != size or entry["contestant"] not in chosen:
-            continue
-        with contestant.settings():
-            loader = chosen[entry["contestant"]]
-            share, rate = waited(run, loader, ready[0], options.steps, device)
-        entry["waited"] = round(share, 4)
-        entry["trained_images_per_second"] = round(rate, 1)
-        display.say(f"  {size} pixels  {entry['contestant']:12} the step waits {100 * share:.1f} %")
+    with guarded(record, f"the step at {size} pixels", display):
+        ready = workload.batches(2, device, seed=0)
+        run = warm(contestant, workload, device, ready)
+        for entry in record["results"]:
+            name = entry["contestant"]
+            if entry["size"] != size or name not in chosen:
+                continue
+            what = f"{name} at {size} pixels, beside the step"
+            with guarded(record, what, display), contestant.settings():
+                share, rate = waited(run, chosen[name], ready[0], options.steps, device)
+                entry["waited"] = round(share, 4)
+                entry["trained_images_per_second"] = round(rate, 1)
+                display.say(f"  {size} pixels  {name:12} the step waits {100 * share:.1f} %")
     free_memory(device)
 
 

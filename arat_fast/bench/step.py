@@ -423,7 +423,7 @@ def _relate(entry: dict[str, Any], found: list[dict[str, Any]], record: dict[str
 
 
 @contextmanager
-def _guarded(record: dict[str, Any], what: str, display: Display) -> Iterator[None]:
+def guarded(record: dict[str, Any], what: str, display: Display) -> Iterator[None]:
     """Note an error inside the context as a problem: one measurement must not cost the others."""
     try:
         yield
@@ -442,7 +442,7 @@ def _check_losses(plan: Plan, record: dict[str, Any], display: Display) -> None:
             continue
         display.say(f"  losses of {contestant.name} beside the float32 step's")
         graph = "off" if contestant.name == "fast-eager" else plan.graph
-        with _guarded(record, f"losses of {contestant.name}", display):
+        with guarded(record, f"losses of {contestant.name}", display):
             if contestant.bn not in references:
                 references[contestant.bn] = reference_losses(
                     contestant.bn, workload, plan.device, plan.check_steps
@@ -474,7 +474,7 @@ def _profile(plan: Plan, names: Iterable[str], record: dict[str, Any], display: 
         display.say(f"  profile of {name}")
         contestant = plan.contestants[name]
         batches = workload.batches(NUM_BATCHES, plan.device, seed=0)
-        with _guarded(record, f"profile of {name}", display), contestant.settings():
+        with guarded(record, f"profile of {name}", display), contestant.settings():
             run = warm(contestant, workload, plan.device, batches)
             num_steps = 3 if plan.device.type == "cuda" else 1
             found = profile_run(partial(run, batches[:num_steps]), plan.device, num_steps)
@@ -488,7 +488,7 @@ def _roofline(plan: Plan, record: dict[str, Any], display: Display) -> None:
     workload = max(plan.workloads, key=lambda workload: workload.batch_size)
     display.say(f"  layer by layer at batch {workload.batch_size}")
     with (
-        _guarded(record, "layer by layer", display),
+        guarded(record, "layer by layer", display),
         cudnn_settings(benchmark=True, deterministic=False),
     ):
         record["roofline"] = roofline(
