@@ -44,7 +44,8 @@ class Display:
 
     @contextmanager
     def evaluating(self) -> Iterator[EvaluationBar]:
-        """A line that tells which attack is running and how far it is."""
+        """A line that tells which attack, or which check of the data, is running and how far it
+        is."""
         bar = EvaluationBar(self)
         with bar.progress:
             yield bar

@@ -19,6 +19,7 @@ from arat_fast.analysis.surface import loss_surface
 from arat_fast.build import build_model, build_objective
 from arat_fast.config import Config, DataConfig
 from arat_fast.data import DataSplits, load_data
+from arat_fast.data.bad_images import BadImages
 from arat_fast.device import describe_device, resolve_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.evaluation import ImageSet, ThreatModel
@@ -143,7 +144,7 @@ def analyze_networks(
             is out of range.
     """
     display = display or Display()
-    opener = _Opener(settings)
+    opener = _Opener(settings, display)
     paths = list(dict.fromkeys((*checkpoints, *settings.source)))
     names = short_names(paths)
     networks = {name: opener.open(path) for name, path in zip(names, paths, strict=True)}
@@ -182,8 +183,9 @@ def analysis_folder(checkpoint: Path) -> Path:
 class _Opener:
     """Opens networks; those of one dataset share it."""
 
-    def __init__(self, settings: AnalyzeSettings) -> None:
+    def __init__(self, settings: AnalyzeSettings, display: Display) -> None:
         self.settings = settings
+        self.display = display
         self.device = resolve_device(settings.device)
         self.loaded: dict[tuple[DataConfig, int], DataSplits] = {}
 
@@ -196,12 +198,14 @@ class _Opener:
             data_config = dataclasses.replace(data_config, root=self.settings.data_root)
         key = (data_config, config.seed)
         if key not in self.loaded:
-            self.loaded[key] = load_data(
-                data_config,
-                device=self.device,
-                seed=config.seed,
-                eval_batch_size=config.eval.batch_size,
-            )
+            with self.display.evaluating() as bar:
+                self.loaded[key] = load_data(
+                    data_config,
+                    device=self.device,
+                    seed=config.seed,
+                    eval_batch_size=config.eval.batch_size,
+                    bad_images=BadImages(saved.path.parent, progress=bar),
+                )
         data = self.loaded[key]
         model = place_network(saved, config, data, self.device)
         return _Opened(checkpoint, saved, config, data, model)

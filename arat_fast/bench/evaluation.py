@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arat_fast.bench.machine import describe_machine, new_record, synchronize
 from arat_fast.data import load_data
+from arat_fast.data.bad_images import BadImages
 from arat_fast.device import resolve_device
 from arat_fast.display import Display
 from arat_fast.evaluation.autoattack import NUM_TARGETS, private_random_state
@@ -104,9 +105,14 @@ def _measure(
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, root=options.data_root)
         )
-    data = load_data(
-        config.data, device=device, seed=config.seed, eval_batch_size=options.batch_size
-    )
+    with display.evaluating() as bar:
+        data = load_data(
+            config.data,
+            device=device,
+            seed=config.seed,
+            eval_batch_size=options.batch_size,
+            bad_images=BadImages(saved.path.parent, progress=bar),
+        )
     model = place_network(saved, config, data, device)
     images = ImageSet.from_batches(data.test, options.max_samples)
     threat = ThreatModel(config.attack.eps, config.attack.norm)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arat_fast.data.framing import Framing
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
 from arat_kernels.crop_flip import crop_flip
 
@@ -115,6 +116,8 @@ class ResidentBatches:
         memory_format: of the images, channels_last or contiguous.
         plan: which samples make which batch, instead of what ``batch_size``, ``shuffle``,
             ``seed`` and ``shard`` say.
+        framing: draws crops and flips as for image files, instead of ``padding`` and ``flip``;
+            ``images`` have its size.
 
     Raises:
         ValueError: shapes, dtypes, labels or values that do not fit.
@@ -135,6 +138,7 @@ class ResidentBatches:
         shard: Shard = WHOLE,
         memory_format: torch.memory_format = torch.contiguous_format,
         plan: BatchPlan | None = None,
+        framing: Framing | None = None,
     ) -> None:
         check_samples(images, labels, len(classes), max_value)
         self.plan = plan or BatchPlan(
@@ -149,8 +153,9 @@ class ResidentBatches:
         self.num_samples = self.plan.num_samples
         self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
         self.max_value = max_value
-        self.padding = padding
-        self.flip = flip
+        self.padding = padding if framing is None else framing.padding
+        self.flip = flip if framing is None else framing.flip
+        self.framing = framing
         self.memory_format = memory_format
 
     def __len__(self) -> int:
@@ -176,7 +181,11 @@ class ResidentBatches:
         order = plan.order(epoch)
         draws = torch.empty(len(order), 3, dtype=torch.int32)
         for number in numbers:
-            draws[plan.places(number)] = draw_batch(plan, epoch, number, self.padding, self.flip)
+            draws[plan.places(number)] = (
+                draw_batch(plan, epoch, number, self.padding, self.flip)
+                if self.framing is None
+                else self.framing.offsets(plan, epoch, number)
+            )
         # One copy an epoch: the host would wait for the device at each.
         device = self.images.device
         order, draws = order.to(device), draws.to(device)

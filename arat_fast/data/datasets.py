@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,14 +38,6 @@ class Images(NamedTuple):
 
     rows: Rows
     labels: Tensor
-
-    @property
-    def pixels(self) -> Tensor:
-        """All images, (num_samples, C, H, W), uint8, in memory."""
-        rows = self.rows
-        if isinstance(rows, ArrayRows):
-            return torch.from_numpy(rows.pixels).permute(0, 3, 1, 2)
-        return torch.from_numpy(rows.take(np.arange(rows.shape[0]))).permute(0, 3, 1, 2)
 
     def subset(self, index: Tensor) -> Images:
         """The images ``index`` (N,), int64, in that order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -291,8 +291,15 @@ def cifar_binary(name: str, root: Path) -> tuple[list[Tensor], tuple[str, ...]] 
     return parts, classes
 
 
-def unreadable(source: EncodedImages) -> dict[int, str]:
-    """Decode every image; what is wrong with those that cannot be, by number."""
+def unreadable(
+    source: EncodedImages, progress: Callable[[str, int, int], None] | None = None
+) -> dict[int, str]:
+    """Decode every image; what is wrong with those that cannot be, by number.
+
+    Args:
+        source: the images.
+        progress: told what is done, how many images of it and of how many.
+    """
 
     def check(index: int) -> str:
         try:
@@ -301,6 +308,11 @@ def unreadable(source: EncodedImages) -> dict[int, str]:
             return str(error)
         return ""
 
+    bad = {}
     with ThreadPoolExecutor(default_workers()) as pool:
-        reasons = pool.map(check, range(len(source)))
-        return {index: reason for index, reason in enumerate(reasons) if reason}
+        for index, reason in enumerate(pool.map(check, range(len(source)))):
+            if reason:
+                bad[index] = reason
+            if progress is not None:
+                progress("checking files", index + 1, len(source))
+    return bad

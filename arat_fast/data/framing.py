@@ -76,6 +76,19 @@ class Framing:
         generator = seeded_generator(plan.seed, epoch, number)
         return torch.rand(shape, generator=generator, dtype=torch.float64)[plan.share(number)]
 
+    def offsets(self, plan: BatchPlan, epoch: int, number: int) -> Tensor:
+        """This rank's share of a batch of images of ``size`` pixels for
+        :func:`arat_kernels.crop_flip.crop_flip`: the same crops as of their files, kind "pad".
+
+        Returns:
+            (N, 3), int32: first row and column of the crop in the padded image, and 1 to mirror it.
+        """
+        draws = self.draw(plan, epoch, number)
+        sizes = [self.size] * len(draws)
+        boxes, mirror = self.place(sizes, sizes, draws)
+        corners = boxes[:, :2] + self.padding
+        return torch.from_numpy(np.concatenate([corners, mirror[:, None]], 1)).int()
+
     def place(
         self, heights: npt.ArrayLike, widths: npt.ArrayLike, draws: Tensor
     ) -> tuple[Boxes, npt.NDArray[np.bool_]]:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from arat_fast.config import DataConfig
 from arat_fast.data.arrays import ArrayRows, JoinedRows, StreamedBatches
+from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.datasets import (
@@ -23,7 +25,8 @@ from arat_fast.data.datasets import (
     read_imagenette,
     stratified_split,
 )
-from arat_fast.data.formats import array_folder, class_folders, tar_shards, unreadable
+from arat_fast.data.fingerprint import Fingerprint, fingerprint, names_below
+from arat_fast.data.formats import array_folder, class_folders, tar_shards
 from arat_fast.data.framing import Framing, Kind
 from arat_fast.data.images import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
@@ -32,6 +35,8 @@ from arat_fast.data.sources import EncodedImages, decode_image
 _CROPS: dict[str, Kind] = {"imagenette": "pad"}
 _EVALUATION_SEED = 21
 _PROBE_STREAM = 1
+_PART = 2**26
+"""Bytes that are copied to the device at a time."""
 
 
 class DataSplits(NamedTuple):
@@ -43,6 +48,7 @@ class DataSplits(NamedTuple):
         val: images held out of training, in a fixed order, not augmented; None for none.
         test: the test images of the dataset, in a fixed order, not augmented. The first images of
             either are a sample of all classes.
+        fingerprint: of the training images, generated ones included.
         skipped: files that were left out, and why.
     """
 
@@ -50,6 +56,7 @@ class DataSplits(NamedTuple):
     probe: Batches
     val: Batches | None
     test: Batches
+    fingerprint: Fingerprint
     skipped: tuple[str, ...] = ()
 
 
@@ -61,6 +68,7 @@ def load_data(
     eval_batch_size: int,
     memory_format: torch.memory_format = torch.contiguous_format,
     shard: Shard = WHOLE,
+    bad_images: BadImages | None = None,
 ) -> DataSplits:
     """Read a dataset and split it.
 
@@ -71,16 +79,29 @@ def load_data(
         eval_batch_size: samples in a batch of ``val`` and ``test``, over all ranks.
         memory_format: of the training images that stay on the device.
         shard: this process; every split is shared by all ranks.
+        bad_images: finds the files to leave out, where ``config.bad_images`` is "skip".
 
     Raises:
         FileNotFoundError: the dataset is absent, or could not be downloaded.
         ValueError: a file is not the published one, an image or a label does not fit, or
             ``num_val`` leaves too few images to train on.
     """
-    make = (
-        _encoded_splits if config.name in ("imagenette", "folder", "webdataset") else _array_splits
-    )
-    return make(config, device, seed, eval_batch_size, memory_format, shard)
+    arguments = (config, device, seed, eval_batch_size, memory_format, shard)
+    if config.name in ("imagenette", "folder", "webdataset"):
+        return _encoded_splits(*arguments, bad_images or BadImages())
+    return _array_splits(*arguments)
+
+
+def download_data(config: DataConfig) -> None:
+    """Fetch a published dataset where it is absent, so that other processes find it.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_data`.
+    """
+    if config.name == "imagenette":
+        read_imagenette(config)
+    elif config.name not in ("folder", "webdataset"):
+        read_arrays(config)
 
 
 def _array_splits(
@@ -95,7 +116,9 @@ def _array_splits(
     try:
         for part in (dataset.train, dataset.test):
             if isinstance(part.rows, ArrayRows):
-                check_samples(part.pixels, part.labels, len(dataset.classes), dataset.max_value)
+                check_samples(
+                    part.rows.images, part.labels, len(dataset.classes), dataset.max_value
+                )
         return _make_array_splits(
             dataset, config, device, seed, eval_batch_size, memory_format, shard
         )
@@ -111,6 +134,7 @@ def _make_array_splits(
     eval_batch_size: int,
     memory_format: torch.memory_format,
     shard: Shard,
+    framing: Framing | None = None,
 ) -> DataSplits:
     chosen, held_out = stratified_split(dataset.train.labels, config.num_val)
     train = dataset.train if not config.num_val else dataset.train.subset(chosen)
@@ -136,7 +160,8 @@ def _make_array_splits(
     num_bytes = sum(math.prod(part.rows.shape) for part in (train, val, dataset.test))
     loader: str = config.loader
     if loader == "auto":
-        streamed = "dali" if has_dali() else "dataloader"
+        # On a CPU PyTorch copies and crops arrays faster than DALI.
+        streamed = "dali" if device.type == "cuda" and has_dali() else "dataloader"
         loader = "resident" if num_bytes <= _room(device) else streamed
 
     def make(images: Images, plans: list[BatchPlan], training: bool) -> list[Batches]:
@@ -162,8 +187,7 @@ def _make_array_splits(
             ]
         # Once for all: on a CPU in the format of the batches, as ResidentBatches keeps it.
         stored = layout if device.type == "cpu" else torch.contiguous_format
-        x = images.pixels.contiguous(memory_format=stored).to(device)
-        y = images.labels.to(device)
+        x, y = _on_device(images, device, stored), images.labels.to(device)
         return [
             ResidentBatches(
                 x,
@@ -175,6 +199,7 @@ def _make_array_splits(
                 flip=flip,
                 memory_format=layout,
                 plan=one,
+                framing=framing if training else None,
             )
             for one in plans
         ]
@@ -189,6 +214,7 @@ def _make_array_splits(
         probe=training[1],
         val=evaluated(val) if config.num_val else None,
         test=evaluated(dataset.test),
+        fingerprint=fingerprint(train.labels),
     )
 
 
@@ -199,6 +225,26 @@ def _with_generated(train: Images, folder: Path, num_classes: int) -> Images:
             f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got {int(labels.max())}"
         )
     return Images(JoinedRows([train.rows, rows]), torch.cat([train.labels, labels]))
+
+
+def _on_device(images: Images, device: torch.device, memory_format: torch.memory_format) -> Tensor:
+    """All images on the device, (num_samples, C, H, W), uint8; a memory map is copied in parts, so
+    that it is never in the memory of the host as a whole beside its copy."""
+    rows = images.rows
+    number, height, width, channels = rows.shape
+    if device.type == "cpu" and isinstance(rows, ArrayRows):
+        return rows.images.contiguous(memory_format=memory_format)
+    copied = torch.empty(
+        (number, channels, height, width),
+        dtype=torch.uint8,
+        device=device,
+        memory_format=memory_format,
+    )
+    rows_per_part = max(_PART // (height * width * channels), 1)
+    for start in range(0, number, rows_per_part):
+        part = rows.take(np.arange(start, min(start + rows_per_part, number)))
+        copied[start : start + len(part)] = torch.from_numpy(part).to(device).permute(0, 3, 1, 2)
+    return copied
 
 
 def _room(device: torch.device) -> int:
@@ -222,6 +268,7 @@ def _encoded_splits(
     eval_batch_size: int,
     memory_format: torch.memory_format,
     shard: Shard,
+    bad_images: BadImages,
 ) -> DataSplits:
     if config.unsup is not None:
         raise ValueError(
@@ -234,16 +281,17 @@ def _encoded_splits(
         dataset = class_folders(root) if config.name == "folder" else tar_shards(root)
     train, test, skipped = dataset.train, dataset.test, []
     if config.bad_images == "skip":
-        train, reasons = _readable(train)
+        train, reasons = _readable(train, root, bad_images)
         skipped += reasons
         if test is not None:
-            test, reasons = _readable(test)
+            test, reasons = _readable(test, root, bad_images)
             skipped += reasons
     if test is None:
         chosen, tenth = stratified_split(train.labels, a_tenth(len(train)))
         train, test = train.subset(chosen), train.subset(tenth)
     chosen, held_out = stratified_split(train.labels, config.num_val)
     kept, val = train.subset(chosen), _mixed(train.subset(held_out))
+    identity = fingerprint(kept.labels, names_below(kept, root))
     cut = config.crop if config.crop != "auto" else _CROPS.get(config.name, "resized")
     evaluated = Framing(config.image_size, cut)
     trained = Framing(config.image_size, cut, True, config.padding, config.flip)
@@ -266,16 +314,18 @@ def _encoded_splits(
             eval_batch_size,
             memory_format,
             shard,
+            trained,
         )
         if len(val):
-            pixels, labels = parts[1].pixels.to(device), parts[1].labels.to(device)
+            pixels = _on_device(parts[1], device, torch.contiguous_format)
+            labels = parts[1].labels.to(device)
             plan = BatchPlan(len(labels), eval_batch_size, shard=shard)
             splits = splits._replace(
                 val=ResidentBatches(
                     pixels, labels, dataset.classes, batch_size=eval_batch_size, plan=plan
                 )
             )
-        return splits._replace(skipped=tuple(skipped))
+        return splits._replace(fingerprint=identity, skipped=tuple(skipped))
 
     def batches(source: EncodedImages, training_seed: int | None = None) -> Batches:
         training = training_seed is not None
@@ -297,13 +347,16 @@ def _encoded_splits(
         probe=batches(kept, _probe_seed(seed)),
         val=batches(val) if len(val) else None,
         test=batches(_mixed(test)),
+        fingerprint=identity,
         skipped=tuple(skipped),
     )
 
 
-def _readable(source: EncodedImages) -> tuple[EncodedImages, list[str]]:
+def _readable(
+    source: EncodedImages, root: Path, bad_images: BadImages
+) -> tuple[EncodedImages, list[str]]:
     """The images that can be decoded, and what is wrong with the others."""
-    bad = unreadable(source)
+    bad = bad_images.among(source, root)
     kept = torch.tensor([index for index in range(len(source)) if index not in bad])
     for label in set(source.labels.tolist()) - set(source.labels[kept].tolist()):
         first = next(index for index in bad if int(source.labels[index]) == label)

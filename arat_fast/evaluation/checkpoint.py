@@ -14,6 +14,7 @@ from torch import nn
 
 from arat_fast.config import Config
 from arat_fast.data import DataSplits, load_data
+from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import stream_generator
 from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
@@ -102,15 +103,20 @@ def evaluate_checkpoint(
             "max_samples": max_samples,
         },
     )
-    data = load_data(
-        config.data, device=target, seed=config.seed, eval_batch_size=config.eval.batch_size
-    )
-    model = place_network(saved, trained, data, target)
-    images = ImageSet.from_batches(data.test, max_samples)
-    start = time.perf_counter()
     display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
+    with display.evaluating() as bar:
+        data = load_data(
+            config.data,
+            device=target,
+            seed=config.seed,
+            eval_batch_size=config.eval.batch_size,
+            bad_images=BadImages(saved.path.parent, ranks, bar),
+        )
+    model = place_network(saved, trained, data, target)
+    images = ImageSet.from_batches(data.test, max_samples)
+    start = time.perf_counter()
     for name, reason in attacks_left_out(attacks, data.test.num_classes).items():
         display.say(f"{name} is left out: {reason}")
     with display.evaluating() as bar:

@@ -20,7 +20,11 @@ from arat_fast.analysis.snapshot import analyze_training, first_batches, headlin
 from arat_fast.build import build_model, build_objective, build_optimizer, implementation
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.data import load_data
+from arat_fast.data.bad_images import FILE as BAD_IMAGES
+from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
+from arat_fast.data.fingerprint import Fingerprint
+from arat_fast.data.load import download_data
 from arat_fast.device import (
     describe_device,
     resolve_precision,
@@ -130,18 +134,21 @@ class Trainer:
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
         )
-        if config.data.download and not ranks.is_main:
+        if config.data.download and not ranks.alone:
+            if ranks.is_main:
+                download_data(config.data)
             ranks.meet()
-        self.data = load_data(
-            config.data,
-            device=self.device,
-            seed=config.seed,
-            eval_batch_size=config.eval.batch_size,
-            memory_format=self.memory_format,
-            shard=ranks.shard,
-        )
-        if config.data.download and ranks.is_main:
-            ranks.meet()
+        with self.display.evaluating() as bar:
+            bad_images = BadImages(out if saved is not None else None, ranks, bar)
+            self.data = load_data(
+                config.data,
+                device=self.device,
+                seed=config.seed,
+                eval_batch_size=config.eval.batch_size,
+                memory_format=self.memory_format,
+                shard=ranks.shard,
+                bad_images=bad_images,
+            )
         if self.data.skipped:
             first = self.data.skipped[0]
             self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
@@ -218,6 +225,8 @@ class Trainer:
                 out / "config.json",
                 {"version": versions().get("arat-fast"), "config": config_to_dict(config)},
             )
+            if bad_images.found:
+                write_json(out / BAD_IMAGES, bad_images.found)
             self.metrics_file = MetricsFile(out / "metrics.jsonl", keep=metrics_bytes)
             self.tensorboard = _tensorboard_writer(out, self.step)
 
@@ -662,6 +671,7 @@ class Trainer:
             "config": config_to_dict(self.config),
             "arithmetic": self._arithmetic(),
             "image_shape": list(self.data.train.image_shape),
+            "dataset": self.data.fingerprint._asdict(),
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
             "train_seconds": self.train_seconds,
@@ -770,6 +780,7 @@ class Trainer:
                 f"{self.checkpoint_path} was trained in {state['arithmetic']}, got "
                 f"{self._arithmetic()}: set --train.device and --step.precision to go on with it"
             )
+        check_same_dataset(self.data.fingerprint, state.get("dataset"), self.checkpoint_path)
         load_weights(self.model, state["model"], str(self.checkpoint_path))
         load_weights(self.objective, state["objective"], str(self.checkpoint_path))
         self.optimizer.load_state_dict(state["optimizer"])
@@ -939,6 +950,19 @@ def check_same_run(config: Config, saved: Config, source: Path) -> None:
                     f"{source} belongs to a run with {section}.{name}={before[name]}, got "
                     f"{section}.{name}={value}"
                 )
+
+
+def check_same_dataset(given: Fingerprint, saved: dict[str, Any] | None, source: Path) -> None:
+    """ValueError where the training images are not those that the run began with; ``saved`` is None
+    in checkpoints of earlier versions, which pass."""
+    if saved is None or Fingerprint(**saved) == given:
+        return
+    before = Fingerprint(**saved).num_samples
+    got = given.num_samples if given.num_samples != before else "as many with other labels or names"
+    raise ValueError(
+        f"{source} belongs to a run on {before} training images, got {got}: every batch would be "
+        "another; put the dataset back as it was, or start a new run with --out"
+    )
 
 
 def _status(values: dict[str, float | None], images_per_second: float) -> str:

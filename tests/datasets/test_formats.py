@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import pickle
 import subprocess
 import sys
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from PIL import Image
 
 from arat_fast.config import DataConfig
 from arat_fast.data import DataSplits, MixedPlan, Shard, load_data
+from arat_fast.data.arrays import MappedRows
+from arat_fast.data.bad_images import BadImages
 from arat_fast.data.dali import has_dali
 from arat_fast.data.datasets import stratified_split
 from arat_fast.data.formats import class_folders, tar_shards
@@ -34,8 +40,9 @@ LOADERS = [
 
 def load(name: str, root: Path, **options: Any) -> DataSplits:
     defaults = {"batch_size": 6, "image_size": 24, "num_workers": 0, "loader": "dataloader"}
+    found = options.pop("found", None)
     config = DataConfig(name=name, root=root, **{**defaults, **options})  # type: ignore[arg-type]
-    return load_data(config, device=CPU, seed=0, eval_batch_size=7)
+    return load_data(config, device=CPU, seed=0, eval_batch_size=7, bad_images=found)
 
 
 def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
@@ -111,6 +118,56 @@ def test_bad_files_stop_the_run_or_are_skipped_and_counted(tmp_path: Path, loade
     assert number == 30 and reasons == list(splits.skipped)
 
 
+class OneOfTwo:
+    """A process of two; what rank 0 has told is handed to the other."""
+
+    def __init__(self, is_main: bool, told: list[bytes]) -> None:
+        self.is_main, self.told, self.meetings = is_main, told, 0
+
+    def meet(self) -> None:
+        self.meetings += 1
+
+    def broadcast_bytes(self, content: bytes | None) -> bytes:
+        assert (content is not None) == self.is_main
+        if content is not None:
+            self.told.append(content)
+            return content
+        return self.told.pop(0)
+
+
+def test_one_process_decides_which_files_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder(tmp_path / "set")
+    bad = root / "train" / "cat" / "0_0.png"
+    content = bad.read_bytes()
+    bad.write_bytes(content[:-300])
+    told: list[bytes] = []
+    seen: list[tuple[str, int, int]] = []
+    ranks: list[Any] = [OneOfTwo(True, told), OneOfTwo(False, told)]
+
+    def decide(ranks: Any) -> DataSplits:
+        config = DataConfig("folder", root, loader="dataloader", image_size=24, bad_images="skip")
+        found = BadImages(None, ranks, lambda *progress: seen.append(progress))
+        splits = load_data(config, device=CPU, seed=0, eval_batch_size=7, bad_images=found)
+        (tmp_path / "bad_images.json").write_text(json.dumps(found.found))
+        return splits
+
+    first = decide(ranks[0])
+    assert seen[:15] == [("checking files", done, 15) for done in range(1, 16)]
+    assert len(seen) == 30 and ranks[0].meetings == 2
+    known = BadImages(tmp_path)
+    # The file can be read by now: rank 1 and whoever goes on must not look again.
+    bad.write_bytes(content)
+    second = decide(ranks[1])
+    monkeypatch.setattr("arat_fast.data.bad_images.unreadable", None)
+    moved = root.rename(tmp_path / "moved")
+    third = load("folder", moved, bad_images="skip", found=known)
+    assert first.train.num_samples == second.train.num_samples == third.train.num_samples == 14
+    assert first.fingerprint == second.fingerprint == third.fingerprint
+    assert first.skipped == second.skipped == third.skipped
+
+
 def test_a_class_of_bad_files_is_no_class(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
     for file in (root / "train" / "dog").iterdir():
@@ -179,17 +236,19 @@ def test_a_dataset_smaller_than_a_batch(tmp_path: Path) -> None:
     assert [len(y) for _, y in splits.test.epoch(0)] == [3]
 
 
-def test_files_of_one_size_can_be_resident(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (3, False), (4, True)])
+def test_files_of_one_size_can_be_resident(tmp_path: Path, padding: int, flip: bool) -> None:
     for split, first in (("train", 0), ("val", 20)):
         for label, name in enumerate(CLASSES):
             (tmp_path / split / name).mkdir(parents=True)
             for index in range(3):
                 image = picture(first + 3 * label + index, 24, 24)
                 image.save(tmp_path / split / name / f"{index}.png")
-    options: dict[str, Any] = {"crop": "pad", "padding": 0, "flip": False, "num_val": 3}
+    options: dict[str, Any] = {"crop": "pad", "padding": padding, "flip": flip, "num_val": 3}
     a = load("folder", tmp_path, **options)
     b = load("folder", tmp_path, loader="resident", **options)
-    for split in ("train", "val", "test"):
+    assert a.fingerprint == b.fingerprint
+    for split in ("train", "probe", "val", "test"):
         for p, q in zip(getattr(a, split).epoch(1), getattr(b, split).epoch(1), strict=True):
             assert torch.equal(p.x, q.x) and torch.equal(p.y, q.y)
     with pytest.raises(ValueError, match="--data.crop pad"):
@@ -252,6 +311,43 @@ def test_a_tar_cut_after_it_was_listed_is_named(tmp_path: Path, loader: str) -> 
     with pytest.raises(ValueError, match="train-1.tar: sample/000.*: expected .* bytes") as error:
         list(splits.train.epoch(0))
     one_line(error)
+
+
+def test_thousands_of_shards_are_not_all_kept_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arat_fast.data.sources.OPEN_SHARDS", 3)
+    for number in range(12):
+        tar_shard(tmp_path / f"{number:02}.tar", 4 * number, 4, ".png")
+    images = tar_shards(tmp_path).train
+    expected = [encoded(picture(index), ".png") for index in range(48)]
+    order = torch.randperm(480, generator=torch.Generator().manual_seed(3)) % 48
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(images.read, order.tolist()))
+    assert read == [expected[index] for index in order.tolist()]
+    assert num_open(tmp_path) <= 3
+    again = pickle.loads(pickle.dumps(images))
+    assert [again.read(index) for index in range(48)] == expected
+    del images, again
+    assert num_open(tmp_path) == 0
+
+
+def test_shards_are_read_without_pread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.delattr("os.pread")
+    images = tar_shards(tar_shard(tmp_path / "a.tar", 0, 5)).train
+    assert [images.read(index) for index in (4, 0, 2)] == [
+        encoded(picture(index), ".jpg") for index in (4, 0, 2)
+    ]
+
+
+def num_open(folder: Path) -> int:
+    """Files in a folder that this process has open; 0 where the system does not tell."""
+    number = 0
+    for link in Path("/proc/self/fd").glob("*"):
+        with suppress(OSError):
+            number += link.readlink().parent == folder
+    return number
 
 
 def archive(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
@@ -399,6 +495,29 @@ def test_a_damaged_npz_leaves_nothing(tmp_path: Path) -> None:
     assert zipfile.is_zipfile(npz(source))
 
 
+def test_a_memory_map_goes_to_the_device_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "edm"
+    convert_npz(npz(tmp_path / "edm.npz"), folder)
+    expected = load("arrays", folder)
+    taken: list[int] = []
+    take = MappedRows.take
+
+    def counted(self: MappedRows, index: Any) -> Any:
+        taken.append(len(index))
+        return take(self, index)
+
+    monkeypatch.setattr(MappedRows, "take", counted)
+    monkeypatch.setattr("arat_fast.data.load._PART", 4 * 32 * 32 * 3)
+    splits = load("arrays", folder, loader="resident")
+    assert sum(taken) == 50 and max(taken) == 4
+    for split in ("train", "test"):
+        pairs = zip(getattr(expected, split).epoch(1), getattr(splits, split).epoch(1), strict=True)
+        for p, q in pairs:
+            assert torch.equal(p.x, q.x) and torch.equal(p.y, q.y)
+
+
 def test_arrays_that_disagree(tmp_path: Path) -> None:
     folder = tmp_path / "edm"
     convert_npz(npz(tmp_path / "edm.npz"), folder)
@@ -433,8 +552,6 @@ def test_cifar_binary_is_the_python_version(published: Any, tmp_path: Path) -> N
 
 def binary(published: Any, name: str, num_labels: int, root: Path) -> Path:
     """Write the binary version of the Python files that are there."""
-    import pickle
-
     from torchvision import datasets
 
     from arat_fast.data.formats import CIFAR_BINARY

@@ -101,6 +101,14 @@ def test_augmented_batches_of_arrays_are_those_of_the_resident_loader(
     assert batches.image_shape == expected.image_shape == (3, 32, 32)
 
 
+def test_arrays_that_do_not_fit_a_cpu_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI is slower there."""
+    monkeypatch.setattr("arat_fast.data.load._room", lambda device: 0)
+    monkeypatch.setattr("arat_fast.data.load.has_dali", lambda: True)
+    train = load("digits", Path(), "auto").train
+    assert isinstance(train, StreamedBatches) and train.loader == "dataloader"
+
+
 @pytest.mark.parametrize("loader", ARRAY_LOADERS)
 def test_digits_have_their_own_largest_value(loader: str) -> None:
     expected = load("digits", Path(), "resident", padding=1, batch_size=200)
