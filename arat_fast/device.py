@@ -78,9 +78,9 @@ def describe_device(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes: Python, torch, triton, CUDA, this package."""
+    """Versions of what reads the data, computes and attacks, and of this package."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "torchvision", "pyautoattack", "arat-fast"):
+    for package in ("numpy", "scikit-learn", "triton", "torchvision", "pyautoattack", "arat-fast"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -9,7 +9,6 @@ of ``docs/analysis.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from arat_fast.command_line import overrides_of
+from arat_fast.config import config_from_dict
 from arat_fast.files import write_atomic, write_json
 from arat_fast.reporting.analysis_plots import (
     Drawing,
@@ -44,13 +45,21 @@ COMMON = ["--analyze.every", "1", "--eval.no-autoattack"]
 
 
 def train(method: str, seed: int, out: Path) -> Run:
-    """One run, trained if it is not there yet."""
-    summary = out / "summary.json"
-    if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
-        command = [sys.executable, "-m", "arat_fast", "train", "digits"]
-        command += [*METHODS[method], *COMMON, "--seed", str(seed)]
-        subprocess.run([*command, "--out", str(out), "--resume"], check=True, cwd=ROOT)
-    return read_run(out)
+    """One run, trained as far as it is not there yet; a folder of another configuration is refused.
+
+    Raises:
+        SystemExit: the run was refused or failed, or was not analysed after every epoch.
+    """
+    command = [sys.executable, "-m", "arat_fast", "train", "digits"]
+    command += [*METHODS[method], *COMMON, "--seed", str(seed), "--out", str(out), "--resume"]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        raise SystemExit(code)
+    run = read_run(out)
+    expected, found = run.setting("train", "epochs") + 1, len(run.analyses)
+    if found != expected:
+        raise SystemExit(f"{out}: {expected} analyses are expected, got {found}: train it again")
+    return run
 
 
 def folder_name(method: str, seed: int) -> str:
@@ -59,7 +68,7 @@ def folder_name(method: str, seed: int) -> str:
     return f"{'-'.join(words)}-seed{seed}"
 
 
-def record(method: str, run: Run) -> dict[str, Any]:
+def record(run: Run) -> dict[str, Any]:
     """What a run found, epoch by epoch, without its layers but for those of the last epoch."""
     epochs = []
     for line in run.analyses:
@@ -76,7 +85,7 @@ def record(method: str, run: Run) -> dict[str, Any]:
     last = run.analyses[-1]
     keys = ("accuracy", "versions", "device", "precision", "commit", "wall_seconds")
     return {
-        "options": [*METHODS[method], *COMMON],
+        "options": overrides_of(config_from_dict(dict(run.config))),
         "seed": run.setting("seed"),
         **{key: run.summary.get(key) for key in keys},
         "epochs": epochs,
@@ -155,7 +164,7 @@ def main() -> None:
         stem = f"gradient-conflict-{date.today()}-{count}"
     write_json(
         results / f"{stem}.json",
-        {method: [record(method, run) for run in runs] for method, runs in groups.items()},
+        {method: [record(run) for run in runs] for method, runs in groups.items()},
     )
     lines = {method: [run.analyses for run in runs] for method, runs in groups.items()}
     last = {

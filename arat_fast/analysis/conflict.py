@@ -52,7 +52,8 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
         output: what the objective returned, not yet differentiated.
 
     Returns:
-        JSON types, None where the loss has no part of the second kind::
+        JSON types, None where the loss has no part of the second kind, or where none of the first
+        reaches the network: in LBGAT the labels reach the guide alone::
 
             {"pairs": {PAIR: {"share": …, "cosine": …}},
              "layers": {PATH: {"share": …, "cosine": …, "entries": …}},
@@ -72,8 +73,10 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
     if not classification or not invariance:
         return None
     weights = shared_weights(model)
-    inner = _gradients(torch.stack(list(invariance.values())).sum(), weights)
     losses = {TOTAL: torch.stack(list(classification.values())).sum()}
+    if not _reaches(losses[TOTAL], weights):
+        return None
+    inner = _gradients(torch.stack(list(invariance.values())).sum(), weights)
     if len(classification) > 1:
         losses |= classification
     pairs: dict[str, dict[str, float | None]] = {}
@@ -165,6 +168,12 @@ class _Sums:
             "share": self.opposite / self.entries,
             "cosine": self.dot / (self.outer**0.5 * self.inner**0.5),
         }
+
+
+def _reaches(loss: Tensor, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the loss depends on any of the weights."""
+    found = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in found)
 
 
 def _gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

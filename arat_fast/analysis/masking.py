@@ -236,9 +236,9 @@ class _Check:
         correct = []
         with evaluation_mode(self.model):
             for x, y in self._batches():
-                correct.append(self._left(self.model, x, y, attack(self.model, x, y)))
+                correct.append(self._still(x, y, attack(self.model, x, y)))
         settings = {"num_steps": 1, "alpha": self.threat.eps}
-        return Tried("gradient", "one step of length eps", torch.cat(correct), settings)
+        return self._tried("gradient", "one step of length eps", correct, settings)
 
     def pgd(
         self, num_steps: int, num_restarts: int = 1, threat: ThreatModel | None = None
@@ -266,17 +266,17 @@ class _Check:
         correct = []
         with evaluation_mode(self.model):
             for x, y in self._batches():
-                left = self._left(self.model, x, y, x)
+                left = torch.ones_like(y, dtype=torch.bool)
                 for _ in range(_RANDOM_DRAWS):
                     draw = torch.randn(x.shape, generator=generator, device=x.device)
                     if self.threat.norm == "Linf":
                         delta = eps * draw.sign()
                     else:
                         delta = eps * draw / draw.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                    left &= self._left(self.model, x, y, (x + delta).clamp(0, 1))
+                    left &= self._still(x, y, (x + delta).clamp(0, 1))
                 correct.append(left)
         name = f"{_RANDOM_DRAWS} random points"
-        return Tried("random", name, torch.cat(correct), {"num_draws": _RANDOM_DRAWS})
+        return self._tried("random", name, correct, {"num_draws": _RANDOM_DRAWS})
 
     def square(self, num_queries: int) -> Tried:
         from pyautoattack.square import SquareAttack
@@ -299,7 +299,7 @@ class _Check:
                     device=device,
                 )
                 x, y = self.images.x[chunk], self.images.y[chunk]
-                left[chunk] = self._left(self.model, x, y, attack.perturb(x, y))
+                left[chunk] = self._still(x, y, attack.perturb(x, y))
         return Tried("black-box", f"Square, {num_queries} queries", left, {"queries": num_queries})
 
     def transfer(self, name: str, source: nn.Module, num_steps: int) -> Tried:
@@ -312,20 +312,21 @@ class _Check:
             with evaluation_mode(source):
                 candidate = attack(source, x, y, generator=generator)
             with evaluation_mode(self.model):
-                correct.append(self._left(self.model, x, y, candidate))
+                correct.append(self._still(x, y, candidate))
         settings = {"source": name, "num_steps": num_steps}
-        return Tried("transfer", f"examples made for {name}", torch.cat(correct), settings)
+        return self._tried("transfer", f"examples made for {name}", correct, settings)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = self.batch_size
         return zip(torch.split(self.images.x, size), torch.split(self.images.y, size), strict=True)
 
-    def _left(self, model: nn.Module, x: Tensor, y: Tensor, candidate: Tensor) -> Tensor:
-        """What is right both as it is and as the candidate, which counts inside the ball only."""
-        still, _, _ = accept(model, x, y, candidate, self.threat)
-        with torch.no_grad():
-            left: Tensor = still & (model(x).argmax(dim=1) == y)
-        return left
+    def _still(self, x: Tensor, y: Tensor, candidate: Tensor) -> Tensor:
+        """What is right as the candidate, which counts inside the ball only."""
+        return accept(self.model, x, y, candidate, self.threat)[0]
+
+    def _tried(self, kind: str, name: str, still: list[Tensor], settings: dict[str, Any]) -> Tried:
+        """An attack on all images, of which those count as left that are right as they are too."""
+        return Tried(kind, name, torch.cat(still) & self.clean, settings)
 
 
 def _fewer_steps(num_steps: int) -> list[int]:

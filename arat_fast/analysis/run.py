@@ -228,6 +228,7 @@ def _analyze(
         "device": describe_device(device),
         "versions": versions(),
         "commit": source_commit(),
+        "steps": opened.saved.steps,
     }
     records, left_out = _of_training(opened, settings)
     deployed = _of_network(opened, images, _rivals(opened, networks), settings, display, folder)
@@ -235,7 +236,7 @@ def _analyze(
     records |= {part: {**deployed_about, **record} for part, record in deployed.items()}
     for part, record in records.items():
         write_json(folder / f"{part}.json", {**about, **record})
-    _write_plots(folder, opened.path)
+    _write_plots(folder, opened)
     name = next(name for name, network in networks.items() if network is opened)
     return Analysis(name, folder, records, left_out)
 
@@ -250,6 +251,9 @@ def _of_training(
     config, data = opened.config, opened.data
     if opened.saved.steps is None:
         reason = "the file holds no predictors and no training state; give a run's checkpoint"
+        return {}, dict.fromkeys(wanted, reason)
+    if config.objective.name == "custom":
+        reason = "the objective was given to the trainer in Python, and no run's folder holds it"
         return {}, dict.fromkeys(wanted, reason)
     state = load_checkpoint(opened.saved.path)
     device = next(opened.model.parameters()).device
@@ -268,6 +272,8 @@ def _of_training(
             records[part] = {"model": "last", "split": "train", "epoch": epochs, **record}
         elif part == "mixture":
             left_out[part] = "nothing is attacked in training, or there is no BatchNorm"
+        elif config.objective.name == "lbgat":
+            left_out[part] = "the labels of lbgat reach its guide alone, and not the network"
         else:
             left_out[part] = (
                 f"the loss of {config.objective.name} has no part that ties clean and adversarial "
@@ -340,9 +346,9 @@ def _rivals(opened: _Opened, networks: Mapping[str, _Opened]) -> dict[str, nn.Mo
     }
 
 
-def _write_plots(folder: Path, checkpoint: Path) -> None:
-    lines = _analysis_lines(checkpoint)
-    for name, drawing in draw_analyses(read_analyses(folder), lines).items():
+def _write_plots(folder: Path, opened: _Opened) -> None:
+    analyses = read_analyses(folder, opened.saved.steps)
+    for name, drawing in draw_analyses(analyses, _analysis_lines(opened.path)).items():
         content = drawing.to_png()
         write_atomic(folder / f"{name}.png", partial(_write_all, content))
 

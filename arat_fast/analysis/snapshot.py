@@ -36,7 +36,7 @@ def analyze_training(
 
     Returns:
         ``{"gradient_conflict": …, "mixture": …}`` in JSON types, see :func:`mean_conflict` and
-        :func:`mean_mixture`. The first is None where the loss has no invariance part; the second
+        :func:`mean_mixture`. The first is None where :func:`gradient_conflict` is; the second
         where nothing is attacked in training or the network has no BatchNorm.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -115,7 +116,9 @@ def choose_methods(
 def _variant(text: str) -> Method:
     title, colon, options = text.partition(":")
     title = title.strip()
-    label = re.sub(r"[^a-z0-9.+]+", "-", title.lower()).strip("-.")
+    # Composed: an accent of its own is no letter, and two spellings would be two folders.
+    name = unicodedata.normalize("NFC", title.lower())
+    label = re.sub(r"[^\w.+]+|_+", "-", name).strip("-.")
     try:
         tokens = tuple(shlex.split(options))
     except ValueError as error:

@@ -21,7 +21,7 @@ from arat_fast.reporting import style
 from arat_fast.reporting.html import Child, Html, image, join, table, tag
 from arat_fast.reporting.page import Section, page
 from arat_fast.reporting.statistics import wilson_interval
-from arat_fast.reporting.words import DASH, duration, percent, plain
+from arat_fast.reporting.words import DASH, duration, plain
 
 
 def comparison_page(results: Results) -> str:
@@ -62,8 +62,7 @@ def _plane(results: Results) -> Html | None:
     figure = plane(results)
     if figure is None:
         return None
-    with style.plot_style():
-        svg = style.to_svg(figure)
+    svg = style.to_svg(figure)
     caption = (
         "Further up and further right is better; along a dashed line the sum of both stays the "
         "same. Large marks are means over the seeds with one standard deviation, small ones single "
@@ -130,13 +129,20 @@ def _meaning(results: Results) -> Html:
     ]
     n = results.num_samples()
     if n:
-        low, high = wilson_interval(round(0.9 * n), n)
         points.append(
-            f"All runs are tested on the same {n:,} images. How an accuracy near 90\u202f% would "
-            f"come out on others is uncertain by about {percent((high - low) / 2)[:-2]} points "
+            f"All runs are tested on the same {n:,} images. How an accuracy would come out on "
+            f"others is uncertain by up to {100 * _half_width(results, n):.1f} points "
             "(95\u202f%, Wilson), whatever the number of seeds."
         )
     return tag("ul", [tag("li", point) for point in points], class_="prose")
+
+
+def _half_width(results: Results, n: int) -> float:
+    """Half of the widest interval of the rows' mean accuracies on ``n`` images."""
+    names = [name for name in results.metrics if name != SUM]
+    shown = [row.spreads[name] for row in results.rows for name in names if name in row.spreads]
+    intervals = [wilson_interval(round(spread.mean / 100 * n), n) for spread in shown]
+    return max((high - low) / 2 for low, high in intervals)
 
 
 def _runs(results: Results) -> Html:
@@ -193,7 +199,7 @@ def _again(results: Results) -> Html:
     at = f", commit {commit}" if commit else ""
     return join(
         [
-            tag("pre", results.plan.command),
+            tag("pre", "\n".join(results.plan.commands)),
             tag("p", f"Computed with {versions}{at}.", class_="small"),
             tag(
                 "p",

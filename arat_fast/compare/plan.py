@@ -87,26 +87,26 @@ class Plan:
         seeds: of every method.
         budget: "epochs" (the recipe's, for all) or "work" (as many forward passes as the recipe's
             own objective makes, for every method that attacks).
-        command: command line that made it.
+        commands: command lines that were given for it, the first one first.
     """
 
     config: Config
     methods: tuple[PlannedMethod, ...]
     seeds: tuple[int, ...]
     budget: Budget
-    command: str = ""
+    commands: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
         """Every run, the whole first seed before the second."""
-        return [
-            Cell(planned.method.label, seed, self._config(planned, seed))
-            for seed in self.seeds
+        configs = {
+            planned.method.label: apply_overrides(self.config, planned.method.options)
             for planned in self.methods
+        }
+        return [
+            Cell(label, seed, dataclasses.replace(config, seed=seed))
+            for seed in self.seeds
+            for label, config in configs.items()
         ]
-
-    def _config(self, planned: PlannedMethod, seed: int) -> Config:
-        config = apply_overrides(self.config, planned.method.options)
-        return dataclasses.replace(config, seed=seed)
 
 
 def make_plan(
@@ -126,19 +126,37 @@ def make_plan(
         command: command line to record.
 
     Raises:
-        ValueError: no seed or a seed twice, or a method's options do not fit.
+        ValueError: no seed or a seed twice, a method's options do not fit or change what it is
+            tested on, or ARAT lacks a part that the ablation says it has.
     """
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         given = " ".join(map(str, seeds)) or "none"
         raise ValueError(f"--seeds expects different numbers >= 0, got {given}")
     full = step_cost(config).passes * config.train.epochs
-    return Plan(
-        config,
-        tuple(_planned(config, method, full if budget == "work" else None) for method in methods),
-        tuple(seeds),
-        budget,
-        command,
-    )
+    planned = [_planned(config, method, full if budget == "work" else None) for method in methods]
+    if any(method.ablation for method in methods):
+        _check_whole(config, methods)
+    return Plan(config, tuple(planned), tuple(seeds), budget, (command,) if command else ())
+
+
+def _check_whole(config: Config, methods: Sequence[Method]) -> None:
+    """Refuse an ablation whose last row, ARAT with all its parts, lacks one."""
+    for method in methods:
+        if method.label == "arat":
+            own = apply_overrides(config, method.options)
+            parts = {
+                "objective.name": (own.objective.name, "arat"),
+                "objective.stop_gradient": (own.objective.stop_gradient, True),
+                "objective.predictor": (own.objective.predictor, True),
+                "model.norm": (own.norm, "split"),
+            }
+            for name, (got, expected) in parts.items():
+                if got != expected:
+                    raise ValueError(
+                        f"the ablation ends with ARAT and all its parts: {name}={expected} is "
+                        f"expected for arat, got {got}; set it in a --variant of another name, or "
+                        "leave --ablation out"
+                    )
 
 
 def _planned(config: Config, method: Method, work: float | None) -> PlannedMethod:
@@ -151,6 +169,7 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
         )
     try:
         own = apply_overrides(config, method.options)
+        _check_same_test(config, own)
         cost = step_cost(own)
         natural = None
         if cost.starts_from_natural and own.objective.teacher is None:
@@ -174,6 +193,23 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
     return PlannedMethod(method, epochs, cost.passes, natural_epochs, natural_passes)
 
 
+def _check_same_test(config: Config, own: Config) -> None:
+    """Refuse a method that is attacked, or fed, in another way than the others."""
+    shared, given = config_to_dict(config), config_to_dict(own)
+    for section, names in (
+        ("attack", ("eps", "norm")),
+        ("eval", tuple(shared["eval"])),
+        ("data", tuple(shared["data"])),
+    ):
+        for name in names:
+            if given[section][name] != shared[section][name]:
+                raise ValueError(
+                    f"{section}.{name}={shared[section][name]} is that of the whole comparison, "
+                    f"got {given[section][name]}: all rows of a table have one threat model, one "
+                    "evaluation and one dataset; compare others in a folder of their own"
+                )
+
+
 def merge_with_saved(plan: Plan, record: Path) -> Plan:
     """The plan, with the methods and seeds that its folder holds already.
 
@@ -182,8 +218,8 @@ def merge_with_saved(plan: Plan, record: Path) -> Plan:
         record: comparison.json of the folder; may be absent.
 
     Raises:
-        ValueError: the folder holds a comparison of another configuration, or a method of it has
-            other options now.
+        ValueError: the folder holds a comparison of another configuration or budget, or a method of
+            it has other options now.
     """
     if not record.exists():
         return plan
@@ -198,6 +234,11 @@ def merge_with_saved(plan: Plan, record: Path) -> Plan:
         check_same_run(plan.config, same_seed, record)
     except ValueError as error:
         raise ValueError(f"{error}; choose another folder with --out") from error
+    if saved.budget != plan.budget:
+        raise ValueError(
+            f"{record} has --budget {saved.budget}, got {plan.budget}: give --budget "
+            f"{saved.budget}, or choose another folder with --out"
+        )
     labels = {planned.method.label: planned for planned in plan.methods}
     for before in saved.methods:
         now = labels.setdefault(before.method.label, before)
@@ -206,14 +247,18 @@ def merge_with_saved(plan: Plan, record: Path) -> Plan:
                 f"{record} has {before.method.label} with {shlex.join(before.method.options)}, got "
                 f"{shlex.join(now.method.options)}: choose another folder with --out"
             )
-    seeds = dict.fromkeys((*plan.seeds, *saved.seeds))
-    return dataclasses.replace(plan, methods=tuple(labels.values()), seeds=tuple(seeds))
+    return dataclasses.replace(
+        plan,
+        methods=tuple(labels.values()),
+        seeds=tuple(dict.fromkeys((*plan.seeds, *saved.seeds))),
+        commands=tuple(dict.fromkeys((*saved.commands, *plan.commands))),
+    )
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON types."""
     return {
-        "command": plan.command,
+        "commands": list(plan.commands),
         "recipe": plan.config.recipe,
         "budget": plan.budget,
         "seeds": list(plan.seeds),
@@ -261,7 +306,8 @@ def plan_from_record(record: dict[str, Any]) -> Plan:
             tuple(methods),
             tuple(map(int, record["seeds"])),
             record["budget"],
-            str(record["command"]),
+            # Records from before have the one command that was given last.
+            tuple(map(str, record["commands"] if "commands" in record else [record["command"]])),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a comparison of this version: {error} is missing") from error

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from arat_fast.compare.plan import Plan, PlannedMethod, plan_from_record
+from arat_fast.config import Config, config_from_dict
+from arat_fast.training.loop import check_same_run
 
 SUM = "sum"
 
@@ -126,13 +128,27 @@ def _row(planned: PlannedMethod, cells: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def train_seconds(cell: Mapping[str, Any]) -> float:
-    """Training time of a finished run, with that of the natural training before it."""
-    natural = cell["natural_model"] or {}
-    return float(cell["wall_seconds"]["train"]) + float(natural.get("train_seconds") or 0)
+    """Training time of a finished run, with that of the natural training that is part of it."""
+    seconds = float(cell["wall_seconds"]["train"])
+    natural = cell["natural_model"]
+    # A teacher that was given is not counted in the cost either.
+    if natural is None or cell["config"]["objective"]["teacher"] is not None:
+        return seconds
+    return seconds + float(natural["train_seconds"] or 0)
 
 
-def read_cell(folder: Path) -> dict[str, Any] | None:
-    """What the summary of a finished run adds to the record; None where it is not finished."""
+def read_cell(folder: Path, config: Config) -> dict[str, Any] | None:
+    """What the summary of a finished run adds to the record; None where it is not finished.
+
+    Args:
+        folder: of the run.
+        config: that it should have; what does not change the weights may differ.
+
+    Raises:
+        ValueError: the run is finished and was trained with another configuration.
+    """
+    source = folder / "config.json"
+    found: dict[str, Any] | None = None
     with suppress(OSError, ValueError, KeyError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if summary["status"] != "finished":
@@ -142,5 +158,11 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
             *("versions", "commit", "kernels", "num_parameters", "train_samples", "split"),
             "natural_model",
         )
-        return {name: summary[name] for name in kept}
-    return None
+        saved = config_from_dict(json.loads(source.read_text(encoding="utf-8"))["config"])
+        found = {name: summary[name] for name in kept}
+    if found is not None:
+        try:
+            check_same_run(config, saved, source)
+        except ValueError as error:
+            raise ValueError(f"{error}; choose another folder with --out") from error
+    return found

@@ -71,7 +71,8 @@ class GridRunner:
 
         Raises:
             InterruptedRun: Ctrl-C or SIGTERM came; the runs have saved their state and ended.
-            ValueError: another process works in the folder.
+            ValueError: another process works in the folder, or a run in it is of another
+                configuration.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with _lock(self.out) as lock, stop_on_signals() as stop:
@@ -96,6 +97,7 @@ class GridRunner:
                         if cell is None:
                             break
                         pending.remove(cell)
+                        self._share_training(cell, cells)
                         jobs.append(self._start(cell, jobs, lock))
                     for job in [j for j in jobs if j.process.poll() is not None]:
                         jobs.remove(job)
@@ -128,7 +130,6 @@ class GridRunner:
         return None
 
     def _start(self, cell: Cell, jobs: Sequence[_Job], lock: int | None) -> _Job:
-        self._share_training(cell)
         slot = next(i for i in range(len(self._slots)) if i not in {job.slot for job in jobs})
         log = self.out / _LOGS / f"{cell.run}.log"
         log.parent.mkdir(exist_ok=True)
@@ -146,8 +147,8 @@ class GridRunner:
             )
         return _Job(cell, process, slot, time.monotonic())
 
-    def _share_training(self, cell: Cell) -> None:
-        source = find_source(cell, self.plan.cells())
+    def _share_training(self, cell: Cell, cells: Sequence[Cell]) -> None:
+        source = find_source(cell, cells)
         if source is None or self._cells[source.run]["status"] != "finished":
             return
         try:
@@ -195,7 +196,7 @@ class GridRunner:
     def _take(self, cell: Cell) -> bool:
         """Put what the folder of a run holds into the record; whether it is finished."""
         config = config_to_dict(cell.config)
-        found = read_cell(self.out / cell.run)
+        found = read_cell(self.out / cell.run, cell.config)
         finished = found is not None and found["evaluation"] == config["eval"]
         self._cells[cell.run] = {
             "label": cell.label,

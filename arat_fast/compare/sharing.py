@@ -11,6 +11,7 @@ from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.files import write_text
 from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from arat_fast.training.loop import check_same_run
 
 METRICS = "metrics.jsonl"
 
@@ -43,11 +44,15 @@ def share_training(source: Path, target: Path, config: Config) -> bool:
 
     Returns:
         Whether the checkpoint was written.
+
+    Raises:
+        ValueError: the checkpoint of ``source`` is damaged, or was trained in another way.
     """
     if (target / CHECKPOINT).exists() or not (source / CHECKPOINT).exists():
         return False
     state = load_checkpoint(source / CHECKPOINT)
-    assert same_training(config_from_dict(state["config"]), config)
+    saved = dataclasses.replace(config_from_dict(state["config"]), average=config.average)
+    check_same_run(config, saved, source / CHECKPOINT)
     lines = (source / METRICS).read_bytes()[: state["metrics_bytes"]]
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / METRICS, lines.decode())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from arat_fast.compare.results import SUM, Results, Row, Spread
 
@@ -37,7 +38,7 @@ def ablation_rows(results: Results) -> list[tuple[str, Row]]:
 
 
 def conditions(results: Results) -> str:
-    """One sentence on what the numbers are."""
+    """What the numbers are, and with which settings they came about."""
     config = results.plan.config
     n = results.num_samples()
     first = "the first " if config.eval.max_samples else ""
@@ -48,7 +49,8 @@ def conditions(results: Results) -> str:
     return (
         f"Accuracy in percent on {images} of {config.data.name}, {config.model.name}, "
         f"{config.attack.norm.replace('inf', '∞')} radius {config.attack.eps:.4g}{spread} over "
-        f"seed{'s' if number > 1 else ''} {seeds}."
+        f"seed{'s' if number > 1 else ''} {seeds}. All methods run with the recipe's optimiser, "
+        "schedule and augmentation, whatever their papers used, unless a note names others."
     )
 
 
@@ -87,6 +89,7 @@ def to_latex(results: Results) -> str:
     lines = [
         "% written by arat-fast compare; needs \\usepackage{booktabs}",
         f"% {conditions(results).replace('±', '+-').replace('∞', 'inf')}",
+        *(f"% Note: {' '.join(note.split())}" for note in notes(results)),
         f"\\begin{{tabular}}{{l{'r' * (len(columns) + 2)}}}",
         "\\toprule",
         f"{heading} \\\\",
@@ -108,9 +111,10 @@ def latex_text(text: str) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """What a reader has to know beside the numbers: failed, missing and unequal runs."""
+    """What a reader has to know beside the numbers: settings of single methods, how far ARREST is
+    the published one, failed, missing and unequal runs."""
     cells = results.record["cells"]
-    found = []
+    found = _notes_on_methods(results)
     for cell in cells:
         if cell["status"] == "failed":
             found.append(f"{cell['run']} failed: {cell['reason']}.")
@@ -122,9 +126,44 @@ def notes(results: Results) -> list[str]:
         values = {str(cell[name]) for cell in finished}
         if len(values) > 1:
             found.append(f"the runs differ in {name}: {'; '.join(sorted(values))}.")
-    if len({str(sorted(cell["versions"].items())) for cell in finished}) > 1:
+    # What an older record does not name is no difference.
+    named = [set(cell["versions"]) for cell in finished]
+    shared = set.intersection(*named) if named else set()
+    if len({str([cell["versions"][name] for name in sorted(shared)]) for cell in finished}) > 1:
         found.append("the runs differ in the versions of what computed them.")
     return found
+
+
+def _notes_on_methods(results: Results) -> list[str]:
+    found = []
+    for row in results.rows:
+        own = [c for c in results.record["cells"] if c["label"] == row.planned.method.label]
+        config = next((cell["config"] for cell in own if "config" in cell), None)
+        if config is None:
+            continue
+        settings = _own_settings(config, results.record["config"])
+        if settings:
+            found.append(f"{row.title} has settings of its own: {', '.join(settings)}.")
+        objective = config["objective"]
+        if objective["name"] == "arrest":
+            found.append(
+                f"{row.title} follows the paper's abstract and later work; the paper's equations "
+                f"were not at hand. Its weights, distillation {objective['distillation']:g} and "
+                f"replay {objective['replay']:g}, are set here and not tuned."
+            )
+    return found
+
+
+def _own_settings(config: Mapping[str, Any], shared: Mapping[str, Any]) -> list[str]:
+    """What a method sets beside its objective and what the column of the cost says."""
+    return [
+        f"{section}.{name}={value}"
+        for section, values in config.items()
+        if isinstance(values, Mapping) and section != "objective"
+        for name, value in values.items()
+        if (section, name) not in (("model", "norm"), ("train", "epochs"))
+        and value != shared.get(section, {}).get(name, value)
+    ]
 
 
 def _markdown_table(name: str, rows: Sequence[tuple[str, Row]], results: Results) -> str:

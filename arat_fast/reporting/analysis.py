@@ -33,7 +33,7 @@ from arat_fast.reporting.analysis_words import (
 from arat_fast.reporting.examples import to_png
 from arat_fast.reporting.html import Child, Html, image, join, table, tag
 from arat_fast.reporting.page import Section
-from arat_fast.reporting.run import Run
+from arat_fast.reporting.run import Run, count
 from arat_fast.reporting.words import NARROW_SPACE, plain
 
 ATTACKER_PAGE = "attacker.html"
@@ -57,9 +57,10 @@ class Analyses:
     """What the folder ``analysis`` of a run holds.
 
     Attributes:
-        records: JSON by part; parts that are absent or cannot be read are left out.
+        records: JSON by part; parts that are absent, cannot be read or are of another state of the
+            training are left out.
         arrays: NPZ by part, likewise.
-        notes: what could not be read, in words.
+        notes: what was left out, in words.
     """
 
     records: Mapping[str, Mapping[str, Any]]
@@ -67,11 +68,12 @@ class Analyses:
     notes: tuple[str, ...]
 
 
-def read_analyses(folder: Path) -> Analyses:
+def read_analyses(folder: Path, steps: int | None = None) -> Analyses:
     """Read what ``arat-fast analyze`` wrote.
 
     Args:
         folder: the folder ``analysis``; it may be absent.
+        steps: that the run has trained, >= 0; None where it is not known, or no matter.
     """
     records: dict[str, Mapping[str, Any]] = {}
     arrays: dict[str, Mapping[str, NDArray[Any]]] = {}
@@ -84,10 +86,17 @@ def read_analyses(folder: Path) -> Analyses:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             content = None
-        if isinstance(content, dict):
-            records[part] = content
-        else:
+        if not isinstance(content, dict):
             notes.append(f"analysis/{file.name} cannot be read; it is left out here.")
+            continue
+        before = count(content.get("steps"))
+        if before is not None and steps is not None and before != steps:
+            notes.append(
+                f"analysis/{file.name} is of step {before:,}, the run has trained {steps:,} steps; "
+                "it is left out here. arat-fast analyze makes it again."
+            )
+            continue
+        records[part] = content
     for part in _ARRAYS:
         file = folder / f"{part}.npz"
         if part not in records or not file.is_file():
@@ -116,7 +125,7 @@ def draw_analyses(analyses: Analyses, lines: Any = ()) -> dict[str, Drawing]:
         "gradient-conflict-layers": lambda: conflict_by_layer(records["gradient-conflict"]),
         "mixture": lambda: mixture_over_time({"": [lines]}),
         "mixture-layers": lambda: mixture_by_layer({"": [mixture]} if mixture else {}),
-        "surface": lambda: surface_panels(arrays["surface"]),
+        "surface": lambda: surface_panels(arrays["surface"], records["surface"]),
         "masking": lambda: masking_curves(records["masking"]),
         "margins": lambda: margin_histogram(arrays["attacker"]),
         "confusion": lambda: confusion_panel(records["attacker"]),

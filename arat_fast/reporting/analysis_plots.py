@@ -221,8 +221,13 @@ def mixture_over_time(groups: Mapping[str, Sequence[Lines]]) -> Drawing | None:
     )
 
 
-def surface_panels(arrays: Mapping[str, NDArray[Any]]) -> Drawing:
-    """Margins on the planes of ``surface.npz``, one panel for each image."""
+def surface_panels(arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> Drawing:
+    """Margins on the planes of ``surface.npz``, one panel for each image.
+
+    Args:
+        arrays: of ``surface.npz``.
+        record: of ``surface.json``.
+    """
     axis, margin, labels = arrays["axis"], arrays["margin"], arrays["labels"]
     count = len(margin)
     columns = min(3, count)
@@ -248,7 +253,7 @@ def surface_panels(arrays: Mapping[str, NDArray[Any]]) -> Drawing:
                 axes.contour(
                     axis, axis, margin[index], levels=[0], colors=style.INK, linewidths=1.4
                 )
-            # Inside it no pixel moves by more than eps, whatever the signs.
+            # Both directions have the norm eps, so no point inside it leaves the ball.
             axes.plot([-1, 0, 1, 0, -1], [0, 1, 0, -1, 0], color=style.INK, lw=0.9, ls=(0, (4, 2)))
             axes.plot(0, 0, marker="+", color=style.INK, markersize=7)
             axes.set_title(f"is {style.plot_text(str(labels[index]))}", fontsize=9, loc="left")
@@ -260,14 +265,19 @@ def surface_panels(arrays: Mapping[str, NDArray[Any]]) -> Drawing:
         bar.set_label("margin of the right class")
         bar.ax.spines["outline"].set_visible(False)
     crossed = sum(bool((m <= 0).any()) for m in margin)
+    drawn = (
+        "a random sign for each pixel"
+        if record["norm"] == "Linf"
+        else "a random direction at right angles to it"
+    )
     return Drawing(
         "The surroundings of images",
         figure,
         f"Margin of the right class around {count} images; {crossed} lose their class somewhere on "
         "the plane.",
         "Blue: right, red: wrong; the solid line is where the answer changes, the cross is the "
-        "image. Along the horizontal axis runs what PGD found, along the vertical one a random "
-        "sign for each pixel. The dashed diamond lies within the ball.",
+        f"image. Along the horizontal axis runs what PGD found, along the vertical one {drawn}. "
+        "The dashed diamond lies within the ball.",
     )
 
 

@@ -24,7 +24,7 @@ from arat_fast.reporting.examples import examples_html
 from arat_fast.reporting.headline import headline_html, meaning_html, title_of
 from arat_fast.reporting.html import Html, tag
 from arat_fast.reporting.page import Section, page
-from arat_fast.reporting.run import Run, read_run
+from arat_fast.reporting.run import Run, count, read_run
 from arat_fast.reporting.settings import (
     again_html,
     configuration_html,
@@ -54,7 +54,7 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """
     this = read_run(run)
     others = [read_run(path) for path in compare]
-    analyses = read_analyses(run / "analysis")
+    analyses = read_analyses(run / "analysis", count(this.summary.get("steps")))
     drawings = draw_analyses(analyses, this.analyses)
     path = run / "report.html"
     sections = _sections(this, others, analyses, drawings)
@@ -64,6 +64,9 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
         title = f"What an attacker sees: {title_of(this)}"
         opening = attacker_opening(this, analyses)
         write_text(run / ATTACKER_PAGE, page(title, opening, attacker, _closing()))
+    else:
+        # One from before would go on showing what this report leaves out.
+        (run / ATTACKER_PAGE).unlink(missing_ok=True)
     return path
 
 

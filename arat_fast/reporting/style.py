@@ -106,7 +106,9 @@ def to_svg(figure: Figure) -> bytes:
     with warnings.catch_warnings():
         # A folder's name may use letters that the font lacks; it is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        # Outside of the style, the names inside the file would be random.
+        with plot_style():
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 

@@ -119,17 +119,20 @@ class MetricsFile:
 
     Args:
         path: the file.
-        keep: bytes to keep of a file that exists: what was written before the checkpoint.
+        keep: bytes to keep of a file that exists: what was written before the checkpoint. The rest
+            goes with the first line that is written, so that a run that is found to be finished
+            loses none.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self.file = open(path, "ab")  # noqa: SIM115  # lives as long as the run
-        self.file.truncate(min(keep, path.stat().st_size))
+        self.keep: int | None = min(keep, path.stat().st_size)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; numbers must be finite."""
         assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
         try:
+            self._cut()
             self.file.write(json.dumps(values).encode() + b"\n")
             self.file.flush()
         except OSError as error:
@@ -137,12 +140,19 @@ class MetricsFile:
 
     def flush(self) -> int:
         """Hand the file to the system; its size in bytes."""
+        self._cut()
         self.file.flush()
         return self.file.tell()
 
     def sync(self) -> None:
         """Bring what was flushed to disk."""
         os.fsync(self.file.fileno())
+
+    def _cut(self) -> None:
+        if self.keep is not None:
+            self.file.truncate(self.keep)
+            self.file.seek(0, os.SEEK_END)
+            self.keep = None
 
     def close(self) -> None:
         self.file.close()

@@ -10,9 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.analysis.conflict import gradient_conflict, mean_conflict, split_terms
+from arat_fast.attacks import PGD
 from arat_fast.models import create_model
 from arat_fast.models.split_batch_norm import use_branch
-from arat_fast.objectives import ARAT, MART, TRADES, AdversarialTraining, Objective
+from arat_fast.objectives import (
+    ARAT,
+    ARREST,
+    LBGAT,
+    MART,
+    TRADES,
+    AdversarialTraining,
+    Objective,
+)
 
 LAYERS = ("layer3.0.bn1", "layer3.0.bn2")
 
@@ -151,6 +160,37 @@ def test_terms_of_every_objective(objective: Objective, names: tuple[set[str], s
     )
     assert record["pairs"]["classification"]["share"] == share
     assert math.isclose(record["pairs"]["classification"]["cosine"], cosine, rel_tol=1e-9)
+
+
+def test_lbgat_has_no_classification_loss_of_the_network_itself() -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet8", 10, 1, norm="shared").double().train()
+    guide = create_model("resnet8", 10, 1, norm="shared").double().train()
+    x, x_adv, y = batch()
+    for alpha in (0.0, 6.0):
+        assert gradient_conflict(model, LBGAT(guide, alpha)(model, x, x_adv, y)) is None
+    split = create_model("resnet8", 10, 1, norm="split").double().train()
+    output = LBGAT(None)(split, x, x_adv, y)
+    record = gradient_conflict(split, output)
+    assert record is not None
+    share, cosine = expected(split, output.terms["ce_guide"], output.terms["mse"])
+    assert record["pairs"]["classification"]["share"] == share
+    assert math.isclose(record["pairs"]["classification"]["cosine"], cosine, rel_tol=1e-9)
+
+
+def test_arrests_distillation_takes_the_place_of_the_invariance_loss() -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet8", 10, 1, norm="shared").double().train()
+    objective = ARREST(model, PGD(eps=0.1)).double().train()
+    x, x_adv, y = batch()
+    objective.generator = torch.Generator().manual_seed(1)
+    output = objective(model, x, x_adv, y)
+    record = gradient_conflict(model, output)
+    assert record is not None
+    share, cosine = expected(model, output.terms["ce_adv"], output.terms["distillation"])
+    assert record["pairs"]["classification"]["share"] == share > 0
+    assert math.isclose(record["pairs"]["classification"]["cosine"], cosine, rel_tol=1e-9)
+    assert record["layers"]["linear"]["share"] is None
 
 
 def test_weight_zero_is_none() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from arat_fast.analysis.masking import (
     SIGNIFICANCE,
     Tried,
+    _Check,
     _compare_radii,
     _compare_restarts,
     _full_range,
@@ -144,6 +145,31 @@ def test_global_random_state_and_network_stay() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert check(model) == first
     assert model.training and model.weight.grad is None and model.weight.requires_grad
+
+
+def test_what_is_right_as_it_is_is_found_once() -> None:
+    class Counting(Linear):
+        images = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.images += len(x)
+            return super().forward(x)
+
+    model = Counting()
+    check = _Check(model, images(), ThreatModel(EPS), 16, 0, None)
+    assert model.images == N
+    tried = check.random()
+    assert model.images == N + 100 * N
+    assert not (tried.correct & ~check.clean).any()
+
+
+def test_wrong_as_it_is_counts_as_broken() -> None:
+    data = images()
+    data.y[:5] = (data.y[:5] + 1) % 4
+    check = _Check(Linear(), data, ThreatModel(EPS), 16, 0, None)
+    assert int(check.clean.sum()) == N - 5
+    for tried in (check.single_step(), check.random(), check.transfer("other", Linear(), 3)):
+        assert not tried.correct[:5].any() and tried.correct[5:].any()
 
 
 def test_square_can_be_left_out() -> None:

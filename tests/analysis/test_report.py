@@ -16,6 +16,7 @@ from arat_fast.cli import main
 from arat_fast.config import AnalyzeConfig
 from arat_fast.reporting import write_report
 from arat_fast.reporting.analysis import read_analyses
+from arat_fast.reporting.analysis_plots import surface_panels
 from arat_fast.reporting.analysis_words import (
     analysis_sentences,
     attacker_words,
@@ -92,6 +93,53 @@ def test_report_and_page(analysed: tuple[Path, Path]) -> None:
     assert page.count('class="triple four"') == 12
     assert page.count("<img") == 12 * 4 + 4
     assert "://" not in page
+
+
+def test_the_same_run_gives_the_same_report(analysed: tuple[Path, Path]) -> None:
+    run, _ = analysed
+    written = []
+    for _ in range(2):
+        report = write_report(run)
+        written.append((report.read_bytes(), (run / "attacker.html").read_bytes()))
+    assert written[0] == written[1]
+
+
+def test_what_was_analysed_before_the_run_went_on_is_left_out(
+    analysed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(analysed[0], run)
+    write_report(run)
+    assert (run / "attacker.html").exists()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 8
+    (run / "summary.json").write_text(json.dumps({**summary, "steps": 12}))
+    text = write_report(run).read_text()
+    for part in PARTS:
+        record = json.loads((run / "analysis" / f"{part}.json").read_text())
+        assert record["steps"] == 8
+        assert f"analysis/{part}.json is of step 8, the run has trained 12 steps" in text
+    assert "No sign of masked gradients" not in text
+    assert not (run / "attacker.html").exists()
+    # A file of a version that did not write the step is shown.
+    file = run / "analysis" / "masking.json"
+    record = json.loads(file.read_text())
+    del record["steps"]
+    file.write_text(json.dumps(record))
+    assert set(read_analyses(run / "analysis", 12).records) == {"masking"}
+
+
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [("Linf", "a random sign for each pixel"), ("L2", "a random direction at right angles to it")],
+)
+def test_the_random_direction_is_that_of_the_norm(norm: str, words: str) -> None:
+    arrays = {
+        "axis": np.linspace(-2, 2, 3),
+        "margin": np.linspace(-1, 1, 9).reshape(1, 3, 3),
+        "labels": np.array(["a"]),
+    }
+    assert words in surface_panels(arrays, {"norm": norm}).caption
 
 
 def test_report_without_analyses_is_as_before(analysed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_trainer
 from torch import Tensor
 
 from arat_fast.analysis.run import AnalyzeSettings, analyze_networks
 from arat_fast.analysis.snapshot import analyze_training, first_batches
-from arat_fast.config import AnalyzeConfig, Config, config_from_dict, config_to_dict
+from arat_fast.config import (
+    AnalyzeConfig,
+    Config,
+    ObjectiveConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from arat_fast.display import Display
+from arat_fast.objectives import TRADES
 from arat_fast.training.checkpoint import load_checkpoint
 from arat_fast.training.interrupt import InterruptedRun
+from arat_fast.training.loop import Trainer
 
 
 def analysed(every: int, epochs: int = 3, **average: object) -> Config:
@@ -99,6 +110,19 @@ def test_the_same_when_interrupted_and_resumed(
     assert analysis_lines(tmp_path) == analysis_lines(with_analyses)
 
 
+def test_a_finished_run_keeps_its_last_line(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    before = (run / "metrics.jsonl").read_bytes()
+    tiny_trainer(run, analysed(1), resume=True).run()
+    assert (run / "metrics.jsonl").read_bytes() == before
+    # Evaluated in another way, it writes that line again.
+    config = analysed(1)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, max_samples=30))
+    tiny_trainer(run, config, resume=True).run()
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_switched_on_in_the_middle(runs: tuple[Path, Path], tmp_path: Path) -> None:
     without, with_analyses = runs
     trainer = tiny_trainer(tmp_path, analysed(0))
@@ -162,6 +186,8 @@ def test_other_objectives(tmp_path: Path) -> None:
     config = analysed(1, epochs=1)
     for name, has_conflict, has_mixture in (
         ("trades", True, True),
+        ("arrest", True, True),
+        ("lbgat", False, True),
         ("at", False, True),
         ("natural", False, False),
     ):
@@ -174,6 +200,30 @@ def test_other_objectives(tmp_path: Path) -> None:
     (analysis,) = analyze_networks([tmp_path / "natural"], settings)
     assert set(analysis.left_out) == {"gradient-conflict", "mixture"}
     assert not analysis.records
+    (analysis,) = analyze_networks([tmp_path / "lbgat"], settings)
+    assert set(analysis.records) == {"mixture"}
+    assert analysis.left_out == {
+        "gradient-conflict": "the labels of lbgat reach its guide alone, and not the network"
+    }
+
+
+def test_an_objective_of_ones_own(tmp_path: Path) -> None:
+    config = analysed(1, epochs=1)
+    config = dataclasses.replace(config, objective=ObjectiveConfig("custom"))
+    Trainer(
+        config,
+        tmp_path,
+        display=Display(Console(quiet=True)),
+        objective=lambda model: TRADES(3.0),
+    ).run()
+    assert all(line["gradient_conflict"] for line in analysis_lines(tmp_path))
+    settings = AnalyzeSettings(
+        ("gradient-conflict", "mixture", "surface"), num_surfaces=1, points=3, device="cpu"
+    )
+    (analysis,) = analyze_networks([tmp_path], settings)
+    assert set(analysis.records) == {"surface"}
+    assert set(analysis.left_out) == {"gradient-conflict", "mixture"}
+    assert "given to the trainer in Python" in analysis.left_out["mixture"]
 
 
 def test_configurations_from_before(tmp_path: Path) -> None:

@@ -88,9 +88,9 @@ def test_every_cell_is_a_run(compared: Path) -> None:
 
 def test_the_record_holds_what_every_cell_did(compared: Path) -> None:
     content = record(compared)
-    assert content["command"] == shlex.join(
-        ["arat-fast", *GRID, "--out", str(compared), "--jobs", "2"]
-    )
+    assert content["commands"] == [
+        shlex.join(["arat-fast", *GRID, "--out", str(compared), "--jobs", "2"])
+    ]
     assert (content["seeds"], content["jobs"], content["threads"]) == ([3], 2, 1)
     assert content["versions"]["torch"] == torch.__version__
     cells = {cell["run"]: cell for cell in content["cells"]}
@@ -211,6 +211,21 @@ def test_another_evaluation_is_made_without_training(compared: Path, tmp_path: P
     assert (out / "natural-seed3" / "checkpoint.pt").read_bytes() == before
     (cell,) = record(out)["cells"]
     assert cell["accuracy"]["clean"]["num_samples"] == 30
+
+
+def test_a_finished_run_of_another_configuration_is_refused(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(compared / "natural-seed3", out / "natural-seed3")
+    arguments = [
+        *("compare", "digits", "--objectives", "natural", "--seeds", "3", "--train.epochs", "2"),
+        *("--train.eval-every", "0", "--average.kind", "none", *OPTIONS),
+    ]
+    line = refused(capsys, [*arguments, "--optimizer.lr", "0.2", "--out", str(out)])
+    assert "natural-seed3/config.json belongs to a run with optimizer.lr=0.1, got" in line
+    assert "choose another folder with --out" in line
+    assert not (out / RECORD).exists()
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

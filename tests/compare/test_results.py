@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import re
 import shutil
 import statistics
@@ -132,6 +133,7 @@ def test_markdown(record: dict[str, Any]) -> None:
             )
             + 2 :
         ]
+        if line.startswith("|")
     ]
     assert ablation == [
         "Naive invariance", "+ stop-gradient", "+ predictor", "+ split BN", "all (ARAT)"
@@ -154,6 +156,53 @@ def test_what_is_missing_is_said(record: dict[str, Any]) -> None:
     assert results.rows[0].num_seeds == 2
     for note in ("a reason", "1 of 27 runs"):
         assert note in comparison_page(results)
+
+
+def test_versions_that_an_older_record_does_not_name_are_no_difference(
+    record: dict[str, Any],
+) -> None:
+    record["cells"][0]["versions"] = {"torch": "2.11.0", "numpy": "2.0"}
+    assert "versions" not in to_markdown(evaluate_record(record))
+
+
+def test_settings_of_single_methods_are_said() -> None:
+    record = make_record({"at": [(354, 325, 320)], "arat+swa": [(356, 329, 326)]})
+    note = "Note: ARAT + SWA has settings of its own: average.kind=swa."
+    text = to_markdown(evaluate_record(record))
+    assert note in text and text.count("Note: ") == 1
+    record["cells"][0]["config"]["model"]["name"] = "resnet18"
+    record["cells"][0]["config"]["attack"]["eps"] = 0.2
+    results = evaluate_record(record)
+    own = "AT has settings of its own: model.name=resnet18, attack.eps=0.2."
+    for content in (to_markdown(results), to_latex(results)):
+        assert f"Note: {own}" in content
+    assert own in comparison_page(results)
+
+
+def test_how_far_arrest_is_the_published_one() -> None:
+    results = evaluate_record(make_record({"at": [(1, 1, 1)], "arrest": [(354, 325, 320)]}))
+    shared = "All methods run with the recipe's optimiser, schedule and augmentation"
+    for text in (to_markdown(results), to_latex(results), html.unescape(comparison_page(results))):
+        assert "ARREST follows the paper's abstract and later work" in text
+        assert "distillation 10 and replay 0.1, are set here and not tuned" in text
+        assert shared in text
+    assert "ARREST" not in to_markdown(evaluate_record(make_record({"at": [(1, 1, 1)]})))
+
+
+def test_the_uncertainty_is_that_of_the_widest_row() -> None:
+    # Wilson's interval of 180 of 360 is 44.86 to 55.14 %, that of 324 of 360 is 86.47 to 92.70 %.
+    for counts, points in ({"at": [(324, 324, 324)]}, "3.1"), ({"at": [(324, 324, 180)]}, "5.1"):
+        page = comparison_page(evaluate_record(make_record(counts)))
+        assert f"uncertain by up to {points} points" in page
+
+
+@pytest.mark.parametrize(("teacher", "seconds"), [(None, 85.0), ("natural", 80.0)])
+def test_natural_training_counts_where_the_run_made_it(teacher: str | None, seconds: float) -> None:
+    record = make_record({"arrest": [(354, 325, 320)]})
+    (cell,) = record["cells"]
+    cell["natural_model"] = {"source": "natural", "epochs": 3, "train_seconds": 5.0, "clean": 0.9}
+    cell["config"]["objective"]["teacher"] = teacher
+    assert evaluate_record(record).rows[0].train_seconds == seconds
 
 
 def test_nothing_finished() -> None:
@@ -272,8 +321,9 @@ def test_labels_find_room(anchors: list[tuple[float, float]]) -> None:
 
 def test_page(record: dict[str, Any]) -> None:
     record["methods"][1]["title"] = "<script>alert(1)</script>"
-    record["command"] = "arat-fast compare digits --variant '<b>'"
+    record["commands"] = ["arat-fast compare digits --variant '<b>'", "arat-fast compare again"]
     text = comparison_page(evaluate_record(record))
+    assert "&lt;b&gt;&#x27;\narat-fast compare again</pre>" in text
     assert "<script" not in text and "<b>'" not in text
     assert "&lt;script&gt;" in text
     links = re.findall(r'href="([^"]*)"', text)
