@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from arat_fast.interop.weights import read_tensor_file
 FORMAT = 1
 CHECKPOINT = "checkpoint.pt"
 BEST = "checkpoint-best.pt"
+_FOLDER = 0x10
+"""The attribute of a folder in a zip archive."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -89,15 +92,26 @@ def check_archive(path: Path) -> None:
         path: the file; one that is no such archive at all passes, and is for the reader to refuse.
 
     Raises:
-        ValueError: a part of the file differs from its CRC-32.
+        ValueError: a part of the file differs from its CRC-32, or its headers are damaged.
+        OSError: the file cannot be read.
     """
     if not path.is_file():
         return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+            # torch leaves the memory of what is marked as a folder as it finds it.
+            if any(info.external_attr & _FOLDER for info in archive.infolist()):
+                raise ValueError("a tensor is marked as a folder")
     except zipfile.BadZipFile:
         return
+    # Damaged headers can raise anything; one that points beyond what a file can be, EINVAL.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f"{path} is not a whole checkpoint: its headers were damaged after it was written"
+        ) from error
     if damaged is not None:
         raise ValueError(
             f"{path} is not a whole checkpoint: {damaged} differs from its checksum; the file was "
@@ -145,7 +159,7 @@ class CheckpointFolder:
         """The newest checkpoint that can be read; None where there is none at all.
 
         Raises:
-            ValueError: none of them can be read; names the newest.
+            ValueError: none of them can be read; says why, of each.
         """
         problems: list[str] = []
         for path in self._candidates():
@@ -154,7 +168,11 @@ class CheckpointFolder:
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            self.newest_step = state["step"]
+            except OSError as error:
+                problems.append(f"{path} cannot be read: {error.strerror or error}")
+                continue
+            # A newest one that is damaged is not worth keeping.
+            self.newest_step = None if problems else state["step"]
             return Found(path, state, tuple(problems))
         if problems:
             raise ValueError("; ".join(problems))
@@ -180,9 +198,14 @@ class CheckpointFolder:
                 self._keep_the_one_before(step)
                 save_checkpoint(self.newest, copied.on_host())
                 self.newest_step = step
-                self._remove_old()
+                self._remove_old(step)
             except OSError as error:
                 self._error = error
+            # Whatever it is: training must not go on without checkpoints.
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self._error = OSError(f"cannot write {self.newest}: {reason}")
+                self._error.__cause__ = error
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
@@ -199,7 +222,7 @@ class CheckpointFolder:
         self.check()
 
     def check(self) -> None:
-        """Raise the OSError of a write that has failed; does not wait."""
+        """Raise the OSError of a write that has failed, for whatever reason; does not wait."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -207,14 +230,11 @@ class CheckpointFolder:
     def keep_as_best(self) -> None:
         """Keep the newest checkpoint as the best one."""
         self.wait()
-        temporary = self.folder / f".{BEST}.new"
-        temporary.unlink(missing_ok=True)
-        _link(self.newest, temporary)
-        os.replace(temporary, self.folder / BEST)
+        _link(self.newest, self.folder / BEST)
 
     def remove_leftovers(self) -> None:
         """Remove what a process that was killed in the middle of writing has left."""
-        for path in self.folder.glob(f".{CHECKPOINT}.*"):
+        for path in self.folder.glob(".checkpoint*.pt.*"):
             path.unlink()
 
     def _candidates(self) -> list[Path]:
@@ -232,13 +252,14 @@ class CheckpointFolder:
     def _keep_the_one_before(self, step: int) -> None:
         if self.keep_last == 1 or self.newest_step in (None, step) or not self.newest.exists():
             return
-        kept = self.folder / f"checkpoint-{self.newest_step:08}.pt"
-        if not kept.exists():
-            _link(self.newest, kept)
+        _link(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, newest_step: int) -> None:
         before = sorted(self._before())
-        for _, path in before[: max(0, len(before) - (self.keep_last - 1))]:
+        # Later than the newest: passed over as damaged when the run was resumed.
+        later = [path for step, path in before if step >= newest_step]
+        earlier = [path for step, path in before if step < newest_step]
+        for path in later + earlier[: max(0, len(earlier) - (self.keep_last - 1))]:
             path.unlink(missing_ok=True)
 
 
@@ -284,8 +305,16 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has no such thing."""
+    """Give a file a second name, in place of what had it; a copy where the file system has no such
+    thing."""
+    temporary = target.with_name(f".{target.name}.new")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, target)
+        with open(source, "rb") as content:
+            write_atomic(target, lambda file: shutil.copyfileobj(content, file))
+        return
+    os.replace(temporary, target)
+    # Two names of one file stay as they are.
+    temporary.unlink(missing_ok=True)

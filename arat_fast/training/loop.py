@@ -96,8 +96,9 @@ class Trainer:
         display: where progress is shown; by rank 0 alone.
         objective: makes an objective of your own from the network, where
             ``config.objective.name`` is "custom".
-        ranks: the processes that train together; each makes a trainer and calls :meth:`run`. Only
-            rank 0 writes into the folder.
+        ranks: the processes that train together; each makes a trainer and calls :meth:`run`. Rank 0
+            alone reads and writes the files of the run; the others keep nothing in the folder but
+            the finished parts of an evaluation, until it ends.
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -210,6 +211,8 @@ class Trainer:
         self.rate_factor = 1.0
         self.num_rollbacks = 0
         self.best_accuracy: float | None = None
+        self.evaluated_epoch = 0
+        self.ends_epoch = False
         self.train_seconds = 0.0
         self.clean_accuracy = 1 / self.data.train.num_classes
         self.natural_model: dict[str, Any] | None = None
@@ -362,6 +365,9 @@ class Trainer:
 
     def _train(self, bar: TrainingBar, stop: StopRequest) -> None:
         epochs = self.config.train.epochs
+        if self.ends_epoch:
+            self.ends_epoch = False
+            self._end_epoch(self.step // self.steps_per_epoch, bar)
         while self.step < self.total_steps:
             epoch, start_batch = divmod(self.step, self.steps_per_epoch)
             bar.start_epoch(epoch + 1, epochs)
@@ -522,7 +528,7 @@ class Trainer:
             number = self.ranks.largest(number)
         if save:
             self._save()
-            self.checkpoints.wait()
+        self.checkpoints.wait()
         if self.ranks.is_main:
             write_json(self.out / "summary.json", self._summary("interrupted"))
         done = self.step == self.total_steps
@@ -535,12 +541,17 @@ class Trainer:
 
     def _evaluate_if_due(self, done: int, bar: TrainingBar, stop: StopRequest) -> None:
         every = self.config.train.eval_every
-        if not every or not done or done % every:
+        if not every or not done or done % every or done == self.evaluated_epoch:
             return
         bar.show("evaluating")
-        accuracy = self._evaluate(done, "last", self.model, stop)
+        lines = [self._evaluate(done, "last", self.model, stop)]
         if self.average.model is not None and self.config.average.kind == "ema":
-            accuracy = self._evaluate(done, "ema", self.average.model, stop)
+            lines.append(self._evaluate(done, "ema", self.average.model, stop))
+        # Not before all are there: what is broken off is made again as a whole.
+        for line in lines:
+            self._write_evaluation(line)
+        self.evaluated_epoch = done
+        accuracy = lines[-1]["pgd"]
         if self.config.train.keep_best and (
             self.best_accuracy is None or accuracy > self.best_accuracy
         ):
@@ -590,8 +601,10 @@ class Trainer:
                     break
         return int(self.ranks.gather(torch.tensor([correct])).sum()) / seen
 
-    def _evaluate(self, epoch: int, kind: str, model: nn.Module, stop: StopRequest) -> float:
-        """Clean and PGD accuracy on the validation images, else on the test images."""
+    def _evaluate(
+        self, epoch: int, kind: str, model: nn.Module, stop: StopRequest
+    ) -> dict[str, Any]:
+        """A line of clean and PGD accuracy on the validation images, else on the test images."""
         config = self.config
         split, batches = ("val", self.data.val) if self.data.val else ("test", self.data.test)
         images = gather_images(self.ranks, batches, config.eval.max_samples)
@@ -614,7 +627,7 @@ class Trainer:
             ),
             images,
         )
-        line = {
+        return {
             "kind": "eval",
             "step": self.step,
             "epoch": epoch,
@@ -625,12 +638,14 @@ class Trainer:
             "num_steps": config.eval.num_steps,
             "num_samples": len(images.y),
         }
+
+    def _write_evaluation(self, line: dict[str, Any]) -> None:
         if self.metrics_file is not None:
             self.metrics_file.write(line)
         if self.tensorboard is not None:
             for name in ("clean", "pgd"):
-                self.tensorboard.add_scalar(f"{split}/{kind}/{name}", line[name], self.step)
-        return pgd.accuracy
+                tag = f"{line['split']}/{line['model']}/{name}"
+                self.tensorboard.add_scalar(tag, line[name], self.step)
 
     def _read_metrics(self) -> dict[str, float]:
         try:
@@ -678,6 +693,7 @@ class Trainer:
             "clean_accuracy": self.clean_accuracy,
             "natural_model": self.natural_model,
             "best_accuracy": self.best_accuracy,
+            "evaluated_epoch": self.evaluated_epoch,
             "rate_factor": self.rate_factor,
             "num_rollbacks": self.num_rollbacks,
             "model": self.model.state_dict(),
@@ -757,7 +773,8 @@ class Trainer:
         """
         named = {**self.model.state_dict(), **self.objective.state_dict()}
         floating = {n: v for n, v in named.items() if v.is_floating_point()}
-        finite = torch.stack([value.isfinite().all() for value in floating.values()])
+        own = torch.stack([value.isfinite().all() for value in floating.values()])
+        finite = self.ranks.gather(own.cpu().byte()).all(dim=0)
         if not finite.all():
             bad = [n for n, ok in zip(floating, finite.tolist(), strict=True) if not ok]
             raise NotFiniteError(
@@ -766,12 +783,18 @@ class Trainer:
             )
 
     def _last_checkpoint(self) -> str:
-        # It may still be on its way to the disk; that it does not get there is another error.
-        with suppress(OSError):
-            self.checkpoints.wait()
-        if self.checkpoint_path.exists():
-            return f"the last good checkpoint is {self.checkpoint_path}"
-        return "there is no checkpoint yet"
+        """What rank 0 knows of it, on every process."""
+        said = ""
+        if self.ranks.is_main:
+            # It may still be on its way to the disk; that it does not get there is another error.
+            with suppress(OSError):
+                self.checkpoints.wait()
+            said = (
+                f"the last good checkpoint is {self.checkpoint_path}"
+                if self.checkpoint_path.exists()
+                else "there is no checkpoint yet"
+            )
+        return self.ranks.broadcast_bytes(said.encode()).decode()
 
     def _restore(self, state: dict[str, Any]) -> int:
         """Take over the state of a checkpoint; the size of metrics.jsonl at that time."""
@@ -790,12 +813,15 @@ class Trainer:
         self.clean_accuracy = state["clean_accuracy"]
         self.natural_model = state.get("natural_model")
         self.best_accuracy = state.get("best_accuracy")
+        self.evaluated_epoch = state.get("evaluated_epoch", 0)
         self.rate_factor = state.get("rate_factor", 1.0)
         self.num_rollbacks = state.get("num_rollbacks", 0)
         self.generator.set_state(state["generator"])
         # Epochs can differ by a last batch that is too small for so many processes.
         epoch, batch = divmod(state["step"], state.get("steps_per_epoch", self.steps_per_epoch))
         self.step = epoch * self.steps_per_epoch + min(batch, self.steps_per_epoch)
+        # Then nothing is left of the epoch but its end.
+        self.ends_epoch = batch >= self.steps_per_epoch
         self._restore_rng(state)
         size: int = state["metrics_bytes"]
         return size

@@ -231,6 +231,22 @@ def test_resume_with_another_number_of_ranks(tmp_path: Path) -> None:
         )
 
 
+def test_more_ranks_can_leave_nothing_of_an_epoch_but_its_end(tmp_path: Path) -> None:
+    """The last 3 of 195 images are a batch of one process, and none of two."""
+    out = tmp_path / "run"
+    extra = ("--train.epochs", "1", "--data.num-val", "1242")
+    codes, text = go(tmp_path / "logs", 0, Drill(str(out), "SIGTERM", 2, None, extra))
+    assert codes == [75], text
+    before = load_checkpoint(out / "checkpoint.pt")
+    assert before["step"] == 3 and before["steps_per_epoch"] == 4
+    text = finish(tmp_path / "logs", out, 2, extra)
+    assert "from step 3" in text
+    state, metrics = load_checkpoint(out / "checkpoint.pt"), before["metrics"]
+    assert state["step"] == state["steps_per_epoch"] == 3
+    mean = metrics["epoch_sums"]["accuracy_clean"] / metrics["epoch_samples"]
+    assert state["clean_accuracy"] == mean != before["clean_accuracy"]
+
+
 def test_twenty_interruptions(tmp_path: Path) -> None:
     """Kills and signals at random steps of one run, on whichever rank: nothing is left of them."""
     extra = ("--train.epochs", "10")

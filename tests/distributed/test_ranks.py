@@ -130,6 +130,15 @@ def test_metrics_are_means_over_all_samples(results: Results, size: int) -> None
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_only_rank_0_sees_the_checkpoints(results: Results, size: int) -> None:
+    for rank in results[size]:
+        found = rank["own disks"]
+        assert found["before"] == "there is no checkpoint yet"
+        assert "stopped being finite at step 8: bias; the last good" in found["error"]
+        assert found["error"].endswith("disk0/checkpoint.pt")
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_what_ranks_tell_each_other(results: Results, size: int) -> None:
     for rank in results[size]:
         assert rank["broadcast"] == list(b"abc")

@@ -14,6 +14,9 @@ from arat_fast.distributed.evaluation import gather_images, share_evaluation
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.autoattack import autoattack
 from arat_fast.evaluation.evaluate import clean_accuracy, pgd_accuracy
+from arat_fast.objectives import NaturalTraining
+from arat_fast.training.checkpoint import CheckpointFolder
+from arat_fast.training.loop import Trainer
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 
 
@@ -78,6 +81,27 @@ def metrics(ranks: Ranks) -> dict[str, object]:
     return {"means": means, "total": total, "error": ""}
 
 
+def own_disks(ranks: Ranks, folder: Path) -> dict[str, object]:
+    """What each rank says of the last checkpoint, where only rank 0 sees it, and of weights that
+    are not finite on the last rank alone."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.ranks, trainer.step = ranks, 8
+    trainer.checkpoints = CheckpointFolder(folder / f"disk{ranks.rank}", 2)
+    trainer.checkpoint_path = trainer.checkpoints.newest
+    trainer.model, trainer.objective = torch.nn.Linear(2, 2), NaturalTraining()
+    if ranks.rank == ranks.world_size - 1:
+        trainer.model.bias.data.fill_(float("nan"))
+    before = trainer._last_checkpoint()
+    if ranks.is_main:
+        trainer.checkpoints.folder.mkdir()
+        trainer.checkpoints.save(4, {"step": 4}, lambda: None)
+    try:
+        trainer._check_weights()
+    except NotFiniteError as error:
+        return {"before": before, "error": str(error)}
+    return {"before": before, "error": ""}
+
+
 def as_rank(folder: str, environment: dict[str, str], log: str) -> None:
     """Body of a forked process: one rank, its results in ``folder/RANK.pt``."""
     os.environ.update(environment)
@@ -93,6 +117,7 @@ def as_rank(folder: str, environment: dict[str, str], log: str) -> None:
             "all": [ranks.all(True), ranks.all(ranks.rank == 0)],
             "evaluations": evaluations(ranks),
             "metrics": metrics(ranks),
+            "own disks": own_disks(ranks, Path(folder)),
         }
         for name, case in cases.CASES.items():
             results[name] = cases.train(case, ranks)

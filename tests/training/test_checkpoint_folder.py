@@ -7,9 +7,10 @@ import errno
 import os
 import signal
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def save(folder: CheckpointFolder, step: int) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def refuse(*paths: Path) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
@@ -65,13 +74,92 @@ def test_damage_anywhere_is_found(tmp_path: Path, place: float) -> None:
     assert "checkpoint.pt" in problem and "not a whole checkpoint" in problem
 
 
+def test_every_bit_of_the_directory(tmp_path: Path) -> None:
+    """Damage to the archive's directory is refused, or changes nothing that is read."""
+    save(CheckpointFolder(tmp_path, 1), 9)
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    refused = 0
+    for bit in range(8 * start, 8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            assert "not a whole checkpoint" in str(error)
+            refused += 1
+        else:
+            assert state["step"] == 9 and (state["weights"] == 9).all()
+    assert refused > 4 * (len(content) - start)
+
+
+def test_a_newest_file_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path, 2)
+    for step in (3, 6):
+        save(folder, step)
+    whole = checkpoint_module.read_tensor_file
+
+    def read(path: Path) -> object:
+        if path.name == "checkpoint.pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(path)
+
+    monkeypatch.setattr(checkpoint_module, "read_tensor_file", read)
+    found = CheckpointFolder(tmp_path, 2).find()
+    assert found is not None and found.state["step"] == 3
+    (problem,) = found.problems
+    assert "checkpoint.pt cannot be read: Input/output error" in problem
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_damaged_files_do_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Neither the newest, nor one before it, nor one half-copied under a name still to come."""
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    folder = CheckpointFolder(tmp_path, 3)
+    for step in (3, 6, 9):
+        save(folder, step)
+    for name in ("checkpoint.pt", "checkpoint-00000006.pt"):
+        cut(tmp_path / name)
+    folder = CheckpointFolder(tmp_path, 3)
+    found = folder.find()
+    assert found is not None and found.state["step"] == 3 and len(found.problems) == 2
+    save(folder, 4)
+    assert names(tmp_path) == ["checkpoint-00000003.pt", "checkpoint.pt"]
+    (tmp_path / "checkpoint-00000004.pt").write_bytes(b"half")
+    save(folder, 7)
+    assert names(tmp_path) == [f"checkpoint{end}.pt" for end in ("-00000003", "-00000004", "")]
+    assert [load_checkpoint(path)["step"] for path in sorted(tmp_path.iterdir())] == [3, 4, 7]
+
+
+def test_kept_before_the_newest_was_replaced(tmp_path: Path) -> None:
+    """A process killed in between leaves one file with two names; and files half-made."""
+    save(CheckpointFolder(tmp_path, 2), 3)
+    os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-00000003.pt")
+    for name in (".checkpoint.pt.a1", ".checkpoint-00000003.pt.new", ".checkpoint-best.pt.b2"):
+        (tmp_path / name).touch()
+    folder = CheckpointFolder(tmp_path, 2)
+    folder.remove_leftovers()
+    assert folder.find() is not None
+    save(folder, 6)
+    assert names(tmp_path) == ["checkpoint-00000003.pt", "checkpoint.pt"]
+    assert load_checkpoint(tmp_path / "checkpoint-00000003.pt")["step"] == 3
+
+
 def test_all_damaged(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, 2)
     assert folder.find() is None and not folder.exists()
     for step in (3, 6):
         save(folder, step)
     for path in tmp_path.iterdir():
-        path.write_bytes(path.read_bytes()[:200])
+        cut(path)
     assert folder.exists()
     with pytest.raises(ValueError, match="not a whole checkpoint") as error:
         folder.find()
@@ -119,10 +207,27 @@ def test_a_failed_write_is_told_later_and_keeps_the_one_before(
     assert names(tmp_path) == ["checkpoint-00000001.pt", "checkpoint.pt"]
 
 
-def test_file_systems_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*paths: Path) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+@pytest.mark.parametrize("error", [MemoryError("of the host"), RuntimeError("CUDA\nerror")])
+def test_a_failure_of_another_kind_is_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = CheckpointFolder(tmp_path, 2)
+    save(folder, 1)
 
+    def fail(copy: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint_module._Copy, "on_host", fail)
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    for tell in (folder.wait, lambda: folder.save(3, {"step": 3}, lambda: None)):
+        folder.save(2, {"step": 2}, lambda: None)
+        with pytest.raises(OSError, match=f"cannot write .*checkpoint.pt: {reason}") as told:
+            tell()
+        assert told.value.__cause__ is error
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
+
+
+def test_file_systems_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", refuse)
     folder = CheckpointFolder(tmp_path, 2)
     for step in (1, 2, 3):
@@ -138,12 +243,45 @@ def test_best_by_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     trainer = tiny_trainer(tmp_path / "run", config)
     scores = iter([0.2, 0.2, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4])
-    monkeypatch.setattr(trainer, "_evaluate", lambda *a: next(scores))
+    line = {"split": "val", "model": "last", "clean": 0.5}
+    monkeypatch.setattr(trainer, "_evaluate", lambda *a: {**line, "pgd": next(scores)})
     trainer.run()
     best = load_checkpoint(tmp_path / "run" / "checkpoint-best.pt")
     # Weights and their average are scored; the average counts, which begins with the second epoch.
     assert best["step"] == 8 and best["best_accuracy"] == 0.6
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 20
+
+
+def test_an_evaluation_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best checkpoint is written after it; a run that is killed then goes on behind it."""
+    config = tiny_config(epochs=3)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, eval_every=1, keep_best=True)
+    )
+    tiny_trainer(tmp_path / "whole", config).run()
+    trainer = tiny_trainer(tmp_path / "cut", config)
+    start_epoch = trainer._start_epoch
+
+    def killed(epoch: int) -> None:
+        if epoch == 1:
+            raise RuntimeError("killed")
+        start_epoch(epoch)
+
+    monkeypatch.setattr(trainer, "_start_epoch", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.run()
+    assert len(evaluation_lines(tmp_path / "cut")) == 2
+    resumed = tiny_trainer(tmp_path / "cut", config, resume=True)
+    evaluate, epochs = resumed._evaluate, []
+
+    def noting(epoch: int, *rest: Any) -> dict[str, Any]:
+        epochs.append(epoch)
+        return evaluate(epoch, *rest)
+
+    monkeypatch.setattr(resumed, "_evaluate", noting)
+    resumed.run()
+    assert epochs == [2, 2]
+    assert evaluation_lines(tmp_path / "cut") == evaluation_lines(tmp_path / "whole")
 
 
 def test_best_needs_validation_images() -> None:
@@ -156,14 +294,25 @@ def test_best_needs_validation_images() -> None:
         )
 
 
-def test_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The evaluation is broken off, and made again when the run goes on."""
+def evaluation_lines(run: Path) -> list[str]:
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_signal_during_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """The evaluation, of the weights or of their average, is made again when the run goes on."""
     config = tiny_config(epochs=3)
     tiny_trainer(tmp_path / "whole", config).run()
     pgd = loop.pgd_accuracy
+    left = calls
 
     def interrupted(*args: object, **options: object) -> object:
-        os.kill(os.getpid(), signal.SIGTERM)
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGTERM)
         return pgd(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "pgd_accuracy", interrupted)
@@ -172,10 +321,8 @@ def test_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stopped.value.exit_code == 75
     monkeypatch.undo()
     tiny_trainer(tmp_path / "cut", config, resume=True).run()
-    whole, cut = (
-        (tmp_path / name / "metrics.jsonl").read_text().count('"eval"') for name in ("whole", "cut")
-    )
-    assert whole == cut
+    lines = evaluation_lines(tmp_path / "whole")
+    assert len(lines) == 2 and evaluation_lines(tmp_path / "cut") == lines
     states = [
         load_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "cut")
     ]

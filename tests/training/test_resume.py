@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_trainer
 from torch import Tensor
 
+import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch
 from arat_fast.training.checkpoint import load_checkpoint
@@ -201,6 +202,28 @@ def test_signal_during_the_refresh_of_statistics(
     assert not load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["average"]["statistics_fresh"]
     tiny_trainer(tmp_path / "cut", config, resume=True).run()
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_stop_is_not_confirmed_without_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(epochs=1, kind="swa", start=0.3, every=2)
+    trainer = tiny_trainer(tmp_path / "run", config)
+
+    def fail(path: Path, state: dict[str, Any]) -> None:
+        raise MemoryError("no memory left")
+
+    def interrupted(stop: StopRequest) -> Iterator[Batch]:
+        stop.signal = signal.SIGTERM
+        return batches(stop)
+
+    batches = trainer._refresh_batches
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", fail)
+    monkeypatch.setattr(trainer, "_refresh_batches", interrupted)
+    with pytest.raises(OSError, match="cannot write .*MemoryError: no memory left"):
+        trainer.run()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "no memory left" in summary["reason"]
 
 
 def test_weights_that_are_not_finite_never_overwrite_a_checkpoint(tmp_path: Path) -> None:
