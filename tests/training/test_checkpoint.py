@@ -115,6 +115,7 @@ def test_full_disk_under_the_metrics() -> None:
         pytest.skip("this system has no /dev/full")
     file = MetricsFile.__new__(MetricsFile)
     file.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  # closed below
+    file.keep = None
     with pytest.raises(OSError, match="cannot write /dev/full: No space left"):
         file.write({"step": 3})
     file.close()
