@@ -5,14 +5,17 @@
 A record of ``arat-fast bench step`` gives the rate at which its GPU computes; without one a rate is
 assumed, and the table says so. The model is deliberately plain: every processor computes its
 share at that rate, gradients travel in a ring (between machines: one ring of machines over one
-network card each), and what the training's backward pass does not hide is added to the step.
-Loading, imbalance, stragglers and host time are left out: real numbers are lower.
+network card each) in the buckets of the training step, and what the training's backward pass does
+not hide is added to the step: never less than the last bucket, which is full when that pass is
+over, and always the running statistics, which are averaged after it. The predictors' operations,
+loading, imbalance, stragglers and host time are left out: real numbers are lower.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +23,35 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from arat_fast.build import build_model, build_objective
+from arat_fast.config import Config
+from arat_fast.distributed.batch_norm import running_statistics
+from arat_fast.distributed.gradients import in_buckets
 from arat_fast.models import SplitBatchNorm2d
-from arat_fast.models.registry import create_model, model_spec
+from arat_fast.models.registry import model_spec
+from arat_fast.objectives.predictor import PredictorStack
+from arat_fast.recipes import recipe
 
 PEAK = 989e12
 """H200, dense bf16, FLOP/s, as published by NVIDIA."""
 ASSUMED_SHARE = 0.4
 """Of the peak, where nothing was measured."""
-GRADIENT_BYTES = 4
 NETWORK_SHARE = 0.8
 """Of a link's nominal bandwidth that a large all-reduce is assumed to reach."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, its images and its attack."""
+    """A recipe's network, objective and attack, and the images of one GPU."""
 
     title: str
-    model: str
+    recipe: str
     num_classes: int
-    num_steps: int
     batch: int
+
+    @property
+    def config(self) -> Config:
+        return recipe(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,9 @@ class Cluster:
 
 
 WORKLOADS = (
-    Workload("ResNet-18, 32 px, PGD-10", "resnet18", 10, 10, 128),
-    Workload("WRN-34-10, 32 px, PGD-10", "wrn34-10", 10, 10, 128),
-    Workload("ResNet-50, 224 px, PGD-3", "resnet50", 1000, 3, 64),
+    Workload("ResNet-18, 32 px, PGD-10", "cifar10-resnet18", 10, 128),
+    Workload("WRN-34-10, 32 px, PGD-10", "cifar10-wrn34-10", 10, 128),
+    Workload("ResNet-50, 224 px, PGD-3", "imagenet-resnet50", 1000, 64),
 )
 CLUSTERS = (
     Cluster("8 × H200, NVLink", 1, 8),
@@ -73,30 +84,71 @@ CLUSTERS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What is counted of a workload, for one GPU."""
+    """What is counted of a workload, for one GPU.
 
-    gradient_bytes: int
+    Attributes:
+        bucket_bytes: of the gradients of network and predictors, in the order in which they are
+            sent.
+        statistics_bytes: of the running means and variances.
+        step_flops: of the attack and the training.
+        backward_flops: of the training's backward pass.
+        num_syncs: collectives of a step with synchronised BatchNorm: one for each layer, forward
+            and backward, of each attack step and of the training; in the training alone those of
+            the predictors.
+    """
+
+    bucket_bytes: tuple[int, ...]
+    statistics_bytes: int
     step_flops: float
     backward_flops: float
-    num_norms: int
+    num_syncs: int
 
 
-def count(workload: Workload) -> Facts:
-    """Count parameters, operations and BatchNorm layers; nothing is measured."""
+@dataclass
+class Shape:
+    """What a network has to know of the images."""
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+def count(workload: Workload, num_steps: int | None = None, batch: int | None = None) -> Facts:
+    """Count parameters, operations and BatchNorm layers; nothing is measured.
+
+    Args:
+        workload: what a GPU computes.
+        num_steps, batch: in place of the workload's.
+    """
+    config = workload.config
+    steps = config.attack.num_steps if num_steps is None else num_steps
+    size = model_spec(config.model.name).image_size
+    shape = Shape(workload.num_classes, (3, size, size))
     with torch.device("meta"):
-        model = create_model(workload.model, workload.num_classes).eval()
-        size = model_spec(workload.model).image_size
+        model = build_model(config, shape)
+        objective = build_objective(config, model, shape)
+        statistics = running_statistics(model, objective)
+        model.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size))
-    forward = float(counter.get_total_flops()) * workload.batch
+    forward = float(counter.get_total_flops()) * (batch or workload.batch)
+    parameters = [*model.parameters(), *objective.parameters()]
+    buckets = in_buckets([p for p in parameters if p.requires_grad])
+    norms = sum(isinstance(m, SplitBatchNorm2d) for m in model.modules())
+    stacks = sum(isinstance(m, PredictorStack) for m in objective.modules())
     # Each attack step: a forward pass and the gradient of the images. Training: two images, each a
     # forward pass and a backward pass of two.
     return Facts(
-        gradient_bytes=GRADIENT_BYTES * sum(p.numel() for p in model.parameters()),
-        step_flops=forward * (2 * workload.num_steps + 6),
+        bucket_bytes=tuple(map(num_bytes, buckets)),
+        statistics_bytes=num_bytes(statistics),
+        step_flops=forward * (2 * steps + 6),
         backward_flops=forward * 4,
-        num_norms=sum(isinstance(m, SplitBatchNorm2d) for m in model.modules()),
+        num_syncs=2 * (norms * (steps + 1) + stacks),
     )
+
+
+def num_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of the elements of all ``tensors``."""
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def all_reduce_seconds(size: float, cluster: Cluster) -> float:
@@ -111,26 +163,25 @@ def all_reduce_seconds(size: float, cluster: Cluster) -> float:
     return seconds
 
 
-def predict(facts: Facts, num_steps: int, cluster: Cluster, rate: float) -> dict[str, float]:
+def predict(facts: Facts, cluster: Cluster, rate: float) -> dict[str, float]:
     """Seconds of a step, and efficiency: the share of it that a GPU computes.
 
     Args:
         facts: of the workload.
-        num_steps: of the attack.
         cluster: the machines.
         rate: FLOP/s of one GPU in this step.
     """
     compute = facts.step_flops / rate
-    reduce = all_reduce_seconds(facts.gradient_bytes, cluster)
-    exposed = max(0.0, reduce - facts.backward_flops / rate)
-    # Forward and backward of the attack's steps and of the training, one small collective each.
-    syncs = facts.num_norms * 2 * (num_steps + 1)
-    sync = syncs * all_reduce_seconds(4096, cluster)
+    buckets = [all_reduce_seconds(size, cluster) for size in facts.bucket_bytes]
+    exposed = max(sum(buckets) - facts.backward_flops / rate, buckets[-1])
+    statistics = all_reduce_seconds(facts.statistics_bytes, cluster)
+    # In place of the average of the statistics.
+    sync = facts.num_syncs * all_reduce_seconds(4096, cluster)
     return {
         "compute": compute,
-        "reduce": reduce,
-        "efficiency": compute / (compute + exposed),
-        "without overlap": compute / (compute + reduce),
+        "reduce": sum(buckets) + statistics,
+        "efficiency": compute / (compute + exposed + statistics),
+        "without overlap": compute / (compute + sum(buckets) + statistics),
         "synchronised": compute / (compute + exposed + sync),
     }
 
@@ -148,12 +199,12 @@ def measured_rate(record: dict[str, Any]) -> tuple[float, str]:
         key=lambda r: r["seconds_per_step"] / r["batch_size"],
         default=None,
     )
-    if best is None or model not in {w.model for w in WORKLOADS}:
+    workload = next((w for w in WORKLOADS if w.config.model.name == model), None)
+    if best is None or workload is None:
         raise ValueError("the record holds no measured step of this package on a network here")
-    num_steps = record["settings"]["num_steps"]
-    workload = Workload(model, model, 10, num_steps, best["batch_size"])
+    facts = count(workload, record["settings"]["num_steps"], best["batch_size"])
     name = f"{best['contestant']}, {model}, batch {best['batch_size']}"
-    return count(workload).step_flops / best["seconds_per_step"], name
+    return facts.step_flops / best["seconds_per_step"], name
 
 
 def table(record: Path | None = None) -> str:
@@ -181,7 +232,7 @@ def table(record: Path | None = None) -> str:
     for workload in WORKLOADS:
         facts = count(workload)
         for cluster in CLUSTERS:
-            found = predict(facts, workload.num_steps, cluster, rate)
+            found = predict(facts, cluster, rate)
             shares = [
                 f"{100 * found[name]:.1f} %"
                 for name in ("efficiency", "without overlap", "synchronised")
@@ -189,7 +240,7 @@ def table(record: Path | None = None) -> str:
             cells = [
                 f"{workload.title}; {cluster.title}",
                 str(workload.batch),
-                f"{facts.gradient_bytes / 1e6:.0f}",
+                f"{sum(facts.bucket_bytes) / 1e6:.0f}",
                 f"{1e3 * found['compute']:.1f}",
                 f"{1e3 * found['reduce']:.2f}",
                 *shares,

@@ -45,8 +45,7 @@ class GradientSum:
         self.overlap = overlap
         self.statistics = list(statistics)
         self.buckets: list[_Bucket] = []
-        # The backward pass comes to the last layers first.
-        for members in _split(list(reversed(parameters))):
+        for members in in_buckets(parameters):
             self.buckets.append(_Bucket(members))
         self._statistics_bucket = _Bucket(self.statistics) if self.statistics else None
         self._armed = False
@@ -134,11 +133,12 @@ class _Bucket:
             torch._foreach_copy_([target for target, _ in present], [view for _, view in present])
 
 
-def _split(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """In pieces of :data:`BUCKET_BYTES`, each of one dtype."""
+def in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in pieces of :data:`BUCKET_BYTES`, each of one dtype, the last layers first: the
+    backward pass comes to them first."""
     pieces: list[list[nn.Parameter]] = []
     size = 0
-    for parameter in parameters:
+    for parameter in reversed(parameters):
         length = parameter.numel() * parameter.element_size()
         same = bool(pieces) and pieces[-1][0].dtype == parameter.dtype
         if not same or size + length > BUCKET_BYTES:

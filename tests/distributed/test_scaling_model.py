@@ -31,12 +31,36 @@ def test_table_of_the_documentation(script: ModuleType) -> None:
 
 
 def test_counts(script: ModuleType) -> None:
-    facts = {w.model: script.count(w) for w in script.WORKLOADS}
+    facts = {w.config.model.name: script.count(w) for w in script.WORKLOADS}
     # Of the literature: 0.56 and 4.1 GMAC a forward pass, 11.2 and 25.6 M parameters; two branches.
     assert facts["resnet18"].step_flops == pytest.approx(26 * 128 * 2 * 0.556e9, rel=0.01)
     assert facts["resnet50"].step_flops == pytest.approx(12 * 64 * 2 * 4.1e9, rel=0.01)
-    assert facts["resnet50"].gradient_bytes == pytest.approx(4 * 25.6e6, rel=0.01)
-    assert facts["resnet18"].num_norms == 20
+    # A predictor of width d holds d²/2 weights: four of 512; nine for ImageNet, three of 2,048.
+    gradients = {name: sum(f.bucket_bytes) for name, f in facts.items()}
+    assert gradients["resnet18"] == pytest.approx(4 * (11.2e6 + 2 * 512**2), rel=0.005)
+    wide = 3 * 2048**2 + 6 * 512**2
+    assert gradients["resnet50"] == pytest.approx(4 * (25.6e6 + wide / 2), rel=0.005)
+    # Mean and variance of 4,800 channels in two branches, and of the predictors' hidden units.
+    assert facts["resnet18"].statistics_bytes == 8 * (2 * 4800 + 4 * 128)
+    # 20 layers and the predictors' one, forward and backward.
+    assert facts["resnet18"].num_syncs == 2 * (20 * 11 + 1)
+
+
+def test_what_the_backward_pass_hides(script: ModuleType) -> None:
+    two = script.Cluster("two", 1, 2, nvlink=1 / script.NETWORK_SHARE, nvlink_latency=0.5)
+
+    def efficiency(backward: float, *buckets: int) -> float:
+        facts = script.Facts(buckets, 2, 90, backward, 0)
+        return 1 / float(script.predict(facts, two, 1)["efficiency"])
+
+    # A second a byte and one of latency for every bucket; three for the statistics.
+    assert efficiency(0, 4, 2) == pytest.approx((90 + 5 + 3 + 3) / 90)
+    assert efficiency(4, 4, 2) == pytest.approx((90 + 8 - 4 + 3) / 90)
+    # Never the last bucket.
+    assert efficiency(30, 4, 2) == pytest.approx((90 + 3 + 3) / 90)
+    facts = script.Facts((4, 2), 2, 90, 30, 1)
+    found = script.predict(facts, two, 1)
+    assert found["reduce"] == 11 and found["without overlap"] == pytest.approx(90 / 101)
 
 
 def test_all_reduce(script: ModuleType) -> None:
