@@ -122,7 +122,8 @@ class InspectOptions:
     path: tyro.conf.Positional[Path]
     """Folder of a dataset or of images, an .npz file, or a tar shard."""
     sheet: Path | None = None
-    """PNG file for the sheet; default NAME-sheet.png in the current folder."""
+    """PNG file for the sheet; default NAME-sheet.png in the current folder, or beside the dataset
+    where that folder is in it."""
     max_samples: int = 2000
     """Images decoded for sizes, mean and std, evenly spread; >= 1."""
 
@@ -403,7 +404,11 @@ def _data(arguments: list[str]) -> int:
 def _inspect(options: InspectOptions) -> int:
     from arat_fast.data.inspect import inspect
 
-    sheet = options.sheet or Path(f"{options.path.resolve().name}-sheet.png")
+    sheet = options.sheet
+    if sheet is None:
+        # Never into the dataset: the sheet would be one of its images.
+        path, here = options.path.resolve(), Path.cwd()
+        sheet = (path.parent if here.is_relative_to(path) else here) / f"{path.name}-sheet.png"
     found = inspect(options.path, sheet, options.max_samples)
     print("\n".join(found.lines()))
     print(f"sheet        {sheet}")
@@ -425,7 +430,7 @@ def _prepare(options: PrepareOptions) -> int:
     number, bad = verify(options.path)
     for reason in bad:
         print(f"unreadable: {reason}")
-    print(f"{number - len(bad):,} of {number:,} images can be decoded")
+    print(f"{number - len(bad):,} of {number:,} files can be decoded")
     if bad:
         print("train on the others with --data.bad-images skip, or remove the files")
     return 2 if bad else 0

@@ -218,7 +218,8 @@ class DataConfig:
     flip: bool = True
     """Random horizontal flip."""
     num_val: int = 0
-    """Training images held out for validation, the same ones in every run; 0 for none."""
+    """Training images held out for validation, the same ones in every run; 0 for none, or where the
+    dataset has train, val and test."""
     unsup: Path | None = None
     """Generated images with pseudo-labels, mixed into every training batch: a folder that arat-fast
     data prepare has written."""
@@ -287,8 +288,8 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept, the newest included; of two or more, a damaged one is passed over; >= 1."""
     keep_best: bool = False
-    """Also keep the checkpoint with the best PGD accuracy on the validation images
-    (data.num_val)."""
+    """Also keep the checkpoint with the best PGD accuracy on the validation images (data.num_val,
+    or the dataset's own)."""
     accumulate: int = 1
     """Parts in which each process takes its share of a batch, one after the other: the gradient of
     the whole batch with less memory, but for BatchNorm, which sees each part alone; >= 1."""
@@ -393,7 +394,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if self.train.keep_best and not (self.data.num_val and self.train.eval_every):
+        # These can have validation images of their own, as the trainer finds out.
+        own = self.data.name in ("folder", "webdataset", "arrays")
+        if self.train.keep_best and not ((self.data.num_val or own) and self.train.eval_every):
             raise ValueError(
                 "train.keep_best chooses by validation images, not by test images: set "
                 f"data.num_val and train.eval_every, got {self.data.num_val} and "

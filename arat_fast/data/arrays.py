@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+import tokenize
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -321,7 +323,11 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[An
     read = {(1, 0): lib.read_array_header_1_0, (2, 0): lib.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"version {version} of the format")
-    header: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(file)
+    try:
+        header: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(file)
+    # numpy evaluates the header as a Python literal.
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise ValueError(f"its header is damaged: {error}") from error
     return header
 
 
@@ -338,7 +344,7 @@ def _read_header(path: Path) -> tuple[tuple[int, int, int, int], int]:
             f"{path}: expected images (num_samples, height, width, channels) uint8, got "
             f"{tuple(shape)} {dtype}"
         )
-    expected, found = offset + int(np.prod(shape)), path.stat().st_size
+    expected, found = offset + math.prod(shape), path.stat().st_size
     if found < expected:
         raise ValueError(f"{path}: expected {expected} bytes, got {found}: it was cut short")
     return (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3])), offset

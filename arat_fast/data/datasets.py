@@ -12,7 +12,14 @@ from torch import Tensor
 from arat_fast.config import DataConfig
 from arat_fast.data.arrays import ArrayRows, Rows, SelectedRows
 from arat_fast.data.digits import MAX_VALUE, load_digits
-from arat_fast.data.formats import Encoded, array_folder, cifar_binary
+from arat_fast.data.formats import (
+    Encoded,
+    array_folder,
+    cifar_binary,
+    count_classes,
+    split_folders,
+    validation_and_test,
+)
 from arat_fast.data.plan import seeded_generator
 from arat_fast.data.published import HINT, check_file, fetch, unpack
 from arat_fast.data.sources import FileImages
@@ -55,12 +62,14 @@ class Arrays(NamedTuple):
         test: the images to evaluate.
         classes: class names, one per label.
         max_value: the uint8 value that stands for 1.0.
+        val: the images to validate with, where the dataset has both these and test images.
     """
 
     train: Images
     test: Images
     classes: tuple[str, ...]
     max_value: int = 255
+    val: Images | None = None
 
 
 def read_arrays(config: DataConfig) -> Arrays:
@@ -84,33 +93,39 @@ def read_arrays(config: DataConfig) -> Arrays:
 
 
 def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
-    """Choose a fixed held-out set with the class shares of the whole, as nearly as counts allow.
+    """Choose a fixed held-out set with the class shares of the whole, as nearly as counts allow;
+    one image of each class, at least, is left to train on.
 
     Args:
         labels: (num_samples,), int64, >= 0.
-        num_val: images to hold out, in [0, num_samples - 2].
+        num_val: images to hold out, >= 0.
 
     Returns:
         sorted indices of the images to train on and of those held out, int64.
 
     Raises:
-        ValueError: a label is negative, or num_val leaves fewer than two images to train on.
+        ValueError: a label is negative, or num_val leaves fewer than two images to train on, or
+            none of a class.
     """
     if len(labels) and int(labels.min()) < 0:
         raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
-    if num_val and num_val > len(labels) - 2:
-        raise ValueError(
-            f"data.num_val must be at most {max(len(labels) - 2, 0)} to leave two of the "
-            f"{len(labels)} training images, got {num_val}"
-        )
     if not num_val:
         return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
     counts = torch.bincount(labels)
+    most = _most_held_out(counts)
+    if num_val > most:
+        raise ValueError(
+            f"data.num_val must be at most {most} to leave two of the {len(labels)} training "
+            f"images, and one of each class, got {num_val}"
+        )
     exact = counts * num_val
     quota = exact // len(labels)
     rest = num_val - int(quota.sum())
     largest = torch.argsort(exact % len(labels), descending=True, stable=True)[:rest]
     quota[largest] += 1
+    quota = torch.minimum(quota, (counts - 1).clamp(min=0))
+    for _ in range(num_val - int(quota.sum())):
+        quota[torch.argmax(counts - quota)] += 1
     generator = seeded_generator(_VAL_SEED)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label, number in enumerate(quota.tolist()):
@@ -118,6 +133,34 @@ def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:
         chosen = torch.randperm(len(members), generator=generator)[:number]
         held_out[members[chosen]] = True
     return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+
+
+def hold_out_a_tenth(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the test images of a dataset that has none: a tenth, or fewer where classes are small.
+
+    Args:
+        labels: (num_samples,), int64, >= 0.
+
+    Returns:
+        as :func:`stratified_split`.
+
+    Raises:
+        ValueError: there are too few images.
+    """
+    counts = torch.bincount(labels)
+    number = min(max(len(labels) // 10, 1), _most_held_out(counts))
+    if not number:
+        raise ValueError(
+            f"without test images a tenth of the others is held out, but {len(labels)} images of "
+            f"{int((counts > 0).sum())} classes are too few to leave two of them and one of each "
+            "class; add images, or a split val or test"
+        )
+    return stratified_split(labels, number)
+
+
+def _most_held_out(counts: Tensor) -> int:
+    """Images that can be held out so that two are left, and one of each class."""
+    return max(int(counts.sum()) - max(int((counts > 0).sum()), 2), 0)
 
 
 def _rows(pixels: Tensor) -> ArrayRows:
@@ -137,28 +180,22 @@ def _read_digits(config: DataConfig) -> Arrays:
 
 def _read_prepared(config: DataConfig) -> Arrays:
     root = config.root.expanduser()
-    whole = root if (root / "images.npy").exists() else root / "train"
-    train = Images(*array_folder(whole))
-    held_out = next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
-    if held_out is not None and whole != root:
-        test = Images(*array_folder(held_out))
+    if (root / "images.npy").exists():
+        folders = {"train": root}
     else:
-        chosen, tenth = stratified_split(train.labels, a_tenth(len(train.labels)))
+        folders = split_folders(root) or {"train": root / "train"}
+    parts = {split: Images(*array_folder(folder)) for split, folder in folders.items()}
+
+    def names(folder: Path) -> Callable[[int], str]:
+        return lambda index: f"{folder}: image {index}"
+
+    named = [(parts[split].labels, names(folder)) for split, folder in folders.items()]
+    num_classes = count_classes(root, named)
+    train, (val, test) = parts["train"], validation_and_test(parts)
+    if test is None:
+        chosen, tenth = hold_out_a_tenth(train.labels)
         train, test = train.subset(chosen), train.subset(tenth)
-    labels = torch.cat([train.labels, test.labels])
-    num_classes = int(labels.max()) + 1
-    missing = (torch.bincount(train.labels, minlength=num_classes) == 0).nonzero()
-    if len(missing):
-        raise ValueError(
-            f"{root}: expected images of every class to train on, got none with label "
-            f"{int(missing[0])}"
-        )
-    return Arrays(train, test, tuple(str(label) for label in range(num_classes)))
-
-
-def a_tenth(num_samples: int) -> int:
-    """Images to hold out of a dataset that has no test images."""
-    return max(num_samples // 10, 1)
+    return Arrays(train, test, tuple(str(label) for label in range(num_classes)), val=val)
 
 
 def _read_cifar(config: DataConfig) -> Arrays:

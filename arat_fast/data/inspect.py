@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,13 +17,17 @@ from arat_fast.config import DataConfig, DatasetName
 from arat_fast.data.arrays import Rows
 from arat_fast.data.datasets import read_arrays, read_imagenette
 from arat_fast.data.formats import (
+    Encoded,
     array_folder,
     class_folders,
-    image_files,
+    has_class_folders,
+    index_shards,
+    split_folders,
+    tar_files,
     tar_shards,
 )
 from arat_fast.data.prepare import first_images, open_npz
-from arat_fast.data.sources import EncodedImages, FileImages, decode_image
+from arat_fast.data.sources import IMAGE_SUFFIXES, EncodedImages, FileImages, decode_image
 from arat_fast.files import write_atomic
 
 Pixels = npt.NDArray[np.uint8]
@@ -44,6 +48,7 @@ SHEET = (6, 8)
 
 _CAPTION = 16
 _GAP = 8
+_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,36 @@ class Part:
         name: train, test, …
         labels: (num_samples,), int64.
         image: decodes one image by number: (height, width, 3), uint8.
+        num_viewable: of the first images only, where not all can be looked at; None for all.
     """
 
     name: str
     labels: Tensor
     image: Callable[[int], Pixels]
+    num_viewable: int | None = None
+
+    @property
+    def viewable(self) -> Tensor:
+        """The labels of the images that can be looked at."""
+        return self.labels[: self.num_viewable]
+
+
+class _Opened(NamedTuple):
+    """A dataset.
+
+    Attributes:
+        kind: in words.
+        use: options of ``arat-fast train`` that read it; empty if none does.
+        classes: class names, one per label; empty where there are no labels.
+        parts: the splits.
+        bad: files in its class folders that are no images, and why.
+    """
+
+    kind: str
+    use: str
+    classes: tuple[str, ...]
+    parts: list[Part]
+    bad: tuple[str, ...] = ()
 
 
 @dataclass
@@ -76,7 +106,8 @@ class Inspection:
         mean: of red, green and blue over the looked-at images, in [0, 1].
         std: likewise, the standard deviation of the pixels.
         looked_at: images that were decoded.
-        bad: those of them that could not be, and why.
+        bad: those of them that could not be, and other files in class folders, and why.
+        out_of: images of which those were chosen, evenly spread.
     """
 
     path: Path
@@ -90,6 +121,7 @@ class Inspection:
     std: list[float] = field(default_factory=list)
     looked_at: int = 0
     bad: list[str] = field(default_factory=list)
+    out_of: int = 0
 
     def lines(self) -> list[str]:
         """The inspection in words."""
@@ -109,7 +141,9 @@ class Inspection:
                 lines.append(f"             and {len(self.per_class) - len(shown)} more")
         else:
             lines.append("classes      none: no labels")
-        lines.append(f"looked at    {self.looked_at:,} images, evenly spread")
+        some = self.out_of < sum(self.counts.values())
+        of = f" over the first {self.out_of:,}" if some else ""
+        lines.append(f"looked at    {self.looked_at:,} images, evenly spread{of}")
         common = sorted(self.sizes.items(), key=lambda item: -item[1])
         shown_sizes = ", ".join(f"{size} ({count:,})" for size, count in common[:5])
         more = f", and {len(common) - 5} other sizes" if len(common) > 5 else ""
@@ -139,40 +173,55 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
         raise ValueError(f"max_samples must be >= 1, got {max_samples}")
     if not path.exists():
         raise FileNotFoundError(f"nothing at {path}, expected a dataset's file or folder")
-    kind, use, classes, parts = _open(path)
-    found = Inspection(path, kind, use, classes)
+    opened = _open(path)
+    parts, classes = opened.parts, opened.classes
+    found = Inspection(path, opened.kind, opened.use, classes, bad=list(opened.bad))
     for part in parts:
         found.counts[part.name] = len(part.labels)
-        counted = Counter(part.labels.tolist())
-        for label, name in enumerate(classes):
-            found.per_class.setdefault(name, {})[part.name] = counted[label]
-    places = [(part, index) for part in parts for index in range(len(part.labels))]
-    spread = np.unique(np.linspace(0, len(places) - 1, min(max_samples, len(places))).astype(int))
-    total, squares, pixels = np.zeros(3), np.zeros(3), 0
-    for place in spread.tolist():
-        part, index = places[place]
+        counted = torch.bincount(part.labels, minlength=len(classes))
+        for name, count in zip(classes, counted.tolist(), strict=False):
+            found.per_class.setdefault(name, {})[part.name] = count
+    found.out_of = sum(len(part.viewable) for part in parts)
+    number = min(max_samples, found.out_of)
+    spread = np.unique(np.linspace(0, found.out_of - 1, number).astype(np.int64))
+    histogram = np.zeros((3, 256), np.int64)
+    for part, index in _places(parts, spread):
         try:
             image = part.image(index)
         except ValueError as error:
             found.bad.append(str(error))
             continue
-        flat = image.reshape(-1, 3) / 255
-        total, squares = total + flat.sum(0), squares + (flat**2).sum(0)
-        pixels += len(flat)
+        flat = image.reshape(-1, 3)
+        # A piece at a time: bincount makes 8 bytes of each value.
+        for start in range(0, len(flat), _PIXELS):
+            for channel, values in enumerate(flat[start : start + _PIXELS].T):
+                histogram[channel] += np.bincount(values, minlength=256)
         size = f"{image.shape[0]} x {image.shape[1]}"
         found.sizes[size] = found.sizes.get(size, 0) + 1
     found.looked_at = len(spread)
-    if pixels:
-        mean = total / pixels
+    if found.sizes:
+        shares = histogram / histogram.sum(1, keepdims=True)
+        levels = np.arange(256) / 255
+        mean = shares @ levels
         found.mean = mean.tolist()
-        found.std = np.sqrt(np.maximum(squares / pixels - mean**2, 0)).tolist()
+        found.std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1)).tolist()
     if sheet is not None:
         draw_sheet(parts, classes, sheet)
     return found
 
 
-def _open(path: Path) -> tuple[str, str, tuple[str, ...], list[Part]]:
-    """Kind, options, classes and splits."""
+def _places(parts: list[Part], numbers: npt.NDArray[np.int64]) -> list[tuple[Part, int]]:
+    """Split and number in it of images that are counted over the viewable ones of all splits."""
+    ends = np.cumsum([len(part.viewable) for part in parts])
+    places = []
+    for number in numbers.tolist():
+        which = int(np.searchsorted(ends, number, side="right"))
+        start = int(ends[which - 1]) if which else 0
+        places.append((parts[which], number - start))
+    return places
+
+
+def _open(path: Path) -> _Opened:
     if path.is_file():
         if path.suffix == ".npz":
             shape, labels = open_npz(path)
@@ -180,19 +229,20 @@ def _open(path: Path) -> tuple[str, str, tuple[str, ...], list[Part]]:
                 f"an .npz file of {shape[0]:,} generated images; convert it with arat-fast data "
                 f"prepare {path} FOLDER"
             )
-            return kind, "", _numbers(labels), [_npz_part(path, labels)]
+            classes, labels = _numbered(labels)
+            return _Opened(kind, "", classes, [_npz_part(path, labels)])
         if path.suffix == ".tar":
-            encoded = tar_shards(path)
-            return "a tar shard", "", encoded.classes, [_encoded("images", encoded.train)]
+            shard = index_shards([path])
+            classes, shard.labels = _numbered(shard.labels)
+            return _Opened("a tar shard", "", classes, [_encoded("images", shard)])
         raise ValueError(
             f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
         )
     if (path / "images.npy").is_file():
         rows, labels = array_folder(path)
+        classes, labels = _numbered(labels)
         use = f"--data.name arrays --data.root {path}"
-        return "prepared arrays", use, _numbers(labels), [_rows("images", rows, labels)]
-    if (path / "train" / "images.npy").is_file():
-        return _stored("arrays", path, "prepared arrays")
+        return _Opened("prepared arrays", use, classes, [_rows("images", rows, labels)])
     for folder, (name, words) in CIFAR.items():
         root = path.parent if path.name == folder else path
         if (root / folder).is_dir():
@@ -205,36 +255,38 @@ def _open(path: Path) -> tuple[str, str, tuple[str, ...], list[Part]]:
         assert encoded.test is not None
         parts = [_encoded("train", encoded.train), _encoded("val", encoded.test)]
         use = f"--data.name imagenette --data.root {root}"
-        return "Imagenette, 160 pixels", use, encoded.classes, parts
-    if any(path.rglob("*.tar")):
-        encoded = tar_shards(path)
-        name = "webdataset"
-        kind = "WebDataset shards"
-    else:
-        flat = [file for file in image_files(path) if file.parent == path]
+        return _Opened("Imagenette, 160 pixels", use, encoded.classes, parts)
+    if any((folder / "images.npy").is_file() for folder in split_folders(path).values()):
+        return _stored("arrays", path, "prepared arrays")
+    if not has_class_folders(path):
+        if tar_files(path):
+            return _images("webdataset", path, "WebDataset shards", tar_shards(path))
+        files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        flat = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
         if flat:
             unlabelled = FileImages([(file, 0) for file in flat])
-            return "images without classes", "", (), [_encoded("images", unlabelled)]
-        encoded, name, kind = class_folders(path), "folder", "images in folders by class"
-    parts = [_encoded("train", encoded.train)]
-    if encoded.test is not None:
-        parts.append(_encoded("test", encoded.test))
-    return kind, f"--data.name {name} --data.root {path}", encoded.classes, parts
+            return _Opened("images without classes", "", (), [_encoded("images", unlabelled)])
+    return _images("folder", path, "images in folders by class", class_folders(path))
 
 
-def _stored(
-    name: DatasetName, root: Path, kind: str
-) -> tuple[str, str, tuple[str, ...], list[Part]]:
+def _images(name: DatasetName, root: Path, kind: str, dataset: Encoded) -> _Opened:
+    parts = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    splits = [_encoded(split, part) for split, part in parts.items() if part is not None]
+    use = f"--data.name {name} --data.root {root}"
+    return _Opened(kind, use, dataset.classes, splits, dataset.bad)
+
+
+def _stored(name: DatasetName, root: Path, kind: str) -> _Opened:
     dataset = read_arrays(DataConfig(name, root=root))
-    parts = [
-        _rows("train", dataset.train.rows, dataset.train.labels),
-        _rows("test", dataset.test.rows, dataset.test.labels),
-    ]
-    return kind, f"--data.name {name} --data.root {root}", dataset.classes, parts
+    parts = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    splits = [_rows(split, *part) for split, part in parts.items() if part is not None]
+    return _Opened(kind, f"--data.name {name} --data.root {root}", dataset.classes, splits)
 
 
-def _numbers(labels: Tensor) -> tuple[str, ...]:
-    return tuple(str(label) for label in range(int(labels.max()) + 1))
+def _numbered(labels: Tensor) -> tuple[tuple[str, ...], Tensor]:
+    """The labels that occur, as the names of classes, and which of these each image is of."""
+    values, index = np.unique(labels.numpy(), return_inverse=True)
+    return tuple(str(value) for value in values.tolist()), torch.from_numpy(index)
 
 
 def _rows(name: str, rows: Rows, labels: Tensor) -> Part:
@@ -260,7 +312,7 @@ def _npz_part(path: Path, labels: Tensor) -> Part:
         pixels: Pixels = first[index]
         return pixels
 
-    return Part("images", labels[: len(first)], image)
+    return Part("images", labels, image, len(first))
 
 
 def draw_sheet(parts: list[Part], classes: tuple[str, ...], path: Path) -> None:
@@ -271,12 +323,11 @@ def draw_sheet(parts: list[Part], classes: tuple[str, ...], path: Path) -> None:
         classes: class names, one per label; empty for none.
         path: PNG file.
     """
-    places = [(part, index) for part in parts for index in range(len(part.labels))]
     # Evenly over the classes: the images of a folder are sorted by class.
-    places.sort(key=lambda place: int(place[0].labels[place[1]]))
+    order = np.argsort(torch.cat([part.viewable for part in parts]).numpy(), kind="stable")
     rows, columns = SHEET
-    number = min(rows * columns, len(places))
-    chosen = [places[i] for i in np.linspace(0, len(places) - 1, number).astype(int).tolist()]
+    number = min(rows * columns, len(order))
+    chosen = _places(parts, order[np.linspace(0, len(order) - 1, number).astype(int)])
     rows = -(-number // columns)
     cell = (TILE + _GAP, TILE + _CAPTION + _GAP)
     columns = min(columns, number)

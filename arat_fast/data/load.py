@@ -20,7 +20,7 @@ from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.datasets import (
     Arrays,
     Images,
-    a_tenth,
+    hold_out_a_tenth,
     read_arrays,
     read_imagenette,
     stratified_split,
@@ -114,8 +114,8 @@ def _array_splits(
 ) -> DataSplits:
     dataset = read_arrays(config)
     try:
-        for part in (dataset.train, dataset.test):
-            if isinstance(part.rows, ArrayRows):
+        for part in (dataset.train, dataset.val, dataset.test):
+            if part is not None and isinstance(part.rows, ArrayRows):
                 check_samples(
                     part.rows.images, part.labels, len(dataset.classes), dataset.max_value
                 )
@@ -136,9 +136,10 @@ def _make_array_splits(
     shard: Shard,
     framing: Framing | None = None,
 ) -> DataSplits:
-    chosen, held_out = stratified_split(dataset.train.labels, config.num_val)
-    train = dataset.train if not config.num_val else dataset.train.subset(chosen)
-    val = dataset.train.subset(held_out)
+    train, val = dataset.train, dataset.val
+    if config.num_val:
+        chosen, held_out = stratified_split(train.labels, _num_val(config, val))
+        train, val = train.subset(chosen), train.subset(held_out)
     num_original = train.rows.shape[0]
     if config.unsup is not None:
         train = _with_generated(train, config.unsup.expanduser(), len(dataset.classes))
@@ -157,7 +158,8 @@ def _make_array_splits(
             shard=shard,
         )
 
-    num_bytes = sum(math.prod(part.rows.shape) for part in (train, val, dataset.test))
+    parts = [part for part in (train, val, dataset.test) if part is not None]
+    num_bytes = sum(math.prod(part.rows.shape) for part in parts)
     loader: str = config.loader
     if loader == "auto":
         # On a CPU PyTorch copies and crops arrays faster than DALI.
@@ -212,15 +214,25 @@ def _make_array_splits(
     return DataSplits(
         train=training[0],
         probe=training[1],
-        val=evaluated(val) if config.num_val else None,
+        val=evaluated(val) if val is not None else None,
         test=evaluated(dataset.test),
         fingerprint=fingerprint(train.labels),
     )
 
 
+def _num_val(config: DataConfig, val: object | None) -> int:
+    """How many images to hold out, which a dataset with validation images does without."""
+    if config.num_val and val is not None:
+        raise ValueError(
+            "the dataset has validation images of its own, expected data.num_val 0, got "
+            f"{config.num_val}"
+        )
+    return config.num_val
+
+
 def _with_generated(train: Images, folder: Path, num_classes: int) -> Images:
     rows, labels = array_folder(folder)
-    if len(labels) and int(labels.max()) >= num_classes:
+    if int(labels.max()) >= num_classes:
         raise ValueError(
             f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got {int(labels.max())}"
         )
@@ -279,19 +291,27 @@ def _encoded_splits(
         dataset = read_imagenette(config)
     else:
         dataset = class_folders(root) if config.name == "folder" else tar_shards(root)
-    train, test, skipped = dataset.train, dataset.test, []
+    train, val, test, skipped = dataset.train, dataset.val, dataset.test, list(dataset.bad)
     if config.bad_images == "skip":
         train, reasons = _readable(train, root, bad_images)
         skipped += reasons
+        if val is not None:
+            val, reasons = _readable(val, root, bad_images)
+            skipped += reasons
         if test is not None:
             test, reasons = _readable(test, root, bad_images)
             skipped += reasons
+    elif skipped:
+        more = f" (and {len(skipped) - 1:,} files more)" if len(skipped) > 1 else ""
+        raise ValueError(f"{skipped[0]}{more}; remove it, or pass --data.bad-images skip")
     if test is None:
-        chosen, tenth = stratified_split(train.labels, a_tenth(len(train)))
+        chosen, tenth = hold_out_a_tenth(train.labels)
         train, test = train.subset(chosen), train.subset(tenth)
-    chosen, held_out = stratified_split(train.labels, config.num_val)
-    kept, val = train.subset(chosen), _mixed(train.subset(held_out))
-    identity = fingerprint(kept.labels, names_below(kept, root))
+    if config.num_val:
+        chosen, held_out = stratified_split(train.labels, _num_val(config, val))
+        train, val = train.subset(chosen), train.subset(held_out)
+    test, val = _mixed(test), None if val is None else _mixed(val)
+    identity = fingerprint(train.labels, names_below(train, root))
     cut = config.crop if config.crop != "auto" else _CROPS.get(config.name, "resized")
     evaluated = Framing(config.image_size, cut)
     trained = Framing(config.image_size, cut, True, config.padding, config.flip)
@@ -304,8 +324,12 @@ def _encoded_splits(
                 "data.loader resident keeps images of one size: it needs --data.crop pad with "
                 f"images of {config.image_size} x {config.image_size} pixels"
             )
-        parts = [_decode_all(part, config.image_size) for part in (kept, val, _mixed(test))]
-        arrays = Arrays(parts[0], parts[2], dataset.classes)
+        arrays = Arrays(
+            _decode_all(train, config.image_size),
+            _decode_all(test, config.image_size),
+            dataset.classes,
+            val=None if val is None else _decode_all(val, config.image_size),
+        )
         splits = _make_array_splits(
             arrays,
             dataclasses.replace(config, num_val=0),
@@ -316,15 +340,6 @@ def _encoded_splits(
             shard,
             trained,
         )
-        if len(val):
-            pixels = _on_device(parts[1], device, torch.contiguous_format)
-            labels = parts[1].labels.to(device)
-            plan = BatchPlan(len(labels), eval_batch_size, shard=shard)
-            splits = splits._replace(
-                val=ResidentBatches(
-                    pixels, labels, dataset.classes, batch_size=eval_batch_size, plan=plan
-                )
-            )
         return splits._replace(fingerprint=identity, skipped=tuple(skipped))
 
     def batches(source: EncodedImages, training_seed: int | None = None) -> Batches:
@@ -343,10 +358,10 @@ def _encoded_splits(
         )
 
     return DataSplits(
-        train=batches(kept, seed),
-        probe=batches(kept, _probe_seed(seed)),
-        val=batches(val) if len(val) else None,
-        test=batches(_mixed(test)),
+        train=batches(train, seed),
+        probe=batches(train, _probe_seed(seed)),
+        val=None if val is None else batches(val),
+        test=batches(test),
         fingerprint=identity,
         skipped=tuple(skipped),
     )
@@ -357,7 +372,8 @@ def _readable(
 ) -> tuple[EncodedImages, list[str]]:
     """The images that can be decoded, and what is wrong with the others."""
     bad = bad_images.among(source, root)
-    kept = torch.tensor([index for index in range(len(source)) if index not in bad])
+    readable = [index for index in range(len(source)) if index not in bad]
+    kept = torch.tensor(readable, dtype=torch.int64)
     for label in set(source.labels.tolist()) - set(source.labels[kept].tolist()):
         first = next(index for index in bad if int(source.labels[index]) == label)
         raise ValueError(f"no image with label {label} can be read; {bad[first]}")

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import shutil
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from arat_fast.data.arrays import read_npy_header
-from arat_fast.data.formats import Encoded, array_folder, class_folders, tar_shards, unreadable
+from arat_fast.data.formats import (
+    array_folder,
+    class_folders,
+    has_class_folders,
+    index_shards,
+    read_labels,
+    tar_files,
+    tar_shards,
+    unreadable,
+)
 
 CHUNK = 2**24
 """Bytes that are copied at a time."""
@@ -34,46 +47,54 @@ def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
     Raises:
         ValueError: an array is absent, of another shape or dtype, or the file is cut short.
     """
+    with _opened(path) as archive:
+        missing = {"image.npy", "label.npy"} - set(archive.namelist())
+        if missing:
+            raise ValueError(
+                f"{path}: expected the arrays image and label, got "
+                f"{', '.join(archive.namelist()) or 'none'}"
+            )
+        with archive.open("image.npy") as file:
+            shape = _header(path, file)
+            expected, found = math.prod(shape), archive.getinfo("image.npy").file_size - file.tell()
+        if found != expected:
+            raise ValueError(f"{path}: expected {expected:,} bytes of images, got {found:,}")
+        if not shape[0]:
+            raise ValueError(f"{path}: expected at least one image, got none")
+        with archive.open("label.npy") as file:
+            return shape, read_labels(file, path, shape[0])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An .npz file; what is damaged in it, wherever it is read, is said of the file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            missing = {"image.npy", "label.npy"} - set(archive.namelist())
-            if missing:
-                raise ValueError(
-                    f"{path}: expected the arrays image and label, got "
-                    f"{', '.join(archive.namelist()) or 'none'}"
-                )
-            with archive.open("image.npy") as file:
-                shape = _header(path, file)
-            with archive.open("label.npy") as file:
-                lib: Any = np.lib.format
-                labels = lib.read_array(file, allow_pickle=False)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: expected an .npz file, but reading it fails: {error}") from error
-    if labels.shape != (shape[0],) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: expected {shape[0]} integer labels, one for each image, got {labels.dtype} "
-            f"of shape {labels.shape}"
-        )
-    if not shape[0]:
-        raise ValueError(f"{path}: expected at least one image, got none")
-    if labels.min() < 0:
-        raise ValueError(f"{path}: expected labels >= 0, got {labels.min()}")
-    return shape, torch.from_numpy(labels.astype(np.int64))
+            yield archive
+    # RuntimeError: it is encrypted, or compressed in a way that Python does not know. EINVAL: its
+    # directory points outside of it.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"{path}: expected an .npz file, but it is damaged: {error}") from error
 
 
 def first_images(path: Path, number: int) -> npt.NDArray[np.uint8]:
     """The first images of an .npz file: (at most ``number``, height, width, channels)."""
-    with zipfile.ZipFile(path) as archive, archive.open("image.npy") as file:
+    with _opened(path) as archive, archive.open("image.npy") as file:
         shape = _header(path, file)
         count = min(number, shape[0])
-        content = file.read(count * int(np.prod(shape[1:])))
+        content = file.read(count * math.prod(shape[1:]))
     images = np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
     return np.repeat(images, 3, 3) if shape[3] == 1 else images
 
 
 def _header(path: Path, file: IO[bytes]) -> tuple[int, int, int, int]:
     """The shape of the images of an open .npy file, which is left at their first byte."""
-    shape, fortran, dtype = read_npy_header(file)
+    try:
+        shape, fortran, dtype = read_npy_header(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected an array image.npy, got {error}") from error
     if len(shape) != 4 or dtype != np.uint8 or fortran or shape[3] not in (1, 3):
         raise ValueError(
             f"{path}: expected images (num_samples, height, width, 1 or 3) uint8, got "
@@ -106,7 +127,7 @@ def convert_npz(path: Path, folder: Path) -> int:
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         with (
-            zipfile.ZipFile(path) as archive,
+            _opened(path) as archive,
             archive.open("image.npy") as source,
             (work / "images.npy").open("wb") as target,
         ):
@@ -114,13 +135,9 @@ def convert_npz(path: Path, folder: Path) -> int:
             target.flush()
             os.fsync(target.fileno())
         np.save(work / "labels.npy", labels.numpy())
-        rows, _ = array_folder(work)
-        if rows.shape != shape:
-            raise ValueError(f"{path}: expected images of shape {shape}, got {rows.shape}")
+        array_folder(work)
         os.chmod(work, 0o777 & ~_umask())
         os.replace(work, folder)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: it is damaged: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return shape[0]
@@ -133,19 +150,23 @@ def _umask() -> int:
 
 
 def verify(path: Path) -> tuple[int, list[str]]:
-    """Decode every image of a folder by class, or of tar shards.
+    """Decode every image of a folder by class, of tar shards or of one of these.
 
     Args:
         path: the dataset.
 
     Returns:
-        the number of images, and what is wrong with those that cannot be decoded.
+        the number of files, and what is wrong with those that cannot be decoded.
 
     Raises:
         FileNotFoundError, ValueError: it is no such dataset.
     """
-    shards = path.is_file() or any(path.rglob("*.tar"))
-    dataset: Encoded = tar_shards(path) if shards else class_folders(path)
-    parts = [part for part in (dataset.train, dataset.test) if part is not None]
+    if path.is_file():
+        shard = index_shards([path])
+        return len(shard), list(unreadable(shard).values())
+    shards = path.is_dir() and not has_class_folders(path) and tar_files(path)
+    dataset = tar_shards(path) if shards else class_folders(path)
+    parts = [part for part in (dataset.train, dataset.val, dataset.test) if part is not None]
     reasons = [reason for part in parts for reason in unreadable(part).values()]
-    return sum(len(part) for part in parts), reasons
+    bad = [*dataset.bad, *reasons]
+    return sum(len(part) for part in parts) + len(dataset.bad), bad

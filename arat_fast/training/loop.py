@@ -153,6 +153,11 @@ class Trainer:
         if self.data.skipped:
             first = self.data.skipped[0]
             self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
+        if config.train.keep_best and self.data.val is None:
+            raise ValueError(
+                "train.keep_best needs validation images, and the dataset has none of its own: set "
+                f"data.num_val, got {config.data.num_val}"
+            )
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.train).to(self.device)
         self.objective = build_objective(config, self.model, self.data.train, objective)

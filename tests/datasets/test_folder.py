@@ -195,8 +195,8 @@ def test_held_out_images(published: Any, tmp_path: Path) -> None:
     assert sorted(splits.val.source.labels.tolist()) == list(range(10))
     assert files(load(tmp_path, num_val=10, seed=5).val) == files(splits.val)
     assert [len(b.y) for b in splits.val.epoch(0)] == [7, 3]
-    with pytest.raises(ValueError, match="at most 28 .* got 29"):
-        load(tmp_path, num_val=29)
+    with pytest.raises(ValueError, match="at most 20 .* got 21"):
+        load(tmp_path, num_val=21)
 
 
 def test_last_training_batch_of_one_is_left_out(published: Any, tmp_path: Path) -> None:

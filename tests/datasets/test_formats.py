@@ -75,7 +75,7 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
     for file in (root / "val" / "dog").iterdir():
         file.unlink()
-    (root / "val" / "dog" / "notes.txt").write_text("no image")
+    (root / "val" / "dog" / "README.txt").write_text("no image")
     with pytest.raises(ValueError, match="val/dog: expected images .* got none") as error:
         load("folder", root)
     one_line(error)
@@ -89,6 +89,55 @@ def test_a_class_of_one_split_only_is_named(tmp_path: Path) -> None:
     (root / "val" / "wolf").rename(tmp_path / "wolf")
     with pytest.raises(ValueError, match="val/dog: expected images"):
         load("folder", root)
+
+
+@pytest.mark.parametrize("missing", ["absent", "called otherwise"])
+def test_other_splits_without_one_to_train_on_are_refused(tmp_path: Path, missing: str) -> None:
+    root = image_folder(tmp_path / "set")
+    if missing == "absent":
+        (root / "train").rename(tmp_path / "elsewhere")
+    else:
+        (root / "train").rename(root / "learn")
+    with pytest.raises(ValueError, match="set: expected a folder train beside val, got none") as e:
+        load("folder", root)
+    one_line(e)
+
+
+def test_splits_in_other_words_are_the_same(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", splits=("Train", "Validation"))
+    splits = load("folder", root)
+    assert splits.train.classes == CLASSES
+    assert splits.val is None and splits.train.num_samples == splits.test.num_samples == 15
+    image_folder(root, splits=("training",))
+    with pytest.raises(ValueError, match="one folder for a split, got Train and training"):
+        load("folder", root)
+
+
+def test_a_class_can_be_called_train(tmp_path: Path) -> None:
+    for name in ("bus", "train"):
+        for index in range(10):
+            (tmp_path / name).mkdir(exist_ok=True)
+            picture(index).save(tmp_path / name / f"{index}.png")
+    assert class_folders(tmp_path).classes == ("bus", "train")
+
+
+@pytest.mark.parametrize("loader", ["dataloader", "resident"])
+def test_val_and_test_are_both_used(tmp_path: Path, loader: str) -> None:
+    for split, number in (("train", 4), ("val", 3), ("test", 2)):
+        for label, name in enumerate(CLASSES):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(number):
+                path = tmp_path / split / name / f"{index}.png"
+                Image.new("RGB", (24, 24), (number, label, index)).save(path)
+    options: dict[str, Any] = {"crop": "pad", "loader": loader}
+    splits = load("folder", tmp_path, **options)
+    assert splits.val is not None
+    for part, number in ((splits.train, 4), (splits.val, 3), (splits.test, 2)):
+        assert part.num_samples == 3 * number
+        red = {round(float(255 * x[0].max())) for batch in part.epoch(0) for x in batch.x}
+        assert red == {number}
+    with pytest.raises(ValueError, match="validation images of its own, .* data.num_val 0, got 2"):
+        load("folder", tmp_path, num_val=2, **options)
 
 
 def test_folders_without_classes_are_named(tmp_path: Path) -> None:
@@ -174,6 +223,15 @@ def test_a_class_of_bad_files_is_no_class(tmp_path: Path) -> None:
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="no image with label 1 can be read; .*dog"):
         load("folder", root, bad_images="skip")
+
+
+def test_a_split_of_bad_files_is_named(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    for file in (root / "val").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no image with label 0 can be read; .*val/cat") as error:
+        load("folder", root, bad_images="skip")
+    one_line(error)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
@@ -360,7 +418,16 @@ def archive(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"1.cls": b"0"}, "expected images with labels, got none"),
+        ({}, "expected images with labels, got none"),
+        ({"1.cls": b"0"}, "1.cls has no image, expected one of .jpg"),
+        ({"1.png": b"image", "1.cls": b"0", "2.cls": b"0"}, "2.cls has no image"),
+        (
+            {"1.png": b"image", "1.jpg": b"image", "1.cls": b"0"},
+            "expected one image for the key 1, got 1.png and 1.jpg",
+        ),
+        ({"1.png": b"image", "1.cls": b"0", "1.CLS": b"1"}, "1.CLS once, got it twice"),
+        ({"1.png": b"image", "1.cls": b"1"}, "train.tar: 1.png: got label 1, expected at most 0"),
+        ({"1.png": b"image", "1.cls": b"9" * 30}, "expected a label in .0, 9223372036854775807"),
         ({"1.png": b"image"}, "1.png has no label, expected 1.cls"),
         ({"1.png": b"image", "1.cls": b"cat"}, "1.cls holds b'cat', expected a label"),
         ({"1.png": b"image", "1.cls": b"-1"}, "1.cls holds b'-1', expected a label"),
@@ -373,6 +440,81 @@ def test_labels_that_disagree_with_the_images_of_a_shard(
     with pytest.raises(ValueError, match=message) as error:
         load("webdataset", tmp_path)
     one_line(error)
+
+
+def test_joined_archives_and_damaged_headers_are_named(tmp_path: Path) -> None:
+    path = shards(tmp_path) / "train-0.tar"
+    content = path.read_bytes()
+    path.write_bytes(content + (tmp_path / "train-1.tar").read_bytes())
+    with pytest.raises(ValueError, match="train-0.tar: expected nothing after the end .* in a row"):
+        load("webdataset", tmp_path)
+    with tarfile.open(tmp_path / "train-1.tar") as tar:
+        header = tar.getmembers()[5].offset
+    path.write_bytes(content[:header] + b"\xff" * 512 + content[header + 512 :])
+    with pytest.raises(ValueError, match="train-0.tar: expected nothing after .* damaged"):
+        load("webdataset", tmp_path)
+    path.write_bytes(content + bytes(5 * 10240))
+    assert load("webdataset", tmp_path).train.num_samples == 11
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar", None),
+        ("training/00.tar", "VAL_set.tar", "my.test.00.tar"),
+        ("trainset0.tar", None, "test/a.tar"),
+        ("pets-00.tar", None, None),
+        ("attestation-0.tar", None, None),
+    ],
+)
+def test_the_split_is_a_word_of_a_shards_name(
+    tmp_path: Path, names: tuple[str, str | None, str | None]
+) -> None:
+    for number, name in enumerate(names):
+        if name is not None:
+            tar_shard(tmp_path / name, 30 * number, 30 + number)
+    found = tar_shards(tmp_path)
+    assert len(found.train) == 30
+    sizes = [None if part is None else len(part) for part in (found.val, found.test)]
+    if names[1] is not None and names[2] is not None:
+        assert sizes == [31, 32]
+    else:
+        assert sizes == [None, 31 if names[1] else 32 if names[2] else None]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train-0.tar", "more.tar"), "more.tar: expected the word train, val or test"),
+        (("val-0.tar", "test-0.tar"), "none to train on is there"),
+        (("train-0.tar", "train/pets-test-0.tar"), "one split at most, got test and train"),
+    ],
+)
+def test_shards_without_a_clear_split_are_refused(
+    tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    for number, name in enumerate(names):
+        tar_shard(tmp_path / name, 10 * number, 10)
+    with pytest.raises(ValueError, match=message) as error:
+        load("webdataset", tmp_path)
+    one_line(error)
+
+
+def test_classes_without_training_shards_are_named(tmp_path: Path) -> None:
+    (shards(tmp_path) / "classes.txt").write_text("cat\ndog\nowl\nfox\n")
+    with pytest.raises(ValueError, match="classes.txt: .* got none of fox, label 3"):
+        load("webdataset", tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    archive(tmp_path / "val-0.tar", {"1.png": b"image", "1.cls": b"3"})
+    with pytest.raises(ValueError, match="val-0.tar: 1.png: got label 3, which no training image"):
+        load("webdataset", tmp_path)
+    image = encoded(picture(0), ".png")
+    members = {f"{i}.png": image for i in range(4)}
+    labels = {f"{i}.cls": str(label).encode() for i, label in enumerate((0, 1, 1, 3))}
+    for name in ("train-0.tar", "train-1.tar"):
+        archive(tmp_path / name, {**members, **labels})
+    with pytest.raises(ValueError, match="every label from 0 to 3, got none with label 2"):
+        load("webdataset", tmp_path)
 
 
 def test_what_is_no_plain_tar_is_named(tmp_path: Path) -> None:
@@ -522,13 +664,19 @@ def test_arrays_that_disagree(tmp_path: Path) -> None:
     folder = tmp_path / "edm"
     convert_npz(npz(tmp_path / "edm.npz"), folder)
     np.save(folder / "labels.npy", np.arange(49))
-    with pytest.raises(ValueError, match="expected 50 integers, .* got int64 of shape .49,."):
+    with pytest.raises(ValueError, match="expected 50 integer labels, .* got int64 of shape .49,."):
         load("arrays", folder)
     np.save(folder / "labels.npy", np.arange(50) % 3)
     images = folder / "images.npy"
     images.write_bytes(images.read_bytes()[:-1])
     with pytest.raises(ValueError, match="images.npy: expected .* it was cut short"):
         load("arrays", folder)
+    np.save(images, np.zeros((50, 4, 4, 3), np.uint8))
+    content = (folder / "labels.npy").read_bytes()
+    (folder / "labels.npy").write_bytes(content.replace(b"'descr': '", b"'descr': ("))
+    with pytest.raises(ValueError, match="labels.npy: .* its header is damaged") as error:
+        load("arrays", folder)
+    one_line(error)
     images.unlink()
     with pytest.raises(FileNotFoundError, match="images.npy|train"):
         load("arrays", folder)
@@ -714,8 +862,116 @@ def test_no_image_is_held_out_of_none() -> None:
     assert chosen.tolist() == [0, 1, 2] and not len(held_out)
 
 
-def test_files_that_are_no_images_are_passed_over(tmp_path: Path) -> None:
+def test_files_that_are_no_images_stop_the_run_or_are_counted(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
-    (root / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
-    (root / "train" / "cat" / ".hidden.png").write_bytes(b"x")
-    assert len(class_folders(root).train) == 15
+    cat = root / "train" / "cat"
+    for name in ("Thumbs.db", ".hidden.png", "LICENSE", "readme.md"):
+        (cat / name).write_bytes(b"x")
+    (cat / ".cache").mkdir()
+    (cat / ".cache" / "a.png").write_bytes(b"x")
+    found = class_folders(root)
+    assert len(found.train) == 15 and not found.bad
+    (cat / "notes.txt").write_text("hello")
+    Image.new("RGB", (9, 9)).save(cat / "photo.gif")
+    (root / "val" / "dog" / "sub").mkdir()
+    (root / "val" / "dog" / "sub" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "val" / "owl" / "more").symlink_to(cat)
+    found = class_folders(root)
+    assert len(found.train) == 15 and len(found.bad) == 4
+    for name, reason in zip(("notes.txt", "photo.gif"), found.bad, strict=False):
+        assert name in reason and "got another kind of file" in reason
+    for name, reason in zip(("gone.png", "more"), found.bad[2:], strict=True):
+        assert name in reason and "a link that is not followed" in reason
+    with pytest.raises(ValueError, match="notes.txt: .*and 3 files more.*bad-images skip") as error:
+        load("folder", root)
+    one_line(error)
+    splits = load("folder", root, bad_images="skip")
+    assert splits.skipped == found.bad and splits.train.num_samples == 15
+    assert verify(root) == (34, list(found.bad))
+
+
+def labelled(folder: Path, labels: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "images.npy", np.zeros((len(labels), 4, 4, 3), np.uint8))
+    np.save(folder / "labels.npy", np.asarray(labels))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2_000_000_000_000], "set: image 2: got label 2000000000000, expected at most 2"),
+        (np.array([0, 2**63], np.uint64), "labels.npy: .* < 2.63, got 9223372036854775808"),
+        ([0, 2, 2], "every label from 0 to 2, got none with label 1"),
+        ([], "expected at least one image"),
+        ([0, -1], "labels.npy: expected labels >= 0, got -1"),
+    ],
+)
+def test_labels_that_are_no_numbers_of_classes(tmp_path: Path, labels: Any, message: str) -> None:
+    labelled(tmp_path / "set", labels)
+    with pytest.raises(ValueError, match=message) as error:
+        load("arrays", tmp_path / "set", loader="resident")
+    one_line(error)
+
+
+def test_arrays_with_three_splits(tmp_path: Path) -> None:
+    for split, number in (("train", 6), ("val", 4), ("test", 2)):
+        labelled(tmp_path / split, np.arange(number) % 2)
+    splits = load("arrays", tmp_path)
+    assert splits.val is not None
+    parts = (splits.train, splits.val, splits.test)
+    assert [part.num_samples for part in parts] == [6, 4, 2]
+    labelled(tmp_path / "test", [0, 2])
+    with pytest.raises(ValueError, match="test: image 1: got label 2, which no training image has"):
+        load("arrays", tmp_path)
+    with pytest.raises(ValueError, match="own, expected data.num_val 0"):
+        labelled(tmp_path / "test", [0, 1])
+        load("arrays", tmp_path, num_val=1)
+
+
+def test_the_tenth_leaves_an_image_of_every_class(tmp_path: Path) -> None:
+    labels = torch.tensor([0, 1, 2, 3] + [4] * 20)
+    for number in range(1, 20):
+        chosen, held_out = stratified_split(labels, number)
+        assert len(held_out) == number and len(chosen) == 24 - number
+        assert torch.bincount(labels[chosen]).min() == 1
+        assert len(set(chosen.tolist()) | set(held_out.tolist())) == 24
+    with pytest.raises(ValueError, match="data.num_val must be at most 19 .* got 20"):
+        stratified_split(labels, 20)
+    splits = load("arrays", labelled(tmp_path / "set", labels.numpy()))
+    assert splits.test.num_samples == 2 and splits.train.num_samples == 22
+    few = load("folder", image_folder(tmp_path / "few", per_class=2, splits=(".",)))
+    assert few.test.num_samples == 1
+    with pytest.raises(ValueError, match="3 images of 3 classes are too few") as error:
+        load("folder", image_folder(tmp_path / "one", per_class=1, splits=(".",)))
+    assert "num_val" not in one_line(error)
+
+
+@pytest.mark.parametrize("place", ["start", "header", "middle", "labels", "method", "encrypted"])
+def test_a_damaged_compressed_npz_is_named(tmp_path: Path, place: str) -> None:
+    """Whatever zlib, zipfile and numpy raise."""
+    path = tmp_path / "edm.npz"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 9, (50, 32, 32, 3), dtype=np.uint8)
+    np.savez_compressed(path, image=images, label=np.arange(50) % 10)
+    with zipfile.ZipFile(path) as file:
+        members = {info.filename: info for info in file.infolist()}
+        start = members["image.npy"].header_offset + 30 + len("image.npy")
+        labels = members["label.npy"].header_offset + 30 + len("label.npy")
+        directory = file.start_dir
+    content = bytearray(path.read_bytes())
+    if place == "method":
+        content[directory + 10] = 99
+    elif place == "encrypted":
+        content[directory + 8] |= 1
+        content[6] |= 1
+    else:
+        first = {"start": start + 20, "header": start + 60, "middle": start + 20_000}
+        position = first.get(place, labels + 40)
+        damaged = slice(position, position + 30)
+        content[damaged] = bytes(byte ^ 255 for byte in content[damaged])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="edm.npz: ") as error:
+        convert_npz(path, tmp_path / "out")
+    one_line(error)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]

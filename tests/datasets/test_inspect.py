@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from arat_fast.cli import main
 from arat_fast.data.inspect import TILE, inspect
-from arat_fast.data.prepare import convert_npz
+from arat_fast.data.prepare import convert_npz, verify
 
 
 def npz(path: Path) -> Path:
@@ -113,9 +114,93 @@ def test_command_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "a folder to write is expected" in capsys.readouterr().err
     root = image_folder(tmp_path / "set")
     assert main(["data", "prepare", str(root)]) == 0
-    assert "30 of 30 images can be decoded" in capsys.readouterr().out
+    assert "30 of 30 files can be decoded" in capsys.readouterr().out
     (root / "val" / "cat" / "0_1.png").write_bytes(b"")
     assert main(["data", "prepare", str(root)]) == 2
     text = capsys.readouterr().out
     assert "unreadable" in text and "29 of 30" in text and "--data.bad-images skip" in text
     assert main(["data"]) == 2 and main(["data", "--help"]) == 0
+
+
+def test_an_npz_is_counted_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "many.npz"
+    labels = np.array([0] * 2050 + [7] * 950)
+    np.savez(path, image=np.full((3000, 2, 2, 3), 51, np.uint8), label=labels)
+    found = inspect(path, tmp_path / "sheet.png")
+    assert found.counts == {"images": 3000}
+    assert found.per_class == {"0": {"images": 2050}, "7": {"images": 950}}
+    assert "looked at    2,000 images, evenly spread over the first 2,048" in found.lines()
+    assert found.mean == pytest.approx([0.2] * 3) and found.std == pytest.approx([0] * 3)
+
+
+def test_huge_labels_are_shown_not_counted_through(tmp_path: Path) -> None:
+    labels = np.array([0, 1_440_764, 10**12])
+    np.savez(tmp_path / "a.npz", image=np.zeros((3, 2, 2, 3), np.uint8), label=labels)
+    convert_npz(tmp_path / "a.npz", tmp_path / "a")
+    for path in (tmp_path / "a.npz", tmp_path / "a"):
+        found = inspect(path, tmp_path / "sheet.png")
+        assert found.classes == ("0", "1440764", "1000000000000")
+        assert found.per_class["1440764"] == {"images": 1}
+
+
+def test_a_shard_of_some_classes_can_be_looked_at(tmp_path: Path) -> None:
+    shard = tar_shard(tmp_path / "val-0.tar", 1, 2)
+    found = inspect(shard)
+    assert found.classes == ("1", "2") and found.counts == {"images": 2}
+    assert main(["data", "prepare", str(shard)]) == 0
+
+
+def test_class_folders_win_over_stray_archives_and_images(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    tar_shard(root / "backup.tar", 0, 3)
+    (root / "a.png").write_bytes(encoded(picture(1), ".png"))
+    assert inspect(root).kind == "images in folders by class"
+    assert verify(root) == (30, [])
+    flat = image_folder(tmp_path / "flat", splits=(".",))
+    tar_shard(flat / "backup" / "old.tar", 0, 3)
+    with pytest.raises(ValueError, match="backup: expected images"):
+        inspect(flat)
+
+
+def test_other_files_of_a_class_are_shown(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    (root / "val" / "dog" / "notes.txt").write_text("hello")
+    found = inspect(root)
+    assert found.counts == {"train": 15, "test": 15}
+    assert len(found.bad) == 1 and "notes.txt" in found.bad[0]
+
+
+def test_three_splits_are_shown(tmp_path: Path) -> None:
+    found = inspect(image_folder(tmp_path / "set", splits=("train", "val", "test")))
+    assert found.counts == {"train": 15, "val": 15, "test": 15}
+
+
+def test_the_sheet_never_joins_the_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder(tmp_path / "pets", splits=(".",))
+    for folder in (root, root / "cat"):
+        monkeypatch.chdir(folder)
+        assert main(["data", "inspect", "." if folder == root else ".."]) == 0
+        assert "images       train 15" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["pets-sheet.png"]
+    assert len(list(root.rglob("*.png"))) == 15
+
+
+def test_memory_is_in_proportion(tmp_path: Path) -> None:
+    """To the labels, and to the largest image: a byte a value, not sixteen."""
+    number = 400_000
+    np.savez(
+        tmp_path / "a.npz",
+        image=np.zeros((number, 1, 1, 3), np.uint8),
+        label=np.arange(number) % 10,
+    )
+    convert_npz(tmp_path / "a.npz", tmp_path / "a")
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (3000, 2000), (9, 8, 7)).save(tmp_path / "large" / "a.png")
+    for path, limit in ((tmp_path / "a", 60 * number), (tmp_path / "large", 4 * 18_000_000)):
+        tracemalloc.start()
+        inspect(path, tmp_path / "sheet.png", max_samples=100)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < limit

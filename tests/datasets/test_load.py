@@ -123,8 +123,8 @@ def test_held_out_images_are_disjoint_from_training_and_stratified() -> None:
 
 
 def test_too_large_num_val_is_named() -> None:
-    with pytest.raises(ValueError, match="num_val must be at most 1435 .* got 1436") as error:
-        load("digits", num_val=1436)
+    with pytest.raises(ValueError, match="num_val must be at most 1427 .* got 1428") as error:
+        load("digits", num_val=1428)
     one_line(error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import threading
 import zipfile
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_config, tiny_trainer
@@ -292,6 +294,27 @@ def test_best_needs_validation_images() -> None:
             data=dataclasses.replace(config.data, num_val=0),
             train=dataclasses.replace(config.train, keep_best=True),
         )
+
+
+def test_best_needs_validation_images_of_the_dataset_or_held_out(tmp_path: Path) -> None:
+    """Whether a dataset of one's own has some is known when it is read."""
+    for split in ("train", "val", "test"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        pixels = np.zeros((64, 8, 8, 3), np.uint8)
+        np.save(tmp_path / "set" / split / "images.npy", pixels)
+        np.save(tmp_path / "set" / split / "labels.npy", np.arange(64) % 10)
+    config = tiny_config()
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, name="arrays", root=tmp_path / "set", num_val=0, batch_size=32
+        ),
+        train=dataclasses.replace(config.train, eval_every=1, keep_best=True),
+    )
+    assert tiny_trainer(tmp_path / "run", config).data.val is not None
+    shutil.rmtree(tmp_path / "set" / "val")
+    with pytest.raises(ValueError, match="keep_best needs validation images, and .* has none"):
+        tiny_trainer(tmp_path / "other", config)
 
 
 def evaluation_lines(run: Path) -> list[str]:
