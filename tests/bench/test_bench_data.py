@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,101 @@ def test_a_slow_loader_is_waited_for() -> None:
     assert 0.6 < share < 0.85 and 10 < rate < 30
     fast = Loader(lambda epoch: [ready] * 3, lambda: None)
     assert waited(step, fast, ready, 5, torch.device("cpu"))[0] < 0.3  # type: ignore[arg-type]
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Fake:
+    """Loaders that deliver one batch; which of them were stopped."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batch = torch.rand(2, 3, 4, 4, generator=generator), torch.tensor([0, 1])
+        self.stopped: list[str] = []
+
+    def loaders(self, **batches: Batch) -> dict[str, Any]:
+        def loader(name: str, batch: Batch, workers: int) -> Loader:
+            return Loader(lambda epoch: [batch], lambda: self.stopped.append(name))
+
+        return {name: partial(loader, name, batch) for name, batch in batches.items()}
+
+
+def run_fake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaders: dict[str, Any], beside_step: bool
+) -> tuple[int, dict[str, Any], str]:
+    """Exit code, record and table of the loaders in the place of those of arrays."""
+    monkeypatch.setattr("arat_fast.bench.data.array_loaders", lambda *_: loaders)
+    monkeypatch.setattr("arat_fast.bench.data.file_loaders", lambda *_: {})
+    code = bench_data(
+        DataOptions(
+            batch_size=2,
+            num_arrays=2,
+            num_files=2,
+            workers=(0,),
+            rounds=1,
+            beside_step=beside_step,
+            steps=1,
+            model="resnet8",
+            device="cpu",
+            out=tmp_path / "data.json",
+        )
+    )
+    record = json.loads((tmp_path / "data.json").read_text())
+    return code, record, (tmp_path / "data.md").read_text()
+
+
+def test_a_loader_with_other_batches_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+    x, y = fake.batch
+    waits: list[torch.device] = []
+    monkeypatch.setattr("arat_fast.bench.data.synchronize", waits.append)
+    loaders = fake.loaders(resident=(x + 0.01, y), dali=(x, y.flip(0)), dataloader=(x, y))
+    code, record, table = run_fake(tmp_path, monkeypatch, loaders, beside_step=False)
+    assert code == 1 and fake.stopped == ["resident", "dali", "dataloader"]
+    timed = [e["contestant"] for e in record["results"] if "images_per_second" in e]
+    assert timed == ["dataloader"] and "| resident |" not in table
+    assert [problem.partition(":")[0] for problem in record["problems"]] == [
+        "resident at 32 pixels",
+        "dali at 32 pixels",
+    ]
+    assert "the mean difference is 2.55 levels of 255" in record["problems"][0]
+    # Two epochs of each with its number of workers, one round of what is timed.
+    assert len(waits) == 7
+
+
+def test_a_step_that_fails_leaves_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+
+    def fail(run: Any, loader: Loader, *_: Any) -> tuple[float, float]:
+        if not fake.stopped and not failed:
+            failed.append(loader)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.25, 8.0
+
+    failed: list[Loader] = []
+    monkeypatch.setattr("arat_fast.bench.data.waited", fail)
+    monkeypatch.setattr("arat_fast.bench.data.warm", lambda *_: None)
+    loaders = fake.loaders(resident=fake.batch, dataloader=fake.batch)
+    code, record, table = run_fake(tmp_path, monkeypatch, loaders, beside_step=True)
+    assert code == 1 and fake.stopped == ["resident", "dataloader"]
+    assert ["waited" in entry for entry in record["results"]] == [False, True]
+    assert record["problems"] == [
+        "resident at 32 pixels, beside the step: OutOfMemoryError: CUDA out of memory"
+    ]
+    assert "| 32 | resident |" in table and "25.0 %" in table
+
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("arat_fast.bench.data.warm", too_large)
+    code, record, table = run_fake(tmp_path, monkeypatch, loaders, beside_step=True)
+    assert code == 1 and "| 32 | dataloader |" in table
+    assert record["problems"][0].startswith("the step at 32 pixels: OutOfMemoryError")
 
 
 @pytest.mark.parametrize(
