@@ -62,6 +62,9 @@ class ObjectiveConfig:
     """Weights of the classification losses: the clean branch's training accuracy over the previous
     epoch, the same measured on the first 1,024 samples before each epoch (official code), or
     fixed."""
+    separate_passes: bool = False
+    """arat with model.norm=shared: normalise clean and adversarial images each with their own
+    statistics, in two passes (official code), instead of with those of the mixture, in one."""
     beta: float = 6.0
     """trades and mart: weight of the divergence; >= 0."""
     alpha: float = 0.0
@@ -99,11 +102,6 @@ class ObjectiveConfig:
     def called(self) -> str:
         """What the summary and the report call the objective."""
         return self.label if self.name == "custom" and self.label else self.name
-
-    @property
-    def mixes_images(self) -> bool:
-        """Whether one network is trained on clean and on adversarial images."""
-        return self.name in ("arat", "trades", "mart", "lbgat")
 
 
 @dataclass(frozen=True)

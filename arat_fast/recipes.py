@@ -130,8 +130,8 @@ def recipe(name: str, compat: Compat = "paper") -> Config:
         name: one of ``RECIPES``.
         compat: "official" sets every switch that reproduces what the official code really runs:
             the in-place random start, BatchNorm statistics updated inside the attack, the late
-            learning-rate schedule with its slow first epoch, and the balance measured on 1,024
-            samples.
+            learning-rate schedule with its slow first epoch, the balance measured on 1,024 samples,
+            and two training passes where one BatchNorm is shared.
 
     Raises:
         ValueError: unknown recipe or compat.
@@ -149,7 +149,7 @@ def recipe(name: str, compat: Compat = "paper") -> Config:
         config,
         compat="official",
         attack=dataclasses.replace(config.attack, bn="batch_update"),
-        objective=dataclasses.replace(config.objective, balance="probe"),
+        objective=dataclasses.replace(config.objective, balance="probe", separate_passes=True),
         schedule=dataclasses.replace(config.schedule, name="official_steps"),
         step=dataclasses.replace(config.step, noisy_clean=True),
     )

@@ -26,8 +26,9 @@ NUMBERS = ("mean_gap", "std_gap", "w2", "w2_relative", "output_w2")
 def mixture_distance(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, dict[str, float]]:
     """Distances between clean and adversarial batch statistics at every BatchNorm of a network.
 
-    ``[x; x_adv]`` runs in one pass on batch statistics, as in a step of ARAT: a split BatchNorm
-    normalises each half with its own statistics, an ordinary one both with those of the mixture.
+    ``[x; x_adv]`` runs in one pass on batch statistics, as in a step of ARAT without
+    ``separate_passes``: a split BatchNorm normalises each half with its own statistics, an ordinary
+    one both with those of the mixture.
     For each channel, m and s are mean and standard deviation over the batch and all positions
     (divided by their number, not by one less) of the layer's *input*, for each half. With M and S
     those of the two halves together:

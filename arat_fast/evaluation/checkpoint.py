@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from arat_fast.build import build_objective
 from arat_fast.config import Config
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.bad_images import BadImages
@@ -170,7 +171,8 @@ def place_network(
         device: where the network goes.
 
     Raises:
-        ValueError: it has another number of classes or of image channels.
+        ValueError: it has another number of classes or of image channels, or it needs statistics
+            for an objective of one's own.
     """
     classes, channels = network_size(saved.model.state_dict(), saved.name)
     expected = data.test.num_classes, data.test.image_shape[0]
@@ -181,12 +183,21 @@ def place_network(
         )
     model = saved.model.to(device)
     if not saved.statistics_fresh:
+        if config.objective.name == "custom":
+            raise ValueError(
+                f"{saved.path}: the BatchNorm statistics of the average were not yet estimated, "
+                f"and its objective, {config.objective.called}, is not at hand: finish the run in "
+                "Python, with Trainer(..., resume=True)"
+            )
+        with torch.random.fork_rng(devices=[]):
+            # Fresh predictors and guides: neither attack nor statistics need the trained ones.
+            objective = build_objective(config, model, data.train)
         refresh_batch_norm(
             model,
             data.train.epoch(config.train.epochs),
-            None if config.objective.name == "natural" else config.attack,
+            objective,
+            config.attack,
             stream_generator(config.seed, "refresh", device),
-            mixture=config.objective.mixes_images,
         )
     return model
 

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.models.features import collect_features
-from arat_fast.models.split_batch_norm import use_branch, use_statistics
+from arat_fast.models.split_batch_norm import (
+    Branch,
+    SplitBatchNorm2d,
+    use_branch,
+    use_statistics,
+)
 from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
 from arat_fast.objectives.predictor import Predictors
 from arat_kernels.cosine_invariance import cosine_invariance
@@ -25,8 +30,10 @@ class ARAT(Objective):
     ``w_adv * CE(f_adv(x_adv), y) + w_clean * CE(f_clean(x), y)
     + (gamma / L) * sum_l mean_n(1 - cos(h_l(z_adv_l), stopgrad(z_clean_l)))``
 
-    Both halves run in one forward pass of ``[x; x_adv]``. On a network without split BatchNorm, the
-    paper's ablation, every BatchNorm therefore normalises with the statistics of the mixture.
+    Both halves run in one forward pass of ``[x; x_adv]``. On a network without split BatchNorm a
+    BatchNorm therefore normalises with the statistics of the mixture. The official code makes two
+    passes instead, ``x`` and then ``x_adv``, so that its one BatchNorm normalises each half by
+    itself, and the halves share running statistics, weight and bias alone: ``separate_passes``.
 
     Args:
         model: the network, used once to find the width of every regularised layer.
@@ -43,6 +50,8 @@ class ARAT(Objective):
         auto_balance: w_adv = a and w_clean = 1 - a, with a the clean training accuracy; else the
             weights below.
         w_adv, w_clean: fixed weights of the two classification losses, >= 0.
+        separate_passes: pass ``x`` and ``x_adv`` through the network one after the other. With
+            split BatchNorm the numbers are the same, and one pass is faster.
 
     Raises:
         ValueError: a layer does not exist, ``gamma`` or a weight is negative, or switches that
@@ -71,6 +80,7 @@ class ARAT(Objective):
         auto_balance: bool = True,
         w_adv: float = 1.0,
         w_clean: float = 1.0,
+        separate_passes: bool = False,
     ) -> None:
         super().__init__()
         if not gamma >= 0 or not w_adv >= 0 or not w_clean >= 0:
@@ -92,6 +102,7 @@ class ARAT(Objective):
         self.stop_gradient = stop_gradient
         self.direction = direction
         self.auto_balance = auto_balance
+        self.separate_passes = separate_passes
         self.impl: Impl | None = None
         widths = feature_widths(model, self.layers, image_shape)
         self.predictors = Predictors(widths) if predictor else None
@@ -106,20 +117,34 @@ class ARAT(Objective):
             self.w_clean.fill_(1 - clean_accuracy)
 
     def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
-        with use_branch(model, "both"), collect_features(model, self.layers) as features:
-            logits = widen(model(torch.cat([x, x_adv])))
-        logits_clean, logits_adv = logits.chunk(2)
+        if self.separate_passes:
+            clean, adv = self._pass(model, "clean", x), self._pass(model, "adv", x_adv)
+        else:
+            both = self._pass(model, "both", torch.cat([x, x_adv]))
+            halves = [tensor.chunk(2) for tensor in both]
+            clean, adv = [half[0] for half in halves], [half[1] for half in halves]
+        (logits_clean, *z_clean), (logits_adv, *z_adv) = clean, adv
         terms = {
             "ce_adv": self.w_adv * F.cross_entropy(logits_adv, y),
             "ce_clean": self.w_clean * F.cross_entropy(logits_clean, y),
         }
-        pairs = [features[layer].chunk(2) for layer in self.layers]
         weight = self.gamma / len(self.layers)
-        invariance = self._invariance([p[0] for p in pairs], [p[1] for p in pairs])
+        invariance = self._invariance(z_clean, z_adv)
         for layer, value in zip(self.layers, invariance, strict=True):
             terms[f"invariance/{layer}"] = weight * value
         loss = torch.stack(list(terms.values())).sum()
         return ObjectiveOutput(loss, terms, logits_clean, logits_adv)
+
+    def passes(self, model: nn.Module, x: Tensor, x_adv: Tensor) -> list[Tensor]:
+        if any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
+            return [x_adv]
+        return [x, x_adv] if self.separate_passes else [torch.cat([x, x_adv])]
+
+    def _pass(self, model: nn.Module, branch: Branch, images: Tensor) -> list[Tensor]:
+        """The logits, then the feature of every regularised layer."""
+        with use_branch(model, branch), collect_features(model, self.layers) as features:
+            logits = widen(model(images))
+        return [logits, *(features[layer] for layer in self.layers)]
 
     def _invariance(self, z_clean: list[Tensor], z_adv: list[Tensor]) -> list[Tensor]:
         if self.direction == "symmetric":

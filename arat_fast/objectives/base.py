@@ -55,16 +55,61 @@ class Objective(nn.Module, ABC):
         """
 
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss | None:
-        """The loss that the attack maximises, as a function of the logits; None: cross-entropy."""
+        """The loss that the attack maximises, as a function of the logits; None: cross-entropy.
+
+        The step asks for it where the network is as the attack will run it: on its adversarial
+        branch, with the BatchNorm statistics of the attack.
+
+        Args:
+            model: the network.
+            x: images (N, C, H, W) in [0, 1].
+            y: labels (N,), int64.
+
+        Returns:
+            (N, classes) → (N,), or None.
+        """
         return None
 
     def own_attack(self, attack: PGD) -> PGD:
         """The attack of this objective, with radius, steps and norm of ``attack``."""
         return attack
 
-    def attack_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """Where the attack starts, added to ``x``; None: where the attack itself says."""
+    def attack_noise(
+        self,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """Where the attack starts: added to the images, neither projected nor clamped.
+
+        Drawn once for the batch of all processes, before it is taken apart, so that it cannot
+        depend on the images.
+
+        Args:
+            shape: (N, C, H, W) of the images of all processes.
+            dtype, device, memory_format: of the images.
+            generator: source of the draws, on ``device``; None: PyTorch's default one.
+
+        Returns:
+            A tensor like the images, or None: where the attack itself says.
+        """
         return None
+
+    def passes(self, model: nn.Module, x: Tensor, x_adv: Tensor) -> list[Tensor]:
+        """The batches that :meth:`forward` passes through the deployed BatchNorm, in its order.
+
+        That is the only one, or the adversarial branch of a split one; through the clean branch
+        pass clean images. SWA estimates the running statistics of the averaged weights anew from
+        these batches, each by itself.
+
+        Args:
+            model: the network.
+            x, x_adv: images (N, C, H, W) and their adversarial versions.
+        """
+        return [x_adv]
 
     def adopt(self, model: nn.Module) -> None:
         """Told once, before the first step, that the natural weights are in the network."""

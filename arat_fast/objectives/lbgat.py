@@ -63,3 +63,6 @@ class LBGAT(DivergenceAttack):
             terms["kl"] = self.alpha * divergence(logits_clean, logits_adv)
         loss = torch.stack(list(terms.values())).sum()
         return ObjectiveOutput(loss, terms, logits_clean, logits_adv)
+
+    def passes(self, model: nn.Module, x: Tensor, x_adv: Tensor) -> list[Tensor]:
+        return [x_adv, x]

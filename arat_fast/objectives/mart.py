@@ -54,3 +54,6 @@ class MART(NormalStart):
         }
         loss = torch.stack(list(terms.values())).sum()
         return ObjectiveOutput(loss, terms, logits_clean, logits_adv)
+
+    def passes(self, model: nn.Module, x: Tensor, x_adv: Tensor) -> list[Tensor]:
+        return [x, x_adv]

@@ -18,15 +18,25 @@ class NormalStart(Objective):
     """Base of objectives that attack in eval mode, from the images plus normal noise.
 
     Radius, steps, step size and norm are those of the step's attack, ``bn`` and ``random_start``
-    are not. The start is neither projected nor clamped, the steps after it are: so does the code of
-    TRADES, MART and LBGAT.
+    are not. In L-infinity the start is neither projected nor clamped, the steps after it are: so
+    does the code of TRADES, MART and LBGAT. Their code for L2, where there is one, makes other
+    steps, which are not followed.
     """
 
     def own_attack(self, attack: PGD) -> PGD:
         return dataclasses.replace(attack, bn="running")
 
-    def attack_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        return START_STD * torch.empty_like(x).normal_(generator=generator)
+    def attack_noise(
+        self,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        noise = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+        return START_STD * noise.normal_(generator=generator)
 
 
 def check_weight(name: str, value: float) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import AttackLoss
-from arat_fast.models.split_batch_norm import use_branch, use_statistics
+from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.objectives.base import ObjectiveOutput, widen
 from arat_fast.objectives.normal_start import NormalStart, check_weight
 
@@ -20,8 +20,7 @@ class DivergenceAttack(NormalStart):
 
     @torch.no_grad()
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss | None:
-        with use_branch(model, "adv"), use_statistics(model, "running"):
-            clean = widen(model(x)).softmax(dim=1)
+        clean = widen(model(x)).softmax(dim=1)
 
         def loss(logits: Tensor) -> Tensor:
             return F.kl_div(widen(logits).log_softmax(dim=1), clean, reduction="none").sum(dim=1)
@@ -65,6 +64,9 @@ class TRADES(DivergenceAttack):
             "kl": self.beta * divergence(logits_clean, logits_adv),
         }
         return ObjectiveOutput(terms["ce_clean"] + terms["kl"], terms, logits_clean, logits_adv)
+
+    def passes(self, model: nn.Module, x: Tensor, x_adv: Tensor) -> list[Tensor]:
+        return [x, x_adv, x]
 
 
 def divergence(clean: Tensor, adv: Tensor) -> Tensor:

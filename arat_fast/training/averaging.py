@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD
 from arat_fast.config import AverageConfig
@@ -15,7 +14,9 @@ from arat_fast.data.batches import Batch
 from arat_fast.data.plan import BatchPlan
 from arat_fast.distributed import ALONE, Place, Ranks, place_of
 from arat_fast.distributed.batch_norm import running_statistics
-from arat_fast.models.split_batch_norm import SplitBatchNorm2d, copy_network, use_branch
+from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d, copy_network, use_branch
+from arat_fast.objectives.base import Objective
+from arat_fast.training.step import adversarial_batch, own_start
 
 
 class WeightAverage:
@@ -88,27 +89,27 @@ class WeightAverage:
 def refresh_batch_norm(
     model: nn.Module,
     batches: Iterable[Batch],
-    attack: PGD | None,
+    objective: Objective,
+    attack: PGD,
     generator: torch.Generator | None = None,
-    mixture: bool = False,
     ranks: Ranks = ALONE,
     plan: BatchPlan | None = None,
 ) -> None:
     """Re-estimate the running statistics of every BatchNorm2d, both branches, with one pass.
 
-    The adversarial branch sees adversarial examples of the network itself, the clean branch clean
-    images; every sample has the same weight. A network without split BatchNorm sees adversarial
-    examples, or clean images where there is no attack, or both.
+    The images are attacked as the objective has them attacked, and go through the deployed
+    BatchNorm in the batches of its :meth:`~arat_fast.objectives.Objective.passes`, each normalised
+    by itself; the clean branch of a split one sees clean images. Every pass of every sample has
+    the same weight.
 
     Args:
         model: the network; its statistics are changed in place, its mode is kept.
         batches: one epoch of training batches.
-        attack: makes the adversarial examples, with the statistics of each batch whatever its
-            ``bn`` says: running statistics are what is being estimated. None for a network trained
-            without.
+        objective: that the network was trained with. ARREST's replay is left out: which samples it
+            takes depends on the running statistics.
+        attack: as configured. It runs on the statistics of each batch, whatever it or the objective
+            says: running statistics are what is being estimated.
         generator: source of the random starts.
-        mixture: a network without split BatchNorm that was trained on clean and adversarial images
-            in one batch; it sees both.
         ranks: the processes that share every batch; all get the same statistics.
         plan: of the batches, which start with the first; needed with several processes.
     """
@@ -116,8 +117,6 @@ def refresh_batch_norm(
     if not layers:
         return
     split = any(isinstance(layer, SplitBatchNorm2d) for layer in layers)
-    if attack is not None:
-        attack = dataclasses.replace(attack, bn="batch")
     momenta = [layer.momentum for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     for layer in layers:
@@ -133,21 +132,34 @@ def refresh_batch_norm(
     try:
         for number, (x, y) in enumerate(batches):
             place = Place(0, len(x)) if plan is None else place_of(plan, number)
-            x_adv = x
-            if attack is not None:
-                x_adv = attack(model, x, y, generator=generator, first=place.first)
-            # Of all processes where they normalise together, else of this one.
-            for together, num in ((False, len(x)), (True, place.total)):
-                seen[together] += num
-            for layer in layers:
-                together = getattr(layer, "group", None) is not None
-                layer.momentum = (place.total if together else len(x)) / seen[together]
-            with torch.no_grad():
-                with use_branch(model, "adv"):
-                    model(torch.cat([x, x_adv]) if mixture and not split else x_adv)
-                if split:
-                    with use_branch(model, "clean"):
-                        model(x)
+            noise = own_start(objective, x, place, generator) if objective.needs_attack else None
+            x, x_adv = adversarial_batch(
+                model,
+                objective,
+                attack,
+                x,
+                y,
+                generator=generator,
+                noise=None if noise is None else noise[: len(x)],
+                first=place.first,
+                bn="batch",
+            )
+            branches: list[tuple[Branch, list[Tensor]]] = [
+                ("adv", objective.passes(model, x, x_adv))
+            ]
+            if split:
+                branches.append(("clean", [x]))
+            for branch, passes in branches:
+                for done, images in enumerate(passes, start=1):
+                    for layer in layers:
+                        # Of all processes where they normalise together, else of this one.
+                        together = getattr(layer, "group", None) is not None
+                        num = place.total if together else len(x)
+                        layer.momentum = num / (len(passes) * seen[together] + done * num)
+                    with torch.no_grad(), use_branch(model, branch):
+                        model(images)
+            seen[False] += len(x)
+            seen[True] += place.total
         if not ranks.alone:
             share = seen[False] / seen[True]
             for buffer in running_statistics(model):

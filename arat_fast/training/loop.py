@@ -508,9 +508,9 @@ class Trainer:
             refresh_batch_norm(
                 self.average.model,
                 self._refresh_batches(stop),
-                self.config.attack if self.objective.needs_attack else None,
+                self.objective,
+                self.config.attack,
                 stream_generator(self.config.seed, "refresh", self.device),
-                mixture=self.config.objective.mixes_images,
                 ranks=self.ranks,
                 plan=self.data.train.plan,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,6 +18,7 @@ from arat_fast.distributed.batch_norm import running_statistics
 from arat_fast.distributed.gradients import GradientSum
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem
+from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective
 from arat_fast.training.graph import BatchTooLargeError, Function, StepGraphs
 from arat_kernels.implementation import Impl
@@ -34,6 +36,7 @@ def adversarial_batch(
     keys: Tensor | None = None,
     first: int = 0,
     noisy_clean: bool = False,
+    bn: Statistics | None = None,
     attacked: Callable[[PGD, Tensor], nn.Module] | None = None,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -47,9 +50,11 @@ def adversarial_batch(
         y: labels (N,), int64.
         generator: source of the random start, on the device of ``x``; None: PyTorch's default one.
         noise: start of the attack instead of a random draw; shape of ``x``.
-        keys: of the random starts, as for calling the attack; None draws them.
+        keys: of the random starts, as for calling the attack, where ``noise`` is what else was
+            drawn for a larger batch; None draws them, and the objective's own start.
         first: place of the first sample in a larger batch.
         noisy_clean: the official code's in-place start.
+        bn: BatchNorm in the attack, whatever the attack or the objective says; None: as they say.
         attacked: gives the network that is attacked, from the attack and ``x``; None: ``model``.
         impl: implementation of the attack's own operations.
 
@@ -64,13 +69,17 @@ def adversarial_batch(
         x = attack.start(x, generator, noise, impl, key=key, first=first)
         noise = torch.zeros_like(x)
     attack = objective.own_attack(attack)
-    if noise is None:
-        noise = objective.attack_noise(x, generator)
+    if bn is not None:
+        attack = dataclasses.replace(attack, bn=bn)
+    if noise is None and keys is None:
+        noise = own_start(objective, x, Place(0, len(x)), generator)
+    with use_branch(model, "adv"), use_statistics(model, attack.bn):
+        loss_fn = objective.attack_loss(model, x, y)
     x_adv = attack(
         model if attacked is None else attacked(attack, x),
         x,
         y,
-        loss_fn=objective.attack_loss(model, x, y),
+        loss_fn=loss_fn,
         generator=generator,
         noise=noise,
         keys=keys,
@@ -78,6 +87,31 @@ def adversarial_batch(
         impl=impl,
     )
     return x, x_adv
+
+
+def own_start(
+    objective: Objective, x: Tensor, place: Place, generator: torch.Generator | None
+) -> Tensor | None:
+    """The objective's own start of the attack, from one draw for the batch of all processes.
+
+    Args:
+        objective: of the step.
+        x: the first of this process's images, (n, C, H, W).
+        place: of the first one in that batch.
+        generator: source of the draws.
+
+    Returns:
+        The start for this process's images and those after them, or None: where the attack says.
+    """
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    noise = objective.attack_noise(
+        (place.total, *x.shape[1:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=layout,
+        generator=generator,
+    )
+    return None if noise is None else noise[place.first :]
 
 
 @dataclass(eq=False)
@@ -333,7 +367,8 @@ class TrainStep:
             num = len(x)
             if number == 0 and not whole and self.objective.needs_attack:
                 # Once for the whole batch, in the order in which it would draw by itself.
-                noise = self._own_noise(x, num_samples) if noise is None else noise
+                if noise is None and not self.noisy_clean:
+                    noise = own_start(self.objective, x, place, self.generator)
                 attack = self.objective.own_attack(self.attack)
                 keys = attack.draw_keys(self.generator, x.device, first_given=noise is not None)
             start = None
@@ -354,19 +389,6 @@ class TrainStep:
         if self._sum is not None:
             self._sum.average_statistics(num_samples / place.total)
         return metrics
-
-    def _own_noise(self, x: Tensor, num_samples: int) -> Tensor | None:
-        """This rank's part of the objective's own start, drawn for the batch of all ranks."""
-        if type(self.objective).attack_noise is Objective.attack_noise:
-            return None
-        place = self._place
-        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        batch = torch.empty(
-            (place.total, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout
-        )
-        noise = self.objective.attack_noise(batch, self.generator)
-        assert noise is not None
-        return noise[place.first : place.first + num_samples]
 
     def _loss(
         self, x: Tensor, y: Tensor, noise: Tensor | None, keys: Tensor | None, first: int

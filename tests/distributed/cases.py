@@ -51,6 +51,7 @@ CASES = {
     # Without BatchNorm nothing depends on which samples are together.
     "accumulate": Case(norm="none", accumulate=3, restarts=2),
     "accumulate trades": Case("trades", norm="none", accumulate=2),
+    "accumulate mart, official start": Case("mart", norm="none", accumulate=2, noisy_clean=True),
 }
 
 
@@ -144,6 +145,7 @@ def train(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
         refresh_batch_norm(
             average.model,
             ((x.double(), y) for x, y in data.epoch(9)),  # type: ignore[misc]
+            objective,
             PGD(0.1, 0.05, 2),
             torch.Generator().manual_seed(4),
             ranks=ranks,

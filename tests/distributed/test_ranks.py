@@ -87,7 +87,7 @@ def test_overlap_changes_nothing(results: Results, size: int) -> None:
     assert all(torch.equal(other[key], value) for key, value in one.items())
 
 
-@pytest.mark.parametrize("name", ["accumulate", "accumulate trades"])
+@pytest.mark.parametrize("name", [n for n in cases.CASES if n.startswith("accumulate")])
 def test_accumulation_equals_the_whole_batch(name: str) -> None:
     whole = cases.train(dataclasses.replace(cases.CASES[name], accumulate=1))
     parts = alone(name)

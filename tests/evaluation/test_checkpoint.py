@@ -64,9 +64,9 @@ def test_statistics_are_refreshed_with_the_attack_of_the_run(
     attacks = []
     refresh = module.refresh_batch_norm
 
-    def noted(model: Any, batches: Any, attack: Any, *arguments: Any, **keywords: Any) -> None:
+    def noted(model: Any, batches: Any, objective: Any, attack: Any, generator: Any) -> None:
         attacks.append(attack)
-        refresh(model, batches, attack, *arguments, **keywords)
+        refresh(model, batches, objective, attack, generator)
 
     monkeypatch.setattr(module, "refresh_batch_norm", noted)
     record = evaluate(tmp_path / "stale.pt", eps=0.01, norm="L2")

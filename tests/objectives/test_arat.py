@@ -183,13 +183,21 @@ def test_every_switch_equals_the_transcription(
                 )
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("predictor", [True, False])
-def test_shared_batch_norm_normalises_the_mixture(predictor: bool) -> None:
+def test_shared_batch_norm_normalises_the_mixture_or_each_half(
+    predictor: bool, separate: bool
+) -> None:
     model = network("shared")
-    objective = objective_for(model, predictor=predictor)
+    objective = objective_for(model, predictor=predictor, separate_passes=separate)
     plain = copy.deepcopy(model)
     x, x_adv, y = batch()
-    logits, features = run_with_features(plain, torch.cat([x, x_adv]))
+    if separate:
+        halves = [run_with_features(plain, images) for images in (x, x_adv)]
+        logits = torch.cat([half[0] for half in halves])
+        features = [torch.cat(pair) for pair in zip(*(half[1] for half in halves), strict=True)]
+    else:
+        logits, features = run_with_features(plain, torch.cat([x, x_adv]))
     predictors: list[nn.Sequential] = []
     if objective.predictors is not None:
         predictors = [sequential(s) for s in predictors_to_official(objective.predictors)]
@@ -210,6 +218,19 @@ def test_shared_batch_norm_normalises_the_mixture(predictor: bool) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-13, msg=name)
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_separate_passes_change_nothing_with_split_batch_norm() -> None:
+    x, x_adv, y = batch()
+    results = []
+    for separate in (False, True):
+        model = network()
+        output = objective_for(model, separate_passes=separate)(model, x, x_adv, y)
+        output.loss.backward()
+        grads = {f"grad {n}": p.grad for n, p in model.named_parameters()}
+        results.append({**output.terms, **model.state_dict(), **grads})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])

@@ -11,8 +11,10 @@ from networks import TinyNet, generator, randomize
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
+from arat_fast.distributed import Place
 from arat_fast.models import use_statistics
 from arat_fast.objectives import (
+    ARAT,
     ARREST,
     LBGAT,
     MART,
@@ -22,7 +24,7 @@ from arat_fast.objectives import (
     Objective,
 )
 from arat_fast.objectives.normal_start import START_STD
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import adversarial_batch, make_train_step, own_start
 
 ATTACK = PGD(eps=0.1, alpha=0.03, num_steps=4)
 
@@ -99,11 +101,7 @@ def test_attack_step_by_step(name: str) -> None:
             (gradient,) = torch.autograd.grad(loss, expected)
             moved = expected.detach() + 0.03 * gradient.sign()
             expected = torch.min(torch.max(moved, x - 0.1), x + 0.1).clamp(0, 1)
-    started = objective.attack_noise(x, generator(7))
-    assert started is not None and torch.equal(started, noise)
-    got = objective.own_attack(ATTACK)(
-        model, x, y, loss_fn=objective.attack_loss(model, x, y), noise=noise
-    )
+    _, got = adversarial_batch(model, objective, ATTACK, x, y, generator=generator(7))
     assert (got - expected).abs().max() <= 1e-12
     assert (got - x).abs().max() > 0.05
 
@@ -114,7 +112,7 @@ def test_no_attack_of_its_own(name: str) -> None:
     objective = BUILDERS[name](model)
     x, _, y = images()
     assert objective.own_attack(ATTACK) is ATTACK
-    assert objective.attack_noise(x, None) is None
+    assert own_start(objective, x, Place(0, len(x)), None) is None
     assert objective.attack_loss(model, x, y) is None
 
 
@@ -124,9 +122,7 @@ def test_the_attack_leaves_the_network_as_it_is(name: str) -> None:
     objective = BUILDERS[name](model)
     before = copy.deepcopy(model.state_dict())
     x, _, y = images()
-    own = objective.own_attack(ATTACK)
-    loss = objective.attack_loss(model, x, y)
-    own(model, x, y, loss_fn=loss, noise=objective.attack_noise(x, generator(1)))
+    adversarial_batch(model, objective, ATTACK, x, y, generator=generator(1))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert all(p.grad is None for m in (model, objective) for p in m.parameters())
     assert all(module.training for module in model.modules())
@@ -146,6 +142,25 @@ def test_passes_of_the_authors_code(name: str, passes: str) -> None:
         plain(x if kind == "clean" else x_adv)
     for (key, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, "arat", "arat, separate passes"])
+def test_passes_are_those_of_the_training(name: str) -> None:
+    model = network()
+    if name in BUILDERS:
+        objective = BUILDERS[name](model)
+    else:
+        separate = name.endswith("passes")
+        objective = ARAT(model, ["bn2"], (3, 8, 8), separate_passes=separate).double()
+    x, x_adv, y = images()
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if module.training else None
+    )
+    objective(model, x, x_adv, y)
+    expected = objective.passes(model, x, x_adv)
+    assert len(seen) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -11,11 +11,12 @@ from networks import TinyNet, generator, randomize
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
+from arat_fast.distributed import Place
 from arat_fast.interop import export_plain
-from arat_fast.models import convert_split_batch_norm, use_branch
+from arat_fast.models import convert_split_batch_norm
 from arat_fast.objectives import LBGAT, TRADES
 from arat_fast.objectives.normal_start import START_STD
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import adversarial_batch, make_train_step, own_start
 
 
 def network(seed: int) -> nn.Module:
@@ -116,18 +117,15 @@ def test_the_attack_is_that_of_trades_whatever_alpha() -> None:
     attack = PGD(eps=0.1, alpha=0.03, num_steps=3)
     results = []
     for objective in (LBGAT(network(4), 0.0), TRADES()):
-        own = objective.own_attack(attack)
-        noise = objective.attack_noise(x, generator(5))
-        assert own.bn == "running" and noise is not None
-        loss = objective.attack_loss(model, x, y)
-        results.append(own(model, x, y, loss_fn=loss, noise=noise))
+        assert objective.own_attack(attack).bn == "running"
+        results.append(adversarial_batch(model, objective, attack, x, y, generator=generator(5))[1])
     assert torch.equal(*results)
     assert (results[0] - x).abs().max() > 0.05
 
 
 def test_start_of_the_attack() -> None:
     x = torch.rand(64, 3, 8, 8, generator=generator(1))
-    noise = LBGAT(None).attack_noise(x, generator(2))
+    noise = own_start(LBGAT(None), x, Place(0, len(x)), generator(2))
     assert noise is not None and noise.dtype == x.dtype
     # 12,288 normal numbers: mean within 5 standard errors, deviation likewise.
     assert abs(float(noise.mean())) <= 5 * START_STD / math.sqrt(noise.numel())
@@ -164,8 +162,5 @@ def test_only_the_trained_network_is_attacked() -> None:
     guide.register_forward_hook(lambda *_: calls.append(1))
     objective = LBGAT(guide)
     x, _, y = images()
-    with use_branch(model, "adv"):
-        objective.own_attack(PGD(num_steps=2))(
-            model, x, y, loss_fn=objective.attack_loss(model, x, y)
-        )
+    adversarial_batch(model, objective, PGD(num_steps=2), x, y)
     assert not calls

@@ -126,6 +126,36 @@ def test_noisy_clean_moves_the_clean_images_and_the_centre(noisy_clean: bool) ->
     assert ((adv - x).abs().max() > eps * 1.01) == noisy_clean
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_objective_may_leave_the_start_to_the_attack(accumulate: int) -> None:
+    """In the steps in which it has none of its own."""
+
+    class Sometimes(AdversarialTraining):
+        asked = 0
+
+        def attack_noise(self, shape: tuple[int, ...], **options: object) -> None:
+            assert shape == (8, 3, 8, 8) and options["dtype"] == torch.float32
+            self.asked += 1
+
+    weights = []
+    for objective in (AdversarialTraining(), Sometimes()):
+        torch.manual_seed(1)
+        model = create_model("resnet8", 4, norm="shared")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = make_train_step(
+            model,
+            objective,
+            PGD(num_steps=1),
+            optimizer,
+            accumulate=accumulate,
+            generator=generator(3),
+        )
+        step(*batch())
+        weights.append(model.state_dict())
+    assert isinstance(objective, Sometimes) and objective.asked == 1
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_natural_training_needs_no_attack() -> None:
     model = create_model("resnet8", 4, norm="shared")
     calls = []

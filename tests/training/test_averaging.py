@@ -6,13 +6,28 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from networks import generator
+from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
 from arat_fast.config import AverageConfig
 from arat_fast.data.batches import Batch
 from arat_fast.models import SplitBatchNorm2d, convert_split_batch_norm
+from arat_fast.objectives import (
+    ARAT,
+    LBGAT,
+    MART,
+    TRADES,
+    AdversarialTraining,
+    NaturalTraining,
+    Objective,
+    ObjectiveOutput,
+)
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
+from arat_fast.training.step import adversarial_batch
+
+ATTACK = PGD(eps=0.3, alpha=0.3, num_steps=1)
 
 
 def network(seed: int) -> nn.Module:
@@ -113,7 +128,7 @@ def test_refresh_fills_both_branches() -> None:
             inputs[layer.branch].append(output.detach()) if layer.statistics is None else None
         )
     )
-    refresh_batch_norm(model, data, attack, torch.Generator().manual_seed(0))
+    refresh_batch_norm(model, data, AdversarialTraining(), attack, generator(0))
     assert not model.training and layer.momentum == 0.1
     total = sum(len(x) for x, _ in data)
     for row, branch in enumerate(("clean", "adv")):
@@ -130,7 +145,7 @@ def test_refresh_does_not_depend_on_the_statistics_of_the_attack(bn: str) -> Non
     for mode in ("batch", bn):
         model = network(0)
         attack = PGD(eps=0.2, alpha=0.1, num_steps=2, bn=mode)  # type: ignore[arg-type]
-        refresh_batch_norm(model, batches(), attack, torch.Generator().manual_seed(0))
+        refresh_batch_norm(model, batches(), AdversarialTraining(), attack, generator(0))
         results.append(model.state_dict())
     assert int(results[0]["1.num_batches_tracked"][1]) == len(batches())
     for name, value in results[0].items():
@@ -139,6 +154,7 @@ def test_refresh_does_not_depend_on_the_statistics_of_the_attack(bn: str) -> Non
 
 def test_refresh_of_a_shared_batch_norm_sees_the_mixture() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 5)).double()
+    objective = ARAT(model, ["0"], (1, 6, 6), predictor=False)
     seen: list[int] = []
     model[0].register_forward_hook(
         lambda module, args, output: (
@@ -146,19 +162,57 @@ def test_refresh_of_a_shared_batch_norm_sees_the_mixture() -> None:
         )
     )
     attack = PGD(eps=0.3, alpha=0.3, num_steps=1)
-    refresh_batch_norm(model, batches(), attack, mixture=True)
+    refresh_batch_norm(model, batches(), objective, attack)
     assert seen == [2 * len(x) for x, _ in batches()]
 
 
 def test_refresh_of_an_ordinary_network_sees_adversarial_examples() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 5)).double()
     data = batches()
-    refresh_batch_norm(model, data, None)
+    refresh_batch_norm(model, data, NaturalTraining(), ATTACK)
     total = sum(len(x) for x, _ in data)
     expected = sum(len(x) * x.mean((0, 2, 3)) for x, _ in data) / total
     torch.testing.assert_close(model[0].running_mean, expected)
-    refresh_batch_norm(model, data, PGD(eps=0.3, alpha=0.3, num_steps=1))
+    refresh_batch_norm(model, data, AdversarialTraining(), ATTACK)
     assert not torch.allclose(model[0].running_mean, expected)
+
+
+class Both(Objective):
+    """One of somebody's own, which trains on both kinds of images in one batch."""
+
+    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+        loss = F.cross_entropy(model(torch.cat([x, x_adv])), y.repeat(2))
+        return ObjectiveOutput(loss, {"ce": loss}, None, None)
+
+    def passes(self, model: nn.Module, x: Tensor, x_adv: Tensor) -> list[Tensor]:
+        return [torch.cat([x, x_adv])]
+
+
+@pytest.mark.parametrize(
+    "objective", [TRADES(), MART(), LBGAT(None), Both()], ids=lambda o: type(o).__name__
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_refresh_sees_what_the_training_sees(objective: Objective, split: bool) -> None:
+    """The objective's own attack, on batch statistics, and its passes, each by itself."""
+    layer = nn.BatchNorm2d(1)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(36, 5)).double()
+    if split:
+        model = convert_split_batch_norm(model)
+    model.train()
+    draws, expected, clean = generator(4), [], []
+    for x, y in batches():
+        x, x_adv = adversarial_batch(model, objective, ATTACK, x, y, generator=draws, bn="batch")
+        expected += objective.passes(model, x, x_adv)
+        clean.append(x)
+    refresh_batch_norm(model, batches(), objective, ATTACK, generator(4))
+    state = model.state_dict()
+    for row, passes in enumerate((clean, expected) if split else (expected,)):
+        total = sum(len(images) for images in passes)
+        mean = sum(len(images) * images.mean((0, 2, 3)) for images in passes) / total
+        var = sum(len(images) * images.var((0, 2, 3)) for images in passes) / total
+        index = (row,) if split else ()
+        torch.testing.assert_close(state["0.running_mean"][index], mean)
+        torch.testing.assert_close(state["0.running_var"][index], var)
 
 
 @pytest.mark.parametrize("fields", [{"start": 1.0}, {"every": 0}, {"decay": 1.0}])
