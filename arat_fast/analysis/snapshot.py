@@ -17,7 +17,7 @@ from arat_fast.config import Config
 from arat_fast.data.batches import Batch, Batches, stream_generator
 from arat_fast.device import full_float32
 from arat_fast.objectives import Objective
-from arat_fast.training.step import adversarial_batch
+from arat_fast.training.step import adversarial_batch, num_parts
 
 
 def analyze_training(
@@ -25,9 +25,10 @@ def analyze_training(
 ) -> dict[str, Any]:
     """Gradient conflict and mixture distribution on batches that are attacked as in training.
 
-    Everything runs on a copy, eagerly, in float32 without TF32, in training mode with the
-    statistics of each batch; neither the network, the objective, their buffers nor any global
-    random state changes. Each call draws the same random starts.
+    Of a batch that the training takes in parts (``train.accumulate``) the first part. Everything
+    runs on a copy, eagerly, in float32 without TF32, in training mode with the statistics of each
+    batch; neither the network, the objective, their buffers nor any global random state changes.
+    Each call draws the same random starts.
 
     Args:
         config: of the run.
@@ -55,6 +56,8 @@ def analyze_training(
         conflicts, mixtures, seen = [], [], 0
         for x, y in batches:
             seen += 1
+            parts = num_parts(config.train.accumulate, len(x))
+            x, y = x.tensor_split(parts)[0], y.tensor_split(parts)[0]
             x, x_adv = adversarial_batch(
                 model,
                 objective,

@@ -59,7 +59,7 @@ from arat_fast.training.metrics import MetricsFile, NotFiniteError, StepMetrics
 from arat_fast.training.natural import FOLDER as NATURAL_FOLDER
 from arat_fast.training.natural import load_natural, natural_config
 from arat_fast.training.schedule import learning_rate, progressive_size
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import is_out_of_memory, make_train_step
 from arat_kernels.implementation import choose
 
 PROBE_SAMPLES = 1000
@@ -221,6 +221,7 @@ class Trainer:
         self.train_seconds = 0.0
         self.clean_accuracy = 1 / self.data.train.num_classes
         self.natural_model: dict[str, Any] | None = None
+        self.analysis_left_out = False
         if saved is None and config.objective.teacher and self.objective.starts_from_natural:
             self._start_from(config.objective.teacher)
         metrics_bytes = 0 if saved is None else self._restore(saved)
@@ -586,9 +587,27 @@ class Trainer:
         # Of this process's share of the batches; the others wait for it in the next step.
         if self.metrics_file is None:
             return
+        # A checkpoint from after the training, as SWA's refresh writes one, comes after its line.
+        if done == config.train.epochs and self.metrics_file.holds("analysis", self.step):
+            return
         bar.show("analysing")
         batches = first_batches(self.data.train, config.analyze.num_batches)
-        record = analyze_training(config, self.model, self.objective, batches)
+        record: dict[str, Any] = {"gradient_conflict": None, "mixture": None}
+        try:
+            record = analyze_training(config, self.model, self.objective, batches)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            record["left_out"] = str(error).partition(". ")[0]
+        if "left_out" in record:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not self.analysis_left_out:
+                self.display.say(
+                    f"the analysis of epoch {done}, in float32, is left out, as later ones may be: "
+                    f"{record['left_out']}; --analyze.every 0 leaves out all"
+                )
+            self.analysis_left_out = True
         self.metrics_file.write({"kind": "analysis", "step": self.step, "epoch": done, **record})
         if self.tensorboard is not None:
             for name, value in headline_numbers(record).items():

@@ -138,6 +138,12 @@ class MetricsFile:
         except OSError as error:
             raise OSError(f"cannot write {self.file.name}: {error.strerror}") from error
 
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether there is a line of that kind at that step."""
+        self.file.flush()
+        lines = map(json.loads, Path(self.file.name).read_text().splitlines())
+        return any(line["kind"] == kind and line["step"] == step for line in lines)
+
     def flush(self) -> int:
         """Hand the file to the system; its size in bytes."""
         self._cut()

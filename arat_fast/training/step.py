@@ -300,7 +300,7 @@ class TrainStep:
             raise
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             self.num_calls += 1
@@ -334,8 +334,7 @@ class TrainStep:
 
     def _parts(self, first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
         """A batch in ``accumulate`` parts of two samples or more, as many on every rank."""
-        least = self._place.total // self.ranks.world_size
-        num = max(1, min(self.accumulate, least // 2))
+        num = num_parts(self.accumulate, self._place.total // self.ranks.world_size)
         if num == 1:
             return [(first, second)]
         return list(zip(first.tensor_split(num), second.tensor_split(num), strict=True))
@@ -477,7 +476,7 @@ class TrainStep:
             gradients(*inputs)
             return True
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return False
         finally:
@@ -486,12 +485,18 @@ class TrainStep:
                 buffer.copy_(old)
 
 
+def num_parts(accumulate: int, num_samples: int) -> int:
+    """In how many parts of two samples or more a batch is taken; ``accumulate`` at most."""
+    return max(1, min(accumulate, num_samples // 2))
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether images lie in channels_last order, and not in the contiguous one too."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's memory did not suffice."""
     # PyTorch has no type of its own for the CPU.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -28,8 +28,11 @@ from arat_fast.config import (
     config_from_dict,
     config_to_dict,
 )
+from arat_fast.data.batches import Batch
 from arat_fast.display import Display
 from arat_fast.objectives import TRADES
+from arat_fast.reporting.run import read_run
+from arat_fast.training import loop
 from arat_fast.training.checkpoint import load_checkpoint
 from arat_fast.training.interrupt import InterruptedRun
 from arat_fast.training.loop import Trainer
@@ -180,6 +183,60 @@ def test_no_global_state_moves(tmp_path: Path, official: bool) -> None:
         assert all(torch.equal(value, old[name]) for name, value in module.state_dict().items())
         assert all(p.grad is None for p in module.parameters())
     assert not trainer.model.training
+
+
+def test_of_a_batch_in_parts_the_first_part(tmp_path: Path) -> None:
+    config = analysed(0)
+    parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=3))
+    trainer = tiny_trainer(tmp_path, config)
+    (x, y), *_ = first_batches(trainer.data.train, 1)
+    assert len(x) == 64
+    seen: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    found = analyze_training(parts, trainer.model, trainer.objective, [Batch(x, y)])
+    assert max(seen) == 2 * 22
+    whole = analyze_training(config, trainer.model, trainer.objective, [Batch(x[:22], y[:22])])
+    assert found == whole
+
+
+def test_an_analysis_that_does_not_fit_is_left_out(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(loop, "analyze_training", too_large)
+    trainer = tiny_trainer(tmp_path, analysed(1))
+    said: list[str] = []
+    monkeypatch.setattr(trainer.display, "say", said.append)
+    trainer.run()
+    assert_same_state(runs[0], tmp_path)
+    lines = analysis_lines(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    for line in lines:
+        assert line["left_out"] == "CUDA out of memory"
+        assert line["gradient_conflict"] is None and line["mixture"] is None
+    assert sum("CUDA out of memory" in text for text in said) == 1
+    assert read_run(tmp_path).analyses
+
+
+def test_other_errors_of_an_analysis_are_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(loop, "analyze_training", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        tiny_trainer(tmp_path, analysed(1)).run()
+
+
+def test_swa_that_is_evaluated_again_has_one_last_line(tmp_path: Path) -> None:
+    config = analysed(3, kind="swa")
+    tiny_trainer(tmp_path, config).run()
+    (tmp_path / "summary.json").unlink()
+    tiny_trainer(tmp_path, config, resume=True).run()
+    assert [line["epoch"] for line in analysis_lines(tmp_path)] == [0, 3]
 
 
 def test_other_objectives(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ GRID = [
     *("compare", "digits", "--objectives", "natural", "arat", "arat+swa", "--seeds", "3"),
     *("--variant", "arat+swa: --objective.name arat --average.kind swa --average.every 2"),
     *("--train.epochs", "2", "--train.eval-every", "0", "--average.kind", "none", *OPTIONS),
+    *("--analyze.every", "2", "--analyze.num-batches", "1"),
 ]
 RUNS = {"natural-seed3", "arat-seed3", "arat+swa-seed3"}
 
@@ -131,8 +132,10 @@ def test_a_shared_training_is_what_a_run_of_its_own_gives(
         for folder in (compared / "arat-seed3", alone.out)
     ]
     for one in (line for side in lines for line in side):
-        one.pop("images_per_second")
+        one.pop("images_per_second", None)
     assert lines[0] == lines[1]
+    # The source's checkpoint is from after the analysis of the last epoch.
+    assert [line["epoch"] for line in lines[0] if line["kind"] == "analysis"] == [0, 2]
     averaged = weights(compared / "arat+swa-seed3")
     assert not torch.equal(
         averaged["conv1.weight"], weights(compared / "arat-seed3")["conv1.weight"]
