@@ -141,7 +141,7 @@ def _notes_on_methods(results: Results) -> list[str]:
         config = next((cell["config"] for cell in own if "config" in cell), None)
         if config is None:
             continue
-        settings = _own_settings(config, results.record["config"])
+        settings = _own_settings(config, results.record["config"], row.planned.method.ablation)
         if settings:
             found.append(f"{row.title} has settings of its own: {', '.join(settings)}.")
         objective = config["objective"]
@@ -154,15 +154,19 @@ def _notes_on_methods(results: Results) -> list[str]:
     return found
 
 
-def _own_settings(config: Mapping[str, Any], shared: Mapping[str, Any]) -> list[str]:
-    """What a method sets beside its objective and what the column of the cost says."""
+def _own_settings(
+    config: Mapping[str, Any], shared: Mapping[str, Any], ablation: bool
+) -> list[str]:
+    """What a method sets beside what its title and the column of the cost say."""
+    said = {("objective", "name"), ("train", "epochs")}
+    if ablation:
+        said |= {("objective", "stop_gradient"), ("objective", "predictor"), ("model", "norm")}
     return [
         f"{section}.{name}={value}"
         for section, values in config.items()
-        if isinstance(values, Mapping) and section != "objective"
+        if isinstance(values, Mapping)
         for name, value in values.items()
-        if (section, name) not in (("model", "norm"), ("train", "epochs"))
-        and value != shared.get(section, {}).get(name, value)
+        if (section, name) not in said and value != shared.get(section, {}).get(name, value)
     ]
 
 

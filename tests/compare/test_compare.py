@@ -94,6 +94,7 @@ def test_the_record_holds_what_every_cell_did(compared: Path) -> None:
     ]
     assert (content["seeds"], content["jobs"], content["threads"]) == ([3], 2, 1)
     assert content["versions"]["torch"] == torch.__version__
+    assert {"numpy", "scikit-learn"} <= content["versions"].keys()
     cells = {cell["run"]: cell for cell in content["cells"]}
     assert set(cells) == RUNS
     for name, cell in cells.items():

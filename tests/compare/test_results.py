@@ -170,10 +170,13 @@ def test_settings_of_single_methods_are_said() -> None:
     note = "Note: ARAT + SWA has settings of its own: average.kind=swa."
     text = to_markdown(evaluate_record(record))
     assert note in text and text.count("Note: ") == 1
+    # What the rows of the ablation switch is in their titles.
+    assert to_markdown(evaluate_record(make_record(COUNTS))).count("Note: ") == 1
     record["cells"][0]["config"]["model"]["name"] = "resnet18"
+    record["cells"][0]["config"]["objective"]["beta"] = 1.0
     record["cells"][0]["config"]["attack"]["eps"] = 0.2
     results = evaluate_record(record)
-    own = "AT has settings of its own: model.name=resnet18, attack.eps=0.2."
+    own = "AT has settings of its own: model.name=resnet18, objective.beta=1.0, attack.eps=0.2."
     for content in (to_markdown(results), to_latex(results)):
         assert f"Note: {own}" in content
     assert own in comparison_page(results)
