@@ -75,6 +75,16 @@ def test_statistics_are_refreshed_with_the_attack_of_the_run(
     assert record["accuracy"]["clean"]["correct"] == evaluate(run)["accuracy"]["clean"]["correct"]
 
 
+def test_statistics_for_an_objective_of_ones_own(run: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(run / "checkpoint.pt")
+    state["average"]["statistics_fresh"] = False
+    state["config"]["objective"] |= {"name": "custom", "label": "pairing"}
+    state["config"]["model"]["norm"] = "split"
+    save_checkpoint(tmp_path / "stale.pt", state)
+    with pytest.raises(ValueError, match="its objective, pairing, is not at hand: finish the run"):
+        evaluate(tmp_path / "stale.pt")
+
+
 def test_exported_weights_say_what_they_are(run: Path) -> None:
     """Recipe, model and ball are those of the file; each can be replaced."""
     path = run / "model.safetensors"
