@@ -13,8 +13,19 @@ from arat_fast.attacks.pgd import PGD
 from arat_fast.models.registry import model_spec
 
 DatasetName = Literal[
-    "digits", "cifar10", "cifar100", "svhn", "imagenette", "folder", "webdataset", "arrays"
+    "digits",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "tiny-imagenet",
+    "imagenette",
+    "folder",
+    "webdataset",
+    "arrays",
 ]
+
+IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
+"""Height and width of the images of published datasets of one size."""
 ObjectiveName = Literal["arat", "at", "trades", "mart", "lbgat", "arrest", "natural", "custom"]
 
 OWN_CLEAN_BRANCH = "clean-branch"

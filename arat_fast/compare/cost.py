@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from arat_fast.build import build_model, build_objective
-from arat_fast.config import Config
+from arat_fast.config import IMAGE_SIZES, Config
 from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.training.step import make_train_step
 
@@ -81,10 +81,9 @@ def step_cost(config: Config) -> StepCost:
 
 
 def _image_shape(config: Config) -> tuple[int, int, int]:
-    if config.data.name == "digits":
-        return 1, 8, 8
-    size = config.data.image_size if config.data.name == "imagenette" else 32
-    return 3, size, size
+    other = config.data.image_size if config.data.name == "imagenette" else 32
+    size = IMAGE_SIZES.get(config.data.name, other)
+    return 1 if config.data.name == "digits" else 3, size, size
 
 
 class _Multiplications(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

@@ -17,6 +17,7 @@ from arat_fast.data.formats import (
     array_folder,
     cifar_binary,
     count_classes,
+    decode_all,
     split_folders,
     validation_and_test,
 )
@@ -37,6 +38,12 @@ IMAGENETTE_CLASSES = {
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
+TINY_IMAGENET = (
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "90528d7ca1a48142e341f4ef8d21d0de",
+)
+"""Address of the archive, and its MD5."""
+
 _VAL_SEED = 20
 
 
@@ -76,7 +83,7 @@ def read_arrays(config: DataConfig) -> Arrays:
     """Read a dataset of images of one size.
 
     Args:
-        config: its name (digits, cifar10, cifar100, svhn or arrays) and where it is.
+        config: its name (digits, cifar10, cifar100, svhn, tiny-imagenet or arrays) and where it is.
 
     Raises:
         FileNotFoundError: it is absent, or could not be downloaded.
@@ -87,6 +94,7 @@ def read_arrays(config: DataConfig) -> Arrays:
         "cifar10": _read_cifar,
         "cifar100": _read_cifar,
         "svhn": _read_svhn,
+        "tiny-imagenet": _read_tiny_imagenet,
         "arrays": _read_prepared,
     }
     return readers[config.name](config)
@@ -266,6 +274,79 @@ def _read_svhn(config: DataConfig) -> Arrays:
         return Images(rows, torch.from_numpy(source.labels).reshape(-1))
 
     return Arrays(images("train"), images("test"), tuple("0123456789"))
+
+
+def _read_tiny_imagenet(config: DataConfig) -> Arrays:
+    dataset = list_tiny_imagenet(config)
+    assert dataset.test is not None
+    train, test = (
+        Images(ArrayRows(decode_all(part, 64, "Tiny-ImageNet has")), part.labels)
+        for part in (dataset.train, dataset.test)
+    )
+    return Arrays(train, test, dataset.classes)
+
+
+def list_tiny_imagenet(config: DataConfig) -> Encoded:
+    """List the files of Tiny-ImageNet, its validation images as test images; as
+    :func:`read_arrays`.
+
+    The labels are the numbers of the sorted class folders; the published test images have none.
+    """
+    folder = config.root.expanduser() / "tiny-imagenet-200"
+    found: list[Encoded] = []
+
+    def check() -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(_absent(config, folder))
+        found.append(_tiny_imagenet_files(folder))
+
+    def download() -> None:
+        url, md5 = TINY_IMAGENET
+        archive = folder.parent / url.rsplit("/", 1)[-1]
+        fetch(url, archive, md5)
+        unpack(archive, folder)
+
+    _ensure(check, download if config.download else None)
+    return found[-1]
+
+
+def _tiny_imagenet_files(folder: Path) -> Encoded:
+    texts = {}
+    for name in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"no dataset file at {path}; {HINT}")
+        texts[name] = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    wnids = sorted({line.strip() for line in texts["wnids.txt"] if line.strip()})
+    words = dict(line.split("\t", 1) for line in texts["words.txt"] if "\t" in line)
+    classes = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
+    train = []
+    for label, wnid in enumerate(wnids):
+        files = sorted((folder / "train" / wnid / "images").glob("*.JPEG"))
+        if not files:
+            raise ValueError(
+                f"{folder / 'train' / wnid / 'images'}: expected .JPEG images, got none; {HINT}"
+            )
+        train += [(file, label) for file in files]
+    test = []
+    annotations = folder / "val" / "val_annotations.txt"
+    for number, line in enumerate(texts["val/val_annotations.txt"], 1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0].strip()
+        if wnid not in wnids or Path(name).name != name:
+            raise ValueError(
+                f"{annotations}: line {number}: expected a file name and a class of wnids.txt, got "
+                f"{line[:60]!r}"
+            )
+        test.append((annotations.parent / "images" / name, wnids.index(wnid)))
+    there = set((annotations.parent / "images").glob("*.JPEG"))
+    listed = {file for file, _ in test}
+    if not test or len(listed) != len(test) or listed != there:
+        raise ValueError(
+            f"{annotations}: expected each image of {annotations.parent / 'images'} once, got "
+            f"{len(test)} lines for {len(there)} images; {HINT}"
+        )
+    return Encoded(FileImages(train), FileImages(test), classes)
 
 
 def read_imagenette(config: DataConfig) -> Encoded:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -541,3 +542,34 @@ def unreadable(
             if progress is not None:
                 progress("checking files", index + 1, len(source))
     return bad
+
+
+def decode_all(source: EncodedImages, size: int, expected: str) -> npt.NDArray[np.uint8]:
+    """Decode images of one size, in several threads.
+
+    Args:
+        source: the images.
+        size: their height and width.
+        expected: who expects that size, for the message.
+
+    Returns:
+        (num_samples, size, size, 3).
+
+    Raises:
+        ValueError: an image is of another size, or cannot be decoded.
+    """
+    pixels = np.empty((len(source), size, size, 3), np.uint8)
+
+    def decode(index: int) -> None:
+        image = decode_image(source.read(index), source.name(index))
+        if image.shape[:2] != (size, size):
+            raise ValueError(
+                f"{source.name(index)}: {expected} images of {size} x {size} pixels, got "
+                f"{image.shape[0]} x {image.shape[1]}"
+            )
+        pixels[index] = image
+
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for _ in pool.map(decode, range(len(source))):
+            pass
+    return pixels

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arat_fast.config import DataConfig, DatasetName
 from arat_fast.data.arrays import Rows
-from arat_fast.data.datasets import read_arrays, read_imagenette
+from arat_fast.data.datasets import list_tiny_imagenet, read_arrays, read_imagenette
 from arat_fast.data.formats import (
     Encoded,
     array_folder,
@@ -39,6 +39,12 @@ CIFAR: dict[str, tuple[DatasetName, str]] = {
     "cifar-100-binary": ("cifar100", "CIFAR-100, binary version"),
 }
 """Folders of CIFAR: the dataset, and what it is."""
+
+FOLDERS: dict[str, tuple[DatasetName, str, Callable[[DataConfig], Encoded]]] = {
+    "imagenette2-160": ("imagenette", "Imagenette, 160 pixels", read_imagenette),
+    "tiny-imagenet-200": ("tiny-imagenet", "Tiny-ImageNet", list_tiny_imagenet),
+}
+"""Folders of published image files: the dataset, what it is, and what lists it."""
 
 TILE = 96
 """Pixels of an image on the contact sheet, each way."""
@@ -249,13 +255,14 @@ def _open(path: Path) -> _Opened:
             return _stored(name, root, words)
     if (path / "train_32x32.mat").is_file():
         return _stored("svhn", path, "SVHN")
-    if (path / "imagenette2-160").is_dir() or path.name == "imagenette2-160":
-        root = path.parent if path.name == "imagenette2-160" else path
-        encoded = read_imagenette(DataConfig("imagenette", root=root))
-        assert encoded.test is not None
-        parts = [_encoded("train", encoded.train), _encoded("val", encoded.test)]
-        use = f"--data.name imagenette --data.root {root}"
-        return _Opened("Imagenette, 160 pixels", use, encoded.classes, parts)
+    for folder, (name, words, read) in FOLDERS.items():
+        root = path.parent if path.name == folder else path
+        if (root / folder).is_dir():
+            encoded = read(DataConfig(name, root=root))
+            assert encoded.test is not None
+            parts = [_encoded("train", encoded.train), _encoded("val", encoded.test)]
+            use = f"--data.name {name} --data.root {root}"
+            return _Opened(words, use, encoded.classes, parts)
     if any((folder / "images.npy").is_file() for folder in split_folders(path).values()):
         return _stored("arrays", path, "prepared arrays")
     if not has_class_folders(path):

@@ -21,16 +21,17 @@ from arat_fast.data.datasets import (
     Arrays,
     Images,
     hold_out_a_tenth,
+    list_tiny_imagenet,
     read_arrays,
     read_imagenette,
     stratified_split,
 )
 from arat_fast.data.fingerprint import Fingerprint, fingerprint, names_below
-from arat_fast.data.formats import array_folder, class_folders, tar_shards
+from arat_fast.data.formats import array_folder, class_folders, decode_all, tar_shards
 from arat_fast.data.framing import Framing, Kind
 from arat_fast.data.images import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
-from arat_fast.data.sources import EncodedImages, decode_image
+from arat_fast.data.sources import EncodedImages
 
 _CROPS: dict[str, Kind] = {"imagenette": "pad"}
 _EVALUATION_SEED = 21
@@ -100,6 +101,8 @@ def download_data(config: DataConfig) -> None:
     """
     if config.name == "imagenette":
         read_imagenette(config)
+    elif config.name == "tiny-imagenet":
+        list_tiny_imagenet(config)
     elif config.name not in ("folder", "webdataset"):
         read_arrays(config)
 
@@ -381,16 +384,8 @@ def _readable(
 
 
 def _decode_all(source: EncodedImages, size: int) -> Images:
-    pixels = np.empty((len(source), size, size, 3), np.uint8)
-    for index in range(len(source)):
-        image = decode_image(source.read(index), source.name(index))
-        if image.shape[:2] != (size, size):
-            raise ValueError(
-                f"{source.name(index)}: data.loader resident needs images of {size} x {size} "
-                f"pixels (data.image_size), got {image.shape[0]} x {image.shape[1]}"
-            )
-        pixels[index] = image
-    return Images(ArrayRows(pixels), source.labels)
+    expected = f"with data.image_size {size} data.loader resident needs"
+    return Images(ArrayRows(decode_all(source, size, expected)), source.labels)
 
 
 def _mixed(source: EncodedImages) -> EncodedImages:

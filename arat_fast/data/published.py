@@ -6,8 +6,11 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zipfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 
 HINT = "pass --data.download to fetch it"
 
@@ -62,10 +65,11 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Extract a tar archive of one folder, which appears under its name only when it is whole.
+    """Extract an archive of one folder, which appears under its name only when it is whole.
 
     Args:
-        archive: a checksummed tar file, of any compression; its files are all in ``folder.name``.
+        archive: a checksummed .zip, or a tar file of any compression; its files are all in
+            ``folder.name``.
         folder: where that folder goes; files in it that the archive holds as well are replaced.
 
     Raises:
@@ -74,35 +78,46 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                _extract(tar, member, work, folder.name)
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                for info in file.infolist():
+                    source = None if info.is_dir() else file.open(info)
+                    _extract(info.filename, source, work, folder.name)
+        else:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    if not (member.isfile() or member.isdir()):
+                        raise _outside(member.name, folder.name)
+                    _extract(member.name, tar.extractfile(member), work, folder.name)
         _move_files(work / folder.name, folder)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        kind = "zip" if archive.suffix == ".zip" else "tar"
         raise ValueError(
-            f"{archive}: expected a tar archive, but reading it fails: {error}"
+            f"{archive}: expected a {kind} archive, but reading it fails: {error}"
         ) from error
     finally:
         shutil.rmtree(work)
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, work: Path, name: str) -> None:
+def _extract(member: str, source: IO[bytes] | None, work: Path, name: str) -> None:
+    """Write a member that lies in ``work / name``; a folder has no ``source``."""
     inside = (work / name).resolve()
-    target = (work / member.name).resolve()
-    contained = target == inside or inside in target.parents
-    if not (contained and (member.isfile() or member.isdir())):
-        raise ValueError(
-            f"the archive of {name} holds {member.name!r}, expected files in {name}/ only; nothing "
-            f"was extracted"
-        )
-    if member.isdir():
+    target = (work / member).resolve()
+    if target != inside and inside not in target.parents:
+        raise _outside(member, name)
+    if source is None:
         target.mkdir(parents=True, exist_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = tar.extractfile(member)
-    assert source is not None
     with source, target.open("wb") as file:
         shutil.copyfileobj(source, file)
+
+
+def _outside(member: str, name: str) -> ValueError:
+    return ValueError(
+        f"the archive of {name} holds {member!r}, expected files in {name}/ only; nothing was "
+        "extracted"
+    )
 
 
 def _move_files(source: Path, folder: Path) -> None:

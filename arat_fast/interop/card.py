@@ -17,6 +17,7 @@ HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
     "svhn": "ufldl-stanford/svhn",
+    "tiny-imagenet": "zh-plus/tiny-imagenet",
     "imagenette": "frgfm/imagenette",
 }
 """Names that the hub knows the datasets by."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.build import build_network
-from arat_fast.config import Config, config_from_dict
+from arat_fast.config import IMAGE_SIZES, Config, config_from_dict
 from arat_fast.interop.export import export_plain, read_safetensors
 from arat_fast.interop.naming import SCHEMES, from_scheme
 from arat_fast.interop.official import official_network
@@ -31,7 +31,6 @@ Which = Literal["deployed", "last"]
 
 _TEXTS = ("recipe", "model", "objective", "weights", "branch", "norm")
 _NUMBERS = {"eps": float, "mean": float, "std": float, "image_shape": int}
-_IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32}
 
 
 @dataclass(frozen=True)
@@ -328,7 +327,7 @@ def _image_size(config: Config | None, name: str) -> tuple[int, int]:
     if config is None:
         size = model_spec(name).image_size
     else:
-        size = _IMAGE_SIZES.get(config.data.name, config.data.image_size)
+        size = IMAGE_SIZES.get(config.data.name, config.data.image_size)
     return size, size
 
 

@@ -16,6 +16,7 @@ _DATASETS = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
+    "tiny-imagenet": "Tiny-ImageNet",
     "imagenette": "Imagenette",
 }
 _OBJECTIVES = {

@@ -114,6 +114,41 @@ class PublishedFiles:
                     image.save(folder / split / wnid / f"{wnid}_{index}.JPEG", quality=90)
         return folder
 
+    def tiny_imagenet(self, per_class: int = 3) -> Path:
+        """Tiny-ImageNet's folder with four classes; every third image is grey."""
+        rng = np.random.default_rng(4)
+        folder = self.root / "tiny-imagenet-200"
+        names = {
+            "n02124075": "Egyptian cat",
+            "n01443537": "goldfish, Carassius auratus",
+            "n04067472": "reel",
+            "n03444034": "go-kart",
+        }
+        (folder / "val" / "images").mkdir(parents=True)
+        (folder / "test" / "images").mkdir(parents=True)
+
+        def write(path: Path, grey: bool) -> None:
+            coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            image = coarse.resize((64, 64), Image.Resampling.BICUBIC)
+            (image.convert("L") if grey else image).save(path, quality=90)
+
+        lines = []
+        for label, wnid in enumerate(names):
+            images = folder / "train" / wnid / "images"
+            images.mkdir(parents=True)
+            for index in range(per_class):
+                write(images / f"{wnid}_{index}.JPEG", index % 3 == 2)
+            boxes = "".join(f"{wnid}_{i}.JPEG\t0\t10\t63\t58\n" for i in range(per_class))
+            (images.parent / f"{wnid}_boxes.txt").write_text(boxes)
+            write(folder / "val" / "images" / f"val_{label}.JPEG", label == 1)
+            write(folder / "test" / "images" / f"test_{label}.JPEG", False)
+            lines.append(f"val_{label}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+        (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+        (folder / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in names))
+        words = {"n00001740": "entity", **names}
+        (folder / "words.txt").write_text("".join(f"{k}\t{v}\n" for k, v in words.items()))
+        return folder
+
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedFiles:

@@ -61,6 +61,15 @@ def test_published_datasets_are_known(published: Any, tmp_path: Path, name: str)
         assert inspect(folder).kind == found.kind
 
 
+def test_tiny_imagenet_is_known(published: Any, tmp_path: Path) -> None:
+    folder = published.tiny_imagenet()
+    for path in (folder, tmp_path):
+        found = inspect(path)
+        assert found.kind == "Tiny-ImageNet" and found.sizes == {"64 x 64": 16}
+        assert found.use == f"--data.name tiny-imagenet --data.root {tmp_path}"
+        assert found.counts == {"train": 12, "val": 4}
+
+
 def test_other_kinds(tmp_path: Path) -> None:
     source = npz(tmp_path / "edm.npz")
     found = inspect(source, tmp_path / "sheet.png")

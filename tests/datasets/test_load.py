@@ -3,19 +3,22 @@ from __future__ import annotations
 import hashlib
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets import utils as torchvision_utils
 
 from arat_fast.config import DataConfig
-from arat_fast.data import Batches, DataSplits, load_data
+from arat_fast.data import Batches, DataSplits, ResidentBatches, load_data
+from arat_fast.data import datasets as data_datasets
 from arat_fast.data.published import unpack
 
 CPU = torch.device("cpu")
@@ -219,6 +222,7 @@ def test_published_checksums_are_demanded(published: Any, tmp_path: Path) -> Non
         ("cifar100", "cifar-100-python"),
         ("svhn", "train_32x32.mat"),
         ("imagenette", "imagenette2-160"),
+        ("tiny-imagenet", "tiny-imagenet-200"),
     ],
 )
 def test_absent_dataset_names_the_path_and_the_way_out(
@@ -321,6 +325,7 @@ def test_truncated_svhn_file_is_named(published: Any, tmp_path: Path) -> None:
         ("cifar100", datasets.CIFAR100.url),
         ("svhn", datasets.SVHN.split_list["train"][0]),
         ("imagenette", datasets.Imagenette._ARCHIVES["160px"][0]),
+        ("tiny-imagenet", "http://cs231n.stanford.edu/tiny-imagenet-200.zip"),
     ],
 )
 def test_failed_download_is_one_sentence(
@@ -346,6 +351,116 @@ def test_download_of_another_file_is_refused(
         load("cifar10", tmp_path, download=True)
     one_line(error)
     assert not (tmp_path / "cifar-10-batches-py").exists()
+
+
+def test_tiny_imagenet_as_published(published: Any, tmp_path: Path) -> None:
+    folder = published.tiny_imagenet()
+    splits = load("tiny-imagenet", tmp_path, padding=0, flip=False, num_val=4)
+    assert isinstance(splits.train, ResidentBatches) and splits.val is not None
+    assert splits.train.classes == ("goldfish", "Egyptian cat", "go-kart", "reel")
+    assert splits.train.num_samples == 8 and splits.val.num_samples == 4
+    x, y = collect(splits.test)
+    assert y.tolist() == [1, 0, 3, 2] and x.shape == (4, 3, 64, 64)
+    for index, image in enumerate(x):
+        with Image.open(folder / "val" / "images" / f"val_{index}.JPEG") as file:
+            expected = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        assert torch.equal(image, expected.float() / 255)
+    train_x, train_y = (
+        torch.cat(parts) for parts in zip(collect(splits.train), collect(splits.val), strict=True)
+    )
+    found = {
+        (image_bytes(image), label) for image, label in zip(train_x, train_y.tolist(), strict=True)
+    }
+    for label, wnid in enumerate(sorted(path.name for path in (folder / "train").iterdir())):
+        for path in (folder / "train" / wnid / "images").iterdir():
+            with Image.open(path) as file:
+                pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+            assert (image_bytes(pixels.float() / 255), label) in found
+
+
+def image_bytes(image: Tensor) -> bytes:
+    return image.contiguous().numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("class", "val_annotations.txt: line 1: expected a file name and a class of wnids.txt"),
+        ("outside", "val_annotations.txt: line 1: expected a file name"),
+        ("line", "expected each image of .*images once, got 3 lines for 4 images"),
+        ("twice", "expected each image of .*images once, got 5 lines for 4 images"),
+        ("empty", "n01443537/images: expected .JPEG images, got none"),
+        ("words", "no dataset file at .*words.txt"),
+        ("size", "val_2.JPEG: Tiny-ImageNet has images of 64 x 64 pixels, got 32 x 64"),
+        ("image", "val_2.JPEG: expected an image file"),
+    ],
+)
+def test_damaged_tiny_imagenet_is_named(
+    published: Any, tmp_path: Path, damage: str, message: str
+) -> None:
+    folder = published.tiny_imagenet()
+    annotations = folder / "val" / "val_annotations.txt"
+    text = annotations.read_text()
+    if damage == "class":
+        annotations.write_text(text.replace("n02124075", "n02124076"))
+    elif damage == "outside":
+        annotations.write_text(text.replace("val_0.JPEG", "../val_0.JPEG"))
+    elif damage == "line":
+        annotations.write_text(text.partition("\n")[2])
+    elif damage == "twice":
+        annotations.write_text(text + text.partition("\n")[0] + "\n")
+    elif damage == "empty":
+        for file in (folder / "train" / "n01443537" / "images").iterdir():
+            file.unlink()
+    elif damage == "words":
+        (folder / "words.txt").unlink()
+    elif damage == "size":
+        Image.new("RGB", (64, 32)).save(folder / "val" / "images" / "val_2.JPEG")
+    else:
+        (folder / "val" / "images" / "val_2.JPEG").write_bytes(b"")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load("tiny-imagenet", tmp_path)
+    one_line(error)
+
+
+def test_download_of_tiny_imagenet(
+    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = published.tiny_imagenet()
+    source = tmp_path / "mirror.zip"
+    with zipfile.ZipFile(source, "w") as file:
+        for path in sorted(folder.parent.rglob("*")):
+            if folder in (path, *path.parents):
+                file.write(path, path.relative_to(tmp_path))
+    address, _ = data_datasets.TINY_IMAGENET
+    md5 = hashlib.md5(source.read_bytes()).hexdigest()
+    monkeypatch.setattr(data_datasets, "TINY_IMAGENET", (address, md5))
+    folder.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(torchvision_utils, "_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(
+        torchvision_utils,
+        "_urlretrieve",
+        lambda url, path: Path(path).write_bytes(source.read_bytes()),
+    )
+    assert load("tiny-imagenet", tmp_path, download=True).train.num_samples == 12
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("member", ["data/../../../outside", "/outside", "other/file", "cut"])
+def test_a_zip_cannot_write_outside_its_folder(tmp_path: Path, member: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    with zipfile.ZipFile(root / "a.zip", "w") as file:
+        file.writestr("data/good", b"good")
+        file.writestr(f"{tmp_path}{member}" if member[0] == "/" else member, b"bad")
+    if member == "cut":
+        (root / "a.zip").write_bytes((root / "a.zip").read_bytes()[:-30])
+    message = "expected a zip archive" if member == "cut" else "expected files in data/ only"
+    with pytest.raises(ValueError, match=message) as error:
+        unpack(root / "a.zip", root / "data")
+    one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    assert [path.name for path in root.iterdir()] == ["a.zip"]
 
 
 def pack(folder: Path, archive: Path) -> str:
