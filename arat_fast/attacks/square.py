@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,16 @@ P_INIT = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _LOOK_AHEAD = 256
 _BATCH_STEP = 16
+
+
+class Share(Protocol):
+    """Calls a function on parts of tensors of equal length and concatenates the results."""
+
+    def __call__(self, call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor: ...
+
+
+def _whole(call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor:
+    return call(*tensors)
 
 
 class SquareLinf:
@@ -61,15 +73,18 @@ class SquareLinf:
         self.rescale_schedule = rescale_schedule
         self.progress = progress
         self.num_evaluated = 0
+        self._lock = threading.Lock()
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, share: Share = _whole) -> Tensor:
         """Attack images that the model classifies correctly.
 
         Args:
             model: deterministic, in eval mode; each image's logits depend on that image alone.
             x: images (N, C, H, W), float32 in [0, 1].
             y: labels (N,), int64.
+            share: calls its first argument on parts of the others, of N rows each, perhaps in
+                several threads at once, and concatenates what it returns.
 
         Returns:
             (N, C, H, W): misclassified images, or ``x`` itself where the attack failed.
@@ -80,7 +95,17 @@ class SquareLinf:
         generator = torch.Generator().manual_seed(self.seed)
         start = _signs(torch.rand((len(x), channels, 1, width), generator=generator))
         proposals = _Proposals(self, (channels, height, width), generator, x.device)
-        best = torch.clamp(x + self.eps * start.to(x.device), 0.0, 1.0)
+
+        def search(x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+            return self._search(model, proposals, x, y, start)
+
+        return share(search, x, y, start.to(x.device))
+
+    @torch.no_grad()  # which each thread sets for itself
+    def _search(
+        self, model: nn.Module, proposals: _Proposals, x: Tensor, y: Tensor, start: Tensor
+    ) -> Tensor:
+        best = torch.clamp(x + self.eps * start, 0.0, 1.0)
         margin = self._margins(model, best, y)
         refused = torch.zeros((len(x), proposals.num_kinds), dtype=torch.bool, device=x.device)
         position = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -120,7 +145,8 @@ class SquareLinf:
             # Few different batch sizes: a library prepares itself for each of them.
             missing = -count % min(_BATCH_STEP, self.batch_size)
             logits = model(torch.cat([images, images[:1].expand(missing, -1, -1, -1)]))[:count]
-            self.num_evaluated += count
+            with self._lock:
+                self.num_evaluated += count
             true = logits.gather(1, labels[:, None]).flatten()
             others = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
             margins.append(true - others)

@@ -89,7 +89,9 @@ class EncodedBatches(ABC):
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's share of the batches of epoch ``epoch`` (>= 0), from ``start_batch`` on."""
         for images, labels in self.pixels(epoch, start_batch):
-            yield Batch(images.to(torch.float32) / 255, labels)
+            x = torch.empty_like(images, dtype=torch.float32)
+            # In one pass, which a conversion before the division would double.
+            yield Batch(torch.div(images, 255, out=x), labels)
 
     @abstractmethod
     def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

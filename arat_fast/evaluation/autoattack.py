@@ -23,7 +23,7 @@ from arat_fast.evaluation.evaluate import (
     evaluation_mode,
     predict,
 )
-from arat_fast.evaluation.parallel import shared_batches
+from arat_fast.evaluation.parallel import SharedNetwork, shared_batches
 from arat_fast.evaluation.pieces import Pieces
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.folding import FoldedNetwork
@@ -73,7 +73,7 @@ def autoattack(
         version: "standard", or "torchattacks10".
         attacks: those of the four to run, in this order; fewer are not AutoAttack.
         seed: of every attack. The global random state is left as it was.
-        fast: take the fast path; otherwise the reference code as it is.
+        fast: take the fast path; otherwise the reference code as it is, on the network itself.
         pieces: what is finished already; each attack on each batch is one piece.
         progress: told the name of the attack, the forward passes so far and the survivors; called
             at every forward pass.
@@ -109,15 +109,29 @@ def autoattack(
     with ExitStack() as stack:
         stack.enter_context(private_random_state(images.x.device))
         stack.enter_context(evaluation_mode(model))
-        network = model
+        network, not_folded = model, ""
         if fast:
-            folded = _fast_network(model, images.x)
+            folded, not_folded = _fast_network(model, images.x)
             network = stack.enter_context(shared_batches(folded, images.x[:batch_size]))
         robust = predict(model, images.x, batch_size).argmax(dim=1) == images.y
 
         def attack(name: str, attacked: nn.Module, indices: Tensor) -> _Attacked:
+            def reference(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+                adversary = _reference(network, x.device, threat, seed, num_targets, short)
+                adversary.attacks_to_run = [name]
+                found: Tensor = adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
+                return found
+
             x, y = images.x[indices], images.y[indices]
-            ticking = _Ticking(attacked, f"{title} {name}", int(robust.sum()), progress)
+            by_parts = name == "fab-t" or (name == "square" and threat.norm == "Linf")
+            shared = attacked if by_parts and isinstance(attacked, SharedNetwork) else None
+            ticking = _Ticking(
+                attacked if shared is None else shared.network,
+                f"{title} {name}",
+                int(robust.sum()),
+                progress,
+                parts=1 if shared is None else shared.count(x),
+            )
             if name == "square" and threat.norm == "Linf" and fast:
                 square = SquareLinf(
                     threat.eps,
@@ -126,14 +140,19 @@ def autoattack(
                     batch_size=batch_size,
                     rescale_schedule=short,
                 )
-                candidates = square(ticking, x, y)
+                if shared is None:
+                    candidates = square(ticking, x, y)
+                else:
+                    candidates = square(ticking, x, y, share=shared.map_parts)
+            elif name == "fab-t" and shared is not None:
+                # It draws nothing, so each thread takes it through all steps on its own images.
+                candidates = shared.map_parts(partial(reference, ticking), x, y)
             else:
-                adversary = _reference(ticking, threat, seed, num_targets, short)
-                adversary.attacks_to_run = [name]
-                candidates, _ = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+                candidates = reference(ticking, x, y)
             still, adversarial, rejected = accept(model, x, y, candidates, threat)
             lost = predict(attacked, candidates, batch_size).argmax(dim=1) != y
-            return _Attacked(still, adversarial, rejected, still & lost)
+            disputed = still & lost & threat.allows(x, candidates)
+            return _Attacked(still, adversarial, rejected, disputed)
 
         def piece(name: str, indices: Tensor) -> dict[str, Tensor]:
             still, adversarial, rejected, disputed = attack(name, network, indices)
@@ -167,15 +186,15 @@ def autoattack(
     details = {
         "implementation": implementation,
         "path": "fast" if fast else "plain",
-        "network": "folded" if fast and folded is not model else "eager",
+        "network": "folded" if fast and not not_folded else "eager",
+        **({"eager_because": not_folded} if not_folded else {}),
         "precision": "float32",
         "version": version,
         "norm": threat.norm,
         "eps": threat.eps,
-        "num_steps": SHORT_STEPS if short else 100,
-        "num_targets": num_targets,
-        "num_queries": NUM_QUERIES,
+        **_settings(attacks, short, num_targets),
         "seed": seed,
+        "batch_size": batch_size,
         "attacks": {name: float(mask.double().mean()) for name, mask in after.items()},
         "num_rejected": num_rejected,
         "num_disputed": num_disputed,
@@ -199,19 +218,36 @@ class _Attacked(NamedTuple):
     disputed: Tensor
 
 
-def _fast_network(model: nn.Module, x: Tensor) -> nn.Module:
-    """The network with its BatchNorm folded, or itself where that cannot be done."""
+def _fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+    """The network with its BatchNorm folded, or itself and why that cannot be done."""
     try:
         folded = FoldedNetwork(model, x, constant=True)
-    except ValueError:
-        return model
+    except ValueError as error:
+        return model, str(error).partition("; set step.fold")[0]
     for module in (folded, *folded.modules()):
         module.training = False
-    return folded
+    return folded, ""
+
+
+def _settings(attacks: Sequence[str], short: bool, num_targets: int) -> dict[str, int]:
+    """Steps, targets and queries of those attacks that have them."""
+    found: dict[str, int] = {}
+    if tuple(attacks) != ("square",):
+        found["num_steps"] = SHORT_STEPS if short else 100
+    if "apgd-t" in attacks or "fab-t" in attacks:
+        found["num_targets"] = num_targets
+    if "square" in attacks:
+        found["num_queries"] = NUM_QUERIES
+    return found
 
 
 def _reference(
-    model: nn.Module, threat: ThreatModel, seed: int, num_targets: int, short: bool
+    model: nn.Module,
+    device: torch.device,
+    threat: ThreatModel,
+    seed: int,
+    num_targets: int,
+    short: bool,
 ) -> Any:
     """The reference code's AutoAttack."""
     from pyautoattack import AutoAttack
@@ -221,7 +257,7 @@ def _reference(
         norm=threat.norm,
         eps=threat.eps,
         seed=seed,
-        device=next(model.parameters()).device,
+        device=device,
         version="standard",
     )
     adversary.apgd_targeted.n_target_classes = num_targets
@@ -245,10 +281,16 @@ def _shorten(adversary: Any) -> None:
 
 
 class _Ticking(nn.Module):
-    """The model, reporting each of its forward passes."""
+    """The model, reporting its forward passes; called from ``parts`` threads, each of which has
+    its part of the batch."""
 
     def __init__(
-        self, model: nn.Module, name: str, survivors: int, progress: Progress | None
+        self,
+        model: nn.Module,
+        name: str,
+        survivors: int,
+        progress: Progress | None,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -256,12 +298,13 @@ class _Ticking(nn.Module):
         self.survivors = survivors
         self.progress = progress
         self.passes = 0
+        self.parts = parts
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
         if self.progress is not None:
-            self.progress(self.name, self.passes, self.survivors)
+            self.progress(self.name, -(-self.passes // self.parts), self.survivors)
         logits: Tensor = self.model(x)
         return logits
 

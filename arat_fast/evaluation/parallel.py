@@ -44,12 +44,18 @@ def shared_batches(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
     try:
         torch.set_num_threads(each)
         with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(each)) as pool:
-            yield _SharedNetwork(network, pool, workers)
+            yield SharedNetwork(network, pool, workers)
     finally:
         torch.set_num_threads(threads)
 
 
-class _SharedNetwork(nn.Module):
+class SharedNetwork(nn.Module):
+    """What :func:`shared_batches` yields.
+
+    Attributes:
+        network: the one that all threads run.
+    """
+
     def __init__(self, network: nn.Module, pool: ThreadPoolExecutor, workers: int) -> None:
         super().__init__()
         self.network = network
@@ -57,8 +63,12 @@ class _SharedNetwork(nn.Module):
         self.workers = workers
         self.training = False
 
+    def count(self, x: Tensor) -> int:
+        """The number of threads among which a batch is shared, >= 1."""
+        return max(min(self.workers, len(x) // MIN_PART), 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        count = min(self.workers, len(x) // MIN_PART)
+        count = self.count(x)
         if count < 2:
             whole: Tensor = self.network(x)
             return whole
@@ -79,6 +89,18 @@ class _SharedNetwork(nn.Module):
             part = x.detach().requires_grad_()
             return part, self.network(part)
 
+    def map_parts(self, call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor:
+        """``call`` of the tensors, each thread on its own part of them, concatenated.
+
+        Args:
+            call: maps tensors of n rows to a result of n rows, each row's depending on that row
+                alone.
+            tensors: of N rows each; the first is a batch of images.
+        """
+        count = self.count(tensors[0])
+        parts = zip(*(t.tensor_split(count) for t in tensors), strict=True)
+        return torch.cat(self.map(lambda part: call(*part), list(parts)))
+
     def map(self, call: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
         """``call`` of each part, each in a thread of the pool."""
         return list(self.pool.map(call, parts))
@@ -86,8 +108,8 @@ class _SharedNetwork(nn.Module):
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shared: _SharedNetwork) -> Tensor:
-        count = min(shared.workers, len(x) // MIN_PART)
+    def forward(ctx: Any, x: Tensor, shared: SharedNetwork) -> Tensor:
+        count = shared.count(x)
         ctx.shared = shared
         ctx.parts = shared.map(shared.record, list(torch.tensor_split(x, count)))
         return torch.cat([y.detach() for _, y in ctx.parts])

@@ -40,6 +40,7 @@ def test_record(run: Path, tmp_path: Path) -> None:
     assert record["machine"]["threads"] == 1
     assert entry["num_samples"] == entry["fast"]["num_samples"] == 12
     assert "speedup" not in entry and entry["fast_seconds"] > 0
+    assert len(entry["fast_round_seconds"]) == 2
     assert sum(entry["fast_seconds_by_attack"].values()) <= entry["fast_seconds"]
 
 
@@ -59,7 +60,10 @@ def test_different_robust_sets_fail(
     assert bench(run, out) == int(differs)
     (entry,) = json.loads(out.read_text())["results"]
     assert entry["num_different"] == int(differs)
-    assert entry["speedup"] == entry["plain_seconds"] / entry["fast_seconds"]
+    if differs:
+        assert "speedup" not in entry
+    else:
+        assert entry["speedup"] == entry["plain_seconds"] / entry["fast_seconds"]
 
 
 def _network(run: Path):  # type: ignore[no-untyped-def]
@@ -80,10 +84,13 @@ def test_the_reference_code_is_pyautoattack(run: Path) -> None:
         model, images, module.ThreatModel(0.6), batch_size=12, fast=False
     ).correct
     assert torch.equal(robust, plain)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_options() -> None:
     with pytest.raises(ValueError, match="after bench eval, got nothing"):
         EvalBenchOptions(())
+    with pytest.raises(ValueError, match="rounds must be >= 1, got 0"):
+        EvalBenchOptions((Path("run"),), rounds=0)
     with pytest.raises(ValueError, match="threads >= 0"):
         EvalBenchOptions((Path("run"),), threads=-1)

@@ -14,8 +14,9 @@ from pyautoattack.autopgd_base import APGDAttack_targeted as Targeted
 from torch import nn
 
 from arat_fast.data.digits import MAX_VALUE, load_digits
-from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, pgd_accuracy
+from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, parallel, pgd_accuracy
 from arat_fast.evaluation.evaluate import evaluation_mode
+from arat_fast.evaluation.parallel import SharedNetwork
 from arat_fast.models import use_branch
 from arat_fast.models.resnet import BasicBlock, ResNet
 
@@ -118,6 +119,62 @@ def test_the_fast_path_has_the_same_robust_set(
     assert torch.equal(broken, ~fast.correct)
 
 
+def test_standard_autoattack_of_cifar_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps and targets on 3 × 32 × 32 images, folded, in two threads, and as it is."""
+    monkeypatch.setattr(MODULE, "NUM_QUERIES", 200)
+    monkeypatch.setattr(parallel, "MIN_PART", 1)
+    generator = torch.Generator().manual_seed(3)
+    shades = torch.rand((4, 3, 1, 1), generator=generator) - 0.5
+    labels = torch.arange(24) % 4
+
+    def noised() -> torch.Tensor:
+        noise = torch.randn((24, 3, 32, 32), generator=generator)
+        return (0.5 + 0.2 * shades[labels] + 0.1 * noise).clamp(0, 1)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = ResNet(BasicBlock, (1, 1), (4, 8), num_classes=4, in_channels=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        with use_branch(model, "adv"):
+            for _ in range(40):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(noised()), labels).backward()
+                optimizer.step()
+    images, threat = ImageSet(noised(), labels, ("0", "1", "2", "3")), ThreatModel(6 / 255)
+    parts: list[int] = []
+    real = SharedNetwork.map
+    monkeypatch.setattr(
+        SharedNetwork, "map", lambda self, call, p: parts.append(len(p)) or real(self, call, p)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fast, plain = (
+            autoattack(model, images, threat, batch_size=24, fast=fast) for fast in (True, False)
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert set(parts) == {2}
+    assert all(torch.equal(standing, plain.after[name]) for name, standing in fast.after.items())
+    assert 0.1 < fast.accuracy < 0.9
+    assert fast.details["network"] == "folded" and "eager_because" not in fast.details
+
+
+def test_why_a_network_was_not_folded(linear: nn.Module) -> None:
+    class Untraceable(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = linear(x)
+            return y if float(y.sum()) > 0 else y
+
+    result = autoattack(
+        Untraceable(), digits(4), ThreatModel(0.5), batch_size=4, attacks=("square",)
+    )
+    assert result.details["network"] == "eager"
+    assert "cannot be traced" in result.details["eager_because"]
+    assert result.details["num_queries"] == MODULE.NUM_QUERIES
+    assert "num_steps" not in result.details and "num_targets" not in result.details
+
+
 def test_what_only_the_fast_network_lost_is_attacked_again(
     linear: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +185,7 @@ def test_what_only_the_fast_network_lost_is_attacked_again(
     )
     wrong = nn.Sequential(linear, nn.Linear(10, 10, bias=False))
     wrong[1].weight.data = -torch.eye(10)
-    monkeypatch.setattr(MODULE, "_fast_network", lambda *_: wrong.eval())
+    monkeypatch.setattr(MODULE, "_fast_network", lambda *_: (wrong.eval(), ""))
     fast = autoattack(linear, images, threat, batch_size=12, version="torchattacks10", seed=5)
     assert fast.details["num_disputed"] >= int(plain.correct.sum())
     assert torch.equal(fast.correct, plain.correct)
