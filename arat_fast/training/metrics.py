@@ -140,7 +140,7 @@ class MetricsFile:
 
     def holds(self, kind: str, step: int) -> bool:
         """Whether there is a line of that kind at that step."""
-        self.file.flush()
+        self.flush()
         lines = map(json.loads, Path(self.file.name).read_text().splitlines())
         return any(line["kind"] == kind and line["step"] == step for line in lines)
 

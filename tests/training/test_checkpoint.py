@@ -109,6 +109,15 @@ def test_metrics_file_is_cut_but_never_padded(tmp_path: Path, keep: int) -> None
     assert path.read_bytes() == before[:keep] + b'{"step": 3}\n'
 
 
+def test_lines_after_the_checkpoint_are_not_held(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = b'{"kind": "analysis", "step": 1}\n'
+    path.write_bytes(first + b'{"kind": "analysis", "step": 2}\n')
+    file = MetricsFile(path, keep=len(first))
+    assert file.holds("analysis", 1) and not file.holds("analysis", 2)
+    file.close()
+
+
 def test_full_disk_under_the_metrics() -> None:
     """/dev/full refuses every write, as a full disk does."""
     if not os.path.exists("/dev/full"):
