@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from arat_fast.data.framing import Framing, Kind
 from arat_fast.data.images import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
 from arat_fast.data.sources import EncodedImages
+
+if TYPE_CHECKING:
+    from arat_fast.distributed import Ranks
 
 _CROPS: dict[str, Kind] = {"imagenette": "pad"}
 _EVALUATION_SEED = 21
@@ -77,9 +80,10 @@ def load_data(
         config: which dataset, where it is and how training augments it.
         device: where the batches go; images in arrays stay there as a whole where they fit.
         seed: of order and augmentation, >= 0; the held-out images do not depend on it.
-        eval_batch_size: samples in a batch of ``val`` and ``test``, over all ranks.
+        eval_batch_size: samples in a batch of ``val`` and ``test``.
         memory_format: of the training images that stay on the device.
-        shard: this process; every split is shared by all ranks.
+        shard: this process; all ranks share every batch of ``train`` and ``probe``, while ``val``
+            and ``test`` are whole on each, which reads the batches that it evaluates.
         bad_images: finds the files to leave out, where ``config.bad_images`` is "skip".
 
     Raises:
@@ -93,18 +97,29 @@ def load_data(
     return _array_splits(*arguments)
 
 
-def download_data(config: DataConfig) -> None:
-    """Fetch a published dataset where it is absent, so that other processes find it.
+def download_data(config: DataConfig, ranks: Ranks) -> None:
+    """Fetch a published dataset where it is absent and asked for, so that all processes find it.
+
+    Rank 0 first, then the first process of each other machine: whatever disks they share, files are
+    fetched once for each.
+
+    Args:
+        config: which dataset, and where it is.
+        ranks: the processes; each calls this. One of its own leaves it to :func:`load_data`.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_data`.
     """
-    if config.name == "imagenette":
-        read_imagenette(config)
-    elif config.name == "tiny-imagenet":
-        list_tiny_imagenet(config)
-    elif config.name not in ("folder", "webdataset"):
-        read_arrays(config)
+    if not config.download or ranks.alone:
+        return
+    for turn in (ranks.is_main, ranks.local_rank == 0 and not ranks.is_main):
+        if turn and config.name == "imagenette":
+            read_imagenette(config)
+        elif turn and config.name == "tiny-imagenet":
+            list_tiny_imagenet(config)
+        elif turn and config.name not in ("folder", "webdataset"):
+            read_arrays(config)
+        ranks.meet()
 
 
 def _array_splits(
@@ -210,7 +225,7 @@ def _make_array_splits(
         ]
 
     def evaluated(images: Images) -> Batches:
-        one = BatchPlan(images.rows.shape[0], eval_batch_size, shard=shard)
+        one = BatchPlan(images.rows.shape[0], eval_batch_size)
         return make(images, [one], False)[0]
 
     training = make(train, [plan(seed), plan(_probe_seed(seed))], True)
@@ -356,7 +371,7 @@ def _encoded_splits(
             device=device,
             shuffle=training,
             seed=training_seed or 0,
-            shard=shard,
+            shard=shard if training else WHOLE,
             num_workers=config.num_workers,
         )
 

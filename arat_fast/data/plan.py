@@ -67,11 +67,8 @@ class BatchPlan:
     All ranks walk through one order of the samples, which depends on the seed and the epoch, in
     batches of ``batch_size``; each rank takes its share of every batch (:meth:`Shard.share`), so
     that the batches joined over the ranks do not depend on their number. The last batch of an epoch
-    can be smaller. Where it is too small to be shared, it is
-
-    - left out in training (``shuffle``): BatchNorm needs two samples on every rank;
-    - otherwise joined to the batch before, so that every sample is seen once and no rank is left
-      with nothing.
+    can be smaller. In training (``shuffle``) it is left out where it is too small to be shared:
+    BatchNorm needs two samples on every rank.
 
     Every rank has as many batches as the others. Where a last batch is left out for one number of
     ranks and not for another, the lengths of their epochs differ: a run that is to go on with
@@ -102,14 +99,13 @@ class BatchPlan:
         if num_samples == 0:
             raise ValueError("the dataset is empty, expected at least one image")
         ranks = shard.world_size
-        least = (2 if shuffle else 1) * ranks
+        least = 2 * ranks if shuffle else 1
         sharing = f" ({ranks} processes share it)" if ranks > 1 else ""
         if batch_size < least:
             raise ValueError(f"batch_size must be >= {least}{sharing}, got {batch_size}")
         if num_samples < least:
-            use = "train on" if shuffle else "evaluate"
             raise ValueError(
-                f"at least {least} images to {use} are expected{sharing}, got {num_samples}"
+                f"at least {least} images to train on are expected{sharing}, got {num_samples}"
             )
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -120,7 +116,7 @@ class BatchPlan:
         too_small = 0 < rest < least
         self._num_batches = full + (rest > 0 and not too_small)
         self._order: tuple[int, Tensor] | None = None
-        self._end = full * batch_size if too_small and shuffle else num_samples
+        self._end = full * batch_size if too_small else num_samples
 
     def __len__(self) -> int:
         return self._num_batches

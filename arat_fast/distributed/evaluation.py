@@ -7,35 +7,9 @@ from typing import Any
 
 import torch
 
-from arat_fast.data import Batches
 from arat_fast.distributed.ranks import Ranks
 from arat_fast.evaluation.evaluate import AttackResult, ImageSet
 from arat_fast.training.interrupt import EvaluationStopped
-
-
-def gather_images(ranks: Ranks, batches: Batches, max_samples: int = 0) -> ImageSet:
-    """All images of a split, or the first ``max_samples`` (0: all), on every process.
-
-    Args:
-        ranks: the processes; each loads its share.
-        batches: of the split.
-        max_samples: >= 0.
-    """
-    if ranks.alone:
-        return ImageSet.from_batches(batches, max_samples)
-    plan = batches.plan
-    limit = max_samples or plan.samples_before(len(plan))
-    xs, ys, places = [], [], []
-    for number, (x, y) in enumerate(batches.epoch(0)):
-        xs.append(x)
-        ys.append(y)
-        own = plan.places(number)
-        places.append(torch.arange(own.start, own.stop, device=x.device))
-        if plan.samples_before(number + 1) >= limit:
-            break
-    order = ranks.gather_rows(torch.cat(places)).argsort()[:limit]
-    x, y = ranks.gather_rows(torch.cat(xs)), ranks.gather_rows(torch.cat(ys))
-    return ImageSet(x[order], y[order], batches.classes)
 
 
 def share_evaluation(
@@ -48,32 +22,35 @@ def share_evaluation(
     Args:
         ranks: the processes.
         evaluate: attacks some of the images.
-        images: all of them, at least one, the same on every process.
+        images: those of this process, as :meth:`ImageSet.from_batches` shares them; rank 0 has one
+            at least.
+
+    Returns:
+        Results of all images, in the order of the ranks; ``x_adv`` of this process's own, since all
+        of them may not fit into the memory of one.
 
     Raises:
         EvaluationStopped: a process was told to stop; raised on all of them.
     """
     if ranks.alone:
         return evaluate(images)
-    part = ranks.shard.share(len(images.y))
-    own = ImageSet(images.x[part], images.y[part], images.classes)
     stopped = False
-    result = AttackResult(own.y == own.y, own.x, {})
-    if len(own.y):
+    result = AttackResult(images.y == images.y, images.x, {})
+    if len(images.y):
         try:
-            result = evaluate(own)
+            result = evaluate(images)
         except EvaluationStopped:
             stopped = True
     ranks.meet()
     if not ranks.all(not stopped):
         raise EvaluationStopped
-    correct, x_adv = ranks.gather_rows(result.correct), ranks.gather_rows(result.x_adv)
     masks = list(result.after.values())
     # A process without images has no attacks to tell of.
-    masks += [own.y == own.y] * (ranks.largest(len(masks)) - len(masks))
+    masks += [images.y == images.y] * (ranks.largest(len(masks)) - len(masks))
     joined = [ranks.gather_rows(mask) for mask in masks]
     after = dict(zip(result.after, joined, strict=False))
-    return AttackResult(correct, x_adv, _join_details(ranks, result), after)
+    correct = ranks.gather_rows(result.correct)
+    return AttackResult(correct, result.x_adv, _join_details(ranks, result), after)
 
 
 def _join_details(ranks: Ranks, result: AttackResult) -> dict[str, Any]:

@@ -118,14 +118,14 @@ class Watch:
         Returns:
             None: speak; else the exit code of the process that has spoken.
         """
-        if self._spoken is not None:
-            return self._spoken
+        spoken = self._spoken
         try:
-            if self._store.add("claimed", 1) == 1:
+            if spoken is None and self._store.add("claimed", 1) == 1:
                 self._store.set("exit code", str(exit_code))
-                self._let_others_hear()
-                return None
-            return int(self._store.get("exit code"))
+            elif spoken is None:
+                spoken = int(self._store.get("exit code"))
+            self._let_others_hear()
+            return spoken
         except RuntimeError:
             # Rank 0 has gone, and the store with it: the first rank after it speaks, and as its
             # whole machine may be lost, the first process of every other machine.
@@ -139,22 +139,34 @@ class Watch:
     def explain_loss(self, error: Exception) -> tuple[str, int]:
         """Why talking to another process failed: a message, empty if another process has given one,
         and an exit code."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"gave up/{self.rank}", "")
         lost = self._wait_for_a_loss()
         # A process that failed for a reason of its own says it before it goes.
         if not lost:
             time.sleep(BEAT_SECONDS)
+        # Before a claim, after which rank 0 may go, and the store with it.
+        busy = self._still_busy()
         spoken = self.claim(LOST_EXIT_CODE)
         if spoken is not None:
             return "", spoken
         if lost:
             return self._lost_message(lost), LOST_EXIT_CODE
         reason = str(error).splitlines()[0]
-        slowest = min(range(self.world_size), key=self._step_of)
+        if not busy:
+            return f"the processes failed to talk at step {self.step}: {reason}", LOST_EXIT_CODE
         return (
-            f"rank {slowest} ({self._where(slowest)}) did not get beyond step "
-            f"{self._step_of(slowest)} while the others waited for it: {reason}",
+            f"{self._named(busy)} did not get beyond step {min(map(self._step_of, busy))} while "
+            f"the others waited: {reason}",
             LOST_EXIT_CODE,
         )
+
+    def _still_busy(self) -> list[int]:
+        """The ranks that have not given up waiting for others."""
+        with contextlib.suppress(RuntimeError):
+            ranks = range(self.world_size)
+            return [rank for rank in ranks if not self._store.check([f"gave up/{rank}"])]
+        return []
 
     def _wait_for_a_loss(self) -> list[int]:
         deadline = time.monotonic() + LOST_SECONDS + 2 * BEAT_SECONDS
@@ -182,12 +194,15 @@ class Watch:
         return [r for r in others if now - self._heard[r] > seconds]
 
     def _lost_message(self, lost: list[int]) -> str:
-        named = ", ".join(f"rank {rank} ({self._where(rank)})" for rank in lost)
         verb = "was" if len(lost) == 1 else "were"
         return (
-            f"{named} {verb} lost at step {self.step}, and the others of the {self.world_size} "
-            "processes end with it; go on from the last checkpoint with --resume"
+            f"{self._named(lost)} {verb} lost at step {self.step}, and the others of the "
+            f"{self.world_size} processes end with it; go on from the last checkpoint with "
+            "--resume"
         )
+
+    def _named(self, ranks: list[int]) -> str:
+        return ", ".join(f"rank {rank} ({self._where(rank)})" for rank in ranks)
 
     def _where(self, rank: int) -> str:
         return self._beats[rank].split(";")[2] if self._beats[rank] else "never heard"

@@ -17,6 +17,7 @@ from arat_fast.config import Config
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import stream_generator
+from arat_fast.data.load import download_data
 from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
@@ -107,6 +108,7 @@ def evaluate_checkpoint(
     display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
+    download_data(config.data, ranks)
     with display.evaluating() as bar:
         data = load_data(
             config.data,
@@ -116,7 +118,7 @@ def evaluate_checkpoint(
             bad_images=BadImages(saved.path.parent, ranks, bar),
         )
     model = place_network(saved, trained, data, target)
-    images = ImageSet.from_batches(data.test, max_samples)
+    images = ImageSet.from_batches(data.test, max_samples, ranks.shard)
     start = time.perf_counter()
     for name, reason in attacks_left_out(attacks, data.test.num_classes).items():
         display.say(f"{name} is left out: {reason}")
@@ -151,9 +153,12 @@ def evaluate_checkpoint(
         "versions": versions(),
         "commit": source_commit(),
     }
-    if out is not None and ranks.is_main:
-        save_per_example(out.with_suffix(".npz"), model, images, suite, config.eval.batch_size)
-        write_json(out, record)
+    if out is not None:
+        save_per_example(
+            out.with_suffix(".npz"), model, images, suite, config.eval.batch_size, ranks
+        )
+        if ranks.is_main:
+            write_json(out, record)
     ranks.meet()
     suite.pieces.remove()
     return record

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD, check_images
 from arat_fast.data.batches import Batches
+from arat_fast.data.plan import WHOLE, Shard
 from arat_fast.device import full_float32
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
@@ -30,17 +31,29 @@ class ImageSet:
     classes: tuple[str, ...]
 
     @classmethod
-    def from_batches(cls, batches: Batches, max_samples: int = 0) -> ImageSet:
-        """All images of a split, or the first ``max_samples`` (0: all)."""
-        xs, ys, seen = [], [], 0
-        for x, y in batches.epoch(0):
+    def from_batches(cls, batches: Batches, max_samples: int = 0, shard: Shard = WHOLE) -> ImageSet:
+        """All images of a split, or the first ``max_samples`` (0: all), or a process's part of
+        these, for which no other batch is read.
+
+        Args:
+            batches: of the split, whole on every process, not shuffled.
+            max_samples: >= 0.
+            shard: this process; its images lie in a row.
+        """
+        total = min(max_samples or batches.num_samples, batches.num_samples)
+        part = shard.share(total)
+        plan = batches.plan
+        # A process without images reads one batch, for their shape.
+        first = min(part.start // plan.batch_size, len(plan) - 1)
+        start = plan.samples_before(first)
+        xs, ys = [], []
+        for number, (x, y) in enumerate(batches.epoch(0, first), first):
             xs.append(x)
             ys.append(y)
-            seen += len(x)
-            if max_samples and seen >= max_samples:
+            if plan.samples_before(number + 1) >= part.stop:
                 break
-        limit = max_samples or seen
-        return cls(torch.cat(xs)[:limit], torch.cat(ys)[:limit], batches.classes)
+        own = slice(part.start - start, part.stop - start)
+        return cls(torch.cat(xs)[own], torch.cat(ys)[own], batches.classes)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class AttackResult:
     Attributes:
         correct: (N,) bool: classified correctly, and by every example the attack tried.
         x_adv: (N, C, H, W): the adversarial images; the clean one where the attack failed or where
-            there was no attack.
+            there was no attack. Of several processes, those of this one.
         details: how it was done, as JSON types.
         after: ``correct`` as it was after each of several attacks.
     """

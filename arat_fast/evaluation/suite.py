@@ -100,12 +100,13 @@ class SuiteResult:
         return record
 
     def strongest_examples(self) -> Tensor:
-        """AutoAttack's example where it broke an image that PGD did not, else PGD's."""
+        """AutoAttack's example where it broke an image that PGD did not, else PGD's; of several
+        processes those of rank 0, and on rank 0 only."""
         (pgd,) = [r for name, r in self.results.items() if name.startswith("pgd")]
         if "autoattack" not in self.results:
             return pgd.x_adv
         full = self.results["autoattack"]
-        better = pgd.correct & ~full.correct
+        better = (pgd.correct & ~full.correct)[: len(pgd.x_adv)]
         return torch.where(better.view(-1, 1, 1, 1), full.x_adv, pgd.x_adv)
 
 
@@ -136,7 +137,7 @@ def evaluate_all(
 
     Args:
         model: the network, in any mode.
-        images: float32 images and labels on the model's device.
+        images: float32 images and labels on the model's device, this process's share of them.
         threat: ball of the attacks.
         num_steps, alpha: steps and step size of PGD.
         attacks: of :data:`ATTACKS`; those of :func:`attacks_left_out` are not run.
@@ -147,8 +148,8 @@ def evaluate_all(
             images and settings goes on from them. They stay for the caller to remove, see
             :class:`SuiteResult`. None keeps nothing.
         progress: told what is running.
-        ranks: the processes that share the images; each returns all results, and keeps pieces of
-            its own.
+        ranks: the processes that share the images; each returns the results of all, adversarial
+            images of its own share only, and keeps pieces of its own.
 
     Raises:
         ValueError: an attack is unknown, or an argument is out of range.
@@ -234,24 +235,22 @@ def corruption_accuracy(
 ) -> CorruptionResult:
     """Accuracy of the ``adv`` branch on images with common corruptions, made on the fly.
 
+    What is random in them depends on the number of processes.
+
     Args:
         model: the network, in any mode.
-        images: float32 images and labels on the model's device.
+        images: float32 images and labels on the model's device, this process's share of them.
         batch_size: samples at a time, >= 1.
         seed: of the corruptions.
         pieces: what is finished already; each corruption is one piece.
         progress: told after each corruption.
-        ranks: the processes that share the corruptions; each returns all results.
+        ranks: the processes that share the images; each returns all results.
 
     Raises:
         EvaluationStopped: a process was told to stop; raised on all of them.
     """
     pieces = pieces or Pieces()
-    names = list(CORRUPTIONS)
-    own = names if ranks.alone else names[ranks.shard.share(len(names))]
-    # A process may have none.
-    none = torch.empty((0, NUM_SEVERITIES, len(images.y)), dtype=torch.bool, device=images.x.device)
-    correct = [none]
+    correct = []
 
     def one(name: str) -> dict[str, Tensor]:
         predictions = [
@@ -261,29 +260,32 @@ def corruption_accuracy(
         return {"correct": torch.stack(predictions) == images.y}
 
     stopped = False
+    # A process may have no images.
+    own = CORRUPTIONS if len(images.y) else ()
     try:
         with evaluation_mode(model):
-            for number, name in enumerate(own):
+            for number, name in enumerate(own, 1):
                 found = pieces.get(f"corruption-{name}", partial(one, name), images.x.device)
-                correct.append(found["correct"][None])
+                correct.append(found["correct"])
                 if progress is not None:
-                    progress("corruptions", number + 1, len(own))
+                    progress("corruptions", number, len(own))
     except EvaluationStopped:
         if ranks.alone:
             raise
         stopped = True
-    found_by_name = torch.cat(correct)
     if not ranks.alone:
         ranks.meet()
         if not ranks.all(not stopped):
             raise EvaluationStopped
-        found_by_name = ranks.gather_rows(found_by_name)
+    none = images.y.new_empty((len(CORRUPTIONS), NUM_SEVERITIES, 0), dtype=torch.bool)
+    by_name = torch.stack(correct) if correct else none
+    by_name = ranks.gather_rows(by_name.permute(2, 0, 1)).permute(1, 2, 0)
     details = {
         "implementation": "arat_fast.evaluation.corruptions",
         "severities": list(range(1, NUM_SEVERITIES + 1)),
         "seed": seed,
     }
-    return CorruptionResult(found_by_name, details)
+    return CorruptionResult(by_name, details)
 
 
 def _kept(
@@ -303,9 +305,14 @@ def _kept(
 
 
 def save_per_example(
-    path: Path, model: nn.Module, images: ImageSet, suite: SuiteResult, batch_size: int
+    path: Path,
+    model: nn.Module,
+    images: ImageSet,
+    suite: SuiteResult,
+    batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write what became of each image (.npz).
+    """Write what became of each image (.npz); of several processes rank 0 writes.
 
     ``label`` (N,) int64; for each result ``NAME_correct`` (N,) bool, ``NAME_prediction`` (N,) int64
     and ``NAME_margin`` (N,) float32, the true logit less the largest other one, on the adversarial
@@ -315,26 +322,32 @@ def save_per_example(
     Args:
         path: the file.
         model: the network.
-        images: the images that were evaluated.
+        images: this process's share of the images that were evaluated.
         suite: what was found.
         batch_size: samples at a time, >= 1.
+        ranks: the processes that share the images; each calls this.
     """
-    arrays: dict[str, Any] = {"label": images.y}
+    arrays: dict[str, Any] = {"label": ranks.gather_rows(images.y)}
     for name, result in suite.results.items():
         branch: Branch = "clean" if name == "clean_branch" else "adv"
-        with evaluation_mode(model, branch):
-            logits = predict(model, result.x_adv, batch_size)
-        true = logits.gather(1, images.y[:, None]).flatten()
-        others = logits.scatter(1, images.y[:, None], -torch.inf).amax(dim=1)
+        # A process may have no images.
+        prediction, margin = images.y, images.y.float()
+        if len(images.y):
+            with evaluation_mode(model, branch):
+                logits = predict(model, result.x_adv, batch_size)
+            true = logits.gather(1, images.y[:, None]).flatten()
+            others = logits.scatter(1, images.y[:, None], -torch.inf).amax(dim=1)
+            prediction, margin = logits.argmax(dim=1), true - others
         arrays[f"{name}_correct"] = result.correct
-        arrays[f"{name}_prediction"] = logits.argmax(dim=1)
-        arrays[f"{name}_margin"] = true - others
+        arrays[f"{name}_prediction"] = ranks.gather_rows(prediction)
+        arrays[f"{name}_margin"] = ranks.gather_rows(margin)
         for attack, mask in result.after.items():
             arrays[f"{name}_after_{attack}"] = mask
     if suite.corruptions is not None:
         arrays["corruptions_correct"] = suite.corruptions.correct
-    arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
-    write_atomic(path, lambda file: np.savez(file, **arrays))
+    if ranks.is_main:
+        arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
+        write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, x_adv: Tensor) -> None:

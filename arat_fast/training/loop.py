@@ -34,10 +34,10 @@ from arat_fast.device import (
 from arat_fast.display import Display, TrainingBar
 from arat_fast.distributed import ALONE, Ranks, place_of
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
-from arat_fast.distributed.evaluation import gather_images, share_evaluation
+from arat_fast.distributed.evaluation import share_evaluation
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
-from arat_fast.evaluation.evaluate import Progress, evaluation_mode, predict
+from arat_fast.evaluation.evaluate import ImageSet, Progress, evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, save_examples
 from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
@@ -135,10 +135,7 @@ class Trainer:
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
         )
-        if config.data.download and not ranks.alone:
-            if ranks.is_main:
-                download_data(config.data)
-            ranks.meet()
+        download_data(config.data, ranks)
         with self.display.evaluating() as bar:
             bad_images = BadImages(out if saved is not None else None, ranks, bar)
             self.data = load_data(
@@ -254,6 +251,8 @@ class Trainer:
                 checkpoint. Raised by all processes in the same step.
             OSError: a file could not be written; the checkpoint before is whole.
         """
+        # What rank 0 reads and writes at first may take longer than a collective waits.
+        self.ranks.meet()
         finished = self._finished_summary()
         if finished is not None:
             self.display.say(f"{self.out} is finished already; nothing was trained or evaluated")
@@ -584,11 +583,16 @@ class Trainer:
         every = config.analyze.every
         if not every or (done % every and done != config.train.epochs):
             return
-        # Of this process's share of the batches; the others wait for it in the next step.
-        if self.metrics_file is None:
-            return
+        if self.metrics_file is not None:
+            self._analyze(done, bar, self.metrics_file)
+        # It can take longer than a collective waits.
+        self.ranks.meet()
+
+    def _analyze(self, done: int, bar: TrainingBar, metrics_file: MetricsFile) -> None:
+        """On rank 0, of its share of the batches."""
+        config = self.config
         # A checkpoint from after the training, as SWA's refresh writes one, comes after its line.
-        if done == config.train.epochs and self.metrics_file.holds("analysis", self.step):
+        if done == config.train.epochs and metrics_file.holds("analysis", self.step):
             return
         bar.show("analysing")
         batches = first_batches(self.data.train, config.analyze.num_batches)
@@ -608,7 +612,7 @@ class Trainer:
                     f"{record['left_out']}; --analyze.every 0 leaves out all"
                 )
             self.analysis_left_out = True
-        self.metrics_file.write({"kind": "analysis", "step": self.step, "epoch": done, **record})
+        metrics_file.write({"kind": "analysis", "step": self.step, "epoch": done, **record})
         if self.tensorboard is not None:
             for name, value in headline_numbers(record).items():
                 self.tensorboard.add_scalar(f"analysis/{name}", value, self.step)
@@ -631,7 +635,7 @@ class Trainer:
         """A line of clean and PGD accuracy on the validation images, else on the test images."""
         config = self.config
         split, batches = ("val", self.data.val) if self.data.val else ("test", self.data.test)
-        images = gather_images(self.ranks, batches, config.eval.max_samples)
+        images = ImageSet.from_batches(batches, config.eval.max_samples, self.ranks.shard)
         clean = share_evaluation(
             self.ranks,
             lambda own: clean_accuracy(model, own, batch_size=config.eval.batch_size),
@@ -660,7 +664,7 @@ class Trainer:
             "clean": clean.accuracy,
             "pgd": pgd.accuracy,
             "num_steps": config.eval.num_steps,
-            "num_samples": len(images.y),
+            "num_samples": len(pgd.correct),
         }
 
     def _write_evaluation(self, line: dict[str, Any]) -> None:
@@ -888,7 +892,7 @@ class Trainer:
 
     def _finish(self, model: nn.Module, kind: str, stop: StopRequest) -> dict[str, Any]:
         config = self.config
-        images = gather_images(self.ranks, self.data.test, config.eval.max_samples)
+        images = ImageSet.from_batches(self.data.test, config.eval.max_samples, self.ranks.shard)
         split = any(isinstance(m, SplitBatchNorm2d) for m in model.modules())
         facts = describe(config, kind, "adv" if split else "shared", self.data.train.image_shape)
         if self.ranks.is_main:
@@ -918,7 +922,7 @@ class Trainer:
             summary = {
                 **self._summary("finished"),
                 "evaluation": config_to_dict(config)["eval"],
-                "test_samples": len(images.y),
+                "test_samples": len(suite.results["clean"].correct),
                 "split": "test",
                 "model": kind,
                 "accuracy": suite.record(),

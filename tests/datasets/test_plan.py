@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arat_fast.config import DataConfig
-from arat_fast.data import Batches, BatchPlan, DataSplits, Shard, load_data
+from arat_fast.data import (
+    Batch,
+    Batches,
+    BatchPlan,
+    DataSplits,
+    ResidentBatches,
+    Shard,
+    load_data,
+)
+from arat_fast.evaluation.evaluate import ImageSet
 
 CPU = torch.device("cpu")
 
@@ -29,7 +38,7 @@ def shards(world_size: int) -> list[Shard]:
 def test_shares_are_equal_in_number_near_in_size_and_the_whole_once(
     num_samples: int, batch_size: int, ranks: int, shuffle: bool
 ) -> None:
-    least = (2 if shuffle else 1) * ranks
+    least = 2 * ranks if shuffle else 1
     if min(num_samples, batch_size) < least:
         with pytest.raises(ValueError, match=str(least)):
             BatchPlan(num_samples, batch_size, shuffle=shuffle, shard=Shard(0, ranks))
@@ -46,7 +55,7 @@ def test_shares_are_equal_in_number_near_in_size_and_the_whole_once(
         parts = [order[plan.places(number)].tolist() for plan in plans]
         sizes = [len(part) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-        assert min(sizes) >= (2 if shuffle else 1)
+        assert min(sizes) >= 2 or not shuffle
         batch = [sample for part in parts for sample in part]
         assert batch == order[plans[0].batch(number)].tolist()
         assert plans[0].samples_before(number) == len(seen)
@@ -83,18 +92,17 @@ def test_impossible_shards_are_named(shard: tuple[int, int], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "batch_size", "shuffle", "message"),
+    ("num_samples", "batch_size", "message"),
     [
-        (100, 5, True, r"batch_size must be >= 6 \(3 processes share it\), got 5"),
-        (5, 6, True, r"at least 6 images to train on are expected \(3 processes .*, got 5"),
-        (2, 6, False, r"at least 3 images to evaluate are expected \(3 processes .*, got 2"),
+        (100, 5, r"batch_size must be >= 6 \(3 processes share it\), got 5"),
+        (5, 6, r"at least 6 images to train on are expected \(3 processes .*, got 5"),
     ],
 )
 def test_too_little_for_every_rank_is_named(
-    num_samples: int, batch_size: int, shuffle: bool, message: str
+    num_samples: int, batch_size: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        BatchPlan(num_samples, batch_size, shuffle=shuffle, shard=Shard(0, 3))
+        BatchPlan(num_samples, batch_size, shuffle=True, shard=Shard(0, 3))
 
 
 def load(name: str, root: Path, world_size: int, **options: Any) -> list[DataSplits]:
@@ -123,7 +131,7 @@ def joined(ranks: list[Batches], epoch: int, start: int = 0) -> list[tuple[Tenso
 def test_three_ranks_together_see_what_one_process_sees(
     published: Any, tmp_path: Path, name: str, split: str
 ) -> None:
-    """The last batch is of 6 of 41 training images, and of 3, 4 or 6 images in evaluation."""
+    """The last batch is of 6 of 41 training images; what is evaluated is whole on every rank."""
     if name == "cifar10":
         published.cifar(num_train=60, num_test=22)
         options = {"num_val": 19}
@@ -134,26 +142,56 @@ def test_three_ranks_together_see_what_one_process_sees(
     ranks = [getattr(splits, split) for splits in load(name, tmp_path, 3, **options)]
     for epoch in (0, 3):
         whole = joined([alone], epoch)
-        shared = joined(ranks, epoch)
+        shared = joined(ranks if split in ("train", "probe") else ranks[1:2], epoch)
         assert len(whole) == len(shared) == len(alone) == len(ranks[0])
         for (x, y), (u, v) in zip(whole, shared, strict=True):
             assert torch.equal(x, u) and torch.equal(y, v)
     assert sum(len(y) for _, y in shared) == alone.num_samples == ranks[1].num_samples
     for number in range(len(ranks[0])):
-        resumed = joined(ranks, 3, number)
+        resumed = joined(ranks if split in ("train", "probe") else ranks[1:2], 3, number)
         assert all(
             torch.equal(x, u) and torch.equal(y, v)
             for (x, y), (u, v) in zip(shared[number:], resumed, strict=True)
         )
 
 
-def test_last_evaluation_batch_too_small_to_share_joins_the_one_before(
-    published: Any, tmp_path: Path
+@pytest.mark.parametrize("name", ["cifar10", "imagenette"])
+@pytest.mark.parametrize("max_samples", [0, 2, 17])
+def test_ranks_read_their_part_of_what_is_evaluated(
+    published: Any, tmp_path: Path, name: str, max_samples: int
 ) -> None:
-    published.cifar(num_test=17)
-    ranks = [splits.test for splits in load("cifar10", tmp_path, 3)]
-    alone = load("cifar10", tmp_path, 1)[0].test
-    assert [len(y) for _, y in joined([alone], 0)] == [8, 8, 1]
-    assert [len(y) for _, y in joined(ranks, 0)] == [8, 9]
-    x = torch.cat([x for x, _ in joined(ranks, 0)])
-    assert torch.equal(x, torch.cat([x for x, _ in joined([alone], 0)]))
+    """Batches of 8, shares that begin anywhere, more ranks than images or than fit into a batch."""
+    if name == "cifar10":
+        published.cifar(num_train=60, num_test=22)
+    else:
+        published.imagenette(per_class=6)
+    options = {"num_val": 19, "batch_size": 18}
+    (alone,) = load(name, tmp_path, 1, **options)
+    for split in ("val", "test"):
+        batches: Batches = getattr(alone, split)
+        whole = ImageSet.from_batches(batches, max_samples)
+        assert len(whole.y) == min(max_samples or batches.num_samples, batches.num_samples)
+        ranks = [getattr(splits, split) for splits in load(name, tmp_path, 9, **options)]
+        parts = [
+            ImageSet.from_batches(of_rank, max_samples, shard)
+            for of_rank, shard in zip(ranks, shards(9), strict=True)
+        ]
+        assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
+        assert torch.equal(torch.cat([part.y for part in parts]), whole.y)
+        sizes = [len(part.y) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_rank_reads_no_batch_but_its_own() -> None:
+    images = torch.zeros(40, 1, 4, 4, dtype=torch.uint8)
+    batches = ResidentBatches(images, torch.arange(40) % 2, ("a", "b"), batch_size=4)
+    read: list[int] = []
+    assemble = batches.assemble
+
+    def noting(index: Tensor, draws: Tensor) -> Batch:
+        read.extend(index.tolist())
+        return assemble(index, draws)
+
+    batches.assemble = noting  # type: ignore[method-assign]
+    part = ImageSet.from_batches(batches, 30, Shard(1, 3))
+    assert read == list(range(8, 20)) and len(part.y) == 10

@@ -38,7 +38,9 @@ class Drill:
         out: folder of the run.
         accident: "none"; a signal's name; "kill" (SIGKILL), "error" or "nan" in a step; "nan once",
             of which a second attempt is spared; "kill in write" or "full disk" in writing a
-            checkpoint; "launcher" (SIGTERM to torchrun's, before a step).
+            checkpoint; "launcher" (SIGTERM to torchrun's, before a step); "hang" in a step, with
+            signs of life; "evaluation" (SIGTERM in it, while the other ranks still evaluate);
+            "slow", a second longer than the timeout at the start and in the first analysis.
         step: in which it happens, or after which a checkpoint is written.
         rank: to which it happens; None: to all.
         extra: further arguments of the command line.
@@ -75,11 +77,16 @@ def prepared(drill: Drill) -> Any:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.had_it = False
+            if drill.accident == "evaluation":
+                break_evaluations(self, drill)
+                return
             if drill.rank in (None, self.ranks.rank):
                 if drill.accident in ("kill in write", "full disk"):
                     break_writes(self, drill)
                 elif drill.accident == "launcher":
                     end_launcher(self, drill)
+                elif drill.accident == "slow":
+                    be_slow(self.config.distributed.timeout + 1)
                 else:
                     break_steps(self, drill)
 
@@ -96,6 +103,8 @@ def break_steps(trainer: Any, drill: Drill) -> None:
         trainer.had_it = drill.accident == "nan once"
         if drill.accident == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if drill.accident == "hang":
+            time.sleep(60)
         if drill.accident == "error":
             raise ValueError("an image that cannot be read")
         if drill.accident.startswith("nan"):
@@ -108,6 +117,40 @@ def break_steps(trainer: Any, drill: Drill) -> None:
         return result
 
     trainer.train_step.from_indices = accident
+
+
+def be_slow(seconds: float) -> None:
+    pauses = [seconds]
+
+    def analysis(*_: Any) -> dict[str, Any]:
+        if pauses:
+            time.sleep(pauses.pop())
+        return {}
+
+    loop_module.analyze_training = analysis
+    loop_module.headline_numbers = lambda record: {}
+    time.sleep(seconds)
+
+
+def break_evaluations(trainer: Any, drill: Drill) -> None:
+    make = trainer._progress
+
+    def broken(*arguments: Any) -> Any:
+        progress = make(*arguments)
+
+        def accident(name: str, done: int, total: int) -> None:
+            if trainer.step == drill.step and trainer.ranks.rank == drill.rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif trainer.step == drill.step:
+                deadline = time.monotonic() + 20
+                while time.monotonic() < deadline:
+                    progress(name, done, total)
+                    time.sleep(0.05)
+            progress(name, done, total)
+
+        return accident
+
+    trainer._progress = broken
 
 
 def end_launcher(trainer: Any, drill: Drill) -> None:

@@ -49,7 +49,16 @@ def machine_lost(ranks: Ranks) -> None:
     ranks.meet()
 
 
-ENDINGS = {body.__name__: body for body in (late, late_stop, late_error, machine_lost)}
+def lost_in_meeting(ranks: Ranks) -> None:
+    """Rank 1 dies where no collective fails."""
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.meet()
+
+
+ENDINGS = {
+    body.__name__: body for body in (late, late_stop, late_error, machine_lost, lost_in_meeting)
+}
 
 
 def as_rank(ending: str, environment: dict[str, str], log: str) -> None:

@@ -120,6 +120,41 @@ def test_a_rank_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     assert "rank 1 (" in message and "was lost at step 5," in message
 
 
+def test_a_rank_that_works_on_and_on_is_not_waited_for(tmp_path: Path) -> None:
+    """With signs of life: the others wait for it until the timeout."""
+    extra = (*EPOCHS, "--distributed.timeout", "6")
+    codes, text = go(tmp_path, 3, Drill(str(tmp_path / "run"), "hang", 5, 1, extra))
+    assert codes == [1, 1, 1], text
+    (message,) = errors(text)
+    assert message.startswith("arat-fast: error: rank 1 (")
+    assert "did not get beyond step 5 while the others waited" in message
+
+
+def test_rank_0_may_take_longer_than_a_collective_waits(
+    whole: Callable[[int], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    extra = (*EPOCHS, "--distributed.timeout", "6", "--analyze.every", "3")
+    codes, text = go(tmp_path / "logs", 2, Drill(str(out), "slow", 0, 0, extra))
+    assert codes == [0, 0], text
+    assert_same_run(whole(2), out)
+
+
+@pytest.mark.parametrize("step", [STEPS_PER_EPOCH, TOTAL])
+def test_a_signal_in_an_evaluation(whole: Callable[[int], Path], tmp_path: Path, step: int) -> None:
+    """In one between epochs and in the last; the rank that still evaluates hears of it."""
+    out = tmp_path / "run"
+    extra = (*EPOCHS, "--train.eval-every", "1")
+    start = time.monotonic()
+    codes, text = go(tmp_path / "logs", 2, Drill(str(out), "evaluation", step, 1, extra))
+    assert codes == [75, 75], text
+    assert time.monotonic() - start < 20
+    assert text.count("arat-fast: stopped") == 1 and "--resume" in text
+    assert load_checkpoint(out / "checkpoint.pt")["step"] == step
+    finish(tmp_path / "logs", out, 2)
+    assert_same_run(whole(2), out)
+
+
 def test_an_error_of_one_rank_is_said_once(tmp_path: Path) -> None:
     out = tmp_path / "run"
     codes, text = go(tmp_path / "logs", 2, Drill(str(out), "error", 5, 1, EPOCHS))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import endings, jobs
+from tiny import tiny_config, tiny_trainer
 
+from arat_fast.config import DataConfig
+from arat_fast.data import DataSplits, load
 from arat_fast.distributed import join, ranks
+from arat_fast.evaluation import checkpoint
+from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+from arat_fast.training import loop
 
 
 class JoinedError(Exception):
@@ -87,3 +97,65 @@ def test_the_machine_of_rank_0_is_lost(tmp_path: Path) -> None:
     assert codes == [-9, -9, 1], messages
     (message,) = messages
     assert message.startswith("arat-fast: error: rank 0 (") and "--resume" in message
+
+
+def test_a_rank_is_lost_while_the_others_wait_for_it(tmp_path: Path) -> None:
+    codes, messages = end("lost_in_meeting", 3, tmp_path)
+    assert codes == [1, -9, 1], messages
+    (message,) = messages
+    assert message.startswith("arat-fast: error: rank 1 (") and "was lost" in message
+
+
+@pytest.mark.parametrize(("per_machine", "expected"), [(2, [0, 2]), (4, [0])])
+def test_files_are_fetched_once_for_each_disk(
+    monkeypatch: pytest.MonkeyPatch, per_machine: int, expected: list[int]
+) -> None:
+    together = threading.Barrier(4)
+
+    class Meeting(ranks.Ranks):
+        alone = False
+
+        def meet(self) -> None:
+            together.wait(30)
+
+    order: list[int] = []
+    rank = threading.local()
+
+    def read(config: DataConfig) -> None:
+        # Late enough to be overtaken by whoever does not wait.
+        time.sleep(0.05)
+        order.append(rank.number)
+
+    def one(number: int) -> list[int]:
+        rank.number = number
+        load.download_data(
+            DataConfig("cifar10", download=True), Meeting(number, 4, number % per_machine)
+        )
+        return list(order)
+
+    monkeypatch.setattr(load, "read_arrays", read)
+    with ThreadPoolExecutor(4) as pool:
+        # All leave when all that is fetched is there.
+        assert list(pool.map(one, range(4))) == [expected] * 4
+
+
+def test_training_and_evaluation_fetch_before_they_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for module in (loop, checkpoint):
+        name = module.__name__
+
+        def fetch(*_: object, name: str = name) -> None:
+            calls.append(f"fetch {name}")
+
+        def loading(*arguments: Any, name: str = name, **options: Any) -> DataSplits:
+            calls.append(f"load {name}")
+            return load.load_data(*arguments, **options)
+
+        monkeypatch.setattr(module, "download_data", fetch)
+        monkeypatch.setattr(module, "load_data", loading)
+    tiny_trainer(tmp_path, tiny_config(epochs=1)).run()
+    evaluate_checkpoint(tmp_path, attacks=(), max_samples=4, device="cpu")
+    modules = (loop.__name__, checkpoint.__name__)
+    assert calls == [f"{what} {name}" for name in modules for what in ("fetch", "load")]

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distributed import cases, jobs, worker
 
 from arat_fast.distributed import ALONE
+from arat_fast.evaluation.corruptions import CORRUPTIONS
 
 SIZES = (2, 3)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {size: tmp_path_factory.mktemp(f"ranks{size}") for size in SIZES}
+
+
+@pytest.fixture(scope="module")
+def results(folders: dict[int, Path]) -> dict[int, list[dict[str, Any]]]:
     """What every rank of a job of 2 and of one of 3 found, case by case."""
-    folders = {size: tmp_path_factory.mktemp(f"ranks{size}") for size in SIZES}
     started = {
         size: jobs.start(worker.as_rank, (str(folder),), size, folder)
         for size, folder in folders.items()
@@ -97,12 +104,22 @@ def test_accumulation_equals_the_whole_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_evaluations_count_every_image_once(results: Results, size: int) -> None:
-    expected = worker.evaluations(ALONE)
+def test_evaluations_count_every_image_once(results: Results, size: int, tmp_path: Path) -> None:
+    expected: dict[str, Any] = worker.evaluations(ALONE, tmp_path)
+    for name in ("x", "y"):
+        parts = [rank["evaluations"][name] for rank in results[size]]
+        assert torch.equal(torch.cat(parts), expected[name])
+        assert {len(part) for part in parts} <= {20 // size, 20 // size + 1}
     for rank in results[size]:
         got = rank["evaluations"]
-        for name in ("x", "y", "few", "clean correct"):
-            assert torch.equal(got[name], expected[name]), name  # type: ignore[arg-type]
+        for name in ("few", "clean correct"):
+            assert torch.equal(got[name], expected[name]), name
+        for name in ("corrupted", "few corrupted"):
+            assert got[name].shape == expected[name].shape
+            for corruption in ("brightness", "contrast", "defocus_blur", "pixelate"):
+                # Nothing in them is random.
+                number = list(CORRUPTIONS).index(corruption)
+                assert torch.equal(got[name][number], expected[name][number]), corruption
         assert got["clean"] == expected["clean"]
         for name in ("pgd", "autoattack"):
             record, correct = got[name], got[f"{name} correct"]
@@ -112,10 +129,31 @@ def test_evaluations_count_every_image_once(results: Results, size: int) -> None
             assert got[f"{name} x_adv"].shape == got["x"].shape
             assert (got[f"{name} x_adv"] - got["x"]).abs().max() <= 0.02 + 1e-6
             # Random starts differ; the attacks do not.
-            assert abs(record["correct"] - expected[name]["correct"]) <= 3  # type: ignore[index]
+            assert abs(record["correct"] - expected[name]["correct"]) <= 3
         after = list(got["autoattack"]["attacks"].values())
         assert after == sorted(after, reverse=True)
         assert after[-1] == got["autoattack"]["value"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rank_0_writes_every_image(
+    results: Results, size: int, tmp_path: Path, folders: dict[int, Path]
+) -> None:
+    worker.evaluations(ALONE, tmp_path)
+    found = results[size][0]["evaluations"]
+    for name, count in (("all", 20), ("few", 1)):
+        expected = np.load(tmp_path / f"{name}.npz")
+        with np.load(folders[size] / f"{name}.npz") as got:
+            assert set(got.files) == set(expected.files)
+            for key in got.files:
+                assert got[key].shape == expected[key].shape and count in got[key].shape, key
+            for key in ("label", "clean_correct", "clean_prediction"):
+                assert np.array_equal(got[key], expected[key]), key
+            np.testing.assert_allclose(got["clean_margin"], expected["clean_margin"], atol=1e-5)
+            if name == "all":
+                stands = got["pgd_prediction"] == got["label"]
+                assert np.array_equal(stands, found["pgd correct"].numpy())
+                assert np.array_equal(stands, got["pgd_margin"] > 0)
 
 
 @pytest.mark.parametrize("size", SIZES)

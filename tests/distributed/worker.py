@@ -10,18 +10,20 @@ from distributed import cases
 
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.distributed import Ranks, join
-from arat_fast.distributed.evaluation import gather_images, share_evaluation
+from arat_fast.distributed.evaluation import share_evaluation
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.autoattack import autoattack
-from arat_fast.evaluation.evaluate import clean_accuracy, pgd_accuracy
+from arat_fast.evaluation.evaluate import ImageSet, clean_accuracy, pgd_accuracy
+from arat_fast.evaluation.suite import SuiteResult, corruption_accuracy, save_per_example
 from arat_fast.objectives import NaturalTraining
 from arat_fast.training.checkpoint import CheckpointFolder
 from arat_fast.training.loop import Trainer
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 
 
-def evaluations(ranks: Ranks) -> dict[str, object]:
-    """The network of a case on 23 images, of which 20 are asked for."""
+def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
+    """The network of a case on 23 images, of which 20 are asked for; image by image into
+    ``folder``."""
     case = cases.CASES["arat"]
     model = cases.network(case).float()
     generator = torch.Generator().manual_seed(7)
@@ -30,9 +32,8 @@ def evaluations(ranks: Ranks) -> dict[str, object]:
         torch.randint(cases.NUM_CLASSES, (23,), generator=generator),
         tuple("abcd"),
         batch_size=7,
-        shard=ranks.shard,
     )
-    images = gather_images(ranks, batches, 20)
+    images = ImageSet.from_batches(batches, 20, ranks.shard)
     threat = ThreatModel(0.02, "Linf")
     results = {
         "clean": share_evaluation(
@@ -49,13 +50,21 @@ def evaluations(ranks: Ranks) -> dict[str, object]:
             images,
         ),
     }
+    corruptions = corruption_accuracy(model, images, batch_size=4, ranks=ranks)
+    suite = SuiteResult(results, corruptions)
+    save_per_example(folder / "all.npz", model, images, suite, 4, ranks)
     # Fewer images than processes.
-    one = type(images)(images.x[:1], images.y[:1], images.classes)
+    one = ImageSet.from_batches(batches, 1, ranks.shard)
     few = share_evaluation(ranks, lambda own: clean_accuracy(model, own, batch_size=4), one)
+    few_corrupted = corruption_accuracy(model, one, batch_size=4, ranks=ranks)
+    suite = SuiteResult({"clean": few}, few_corrupted)
+    save_per_example(folder / "few.npz", model, one, suite, 4, ranks)
     return {
         "x": images.x,
         "y": images.y,
         "few": few.correct,
+        "few corrupted": few_corrupted.correct,
+        "corrupted": corruptions.correct,
         **{name: result.record() for name, result in results.items()},
         **{f"{name} correct": result.correct for name, result in results.items()},
         **{f"{name} x_adv": result.x_adv for name, result in results.items()},
@@ -115,7 +124,7 @@ def as_rank(folder: str, environment: dict[str, str], log: str) -> None:
             "broadcast": list(ranks.broadcast_bytes(content)),
             "rows": ranks.gather_rows(torch.full((ranks.rank, 2), float(ranks.rank))),
             "all": [ranks.all(True), ranks.all(ranks.rank == 0)],
-            "evaluations": evaluations(ranks),
+            "evaluations": evaluations(ranks, Path(folder)),
             "metrics": metrics(ranks),
             "own disks": own_disks(ranks, Path(folder)),
         }
