@@ -110,9 +110,9 @@ class EvalOptions:
     """Seed of the attacks."""
     out: Path | None = None
     """File for the record, NAME.json; default evaluation.json in the run's folder,
-    NAME.evaluation.json beside a file NAME.pt or NAME.safetensors. Results image by image go beside
-    it as .npz; an interrupted evaluation goes on where it was when the same command is given
-    again."""
+    NAME.evaluation.json beside a file NAME.pt or NAME.safetensors. Attacks are added to a record of
+    the same weights, images and settings. Results image by image go beside it as .npz; an
+    interrupted evaluation goes on where it was when the same command is given again."""
 
 
 @dataclass(frozen=True)
@@ -287,14 +287,10 @@ def _train(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     from arat_fast.distributed import join
     from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+    from arat_fast.evaluation.record import record_path
 
     options = parse(EvalOptions, arguments, "arat-fast eval")
-    checkpoint = options.checkpoint
-    if checkpoint.is_dir():
-        default = checkpoint / "evaluation.json"
-    else:
-        default = checkpoint.with_name(f"{checkpoint.stem}.evaluation.json")
-    path = options.out or default
+    path = options.out or record_path(options.checkpoint)
     with join(options.device) as ranks:
         record = evaluate_checkpoint(**{**dataclasses.asdict(options), "out": path}, ranks=ranks)
         if not ranks.is_main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+if TYPE_CHECKING:
+    from arat_fast.evaluation.evaluate import Unit
 
 QUIET_SECONDS = 10.0
 """Longest silence during an evaluation whose output is not a terminal."""
@@ -117,12 +121,15 @@ class EvaluationBar:
         self.name = ""
         self.spoke = 0.0
 
-    def __call__(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total``; AutoAttack: forward passes, and images that still stand."""
+    def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
+        """As :class:`arat_fast.evaluation.evaluate.SuiteProgress`."""
+        # AutoAttack run by itself counts its passes and names no unit.
         if name.startswith("AutoAttack"):
+            unit = "passes"
+        if unit == "passes":
             status = f"{total} images standing, {done:,} forward passes"
         else:
-            status = f"{done} of {total} images"
+            status = f"{done} of {total} {unit}"
         now = time.monotonic()
         if name != self.name:
             self.name = name
@@ -131,7 +138,7 @@ class EvaluationBar:
             self.task = self.progress.add_task(name, total=None, status=status)
             self.spoke = now
             if not self.is_terminal:
-                self.display.say(f"{name}: {total} images")
+                self.display.say(f"{name}: {total} {'images' if unit == 'passes' else unit}")
         elif self.task is not None:
             self.progress.update(self.task, status=status)
             if not self.is_terminal and now - self.spoke >= QUIET_SECONDS:

@@ -22,6 +22,8 @@ from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.evaluate import ImageSet
+from arat_fast.evaluation.pieces import checksum
+from arat_fast.evaluation.record import earlier_record, root_of_own_images
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, save_per_example
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_json
@@ -63,7 +65,8 @@ def evaluate_checkpoint(
         num_restarts: of PGD, >= 1.
         device: auto, cpu, cuda or cuda:N.
         seed: of the attacks.
-        out: file for the record, NAME.json: the results image by image are written beside it as
+        out: file for the record, NAME.json; one of the same weights, images and settings is added
+            to. The results image by image are written beside it as
             NAME.npz, and what is finished is kept in the folder NAME.partial, from which the same
             evaluation goes on if it is interrupted. None writes nothing.
         display: where progress is shown.
@@ -76,7 +79,8 @@ def evaluate_checkpoint(
     Raises:
         FileNotFoundError: no such file, or the dataset is not there.
         ValueError: the file is cut or of another architecture, a recipe or the radius of another
-            norm is missing, or an argument is out of range.
+            norm is missing, an argument is out of range, or ``out`` holds results of these weights
+            that would be lost.
         OSError: ``out`` cannot be written; what is finished stays in NAME.partial.
     """
     if out is not None and (out.suffix != ".json" or out.is_dir()):
@@ -105,6 +109,9 @@ def evaluate_checkpoint(
             "max_samples": max_samples,
         },
     )
+    if saved.statistics_fresh:
+        # Generated images are for training.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=None))
     display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
@@ -119,14 +126,35 @@ def evaluate_checkpoint(
         )
     model = place_network(saved, trained, data, target)
     images = ImageSet.from_batches(data.test, max_samples, ranks.shard)
-    start = time.perf_counter()
+    threat = ThreatModel(config.attack.eps, config.attack.norm)
+    facts = {
+        "model": saved.weights,
+        "weights_sha256": checksum(model),
+        "dataset": config.data.name,
+        "root": root_of_own_images(config.data),
+        "split": "test",
+        "num_samples": min(max_samples or data.test.num_samples, data.test.num_samples),
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "seed": seed,
+        "batch_size": config.eval.batch_size,
+        "processes": ranks.world_size,
+        "device": describe_device(target),
+        "versions": versions(),
+        "commit": source_commit(),
+    }
+    names = [f"pgd{config.eval.num_steps}" if name == "pgd" else name for name in attacks]
+    earlier = {}
+    if out is not None and ranks.is_main:
+        earlier = earlier_record(out, facts, names)
     for name, reason in attacks_left_out(attacks, data.test.num_classes).items():
         display.say(f"{name} is left out: {reason}")
+    start = time.perf_counter()
     with display.evaluating() as bar:
         suite = evaluate_all(
             model,
             images,
-            ThreatModel(config.attack.eps, config.attack.norm),
+            threat,
             num_steps=config.eval.num_steps,
             alpha=config.eval.step_size(config.attack.eps),
             num_restarts=num_restarts,
@@ -138,24 +166,27 @@ def evaluate_checkpoint(
             ranks=ranks,
         )
     seconds = time.perf_counter() - start
-    total_steps = len(data.train) * trained.train.epochs
+    total_steps = (saved.steps_per_epoch or len(data.train)) * trained.train.epochs
     unfinished = saved.steps is not None and saved.steps < total_steps
+    left_out = {**earlier.get("left_out", {}), **suite.left_out}
     record = {
         "checkpoint": str(saved.path),
         "recipe": config.recipe,
-        "split": "test",
-        "model": saved.weights,
+        **facts,
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
-        "accuracy": suite.record(),
-        **({"left_out": suite.left_out} if suite.left_out else {}),
-        "wall_seconds": {"eval": seconds},
-        "device": describe_device(target),
-        "versions": versions(),
-        "commit": source_commit(),
+        "accuracy": {**earlier.get("accuracy", {}), **suite.record()},
+        **({"left_out": left_out} if left_out else {}),
+        "wall_seconds": {"eval": earlier.get("wall_seconds", {}).get("eval", 0.0) + seconds},
     }
     if out is not None:
         save_per_example(
-            out.with_suffix(".npz"), model, images, suite, config.eval.batch_size, ranks
+            out.with_suffix(".npz"),
+            model,
+            images,
+            suite,
+            config.eval.batch_size,
+            ranks,
+            keep=bool(earlier),
         )
         if ranks.is_main:
             write_json(out, record)

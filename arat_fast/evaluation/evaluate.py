@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,29 @@ from arat_fast.attacks.pgd import PGD, check_images
 from arat_fast.data.batches import Batches
 from arat_fast.data.plan import WHOLE, Shard
 from arat_fast.device import full_float32
+from arat_fast.evaluation.pieces import Pieces
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
 from arat_fast.reporting.statistics import wilson_interval
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""
+
+Unit = Literal["images", "passes", "corruptions"]
+
+
+class SuiteProgress(Protocol):
+    """Told how far an evaluation of several parts is."""
+
+    def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
+        """``done`` of ``total`` images or corruptions; passes: ``done`` forward passes so far,
+        ``total`` images that still stand.
+
+        Args:
+            name: what is running.
+            done, total: >= 0.
+            unit: what is counted.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,8 +80,10 @@ class AttackResult:
 
     Attributes:
         correct: (N,) bool: classified correctly, and by every example the attack tried.
-        x_adv: (N, C, H, W): the adversarial images; the clean one where the attack failed or where
-            there was no attack. Of several processes, those of this one.
+        x_adv: (N, C, H, W): where ``correct`` is False, an image in the ball that is misclassified,
+            which can be the clean one; elsewhere an image that is not: PGD's own attempt, or the
+            clean image where AutoAttack failed or there was no attack. Of several
+            processes, those of this one.
         details: how it was done, as JSON types.
         after: ``correct`` as it was after each of several attacks.
     """
@@ -128,7 +148,8 @@ def clean_accuracy(
     check_images(images.x)
     with evaluation_mode(model, branch):
         correct = predict(model, images.x, batch_size).argmax(dim=1) == images.y
-    return AttackResult(correct, images.x, {"branch": branch})
+    details = {"branch": branch, "precision": "float32", "batch_size": batch_size}
+    return AttackResult(correct, images.x, details)
 
 
 def pgd_accuracy(
@@ -141,6 +162,7 @@ def pgd_accuracy(
     batch_size: int,
     num_restarts: int = 1,
     seed: int = 0,
+    pieces: Pieces | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
     """Accuracy of the ``adv`` branch under PGD on the cross-entropy.
@@ -158,6 +180,7 @@ def pgd_accuracy(
         batch_size: samples at a time, >= 1.
         num_restarts: independent runs, >= 1.
         seed: of the random starts.
+        pieces: what is finished already; each batch is one piece.
         progress: told after each batch.
 
     Raises:
@@ -174,25 +197,38 @@ def pgd_accuracy(
         bn="running",
     )
     generator = torch.Generator(images.x.device).manual_seed(seed)
+    pieces = pieces or Pieces()
     correct, x_adv, rejected, done = [], [], 0, 0
+
+    def piece(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        candidate = attack(model, x, y, generator=generator)
+        robust, kept, rejected = accept(model, x, y, candidate, threat)
+        # The strongest example by its loss need not be the one that is misclassified.
+        for _ in range(num_restarts - 1):
+            candidate = attack(model, x, y, generator=generator)
+            still, adversarial, outside = accept(model, x, y, candidate, threat)
+            kept = torch.where((robust & ~still).view(-1, 1, 1, 1), adversarial, kept)
+            robust &= still
+            rejected += outside
+        clean = predict(model, x, batch_size).argmax(dim=1) == y
+        return {
+            "correct": robust & clean,
+            "x_adv": torch.where((robust & ~clean).view(-1, 1, 1, 1), x, kept),
+            "rejected": torch.tensor(rejected),
+            "generator": generator.get_state(),
+        }
+
     with evaluation_mode(model):
         pairs = zip(
             torch.split(images.x, batch_size), torch.split(images.y, batch_size), strict=True
         )
-        for x, y in pairs:
-            candidate = attack(model, x, y, generator=generator)
-            robust, kept, outside = accept(model, x, y, candidate, threat)
-            rejected += outside
-            # The strongest example by its loss need not be the one that is misclassified.
-            for _ in range(num_restarts - 1):
-                candidate = attack(model, x, y, generator=generator)
-                still, adversarial, outside = accept(model, x, y, candidate, threat)
-                kept = torch.where((robust & ~still).view(-1, 1, 1, 1), adversarial, kept)
-                robust &= still
-                rejected += outside
-            clean = predict(model, x, batch_size).argmax(dim=1) == y
-            correct.append(robust & clean)
-            x_adv.append(kept)
+        for number, (x, y) in enumerate(pairs):
+            found = pieces.get(f"pgd-{number}", partial(piece, x, y), x.device)
+            # The next batch draws what it would draw after this one.
+            generator.set_state(found["generator"].cpu())
+            correct.append(found["correct"])
+            x_adv.append(found["x_adv"])
+            rejected += int(found["rejected"])
             done += len(x)
             if progress is not None:
                 progress(f"PGD-{num_steps}", done, len(images.x))
@@ -203,6 +239,8 @@ def pgd_accuracy(
         "alpha": alpha,
         "num_steps": num_steps,
         "num_restarts": num_restarts,
+        "precision": "float32",
+        "batch_size": batch_size,
         "seed": seed,
         "num_rejected": rejected,
     }

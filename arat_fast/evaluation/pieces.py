@@ -79,7 +79,11 @@ class Pieces:
             self.folder.parent.rmdir()
 
 
-def checksum(model: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+def checksum(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """SHA-256, as hexadecimal digits, of a network's weights and buffers, tensors and settings.
 
     Args:
@@ -87,11 +91,11 @@ def checksum(model: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[
         tensors: by name, images and labels for example.
         settings: JSON types.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings or {}, sort_keys=True).encode())
     # What normalises the images is a buffer that no file keeps.
     state = {**model.state_dict(), **dict(model.named_buffers())}
     state = {f"model.{name}": tensor for name, tensor in state.items()}
-    for name, tensor in sorted({**state, **tensors}.items()):
+    for name, tensor in sorted({**state, **(tensors or {})}.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
         digest.update(plain.view(-1).view(torch.uint8).numpy())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from arat_fast.evaluation.corruptions import CORRUPTIONS, NUM_SEVERITIES, corrup
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
-    Progress,
+    SuiteProgress,
     clean_accuracy,
     evaluation_mode,
     pgd_accuracy,
@@ -130,7 +131,7 @@ def evaluate_all(
     seed: int,
     num_restarts: int = 1,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: SuiteProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> SuiteResult:
     """Clean accuracy of both branches, and accuracy of the ``adv`` branch under attacks.
@@ -190,9 +191,10 @@ def evaluate_all(
             batch_size=batch_size,
             num_restarts=num_restarts,
             seed=seed,
+            pieces=pieces,
             progress=progress,
         )
-        results[f"pgd{num_steps}"] = share(partial(_kept, pieces, "pgd", pgd), images)
+        results[f"pgd{num_steps}"] = share(pgd, images)
     reference = partial(
         autoattack,
         model,
@@ -200,7 +202,7 @@ def evaluate_all(
         batch_size=batch_size,
         seed=seed,
         pieces=pieces,
-        progress=progress,
+        progress=None if progress is None else partial(progress, unit="passes"),
     )
     if "autoattack" in attacks:
         results["autoattack"] = share(reference, images)
@@ -230,7 +232,7 @@ def corruption_accuracy(
     batch_size: int,
     seed: int = 0,
     pieces: Pieces | None = None,
-    progress: Progress | None = None,
+    progress: SuiteProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> CorruptionResult:
     """Accuracy of the ``adv`` branch on images with common corruptions, made on the fly.
@@ -268,7 +270,7 @@ def corruption_accuracy(
                 found = pieces.get(f"corruption-{name}", partial(one, name), images.x.device)
                 correct.append(found["correct"])
                 if progress is not None:
-                    progress("corruptions", number, len(own))
+                    progress("corruptions", number, len(own), "corruptions")
     except EvaluationStopped:
         if ranks.alone:
             raise
@@ -283,25 +285,11 @@ def corruption_accuracy(
     details = {
         "implementation": "arat_fast.evaluation.corruptions",
         "severities": list(range(1, NUM_SEVERITIES + 1)),
+        "precision": "float32",
+        "batch_size": batch_size,
         "seed": seed,
     }
     return CorruptionResult(by_name, details)
-
-
-def _kept(
-    pieces: Pieces, name: str, attack: Callable[[ImageSet], AttackResult], images: ImageSet
-) -> AttackResult:
-    """A whole attack as one piece; its details travel as JSON in bytes."""
-
-    def compute() -> dict[str, Tensor]:
-        result = attack(images)
-        written = json.dumps(result.details).encode()
-        details = torch.frombuffer(bytearray(written), dtype=torch.uint8)
-        return {"correct": result.correct, "x_adv": result.x_adv, "details": details}
-
-    found = pieces.get(name, compute, images.x.device)
-    details = json.loads(found["details"].cpu().numpy().tobytes())
-    return AttackResult(found["correct"], found["x_adv"], details)
 
 
 def save_per_example(
@@ -311,13 +299,14 @@ def save_per_example(
     suite: SuiteResult,
     batch_size: int,
     ranks: Ranks = ALONE,
+    keep: bool = False,
 ) -> None:
     """Write what became of each image (.npz); of several processes rank 0 writes.
 
     ``label`` (N,) int64; for each result ``NAME_correct`` (N,) bool, ``NAME_prediction`` (N,) int64
-    and ``NAME_margin`` (N,) float32, the true logit less the largest other one, on the adversarial
-    image (the clean one where the attack failed), and ``NAME_after_ATTACK`` (N,) bool, what stood
-    after each attack of several; ``corruptions_correct`` (corruptions, severities, N) bool.
+    and ``NAME_margin`` (N,) float32, the true logit less the largest other one, on the image that
+    :class:`AttackResult` keeps, and ``NAME_after_ATTACK`` (N,) bool, what stood after each attack
+    of several; ``corruptions_correct`` (corruptions, severities, N) bool.
 
     Args:
         path: the file.
@@ -326,6 +315,7 @@ def save_per_example(
         suite: what was found.
         batch_size: samples at a time, >= 1.
         ranks: the processes that share the images; each calls this.
+        keep: leave in what the file holds of other attacks on the same images.
     """
     arrays: dict[str, Any] = {"label": ranks.gather_rows(images.y)}
     for name, result in suite.results.items():
@@ -345,9 +335,15 @@ def save_per_example(
             arrays[f"{name}_after_{attack}"] = mask
     if suite.corruptions is not None:
         arrays["corruptions_correct"] = suite.corruptions.correct
-    if ranks.is_main:
-        arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
-        write_atomic(path, lambda file: np.savez(file, **arrays))
+    if not ranks.is_main:
+        return
+    arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
+    if keep:
+        # A file that cannot be read has nothing to keep.
+        unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+        with suppress(*unreadable), np.load(path, allow_pickle=False) as before:
+            arrays = {**before, **arrays}
+    write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, x_adv: Tensor) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+from arat_fast.config import Config
 from arat_fast.interop.measured import Measured
 from arat_fast.interop.papers import PAPERS
 from arat_fast.reporting.run import Accuracy
@@ -22,7 +25,8 @@ HUB_DATASETS = {
 }
 """Names that the hub knows the datasets by."""
 
-_LOCAL_OPTIONS = ("--out", "--data.root", "--objective.teacher")
+_NO_ROBUSTNESS = ("corruptions", "aa-torchattacks10")
+"""Accuracies that a list of results without words would misrepresent."""
 
 
 def radius(eps: float) -> str:
@@ -69,10 +73,21 @@ def public_command(command: str) -> str:
     return shlex.join(_without_folders(words))
 
 
+def _local_options() -> set[str]:
+    """The options whose values are paths."""
+    found = {"--out"}
+    for section, part in get_type_hints(Config).items():
+        for name, kind in get_type_hints(part).items() if is_dataclass(part) else ():
+            if Path in (kind, *get_args(kind)):
+                found.add(f"--{section}.{name}".replace("_", "-"))
+    return found
+
+
 def _without_folders(words: Iterator[str]) -> Iterator[str]:
+    local = _local_options()
     for word in words:
         option, has_value, _ = word.partition("=")
-        if option not in _LOCAL_OPTIONS:
+        if option.replace("_", "-") not in local:
             yield word
         elif not has_value:
             next(words, None)
@@ -100,6 +115,8 @@ def _front_matter(record: Mapping[str, Any], found: Measured, name: str, licence
             "    metrics:",
         ]
         for key, accuracy in found.accuracies.items():
+            if key in _NO_ROBUSTNESS:
+                continue
             lines += [
                 "    - type: accuracy",
                 f"      name: {json.dumps(_label(key, accuracy))}",
@@ -157,13 +174,31 @@ def _table(record: Mapping[str, Any], found: Measured) -> str:
     lines = ["| | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|"]
     for key, accuracy in found.accuracies.items():
         low, high = wilson_interval(accuracy.correct, accuracy.num_samples)
-        how = _how(accuracy.details) or "no attack"
+        number, how = accuracy.num_samples, _how(accuracy.details) or "no attack"
+        if key == "corruptions":
+            # Copies of one image are no independent samples.
+            low, high = accuracy.details["interval"]
+            copies = sum(len(levels) for levels in accuracy.details["corruptions"].values())
+            number, how = number // copies, f"{copies} corrupted copies of each image; {how}"
         lines.append(
             f"| {metric_name(key)} | {100 * accuracy.value:.2f} % | {100 * low:.2f} to "
-            f"{100 * high:.2f} % | {accuracy.num_samples} | {how} |"
+            f"{100 * high:.2f} % | {number} | {how} |"
         )
-    lines += ["", f"Test images of {record.get('dataset')}, from the run's `{found.source}`; "]
-    lines[-1] += "Wilson intervals, of the choice of test images only, not of the training.\n"
+    sources = " and ".join(f"`{name}`" for name in found.sources)
+    lines += ["", f"Test images of {record.get('dataset')}, from {sources}; Wilson intervals"]
+    if "corruptions" in found.accuracies:
+        lines[-1] += ", for the corruptions the normal one of the images' means"
+    lines[-1] += "; of the choice of test images only, not of the training.\n"
+    if "corruptions" in found.accuracies:
+        lines.append(
+            "The corruptions are arat_fast's own: the figure must not be compared with those of "
+            "CIFAR-10-C or ImageNet-C.\n"
+        )
+    if "aa-torchattacks10" in found.accuracies:
+        lines.append(
+            "aa-torchattacks10 overstates robustness; it is for comparison with one published "
+            "table only.\n"
+        )
     return "\n".join(lines)
 
 
@@ -186,14 +221,18 @@ def _how(details: Mapping[str, Any]) -> str:
 
 
 def _training(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    images = {
+        True: "Generated or other additional images were mixed into its batches.",
+        False: "No images but those of the dataset.",
+    }.get(record["additional_data"], "Whether there were additional images is not known.")
     if not summary:
         recipe = f"recipe `{record['recipe']}`" if record.get("recipe") else "unknown recipe"
-        return f"{recipe[0].upper()}{recipe[1:]}; the record of the run was not there.\n"
+        return f"{recipe[0].upper()}{recipe[1:]}; the record of the run was not there. {images}\n"
     lines = [
         f"Recipe `{summary.get('recipe')}`, objective `{summary.get('objective')}`, "
         f"{summary.get('epochs')} epochs ({summary.get('steps')} steps) on "
         f"{summary.get('train_samples')} images, seed {summary.get('seed')}, "
-        f"{summary.get('precision')} on {summary.get('device')}.",
+        f"{summary.get('precision')} on {summary.get('device')}. {images}",
         "",
     ]
     command = public_command(str(summary.get("command") or ""))

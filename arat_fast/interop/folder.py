@@ -20,7 +20,7 @@ from arat_fast.files import write_atomic, write_json, write_text
 from arat_fast.interop.card import model_card, public_command, radius
 from arat_fast.interop.export import save_tensors
 from arat_fast.interop.measured import Measured, measured
-from arat_fast.interop.naming import NORMALIZED, to_scheme
+from arat_fast.interop.naming import NORMALIZATION, NORMALIZED, to_scheme
 from arat_fast.interop.papers import PAPERS
 from arat_fast.interop.programs import require_onnx, save_onnx, save_program
 from arat_fast.interop.saved import RECORD, SavedNetwork, Which, header, read_saved
@@ -34,7 +34,7 @@ ROBUSTBENCH_SAMPLES = 10_000
 _NAME = frozenset(f"{string.ascii_letters}{string.digits}-_.")
 _HEADER = (
     *("recipe", "model", "objective", "weights", "branch"),
-    *("norm", "eps", "mean", "std", "image_shape"),
+    *("norm", "eps", "mean", "std", "image_shape", "additional_data"),
 )
 _ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
 
@@ -132,6 +132,7 @@ def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -
         "objective": facts.get("objective"),
         "norm": facts.get("norm"),
         "eps": facts.get("eps"),
+        "additional_data": facts.get("additional_data"),
         "accuracy": {
             key: {
                 "value": value.value,
@@ -222,12 +223,14 @@ def _write_robustbench(
     """Weights and model_info where RobustBench looks for them; the name of the weights' file."""
     state = to_scheme(model.state_dict(), record["model"], "robustbench")
     dataset, norm = record["dataset"], record["norm"]
-    if dataset not in ("cifar10", "cifar100") or norm is None:
+    if dataset not in ("cifar10", "cifar100"):
         raise ValueError(
             f"RobustBench evaluates cifar10 and cifar100, got a network for "
             f"{dataset or 'unknown data (add --recipe NAME)'}: export it in the format hub, "
             "torch-export or onnx"
         )
+    # What names the dataset, a run or a recipe, names the ball too.
+    assert norm is not None and record["eps"] is not None
     if record["image_shape"] != [3, 32, 32]:
         raise ValueError(
             f"RobustBench's classes take images of 3×32×32, got {record['image_shape']}"
@@ -236,7 +239,7 @@ def _write_robustbench(
         # The keys of RobustBench's normalize_model around the network.
         state = {f"{NORMALIZED}{key}": tensor for key, tensor in state.items()}
         for key in ("mean", "std"):
-            state[f"normalize.{key}"] = torch.tensor(record[key]).view(1, -1, 1, 1)
+            state[f"{NORMALIZATION}{key}"] = torch.tensor(record[key]).view(1, -1, 1, 1)
     entry = _model_info(record, found)
     for kind in ("models", "model_info"):
         (folder / kind / dataset / norm).mkdir(parents=True)
@@ -251,11 +254,14 @@ def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
     paper = PAPERS.get(str(record["objective"]))
     fields = ("link", "name", "authors", "venue")
     publication = {key: getattr(paper, key) if paper is not None else None for key in fields}
+    footnote = "Trained with arat_fast; not the weights of the paper's authors."
+    if record["additional_data"]:
+        footnote += " Additional images were mixed into the training batches."
     return {
         "link": publication["link"],
         "name": publication["name"],
         "authors": publication["authors"],
-        "additional_data": False,
+        "additional_data": record["additional_data"],
         "number_forward_passes": 1,
         "dataset": record["dataset"],
         "venue": publication["venue"],
@@ -264,7 +270,7 @@ def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
         "clean_acc": _percent(found, "clean", record),
         "reported": None,
         "autoattack_acc": _percent(found, "autoattack", record),
-        "footnote": "Trained with arat_fast; not the weights of the paper's authors.",
+        "footnote": footnote,
     }
 
 

@@ -1,69 +1,96 @@
-"""What was measured of a saved network, taken from the record that belongs to it."""
+"""What was measured of a saved network, taken from the records that belong to it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from arat_fast.evaluation.pieces import checksum
+from arat_fast.evaluation.record import read_record, record_path, root_of_own_images
 from arat_fast.interop.saved import SAFETENSORS, SavedNetwork
-from arat_fast.reporting.run import Accuracy, dig, read_accuracies, read_run
+from arat_fast.reporting.run import Accuracy, in_order, read_accuracies, read_run
 from arat_fast.training.checkpoint import CHECKPOINT
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracies and how the network came about, as far as a record tells.
+    """Accuracies and how the network came about, as far as its records tell.
 
     Attributes:
         accuracies: by name; empty where nothing was measured of these weights and this branch.
         summary: of the run; {} where there is none.
         classes: names of the classes; () where unknown.
-        source: name of the file that the accuracies come from; "" for none.
+        sources: names of the files that the accuracies come from.
     """
 
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
-    source: str = ""
+    sources: tuple[str, ...] = ()
 
 
 def measured(saved: SavedNetwork, branch: str) -> Measured:
-    """The record of a saved network: the summary of its run, else what ``arat-fast eval`` wrote.
+    """What the run's own summary and ``arat-fast eval`` say of a saved network.
 
-    A figure is taken only if it is of these weights and this branch: of a finished run, with as
-    many steps as the checkpoint, and of the average if that is what was read.
+    A figure is taken only if it is of these weights, this dataset and this branch: from the summary
+    of a finished run, with as many steps as the checkpoint, and of the average if that is what was
+    read; from a record of ``arat-fast eval`` with the checksum of the weights. Of two for one
+    attack, that in the ball of the training is taken, then that on more images.
 
     Args:
         saved: the network.
         branch: that is exported.
     """
     folder = saved.path.parent
+    summary: Mapping[str, Any] = {}
+    classes: tuple[str, ...] = ()
+    records: dict[str, Mapping[str, Any]] = {}
     if saved.path.name in (CHECKPOINT, SAFETENSORS) and (folder / "metrics.jsonl").is_file():
         run = read_run(folder)
+        summary = run.summary
         classes = run.examples.classes if run.examples is not None else ()
-        same = (
-            run.summary.get("status") == "finished"
-            and run.summary.get("model") == saved.weights
-            and saved.steps in (None, run.summary.get("steps"))
-        )
-        found = _of_branch(run.accuracies(), branch) if same else {}
-        return Measured(found, run.summary, classes, "summary.json" if found else "")
-    record = saved.path.with_name(f"{saved.path.stem}.evaluation.json")
-    if branch == "clean" or not _is_newer(record, saved.path):
-        return Measured()
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
-        return Measured()
-    accuracies = read_accuracies(dig(content, "accuracy"))
-    return Measured(_of_branch(accuracies, branch), source=record.name if accuracies else "")
+        if (
+            summary.get("status") == "finished"
+            and summary.get("model") == saved.weights
+            and saved.steps in (None, summary.get("steps"))
+        ):
+            records["summary.json"] = summary
+    for path in (record_path(folder), record_path(saved.path)):
+        content = read_record(path)
+        if _belongs(content, saved):
+            records[path.name] = content
+    chosen: dict[str, tuple[Accuracy, str]] = {}
+    for source, record in records.items():
+        for name, accuracy in _of_branch(read_accuracies(record.get("accuracy")), branch).items():
+            before = chosen.get(name)
+            if before is None or _rank(accuracy, saved) > _rank(before[0], saved):
+                chosen[name] = accuracy, source
+    sources = {source for _, source in chosen.values()}
+    return Measured(
+        in_order({name: accuracy for name, (accuracy, _) in chosen.items()}),
+        summary,
+        classes,
+        tuple(source for source in records if source in sources),
+    )
 
 
-def _is_newer(record: Path, weights: Path) -> bool:
-    return record.is_file() and record.stat().st_mtime >= weights.stat().st_mtime
+def _belongs(record: Mapping[str, Any], saved: SavedNetwork) -> bool:
+    """Whether a record of ``arat-fast eval`` is of these weights and their dataset."""
+    if saved.config is None or record.get("model") != saved.weights:
+        return False
+    data = saved.config.data
+    return (
+        record.get("dataset") == data.name
+        and record.get("root") == root_of_own_images(data)
+        and record.get("weights_sha256") == checksum(saved.model)
+    )
+
+
+def _rank(accuracy: Accuracy, saved: SavedNetwork) -> tuple[bool, int]:
+    ball = {key: accuracy.details[key] for key in ("norm", "eps") if key in accuracy.details}
+    own = all(saved.facts.get(key) in (None, value) for key, value in ball.items())
+    return own, accuracy.num_samples
 
 
 def _of_branch(accuracies: Mapping[str, Accuracy], branch: str) -> dict[str, Accuracy]:

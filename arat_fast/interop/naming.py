@@ -33,6 +33,9 @@ NETWORKS: dict[str, tuple[str, ...]] = {
 NORMALIZED = "model."
 """Prefix of a network's names inside RobustBench's ``normalize_model``."""
 
+NORMALIZATION = "normalize."
+"""Prefix of the mean and std beside it."""
+
 
 def to_scheme(state: Mapping[str, Tensor], model: str, scheme: str) -> dict[str, Tensor]:
     """Names of a built-in network with ordinary BatchNorm → names of another library.

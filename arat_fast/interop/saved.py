@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from arat_fast.build import build_network
 from arat_fast.config import IMAGE_SIZES, Config, config_from_dict
 from arat_fast.interop.export import export_plain, read_safetensors
-from arat_fast.interop.naming import SCHEMES, from_scheme
+from arat_fast.interop.naming import NORMALIZATION, SCHEMES, from_scheme
 from arat_fast.interop.official import official_network
 from arat_fast.interop.weights import load_weights, network_size, read_tensor_file
 from arat_fast.models.registry import create_model, model_spec
@@ -31,6 +32,7 @@ Which = Literal["deployed", "last"]
 
 _TEXTS = ("recipe", "model", "objective", "weights", "branch", "norm")
 _NUMBERS = {"eps": float, "mean": float, "std": float, "image_shape": int}
+_FLAG = "additional_data"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class SavedNetwork:
         facts: as :func:`describe` writes them, as far as they are known; "branch" is "both" for a
             network with split BatchNorm, and "weights" is "file" where the file does not say.
         steps: steps trained; None where the file does not say.
+        steps_per_epoch: of the run; None where the file does not say.
         statistics_fresh: False for an SWA average whose BatchNorm statistics were not yet
             re-estimated.
     """
@@ -53,6 +56,7 @@ class SavedNetwork:
     config: Config | None
     facts: Mapping[str, Any]
     steps: int | None = None
+    steps_per_epoch: int | None = None
     statistics_fresh: bool = True
 
     @property
@@ -126,6 +130,7 @@ def describe(
         "mean": list(config.model.mean),
         "std": list(config.model.std),
         "image_shape": list(image_shape),
+        "additional_data": config.data.unsup is not None,
     }
 
 
@@ -214,8 +219,13 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ):
             raise ValueError(f"{file}: expected a state dict, got a {type(content).__name__}")
         tensors = content
-    known = {key: record[key] for key in (*_TEXTS, *_NUMBERS) if record.get(key) is not None}
-    return _parse(path, known), from_scheme(tensors, scheme)
+    known = {key: record[key] for key in (*_TEXTS, *_NUMBERS, _FLAG) if record.get(key) is not None}
+    facts = _parse(path, known)
+    for key in ("mean", "std"):
+        # What the file itself normalises with, where it does.
+        if f"{NORMALIZATION}{key}" in tensors:
+            facts[key] = tensors[f"{NORMALIZATION}{key}"].flatten().tolist()
+    return facts, from_scheme(tensors, scheme)
 
 
 def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +240,15 @@ def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             facts[key] = number(value) if key == "eps" else [number(item) for item in value]
         except (ValueError, TypeError) as error:
             raise _odd(path, f"{key}={values[key]!r}") from error
+    if _FLAG in values:
+        flag = str(values[_FLAG]).lower()
+        if flag not in ("true", "false"):
+            raise _odd(path, f"{_FLAG}={values[_FLAG]!r}, expected true or false")
+        facts[_FLAG] = flag == "true"
+    if facts.get("norm", "Linf") not in ("Linf", "L2"):
+        raise _odd(path, f"norm={facts['norm']!r}, expected Linf or L2")
+    if not 0 <= facts.get("eps", 0.0) < math.inf:
+        raise _odd(path, f"eps={values['eps']!r}, expected a radius >= 0")
     if len(facts.get("image_shape", "CHW")) != 3:
         raise _odd(path, f"image_shape={values['image_shape']!r}, expected three numbers")
     return facts
@@ -266,22 +285,27 @@ def _exported(
         classes, channels = network_size(tensors, name)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the network: {error}") from error
-    mean, std = tuple(found.get("mean", ())), tuple(found.get("std", ()))
+    # What the file does not say is the recipe's, where one is known.
+    known = {} if config is None else describe(config, "file", "adv", (0, 0, 0))
+    mean, std = (tuple(found.get(key, known.get(key, ()))) for key in ("mean", "std"))
     try:
         model = create_model(name, classes, channels, "shared", mean, std)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     load_weights(model, tensors, str(path))
     facts = {
-        # A header without them is of the branch that is deployed.
-        "branch": "adv",
-        "weights": "file",
+        # A header without it is of the branch that is deployed.
+        **known,
         "mean": mean,
         "std": std,
         "image_shape": (channels, *_image_size(config, name)),
+        # Recipes have none; the run may have had some.
+        _FLAG: None,
         **found,
         "model": name,
     }
+    facts.setdefault("branch", "adv")
+    facts.setdefault("weights", "file")
     if facts["branch"] not in ("adv", "clean", "shared"):
         raise _odd(path, f"branch={facts['branch']!r}")
     return SavedNetwork(path, model.eval(), config, facts)
@@ -290,8 +314,6 @@ def _exported(
 def _exported_config(path: Path, facts: Mapping[str, Any], recipe: str | None) -> Config:
     """What a run wrote beside its exported weights, over the recipe's."""
     config = _recipe_for(path, recipe or facts.get("recipe"))
-    if "recipe" not in facts:
-        return config
     lists = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
     try:
         return dataclasses.replace(
@@ -356,6 +378,7 @@ def _from_training(path: Path, state: dict[str, Any], weights: Which) -> SavedNe
             tuple(shape),
         ),
         steps=state["step"],
+        steps_per_epoch=state.get("steps_per_epoch"),
         statistics_fresh=bool(average["statistics_fresh"]) if averaged else True,
     )
 
@@ -369,5 +392,7 @@ def _from_official(
     facts: dict[str, Any] = {"mean": (), "std": (), "image_shape": shape}
     if config is not None:
         facts |= describe(config, "file", "both", shape)
-    facts |= {"model": name, "weights": "file", "branch": "both"}
+    # The official networks do not normalise; what they were trained on is not in the file.
+    facts |= {"model": name, "weights": "file", "branch": "both", "mean": (), "std": ()}
+    facts[_FLAG] = None
     return SavedNetwork(path, model, config, facts)

@@ -161,7 +161,12 @@ def read_accuracies(record: Any) -> dict[str, Accuracy]:
         accuracy = _accuracy(entry)
         if accuracy is not None:
             found[str(name)] = accuracy
-    return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+    return in_order(found)
+
+
+def in_order(accuracies: Mapping[str, Accuracy]) -> dict[str, Accuracy]:
+    """Accuracies in the order in which they are shown."""
+    return dict(sorted(accuracies.items(), key=lambda item: _rank(item[0])))
 
 
 def dig(value: Any, *path: str) -> Any:

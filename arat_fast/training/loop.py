@@ -37,7 +37,7 @@ from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.evaluation import share_evaluation
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
-from arat_fast.evaluation.evaluate import ImageSet, Progress, evaluation_mode, predict
+from arat_fast.evaluation.evaluate import ImageSet, SuiteProgress, Unit, evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, save_examples
 from arat_fast.files import write_json
 from arat_fast.interop import export_plain, save_safetensors
@@ -565,16 +565,16 @@ class Trainer:
             if self.ranks.is_main:
                 self.checkpoints.keep_as_best()
 
-    def _progress(self, stop: StopRequest, show: Progress | None = None) -> Progress:
+    def _progress(self, stop: StopRequest, show: SuiteProgress | None = None) -> SuiteProgress:
         """Told of the progress of an evaluation, which it ends when a signal comes."""
 
-        def progress(name: str, done: int, total: int) -> None:
+        def progress(name: str, done: int, total: int, unit: Unit = "images") -> None:
             if stop.signal is not None and not self.ranks.asked:
                 self.ranks.ask(int(stop.signal))
             if stop.signal is not None or self.ranks.asked:
                 raise EvaluationStopped
             if show is not None:
-                show(name, done, total)
+                show(name, done, total, unit)
 
         return progress
 

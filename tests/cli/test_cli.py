@@ -144,7 +144,7 @@ def test_eval_writes_beside_the_checkpoint_and_keeps_its_work_until_then(
             capsys, ["eval", str(run), *arguments]
         )
     with monkeypatch.context() as patch:
-        patch.setattr("arat_fast.evaluation.suite.pgd_accuracy", never)
+        patch.setattr("arat_fast.attacks.pgd.PGD.__call__", never)
         assert main(["eval", str(run), *arguments]) == 0
     assert re.search(r"clean +\d+\.\d\d %   \d+/20", capsys.readouterr().out)
     assert not (run / "evaluation.partial").exists()

@@ -235,9 +235,15 @@ def test_random_states_and_gradients_are_left_alone(linear: nn.Module) -> None:
 
 
 def test_all_broken_early_skips_the_rest(linear: nn.Module) -> None:
-    result = autoattack(linear, digits(10), ThreatModel(0.9), batch_size=10)
+    ran = set()
+
+    def noted(name: str, done: int, total: int) -> None:
+        ran.add(name)
+
+    result = autoattack(linear, digits(10), ThreatModel(0.9), batch_size=10, progress=noted)
     assert result.accuracy == 0
     assert result.details["attacks"]["square"] == 0
+    assert ran == {"AutoAttack apgd-ce"}
 
 
 def test_few_classes(linear: nn.Module) -> None:

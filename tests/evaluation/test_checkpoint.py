@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,11 @@ def test_ten_step_autoattack_has_a_name_of_its_own(run: Path) -> None:
 def test_results_image_by_image(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     attacks = ["pgd", "apgd-ce", "square", "corruptions"]
-    record = evaluate(run, max_samples=12, eps=0.5, attacks=attacks, out=out)["accuracy"]
+    whole = evaluate(run, max_samples=12, eps=0.5, attacks=attacks, out=out)
+    record = whole["accuracy"]
+    assert json.loads(out.read_text()) == whole and whole["processes"] == 1
+    for name in ("clean", "pgd1", "square", "corruptions"):
+        assert record[name]["precision"] == "float32"
     assert set(record) == {"clean", "clean_branch", "pgd1", "apgd-ce", "square", "corruptions"}
     with np.load(tmp_path / "record.npz", allow_pickle=False) as arrays:
         found = dict(arrays)
@@ -217,13 +222,53 @@ def test_an_interrupted_evaluation_goes_on(
     def never(*arguments: Any, **keywords: Any) -> Any:
         raise AssertionError("attacked again")
 
-    monkeypatch.setattr(suite, "pgd_accuracy", never)
+    monkeypatch.setattr("arat_fast.attacks.pgd.PGD.__call__", never)
     monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", never)
     assert evaluate(run, **options, out=tmp_path / "record.json")["accuracy"] == whole
     assert not (tmp_path / "record.partial").exists()
     # Other settings are another evaluation.
     with pytest.raises(AssertionError, match="attacked again"):
         evaluate(run, **{**options, "eps": 0.03}, out=tmp_path / "record.json")
+
+
+def test_attacks_are_added_to_a_record_and_none_is_lost(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options: dict[str, Any] = {"max_samples": 10, "eps": 0.1, "out": out}
+    first = evaluate(run, **options, attacks=["pgd", "square"])
+    both = evaluate(run, **options, attacks=["pgd", "apgd-ce"], num_steps=2)
+    assert json.loads(out.read_text()) == both
+    assert set(both["accuracy"]) == {*first["accuracy"], "pgd2", "apgd-ce"}
+    assert both["accuracy"]["square"] == first["accuracy"]["square"]
+    assert both["wall_seconds"]["eval"] > first["wall_seconds"]["eval"]
+    with np.load(tmp_path / "record.npz") as arrays:
+        assert {"square_correct", "apgd-ce_correct", "pgd1_margin", "pgd2_margin"} <= {*arrays}
+    for changes, message in (
+        ({"max_samples": 5}, "holds .*square.* of these weights with num_samples=10, got 5"),
+        ({"eps": 0.2}, "with eps=0.1, got 0.2: name another file with --out"),
+        ({"seed": 1}, "with seed=0, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            evaluate(run, **{**options, **changes})
+        assert "\n" not in str(error.value)
+    assert json.loads(out.read_text()) == both
+    # Nothing is lost where the new record holds as much, or is of other weights.
+    names = ["pgd", "square", "apgd-ce"]
+    again = tmp_path / "small.json"
+    evaluate(run, **{**options, "out": again}, attacks=["pgd"])
+    larger = evaluate(run, **{**options, "out": again, "max_samples": 12}, attacks=names)
+    assert json.loads(again.read_text()) == larger
+    state = load_checkpoint(run / "checkpoint.pt")
+    state["average"]["model"]["linear.bias"] += 1
+    save_checkpoint(tmp_path / "other.pt", state)
+    other = evaluate(tmp_path / "other.pt", **options)
+    assert set(other["accuracy"]) == {"clean", "clean_branch", "pgd1"}
+
+
+def test_generated_images_are_not_read_to_evaluate(run: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(run / "checkpoint.pt")
+    state["config"]["data"]["unsup"] = str(tmp_path / "nowhere")
+    save_checkpoint(tmp_path / "mixed.pt", state)
+    assert "interrupted" not in evaluate(tmp_path / "mixed.pt")
 
 
 def test_an_interrupted_run_is_called_one(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from arat_fast.attacks import PGD
 from arat_fast.evaluation import ImageSet, ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import accept, evaluation_mode, predict
+from arat_fast.evaluation.pieces import Pieces
 from arat_fast.models import convert_split_batch_norm, create_model
 
 CLASSES = tuple("abcdef")
@@ -120,7 +123,8 @@ def test_every_restart_counts_and_not_the_highest_loss_alone() -> None:
     tried = [single(model, data.x, data.y, generator=draws) for _ in range(restarts)]
     right = torch.stack([model(x).argmax(1) == data.y for x in (data.x, *tried)])
     assert torch.equal(result.correct, right.all(0))
-    assert torch.equal(model(result.x_adv).argmax(1) == data.y, right[1:].all(0))
+    assert torch.equal(model(result.x_adv).argmax(1) == data.y, right.all(0))
+    assert (~right[0] & right[1:].all(0)).any(), "no image that only the attack sets right"
     strongest = PGD(eps=0.2, alpha=0.0, num_steps=0, num_restarts=restarts)(
         model, data.x, data.y, generator=torch.Generator().manual_seed(7)
     )
@@ -179,3 +183,24 @@ def test_tf32_is_off_inside_and_restored() -> None:
         assert torch.backends.cudnn.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+
+
+def test_batches_that_are_done_already_change_nothing(tmp_path: Path) -> None:
+    """What was interrupted goes on with the draws of the whole, whichever batches are on disk."""
+    model, data = network(), images()
+    options = {"num_steps": 2, "alpha": 0.05, "batch_size": 10, "num_restarts": 2, "seed": 3}
+    whole = pgd_accuracy(model, data, ThreatModel(0.1), **options)
+    pieces = Pieces(tmp_path, "checksum")
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pgd_accuracy(model, data, ThreatModel(0.1), **options, pieces=pieces, progress=stop)
+    again = Pieces(tmp_path, "checksum")
+    resumed = pgd_accuracy(model, data, ThreatModel(0.1), **options, pieces=again)
+    assert again.num_reused == 2
+    assert torch.equal(resumed.x_adv, whole.x_adv) and torch.equal(resumed.correct, whole.correct)
+    assert resumed.details == whole.details
+    assert (whole.details["precision"], whole.details["batch_size"]) == ("float32", 10)

@@ -6,7 +6,9 @@ import dataclasses
 import importlib.util
 import json
 import runpy
+import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 import arat_fast
 from arat_fast.cli import main
 from arat_fast.config import Config
+from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+from arat_fast.evaluation.pieces import checksum
 from arat_fast.interop import export_plain, folder, save_safetensors
 from arat_fast.interop.card import public_command, radius
 from arat_fast.interop.folder import export_checkpoint
 from arat_fast.interop.naming import SCHEMES, from_scheme, to_scheme
 from arat_fast.interop.programs import ONNX_PACKAGES, save_program
-from arat_fast.interop.saved import describe, header
+from arat_fast.interop.saved import describe, header, read_saved
 from arat_fast.models import create_model
 from arat_fast.recipes import recipe
 from arat_fast.reporting.statistics import wilson_interval
@@ -129,6 +133,73 @@ def test_figures_of_other_weights_are_not_on_the_card(run: Path, tmp_path: Path)
     last = export_checkpoint(run, "hub", tmp_path / "last", weights="last")
     assert last["weights"] == "last" and last["accuracy"] == {}
     assert "Nothing was measured of these weights" in (tmp_path / "last" / "README.md").read_text()
+
+
+def test_what_eval_found_of_a_run_is_on_its_card(run: Path, tmp_path: Path) -> None:
+    """Figures on more images replace the run's own; corruptions are counted by image."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    attacks = ["pgd", "corruptions"]
+    out = copy / "evaluation.json"
+    accuracy = evaluate_checkpoint(
+        copy, attacks=attacks, max_samples=60, device="cpu", out=out, num_steps=2
+    )["accuracy"]
+    record = export_checkpoint(copy, "hub", tmp_path / "hub")
+    found = record["accuracy"]
+    assert [found[name]["num_samples"] for name in ("clean", "pgd1", "pgd2")] == [60, 40, 60]
+    card = (tmp_path / "hub" / "README.md").read_text()
+    low, high = accuracy["corruptions"]["interval"]
+    line = f"{100 * low:.2f} to {100 * high:.2f} % | 60 | 75 corrupted copies of each image; "
+    assert line in card and "must not be compared with those of CIFAR-10-C" in card
+    front, _, body = card.removeprefix("---").partition("---")
+    assert "PGD-2" in front and "orruption" not in front and "orruption" in body
+    assert "from `summary.json` and `evaluation.json`; Wilson intervals, for the" in body
+    # More images in another ball count for the clean accuracy, not for an attack.
+    weaker = evaluate_checkpoint(
+        copy, attacks=["pgd"], max_samples=80, device="cpu", out=tmp_path / "m.json", eps=0.01
+    )
+    (copy / "checkpoint.evaluation.json").write_text(json.dumps(weaker))
+    again = export_checkpoint(copy, "hub", tmp_path / "again")["accuracy"]
+    assert again["clean"]["num_samples"] == 80 and again["pgd1"] == found["pgd1"]
+
+
+@pytest.mark.parametrize("unsup", [Path("/home/me/generated"), None])
+def test_additional_data_are_said(unsup: Path | None, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    plain = weights(path, "resnet18", "cifar10-resnet18")
+    config = recipe("cifar10-resnet18")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=unsup))
+    save_safetensors(plain, path, header(describe(config, "ema", "adv", (3, 32, 32))))
+    record = export_checkpoint(path, "robustbench", tmp_path / "robustbench")
+    assert record["additional_data"] is (unsup is not None)
+    (file,) = (tmp_path / "robustbench" / "model_info" / "cifar10" / "Linf").iterdir()
+    entry = json.loads(file.read_text())
+    assert entry["additional_data"] is (unsup is not None)
+    assert ("Additional images" in entry["footnote"]) is (unsup is not None)
+    hub = export_checkpoint(tmp_path / "robustbench", "hub", tmp_path / "hub")
+    assert hub["additional_data"] is (unsup is not None)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    said = "additional images were mixed into" if unsup else "No images but those of the dataset"
+    assert said in card and "/home/me" not in card
+    save_safetensors(plain, path, {"recipe": "cifar10-resnet18"})
+    record = export_checkpoint(path, "hub", tmp_path / "unknown")
+    assert record["additional_data"] is None
+    card = (tmp_path / "unknown" / "README.md").read_text()
+    assert "Whether there were additional images is not known" in card
+
+
+def test_robustbench_takes_the_ball_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    plain = weights(path, "resnet18", "cifar10-resnet18")
+    save_safetensors(plain, path, {"norm": "Linf"})
+    with pytest.raises(ValueError, match=r"holds weights only: add --recipe NAME"):
+        export_checkpoint(path, "robustbench", tmp_path / "out")
+    save_safetensors(plain, path, {"model": "resnet18", "norm": "Linf"})
+    with pytest.raises(ValueError, match=r"network for unknown data \(add --recipe NAME\)"):
+        export_checkpoint(path, "robustbench", tmp_path / "out")
+    record = export_checkpoint(path, "robustbench", tmp_path / "out", recipe="cifar10-resnet18")
+    assert (record["norm"], record["eps"]) == ("Linf", 8 / 255)
+    assert (record["recipe"], record["objective"]) == ("cifar10-resnet18", "arat")
 
 
 def test_front_matter_is_yaml(run: Path, tmp_path: Path) -> None:
@@ -269,7 +340,9 @@ def robustbench_resnet18(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_robustbench_resnet18(normalize: bool, tmp_path: Path) -> None:
+def test_robustbench_resnet18(
+    normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out = tmp_path / "m.safetensors", tmp_path / "out"
     expected = weights(path, "resnet18", "cifar10-resnet18", normalize)
     record = export_checkpoint(path, "robustbench", out)
@@ -288,6 +361,105 @@ def test_robustbench_resnet18(normalize: bool, tmp_path: Path) -> None:
         difference = robustbench_resnet18(wide, x.double()) - expected.double()(x.double())
         assert difference.abs().max() <= 1e-12 * scale
     assert (arat_fast.load(out)(x) - expected.float()(x)).abs().max() == 0
+    stand_in_for_robustbench(monkeypatch)
+    with torch.no_grad():
+        assert (run_example(out, monkeypatch)(x) - expected(x)).abs().max() <= 1e-6 * scale
+    if normalize:
+        state["normalize.mean"] += 0.1
+        torch.save(state, out / record["weights_file"])
+        assert (arat_fast.load(out)(x) - expected(x)).abs().max() > 1e-3 * scale
+
+
+def stand_in_for_robustbench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package by names and arguments, with the computation above, unless it is installed."""
+    if importlib.util.find_spec("robustbench") is not None:
+        return
+
+    class BasicBlock:
+        pass
+
+    class ResNet(nn.Module):
+        def __init__(self, block: type, num_blocks: list[int], num_classes: int) -> None:
+            super().__init__()
+            assert (block, num_blocks, num_classes) == (BasicBlock, [2, 2, 2, 2], 10)
+            with torch.device("meta"):
+                names = to_scheme(
+                    create_model("resnet18", 10, norm="shared").state_dict(),
+                    "resnet18",
+                    "robustbench",
+                )
+            self.tensors = {name: torch.empty(value.shape) for name, value in names.items()}
+
+        def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+            assert {k: v.shape for k, v in state.items()} == {
+                k: v.shape for k, v in self.tensors.items()
+            }
+            self.tensors = dict(state)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return robustbench_resnet18(self.tensors, x)
+
+    class Normalized(nn.Module):
+        def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
+            super().__init__()
+            self.model = model
+            self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+
+        def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+            inside = {k[6:]: v for k, v in state.items() if k.startswith("model.")}
+            assert set(state) - {f"model.{k}" for k in inside} == {
+                "normalize.mean",
+                "normalize.std",
+            }
+            self.mean, self.std = state["normalize.mean"], state["normalize.std"]
+            return self.model.load_state_dict(inside)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model((x - self.mean) / self.std)  # type: ignore[no-any-return]
+
+    zoo = "robustbench.model_zoo.architectures"
+    names = {
+        f"{zoo}.resnet": {"BasicBlock": BasicBlock, "ResNet": ResNet},
+        f"{zoo}.utils_architectures": {"normalize_model": Normalized},
+    }
+    for package in ("robustbench", "robustbench.model_zoo", zoo, *names):
+        module = types.ModuleType(package)
+        vars(module).update(names.get(package, {}))
+        monkeypatch.setitem(sys.modules, package, module)
+
+
+def robustbench_wrn(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The published computation of WRN-34-10 on RobustBench's names: three times five blocks."""
+
+    def activated(y: Tensor, name: str) -> Tensor:
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(y, mean, var, state[f"{name}.weight"], state[f"{name}.bias"]).relu()
+
+    y = F.conv2d(x, state["conv1.weight"], padding=1)
+    for stage in (1, 2, 3):
+        for index in range(5):
+            block = f"block{stage}.layer.{index}"
+            stride = 2 if stage > 1 and index == 0 else 1
+            inner = activated(y, f"{block}.bn1")
+            z = F.conv2d(inner, state[f"{block}.conv1.weight"], stride=stride, padding=1)
+            z = activated(z, f"{block}.bn2")
+            z = F.conv2d(z, state[f"{block}.conv2.weight"], padding=1)
+            if index == 0:
+                # Where the widths differ, the shortcut starts behind the activation too.
+                y = F.conv2d(inner, state[f"{block}.convShortcut.weight"], stride=stride)
+            y = y + z
+    pooled = F.avg_pool2d(activated(y, "bn1"), 8).flatten(1)
+    return F.linear(pooled, state["fc.weight"], state["fc.bias"])
+
+
+def test_robustbench_wrn() -> None:
+    model = randomize(create_model("wrn34-10", 10, norm="shared")).eval()
+    state = to_scheme(model.state_dict(), "wrn34-10", "robustbench")
+    x = images(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        difference = (robustbench_wrn(state, x) - expected).abs().max()
+    assert difference <= 1e-6 * expected.abs().max().clamp(min=1)
 
 
 @robustbench_only
@@ -315,6 +487,12 @@ def test_model_info(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     weights(path, "resnet18", "cifar10-resnet18")
     eps = 8 / 255
+    facts = {
+        "model": "ema",
+        "weights_sha256": checksum(read_saved(path).model),
+        "dataset": "cifar10",
+        "root": None,
+    }
     attack = {"version": "standard", "norm": "Linf", "eps": eps}
     full = {"correct": 4902, "num_samples": 10000, "value": 0.4902}
     clean = {"correct": 8782, "num_samples": 10000, "value": 0.8782}
@@ -326,7 +504,7 @@ def test_model_info(tmp_path: Path) -> None:
         ({"num_samples": 5000}, None),
     ):
         accuracy = {"clean": clean, "autoattack": {**full, **attack, **changes}}
-        evaluation.write_text(json.dumps({"accuracy": accuracy}))
+        evaluation.write_text(json.dumps({**facts, "accuracy": accuracy}))
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         export_checkpoint(path, "robustbench", out)
         (file,) = (out / "model_info" / "cifar10" / "Linf").iterdir()
@@ -334,6 +512,10 @@ def test_model_info(tmp_path: Path) -> None:
         assert entry["clean_acc"] == "87.82" and entry["autoattack_acc"] == reported
         assert (entry["eps"], entry["architecture"]) == ("8/255", "ResNet-18")
         assert entry["venue"] == "ICLR 2025" and entry["additional_data"] is False
+    for key in facts:
+        evaluation.write_text(json.dumps({**facts, key: "other", "accuracy": accuracy}))
+        record = export_checkpoint(path, "hub", tmp_path / f"other-{key}")
+        assert record["accuracy"] == {}, key
     named = export_checkpoint(path, "robustbench", tmp_path / "named", name="Mine2026_RN18")
     assert named["weights_file"] == "models/cifar10/Linf/Mine2026_RN18.pt"
     assert (tmp_path / "named/model_info/cifar10/Linf/Mine2026_RN18.json").is_file()
@@ -395,5 +577,16 @@ def test_other_logits_are_not_exported(
 def test_command_line_without_folders() -> None:
     command = "arat-fast train cifar10-resnet18 --data.root=/data --out 'a b' --seed 3"
     assert public_command(command) == "arat-fast train cifar10-resnet18 --seed 3"
+    paths = [
+        f"--{section}.{option.name}"
+        for section, values in vars(recipe("digits")).items()
+        if dataclasses.is_dataclass(values)
+        for option in dataclasses.fields(values)
+        if "Path" in str(option.type)
+    ]
+    assert {"--data.root", "--data.unsup", "--objective.teacher"} <= set(paths)
+    for option in paths:
+        command = f"arat-fast train digits {option} /home/me --seed 3"
+        assert public_command(command) == "arat-fast train digits --seed 3"
     assert public_command("an 'open quote") == ""
     assert [radius(e) for e in (8 / 255, 0.5, 0.12)] == ["8/255", "0.5", "0.12"]

@@ -140,6 +140,10 @@ def test_an_average_whose_statistics_were_never_estimated(run: Path, tmp_path: P
         ({"model": "resnet8", "mean": "[0.5"}, r"no run writes: mean='\[0.5'"),
         ({"model": "resnet8", "image_shape": "[8, 8]"}, "expected three numbers"),
         ({"model": "resnet8", "branch": "main"}, "no run writes: branch='main'"),
+        ({"model": "resnet8", "norm": "../../.."}, r"norm='\.\./\.\./\.\.', expected Linf or L2"),
+        ({"model": "resnet8", "eps": "-1"}, "eps='-1', expected a radius >= 0"),
+        ({"model": "resnet8", "eps": "NaN"}, "eps='NaN', expected a radius >= 0"),
+        ({"model": "resnet8", "additional_data": "some"}, "expected true or false"),
         ({"model": "resnet8", "mean": "[0.5]", "std": "[0.0]"}, "positive std"),
     ],
 )
@@ -151,6 +155,22 @@ def test_metadata_that_no_run_writes(
     with pytest.raises(ValueError, match=message) as error:
         arat_fast.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_what_a_recipe_says_of_bare_weights(tmp_path: Path) -> None:
+    """All that the file leaves open; what the file says itself stays."""
+    path = tmp_path / "model.safetensors"
+    model = randomize(create_model("resnet8", 10, 1, norm="shared")).eval()
+    save_safetensors(model, path)
+    facts = read_saved(path, recipe="digits").facts
+    assert (facts["recipe"], facts["objective"]) == ("digits", "arat")
+    assert (facts["norm"], facts["eps"], facts["weights"]) == ("Linf", 0.12, "file")
+    assert facts["additional_data"] is None and facts["image_shape"] == (1, 8, 8)
+    save_safetensors(model, path, {"norm": "L2", "eps": "0.5", "additional_data": "true"})
+    saved = read_saved(path, recipe="digits")
+    assert (saved.facts["norm"], saved.facts["eps"]) == ("L2", 0.5)
+    assert saved.facts["additional_data"] is True
+    assert saved.config is not None and saved.config.attack.eps == 0.5
 
 
 def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
