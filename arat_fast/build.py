@@ -144,8 +144,7 @@ def _objective(config: Config, model: nn.Module, data: DataShape) -> Objective:
         auto_balance=options.balance != "fixed",
         w_adv=options.w_adv,
         w_clean=options.w_clean,
-        # Split BatchNorm separates them in one pass.
-        separate_passes=options.separate_passes and config.norm == "shared",
+        separate_passes=config.separate_passes,
     )
     objective.impl = implementation(config)
     return objective

@@ -302,8 +302,9 @@ def _eval(arguments: list[str]) -> int:
             "arat-fast train with --resume goes on with it"
         )
     _print_accuracy(record["accuracy"])
-    print(f"record: {path}")
-    print(f"image by image: {path.with_suffix('.npz')}")
+    per_example = path.with_name(record["per_example"])
+    print(f"record: {per_example.with_suffix('.json')}")
+    print(f"image by image: {per_example}")
     return 0
 
 

@@ -429,6 +429,13 @@ class Config:
         return "split" if splits and model_spec(self.model.name).has_batch_norm else "shared"
 
     @property
+    def separate_passes(self) -> bool:
+        """Whether the halves really go through the network one after the other: split BatchNorm
+        separates them in one pass, and other objectives never ask."""
+        arat = self.objective.name == "arat"
+        return arat and self.objective.separate_passes and self.norm == "shared"
+
+    @property
     def regularized_layers(self) -> tuple[str, ...]:
         """The layers of ARAT's or ARREST's distance: those asked for, else those published."""
         if self.objective.layers:

@@ -23,8 +23,18 @@ from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.pieces import checksum
-from arat_fast.evaluation.record import earlier_record, root_of_own_images
-from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, save_per_example
+from arat_fast.evaluation.record import (
+    earlier_record,
+    free_path,
+    root_of_own_images,
+    writing,
+)
+from arat_fast.evaluation.suite import (
+    attacks_left_out,
+    evaluate_all,
+    per_example,
+    save_per_example,
+)
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_json
 from arat_fast.interop.saved import SavedNetwork, read_saved
@@ -68,19 +78,22 @@ def evaluate_checkpoint(
         out: file for the record, NAME.json; one of the same weights, images and settings is added
             to. The results image by image are written beside it as
             NAME.npz, and what is finished is kept in the folder NAME.partial, from which the same
-            evaluation goes on if it is interrupted. None writes nothing.
+            evaluation goes on if it is interrupted. Where another evaluation has meanwhile
+            written results there that this one would lose, NAME-2.json and NAME-2.npz are written
+            instead, and said to be. None writes nothing.
         display: where progress is shown.
         ranks: the processes that share the images; each returns the record.
 
     Returns:
         The record, as JSON types; "interrupted" holds the steps trained and those of the whole run
-        where the checkpoint is of a run that had not come to its end.
+        where the checkpoint is of a run that had not come to its end, "per_example" the name of the
+        file of results image by image.
 
     Raises:
         FileNotFoundError: no such file, or the dataset is not there.
         ValueError: the file is cut or of another architecture, a recipe or the radius of another
             norm is missing, an argument is out of range, or ``out`` holds results of these weights
-            that would be lost.
+            that would be lost, or PGD with another step size or number of restarts.
         OSError: ``out`` cannot be written; what is finished stays in NAME.partial.
     """
     if out is not None and (out.suffix != ".json" or out.is_dir()):
@@ -143,10 +156,13 @@ def evaluate_checkpoint(
         "versions": versions(),
         "commit": source_commit(),
     }
-    names = [f"pgd{config.eval.num_steps}" if name == "pgd" else name for name in attacks]
-    earlier = {}
+    alpha = config.eval.step_size(config.attack.eps)
+    settings: dict[str, dict[str, Any]] = {name: {} for name in attacks if name != "pgd"}
+    if "pgd" in attacks:
+        pgd = {"num_restarts": num_restarts, "alpha": alpha}
+        settings[f"pgd{config.eval.num_steps}"] = pgd
     if out is not None and ranks.is_main:
-        earlier = earlier_record(out, facts, names)
+        earlier_record(out, facts, settings)
     for name, reason in attacks_left_out(attacks, data.test.num_classes).items():
         display.say(f"{name} is left out: {reason}")
     start = time.perf_counter()
@@ -156,7 +172,7 @@ def evaluate_checkpoint(
             images,
             threat,
             num_steps=config.eval.num_steps,
-            alpha=config.eval.step_size(config.attack.eps),
+            alpha=alpha,
             num_restarts=num_restarts,
             attacks=attacks,
             batch_size=config.eval.batch_size,
@@ -168,28 +184,29 @@ def evaluate_checkpoint(
     seconds = time.perf_counter() - start
     total_steps = (saved.steps_per_epoch or len(data.train)) * trained.train.epochs
     unfinished = saved.steps is not None and saved.steps < total_steps
-    left_out = {**earlier.get("left_out", {}), **suite.left_out}
-    record = {
+    record: dict[str, Any] = {
         "checkpoint": str(saved.path),
         "recipe": config.recipe,
         **facts,
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
-        "accuracy": {**earlier.get("accuracy", {}), **suite.record()},
-        **({"left_out": left_out} if left_out else {}),
-        "wall_seconds": {"eval": earlier.get("wall_seconds", {}).get("eval", 0.0) + seconds},
+        "accuracy": suite.record(),
+        **({"left_out": suite.left_out} if suite.left_out else {}),
+        "wall_seconds": {"eval": seconds},
     }
     if out is not None:
-        save_per_example(
-            out.with_suffix(".npz"),
-            model,
-            images,
-            suite,
-            config.eval.batch_size,
-            ranks,
-            keep=bool(earlier),
-        )
+        arrays = per_example(model, images, suite, config.eval.batch_size, ranks)
         if ranks.is_main:
-            write_json(out, record)
+            with writing(out):
+                # What another evaluation has written since this one began is kept too.
+                try:
+                    earlier = earlier_record(out, facts, settings)
+                except ValueError as error:
+                    earlier, out = {}, free_path(out)
+                    display.say(f"{error}; written by another evaluation since this one began")
+                    display.say(f"the results are in {out} instead")
+                record = {**_added(record, earlier), "per_example": out.with_suffix(".npz").name}
+                save_per_example(out.with_suffix(".npz"), arrays, keep=bool(earlier))
+                write_json(out, record)
     ranks.meet()
     suite.pieces.remove()
     return record
@@ -236,6 +253,18 @@ def place_network(
             stream_generator(config.seed, "refresh", device),
         )
     return model
+
+
+def _added(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The record with the results of an earlier one; a result of both is the new one's."""
+    left_out = {**earlier.get("left_out", {}), **record.get("left_out", {})}
+    seconds = earlier.get("wall_seconds", {}).get("eval", 0.0) + record["wall_seconds"]["eval"]
+    return {
+        **record,
+        "accuracy": {**earlier.get("accuracy", {}), **record["accuracy"]},
+        **({"left_out": left_out} if left_out else {}),
+        "wall_seconds": {"eval": seconds},
+    }
 
 
 def _with_overrides(config: Config, **sections: dict[str, Any]) -> Config:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from arat_fast.config import DataConfig
 
 _OWN_IMAGES = ("folder", "webdataset", "arrays")
+_NEVER_REPLACED = ("dataset", "root", "split", "norm", "eps", "seed")
+"""Where these differ, results are others, however many images they are of."""
 
 
 def root_of_own_images(data: DataConfig) -> str | None:
@@ -38,13 +41,19 @@ def read_record(path: Path) -> dict[str, Any]:
     return {}
 
 
-def earlier_record(path: Path, facts: Mapping[str, Any], attacks: Sequence[str]) -> dict[str, Any]:
+def earlier_record(
+    path: Path, facts: Mapping[str, Any], attacks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """The record at ``path`` if a new one can be added to it; {} if it is to be replaced.
+
+    It is replaced where it is of other weights, or of the same images or the first of them, the
+    same ball and the same seed, and every attack in it is run again.
 
     Args:
         path: the file; there need be none.
         facts: what the new record says for all of its results.
-        attacks: names of the results that the new one will hold beside the clean accuracy.
+        attacks: names of the results that the new one will hold beside the clean accuracy, each
+            with the settings that must be those of a result of that name.
 
     Raises:
         ValueError: it holds results of the same weights that the new one would lose.
@@ -52,15 +61,72 @@ def earlier_record(path: Path, facts: Mapping[str, Any], attacks: Sequence[str])
     before = read_record(path)
     if before.get("weights_sha256") != facts["weights_sha256"]:
         return {}
+    accuracy = before.get("accuracy", {})
+    held = [name for name in accuracy if name not in ("clean", "clean_branch")]
     other = [key for key in facts if before.get(key) != facts[key]]
-    if not other:
-        return before
-    held = [name for name in before.get("accuracy", {}) if name not in ("clean", "clean_branch")]
-    lost = [name for name in held if name not in attacks]
-    if lost or before.get("num_samples", 0) > facts["num_samples"]:
-        raise ValueError(
-            f"{path} holds {', '.join(lost or held or ['clean'])} of these weights with "
-            f"{other[0]}={before.get(other[0])}, got {facts[other[0]]}: name another file with "
-            "--out, or remove it"
-        )
-    return {}
+    decisive = [key for key in other if key in _NEVER_REPLACED]
+    if before.get("num_samples", 0) > facts["num_samples"]:
+        decisive.append("num_samples")
+    lost = held if decisive else [name for name in held if name not in attacks]
+    if decisive or (other and lost):
+        key = (decisive or other)[0]
+        raise _refusal(path, lost or ["clean"], key, before.get(key), facts[key])
+    for name in held:
+        for key, value in attacks.get(name, {}).items():
+            if accuracy[name].get(key) != value:
+                raise _refusal(path, [name], key, accuracy[name].get(key), value)
+    return {} if other else before
+
+
+def _refusal(path: Path, names: list[str], key: str, before: Any, got: Any) -> ValueError:
+    return ValueError(
+        f"{path} holds {', '.join(names)} of these weights with {key}={before}, got {got}: name "
+        "another file with --out, or remove it"
+    )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Wait for every other process that is here with the same file, then keep others waiting.
+
+    Nobody waits on Windows, nor on a file system without locks.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        try:
+            file = open(lock, "ab")  # noqa: SIM115  # closed below
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        with file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held the lock has removed the file; others may have made and locked a new one.
+            if not _is_at(file, lock):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def free_path(path: Path) -> Path:
+    """NAME-2.json beside a record NAME.json, or the first number of which there is none."""
+    number = 2
+    while (sibling := path.with_name(f"{path.stem}-{number}.json")).exists():
+        number += 1
+    return sibling

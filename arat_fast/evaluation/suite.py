@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arat_fast.device import describe_device, versions
@@ -292,16 +293,14 @@ def corruption_accuracy(
     return CorruptionResult(by_name, details)
 
 
-def save_per_example(
-    path: Path,
+def per_example(
     model: nn.Module,
     images: ImageSet,
     suite: SuiteResult,
     batch_size: int,
     ranks: Ranks = ALONE,
-    keep: bool = False,
-) -> None:
-    """Write what became of each image (.npz); of several processes rank 0 writes.
+) -> dict[str, NDArray[Any]]:
+    """What became of each image, by name.
 
     ``label`` (N,) int64; for each result ``NAME_correct`` (N,) bool, ``NAME_prediction`` (N,) int64
     and ``NAME_margin`` (N,) float32, the true logit less the largest other one, on the image that
@@ -309,15 +308,13 @@ def save_per_example(
     of several; ``corruptions_correct`` (corruptions, severities, N) bool.
 
     Args:
-        path: the file.
         model: the network.
         images: this process's share of the images that were evaluated.
         suite: what was found.
         batch_size: samples at a time, >= 1.
         ranks: the processes that share the images; each calls this.
-        keep: leave in what the file holds of other attacks on the same images.
     """
-    arrays: dict[str, Any] = {"label": ranks.gather_rows(images.y)}
+    arrays = {"label": ranks.gather_rows(images.y)}
     for name, result in suite.results.items():
         branch: Branch = "clean" if name == "clean_branch" else "adv"
         # A process may have no images.
@@ -335,9 +332,17 @@ def save_per_example(
             arrays[f"{name}_after_{attack}"] = mask
     if suite.corruptions is not None:
         arrays["corruptions_correct"] = suite.corruptions.correct
-    if not ranks.is_main:
-        return
-    arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
+    return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+def save_per_example(path: Path, arrays: Mapping[str, NDArray[Any]], keep: bool = False) -> None:
+    """Write what :func:`per_example` found (.npz).
+
+    Args:
+        path: the file.
+        arrays: by name.
+        keep: leave in what the file holds of other attacks on the same images.
+    """
     if keep:
         # A file that cannot be read has nothing to keep.
         unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)

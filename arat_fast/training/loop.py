@@ -990,6 +990,9 @@ class Trainer:
 def check_same_run(config: Config, saved: Config, source: Path) -> None:
     """ValueError where the two configurations would not train the same weights."""
     given, old = config_to_dict(config), config_to_dict(saved)
+    # Where the switch does nothing, it may differ: earlier versions never set it.
+    given["objective"]["separate_passes"] = config.separate_passes
+    old["objective"]["separate_passes"] = saved.separate_passes
     for section, values in given.items():
         before = old[section]
         if not isinstance(values, dict):

@@ -280,6 +280,10 @@ def test_the_grid_of_a_folder_can_grow_but_not_change(tmp_path: Path) -> None:
     assert [p.method.label for p in merged.methods] == ["natural", "at"]
     assert merged.seeds == (2, 0, 1)
     assert len(merged.cells()) == 6
+    # Earlier versions never set a switch that has no effect with split BatchNorm.
+    passes = dataclasses.replace(base.objective, separate_passes=True)
+    official = make_plan(dataclasses.replace(base, objective=passes), choose_methods(["at"]), (0,))
+    assert merge_with_saved(official, tmp_path / RECORD).config.objective.separate_passes
 
     other = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=32))
     for plan, message in (

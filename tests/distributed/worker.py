@@ -14,7 +14,12 @@ from arat_fast.distributed.evaluation import share_evaluation
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.autoattack import autoattack
 from arat_fast.evaluation.evaluate import ImageSet, clean_accuracy, pgd_accuracy
-from arat_fast.evaluation.suite import SuiteResult, corruption_accuracy, save_per_example
+from arat_fast.evaluation.suite import (
+    SuiteResult,
+    corruption_accuracy,
+    per_example,
+    save_per_example,
+)
 from arat_fast.objectives import NaturalTraining
 from arat_fast.training.checkpoint import CheckpointFolder
 from arat_fast.training.loop import Trainer
@@ -52,13 +57,17 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
     }
     corruptions = corruption_accuracy(model, images, batch_size=4, ranks=ranks)
     suite = SuiteResult(results, corruptions)
-    save_per_example(folder / "all.npz", model, images, suite, 4, ranks)
+    arrays = per_example(model, images, suite, 4, ranks)
+    if ranks.is_main:
+        save_per_example(folder / "all.npz", arrays)
     # Fewer images than processes.
     one = ImageSet.from_batches(batches, 1, ranks.shard)
     few = share_evaluation(ranks, lambda own: clean_accuracy(model, own, batch_size=4), one)
     few_corrupted = corruption_accuracy(model, one, batch_size=4, ranks=ranks)
     suite = SuiteResult({"clean": few}, few_corrupted)
-    save_per_example(folder / "few.npz", model, one, suite, 4, ranks)
+    arrays = per_example(model, one, suite, 4, ranks)
+    if ranks.is_main:
+        save_per_example(folder / "few.npz", arrays)
     return {
         "x": images.x,
         "y": images.y,

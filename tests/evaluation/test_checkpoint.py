@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from tiny import tiny_config, tiny_trainer
 from arat_fast.display import Display
 from arat_fast.evaluation import checkpoint as module
 from arat_fast.evaluation.corruptions import CORRUPTIONS
+from arat_fast.evaluation.record import writing
 from arat_fast.interop import save_safetensors
 from arat_fast.models import create_model
 from arat_fast.recipes import RECIPES, recipe
@@ -216,7 +221,7 @@ def test_an_interrupted_evaluation_goes_on(
             evaluate(run, **options, out=tmp_path / "record.json")
     assert len(list((tmp_path / "record.partial").glob("*/*.npz"))) == 2
     # A quick look with other settings neither uses nor removes the pieces.
-    evaluate(run, max_samples=2, out=tmp_path / "record.json")
+    evaluate(run, max_samples=2, eps=0.02, out=tmp_path / "record.json")
     assert len(list((tmp_path / "record.partial").glob("*/*.npz"))) == 2
 
     def never(*arguments: Any, **keywords: Any) -> Any:
@@ -228,7 +233,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert not (tmp_path / "record.partial").exists()
     # Other settings are another evaluation.
     with pytest.raises(AssertionError, match="attacked again"):
-        evaluate(run, **{**options, "eps": 0.03}, out=tmp_path / "record.json")
+        evaluate(run, **options, batch_size=4, out=tmp_path / "record.json")
 
 
 def test_attacks_are_added_to_a_record_and_none_is_lost(run: Path, tmp_path: Path) -> None:
@@ -262,6 +267,111 @@ def test_attacks_are_added_to_a_record_and_none_is_lost(run: Path, tmp_path: Pat
     save_checkpoint(tmp_path / "other.pt", state)
     other = evaluate(tmp_path / "other.pt", **options)
     assert set(other["accuracy"]) == {"clean", "clean_branch", "pgd1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": 0.2}, "pgd1 of these weights with eps=0.1, got 0.2"),
+        ({"norm": "L2", "eps": 0.1}, "with norm=Linf, got L2"),
+        ({"seed": 1}, "with seed=0, got 1"),
+        ({"num_restarts": 1}, "pgd1 of these weights with num_restarts=2, got 1"),
+        ({"alpha": 0.01}, "pgd1 of these weights with alpha=0.025, got 0.01"),
+        ({"max_samples": 12, "alpha": 0.01}, "pgd1 of these weights with alpha=0.025, got 0.01"),
+    ],
+)
+def test_the_same_attack_in_another_way_is_no_replacement(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    out = tmp_path / "record.json"
+    options: dict[str, Any] = {"max_samples": 10, "eps": 0.1, "num_restarts": 2, "out": out}
+    evaluate(run, **options)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(files) == {"record.json", "record.npz"}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate_all", lambda *_, **__: pytest.fail("evaluated"))
+        with pytest.raises(ValueError, match=f"{message}: name another file with --out"):
+            evaluate(run, **{**options, **changes})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    evaluate(run, **{**options, **changes, "out": tmp_path / "other.json"})
+    # As many images or more, in the same way, and another number of steps beside them.
+    evaluate(run, **{**options, "max_samples": 12})
+    both = evaluate(run, **{**options, "max_samples": 12, "num_steps": 2, "alpha": 0.01})
+    assert {"pgd1", "pgd2"} <= {*both["accuracy"]}
+    assert both["accuracy"]["pgd1"]["num_samples"] == 12
+
+
+def during(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Let the next evaluation do something else between its attacks and its record."""
+    real = module.evaluate_all
+
+    def evaluate_all(*arguments: Any, **options: Any) -> Any:
+        suite = real(*arguments, **options)
+        monkeypatch.setattr(module, "evaluate_all", real)
+        action()
+        return suite
+
+    monkeypatch.setattr(module, "evaluate_all", evaluate_all)
+
+
+def test_two_evaluations_at_a_time_lose_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "record.json"
+    options: dict[str, Any] = {"max_samples": 10, "eps": 0.1, "out": out}
+    during(monkeypatch, lambda: evaluate(run, **options, attacks=["square"]))
+    both = evaluate(run, **options, attacks=["pgd"])
+    assert json.loads(out.read_text()) == both
+    assert set(both["accuracy"]) == {"clean", "clean_branch", "pgd1", "square"}
+    with np.load(tmp_path / "record.npz") as arrays:
+        assert {"square_correct", "pgd1_correct"} <= {*arrays}
+    assert {path.name for path in tmp_path.iterdir()} == {"record.json", "record.npz"}
+
+
+def test_results_that_no_longer_fit_go_beside_the_record(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "record.json"
+    said: list[str] = []
+    options: dict[str, Any] = {"attacks": ["pgd"], "max_samples": 10, "device": "cpu", "out": out}
+    display = Display(Console(quiet=True))
+    monkeypatch.setattr(display, "say", said.append)
+    during(monkeypatch, lambda: evaluate(run, **options, eps=0.2, num_steps=2))
+    late = module.evaluate_checkpoint(run, **options, eps=0.1, display=display)
+    assert late["per_example"] == "record-2.npz"
+    assert json.loads((tmp_path / "record-2.json").read_text()) == late
+    assert set(late["accuracy"]) == {"clean", "clean_branch", "pgd1"}
+    first = json.loads(out.read_text())
+    assert first["eps"] == 0.2 and "pgd2" in first["accuracy"]
+    with np.load(tmp_path / "record.npz") as arrays:
+        assert "pgd2_correct" in arrays and "pgd1_correct" not in arrays
+    with np.load(tmp_path / "record-2.npz") as arrays:
+        assert "pgd1_correct" in arrays
+    assert "with eps=0.2, got 0.1" in said[-2] and "record-2.json" in said[-1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody waits on Windows")
+def test_one_writes_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text("0")
+
+    def add(_: int) -> None:
+        with writing(path):
+            number = int(path.read_text())
+            time.sleep(0.002)
+            path.write_text(str(number + 1))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(60)))
+    assert path.read_text() == "60"
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+    nowhere = tmp_path / "nowhere" / "record.json"
+    with pytest.raises(OSError, match="cannot write .*nowhere/record.json"), writing(nowhere):
+        pass
 
 
 def test_generated_images_are_not_read_to_evaluate(run: Path, tmp_path: Path) -> None:

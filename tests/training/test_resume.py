@@ -21,7 +21,7 @@ from arat_fast.config import Config
 from arat_fast.data.batches import Batch
 from arat_fast.training.checkpoint import load_checkpoint
 from arat_fast.training.interrupt import InterruptedRun, StopRequest
-from arat_fast.training.loop import Trainer
+from arat_fast.training.loop import Trainer, check_same_run
 from arat_fast.training.metrics import NotFiniteError
 
 STEPS_PER_EPOCH = 4
@@ -156,6 +156,30 @@ def test_resume_with_official_switches(tmp_path: Path) -> None:
         trainer.run()
     tiny_trainer(tmp_path / "cut", config, resume=True).run()
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_switch_without_effect_may_differ(tmp_path: Path) -> None:
+    """Runs from before ``--compat official`` set ``separate_passes`` go on."""
+    config = tiny_config(epochs=1)
+    passes = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, separate_passes=True)
+    )
+    assert config.norm == "split"
+    check_same_run(passes, config, tmp_path)
+    check_same_run(config, passes, tmp_path)
+    before, shared = (
+        dataclasses.replace(c, model=dataclasses.replace(c.model, norm="shared"))
+        for c in (config, passes)
+    )
+    message = "objective.separate_passes=False, got objective.separate_passes=True"
+    with pytest.raises(ValueError, match=message):
+        check_same_run(shared, before, tmp_path)
+    at = [dataclasses.replace(c.objective, name="at") for c in (before, shared)]
+    check_same_run(
+        dataclasses.replace(shared, objective=at[1]),
+        dataclasses.replace(before, objective=at[0]),
+        tmp_path,
+    )
 
 
 def test_finished_run_is_not_overwritten(uninterrupted: Path) -> None:
