@@ -343,12 +343,13 @@ def save_per_example(path: Path, arrays: Mapping[str, NDArray[Any]], keep: bool 
         arrays: by name.
         keep: leave in what the file holds of other attacks on the same images.
     """
+    content: dict[str, Any] = dict(arrays)
     if keep:
         # A file that cannot be read has nothing to keep.
         unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
         with suppress(*unreadable), np.load(path, allow_pickle=False) as before:
-            arrays = {**before, **arrays}
-    write_atomic(path, lambda file: np.savez(file, **arrays))
+            content = {**before, **arrays}
+    write_atomic(path, lambda file: np.savez(file, **content))
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, x_adv: Tensor) -> None:
