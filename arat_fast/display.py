@@ -123,9 +123,6 @@ class EvaluationBar:
 
     def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
         """As :class:`arat_fast.evaluation.evaluate.SuiteProgress`."""
-        # AutoAttack run by itself counts its passes and names no unit.
-        if name.startswith("AutoAttack"):
-            unit = "passes"
         if unit == "passes":
             status = f"{total} images standing, {done:,} forward passes"
         else:

@@ -7,6 +7,7 @@ import datetime
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _measure(
 
     def run_fast() -> float:
         with display.evaluating() as bar:
-            clock = _Clock(device, bar)
+            clock = _Clock(device, partial(bar, unit="passes"))
             synchronize(device)
             start = time.perf_counter()
             result = run_autoattack(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from arat_fast.evaluation.evaluate import (
     evaluation_mode,
     predict,
 )
-from arat_fast.evaluation.parallel import SharedNetwork, shared_batches
+from arat_fast.evaluation.parallel import SharedNetwork, Stopped, shared_batches
 from arat_fast.evaluation.pieces import Pieces
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.folding import FoldedNetwork
@@ -130,7 +131,7 @@ def autoattack(
                 f"{title} {name}",
                 int(robust.sum()),
                 progress,
-                parts=1 if shared is None else shared.count(x),
+                *(() if shared is None else (shared.count(x), shared.stopped)),
             )
             if name == "square" and threat.norm == "Linf" and fast:
                 square = SquareLinf(
@@ -282,7 +283,7 @@ def _shorten(adversary: Any) -> None:
 
 class _Ticking(nn.Module):
     """The model, reporting its forward passes; called from ``parts`` threads, each of which has
-    its part of the batch."""
+    its part of the batch and gives up once ``stopped`` is set."""
 
     def __init__(
         self,
@@ -291,6 +292,7 @@ class _Ticking(nn.Module):
         survivors: int,
         progress: Progress | None,
         parts: int = 1,
+        stopped: threading.Event | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -299,10 +301,13 @@ class _Ticking(nn.Module):
         self.progress = progress
         self.passes = 0
         self.parts = parts
+        self.stopped = stopped
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
+        if self.stopped is not None and self.stopped.is_set():
+            raise Stopped
         if self.progress is not None:
             self.progress(self.name, -(-self.passes // self.parts), self.survivors)
         logits: Tensor = self.model(x)

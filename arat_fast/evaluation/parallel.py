@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -44,7 +45,12 @@ def shared_batches(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
     try:
         torch.set_num_threads(each)
         with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(each)) as pool:
-            yield SharedNetwork(network, pool, workers)
+            shared = SharedNetwork(network, pool, workers)
+            try:
+                yield shared
+            finally:
+                # Before the pool waits for its threads: after Ctrl-C they would go on for long.
+                shared.stopped.set()
     finally:
         torch.set_num_threads(threads)
 
@@ -54,6 +60,7 @@ class SharedNetwork(nn.Module):
 
     Attributes:
         network: the one that all threads run.
+        stopped: set when no result is wanted any more.
     """
 
     def __init__(self, network: nn.Module, pool: ThreadPoolExecutor, workers: int) -> None:
@@ -61,6 +68,7 @@ class SharedNetwork(nn.Module):
         self.network = network
         self.pool = pool
         self.workers = workers
+        self.stopped = threading.Event()
         self.training = False
 
     def count(self, x: Tensor) -> int:
@@ -102,8 +110,22 @@ class SharedNetwork(nn.Module):
         return torch.cat(self.map(lambda part: call(*part), list(parts)))
 
     def map(self, call: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
-        """``call`` of each part, each in a thread of the pool."""
-        return list(self.pool.map(call, parts))
+        """``call`` of each part, each in a thread of the pool; an error of one stops the others.
+
+        A call that takes long looks at :attr:`stopped` from time to time.
+        """
+        jobs = [self.pool.submit(call, part) for part in parts]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            self.stopped.set()
+            raise
+        return [job.result() for job in jobs]
+
+
+class Stopped(Exception):
+    """Raised in a thread whose result is not wanted any more."""
 
 
 class _Shared(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pyautoattack.square import SquareAttack
@@ -64,6 +66,21 @@ def test_same_examples_as_the_reference_code(channels: int, rescale_schedule: bo
     assert 0 < int(broken.sum()) < len(x)
     assert torch.equal(x_adv, expected)
     assert attack.num_evaluated < asked / (2 if channels == 1 else 1)
+
+
+def test_parts_of_the_images_take_the_same_steps() -> None:
+    model = network(3, seed=3)
+    x, y = images(model, 9, 3)
+    attack = SquareLinf(EPS, num_queries=400, seed=7)
+    whole, asked = attack(model, x, y), attack.num_evaluated
+
+    def share(call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor:
+        parts = zip(*(t.tensor_split(2) for t in tensors), strict=True)
+        return torch.cat([call(*part) for part in parts])
+
+    assert attack(model, x, y, share=share).equal(whole)
+    assert attack.num_evaluated == 2 * asked
+    assert not whole.equal(x)
 
 
 def test_random_state_and_progress() -> None:

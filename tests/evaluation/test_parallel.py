@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from arat_fast.evaluation.parallel import MIN_PART, shared_batches
+from arat_fast.evaluation.parallel import MIN_PART, SharedNetwork, Stopped, shared_batches
 
 
 @pytest.fixture
@@ -60,3 +60,38 @@ def test_errors_and_few_images() -> None:
     with pytest.raises(RuntimeError), shared_batches(model, torch.zeros(99, 1, 8, 8)) as shared:
         shared(torch.zeros(99, 2, 8, 8, dtype=torch.float64))
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_an_error_or_ctrl_c_stops_the_other_threads() -> None:
+    images = torch.zeros(3 * MIN_PART, 1, 8, 8)
+    images[:MIN_PART] = 1
+    heard: list[bool] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if x.any():
+            raise ValueError("mine")
+        heard.append(shared.stopped.wait(60))
+        raise Stopped
+
+    with pytest.raises(ValueError, match="mine"), shared_batches(network(), images) as shared:
+        assert isinstance(shared, SharedNetwork)
+        shared.map_parts(call, images)
+    assert heard == [True, True]
+    heard.clear()
+    with pytest.raises(KeyboardInterrupt), shared_batches(network(), images) as shared:
+        assert isinstance(shared, SharedNetwork)
+        job = shared.pool.submit(call, images[MIN_PART:])
+        raise KeyboardInterrupt
+    assert heard == [True] and isinstance(job.exception(), Stopped)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_parts_are_put_together_in_order() -> None:
+    images = torch.rand(3 * MIN_PART + 5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    numbers = torch.arange(len(images))
+    with shared_batches(network(), images) as shared:
+        assert isinstance(shared, SharedNetwork)
+        sums = shared.map_parts(lambda x, n: x.sum(dim=(1, 2, 3)) + n, images, numbers)
+        assert shared.map_parts(lambda x: x + 1, images[:1]).equal(images[:1] + 1)
+    assert sums.equal(images.sum(dim=(1, 2, 3)) + numbers)
