@@ -133,7 +133,7 @@ def bench_data(options: DataOptions) -> int:
         ):
             chosen = _choose_workers(size, contestants, workers, record, display, device)
             try:
-                _leave_out_unequal(size, chosen, record, device)
+                _leave_out_unequal(size, chosen, record, display, device)
                 _time(size, chosen, options, record, display, device)
                 if beside:
                     _beside_step(size, chosen, options, record, display, device)
@@ -390,25 +390,44 @@ def _epoch_rate(loader: Loader, epoch: int, device: torch.device) -> float:
 
 
 def _leave_out_unequal(
-    size: int, chosen: dict[str, Loader], record: dict[str, Any], device: torch.device
+    size: int,
+    chosen: dict[str, Loader],
+    record: dict[str, Any],
+    display: Display,
+    device: torch.device,
 ) -> None:
-    """Stop the loaders of this package whose first batch is not that of its DataLoader.
+    """Stop the loaders of this package whose first batch is not that of its DataLoader, or cannot
+    be compared with it.
 
     A GPU decodes and scales by its own arithmetic: there the mean may differ by a level of 255.
     """
-    if REFERENCE not in chosen:
-        return
-    x, y = next(iter(chosen[REFERENCE].epoch(0)))
+    expected: tuple[Tensor, Tensor] | None = None
+    if REFERENCE in chosen:
+        with guarded(record, f"{REFERENCE} at {size} pixels, its first batch", display):
+            expected = next(iter(chosen[REFERENCE].epoch(0)))
     for name in [name for name in OURS if name in chosen]:
-        other = next(iter(chosen[name].epoch(0)))
-        levels = 255 * float((other[0] - x).abs().mean()) if other[0].shape == x.shape else 255
-        if levels <= (1 if device.type == "cuda" else 0) and torch.equal(other[1], y):
-            continue
-        record["problems"].append(
-            f"{name} at {size} pixels: its first batch is not that of {REFERENCE}, the mean "
-            f"difference is {levels:.3g} levels of 255; it was not timed"
-        )
-        chosen.pop(name).stop()
+        problem = f"there is no batch of {REFERENCE} to compare its own with"
+        if expected is not None:
+            problem = "its first batch cannot be compared"
+            with guarded(record, f"{name} at {size} pixels, its first batch", display):
+                problem = _difference(next(iter(chosen[name].epoch(0))), expected, device)
+        if problem:
+            record["problems"].append(f"{name} at {size} pixels: {problem}; it was not timed")
+            chosen.pop(name).stop()
+
+
+def _difference(
+    batch: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], device: torch.device
+) -> str:
+    """What tells a batch from the one that is expected; empty for nothing."""
+    (x, y), (other_x, other_y) = batch, expected
+    levels = 255 * float((x - other_x).abs().mean()) if x.shape == other_x.shape else 255
+    if levels <= (1 if device.type == "cuda" else 0) and torch.equal(y, other_y):
+        return ""
+    return (
+        f"its first batch is not that of {REFERENCE}, the mean difference is {levels:.3g} levels "
+        "of 255"
+    )
 
 
 def _time(

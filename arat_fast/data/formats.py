@@ -90,11 +90,8 @@ def split_folders(root: Path) -> dict[str, Path]:
         ValueError: two are of one split, or there is none to train on.
     """
     found: dict[str, Path] = {}
-    for folder in _folders(root) if root.is_dir() else []:
-        match = _SPLIT_FOLDER.fullmatch(folder.name)
-        if match is None:
-            continue
-        other = found.setdefault(match[1].lower(), folder)
+    for split, folder in named_splits(root):
+        other = found.setdefault(split, folder)
         if other != folder:
             raise ValueError(
                 f"{root}: expected one folder for a split, got {other.name} and {folder.name}"
@@ -106,6 +103,14 @@ def split_folders(root: Path) -> dict[str, Path]:
             "split"
         )
     return _in_order(found)
+
+
+def named_splits(root: Path) -> list[tuple[str, Path]]:
+    """The folders that :func:`split_folders` goes by, each with "train", "val" or "test", whether
+    or not they go together."""
+    folders = _folders(root) if root.is_dir() else []
+    matches = [(_SPLIT_FOLDER.fullmatch(folder.name), folder) for folder in folders]
+    return [(match[1].lower(), folder) for match, folder in matches if match]
 
 
 def _in_order(parts: Mapping[str, Part]) -> dict[str, Part]:
@@ -158,12 +163,13 @@ def count_classes(root: Path, parts: Sequence[tuple[Tensor, Callable[[int], str]
 
 
 def has_class_folders(root: Path) -> bool:
-    """Whether a folder holds folders with images in them.
-
-    Raises:
-        ValueError: as for :func:`split_folders`.
-    """
-    return any(image_files(folder)[0] for folder in _folders(_class_splits(root)["train"]))
+    """Whether a folder, or a split in it, holds folders with images in them."""
+    try:
+        parts = [_class_splits(root)["train"]]
+    except ValueError:
+        # For class_folders to say; tar_shards takes such folders as they are.
+        parts = [folder for _, folder in named_splits(root)]
+    return any(image_files(folder)[0] for part in parts for folder in _folders(part))
 
 
 def _class_splits(root: Path) -> dict[str, Path]:

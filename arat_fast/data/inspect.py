@@ -22,7 +22,7 @@ from arat_fast.data.formats import (
     class_folders,
     has_class_folders,
     index_shards,
-    split_folders,
+    named_splits,
     tar_files,
     tar_shards,
 )
@@ -263,7 +263,7 @@ def _open(path: Path) -> _Opened:
             parts = [_encoded("train", encoded.train), _encoded("val", encoded.test)]
             use = f"--data.name {name} --data.root {root}"
             return _Opened(words, use, encoded.classes, parts)
-    if any((folder / "images.npy").is_file() for folder in split_folders(path).values()):
+    if any((folder / "images.npy").is_file() for _, folder in named_splits(path)):
         return _stored("arrays", path, "prepared arrays")
     if not has_class_folders(path):
         if tar_files(path):

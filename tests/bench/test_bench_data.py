@@ -127,6 +127,54 @@ def test_a_loader_with_other_batches_is_not_timed(
     assert len(waits) == 7
 
 
+def test_without_the_reference_nothing_of_ours_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+
+    def broken(workers: int) -> Loader:
+        raise RuntimeError("no workers")
+
+    loaders = fake.loaders(resident=fake.batch, torchvision=fake.batch)
+    loaders["dataloader"] = broken
+    code, record, _ = run_fake(tmp_path, monkeypatch, loaders, beside_step=False)
+    assert code == 1 and fake.stopped == ["resident", "torchvision"]
+    timed = [e["contestant"] for e in record["results"] if "images_per_second" in e]
+    assert timed == ["torchvision"]
+    assert record["problems"] == [
+        "dataloader at 32 pixels: RuntimeError: no workers",
+        "resident at 32 pixels: there is no batch of dataloader to compare its own with; it was "
+        "not timed",
+    ]
+
+
+def test_a_comparison_that_fails_costs_one_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+    epochs = 0
+
+    def fails(workers: int) -> Loader:
+        def epoch(number: int) -> list[Batch]:
+            nonlocal epochs
+            epochs += 1
+            if epochs == 3:
+                raise RuntimeError("the pipeline broke")
+            return [fake.batch]
+
+        return Loader(epoch, lambda: fake.stopped.append("dali"))
+
+    loaders = {**fake.loaders(resident=fake.batch, dataloader=fake.batch), "dali": fails}
+    code, record, _ = run_fake(tmp_path, monkeypatch, loaders, beside_step=False)
+    assert code == 1 and fake.stopped == ["dali", "resident", "dataloader"]
+    timed = [e["contestant"] for e in record["results"] if "images_per_second" in e]
+    assert timed == ["resident", "dataloader"]
+    assert record["problems"] == [
+        "dali at 32 pixels, its first batch: RuntimeError: the pipeline broke",
+        "dali at 32 pixels: its first batch cannot be compared; it was not timed",
+    ]
+
+
 def test_a_step_that_fails_leaves_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

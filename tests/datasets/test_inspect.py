@@ -10,6 +10,7 @@ from pictures import CLASSES, encoded, image_folder, picture, tar_shard
 from PIL import Image
 
 from arat_fast.cli import main
+from arat_fast.data.formats import tar_shards
 from arat_fast.data.inspect import TILE, inspect
 from arat_fast.data.prepare import convert_npz, verify
 
@@ -169,6 +170,37 @@ def test_class_folders_win_over_stray_archives_and_images(tmp_path: Path) -> Non
     tar_shard(flat / "backup" / "old.tar", 0, 3)
     with pytest.raises(ValueError, match="backup: expected images"):
         inspect(flat)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-000.tar", "val/000.tar"),
+        ("train/000.tar", "training/001.tar", "val/000.tar"),
+        ("train-0.tar", "train-1.tar", "val/a/000.tar"),
+    ],
+)
+def test_shards_whose_split_folders_alone_would_be_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, ...]
+) -> None:
+    root = tmp_path / "set"
+    for name in names:
+        tar_shard(root / name, 0, 6)
+    assert tar_shards(root).test is not None
+    found = inspect(root)
+    assert found.kind == "WebDataset shards"
+    assert found.counts == {"train": 6 * (len(names) - 1), "test": 6}
+    assert main(["data", "prepare", str(root)]) == 0
+    number = 6 * len(names)
+    assert f"{number} of {number} files can be decoded" in capsys.readouterr().out
+
+
+def test_split_folders_of_classes_that_do_not_go_together(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", splits=("train", "training"))
+    tar_shard(root / "backup.tar", 0, 3)
+    for look in (inspect, verify):
+        with pytest.raises(ValueError, match="one folder for a split, got train and training"):
+            look(root)
 
 
 def test_other_files_of_a_class_are_shown(tmp_path: Path) -> None:
