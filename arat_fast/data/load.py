@@ -100,8 +100,8 @@ def load_data(
 def download_data(config: DataConfig, ranks: Ranks) -> None:
     """Fetch a published dataset where it is absent and asked for, so that all processes find it.
 
-    Rank 0 first, then the first process of each other machine: whatever disks they share, files are
-    fetched once for each.
+    Rank 0 first, then the first processes of the other machines, one after the other: whatever
+    disks they share, files are fetched once for each, and never by two at once.
 
     Args:
         config: which dataset, and where it is.
@@ -112,14 +112,22 @@ def download_data(config: DataConfig, ranks: Ranks) -> None:
     """
     if not config.download or ranks.alone:
         return
-    for turn in (ranks.is_main, ranks.local_rank == 0 and not ranks.is_main):
-        if turn and config.name == "imagenette":
-            read_imagenette(config)
-        elif turn and config.name == "tiny-imagenet":
-            list_tiny_imagenet(config)
-        elif turn and config.name not in ("folder", "webdataset"):
-            read_arrays(config)
+    local_ranks = ranks.gather(torch.tensor(ranks.local_rank)).tolist()
+    for rank, local_rank in enumerate(local_ranks):
+        if rank > 0 and local_rank > 0:
+            continue
+        if rank == ranks.rank:
+            _fetch(config)
         ranks.meet()
+
+
+def _fetch(config: DataConfig) -> None:
+    if config.name == "imagenette":
+        read_imagenette(config)
+    elif config.name == "tiny-imagenet":
+        list_tiny_imagenet(config)
+    elif config.name not in ("folder", "webdataset"):
+        read_arrays(config)
 
 
 def _array_splits(

@@ -162,9 +162,13 @@ class Ranks:
 
         A collective gives up after the timeout of the job, which the shares of an evaluation can
         exceed.
+
+        Raises:
+            LeftBehindError: another process has failed meanwhile, and has said why.
         """
-        if self.watch is not None:
-            self.watch.meet()
+        spoken = None if self.watch is None else self.watch.meet()
+        if spoken is not None:
+            raise LeftBehindError("", spoken)
 
     def ask(self, number: int) -> None:
         """Tell the other processes a number > 0; may be called by one of them alone."""
@@ -284,7 +288,7 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)
         if isinstance(exit_code, int):
-            # A stop that all processes agreed on.
+            # A stop that all processes agreed on, or that another one has caused.
             _leave(watch)
             raise
         if is_collective_failure(error):

@@ -100,10 +100,15 @@ class Watch:
                 self._store.add("gone", 1)
         return None
 
-    def meet(self) -> None:
-        """Wait until every process has called this."""
+    def meet(self) -> int | None:
+        """Wait until every process has called this.
+
+        Returns:
+            None: all have; else the exit code of a process that has failed meanwhile.
+        """
         self._num_meetings += 1
         self._barrier(f"meet/{self._num_meetings}")
+        return self._spoken
 
     def ask(self, number: int) -> None:
         """Tell all processes a number > 0, for instance of a signal."""
@@ -250,7 +255,9 @@ class Watch:
 
     def _barrier(self, name: str) -> None:
         self._store.add(name, 1)
-        self._wait_until(lambda: self._store.add(name, 0) >= self.world_size)
+        self._wait_until(
+            lambda: self._spoken is not None or self._store.add(name, 0) >= self.world_size
+        )
 
     @staticmethod
     def _wait_until(ready: Callable[[], bool], deadline: float = math.inf) -> None:

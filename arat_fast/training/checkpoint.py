@@ -21,6 +21,7 @@ from arat_fast.interop.weights import read_tensor_file
 FORMAT = 1
 CHECKPOINT = "checkpoint.pt"
 BEST = "checkpoint-best.pt"
+_CHUNK = 2**24
 _FOLDER = 0x10
 """The attribute of a folder in a zip archive."""
 
@@ -143,6 +144,7 @@ class CheckpointFolder:
         self.folder = folder
         self.keep_last = keep_last
         self.newest_step: int | None = None
+        self._damaged: list[Path] = []
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
@@ -156,23 +158,32 @@ class CheckpointFolder:
         return bool(self._candidates())
 
     def find(self) -> Found | None:
-        """The newest checkpoint that can be read; None where there is none at all.
+        """The newest checkpoint that is whole; None where there is none at all.
+
+        Those that are passed over as damaged are removed once another one has been written.
 
         Raises:
-            ValueError: none of them can be read; says why, of each.
+            ValueError: none of them is whole; says why, of each.
+            OSError: one cannot be read, which may pass: it is no reason to give it up.
         """
         problems: list[str] = []
+        damaged: list[Path] = []
         for path in self._candidates():
             try:
+                _read_through(path)
                 state = load_checkpoint(path)
             except ValueError as error:
                 problems.append(str(error))
+                damaged.append(path)
                 continue
             except OSError as error:
-                problems.append(f"{path} cannot be read: {error.strerror or error}")
-                continue
+                raise OSError(
+                    f"{path} cannot be read: {error.strerror or error}; it was left as it is: try "
+                    "again, or move it away to go on from the one before"
+                ) from error
             # A newest one that is damaged is not worth keeping.
-            self.newest_step = None if problems else state["step"]
+            self.newest_step = None if damaged else state["step"]
+            self._damaged = damaged
             return Found(path, state, tuple(problems))
         if problems:
             raise ValueError("; ".join(problems))
@@ -198,7 +209,7 @@ class CheckpointFolder:
                 self._keep_the_one_before(step)
                 save_checkpoint(self.newest, copied.on_host())
                 self.newest_step = step
-                self._remove_old(step)
+                self._remove_old()
             except OSError as error:
                 self._error = error
             # Whatever it is: training must not go on without checkpoints.
@@ -239,27 +250,32 @@ class CheckpointFolder:
 
     def _candidates(self) -> list[Path]:
         newest = [self.newest] if self.newest.exists() else []
-        return newest + [path for _, path in sorted(self._before(), reverse=True)]
+        return newest + self._before()[::-1]
 
-    def _before(self) -> list[tuple[int, Path]]:
-        """Steps and files of the checkpoints before the newest."""
-        matches = [
-            (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path)
-            for path in self.folder.glob("checkpoint-*.pt")
-        ]
-        return [(int(match[1]), path) for match, path in matches if match]
+    def _before(self) -> list[Path]:
+        """The checkpoints before the newest, in the order in which they were written.
+
+        Another number of processes can number the steps anew: the names do not tell the order.
+        """
+        found = []
+        for path in self.folder.glob("checkpoint-*.pt"):
+            match = re.fullmatch(r"checkpoint-(\d+)\.pt", path.name)
+            if match:
+                found.append((path.stat().st_mtime_ns, int(match[1]), path))
+        return [path for *_, path in sorted(found)]
 
     def _keep_the_one_before(self, step: int) -> None:
         if self.keep_last == 1 or self.newest_step in (None, step) or not self.newest.exists():
             return
         _link(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
 
-    def _remove_old(self, newest_step: int) -> None:
-        before = sorted(self._before())
-        # Later than the newest: passed over as damaged when the run was resumed.
-        later = [path for step, path in before if step >= newest_step]
-        earlier = [path for step, path in before if step < newest_step]
-        for path in later + earlier[: max(0, len(earlier) - (self.keep_last - 1))]:
+    def _remove_old(self) -> None:
+        damaged, self._damaged = self._damaged, []
+        for path in damaged:
+            if path != self.newest:
+                path.unlink(missing_ok=True)
+        before = self._before()
+        for path in before[: max(0, len(before) - (self.keep_last - 1))]:
             path.unlink(missing_ok=True)
 
 
@@ -302,6 +318,13 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_map_tensors(item, change) for item in value)
     return value
+
+
+def _read_through(path: Path) -> None:
+    """OSError where a file cannot be read to its end: zipfile and torch take that for damage."""
+    with open(path, "rb") as file:
+        while file.read(_CHUNK):
+            pass
 
 
 def _link(source: Path, target: Path) -> None:

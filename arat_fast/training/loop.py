@@ -99,6 +99,8 @@ class Trainer:
         ranks: the processes that train together; each makes a trainer and calls :meth:`run`. Rank 0
             alone reads and writes the files of the run; the others keep nothing in the folder but
             the finished parts of an evaluation, until it ends.
+        bad_images: knows the files to leave out, of a run that this one is a part of; None looks
+            for them, or takes those that a run that is resumed has found.
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -116,6 +118,7 @@ class Trainer:
         display: Display | None = None,
         objective: Callable[[nn.Module], Objective] | None = None,
         ranks: Ranks = ALONE,
+        bad_images: BadImages | None = None,
     ) -> None:
         self.config = config
         self.out = out
@@ -137,7 +140,8 @@ class Trainer:
         )
         download_data(config.data, ranks)
         with self.display.evaluating() as bar:
-            bad_images = BadImages(out if saved is not None else None, ranks, bar)
+            # Also without a checkpoint: the natural run before may have begun with these files.
+            self.bad_images = bad_images or BadImages(out if resume else None, ranks, bar)
             self.data = load_data(
                 config.data,
                 device=self.device,
@@ -145,7 +149,7 @@ class Trainer:
                 eval_batch_size=config.eval.batch_size,
                 memory_format=self.memory_format,
                 shard=ranks.shard,
-                bad_images=bad_images,
+                bad_images=self.bad_images,
             )
         if self.data.skipped:
             first = self.data.skipped[0]
@@ -231,8 +235,8 @@ class Trainer:
                 out / "config.json",
                 {"version": versions().get("arat-fast"), "config": config_to_dict(config)},
             )
-            if bad_images.found:
-                write_json(out / BAD_IMAGES, bad_images.found)
+            if self.bad_images.found:
+                write_json(out / BAD_IMAGES, self.bad_images.found)
             self.metrics_file = MetricsFile(out / "metrics.jsonl", keep=metrics_bytes)
             self.tensorboard = _tensorboard_writer(out, self.step)
 
@@ -320,6 +324,7 @@ class Trainer:
                 command=self.command,
                 display=self.display,
                 ranks=self.ranks,
+                bad_images=self.bad_images,
             ).run()
         self._start_from(folder)
         assert self.natural_model is not None
@@ -592,7 +597,7 @@ class Trainer:
         """On rank 0, of its share of the batches."""
         config = self.config
         # A checkpoint from after the training, as SWA's refresh writes one, comes after its line.
-        if done == config.train.epochs and metrics_file.holds("analysis", self.step):
+        if done == config.train.epochs and metrics_file.holds("analysis", done):
             return
         bar.show("analysing")
         batches = first_batches(self.data.train, config.analyze.num_batches)
@@ -848,6 +853,9 @@ class Trainer:
         # Epochs can differ by a last batch that is too small for so many processes.
         epoch, batch = divmod(state["step"], state.get("steps_per_epoch", self.steps_per_epoch))
         self.step = epoch * self.steps_per_epoch + min(batch, self.steps_per_epoch)
+        # For its name, once another one is the newest.
+        if self.checkpoints.newest_step is not None:
+            self.checkpoints.newest_step = self.step
         # Then nothing is left of the epoch but its end.
         self.ends_epoch = batch >= self.steps_per_epoch
         self._restore_rng(state)

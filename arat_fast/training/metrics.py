@@ -138,11 +138,11 @@ class MetricsFile:
         except OSError as error:
             raise OSError(f"cannot write {self.file.name}: {error.strerror}") from error
 
-    def holds(self, kind: str, step: int) -> bool:
-        """Whether there is a line of that kind at that step."""
+    def holds(self, kind: str, epoch: int) -> bool:
+        """Whether there is a line of that kind after so many epochs."""
         self.flush()
         lines = map(json.loads, Path(self.file.name).read_text().splitlines())
-        return any(line["kind"] == kind and line["step"] == step for line in lines)
+        return any(line["kind"] == kind and line["epoch"] == epoch for line in lines)
 
     def flush(self) -> int:
         """Hand the file to the system; its size in bytes."""

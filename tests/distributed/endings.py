@@ -40,6 +40,17 @@ def late_error(ranks: Ranks) -> None:
         raise ValueError("a disk that cannot be written")
 
 
+def error_before_meeting(ranks: Ranks) -> None:
+    """Rank 1 fails while the others wait in a meeting."""
+    if ranks.rank == 1:
+        time.sleep(1)
+        raise ValueError("a disk that cannot be read")
+    try:
+        ranks.meet()
+    finally:
+        print("arat-fast: the meeting is over")
+
+
 def machine_lost(ranks: Ranks) -> None:
     """Ranks 1 and 0 die, rank 2 waits for them."""
     ranks.meet()
@@ -57,7 +68,15 @@ def lost_in_meeting(ranks: Ranks) -> None:
 
 
 ENDINGS = {
-    body.__name__: body for body in (late, late_stop, late_error, machine_lost, lost_in_meeting)
+    body.__name__: body
+    for body in (
+        late,
+        late_stop,
+        late_error,
+        error_before_meeting,
+        machine_lost,
+        lost_in_meeting,
+    )
 }
 
 

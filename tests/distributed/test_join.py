@@ -91,6 +91,13 @@ def test_an_error_while_the_others_wait_for_the_end(tmp_path: Path) -> None:
     assert messages == ["arat-fast: error: a disk that cannot be written"]
 
 
+def test_an_error_while_the_others_wait_in_a_meeting(tmp_path: Path) -> None:
+    codes, messages = end("error_before_meeting", 3, tmp_path)
+    assert codes == [2, 2, 2], messages
+    over = "arat-fast: the meeting is over"
+    assert sorted(messages) == ["arat-fast: error: a disk that cannot be read", over, over]
+
+
 def test_the_machine_of_rank_0_is_lost(tmp_path: Path) -> None:
     """The first process of another machine says it."""
     codes, messages = end("machine_lost", 3, tmp_path, per_machine=2)
@@ -106,7 +113,7 @@ def test_a_rank_is_lost_while_the_others_wait_for_it(tmp_path: Path) -> None:
     assert message.startswith("arat-fast: error: rank 1 (") and "was lost" in message
 
 
-@pytest.mark.parametrize(("per_machine", "expected"), [(2, [0, 2]), (4, [0])])
+@pytest.mark.parametrize(("per_machine", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (4, [0])])
 def test_files_are_fetched_once_for_each_disk(
     monkeypatch: pytest.MonkeyPatch, per_machine: int, expected: list[int]
 ) -> None:
@@ -118,13 +125,19 @@ def test_files_are_fetched_once_for_each_disk(
         def meet(self) -> None:
             together.wait(30)
 
+        def gather(self, value: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([number % per_machine for number in range(4)])
+
     order: list[int] = []
+    lock = threading.Lock()
     rank = threading.local()
 
     def read(config: DataConfig) -> None:
-        # Late enough to be overtaken by whoever does not wait.
-        time.sleep(0.05)
+        # Late enough to be overtaken by whoever does not wait; the later, the faster.
+        assert lock.acquire(blocking=False), "two fetch at once"
+        time.sleep(0.1 - 0.02 * rank.number)
         order.append(rank.number)
+        lock.release()
 
     def one(number: int) -> list[int]:
         rank.number = number

@@ -111,8 +111,8 @@ def test_metrics_file_is_cut_but_never_padded(tmp_path: Path, keep: int) -> None
 
 def test_lines_after_the_checkpoint_are_not_held(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = b'{"kind": "analysis", "step": 1}\n'
-    path.write_bytes(first + b'{"kind": "analysis", "step": 2}\n')
+    first = b'{"kind": "analysis", "step": 9, "epoch": 1}\n'
+    path.write_bytes(first + b'{"kind": "analysis", "step": 18, "epoch": 2}\n')
     file = MetricsFile(path, keep=len(first))
     assert file.holds("analysis", 1) and not file.holds("analysis", 2)
     file.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.training import loop
-from arat_fast.training.checkpoint import CheckpointFolder, load_checkpoint
+from arat_fast.training.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from arat_fast.training.interrupt import InterruptedRun
 
 
@@ -98,24 +99,55 @@ def test_every_bit_of_the_directory(tmp_path: Path) -> None:
     assert refused > 4 * (len(content) - start)
 
 
-def test_a_newest_file_that_cannot_be_read_is_passed_over(
+class BadEnd(io.FileIO):
+    """A file whose last bytes the disk refuses."""
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() + len(buffer) >= os.fstat(self.fileno()).st_size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(buffer)
+
+
+def test_a_file_that_cannot_be_read_is_not_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It may be readable tomorrow; zipfile takes an end that cannot be read for another format."""
     folder = CheckpointFolder(tmp_path, 2)
     for step in (3, 6):
         save(folder, step)
-    whole = checkpoint_module.read_tensor_file
+    whole = io.open
 
-    def read(path: Path) -> object:
-        if path.name == "checkpoint.pt":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return whole(path)
+    def refusing(file: Any, *mode: Any, **options: Any) -> Any:
+        if Path(file).name == "checkpoint.pt":
+            return io.BufferedReader(BadEnd(file))
+        return whole(file, *mode, **options)
 
-    monkeypatch.setattr(checkpoint_module, "read_tensor_file", read)
-    found = CheckpointFolder(tmp_path, 2).find()
-    assert found is not None and found.state["step"] == 3
-    (problem,) = found.problems
-    assert "checkpoint.pt cannot be read: Input/output error" in problem
+    for module in ("builtins", "io"):
+        monkeypatch.setattr(f"{module}.open", refusing)
+    folder = CheckpointFolder(tmp_path, 2)
+    with pytest.raises(OSError, match=r"checkpoint.pt cannot be read: Input/output error; .*try"):
+        folder.find()
+    monkeypatch.undo()
+    found = folder.find()
+    assert found is not None and found.state["step"] == 6 and not found.problems
+
+
+def test_steps_that_are_numbered_anew_cost_no_checkpoint(tmp_path: Path) -> None:
+    """With more processes an epoch has fewer steps; what is whole stays, by its age."""
+    folder = CheckpointFolder(tmp_path, 3)
+    for step in (20, 40, 60):
+        save(folder, step)
+    cut(tmp_path / "checkpoint.pt")
+    folder = CheckpointFolder(tmp_path, 3)
+    found = folder.find()
+    assert found is not None and found.state["step"] == 40
+    save(folder, 30)
+    assert names(tmp_path) == [f"checkpoint{end}.pt" for end in ("-00000020", "-00000040", "")]
+    save(folder, 35)
+    assert names(tmp_path) == [f"checkpoint{end}.pt" for end in ("-00000030", "-00000040", "")]
+    cut(tmp_path / "checkpoint.pt")
+    found = CheckpointFolder(tmp_path, 3).find()
+    assert found is not None and found.state["step"] == 30
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -153,6 +185,18 @@ def test_kept_before_the_newest_was_replaced(tmp_path: Path) -> None:
     save(folder, 6)
     assert names(tmp_path) == ["checkpoint-00000003.pt", "checkpoint.pt"]
     assert load_checkpoint(tmp_path / "checkpoint-00000003.pt")["step"] == 3
+
+
+def test_a_run_with_other_steps_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """Step 8, the end of the first epoch of a run with smaller batches, is step 4 of this one."""
+    tiny_trainer(tmp_path, tiny_config(epochs=2)).run()
+    newest = tmp_path / "checkpoint.pt"
+    save_checkpoint(newest, {**load_checkpoint(newest), "step": 8, "steps_per_epoch": 8})
+    (tmp_path / "checkpoint-00000004.pt").unlink()
+    tiny_trainer(tmp_path, tiny_config(epochs=2), resume=True).run()
+    assert load_checkpoint(newest)["step"] == 8
+    before = load_checkpoint(tmp_path / "checkpoint-00000004.pt")
+    assert (before["step"], before["steps_per_epoch"]) == (8, 8)
 
 
 def test_all_damaged(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from pictures import CLASSES, encoded, picture
 from tiny import tiny_config, tiny_trainer
 
-from arat_fast.config import Config, DataConfig
+from arat_fast.config import Config, DataConfig, ObjectiveConfig
 from arat_fast.data.fingerprint import fingerprint, names_below
 from arat_fast.data.sources import FileImages
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
@@ -77,10 +77,8 @@ def test_names_and_order_count_and_the_folder_does_not() -> None:
     assert fingerprint(torch.tensor([1, 2])) != fingerprint(torch.tensor([2, 1]))
 
 
-def test_bad_files_are_looked_for_once_in_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, out = tmp_path / "set", tmp_path / "run"
+def folder_with_a_bad_file(root: Path) -> Path:
+    """24 files to train on, one of which is empty; it is returned."""
     for split, first in (("train", 0), ("val", 50)):
         for label, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
@@ -88,14 +86,42 @@ def test_bad_files_are_looked_for_once_in_a_run(
                 path = root / split / name / f"{index}.png"
                 path.write_bytes(encoded(picture(first + 8 * label + index, 8, 8), ".png"))
     bad = root / "train" / "dog" / "5.png"
-    content = bad.read_bytes()
     bad.write_bytes(b"")
+    return bad
+
+
+def test_bad_files_are_looked_for_once_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "set", tmp_path / "run"
+    bad = folder_with_a_bad_file(root)
     config = config_for("folder", root, crop="pad", bad_images="skip")
     tiny_trainer(out, config).run()
-    bad.write_bytes(content)
+    bad.write_bytes(encoded(picture(13, 8, 8), ".png"))
     monkeypatch.setattr("arat_fast.data.bad_images.unreadable", None)
     assert tiny_trainer(out, config, resume=True).data.train.num_samples == 23
     assert evaluate_checkpoint(out, attacks=(), device="cpu")["split"] == "test"
     monkeypatch.undo()
     anew = tiny_trainer(tmp_path / "anew", config)
     assert anew.data.train.num_samples == 24
+
+
+def test_the_natural_run_before_takes_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run goes on without a checkpoint of its own, and a file was put right."""
+    root, out = tmp_path / "set", tmp_path / "run"
+    bad = folder_with_a_bad_file(root)
+    config = dataclasses.replace(
+        config_for("folder", root, crop="pad", bad_images="skip"),
+        objective=ObjectiveConfig("arrest"),
+    )
+    trainer = tiny_trainer(out, config)
+    bad.write_bytes(encoded(picture(13, 8, 8), ".png"))
+    monkeypatch.setattr("arat_fast.data.bad_images.unreadable", None)
+    trainer._train_natural_model()
+    assert not (out / "checkpoint.pt").exists()
+    tiny_trainer(out, config, resume=True).run()
+    for run in (out, out / "natural"):
+        assert load_checkpoint(run / "checkpoint.pt")["dataset"]["num_samples"] == 23
+        assert (run / "bad_images.json").exists()
