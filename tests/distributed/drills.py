@@ -142,7 +142,7 @@ def break_evaluations(trainer: Any, drill: Drill) -> None:
             if trainer.step == drill.step and trainer.ranks.rank == drill.rank:
                 os.kill(os.getpid(), signal.SIGTERM)
             elif trainer.step == drill.step:
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + 120
                 while time.monotonic() < deadline:
                     progress(name, done, total)
                     time.sleep(0.05)

@@ -148,7 +148,7 @@ def test_a_signal_in_an_evaluation(whole: Callable[[int], Path], tmp_path: Path,
     start = time.monotonic()
     codes, text = go(tmp_path / "logs", 2, Drill(str(out), "evaluation", step, 1, extra))
     assert codes == [75, 75], text
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     assert text.count("arat-fast: stopped") == 1 and "--resume" in text
     assert load_checkpoint(out / "checkpoint.pt")["step"] == step
     finish(tmp_path / "logs", out, 2)
