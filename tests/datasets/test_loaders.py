@@ -32,6 +32,7 @@ from arat_fast.data.arrays import ArrayRows
 from arat_fast.data.dali import has_dali
 from arat_fast.data.framing import AREA, RATIO, Framing
 from arat_fast.data.sources import FileImages
+from arat_fast.evaluation.evaluate import ImageSet
 
 CPU = torch.device("cpu")
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -246,20 +247,22 @@ def test_three_ranks_with_an_indivisible_size(
     options = {**options, "batch_size": 8}
     alone = load(name, root, loader, **options)
     ranks = [load(name, root, loader, shard=Shard(rank, 3), **options) for rank in range(3)]
-    for split in ("train", "test"):
-        whole = list(getattr(alone, split).epoch(1))
-        parts = [list(getattr(splits, split).epoch(1)) for splits in ranks]
-        assert len({len(part) for part in parts}) == 1
-        shared = [
-            Batch(torch.cat([b.x for b in batch]), torch.cat([b.y for b in batch]))
-            for batch in zip(*parts, strict=True)
-        ]
-        if split == "train":
-            assert len(whole) == 5 and len(shared) == 4
-            whole = whole[:4]
-            assert same(whole, shared)
-        else:
-            assert torch.equal(torch.cat([b.x for b in whole]), torch.cat([b.x for b in shared]))
+    whole = list(alone.train.epoch(1))
+    parts = [list(splits.train.epoch(1)) for splits in ranks]
+    assert len(whole) == 5 and {len(part) for part in parts} == {4}
+    shared = [
+        Batch(torch.cat([b.x for b in batch]), torch.cat([b.y for b in batch]))
+        for batch in zip(*parts, strict=True)
+    ]
+    assert same(whole[:4], shared)
+    # What is evaluated: each rank holds a part of it, in a row.
+    held = [
+        ImageSet.from_batches(splits.test, shard=Shard(rank, 3))
+        for rank, splits in enumerate(ranks)
+    ]
+    tested = ImageSet.from_batches(alone.test)
+    assert torch.equal(torch.cat([part.x for part in held]), tested.x)
+    assert torch.equal(torch.cat([part.y for part in held]), tested.y)
 
 
 def test_global_generator_is_neither_read_nor_moved(
