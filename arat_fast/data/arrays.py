@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from arat_fast.data.batches import Batch, crop_and_flip, draw_batch
+from arat_fast.data.batches import Batch, draw_batch
+from arat_fast.data.crops import Buffers, CropFlip, to_unit_range
 from arat_fast.data.images import (
     BatchNumbers,
     close_at_exit,
@@ -211,6 +212,8 @@ class StreamedBatches:
         self.flip = flip
         self.memory_format = memory_format
         self.num_workers = num_workers
+        self._buffers = Buffers()
+        self._crop_flip = CropFlip(padding, max_value, memory_format)
         self._numbers = BatchNumbers()
         self._workers: DataLoader[tuple[Tensor, Tensor]] | None = None
         self._stream: Any = None
@@ -263,13 +266,10 @@ class StreamedBatches:
         for number, (pixels, labels) in enumerate(self._workers, start_batch):
             draws = draw_batch(self.plan, epoch, number, self.padding, self.flip)
             images = pixels.to(self.device, non_blocking=on_gpu).permute(0, 3, 1, 2)
-            x = crop_and_flip(
+            x = self._crop_flip(
                 images,
                 torch.arange(len(images), device=self.device),
                 draws.to(self.device, non_blocking=on_gpu),
-                self.padding,
-                self.max_value,
-                self.memory_format,
             )
             yield Batch(x, labels.to(self.device, non_blocking=on_gpu))
 
@@ -280,9 +280,7 @@ class StreamedBatches:
         for labels, outputs in self._stream.run(feed):
             if isinstance(outputs, RuntimeError):
                 raise outputs
-            images = as_tensor(outputs).to(torch.float32)
-            # By a tensor on the same device: by a number CUDA multiplies with the reciprocal.
-            x = images / images.new_full((), self.max_value)
+            x = to_unit_range(as_tensor(outputs), self.max_value, self._buffers)
             # A copy from other memory than this can wait for the steps before it.
             labels = labels.pin_memory() if self.device.type == "cuda" else labels
             yield Batch(

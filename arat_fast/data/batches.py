@@ -6,13 +6,12 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from arat_fast.data.crops import CropFlip
 from arat_fast.data.framing import Framing
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
-from arat_kernels.crop_flip import crop_flip
 
 
 class Batch(NamedTuple):
@@ -157,6 +156,7 @@ class ResidentBatches:
         self.flip = flip if framing is None else framing.flip
         self.framing = framing
         self.memory_format = memory_format
+        self._crop_flip = CropFlip(self.padding, max_value, memory_format)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -201,72 +201,7 @@ class ResidentBatches:
             draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
                 mirror it.
         """
-        x = crop_and_flip(
-            self.images, index, draws, self.padding, self.max_value, self.memory_format
-        )
-        return Batch(x, self.labels[index])
-
-
-def crop_and_flip(
-    images: Tensor,
-    index: Tensor,
-    draws: Tensor,
-    padding: int,
-    max_value: int,
-    memory_format: torch.memory_format,
-) -> Tensor:
-    """:func:`arat_kernels.crop_flip.crop_flip`; on a CPU the same values, image by image.
-
-    Args:
-        images: (num_samples, C, H, W), uint8.
-        index: samples (N,), int64.
-        draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
-            mirror it.
-        padding: pixels of zeros on each side.
-        max_value: the uint8 value that stands for 1.0.
-        memory_format: of the result, channels_last or contiguous.
-
-    Returns:
-        (N, C, H, W), float32 in [0, 1].
-    """
-    if images.device.type != "cpu":
-        return crop_flip(
-            images,
-            index,
-            padding=padding,
-            offsets=draws,
-            max_value=max_value,
-            memory_format=memory_format,
-        )
-    # The definition gathers pixel by pixel, which a CPU does ten times slower.
-    channels_last = memory_format == torch.channels_last
-    chosen = images.permute(0, 2, 3, 1) if channels_last else images
-    pixels = chosen.numpy()[index.numpy()]
-    height, width = images.shape[2:]
-    if padding:
-        rows = slice(padding, padding + height)
-        columns = slice(padding, padding + width)
-        if channels_last:
-            shape = (len(index), height + 2 * padding, width + 2 * padding, images.shape[1])
-            padded = np.zeros(shape, np.uint8)
-            padded[:, rows, columns] = pixels
-        else:
-            shape = (len(index), images.shape[1], height + 2 * padding, width + 2 * padding)
-            padded = np.zeros(shape, np.uint8)
-            padded[:, :, rows, columns] = pixels
-    else:
-        padded = pixels
-    result = np.empty_like(pixels)
-    for place, (top, left, mirrored) in enumerate(draws.tolist()):
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        if channels_last:
-            crop = padded[place, rows, columns]
-            result[place] = crop[:, ::-1] if mirrored else crop
-        else:
-            crop = padded[place, :, rows, columns]
-            result[place] = crop[:, :, ::-1] if mirrored else crop
-    x = torch.from_numpy(result).float().div_(max_value)
-    return x.permute(0, 3, 1, 2) if channels_last else x
+        return Batch(self._crop_flip(self.images, index, draws), self.labels[index])
 
 
 def draw_batch(plan: BatchPlan, epoch: int, number: int, padding: int, flip: bool) -> Tensor:

@@ -144,7 +144,7 @@ class DaliBatches(EncodedBatches):
 
     def _finish(self, encoded: _Encoded, outputs: Any) -> Tensor:
         size = self.framing.size
-        images = torch.zeros(len(encoded.samples), 3, size, size, dtype=torch.uint8)
+        images = self._buffers.empty((len(encoded.samples), 3, size, size), torch.uint8)
         boxes = encoded.boxes.copy()
         boxes[:, :2] -= encoded.regions[:, :2]
         for place, (box, mirror) in enumerate(zip(boxes.tolist(), encoded.mirror, strict=True)):

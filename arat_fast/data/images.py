@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from arat_fast.data.batches import Batch
+from arat_fast.data.crops import Buffers, to_unit_range
 from arat_fast.data.framing import Framing
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
 from arat_fast.data.sources import EncodedImages, decode_image
@@ -82,6 +83,7 @@ class EncodedBatches(ABC):
         self.framing = framing
         self.device = device
         self.num_workers = num_workers
+        self._buffers = Buffers()
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -89,9 +91,7 @@ class EncodedBatches(ABC):
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's share of the batches of epoch ``epoch`` (>= 0), from ``start_batch`` on."""
         for images, labels in self.pixels(epoch, start_batch):
-            x = torch.empty_like(images, dtype=torch.float32)
-            # In one pass, which a conversion before the division would double.
-            yield Batch(torch.div(images, 255, out=x), labels)
+            yield Batch(to_unit_range(images, 255, self._buffers), labels)
 
     @abstractmethod
     def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -211,7 +211,7 @@ class _Samples(Dataset[tuple[Tensor, Tensor, str]]):
         labels = self.source.labels[chosen]
         draws = self.framing.draw(self.plan, epoch, number)
         size = self.framing.size
-        images = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
+        images = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8)
         for place_in_batch, index in enumerate(chosen.tolist()):
             try:
                 image = decode_image(self.source.read(index), self.source.name(index))
@@ -231,24 +231,29 @@ def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Ten
         box: first row, first column, height and width of the part; beyond the image there are
             zeros, but a part that is scaled lies inside.
         mirror: mirror it horizontally.
-        out: (3, size, size), uint8, zeros; written.
+        out: (3, size, size), uint8; written.
     """
+    # By NumPy, in this thread: PyTorch would share each copy between its threads, which then wait
+    # for the next one in a loop, on the cores that decode.
     top, left, height, width = box
     size = out.shape[1]
+    square = out.numpy()
     if (height, width) == (size, size):
         rows, columns = _overlap(top, size, image.shape[0]), _overlap(left, size, image.shape[1])
         inside = image[rows.start : rows.stop, columns.start : columns.stop].transpose(2, 0, 1)
         target_rows = slice(rows.start - top, rows.stop - top)
         target_columns = slice(columns.start - left, columns.stop - left)
-        out[:, target_rows, target_columns] = torch.from_numpy(inside)
+        if inside.shape != square.shape:
+            square.fill(0)
+        square[:, target_rows, target_columns] = inside
+        if mirror:
+            square[:] = square[:, :, ::-1].copy()
     else:
         part = torch.from_numpy(image[top : top + height, left : left + width])
         scaled = F.interpolate(
             part.permute(2, 0, 1)[None], size=(size, size), mode="bilinear", antialias=True
         )
-        out.copy_(scaled[0])
-    if mirror:
-        out.copy_(out.flip(2))
+        square[:] = scaled[0].numpy()[:, :, :: -1 if mirror else 1]
 
 
 def _overlap(offset: int, size: int, length: int) -> range:
