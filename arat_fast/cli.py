@@ -18,6 +18,7 @@ import tyro
 from arat_fast import __version__
 from arat_fast.command_line import UsageError, parse
 from arat_fast.config import Config
+from arat_fast.device import keep_freed_memory
 from arat_fast.distributed.ranks import LeftBehindError
 from arat_fast.recipes import RECIPES, recipe
 
@@ -209,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"unknown command {arguments[0]!r}, expected one of {', '.join(commands)}{hint}"
             )
+        keep_freed_memory()
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
         print("arat-fast: interrupted", file=sys.stderr)

@@ -32,6 +32,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, as far as the C library is glibc.
+
+    glibc returns large blocks to the kernel, which clears every page again when the next activation
+    needs one. How large follows the largest block that was freed, up to 32 MiB (mallopt(3),
+    M_MMAP_THRESHOLD): here such a block is freed that nothing was ever written to.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":

@@ -248,6 +248,46 @@ def test_constant_weights_make_small_images_one_matrix_product() -> None:
     assert (folded(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
+def test_constant_weights_make_one_channel_a_matrix_product() -> None:
+    torch.manual_seed(0)
+    model = randomize(create_model("resnet8", 4, in_channels=1)).double()
+    x = torch.rand(4, 1, 8, 8, generator=generator(1), dtype=torch.float64)
+    gradients, masks = [], []
+    for constant in (False, True):
+        folded = FoldedNetwork(model, x, constant=constant)
+        image = x.clone().requires_grad_()
+        with _Operations() as operations:
+            (gradient,) = torch.autograd.grad(folded(image).square().sum(), image)
+        gradients.append(gradient)
+        masks.append(len(operations.masks))
+    # The first convolution of 8x8 pixels, and the last one's 2x2.
+    assert masks[0] - masks[1] == 2
+    assert (gradients[1] - gradients[0]).abs().max() <= 1e-10 * gradients[0].abs().max()
+
+
+def test_a_strided_shortcut_gets_the_gradient_of_the_pixels_it_reads() -> None:
+    # A network whose only way from images to output is a convolution of one pixel in six.
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 1, stride=(2, 3), bias=False)
+            self.bn = nn.BatchNorm2d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.bn(self.conv(x)).flatten(1)
+            return y
+
+    model = randomize(Shortcut()).double().eval()
+    x = torch.rand(2, 3, 7, 8, generator=generator(1), dtype=torch.float64)
+    gradients = []
+    for network in (model, FoldedNetwork(model, x)):
+        image = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(network(image).square().sum(), image)
+    expected, found = gradients
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert found[:, :, 1].eq(0).all() and found[:, :, 0, 0].ne(0).all()
+
+
 def test_the_clean_branch_plays_no_part() -> None:
     model, x, _ = make("resnet8")
     before = FoldedNetwork(model, x)(x)
