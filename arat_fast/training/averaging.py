@@ -67,6 +67,13 @@ class WeightAverage:
             else:
                 average_buffer.copy_(buffer)
 
+    @property
+    def share_of_first(self) -> float:
+        """Weight of the first averaged weights in the average, in [0, 1]."""
+        if self.config.kind == "ema":
+            return self.config.decay ** max(self.num_averaged - 1, 0)
+        return 1 / max(self.num_averaged, 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
         model = None if self.model is None else self.model.state_dict()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import generator
+from rich.console import Console
+from tiny import tiny_config
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
 from arat_fast.config import AverageConfig
 from arat_fast.data.batches import Batch
+from arat_fast.display import Display
 from arat_fast.models import SplitBatchNorm2d, convert_split_batch_norm
 from arat_fast.objectives import (
     ARAT,
@@ -25,6 +30,7 @@ from arat_fast.objectives import (
     ObjectiveOutput,
 )
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
+from arat_fast.training.loop import Trainer
 from arat_fast.training.step import adversarial_batch
 
 ATTACK = PGD(eps=0.3, alpha=0.3, num_steps=1)
@@ -88,6 +94,17 @@ def test_ema_of_parameters_and_statistics() -> None:
         for model in models[1:]:
             expected = 0.7 * expected + 0.3 * model.state_dict()[name]
         torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize(("decay", "said"), [(0.9, True), (0.2, False)])
+def test_a_young_average_is_pointed_out(tmp_path: Path, decay: float, said: bool) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    config = tiny_config(epochs=1, kind="ema", start=0.0, decay=decay, every=1)
+    Trainer(config, tmp_path, display=Display(console)).run()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    # Three of four steps came after the first one.
+    assert ("those after step 1 still count 73 %" in shown) == said
+    assert ("young average" in shown) == said
 
 
 def test_no_average() -> None:
