@@ -18,6 +18,7 @@ import torch
 from arat_fast.device import describe_device, has_bf16, versions
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+RECORDS = "benchmarks/results"
 
 # Dense bfloat16 with float32 sums, from the makers' data sheets. The first name found in the
 # card's counts.
@@ -40,6 +41,12 @@ def output(*command: str, folder: Path = PACKAGE_ROOT) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def is_changed(folder: Path = PACKAGE_ROOT) -> bool:
+    """Whether a checkout differs from its commit in anything but records of measurements."""
+    status = output("git", "status", "--porcelain", "--", ".", f":!{RECORDS}", folder=folder)
+    return status not in ("", "unknown")
 
 
 def synchronize(device: torch.device) -> None:
@@ -129,7 +136,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions(),
         "commit": commit,
-        "dirty": commit != "unknown" and output("git", "status", "--porcelain") != "",
+        "dirty": is_changed(),
     }
     if device.type == "cuda":
         record["driver"], record["clocks"] = _card(device)
@@ -172,7 +179,7 @@ def new_record(kind: str, out: Path | None, device: torch.device, now: datetime.
 def results_path(kind: str, device: torch.device, now: datetime.datetime) -> Path:
     """A new file for a result, named by device and date, under ``benchmarks/results`` in a checkout
     and in the current folder elsewhere."""
-    folder = PACKAGE_ROOT / "benchmarks" / "results"
+    folder = PACKAGE_ROOT / RECORDS
     if not (PACKAGE_ROOT / "pyproject.toml").is_file():
         folder = Path.cwd()
     name = re.sub(r"\W+", "-", describe_device(device)).strip("-").lower()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,22 @@ def test_what_cannot_be_met_is_one_line(
     assert main(["bench", *arguments, *device]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("arat-fast: error: ") and line in lines[0]
+
+
+def test_records_alone_do_not_change_a_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    assert not machine.is_changed(tmp_path), "no checkout"
+    git("init", "--quiet")
+    source = tmp_path / "code.py"
+    source.write_text("1\n")
+    git("add", "code.py")
+    git("commit", "--quiet", "--message", "code")
+    record = tmp_path / "benchmarks" / "results" / "step.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    assert not machine.is_changed(tmp_path)
+    source.write_text("2\n")
+    assert machine.is_changed(tmp_path)
