@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from arat_fast.attacks.pgd import PGD
+from arat_fast.attacks.pgd import PGD, check_length
 from arat_fast.models.registry import model_spec
 
 DatasetName = Literal[
@@ -120,12 +120,12 @@ class OptimizerConfig:
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd, with momentum, or adamw."""
     lr: float = 0.1
-    """Peak learning rate, before ``lr_scaling``; > 0."""
+    """Peak learning rate, before lr_scaling; > 0."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """Multiply ``lr`` by data.batch_size / ``base_batch``, or by the square root of that: a larger
+    """Multiply lr by data.batch_size / base_batch, or by the square root of that: a larger
     batch then needs no other lr. The first epochs may need a warm-up (schedule.warmup_epochs)."""
     base_batch: int = 128
-    """Batch size that ``lr`` is meant for; >= 1."""
+    """Batch size that lr is meant for; >= 1."""
     momentum: float = 0.9
     """Momentum of SGD, in [0, 1); AdamW's decay of the mean gradient."""
     weight_decay: float = 5e-4
@@ -149,7 +149,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     name: Literal["steps", "official_steps", "cosine", "onecycle"] = "steps"
-    """steps: times ``decay`` at each milestone. official_steps: the same one epoch later, and a
+    """steps: times decay at each milestone. official_steps: the same one epoch later, and a
     first epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine
     down."""
     milestones: tuple[float, ...] = (0.75, 0.9)
@@ -206,13 +206,13 @@ class AverageConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: DatasetName = "cifar10"
-    """digits is built in; the others are read from ``root``. folder: images of your own by class;
+    """digits is built in; the others are read from root. folder: images of your own by class;
     webdataset: tar shards; arrays: what arat-fast data prepare writes."""
     root: Path = Path("data")
     """Folder of the datasets, in torchvision's layout; folder, webdataset and arrays: the dataset
     itself."""
     download: bool = False
-    """Fetch the dataset into ``root`` where it is absent."""
+    """Fetch the dataset into root where it is absent."""
     batch_size: int = 128
     """Samples in a training batch, over all processes; >= 2."""
     loader: Literal["auto", "resident", "dali", "dataloader"] = "auto"
@@ -340,8 +340,8 @@ class EvalConfig:
     num_steps: int = 20
     """Steps of the PGD evaluation; >= 0."""
     alpha: float | None = None
-    """Step size of the PGD evaluation, >= 0; default a quarter of the radius, which is the attack's
-    like the norm: 2/255 at 8/255, as published."""
+    """Step size of the PGD evaluation, >= 0, in Linf at most 1; default a quarter of the radius,
+    which is the attack's like the norm: 2/255 at 8/255, as published."""
     autoattack: bool = True
     """Run standard AutoAttack at the end of training."""
     batch_size: int = 500
@@ -352,10 +352,9 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"eval.batch_size must be >= 1, got {self.batch_size}")
-        for name in ("num_steps", "alpha", "max_samples"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"eval.{name} must be >= 0, got {value}")
+        for name in ("num_steps", "max_samples"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"eval.{name} must be >= 0, got {getattr(self, name)}")
 
     def step_size(self, eps: float) -> float:
         """Step size of the PGD evaluation in a ball of radius ``eps``."""
@@ -390,6 +389,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     attack: PGD = field(default_factory=PGD)
+    """Projected gradient descent, which makes the adversarial images."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
@@ -403,6 +403,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.eval.alpha is not None:
+            check_length("eval.alpha", self.eval.alpha, self.attack.norm)
         # These can have validation images of their own, as the trainer finds out.
         own = self.data.name in ("folder", "webdataset", "arrays")
         if self.train.keep_best and not ((self.data.num_val or own) and self.train.eval_every):

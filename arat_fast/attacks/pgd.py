@@ -32,9 +32,9 @@ class PGD:
     """
 
     eps: float = 8 / 255
-    """Radius of the ball, in units of the image range [0, 1]; >= 0."""
+    """Radius of the ball, in units of the image range [0, 1]; >= 0, in Linf at most 1."""
     alpha: float = 2 / 255
-    """Step size, same units; >= 0."""
+    """Step size, same units and limits."""
     num_steps: int = 10
     """Gradient steps; >= 0."""
     norm: Literal["Linf", "L2"] = "Linf"
@@ -49,10 +49,10 @@ class PGD:
     the attack moves the running statistics)."""
 
     def __post_init__(self) -> None:
-        for name in ("eps", "alpha", "num_steps"):
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"attack.{name} must be >= 0, got {value}")
+        check_length("attack.eps", self.eps, self.norm)
+        check_length("attack.alpha", self.alpha, self.norm)
+        if not self.num_steps >= 0:
+            raise ValueError(f"attack.num_steps must be >= 0, got {self.num_steps}")
         if self.num_restarts < 1:
             raise ValueError(f"attack.num_restarts must be >= 1, got {self.num_restarts}")
         if self.norm not in ("Linf", "L2"):
@@ -206,6 +206,23 @@ def perturbation_norm(x: Tensor, x_adv: Tensor, norm: Literal["Linf", "L2"]) -> 
     """
     delta = (x_adv.double() - x.double()).flatten(1)
     return delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
+
+
+def check_length(name: str, value: float, norm: str) -> None:
+    """Raise ValueError unless a radius or a step size is one for images in [0, 1].
+
+    Args:
+        name: of the setting, for the message.
+        value: >= 0; in L∞ at most 1, which reaches every image.
+        norm: "Linf" or "L2".
+    """
+    if not value >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+    if norm == "Linf" and value > 1:
+        hint = f"; did you mean {value:g}/255?" if value <= 255 else ""
+        raise ValueError(
+            f"{name} must be in [0, 1] with Linf, since images lie in [0, 1], got {value:g}{hint}"
+        )
 
 
 def check_images(x: Tensor) -> None:

@@ -107,11 +107,13 @@ def evaluate_checkpoint(
             f"--eps RADIUS is expected with --norm {norm}: the radius of the run, "
             f"{trained.attack.eps:.6g}, is one of {trained.attack.norm}"
         )
-    config = _with_overrides(trained, attack={"norm": norm, "eps": eps})
-    if config.attack != trained.attack:
-        # The run's step size was chosen for its own ball.
-        evaluation = dataclasses.replace(config.eval, alpha=None)
-        config = dataclasses.replace(config, eval=evaluation)
+    ball = norm or trained.attack.norm, trained.attack.eps if eps is None else eps
+    config = trained
+    if ball != (trained.attack.norm, trained.attack.eps):
+        # The run's step sizes were chosen for its own ball.
+        attack = dataclasses.replace(trained.attack, norm=ball[0], eps=ball[1], alpha=ball[1] / 4)
+        evaluation = dataclasses.replace(trained.eval, alpha=None)
+        config = dataclasses.replace(trained, attack=attack, eval=evaluation)
     config = _with_overrides(
         config,
         data={"root": data_root},

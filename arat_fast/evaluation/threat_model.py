@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from arat_fast.attacks.pgd import perturbation_norm
+from arat_fast.attacks.pgd import check_length, perturbation_norm
 
 ROUNDING = 1e-6
 """Allowance for float32 rounding: relative to eps, plus as much absolutely."""
@@ -18,7 +18,7 @@ class ThreatModel:
     """Perturbations of norm at most ``eps`` that keep the image in [0, 1].
 
     Attributes:
-        eps: radius in units of the image range, >= 0.
+        eps: radius in units of the image range, >= 0; in Linf at most 1.
         norm: "Linf" or "L2".
     """
 
@@ -26,8 +26,7 @@ class ThreatModel:
     norm: Literal["Linf", "L2"] = "Linf"
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
-            raise ValueError(f"eps must be >= 0, got {self.eps}")
+        check_length("eps", self.eps, self.norm)
 
     def allows(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Whether each adversarial image is one, (N,) bool; NaN never is.

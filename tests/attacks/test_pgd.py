@@ -72,6 +72,8 @@ def test_ball_and_range(
     x = (2 * torch.rand(shape, generator=source, dtype=dtype) - 0.5).clamp(0, 1)
     y = torch.randint(0, 4, (shape[0],), generator=source)
     model = tiny_net(shape[1]).to(dtype)
+    if norm == "Linf":
+        eps, alpha = min(eps, 1.0), min(alpha, 1.0)
     attack = PGD(eps, alpha, num_steps, norm, random_start, num_restarts, bn)
     x_adv = attack(model, x, y, generator=source)
     assert x_adv.shape == x.shape and x_adv.dtype == dtype and not x_adv.requires_grad
@@ -307,6 +309,9 @@ def test_attack_runs_under_no_grad() -> None:
         ({"eps": -0.1}, "attack.eps must be >= 0, got -0.1"),
         ({"eps": float("nan")}, "attack.eps must be >= 0, got nan"),
         ({"alpha": -1}, "attack.alpha must be >= 0, got -1"),
+        ({"eps": 8}, r"attack.eps must be in \[0, 1\] with Linf, .* got 8; did you mean 8/255\?"),
+        ({"alpha": 2.5}, r"attack.alpha must be in \[0, 1\] .* got 2.5; did you mean 2.5/255\?"),
+        ({"eps": 256}, "since images lie in .*, got 256$"),
         ({"num_steps": -1}, "attack.num_steps must be >= 0, got -1"),
         ({"num_restarts": 0}, "attack.num_restarts must be >= 1, got 0"),
         ({"norm": "L1"}, 'attack.norm must be "Linf" or "L2", got \'L1\''),

@@ -173,6 +173,12 @@ def test_negative_eps() -> None:
         ThreatModel(-0.1)
 
 
+def test_eps_in_levels_of_a_pixel() -> None:
+    with pytest.raises(ValueError, match=r"^eps must be in \[0, 1\] with Linf.* mean 8/255\?$"):
+        ThreatModel(8)
+    assert ThreatModel(8, "L2").eps == 8
+
+
 def test_tf32_is_off_inside_and_restored() -> None:
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
