@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from arat_fast.config import DataConfig, DatasetName
 from arat_fast.data.arrays import Rows
-from arat_fast.data.datasets import list_tiny_imagenet, read_arrays, read_imagenette
+from arat_fast.data.datasets import (
+    hold_out_a_tenth,
+    list_tiny_imagenet,
+    read_arrays,
+    read_imagenette,
+)
 from arat_fast.data.formats import (
     Encoded,
     array_folder,
@@ -29,6 +35,7 @@ from arat_fast.data.formats import (
 from arat_fast.data.prepare import first_images, open_npz
 from arat_fast.data.sources import IMAGE_SUFFIXES, EncodedImages, FileImages, decode_image
 from arat_fast.files import write_atomic
+from arat_fast.recipes import RECIPES
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -45,6 +52,9 @@ FOLDERS: dict[str, tuple[DatasetName, str, Callable[[DataConfig], Encoded]]] = {
     "tiny-imagenet-200": ("tiny-imagenet", "Tiny-ImageNet", list_tiny_imagenet),
 }
 """Folders of published image files: the dataset, what it is, and what lists it."""
+
+HELD_OUT = "a tenth held out"
+"""Said of the test images of a dataset that has none of its own."""
 
 TILE = 96
 """Pixels of an image on the contact sheet, each way."""
@@ -84,10 +94,11 @@ class _Opened(NamedTuple):
 
     Attributes:
         kind: in words.
-        use: options of ``arat-fast train`` that read it; empty if none does.
+        use: the command that trains on it; empty if none does.
         classes: class names, one per label; empty where there are no labels.
         parts: the splits.
         bad: files in its class folders that are no images, and why.
+        note: on the splits; empty for none.
     """
 
     kind: str
@@ -95,6 +106,7 @@ class _Opened(NamedTuple):
     classes: tuple[str, ...]
     parts: list[Part]
     bad: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass
@@ -104,9 +116,10 @@ class Inspection:
     Attributes:
         path: what was looked at.
         kind: in words.
-        use: options of ``arat-fast train`` that read it; empty if none does.
+        use: the command that trains on it; empty if none does.
         classes: class names, one per label; empty where there are no labels.
-        counts: images by split.
+        counts: images by split; those that training holds out for testing are of the test.
+        note: on the splits; empty for none.
         per_class: images by class name and split.
         sizes: number of looked-at images by "height x width".
         mean: of red, green and blue over the looked-at images, in [0, 1].
@@ -121,6 +134,7 @@ class Inspection:
     use: str = ""
     classes: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
+    note: str = ""
     per_class: dict[str, dict[str, int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     mean: list[float] = field(default_factory=list)
@@ -135,7 +149,7 @@ class Inspection:
         if self.use:
             lines.append(f"train with   {self.use}")
         counts = ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
-        lines.append(f"images       {counts}")
+        lines.append(f"images       {counts}" + (f" ({self.note})" if self.note else ""))
         if self.classes:
             lines.append(f"classes      {len(self.classes)}")
             shown = list(self.per_class.items())[:20]
@@ -181,7 +195,9 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
         raise FileNotFoundError(f"nothing at {path}, expected a dataset's file or folder")
     opened = _open(path)
     parts, classes = opened.parts, opened.classes
-    found = Inspection(path, opened.kind, opened.use, classes, bad=list(opened.bad))
+    found = Inspection(
+        path, opened.kind, opened.use, classes, note=opened.note, bad=list(opened.bad)
+    )
     for part in parts:
         found.counts[part.name] = len(part.labels)
         counted = torch.bincount(part.labels, minlength=len(classes))
@@ -247,7 +263,7 @@ def _open(path: Path) -> _Opened:
     if (path / "images.npy").is_file():
         rows, labels = array_folder(path)
         classes, labels = _numbered(labels)
-        use = f"--data.name arrays --data.root {path}"
+        use = _command("arrays", path)
         return _Opened("prepared arrays", use, classes, [_rows("images", rows, labels)])
     for folder, (name, words) in CIFAR.items():
         root = path.parent if path.name == folder else path
@@ -261,7 +277,7 @@ def _open(path: Path) -> _Opened:
             encoded = read(DataConfig(name, root=root))
             assert encoded.test is not None
             parts = [_encoded("train", encoded.train), _encoded("val", encoded.test)]
-            use = f"--data.name {name} --data.root {root}"
+            use = _command(name, root)
             return _Opened(words, use, encoded.classes, parts)
     if any((folder / "images.npy").is_file() for _, folder in named_splits(path)):
         return _stored("arrays", path, "prepared arrays")
@@ -277,17 +293,32 @@ def _open(path: Path) -> _Opened:
 
 
 def _images(name: DatasetName, root: Path, kind: str, dataset: Encoded) -> _Opened:
-    parts = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    train, test, use, note = dataset.train, dataset.test, _command(name, root), ""
+    if test is None:
+        try:
+            chosen, tenth = hold_out_a_tenth(train.labels)
+            train, test, note = train.subset(chosen), train.subset(tenth), HELD_OUT
+        except ValueError as error:
+            use, note = "", str(error)
+    parts = {"train": train, "val": dataset.val, "test": test}
     splits = [_encoded(split, part) for split, part in parts.items() if part is not None]
-    use = f"--data.name {name} --data.root {root}"
-    return _Opened(kind, use, dataset.classes, splits, dataset.bad)
+    return _Opened(kind, use, dataset.classes, splits, dataset.bad, note)
 
 
 def _stored(name: DatasetName, root: Path, kind: str) -> _Opened:
     dataset = read_arrays(DataConfig(name, root=root))
     parts = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
     splits = [_rows(split, *part) for split, part in parts.items() if part is not None]
-    return _Opened(kind, f"--data.name {name} --data.root {root}", dataset.classes, splits)
+    alone = name == "arrays" and len(list(named_splits(root))) == 1
+    note = HELD_OUT if alone else ""
+    return _Opened(kind, _command(name, root), dataset.classes, splits, note=note)
+
+
+def _command(name: DatasetName, root: Path) -> str:
+    """What trains a ResNet-18 on the dataset: its own recipe, or that of images in folders."""
+    recipe = f"{name}-resnet18"
+    chosen = [recipe] if recipe in RECIPES else ["folder-resnet18", "--data.name", name]
+    return shlex.join(["arat-fast", "train", *chosen, "--data.root", str(root)])
 
 
 def _numbered(labels: Tensor) -> tuple[tuple[str, ...], Tensor]:

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pictures import CLASSES, encoded, image_folder, picture, tar_shard
 from PIL import Image
 
 from arat_fast.cli import main
+from arat_fast.config import DataConfig
 from arat_fast.data.formats import tar_shards
 from arat_fast.data.inspect import TILE, inspect
+from arat_fast.data.load import load_data
 from arat_fast.data.prepare import convert_npz, verify
 
 
@@ -30,7 +33,7 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert found.counts == {"train": 15, "test": 15}
     assert found.per_class["dog"] == {"train": 5, "test": 5}
     assert sum(found.sizes.values()) == found.looked_at == 30 and not found.bad
-    assert found.use == f"--data.name folder --data.root {root}"
+    assert found.use == f"arat-fast train folder-resnet18 --data.root {root}"
     pixels = []
     for path in sorted(root.rglob("*.png")):
         with Image.open(path) as file:
@@ -57,7 +60,8 @@ def test_published_datasets_are_known(published: Any, tmp_path: Path, name: str)
     found = inspect(tmp_path)
     kind = {"cifar10": "CIFAR-10, Python version", "svhn": "SVHN"}
     assert found.kind == kind.get(name, "Imagenette, 160 pixels")
-    assert f"--data.name {name}" in found.use and len(found.classes) == 10
+    assert found.use == f"arat-fast train {name}-resnet18 --data.root {tmp_path}"
+    assert len(found.classes) == 10
     if name != "svhn":
         assert inspect(folder).kind == found.kind
 
@@ -67,7 +71,7 @@ def test_tiny_imagenet_is_known(published: Any, tmp_path: Path) -> None:
     for path in (folder, tmp_path):
         found = inspect(path)
         assert found.kind == "Tiny-ImageNet" and found.sizes == {"64 x 64": 16}
-        assert found.use == f"--data.name tiny-imagenet --data.root {tmp_path}"
+        assert found.use == f"arat-fast train tiny-imagenet-resnet18 --data.root {tmp_path}"
         assert found.counts == {"train": 12, "val": 4}
 
 
@@ -81,7 +85,8 @@ def test_other_kinds(tmp_path: Path) -> None:
     assert np.allclose(arrays.mean, found.mean)
     shard = tar_shard(tmp_path / "shards" / "train-0.tar", 0, 6)
     assert inspect(shard).counts == {"images": 6}
-    assert inspect(shard.parent).use.startswith("--data.name webdataset")
+    use = inspect(shard.parent).use
+    assert use.startswith("arat-fast train folder-resnet18 --data.name webdataset --data.root ")
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "a.png").write_bytes(encoded(picture(1), ".png"))
@@ -223,9 +228,25 @@ def test_the_sheet_never_joins_the_dataset(
     for folder in (root, root / "cat"):
         monkeypatch.chdir(folder)
         assert main(["data", "inspect", "." if folder == root else ".."]) == 0
-        assert "images       train 15" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "images       train 14, test 1 (a tenth held out)" in text
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["pets-sheet.png"]
     assert len(list(root.rglob("*.png"))) == 15
+
+
+def test_splits_are_those_of_training(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "my pets", per_class=10, splits=(".",))
+    found = inspect(root)
+    config = DataConfig("folder", root=root, image_size=16, num_workers=0)
+    data = load_data(config, device=torch.device("cpu"), seed=0, eval_batch_size=5)
+    number = {"train": data.train.num_samples, "test": data.test.num_samples}
+    assert found.counts == number == {"train": 27, "test": 3}
+    assert found.use == f"arat-fast train folder-resnet18 --data.root '{root}'"
+    convert_npz(npz(tmp_path / "a.npz"), tmp_path / "arrays" / "train")
+    arrays = inspect(tmp_path / "arrays")
+    assert arrays.counts == {"train": 27, "test": 3} and arrays.note == found.note
+    few = inspect(image_folder(tmp_path / "few", per_class=1, splits=(".",)))
+    assert few.counts == {"train": 3} and not few.use and "too few" in few.note
 
 
 def test_memory_is_in_proportion(tmp_path: Path) -> None:
