@@ -25,8 +25,8 @@ from torch import Tensor
 from arat_fast.data.framing import Framing
 from arat_fast.data.images import EncodedBatches, cut_out, read_ahead
 from arat_fast.data.sources import decode_image, image_size
+from arat_fast.extras import install_command
 
-INSTALL = 'pip install "arat-fast[dali]"'
 QUEUE_DEPTH = 2
 """Batches that DALI prepares ahead."""
 
@@ -45,8 +45,8 @@ def require_dali() -> None:
     """Raise a ValueError unless DALI can be imported."""
     if not has_dali():
         raise ValueError(
-            f"data.loader dali needs NVIDIA DALI, which is not installed: {INSTALL} (Linux), or "
-            "--data.loader dataloader"
+            "data.loader dali needs NVIDIA DALI, which is not installed: "
+            f"{install_command('dali')} (Linux), or --data.loader dataloader"
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arat_fast.extras import install_command
+
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "facts.json"
 """Name of the facts inside a .pt2 archive."""
@@ -106,7 +108,7 @@ def require_onnx() -> None:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"onnx needs {', '.join(missing)}, not installed here: pip install 'arat-fast[onnx]'"
+            f"onnx needs {', '.join(missing)}, not installed here: {install_command('onnx')}"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from arat_fast.extras import install_command
 from arat_fast.models.layers import Norm, Normalize, StemConv2d
 
 
@@ -43,8 +44,7 @@ class TimmNetwork(nn.Module):
             import timm
         except ImportError as error:
             raise ValueError(
-                f"{name} is a network of timm, which is not installed: "
-                "pip install 'arat-fast[timm]'"
+                f"{name} is a network of timm, which is not installed: {install_command('timm')}"
             ) from error
         self.normalize: nn.Module = Normalize(mean, std) if mean else nn.Identity()
         options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}

@@ -17,7 +17,7 @@ from torchvision import datasets
 from torchvision.datasets import utils as torchvision_utils
 
 from arat_fast.config import DataConfig
-from arat_fast.data import Batches, DataSplits, ResidentBatches, load_data
+from arat_fast.data import Batches, DataSplits, ResidentBatches, dali, load_data
 from arat_fast.data import datasets as data_datasets
 from arat_fast.data.published import unpack
 
@@ -570,3 +570,10 @@ def test_archive_cut_short_leaves_nothing(published: Any, tmp_path: Path) -> Non
         unpack(archive, folder)
     one_line(error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz", "elsewhere"]
+
+
+def test_the_way_to_dali_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali, "has_dali", lambda: False)
+    expected = r"pip install -e '\.\[dali\]' in the checkout .*, or --data.loader dataloader"
+    with pytest.raises(ValueError, match=expected):
+        dali.require_dali()

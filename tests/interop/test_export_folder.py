@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -39,7 +42,7 @@ DATA = Path(__file__).parents[1] / "data"
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 onnx_only = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ONNX_PACKAGES),
-    reason="the extra arat-fast[onnx] is not installed",
+    reason="the extra onnx is not installed",
 )
 robustbench_only = pytest.mark.skipif(
     importlib.util.find_spec("robustbench") is None, reason="robustbench is not installed"
@@ -81,10 +84,13 @@ def images(*shape: int) -> Tensor:
 
 
 def run_example(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The network that a folder's own example builds."""
+    """The network that a folder's own example builds; the example prints a class."""
     monkeypatch.chdir(out)
-    names = runpy.run_path("example.py")
-    assert len(names["logits"]) == 1
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        names = runpy.run_path("example.py")
+    (logits,) = names["logits"]
+    assert printed.getvalue() == f"predicted class: {int(logits.argmax())}\n"
     return names["model"]
 
 
@@ -225,6 +231,34 @@ def test_program(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         arat_fast.load(tmp_path / "program")
 
 
+def test_example_of_a_program_does_not_warn(run: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch warns of the same thing once."""
+    out = tmp_path / "program"
+    export_checkpoint(run, "torch-export", out)
+    command = [sys.executable, "-W", "default", "example.py"]
+    found = subprocess.run(command, cwd=out, capture_output=True, text=True, check=True)
+    assert "UserWarning" not in found.stderr
+    assert found.stdout.startswith("predicted class: ")
+
+
+def test_differences_are_set_against_the_largest_logit(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folder, "_difference", lambda *_: (0.31, 1e6))
+    assert main(["export", str(run), "--format", "hub", "--out", str(tmp_path / "hub")]) == 0
+    assert "differ by at most 3.1e-01, 3.1e-07 of the largest\n" in capsys.readouterr().out
+    monkeypatch.undo()
+    record = export_checkpoint(run, "hub", tmp_path / "again")
+    expected = arat_fast.load(run)
+    x = [torch.rand(batch, 1, 8, 8, generator=g) for g in [generator(0)] for batch in (1, 7)]
+    with torch.no_grad():
+        largest = max(float(expected(images).abs().max()) for images in x)
+    assert (record["largest_difference"], record["largest_logit"]) == (0, largest)
+
+
 def test_program_in_float64(tmp_path: Path) -> None:
     model = create_model("resnet8", 10, norm="shared", mean=MEAN, std=STD)
     model = randomize(model).double().eval()
@@ -262,7 +296,7 @@ def test_onnx_that_is_not_installed(
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install 'arat-fast[onnx]'" in error
+    assert error.count("\n") == 1 and "pip install -e '.[onnx]'" in error
     assert list(tmp_path.iterdir()) == []
 
 
