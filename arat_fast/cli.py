@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +62,14 @@ usage: arat-fast COMMAND ...
 
 recipes: {recipes}
 """
+
+LISTS_OPTIONS = {
+    "train": "arat-fast train digits --help",
+    "compare": "arat-fast compare digits --help",
+    "data": "arat-fast data inspect --help, arat-fast data prepare --help",
+    "bench": "arat-fast bench step --help; likewise eval, scaling, data",
+}
+"""What lists every option of a command that is more than one."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class ExportOptions:
     format: Literal["hub", "robustbench", "torchvision", "timm", "torch-export", "onnx"]
     """hub: safetensors, model card and example. robustbench: weights and model_info for its
     classes. torchvision, timm: their parameter names. torch-export: a .pt2 program. onnx: needs the
-    extra arat-fast[onnx]."""
+    extra onnx, pip install -e '.[onnx]' in the checkout."""
     out: Path
     """Folder to write; absent or empty."""
     branch: Literal["adv", "clean"] | None = None
@@ -198,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "info": _info,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        print(_usage(), end="")
         return 0 if arguments else 2
     try:
         if arguments[0] == "--version":
@@ -245,10 +254,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _usage(command: str = "") -> str:
+    """The usage: all of it, or the lines of one command of :data:`LISTS_OPTIONS`."""
+    text = USAGE.format(recipes=", ".join(RECIPES))
+    if not command:
+        return text
+    lines = re.findall(rf"^  arat-fast {command} .*\n(?:      .*\n)*", text, re.MULTILINE)
+    recipes = text[text.index("recipes: ") :] if " RECIPE " in lines[0] else ""
+    return f"usage:\n{''.join(lines)}\nevery option: {LISTS_OPTIONS[command]}\n{recipes}"
+
+
 def _train(arguments: list[str]) -> int:
     name, rest = _take_recipe(arguments, "train")
     if name is None:
-        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        print(_usage("train"), end="")
         return 0
     base = recipe(name, _compat(rest))  # type: ignore[arg-type]  # recipe() checks the value
     options = parse(TrainOptions, rest, f"arat-fast train {name}", TrainOptions(base))
@@ -293,10 +312,23 @@ def _eval(arguments: list[str]) -> int:
 
     options = parse(EvalOptions, arguments, "arat-fast eval")
     path = options.out or record_path(options.checkpoint)
-    with join(options.device) as ranks:
-        record = evaluate_checkpoint(**{**dataclasses.asdict(options), "out": path}, ranks=ranks)
-        if not ranks.is_main:
-            return 0
+    settings = {**dataclasses.asdict(options), "out": path}
+    try:
+        with join(options.device) as ranks:
+            record = evaluate_checkpoint(**settings, ranks=ranks)
+            if not ranks.is_main:
+                return 0
+    except KeyboardInterrupt:
+        partial = path.with_suffix(".partial")
+        if not partial.is_dir():
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"arat-fast: interrupted; what is finished is kept in {partial}, and the same "
+                f"command goes on from there:\n    {shlex.join(['arat-fast', 'eval', *arguments])}",
+                file=sys.stderr,
+            )
+        return 130
     if "interrupted" in record:
         steps = record["interrupted"]
         print(
@@ -317,7 +349,7 @@ def _compare(arguments: list[str]) -> int:
         return compare_command(arguments, None)
     name, rest = _take_recipe(arguments, "compare")
     if name is None:
-        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        print(_usage("compare"), end="")
         return 0
     return compare_command(rest, recipe(name, _compat(rest)))  # type: ignore[arg-type]  # checked
 
@@ -354,10 +386,12 @@ def _export(arguments: list[str]) -> int:
 
     options = parse(ExportOptions, arguments, "arat-fast export")
     record = export_checkpoint(**dataclasses.asdict(options))
+    difference, largest = record["largest_difference"], record["largest_logit"]
+    relative = difference / largest if largest else 0.0
     print(
         f"exported: {record['model']}, {record['num_classes']} classes, {record['branch']} "
         f"BatchNorm, {record['weights']} weights; read back, logits differ by at most "
-        f"{record['largest_difference']:.1e}"
+        f"{difference:.1e}, {relative:.1e} of the largest"
     )
     if options.format == "hub" and options.license == "unknown":
         print("licence: unknown; add --license ID, for example apache-2.0")
@@ -371,7 +405,7 @@ def _bench(arguments: list[str]) -> int:
 
     name, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
     if name in ("-h", "--help"):
-        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        print(_usage("bench"), end="")
         return 0
     if name == "step":
         return bench_step(parse(StepOptions, rest, "arat-fast bench step"))
@@ -391,7 +425,7 @@ def _bench(arguments: list[str]) -> int:
 def _data(arguments: list[str]) -> int:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
     if name in ("-h", "--help"):
-        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        print(_usage("data"), end="")
         return 0
     if name == "inspect":
         return _inspect(parse(InspectOptions, rest, "arat-fast data inspect"))

@@ -40,17 +40,21 @@ def parse(
     Raises:
         UsageError: an option is unknown, or a value does not fit.
     """
-    arguments = [decimal(argument) for argument in arguments]
+    decimals = [decimal(argument) for argument in arguments]
     complaint = io.StringIO()
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed: Options = tyro.cli(options, prog=program, args=arguments, **keywords)
+            parsed: Options = tyro.cli(options, prog=program, args=decimals, **keywords)
             return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(f"{_one_line(complaint.getvalue())}; see {program} --help") from None
+        message = _one_line(complaint.getvalue())
+        for number, typed in zip(decimals, arguments, strict=True):
+            if number != typed:
+                message = message.replace(number, typed)
+        raise UsageError(f"{message}; see {program} --help") from None
 
 
 def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
@@ -101,4 +105,11 @@ def _one_line(complaint: str) -> str:
     lines = [line.strip(" │╭╮╰╯─\t") for line in complaint.splitlines()]
     lines = [line for line in lines if line.strip("-")]
     text = " ".join(lines[1:])
-    return re.split(r"\s*(?:Argument helptext:|For full helptext|Default:)", text)[0].rstrip(". ")
+    text = re.split(r"\s*(?:Argument helptext:|For full helptext|Default:)", text)[0].rstrip(". ")
+    number = re.fullmatch(
+        r"Error parsing (\S+): .*(int\(\) with base 10|string to float): ('.*')", text
+    )
+    if number is None:
+        return text
+    kind = "a number" if "float" in number[2] else "a whole number"
+    return f"{number[1]} expects {kind}, got {number[3]}"

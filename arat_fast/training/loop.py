@@ -264,10 +264,11 @@ class Trainer:
             self.display.say(f"{self.out} is finished already; nothing was trained or evaluated")
             return finished
         resumed = f" from step {self.step}" if self.step else ""
+        epochs = self.config.train.epochs
         together = "" if self.ranks.alone else f" in {self.ranks.world_size} processes"
         self.display.say(
             f"{self.config.recipe}: {self.config.objective.called}, {self.config.model.name}, "
-            f"{self.data.train.num_samples} images, {self.config.train.epochs} epochs, "
+            f"{self.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
             f"{self.precision} on {describe_device(self.device)}{together}{resumed}; run folder "
             f"{self.out}"
         )
@@ -343,7 +344,8 @@ class Trainer:
             self.ranks.broadcast_(tensor)
         self.objective.adopt(self.model)
         epochs = self.natural_model["epochs"]
-        length = f", trained for {epochs} epochs" if epochs is not None else ""
+        ending = "" if epochs == 1 else "s"
+        length = f", trained for {epochs} epoch{ending}" if epochs is not None else ""
         self.display.say(f"starting from the natural model in {path}{length}")
 
     def _train_or_roll_back(self, bar: TrainingBar, stop: StopRequest) -> None:

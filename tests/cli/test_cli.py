@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tiny import OPTIONS
 from torch import Tensor, nn
 
 from arat_fast import __version__
+from arat_fast.attacks.pgd import PGD
 from arat_fast.cli import main
 from arat_fast.command_line import decimal
 from arat_fast.models import create_model
@@ -118,6 +121,39 @@ def test_eval_with_another_ball(run: Path, tmp_path: Path) -> None:
     assert main(["eval", str(run), *arguments, "--out", str(out)]) == 0
     attack = json.loads(out.read_text())["accuracy"]["pgd3"]
     assert (attack["norm"], attack["eps"], attack["num_samples"]) == ("L2", 0.5, 360)
+
+
+def test_eval_in_levels_of_a_pixel(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("eps", "alpha"):
+        message = refused(capsys, ["eval", str(run), f"--{option}", "8"])
+        assert message.endswith("got 8; did you mean 8/255?") and "[0, 1]" in message
+    assert not (run / "evaluation.json").exists()
+
+
+def test_an_interrupted_eval_goes_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "record.json"
+    arguments = ["eval", str(run), "--attacks", "pgd", "--max-samples", "40"]
+    arguments += ["--batch-size", "20", "--out", str(out)]
+    attack, calls = PGD.__call__, 0
+
+    def interrupted(*args: Any, **options: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 3):
+            raise KeyboardInterrupt
+        return attack(*args, **options)
+
+    monkeypatch.setattr(PGD, "__call__", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith("arat-fast: interrupted\n")
+    assert main(arguments) == 130
+    error = capsys.readouterr().err
+    assert f"what is finished is kept in {tmp_path / 'record.partial'}, and the same" in error
+    assert error.endswith(f"    arat-fast {shlex.join(arguments)}\n")
+    assert main(arguments) == 0 and calls == 4
+    assert not (tmp_path / "record.partial").exists()
 
 
 def test_eval_writes_beside_the_checkpoint_and_keeps_its_work_until_then(
@@ -235,7 +271,28 @@ def test_usage_names_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "digits", "--help"])
     assert not stop.value.code
-    assert "--attack.eps" in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "--attack.eps" in output and "``" not in output
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "listed"),
+    [
+        ("train", "train RECIPE [--out DIR]", "arat-fast train digits --help"),
+        ("compare", "compare --from DIR", "arat-fast compare digits --help"),
+        ("data", "data prepare PATH [OUT]", "arat-fast data inspect --help"),
+        ("bench", "bench step|scaling|data [options]", "arat-fast bench step --help"),
+    ],
+)
+def test_help_of_a_command_is_its_own(
+    capsys: pytest.CaptureFixture[str], command: str, own: str, listed: str
+) -> None:
+    assert main([command, "--help"]) == 0
+    output = capsys.readouterr().out
+    assert f"  arat-fast {own}" in output and f"every option: {listed}" in output
+    starts = re.findall(r"^  arat-fast (\w+)", output, re.MULTILINE)
+    assert len(starts) > (command != "train") and set(starts) == {command}
+    assert ("recipes: digits, " in output) is (command in ("train", "compare"))
 
 
 def test_a_finished_run_is_not_evaluated_again(
@@ -314,9 +371,15 @@ def test_out_of_memory_elsewhere_names_the_switches(
         ("train", "a recipe is expected"),
         ("train digit", "unknown recipe 'digit'.*did you mean digits"),
         ("train digits --optimizr.lr 1", "--optimizr.lr.*--optimizer.lr"),
-        ("train digits --optimizer.lr x", "could not convert string to float: 'x'"),
+        ("train digits --optimizer.lr x", "--optimizer.lr expects a number, got 'x'"),
+        ("train digits --seed 1.5", "--seed expects a whole number, got '1.5'"),
+        ("eval runs --num-steps x", "--num-steps expects a whole number, got 'x'"),
+        ("train digits --attack.epss 1/255", "--attack.epss, 1/255"),
         ("train digits --optimizer.lr 0", "optimizer.lr must be > 0, got 0"),
         ("train digits --attack.eps -1", "attack.eps must be >= 0, got -1"),
+        ("train digits --attack.eps 8", "eps must be in .0, 1. .*, got 8; did you mean 8/255"),
+        ("train digits --attack.alpha 2", "alpha must be in .0, 1. .*did you mean 2/255"),
+        ("train digits --eval.alpha 2", "eval.alpha must be in .0, 1. .*did you mean 2/255"),
         ("train digits --attack.norm L1", "L1.*Linf"),
         ("train digits --objective.name foo", "foo.*arat"),
         ("train digits --objective.direction symmetric", "neither stop-gradient nor predictor"),
