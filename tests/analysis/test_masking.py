@@ -207,7 +207,8 @@ def test_sign_test_is_the_binomial_tail(wins: int, losses: int) -> None:
 def test_radii_double_up_to_the_whole_range() -> None:
     assert radii(ThreatModel(0.12), 64) == [0.06, 0.12, 0.24, 0.48, 1.0]
     assert radii(ThreatModel(1.0, "L2"), 64) == [0.5, 1.0, 2.0, 4.0, 8.0]
-    assert radii(ThreatModel(2.0), 64) == [1.0, 1.0]
+    assert radii(ThreatModel(1.0), 64) == [0.5, 1.0]
+    assert radii(ThreatModel(16.0, "L2"), 64) == [8.0, 8.0]
 
 
 def tried(left: int, of: int = 40, name: str = "PGD") -> Tried:
