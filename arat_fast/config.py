@@ -24,6 +24,8 @@ DatasetName = Literal[
     "arrays",
 ]
 
+OWN_IMAGES: tuple[DatasetName, ...] = ("folder", "webdataset", "arrays")
+"""Images of one's own, which differ with the place where they lie."""
 IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 """Height and width of the images of published datasets of one size."""
 ObjectiveName = Literal["arat", "at", "trades", "mart", "lbgat", "arrest", "natural", "custom"]
@@ -406,7 +408,7 @@ class Config:
         if self.eval.alpha is not None:
             check_length("eval.alpha", self.eval.alpha, self.attack.norm)
         # These can have validation images of their own, as the trainer finds out.
-        own = self.data.name in ("folder", "webdataset", "arrays")
+        own = self.data.name in OWN_IMAGES
         if self.train.keep_best and not ((self.data.num_val or own) and self.train.eval_every):
             raise ValueError(
                 "train.keep_best chooses by validation images, not by test images: set "

@@ -348,8 +348,16 @@ def _compare_steps(single: Tried, fewer: list[Tried], many: Tried) -> dict[str, 
     beaten = [(weak, *_pair(weak, many)) for weak in (single, *fewer)]
     wrong = [entry for entry in beaten if entry[3]]
     if not wrong:
+        change = int(single.correct.sum()) - int(many.correct.sum())
+        more = "More steps break more"
+        if change <= 0:
+            more = (
+                "More steps break as many"
+                if change == 0
+                else ("One step breaks more, though no more than chance explains")
+            )
         text = (
-            f"More steps break more: {_left_words(single)} after {single.name}, "
+            f"{more}: {_left_words(single)} after {single.name}, "
             f"{_left_words(many)} after {many.name}."
         )
         return _result("steps", True, text)
@@ -381,7 +389,9 @@ def _compare_radii(ladder: Mapping[float, Tried]) -> dict[str, Any]:
             )
             return _result("radius", False, text)
     counts = ", ".join(f"{_left_words(t)} at {eps:.3g}" for eps, t in steps)
-    return _result("radius", True, f"Larger balls break more: {counts}.")
+    left = [int(tried.correct.sum()) for tried in ladder.values()]
+    chance = "" if left == sorted(left, reverse=True) else " than chance explains"
+    return _result("radius", True, f"No larger ball leaves more right{chance}: {counts}.")
 
 
 def _full_range(ladder: Mapping[float, Tried]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 from arat_fast import __version__
-from arat_fast.compare.plane import describe_plane, plane
+from arat_fast.compare.plane import describe_plane, plane, robust_metric
 from arat_fast.compare.results import SUM, Results, Row, Spread, train_seconds
 from arat_fast.compare.tables import (
     ablation_rows,
@@ -59,14 +59,14 @@ def _opening(results: Results) -> Html:
 
 
 def _plane(results: Results) -> Html | None:
-    figure = plane(results)
-    if figure is None:
+    figure, metric = plane(results), robust_metric(results)
+    if figure is None or metric is None:
         return None
     svg = style.to_svg(figure)
     caption = (
-        "Further up and further right is better; along a dashed line the sum of both stays the "
-        "same. Large marks are means over the seeds with one standard deviation, small ones single "
-        "seeds; hollow marks belong to the ablation."
+        "Further up and further right is better; along a dashed line the sum of clean and "
+        f"{column_name(metric)} accuracy stays the same. Large marks are means over the seeds with "
+        "one standard deviation, small ones single seeds; hollow marks belong to the ablation."
     )
     return tag(
         "figure",
@@ -125,8 +125,9 @@ def _meaning(results: Results) -> Html:
         "The standard deviation (n − 1) is that between seeds. With few seeds it is a rough "
         "guess itself: two methods whose means lie closer than it are not told apart.",
         "Robust accuracy is what today’s attacks leave over: an upper bound, not a guarantee.",
-        "Sum: clean plus AutoAttack accuracy of each seed, then the mean.",
     ]
+    if SUM in results.metrics:
+        points.append("Sum: clean plus AutoAttack accuracy of each seed, then the mean.")
     n = results.num_samples()
     if n:
         points.append(

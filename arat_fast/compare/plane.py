@@ -59,7 +59,7 @@ def plane(results: Results) -> Figure | None:
     Returns:
         The figure; None where no row has both accuracies.
     """
-    metric = _robust_metric(results)
+    metric = robust_metric(results)
     if metric is None:
         return None
     points = _points(results, metric)
@@ -83,7 +83,7 @@ def plane(results: Results) -> Figure | None:
 
 def describe_plane(results: Results) -> str:
     """The plane in words, for those who cannot see it."""
-    metric = _robust_metric(results)
+    metric = robust_metric(results)
     if metric is None:
         return "No accuracies yet."
     described = [
@@ -184,7 +184,8 @@ def overlap(a: Box, b: Box) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
-def _robust_metric(results: Results) -> str | None:
+def robust_metric(results: Results) -> str | None:
+    """The accuracy that the plane has as robust: AutoAttack where it was run, PGD else."""
     pgd = [metric for metric in results.metrics if metric.startswith("pgd")]
     for metric in ("autoattack", *pgd):
         if _points(results, metric):
@@ -249,7 +250,8 @@ def _draw(axes: Axes, point: _Point) -> None:
 
 
 def _limits(axes: Axes, points: Sequence[_Point]) -> None:
-    """Room for the labels around the marks, and at least two points of accuracy."""
+    """Room for the labels around the marks, hardly beyond 0 and 100, and at least two points of
+    accuracy."""
     for values, spreads, set_limits in (
         ([p.robust for p in points], [p.spread[0] for p in points], axes.set_xlim),
         ([p.clean for p in points], [p.spread[1] for p in points], axes.set_ylim),
@@ -257,7 +259,8 @@ def _limits(axes: Axes, points: Sequence[_Point]) -> None:
         low = min(min(v) - s for v, s in zip(values, spreads, strict=True))
         high = max(max(v) + s for v, s in zip(values, spreads, strict=True))
         margin = max(0.14 * (high - low), 0.5)
-        set_limits(low - margin, min(high + margin, 100 + margin / 4))
+        edge = min(margin / 4, 2.0)
+        set_limits(max(low - margin, -edge), min(high + margin, 100 + edge))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
         # No mark outside of 0 to 100, though the margin may reach over it.

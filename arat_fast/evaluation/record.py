@@ -9,16 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from arat_fast.config import DataConfig
+from arat_fast.config import OWN_IMAGES, DataConfig
 
-_OWN_IMAGES = ("folder", "webdataset", "arrays")
 _NEVER_REPLACED = ("dataset", "root", "split", "norm", "eps", "seed")
 """Where these differ, results are others, however many images they are of."""
 
 
 def root_of_own_images(data: DataConfig) -> str | None:
     """Where images of one's own lie; None for a dataset that has the same images everywhere."""
-    return str(data.root) if data.name in _OWN_IMAGES else None
+    return str(data.root) if data.name in OWN_IMAGES else None
 
 
 def record_path(checkpoint: Path) -> Path:

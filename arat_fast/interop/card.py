@@ -13,7 +13,6 @@ from arat_fast.config import Config
 from arat_fast.interop.measured import Measured
 from arat_fast.interop.papers import PAPERS
 from arat_fast.reporting.run import Accuracy
-from arat_fast.reporting.statistics import wilson_interval
 from arat_fast.reporting.words import metric_name
 
 HUB_DATASETS = {
@@ -173,16 +172,13 @@ def _table(record: Mapping[str, Any], found: Measured) -> str:
         return "Nothing was measured of these weights; `arat-fast eval .` does it.\n"
     lines = ["| | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|"]
     for key, accuracy in found.accuracies.items():
-        low, high = wilson_interval(accuracy.correct, accuracy.num_samples)
-        number, how = accuracy.num_samples, _how(accuracy.details) or "no attack"
-        if key == "corruptions":
-            # Copies of one image are no independent samples.
-            low, high = accuracy.details["interval"]
-            copies = sum(len(levels) for levels in accuracy.details["corruptions"].values())
-            number, how = number // copies, f"{copies} corrupted copies of each image; {how}"
+        low, high = accuracy.interval
+        how = _how(accuracy.details) or "no attack"
+        if accuracy.copies > 1:
+            how = f"{accuracy.copies} corrupted copies of each image; {how}"
         lines.append(
             f"| {metric_name(key)} | {100 * accuracy.value:.2f} % | {100 * low:.2f} to "
-            f"{100 * high:.2f} % | {number} | {how} |"
+            f"{100 * high:.2f} % | {accuracy.num_images} | {how} |"
         )
     sources = " and ".join(f"`{name}`" for name in found.sources)
     lines += ["", f"Test images of {record.get('dataset')}, from {sources}; Wilson intervals"]

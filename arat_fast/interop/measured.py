@@ -56,10 +56,7 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
             and saved.steps in (None, summary.get("steps"))
         ):
             records["summary.json"] = summary
-    for path in (record_path(folder), record_path(saved.path)):
-        content = read_record(path)
-        if _belongs(content, saved):
-            records[path.name] = content
+    records |= records_of(saved)[0]
     chosen: dict[str, tuple[Accuracy, str]] = {}
     for source, record in records.items():
         for name, accuracy in _of_branch(read_accuracies(record.get("accuracy")), branch).items():
@@ -75,16 +72,40 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
     )
 
 
-def _belongs(record: Mapping[str, Any], saved: SavedNetwork) -> bool:
-    """Whether a record of ``arat-fast eval`` is of these weights and their dataset."""
-    if saved.config is None or record.get("model") != saved.weights:
-        return False
+def records_of(saved: SavedNetwork) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """The records that ``arat-fast eval`` wrote beside a saved network, by the name of the file.
+
+    Args:
+        saved: the network.
+
+    Returns:
+        Those of its weights and its dataset; and why each of the others is not among them.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    others: dict[str, str] = {}
+    for path in (record_path(saved.path.parent), record_path(saved.path)):
+        if not path.is_file():
+            continue
+        record = read_record(path)
+        reason = _why_not(record, saved) if record else "it cannot be read"
+        if reason is None:
+            found[path.name] = record
+        else:
+            others[path.name] = reason
+    return found, others
+
+
+def _why_not(record: Mapping[str, Any], saved: SavedNetwork) -> str | None:
+    """Why a record is not of these weights and their dataset; None where it is."""
+    if saved.config is None:
+        return f"the dataset of {saved.path.name} is not known"
     data = saved.config.data
-    return (
-        record.get("dataset") == data.name
-        and record.get("root") == root_of_own_images(data)
-        and record.get("weights_sha256") == checksum(saved.model)
-    )
+    if (record.get("dataset"), record.get("root")) != (data.name, root_of_own_images(data)):
+        return "it is of images of another dataset"
+    same = record.get("model") == saved.weights
+    if same and record.get("weights_sha256") == checksum(saved.model):
+        return None
+    return f"it is of other weights or BatchNorm statistics than {saved.path.name} holds"
 
 
 def _rank(accuracy: Accuracy, saved: SavedNetwork) -> tuple[bool, int]:

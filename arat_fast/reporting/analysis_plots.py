@@ -340,8 +340,9 @@ def masking_curves(record: Mapping[str, Any]) -> Drawing | None:
         + "; ".join(f"{a['name']} {percent(a['correct'] / samples)}" for a in bars)
         + ".",
         "Left and middle: more steps and larger balls must not leave more answers right, and the "
-        "largest ball none; grey is the radius of the threat model. Right: no attack without the "
-        "gradient may leave less than PGD.",
+        "largest ball none; grey is the radius of the threat model. A step of PGD is a quarter of "
+        "the radius long: one or two of them do not lead far, and may break little or nothing. "
+        "Right: no attack without the gradient may leave less than PGD.",
     )
 
 

@@ -32,6 +32,8 @@ _SAME_TEST = (
     ("eps", ("attack", "eps")),
     ("network", ("model", "name")),
 )
+_MARGIN = 2.0
+"""Points of accuracy that a plot may show beyond 0 and 100."""
 _LABEL_OFFSETS = ((7, 6), (7, -13), (-14, 6), (-14, -13))
 
 
@@ -74,7 +76,8 @@ def comparison_html(run: Run, others: Sequence[Run]) -> Html:
             "Differences are this run minus the other, in percentage points; behind them the "
             "95\u202f% interval (Newcombe) that treats both test samples as independent. Both runs "
             "are usually tested on the same images, which makes it somewhat too wide. It covers "
-            "the choice of images, not the seed. Sum: clean plus AutoAttack accuracy.",
+            "the choice of images, not the seed.",
+            " Sum: clean plus AutoAttack accuracy." if _with_sum(contestants) else None,
             class_="small",
         ),
         tag("div", [plot.to_html() for plot in plots if plot], class_="panels"),
@@ -93,7 +96,19 @@ def _marker(index: int) -> str:
 def _metrics(contestants: Sequence[Contestant]) -> list[str]:
     names = dict.fromkeys(key for c in contestants for key in c.run.accuracies())
     chosen = [k for k in names if k == "clean" or k.startswith("pgd")]
-    return [*sorted(chosen, key=lambda k: (k != "clean", k)), "autoattack"]
+    last = [k for k in names if k == "autoattack"]
+    return [*sorted(chosen, key=lambda k: (k != "clean", k)), *last]
+
+
+def _headings(first: str, contestants: Sequence[Contestant]) -> list[Child]:
+    metrics = _metrics(contestants)
+    total = ["Sum"] if _with_sum(contestants) else []
+    return [first, *map(metric_name, metrics), *total, "Training"]
+
+
+def _with_sum(contestants: Sequence[Contestant]) -> bool:
+    """Whether there is a sum to show: AutoAttack was run."""
+    return any(_sum(contestant.run) is not None for contestant in contestants)
 
 
 def _sum(run: Run) -> float | None:
@@ -121,6 +136,10 @@ def _verdict(first: Contestant, other: Contestant) -> Html | None:
             clear.append(name)
     if not parts:
         return None
+    against: list[Child] = [f"This run ({first.letter}) against ", tag("b", other.short)]
+    if not _same_data(first.run, other.run):
+        words = ": tested on other data, so no difference between them is given."
+        return tag("li", against, words)
     total, other_total = _sum(first.run), _sum(other.run)
     if total is not None and other_total is not None:
         parts.append(f"sum {signed_points(total - other_total)}")
@@ -131,8 +150,7 @@ def _verdict(first: Contestant, other: Contestant) -> Html | None:
     )
     return tag(
         "li",
-        f"This run ({first.letter}) against ",
-        tag("b", other.short),
+        against,
         f": {', '.join(parts)} points{_time_words(first.run, other.run)}. {beyond}",
     )
 
@@ -146,12 +164,25 @@ def _time_words(run: Run, other: Run) -> str:
     return words if same else f"{words} (on another device)"
 
 
+def _same_data(run: Run, other: Run) -> bool:
+    """Whether both runs are of one dataset; images of one's own are known by where they lie."""
+    from arat_fast.config import OWN_IMAGES
+
+    name, root = run.setting("data", "name"), run.setting("data", "root")
+    if name != other.setting("data", "name"):
+        return False
+    return name not in OWN_IMAGES or root == other.setting("data", "root")
+
+
 def _mismatches(first: Contestant, other: Contestant) -> list[str]:
     found = []
     for name, path in _SAME_TEST:
         ours, theirs = first.run.setting(*path), other.run.setting(*path)
         if ours != theirs:
             found.append(f"{name} {plain(ours)} against {plain(theirs)}")
+        elif name == "dataset" and not _same_data(first.run, other.run):
+            roots = [plain(r.run.setting("data", "root")) for r in (first, other)]
+            found.append(f"images from {roots[0]} against {roots[1]}")
     for key, ours in first.run.accuracies().items():
         theirs = other.run.accuracies().get(key)
         if theirs and theirs.num_samples != ours.num_samples:
@@ -173,12 +204,14 @@ def _mismatches(first: Contestant, other: Contestant) -> list[str]:
 
 def _table(first: Contestant, rest: Sequence[Contestant]) -> Html:
     metrics = _metrics([first, *rest])
-    headings: list[Child] = ["Run", *(metric_name(k) for k in metrics), "Sum", "Training"]
+    with_sum = _with_sum([first, *rest])
     rows: list[list[Child]] = []
     for contestant in (first, *rest):
         run = contestant.run
         final = run.accuracies()
         versus = first.run if contestant is not first else None
+        if versus and not _same_data(versus, run):
+            versus = None
         cells: list[Child] = [
             tag(
                 "div",
@@ -186,7 +219,7 @@ def _table(first: Contestant, rest: Sequence[Contestant]) -> Html:
                 tag(
                     "div",
                     tag("b", objective_name(run)),
-                    tag("span", "this run", class_="badge") if versus is None else None,
+                    tag("span", "this run", class_="badge") if contestant is first else None,
                     tag("span", f"seed {plain(run.setting('seed'))} · {run.name}", class_="small"),
                 ),
                 class_="who",
@@ -195,9 +228,11 @@ def _table(first: Contestant, rest: Sequence[Contestant]) -> Html:
         for key in metrics:
             ours = versus.accuracies().get(key) if versus else None
             cells.append(_accuracy_cell(final.get(key), ours))
-        cells += [_sum_cell(run, versus), _time_cell(run, versus)]
+        if with_sum:
+            cells.append(_sum_cell(run, versus))
+        cells.append(_time_cell(run, versus))
         rows.append(cells)
-    return table(headings, rows, class_="runs")
+    return table(_headings("Run", [first, *rest]), rows, class_="runs")
 
 
 def _seeds(contestants: Sequence[Contestant]) -> Html | None:
@@ -224,16 +259,16 @@ def _seeds(contestants: Sequence[Contestant]) -> Html | None:
         for key in metrics:
             finals = [run.accuracies().get(key) for run in runs]
             cells.append(_mean_cell([100 * a.value for a in finals if a], len(runs)))
-        sums = [_sum(run) for run in runs]
-        cells.append(_mean_cell([100 * s for s in sums if s is not None], len(runs)))
+        if _with_sum(contestants):
+            sums = [_sum(run) for run in runs]
+            cells.append(_mean_cell([100 * s for s in sums if s is not None], len(runs)))
         times = [seconds for seconds in map(_train_seconds, runs) if seconds is not None]
         cells.append(duration(sum(times) / len(times)) if times else DASH)
         rows.append(cells)
-    headings: list[Child] = ["Runs", *(metric_name(k) for k in metrics), "Sum", "Training"]
     return join(
         [
             tag("h3", "Mean over seeds, lowest to highest below it"),
-            table(headings, rows, class_="runs"),
+            table(_headings("Runs", contestants), rows, class_="runs"),
         ]
     )
 
@@ -374,7 +409,12 @@ def _longest(run: Run) -> tuple[str, str] | None:
 
 
 def _room(axes: Axes) -> None:
-    # No tick outside of 0 to 100, though the margin may reach over it.
+    """Limits of 0 to 100 with a small margin, in which there is no tick."""
+    for low, high, set_limits in (
+        (*axes.get_xlim(), axes.set_xlim),
+        (*axes.get_ylim(), axes.set_ylim),
+    ):
+        set_limits(max(low, -_MARGIN), min(high, 100 + _MARGIN))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if 0 <= v <= 100 else ""))
 
@@ -402,10 +442,9 @@ def _overlay(contestants: Sequence[Contestant]) -> Plot | None:
             source = f"evaluations during training ({kind[0]}, {kind[1]} weights)" if kind else ""
             sources.add(source or "training batches")
             label = f"{contestant.letter} {name}" if kind else f"{contestant.letter} {name} (train)"
-            draw_series(axes, *series, label, color, dashes)
-            if kind:
-                marker = _marker(index)
-                axes.plot(*series, color=color, linestyle="", marker=marker, markersize=4)
+            # Dashes alone do not tell two single points apart.
+            marker = _marker(index) if kind or len(series[1]) == 1 else ""
+            draw_series(axes, *series, label, color, dashes, marker, hollow=key == "clean")
             described.append(f"{label} ends at {percent(series[1][-1])}")
     if not described:
         return None
@@ -416,5 +455,6 @@ def _overlay(contestants: Sequence[Contestant]) -> Plot | None:
         "Over the epochs",
         style.to_svg(figure),
         f"Accuracy over epochs. {'; '.join(described)}.",
-        f"Dashed: clean. Solid: under attack. From {' and '.join(sorted(sources))}.",
+        "Dashed, hollow marks: clean. Solid, full marks: under attack. "
+        f"From {' and '.join(sorted(sources))}.",
     )

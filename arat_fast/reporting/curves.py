@@ -71,29 +71,38 @@ def draw_series(
     label: str,
     color: str,
     dashes: str | tuple[int, tuple[int, ...]] = "-",
-    width: float = 1.7,
+    marker: str = "",
+    hollow: bool = False,
 ) -> None:
-    """One line; a long one as its running mean, with the single values faint behind it."""
-    window = len(values) // 30 if len(values) > _SMOOTH_ABOVE else 1
+    """One line; a long one without marks as its running mean, the single values faint behind it.
+
+    A single value is marked, since no line is drawn through it.
+    """
+    window = len(values) // 30 if len(values) > _SMOOTH_ABOVE and not marker else 1
     mean = style.running_mean(values, window)
     keep = _thin(len(values))
     if window > 1:
         axes.plot(epochs[keep], values[keep], color=color, alpha=0.2, linewidth=0.7)
-    marker = "o" if len(values) == 1 else None
+    if np.isfinite(mean[keep]).sum() == 1:
+        marker = marker or "o"
     axes.plot(
         epochs[keep],
         mean[keep],
         color=color,
         linestyle=dashes,
-        linewidth=width,
         marker=marker,
+        markersize=5,
+        markerfacecolor="white" if hollow else color,
+        markeredgewidth=1.4,
+        # A mark at 0 or at 100 % is drawn whole.
+        clip_on=not marker,
         label=style.plot_text(label),
     )
 
 
 def as_percent(axes: Axes) -> None:
     """A vertical axis from 0 to 100 %."""
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
@@ -101,7 +110,8 @@ def as_percent(axes: Axes) -> None:
 def epoch_axis(axes: Axes) -> None:
     """A horizontal axis of epochs from 0 to the last one drawn, marked at whole ones."""
     last = float(axes.dataLim.intervalx[1])
-    axes.set_xlim(0, 1.02 * last if np.isfinite(last) and last > 0 else 1)
+    # Room for a mark at the last one.
+    axes.set_xlim(0, 1.04 * last if np.isfinite(last) and last > 0 else 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
 
@@ -143,6 +153,7 @@ def _accuracy(run: Run) -> Plot | None:
                 markersize=5.5,
                 markerfacecolor="white",
                 markeredgewidth=1.4,
+                clip_on=False,
                 label=style.plot_text(label),
             )
             described.append(f"{label} ends at {percent(_last(values))}")
@@ -206,7 +217,8 @@ def _learning_rate(run: Run) -> Plot | None:
     if len(values) == 0:
         return None
     figure, axes = style.new_axes(height=2.7)
-    axes.plot(epochs, values, color=style.INK, marker="o" if len(values) == 1 else None)
+    marker = "o" if len(values) == 1 else None
+    axes.plot(epochs, values, color=style.INK, marker=marker, clip_on=False)
     axes.set_ylim(bottom=0)
     described = [f"from {values[0]:.3g} to {values[-1]:.3g}, at most {np.nanmax(values):.3g}"]
     return _finish(figure, axes, "Learning rate", described, "Learning rate of each logged step.")
@@ -215,13 +227,21 @@ def _learning_rate(run: Run) -> Plot | None:
 def _weights(run: Run) -> Plot | None:
     figure, axes = style.new_axes(height=2.7)
     described = []
-    for key, label, color, dashes in (
-        ("w_adv", "adversarial", style.ADVERSARIAL, style.DASHES[0]),
-        ("w_clean", "clean", style.CLEAN, style.DASHES[1]),
+    for key, label, color, dashes, marker in (
+        ("w_adv", "adversarial", style.ADVERSARIAL, style.DASHES[0], "o"),
+        ("w_clean", "clean", style.CLEAN, style.DASHES[1], "s"),
     ):
         epochs, values = run.train_series(key)
         if len(values):
-            axes.plot(epochs, values, color=color, linestyle=dashes, label=label)
+            axes.plot(
+                epochs,
+                values,
+                color=color,
+                linestyle=dashes,
+                marker=marker if len(values) == 1 else None,
+                clip_on=False,
+                label=label,
+            )
             described.append(f"{label} ends at {_last(values):.3g}")
     if not described:
         return None

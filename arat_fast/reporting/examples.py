@@ -27,9 +27,10 @@ def examples_html(run: Run) -> Html | None:
     right_clean = int((examples.pred_clean == examples.y)[:shown].sum())
     right_adv = int((examples.pred_adv == examples.y)[:shown].sum())
     intro = (
-        f"{shown} images of the test set: as they are, after the attack, and what the attack "
-        f"added. Below each stands the network’s answer and how sure it is: {right_clean} are "
-        f"right as they are, {right_adv} after the attack."
+        f"The first {shown} images of the test set, nothing was chosen: as they are, after the "
+        "attack, and what the attack added. Below each stands the network’s answer and how sure it "
+        f"is: {right_clean} are right as they are, {right_adv} after the attack. So few images say "
+        "little about the accuracy on all of them."
     )
     scale = "The attack changed nothing here."
     if largest > 0:
@@ -38,7 +39,7 @@ def examples_html(run: Run) -> Html | None:
             f"{plain(-round(largest, 4)).replace('-', '−')}, white is +{plain(round(largest, 4))} "
             "on the brightness scale from 0 to 1."
         )
-    left_out = f" The file holds {len(examples)}; the first {shown} are shown."
+    left_out = f" The file holds {len(examples)}."
     return Html(
         tag("p", intro, left_out if shown < len(examples) else None)
         + tag("div", cards, class_="cards")

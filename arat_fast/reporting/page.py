@@ -88,7 +88,7 @@ tbody tr + tr > * { border-top: 1px solid var(--line); }
   margin-left: 0.35em; }
 .runs { table-layout: fixed; }
 .runs thead th:first-child { width: 22%; }
-.runs thead th:nth-last-child(2) { width: 11%; }
+.runs thead th:nth-child(n+5):nth-last-child(2) { width: 11%; }
 .runs thead th:last-child { width: 13%; }
 .options th, .options td { padding: 8px 14px 8px 0; }
 .options { table-layout: fixed; }

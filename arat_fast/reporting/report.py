@@ -29,6 +29,7 @@ from arat_fast.reporting.settings import (
     again_html,
     configuration_html,
     environment_html,
+    evaluated_html,
     measurements_html,
     recipe_defaults,
 )
@@ -38,7 +39,8 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` into a run's folder: one file that needs nothing else.
 
     Where the run was analysed, ``attacker.html``, what an attacker sees, is written beside it. A
-    run that was interrupted is reported as far as it got. The dataset is not needed.
+    run that was interrupted is reported as far as it got. The dataset is not needed; the weights
+    are read only where ``arat-fast eval`` left a record in the folder.
 
     Args:
         run: folder of the run.
@@ -87,6 +89,7 @@ def _sections(
             training_html(run, analyses, drawings),
         ),
         ("measurements", "Measurements in full", measurements_html(run)),
+        ("evaluated", "Evaluated afterwards", evaluated_html(run)),
         ("configuration", "Configuration", configuration_html(run, recipe_defaults(run))),
         ("environment", "Environment", environment_html(run)),
         ("again", "Run it again", again_html(run)),

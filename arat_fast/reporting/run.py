@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arat_fast.reporting.statistics import wilson_interval
+
 Numbers = NDArray[np.float64]
 
 
@@ -28,6 +30,29 @@ class Accuracy:
     def value(self) -> float:
         """Share of correct examples, in [0, 1]."""
         return self.correct / self.num_samples
+
+    @property
+    def copies(self) -> int:
+        """Corrupted copies of each image that were counted; 1 where the image itself was."""
+        levels = self.details.get("corruptions")
+        levels = levels.values() if isinstance(levels, Mapping) else ()
+        return max(1, sum(len(level) for level in levels if isinstance(level, list)))
+
+    @property
+    def num_images(self) -> int:
+        """Images, however many copies of each were counted."""
+        return max(1, self.num_samples // self.copies)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval: Wilson's; of corrupted copies, which are no independent samples, the
+        recorded one of the images' means."""
+        recorded = self.details.get("interval")
+        if self.copies > 1 and isinstance(recorded, list) and len(recorded) == 2:
+            low, high = map(number, recorded)
+            if low is not None and high is not None:
+                return low, high
+        return wilson_interval(self.correct // self.copies, self.num_images)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Configuration, measurements in full, environment, and how to run it again."""
+"""Configuration, measurements in full, what was evaluated later, environment, and how to run it
+again."""
 
 from __future__ import annotations
 
@@ -7,8 +8,7 @@ from typing import Any
 
 from arat_fast.reporting.headline import seconds_of
 from arat_fast.reporting.html import Child, Html, join, table, tag
-from arat_fast.reporting.run import Run, count, dig, number
-from arat_fast.reporting.statistics import wilson_interval
+from arat_fast.reporting.run import Accuracy, Run, count, dig, number, read_accuracies
 from arat_fast.reporting.words import (
     DASH,
     duration,
@@ -21,38 +21,70 @@ from arat_fast.reporting.words import (
 )
 
 _TOP = "run"
+_OF_ONE_ATTACK = ("num_steps", "alpha", "autoattack")
+"""Settings of the evaluation that are not those of every attack; what was run has its own."""
+_SHOWN_APART = ("attacks", "interval", "corruptions")
 
 
 def measurements_html(run: Run) -> Html | None:
     """Every final accuracy with its interval and how it was measured."""
-    rows: list[list[Child]] = []
-    for key, accuracy in run.accuracies().items():
-        n = accuracy.num_samples
-        low, high = wilson_interval(accuracy.correct, n)
-        details = {k: v for k, v in accuracy.details.items() if k != "attacks"}
-        rows.append(
-            [
-                metric_name(key),
-                tag("span", percent(accuracy.value, n), class_="big"),
-                interval(low, high, n),
-                f"{grouped(accuracy.correct)} of {grouped(n)}",
-                [
-                    tag("span", _listed(details)),
-                    _attack_by_attack(accuracy.details.get("attacks"), n),
-                ],
-            ]
-        )
-    if not rows:
+    accuracies = run.accuracies()
+    if not accuracies:
         return None
-    headings = ["Measured", "Accuracy", "95\u202f% interval", "Right", "How"]
-    free = run.summary.get("evaluation")
-    more = _listed(free) if isinstance(free, Mapping) and free else None
-    return join(
-        [
-            table(headings, rows, class_="wide"),
-            tag("p", "Common to all: ", more, class_="small") if more else None,
-        ]
-    )
+    found = run.summary.get("evaluation")
+    settings = found.items() if isinstance(found, Mapping) else ()
+    shared = {key: value for key, value in settings if key not in _OF_ONE_ATTACK}
+    words = f"Settings of the evaluation: {_listed(shared)}." if shared else None
+    return join([_accuracy_table(accuracies), tag("p", words, class_="small") if words else None])
+
+
+def evaluated_html(run: Run) -> Html | None:
+    """What ``arat-fast eval`` found of the run's weights; None without a record.
+
+    A record of other weights or of another dataset is named and not shown.
+    """
+    names = sorted(path.name for path in run.path.glob("*evaluation.json"))
+    if not names:
+        return None
+    # Both import this package; and only here does a report need the weights.
+    from arat_fast.interop.measured import records_of
+    from arat_fast.interop.saved import read_saved
+
+    try:
+        records, others = records_of(read_saved(run.path))
+    except (OSError, ValueError):
+        reason = "the weights of the run cannot be read, so that its checksum says nothing"
+        records, others = {}, dict.fromkeys(names, reason)
+    parts: list[Html] = []
+    for name, record in records.items():
+        accuracies = read_accuracies(record.get("accuracy"))
+        parts.append(
+            tag(
+                "p",
+                "What ",
+                tag("code", "arat-fast eval"),
+                f" found of these weights, as their checksum shows: {name}.",
+            )
+        )
+        if accuracies:
+            parts.append(_accuracy_table(accuracies))
+        if "corruptions" in accuracies:
+            own = (
+                "The corruptions are arat_fast’s own: the figure must not be compared with those "
+                "of CIFAR-10-C or ImageNet-C."
+            )
+            parts.append(tag("p", own, class_="small"))
+        if "aa-torchattacks10" in accuracies:
+            overstated = (
+                "aa-torchattacks10 overstates robustness; it is for comparison with one published "
+                "table only."
+            )
+            parts.append(tag("p", overstated, class_="small"))
+        left_out = record.get("left_out")
+        for attack, reason in left_out.items() if isinstance(left_out, Mapping) else ():
+            parts.append(tag("p", f"{metric_name(str(attack))} was left out: {reason}."))
+    parts += [tag("p", f"{name} is not shown: {reason}.") for name, reason in others.items()]
+    return join(parts) if parts else None
 
 
 def configuration_html(run: Run, defaults: Mapping[str, Any] | None) -> Html:
@@ -151,6 +183,42 @@ def again_html(run: Run) -> Html | None:
             ),
         ]
     )
+
+
+def _accuracy_table(accuracies: Mapping[str, Accuracy]) -> Html:
+    rows: list[list[Child]] = []
+    for key, accuracy in accuracies.items():
+        n = accuracy.num_images
+        details = {k: v for k, v in accuracy.details.items() if k not in _SHOWN_APART}
+        copies = f"{accuracy.copies} corrupted copies of each of {grouped(n)} images"
+        rows.append(
+            [
+                metric_name(key),
+                tag("span", percent(accuracy.value, n), class_="big"),
+                interval(*accuracy.interval, n),
+                f"{grouped(accuracy.correct)} of {grouped(accuracy.num_samples)}",
+                [
+                    tag("span", copies) if accuracy.copies > 1 else None,
+                    tag("span", _listed(details)),
+                    _attack_by_attack(accuracy.details.get("attacks"), n),
+                    _by_corruption(accuracy.details.get("corruptions"), n),
+                ],
+            ]
+        )
+    return table(
+        ["Measured", "Accuracy", "95\u202f% interval", "Right", "How"], rows, class_="wide"
+    )
+
+
+def _by_corruption(levels: Any, num_images: int) -> Html | None:
+    """Each corruption's mean over its severities."""
+    means = []
+    for name, shares in levels.items() if isinstance(levels, Mapping) else ():
+        found = [number(share) for share in shares] if isinstance(shares, list) else []
+        values = [share for share in found if share is not None]
+        if values:
+            means.append(f"{name} {percent(sum(values) / len(values), num_images)}")
+    return tag("span", "Mean over severities: ", ", ".join(means)) if means else None
 
 
 def _attack_by_attack(after: Any, num_samples: int) -> Html | None:

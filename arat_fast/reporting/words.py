@@ -96,6 +96,7 @@ def metric_name(key: str) -> str:
         "clean": "Clean",
         "autoattack": "AutoAttack",
         "clean_branch": "Clean, through the clean branch",
+        "corruptions": "Common corruptions",
         "aa-torchattacks10": "AutoAttack with 10 steps (torchattacks)",
     }
     return known.get(key, key)

@@ -17,6 +17,7 @@ from arat_fast.analysis.masking import (
     _Check,
     _compare_radii,
     _compare_restarts,
+    _compare_steps,
     _full_range,
     masking_check,
     radii,
@@ -225,3 +226,31 @@ def test_larger_ball_that_leaves_more() -> None:
 def test_restarts_that_change_much() -> None:
     assert not _compare_restarts(tried(30), tried(20))["passed"]
     assert _compare_restarts(tried(30), tried(28))["passed"]
+
+
+@pytest.mark.parametrize(
+    ("single", "many", "words"),
+    [
+        (25, 20, "More steps break more: 25 of 30 right after one, 20 of 30 right after many."),
+        (25, 25, "More steps break as many: 25 of 30 right"),
+        (24, 25, "One step breaks more, though no more than chance explains: 24 of 30 right"),
+    ],
+)
+def test_the_words_on_steps_are_those_of_the_counts(single: int, many: int, words: str) -> None:
+    one, more = (
+        Tried("gradient", name, torch.arange(30) < left, {})
+        for name, left in (("one", single), ("many", many))
+    )
+    result = _compare_steps(one, [], more)
+    assert result["passed"] and result["text"].startswith(words)
+
+
+@pytest.mark.parametrize(("large", "words"), [(25, ": 25"), (26, " than chance explains: 25")])
+def test_the_words_on_radii_are_those_of_the_counts(large: int, words: str) -> None:
+    ladder = {
+        eps: Tried("gradient", "PGD", torch.arange(30) < left, {})
+        for eps, left in ((0.1, 25), (0.2, large))
+    }
+    result = _compare_radii(ladder)
+    assert result["passed"]
+    assert result["text"].startswith(f"No larger ball leaves more right{words} of 30")

@@ -338,6 +338,20 @@ def test_page(record: dict[str, Any]) -> None:
     assert "325 of 360" in text
 
 
+def test_without_autoattack_the_attack_that_was_run_is_named() -> None:
+    record = make_record({"natural": [(358, 4, 0), (30, 1, 0)], "at": [(350, 300, 0)] * 2})
+    for cell in record["cells"]:
+        del cell["accuracy"]["autoattack"]
+    results = evaluate_record(record)
+    text = comparison_page(results)
+    assert "Sum:" not in text and "AutoAttack" not in text
+    assert "the sum of clean and PGD-20 accuracy stays the same" in text
+    figure = plane(results)
+    assert figure is not None
+    for low, high in (figure.axes[0].get_xlim(), figure.axes[0].get_ylim()):
+        assert -2 <= low < high <= 102
+
+
 def test_files(record: dict[str, Any], tmp_path: Path) -> None:
     write_comparison(tmp_path, record)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from arat_fast.config import Config, config_to_dict
 from arat_fast.recipes import recipe
+from arat_fast.reporting.statistics import wilson_interval
 
 LAYERS = ("layer3.0.bn1", "layer3.0.bn2")
 STEPS_PER_EPOCH = 22
@@ -117,6 +118,7 @@ def accuracy(correct: int, num_samples: int = 360, **details: Any) -> dict[str, 
         "value": correct / num_samples,
         "correct": correct,
         "num_samples": num_samples,
+        "interval": list(wilson_interval(correct, num_samples)),
         **details,
     }
 
@@ -141,6 +143,7 @@ def summary(config: Config, correct: tuple[int, int, int], train_seconds: float)
         "num_parameters": 310_922,
         "train_samples": 1437,
         "test_samples": 360,
+        "evaluation": config_to_dict(config)["eval"],
         "split": "test",
         "model": "ema",
         "accuracy": {

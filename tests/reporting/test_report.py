@@ -15,9 +15,10 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib import image as matplotlib_image
+from matplotlib.figure import Figure
 from reporting.fake_run import write_fake_run
 
-from arat_fast.reporting import write_report
+from arat_fast.reporting import style, write_report
 from arat_fast.reporting.examples import to_png
 from arat_fast.reporting.html import escape, tag
 from arat_fast.reporting.style import plot_text, running_mean
@@ -92,6 +93,20 @@ def assert_self_contained(page: Page) -> None:
         assert all(link.startswith("#") for link in links)
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that a report draws from here on."""
+    drawn: list[Figure] = []
+    to_svg = style.to_svg
+
+    def noted(figure: Figure) -> bytes:
+        drawn.append(figure)
+        return to_svg(figure)
+
+    monkeypatch.setattr(style, "to_svg", noted)
+    return drawn
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_fake_run(tmp_path_factory.mktemp("runs") / "digits-arat-0")
@@ -132,6 +147,14 @@ def test_the_numbers_stand_with_their_intervals(finished_page: Page) -> None:
     assert "apgd-ce 76.1" in finished_page.sections["measurements"]
 
 
+def test_settings_of_one_attack_are_not_those_of_all(finished_page: Page) -> None:
+    text = finished_page.sections["measurements"]
+    assert "Settings of the evaluation: batch_size 500; max_samples 0." in text
+    assert text.count("num_steps") == 2 and "num_steps 100" in text
+    # The interval has a column of its own.
+    assert "interval 0" not in text and "interval69.7–78.7" in text
+
+
 def test_every_curve_is_there_and_described(finished_page: Page) -> None:
     alts = [i["alt"] for i in finished_page.all("img") if "svg" in i["src"][:30]]
     titles = [alt.split(" over epochs: ")[0] for alt in alts]
@@ -161,6 +184,7 @@ def test_wrong_predictions_are_marked_without_colour(finished_page: Page) -> Non
     assert text.count("✗ wrong as it is") == 1
     assert text.count("✓ holds") == 12
     assert "15 are right as they are, 12 after the attack" in text
+    assert "The first 16 images of the test set, nothing was chosen" in text
     alts = [i["alt"] for i in finished_page.all("img")]
     assert any(re.fullmatch(r"attacked image of 0, read as 1 \(wrong, .*\)", alt) for alt in alts)
 
@@ -307,6 +331,67 @@ def test_a_comparison_of_different_tests_says_so(tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps(config))
     text = report(ours, other).sections["comparison"]
     assert "eps 0.12 against 8/255; 1 against 2 epochs" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"name": "cifar10"}, "dataset digits against cifar10"),
+        ({"name": "folder", "root": "b"}, "images from a against b"),
+    ],
+)
+def test_no_difference_is_claimed_between_datasets(
+    tmp_path: Path, data: dict[str, str], words: str
+) -> None:
+    ours = write_fake_run(tmp_path / "ours", epochs=1)
+    other = write_fake_run(tmp_path / "other", epochs=1, correct=(100, 90, 80))
+    for folder in (ours, other):
+        config = json.loads((folder / "config.json").read_text())
+        if "root" in data:
+            config["config"]["data"] |= {**data, "root": "a"}
+        if folder is other:
+            config["config"]["data"] |= data
+        (folder / "config.json").write_text(json.dumps(config))
+    text = report(ours, other).sections["comparison"]
+    assert words in text
+    assert "tested on other data, so no difference between them is given" in text
+    assert "choice of test images explains" not in text and "A +" not in text and "A ×" not in text
+
+
+def test_a_comparison_without_autoattack_has_no_sum(tmp_path: Path, figures: list[Figure]) -> None:
+    ours = write_fake_run(tmp_path / "ours", epochs=1, correct=(357, 4, 3))
+    other = write_fake_run(tmp_path / "other", epochs=1, correct=(6, 2, 1))
+    for folder in (ours, other):
+        summary = json.loads((folder / "summary.json").read_text())
+        del summary["accuracy"]["autoattack"]
+        (folder / "summary.json").write_text(json.dumps(summary))
+    text = report(ours, other).sections["comparison"]
+    assert "PGD-20" in text and "AutoAttack" not in text and "Sum" not in text
+    (axes,) = [f.axes[0] for f in figures if f.axes[0].get_ylabel() == "clean accuracy, %"]
+    for low, high in (axes.get_xlim(), axes.get_ylim()):
+        assert -2 <= low < 1 and high <= 102
+
+
+def test_single_points_are_marked_inside_the_frame(tmp_path: Path, figures: list[Figure]) -> None:
+    runs = [write_fake_run(tmp_path / name, epochs=1) for name in ("ours", "other")]
+    for run in runs:
+        metrics = run / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().splitlines(keepends=True)[-1])
+    report(*runs)
+    over_epochs = [f.axes[0] for f in figures if f.axes[0].get_xlabel() == "epoch"]
+    assert len(over_epochs) == 6
+    for axes in over_epochs:
+        for line in axes.get_lines():
+            assert len(line.get_xdata()) == 1 and line.get_marker() in ("o", "s")
+            assert line.get_xdata()[0] < 0.97 * axes.get_xlim()[1]
+    overlay = over_epochs[-1]
+    labels = overlay.get_legend_handles_labels()[1]
+    assert labels == ["A clean (train)", "A PGD (train)", "B clean (train)", "B PGD (train)"]
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_markerfacecolor())
+        for line in overlay.get_lines()
+    }
+    assert len(looks) == 4
 
 
 def test_runs_that_differ_in_the_seed_are_averaged(tmp_path: Path) -> None:
