@@ -83,14 +83,24 @@ def to_markdown(results: Results) -> str:
 
 def to_latex(results: Results) -> str:
     r"""The table as a ``tabular`` for ``\input``; needs the package booktabs."""
-    columns = [latex_text(column_name(metric)) for metric in results.metrics]
-    heading = " & ".join(["", *columns, "$n$", "epochs $\\times$ passes"])
+    # As narrow as a paper's column of text: the sum is explained and the cost listed above.
+    columns = [
+        "Sum" if metric == SUM else latex_text(column_name(metric)) for metric in results.metrics
+    ]
+    heading = " & ".join(["", *columns, "$n$"])
     groups = [[(row.title, row) for row in method_rows(results)], ablation_rows(results)]
     lines = [
         "% written by arat-fast compare; needs \\usepackage{booktabs}",
         f"% {conditions(results).replace('±', '+-').replace('∞', 'inf')}",
+        *([f"% Sum: {column_name(SUM)}."] if SUM in results.metrics else []),
+        f"% {cost_note(results).replace('×', 'x')}",
+        *(
+            f"% Cost of {title}: {row.planned.cost.replace('×', 'x')}"
+            for group in groups
+            for title, row in group
+        ),
         *(f"% Note: {' '.join(note.split())}" for note in notes(results)),
-        f"\\begin{{tabular}}{{l{'r' * (len(columns) + 2)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(columns) + 1)}}}",
         "\\toprule",
         f"{heading} \\\\",
     ]
@@ -99,8 +109,7 @@ def to_latex(results: Results) -> str:
             lines.append("\\midrule")
         for title, row in group:
             cells = [_latex_spread(row.spreads.get(metric)) for metric in results.metrics]
-            cost = row.planned.cost.replace("×", "$\\times$")
-            line = " & ".join([latex_text(title), *cells, str(row.num_seeds), cost])
+            line = " & ".join([latex_text(title), *cells, str(row.num_seeds)])
             lines.append(f"{line} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 

@@ -215,7 +215,7 @@ def test_nothing_finished() -> None:
     results = evaluate_record(record)
     assert plane(results) is None
     assert "| AT | 0 | 23 × 26 |" in to_markdown(results)
-    assert "\\begin{tabular}{lrr}" in to_latex(results)
+    assert "\\begin{tabular}{lr}" in to_latex(results)
     assert "pending" in comparison_page(results)
 
 
@@ -224,12 +224,15 @@ def test_latex(record: dict[str, Any]) -> None:
     assert text.isascii()
     lines = text.splitlines()
     assert [line for line in lines if line.startswith("\\")] == [
-        "\\begin{tabular}{lrrrrrr}", "\\toprule", "\\midrule", "\\midrule", "\\bottomrule",
+        "\\begin{tabular}{lrrrrr}", "\\toprule", "\\midrule", "\\midrule", "\\bottomrule",
         "\\end{tabular}",
     ]  # fmt: skip
     rows = [line for line in lines if line.endswith("\\\\")]
     assert len(rows) == 1 + len(COUNTS) + 1
-    assert all(row.replace("\\&", "").count("&") == 6 for row in rows)
+    assert all(row.replace("\\&", "").count("&") == 5 for row in rows)
+    # What has no column is said above.
+    assert "% Sum: Clean + AutoAttack." in lines
+    assert sum(line.startswith("% Cost of ") for line in lines) == len(COUNTS) + 1
     # Braces, dollars and environments in pairs.
     body = "\n".join(line for line in lines if not line.startswith("%"))
     assert body.count("{") == body.count("}")
@@ -249,12 +252,14 @@ def test_latex_compiles(record: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "main.tex").write_text(
         "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{table}\\end{document}"
     )
-    subprocess.run(
+    done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
         cwd=tmp_path,
         check=True,
         capture_output=True,
+        text=True,
     )
+    assert "Output written on main.pdf (1 page" in done.stdout
 
 
 def test_every_mark_of_the_plane_is_named(record: dict[str, Any]) -> None:
