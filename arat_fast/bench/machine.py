@@ -46,7 +46,8 @@ def output(*command: str, folder: Path = PACKAGE_ROOT) -> str:
 def is_changed(folder: Path = PACKAGE_ROOT) -> bool:
     """Whether a checkout differs from its commit in anything but records of measurements."""
     status = output("git", "status", "--porcelain", "--", ".", f":!{RECORDS}", folder=folder)
-    return status not in ("", "unknown")
+    outside = output("git", "rev-parse", "HEAD", folder=folder) == "unknown"
+    return status != "" and not outside
 
 
 def synchronize(device: torch.device) -> None:

@@ -197,7 +197,7 @@ class ResidentBatches:
         """Gather, crop, mirror and convert the images of one batch, and gather their labels.
 
         Args:
-            index: samples (N,), int64.
+            index: samples (N,), int64 in [0, num_samples).
             draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
                 mirror it.
         """

@@ -99,7 +99,7 @@ class CropFlip:
 
         Args:
             images: (num_samples, C, H, W), uint8 in [0, max_value].
-            index: samples (N,), int64.
+            index: samples (N,), int64 in [0, num_samples).
             draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
                 mirror it.
 

@@ -55,6 +55,8 @@ FOLDERS: dict[str, tuple[DatasetName, str, Callable[[DataConfig], Encoded]]] = {
 
 HELD_OUT = "a tenth held out"
 """Said of the test images of a dataset that has none of its own."""
+ALL_OR_A_TENTH = "--data.unsup takes all, training on them alone holds out a tenth"
+"""Said of arrays in one folder, which are generated images or a dataset."""
 
 TILE = 96
 """Pixels of an image on the contact sheet, each way."""
@@ -264,7 +266,8 @@ def _open(path: Path) -> _Opened:
         rows, labels = array_folder(path)
         classes, labels = _numbered(labels)
         use = _command("arrays", path)
-        return _Opened("prepared arrays", use, classes, [_rows("images", rows, labels)])
+        part = _rows("images", rows, labels)
+        return _Opened("prepared arrays", use, classes, [part], note=ALL_OR_A_TENTH)
     for folder, (name, words) in CIFAR.items():
         root = path.parent if path.name == folder else path
         if (root / folder).is_dir():

@@ -59,8 +59,8 @@ class FoldedNetwork(nn.Module):
             Triton for CUDA tensors.
         constant: the weights stay as they are for very many calls, as in an evaluation: they are
             laid out for speed, channels last, and a convolution whose image is no larger than its
-            window (3x3 on 2x2 pixels), with one channel than eight of its windows, becomes one
-            matrix product.
+            window (3x3 on 2x2 pixels), or with one channel no larger than eight windows, becomes
+            one matrix product.
 
     Attributes:
         folded: module paths of the BatchNorm layers that went into the convolution before them.

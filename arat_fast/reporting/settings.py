@@ -55,6 +55,8 @@ def evaluated_html(run: Run) -> Html | None:
     except (OSError, ValueError):
         reason = "the weights of the run cannot be read, so that its checksum says nothing"
         records, others = {}, dict.fromkeys(names, reason)
+    elsewhere = "it is of another file than the run's checkpoint"
+    others |= {name: elsewhere for name in names if name not in {*records, *others}}
     parts: list[Html] = []
     for name, record in records.items():
         accuracies = read_accuracies(record.get("accuracy"))

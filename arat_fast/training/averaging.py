@@ -69,10 +69,11 @@ class WeightAverage:
 
     @property
     def share_of_first(self) -> float:
-        """Weight of the first averaged weights in the average, in [0, 1]."""
-        if self.config.kind == "ema":
-            return self.config.decay ** max(self.num_averaged - 1, 0)
-        return 1 / max(self.num_averaged, 1)
+        """Weight of the first averaged weights in an exponential average, in [0, 1]; 0 in others,
+        where all have the same."""
+        if self.config.kind != "ema":
+            return 0.0
+        return self.config.decay ** max(self.num_averaged - 1, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""

@@ -63,9 +63,9 @@ from arat_fast.training.step import is_out_of_memory, make_train_step
 from arat_kernels.implementation import choose
 
 PROBE_SAMPLES = 1000
+"""The official code measures the balance on batches until it has seen this many samples."""
 MAX_SHARE_OF_FIRST = 0.05
 """Of the first weights in an exponential average, above which a run says so."""
-"""The official code measures the balance on batches until it has seen this many samples."""
 
 _FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "data": ("root", "download", "num_workers", "loader"),
@@ -513,7 +513,7 @@ class Trainer:
         if self.average.model is None:
             return self.model, "last"
         share = self.average.share_of_first
-        if self.config.average.kind == "ema" and share > MAX_SHARE_OF_FIRST:
+        if share > MAX_SHARE_OF_FIRST:
             self.display.say(
                 "young average: in the weights that are evaluated, those after step "
                 f"{self.average.start_step + 1} still count {100 * share:.0f} %; train longer, "

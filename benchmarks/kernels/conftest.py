@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from arat_fast.bench.machine import copy_bandwidth, output
+from arat_fast.bench.machine import copy_bandwidth, is_changed, output
 
 Call = Callable[[], object]
 ROUNDS = 15
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": commit,
-        "dirty": commit != "unknown" and output("git", "status", "--porcelain") != "",
+        "dirty": is_changed(),
         "copy_bytes_per_second": copy_bandwidth(torch.device("cuda")),
     }
 

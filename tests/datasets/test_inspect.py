@@ -82,6 +82,7 @@ def test_other_kinds(tmp_path: Path) -> None:
     convert_npz(source, tmp_path / "edm")
     arrays = inspect(tmp_path / "edm")
     assert arrays.kind == "prepared arrays" and arrays.counts == {"images": 30}
+    assert "alone holds out a tenth" in arrays.note
     assert np.allclose(arrays.mean, found.mean)
     shard = tar_shard(tmp_path / "shards" / "train-0.tar", 0, 6)
     assert inspect(shard).counts == {"images": 6}

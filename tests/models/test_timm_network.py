@@ -30,7 +30,7 @@ def test_there_is_nothing_to_split() -> None:
 
 def test_without_timm_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"pip install 'arat-fast\[timm\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[timm\]'"):
         create_model("convnext-t", 5, norm="shared")
 
 

@@ -81,6 +81,15 @@ def test_a_record_of_something_else_is_named_and_not_shown(
     assert "PGD-2" not in text and "corruptions" not in text
 
 
+def test_a_record_of_another_file_is_named(run: Path) -> None:
+    other = run / "model.evaluation.json"
+    other.write_bytes((run / "evaluation.json").read_bytes())
+    text = str(section(run))
+    other.unlink()
+    assert "model.evaluation.json is not shown: it is of another file" in text
+    assert "PGD-2" in text
+
+
 def test_without_a_record_or_weights(run: Path, tmp_path: Path) -> None:
     for name in ("config.json", "summary.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
