@@ -39,6 +39,6 @@ def load(
         ValueError: the file is damaged, is not a network of this package, or lacks the branch.
     """
     # Imported here, so that the version can be read without torch.
-    from arat_fast.interop.saved import read_saved
+    from arat_fast.saved.network import read_saved
 
     return read_saved(path, recipe=recipe, weights=weights).plain(branch)[0]

@@ -274,9 +274,9 @@ def _train(arguments: list[str]) -> int:
     config = options.config
     out = options.out or Path("runs") / _run_name(config)
     from arat_fast.distributed import join
-    from arat_fast.reporting import write_report
-    from arat_fast.training.interrupt import InterruptedRun
-    from arat_fast.training.loop import Trainer
+    from arat_fast.report import write_report
+    from arat_fast.run.loop import Trainer
+    from arat_fast.stop import InterruptedRun
 
     command = shlex.join(["arat-fast", "train", *arguments])
     # What torchrun starts again goes on.
@@ -356,7 +356,7 @@ def _compare(arguments: list[str]) -> int:
 
 def _analyze(arguments: list[str]) -> int:
     from arat_fast.analysis.run import AnalyzeOptions, analyze_networks
-    from arat_fast.reporting.analysis_words import analysis_sentences
+    from arat_fast.report.analysis_words import analysis_sentences
 
     options = parse(AnalyzeOptions, arguments, "arat-fast analyze")
     if not options.checkpoints:
@@ -374,7 +374,7 @@ def _analyze(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from arat_fast.reporting import write_report
+    from arat_fast.report import write_report
 
     options = parse(ReportOptions, arguments, "arat-fast report")
     print(f"report: {write_report(options.run, options.compare)}")
@@ -382,7 +382,7 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    from arat_fast.interop.folder import export_checkpoint
+    from arat_fast.export.folder import export_checkpoint
 
     options = parse(ExportOptions, arguments, "arat-fast export")
     record = export_checkpoint(**dataclasses.asdict(options))

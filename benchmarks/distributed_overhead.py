@@ -40,9 +40,9 @@ from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks, join
 from arat_fast.files import write_json
 from arat_fast.recipes import recipe
+from arat_fast.run.loop import Trainer
+from arat_fast.stop import StopRequest
 from arat_fast.training import checkpoint
-from arat_fast.training.interrupt import StopRequest
-from arat_fast.training.loop import Trainer
 
 TARGET = 0.03
 

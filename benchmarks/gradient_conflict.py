@@ -20,13 +20,13 @@ from typing import Any
 from arat_fast.command_line import overrides_of
 from arat_fast.config import config_from_dict
 from arat_fast.files import write_atomic, write_json
-from arat_fast.reporting.analysis_plots import (
+from arat_fast.report.analysis_plots import (
     Drawing,
     conflict_between,
     mixture_by_layer,
     mixture_over_time,
 )
-from arat_fast.reporting.run import Run, read_run
+from arat_fast.report.run import Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ from arat_fast.config import ObjectiveConfig, config_from_dict
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.models import convert_split_batch_norm
 from arat_fast.objectives import ARAT, AdversarialTraining
-from arat_fast.training.loop import Trainer
+from arat_fast.run.loop import Trainer
 from arat_fast.training.step import TrainStep, make_train_step
 
 README = Path(__file__).parent.parent / "README.md"

@@ -10,7 +10,7 @@ from rich.console import Console
 from arat_fast.config import Config
 from arat_fast.display import Display
 from arat_fast.recipes import recipe
-from arat_fast.training.loop import Trainer
+from arat_fast.run.loop import Trainer
 
 # 1,200 of the 1,437 training images are held out: 237 are left, 4 batches of 64.
 OPTIONS = [

@@ -25,15 +25,15 @@ from arat_fast.display import Display
 from arat_fast.evaluation import ImageSet, ThreatModel
 from arat_fast.evaluation.checkpoint import place_network
 from arat_fast.files import write_atomic, write_json
-from arat_fast.interop.saved import SavedNetwork, read_saved
-from arat_fast.interop.weights import load_weights
-from arat_fast.reporting.analysis import draw_analyses, read_analyses
-from arat_fast.reporting.analysis_plots import (
+from arat_fast.report.analysis import draw_analyses, read_analyses
+from arat_fast.report.analysis_plots import (
     conflict_between,
     mixture_by_layer,
     mixture_over_time,
 )
-from arat_fast.reporting.run import read_run
+from arat_fast.report.run import read_run
+from arat_fast.saved.network import SavedNetwork, read_saved
+from arat_fast.saved.weights import load_weights
 from arat_fast.training.checkpoint import load_checkpoint
 
 Part = Literal["gradient-conflict", "mixture", "surface", "masking", "attacker"]

@@ -26,8 +26,8 @@ from arat_fast.evaluation.checkpoint import place_network
 from arat_fast.evaluation.evaluate import ImageSet, Progress, evaluation_mode, predict
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_json
-from arat_fast.interop.saved import read_saved
 from arat_fast.models.split_batch_norm import use_branch, use_statistics
+from arat_fast.saved.network import read_saved
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from arat_fast.reporting.style import (
+from arat_fast.report.style import (
     BLUE,
     DASHES,
     GREY,

@@ -29,7 +29,7 @@ from arat_fast.compare.runner import GridRunner
 from arat_fast.compare.tables import to_latex, to_markdown
 from arat_fast.config import Config
 from arat_fast.files import write_atomic, write_text
-from arat_fast.training.interrupt import InterruptedRun
+from arat_fast.stop import InterruptedRun
 
 
 @dataclass(frozen=True)

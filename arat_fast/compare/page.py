@@ -17,11 +17,11 @@ from arat_fast.compare.tables import (
     method_rows,
     notes,
 )
-from arat_fast.reporting import style
-from arat_fast.reporting.html import Child, Html, image, join, table, tag
-from arat_fast.reporting.page import Section, page
-from arat_fast.reporting.statistics import wilson_interval
-from arat_fast.reporting.words import DASH, duration, plain
+from arat_fast.report import style
+from arat_fast.report.html import Child, Html, image, join, table, tag
+from arat_fast.report.page import Section, page
+from arat_fast.report.words import DASH, duration, plain
+from arat_fast.statistics import wilson_interval
 
 
 def comparison_page(results: Results) -> str:

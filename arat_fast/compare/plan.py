@@ -14,8 +14,8 @@ from arat_fast.command_line import apply_overrides, overrides_of
 from arat_fast.compare.cost import step_cost
 from arat_fast.compare.methods import Method
 from arat_fast.config import Config, config_from_dict, config_to_dict
-from arat_fast.training.loop import check_same_run
-from arat_fast.training.natural import natural_config
+from arat_fast.run.loop import check_same_run
+from arat_fast.run.natural import natural_config
 
 Budget = Literal["epochs", "work"]
 RECORD = "comparison.json"

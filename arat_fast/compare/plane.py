@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from arat_fast.compare.results import Results, Row
 from arat_fast.compare.tables import column_name
-from arat_fast.reporting import style
+from arat_fast.report import style
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right and top, in pixels."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from arat_fast.compare.plan import Plan, PlannedMethod, plan_from_record
 from arat_fast.config import Config, config_from_dict
-from arat_fast.training.loop import check_same_run
+from arat_fast.run.loop import check_same_run
 
 SUM = "sum"
 

@@ -21,7 +21,7 @@ from arat_fast.compare.sharing import find_source, share_training
 from arat_fast.config import config_to_dict
 from arat_fast.device import source_commit, versions
 from arat_fast.files import write_json
-from arat_fast.training.interrupt import InterruptedRun, stop_on_signals
+from arat_fast.stop import InterruptedRun, stop_on_signals
 
 _POLL_SECONDS = 0.2
 _LOGS = "logs"

@@ -9,9 +9,9 @@ from pathlib import Path
 from arat_fast.compare.plan import Cell
 from arat_fast.config import Config, config_from_dict, config_to_dict
 from arat_fast.files import write_text
+from arat_fast.run.loop import check_same_run
 from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from arat_fast.training.loop import check_same_run
 
 METRICS = "metrics.jsonl"
 

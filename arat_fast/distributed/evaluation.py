@@ -9,7 +9,7 @@ import torch
 
 from arat_fast.distributed.ranks import Ranks
 from arat_fast.evaluation.evaluate import AttackResult, ImageSet
-from arat_fast.training.interrupt import EvaluationStopped
+from arat_fast.stop import EvaluationStopped
 
 
 def share_evaluation(

@@ -37,8 +37,8 @@ from arat_fast.evaluation.suite import (
 )
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_json
-from arat_fast.interop.saved import SavedNetwork, read_saved
-from arat_fast.interop.weights import network_size
+from arat_fast.saved.network import SavedNetwork, read_saved
+from arat_fast.saved.weights import network_size
 from arat_fast.training.averaging import refresh_batch_norm
 
 

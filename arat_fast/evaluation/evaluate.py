@@ -18,7 +18,7 @@ from arat_fast.device import full_float32
 from arat_fast.evaluation.pieces import Pieces
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
-from arat_fast.reporting.statistics import wilson_interval
+from arat_fast.statistics import wilson_interval
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""

@@ -33,8 +33,8 @@ from arat_fast.evaluation.pieces import Pieces, checksum
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_atomic
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d
-from arat_fast.reporting.statistics import Z_95
-from arat_fast.training.interrupt import EvaluationStopped
+from arat_fast.statistics import Z_95
+from arat_fast.stop import EvaluationStopped
 
 NUM_EXAMPLES = 16
 

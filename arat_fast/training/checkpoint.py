@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arat_fast.files import write_atomic
-from arat_fast.interop.weights import read_tensor_file
+from arat_fast.saved.weights import read_tensor_file
 
 FORMAT = 1
 CHECKPOINT = "checkpoint.pt"

@@ -14,10 +14,10 @@ from tiny import tiny_config, tiny_trainer
 from arat_fast.analysis.run import short_names
 from arat_fast.cli import main
 from arat_fast.config import AnalyzeConfig
-from arat_fast.reporting import write_report
-from arat_fast.reporting.analysis import read_analyses
-from arat_fast.reporting.analysis_plots import surface_panels
-from arat_fast.reporting.analysis_words import (
+from arat_fast.report import write_report
+from arat_fast.report.analysis import read_analyses
+from arat_fast.report.analysis_plots import surface_panels
+from arat_fast.report.analysis_words import (
     analysis_sentences,
     attacker_words,
     conflict_words,

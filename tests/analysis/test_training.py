@@ -31,11 +31,11 @@ from arat_fast.config import (
 from arat_fast.data.batches import Batch
 from arat_fast.display import Display
 from arat_fast.objectives import TRADES
-from arat_fast.reporting.run import read_run
+from arat_fast.report.run import read_run
+from arat_fast.run.loop import Trainer
+from arat_fast.stop import InterruptedRun
 from arat_fast.training import loop
 from arat_fast.training.checkpoint import load_checkpoint
-from arat_fast.training.interrupt import InterruptedRun
-from arat_fast.training.loop import Trainer
 
 
 def analysed(every: int, epochs: int = 3, **average: object) -> Config:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.attacks import PGD, check_images, perturbation_norm
-from arat_fast.interop import export_plain
 from arat_fast.models import (
     SplitBatchNorm2d,
     convert_split_batch_norm,
@@ -23,6 +22,7 @@ from arat_fast.models import (
     use_branch,
     use_statistics,
 )
+from arat_fast.saved import export_plain
 
 Norm = Literal["Linf", "L2"]
 

@@ -18,8 +18,8 @@ from arat_fast.bench.workload import (
     WEIGHT_DECAY,
     Workload,
 )
-from arat_fast.interop.official import predictors_to_official, state_dict_to_official
 from arat_fast.objectives import ARAT
+from arat_fast.saved.official import predictors_to_official, state_dict_to_official
 from arat_fast.training.step import make_train_step
 
 TINY = [

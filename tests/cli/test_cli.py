@@ -214,7 +214,7 @@ def test_a_run_of_three_classes_has_no_autoattack(
 
 def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An official ResNet-18 on CIFAR needs the data; what is missing is said in one line."""
-    from arat_fast.interop import state_dict_to_official
+    from arat_fast.saved import state_dict_to_official
 
     model = create_model("resnet18", 10)
     torch.save(state_dict_to_official(model.state_dict()), tmp_path / "last.pt")
@@ -358,7 +358,7 @@ def test_out_of_memory_elsewhere_names_the_switches(
     def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("arat_fast.training.loop.evaluate_all", full)
+    monkeypatch.setattr("arat_fast.run.loop.evaluate_all", full)
     message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
     assert "out of memory" in message and "--eval.batch-size" in message
 
@@ -419,7 +419,7 @@ def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "not a whole checkpoint" in refused(capsys, ["eval", str(cut)])
 
     wider = create_model("resnet18", 10, 1, norm="shared")
-    from arat_fast.interop import save_safetensors
+    from arat_fast.saved import save_safetensors
 
     save_safetensors(wider, tmp_path / "other.safetensors")
     message = refused(capsys, ["eval", str(tmp_path / "other.safetensors"), "--recipe", "digits"])

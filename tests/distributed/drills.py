@@ -21,9 +21,9 @@ from tiny import OPTIONS
 from torch import Tensor
 
 import arat_fast.distributed.watch as watch_module
-import arat_fast.reporting
+import arat_fast.report
+import arat_fast.run.loop as loop_module
 import arat_fast.training.checkpoint as checkpoint_module
-import arat_fast.training.loop as loop_module
 from arat_fast.cli import main as command_line
 
 STEPS_PER_EPOCH = 4
@@ -59,7 +59,7 @@ def run(drill: Drill) -> int:
     """Run ``arat-fast train`` in this process; its exit code."""
     torch.set_num_threads(1)
     # The report would be most of the time.
-    arat_fast.reporting.write_report = lambda out: Path(out) / "report.html"
+    arat_fast.report.write_report = lambda out: Path(out) / "report.html"
     spared = drill.first_attempt_only and os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
     # A process is lost sooner than outside of tests.
     watch_module.BEAT_SECONDS, watch_module.LOST_SECONDS = 0.2, 1.5

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import arat_fast.distributed.watch as watch_module
-import arat_fast.reporting
-import arat_fast.training.loop as loop_module
+import arat_fast.report
+import arat_fast.run.loop as loop_module
 from arat_fast.cli import main as command_line
 from arat_fast.distributed import Ranks
-from arat_fast.training.interrupt import InterruptedRun
+from arat_fast.stop import InterruptedRun
 
 SILENT_SECONDS = 2.0
 LATE = 2.5 * SILENT_SECONDS
@@ -99,5 +99,5 @@ def as_rank(ending: str, environment: dict[str, str], log: str) -> None:
             return {"accuracy": {}}
 
     loop_module.Trainer = Trainer  # type: ignore[misc, assignment]
-    arat_fast.reporting.write_report = lambda out: out
+    arat_fast.report.write_report = lambda out: out
     sys.exit(command_line(["train", "digits", "--train.device", "cpu"]))

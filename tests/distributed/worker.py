@@ -21,8 +21,8 @@ from arat_fast.evaluation.suite import (
     save_per_example,
 )
 from arat_fast.objectives import NaturalTraining
+from arat_fast.run.loop import Trainer
 from arat_fast.training.checkpoint import CheckpointFolder
-from arat_fast.training.loop import Trainer
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 
 

@@ -22,9 +22,9 @@ from arat_fast.display import Display
 from arat_fast.evaluation import checkpoint as module
 from arat_fast.evaluation.corruptions import CORRUPTIONS
 from arat_fast.evaluation.record import writing
-from arat_fast.interop import save_safetensors
 from arat_fast.models import create_model
 from arat_fast.recipes import RECIPES, recipe
+from arat_fast.saved import save_safetensors
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 CONFIG = tiny_config(epochs=1, kind="swa", start=0.0, every=1)

@@ -8,7 +8,6 @@ from networks import generator, randomize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arat_fast.interop import export_plain
 from arat_fast.models import (
     MODELS,
     SplitBatchNorm2d,
@@ -20,6 +19,7 @@ from arat_fast.models import (
 from arat_fast.models.layers import Normalize
 from arat_fast.models.wide_resnet import WideResNet
 from arat_fast.objectives.arat import feature_widths
+from arat_fast.saved import export_plain
 
 
 def num_parameters(model: nn.Module) -> int:

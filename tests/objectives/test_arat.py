@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from networks import TinyNet, generator, randomize
 from torch import Tensor, nn
 
-from arat_fast.interop import (
+from arat_fast.models import convert_split_batch_norm, create_model
+from arat_fast.objectives import ARAT
+from arat_fast.objectives.predictor import Predictors
+from arat_fast.saved import (
     export_plain,
     official_predictors_to_state_dict,
     predictors_to_official,
 )
-from arat_fast.models import convert_split_batch_norm, create_model
-from arat_fast.objectives import ARAT
-from arat_fast.objectives.predictor import Predictors
 
 LAYERS = ("layer2.0.bn2", "layer3.0.bn1", "layer3.0.bn2")
 SHAPE = (3, 8, 8)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
 from arat_fast.distributed import Place
-from arat_fast.interop import export_plain
 from arat_fast.models import convert_split_batch_norm
 from arat_fast.objectives import LBGAT, TRADES
 from arat_fast.objectives.normal_start import START_STD
+from arat_fast.saved import export_plain
 from arat_fast.training.step import adversarial_batch, make_train_step, own_start
 
 

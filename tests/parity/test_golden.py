@@ -22,12 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
-from arat_fast.interop import (
-    official_predictors_to_state_dict,
-    official_to_state_dict,
-    predictors_to_official,
-    state_dict_to_official,
-)
 from arat_fast.models import (
     MODELS,
     collect_features,
@@ -36,6 +30,12 @@ from arat_fast.models import (
     use_statistics,
 )
 from arat_fast.objectives import ARAT
+from arat_fast.saved import (
+    official_predictors_to_state_dict,
+    official_to_state_dict,
+    predictors_to_official,
+    state_dict_to_official,
+)
 from arat_fast.training.step import make_train_step
 
 DATA = Path(__file__).parents[1] / "data"

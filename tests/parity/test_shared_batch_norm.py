@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from arat_fast.attacks import PGD
 from arat_fast.build import build_model, build_objective
 from arat_fast.config import Config
-from arat_fast.interop import predictors_to_official
 from arat_fast.objectives import ARAT
 from arat_fast.recipes import recipe
+from arat_fast.saved import predictors_to_official
 from arat_fast.training.step import make_train_step
 
 LAYERS = ("layer2.0.bn2", "layer3.0.bn2")

@@ -29,8 +29,8 @@ from arat_fast.objectives import (
     Objective,
     ObjectiveOutput,
 )
+from arat_fast.run.loop import Trainer
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
-from arat_fast.training.loop import Trainer
 from arat_fast.training.step import adversarial_batch
 
 ATTACK = PGD(eps=0.3, alpha=0.3, num_steps=1)

@@ -21,9 +21,9 @@ from tiny import tiny_config, tiny_trainer
 from torch import Tensor
 
 import arat_fast.training.checkpoint as checkpoint_module
+from arat_fast.stop import InterruptedRun
 from arat_fast.training import loop
 from arat_fast.training.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
-from arat_fast.training.interrupt import InterruptedRun
 
 
 def save(folder: CheckpointFolder, step: int) -> None:

@@ -23,8 +23,8 @@ from arat_fast.display import Display
 from arat_fast.models import MODELS, convert_split_batch_norm, create_model
 from arat_fast.models.layers import StemConv2d, protect_stem
 from arat_fast.objectives import ARAT
+from arat_fast.run.loop import Trainer
 from arat_fast.training.graph import make_capturable
-from arat_fast.training.loop import Trainer
 from arat_fast.training.step import TrainStep, make_train_step
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from arat_fast.config import Config, ObjectiveConfig, config_from_dict, config_to_dict
 from arat_fast.models import create_model
 from arat_fast.objectives import ARREST, LBGAT
-from arat_fast.reporting import write_report
+from arat_fast.report import write_report
+from arat_fast.run.loop import Trainer
+from arat_fast.stop import InterruptedRun
 from arat_fast.training.checkpoint import load_checkpoint
-from arat_fast.training.interrupt import InterruptedRun
-from arat_fast.training.loop import Trainer
 
 
 def config_for(epochs: int = 2, kind: str = "ema", **options: Any) -> Config:

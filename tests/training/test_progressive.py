@@ -16,7 +16,7 @@ from arat_fast.config import DataConfig
 from arat_fast.display import Display
 from arat_fast.models.registry import model_spec
 from arat_fast.recipes import recipe
-from arat_fast.training.loop import Trainer
+from arat_fast.run.loop import Trainer
 
 
 def test_sizes_follow_the_epochs(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch
+from arat_fast.run.loop import Trainer, check_same_run
+from arat_fast.stop import InterruptedRun, StopRequest
 from arat_fast.training.checkpoint import load_checkpoint
-from arat_fast.training.interrupt import InterruptedRun, StopRequest
-from arat_fast.training.loop import Trainer, check_same_run
 from arat_fast.training.metrics import NotFiniteError
 
 STEPS_PER_EPOCH = 4

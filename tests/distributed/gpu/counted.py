@@ -18,7 +18,7 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import torch
 import torch.distributed as dist
 
-import arat_fast.training.loop as loop_module
+import arat_fast.run.loop as loop_module
 from arat_fast.cli import main as command_line
 
 COUNTS: Counter[str] = Counter()

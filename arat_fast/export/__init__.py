@@ -1,0 +1,1 @@
+"""Trained networks written for other software."""

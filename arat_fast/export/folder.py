@@ -1,0 +1,424 @@
+"""The folders that ``arat-fast export`` writes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import string
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast import __version__, load
+from arat_fast.device import versions
+from arat_fast.export.card import model_card, public_command, radius
+from arat_fast.export.measured import Measured, measured
+from arat_fast.export.papers import PAPERS
+from arat_fast.export.programs import require_onnx, save_onnx, save_program
+from arat_fast.files import write_atomic, write_json, write_text
+from arat_fast.saved.naming import NORMALIZATION, NORMALIZED, to_scheme
+from arat_fast.saved.network import RECORD, SavedNetwork, Which, header, read_saved
+from arat_fast.saved.plain import save_tensors
+
+Format = Literal["hub", "robustbench", "torchvision", "timm", "torch-export", "onnx"]
+TOLERANCE = 1e-5
+"""Largest difference of a logit that an export may have, relative to the largest logit or to 1."""
+
+ROBUSTBENCH_SAMPLES = 10_000
+"""Images that RobustBench evaluates on."""
+_NAME = frozenset(f"{string.ascii_letters}{string.digits}-_.")
+_HEADER = (
+    *("recipe", "model", "objective", "weights", "branch"),
+    *("norm", "eps", "mean", "std", "image_shape", "additional_data"),
+)
+_ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    format: Format,
+    out: Path,
+    *,
+    branch: Literal["adv", "clean"] | None = None,
+    weights: Which = "deployed",
+    recipe: str | None = None,
+    name: str | None = None,
+    license: str = "unknown",
+) -> dict[str, Any]:
+    """Write a trained network for other software, with what it is and an example that loads it.
+
+    The folder appears under its name only when everything is in it and what was written has been
+    read back and gives the logits of the network.
+
+    Args:
+        checkpoint: a run's folder, or a file that :func:`arat_fast.load` reads.
+        format: "hub" (safetensors and model card), "robustbench", "torchvision", "timm",
+            "torch-export" or "onnx".
+        out: the folder; absent or empty.
+        branch: of a network with split BatchNorm; None is "adv".
+        weights: "deployed", the average where the run has one, or "last".
+        recipe: gives data and threat model where the file does not hold them.
+        name: of the model, on the card or in RobustBench; None makes one.
+        license: identifier of the weights' licence, for the card.
+
+    Returns:
+        The record, which is ``config.json`` in the folder.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        FileExistsError: ``out`` has files in it.
+        ValueError: the network, its branch or its data cannot be exported in this format.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} has files in it already: choose another folder with --out")
+    if format == "onnx":
+        require_onnx()
+    saved = read_saved(checkpoint, recipe=recipe, weights=weights)
+    model, exported = saved.plain(branch)
+    found = measured(saved, exported)
+    record = _record(saved, exported, format, found)
+    name = name or _default_name(record)
+    if not set(name) <= _NAME or name.startswith("."):
+        raise ValueError(f"--name must be letters, digits, '-', '_' and '.', got {name!r}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        work.chmod(0o755)
+        _write(work, model, record, found, name, license)
+        if out.exists():
+            out.rmdir()
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def _default_name(record: Mapping[str, Any]) -> str:
+    paper = PAPERS.get(str(record["objective"]))
+    if (
+        record["format"] == "robustbench"
+        and paper is not None
+        and record["model"] in _ARCHITECTURES
+    ):
+        return f"{paper.key}_{_ARCHITECTURES[record['model']][1]}"
+    parts = (record["dataset"], record["model"], record["objective"])
+    return "-".join("".join(c if c in _NAME else "-" for c in str(part)) for part in parts if part)
+
+
+def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -> dict[str, Any]:
+    facts = saved.facts
+    summary = found.summary
+    return {
+        "format": format,
+        "weights_file": None,
+        "model": saved.name,
+        "num_classes": saved.num_classes,
+        "classes": list(found.classes),
+        "image_shape": list(saved.image_shape),
+        "input_range": [0, 1],
+        "mean": list(facts["mean"]),
+        "std": list(facts["std"]),
+        "branch": branch,
+        "weights": saved.weights,
+        "recipe": facts.get("recipe"),
+        "dataset": saved.config.data.name if saved.config is not None else None,
+        "objective": facts.get("objective"),
+        "norm": facts.get("norm"),
+        "eps": facts.get("eps"),
+        "additional_data": facts.get("additional_data"),
+        "accuracy": {
+            key: {
+                "value": value.value,
+                "correct": value.correct,
+                "num_samples": value.num_samples,
+                **value.details,
+            }
+            for key, value in found.accuracies.items()
+        },
+        "training": {
+            key: summary.get(key)
+            for key in ("epochs", "steps", "seed", "precision", "device", "versions", "commit")
+            if key in summary
+        }
+        | ({"command": public_command(str(summary["command"]))} if "command" in summary else {}),
+        "source": saved.path.name,
+        "exported_with": {"arat_fast": __version__, **versions()},
+    }
+
+
+def _write(
+    folder: Path,
+    model: nn.Module,
+    record: dict[str, Any],
+    found: Measured,
+    name: str,
+    license: str,
+) -> None:
+    format = record["format"]
+    strings = {k: v for k, v in record.items() if k in _HEADER and v is not None}
+    shape = tuple(record["image_shape"])
+    assert len(shape) == 3
+    file = {"torchvision": "model.pth", "torch-export": "model.pt2", "onnx": "model.onnx"}.get(
+        format, "model.safetensors"
+    )
+    if format == "robustbench":
+        file = _write_robustbench(folder, model, record, found, name)
+    elif format == "torch-export":
+        program = save_program(model, shape, folder / file, strings)
+    elif format == "onnx":
+        program = save_onnx(model, shape, folder / file, strings)
+    else:
+        state = to_scheme(model.state_dict(), record["model"], format)
+        if format == "torchvision":
+            _save_state(folder / file, state)
+        else:
+            save_tensors(state, folder / file, header(strings))
+    record["weights_file"] = file
+    example = _example(record, name)
+    write_text(folder / "example.py", example)
+    if format == "hub":
+        card = model_card(record, found, name, license, example)
+        write_text(folder / "README.md", card)
+    record["sha256"] = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    write_json(folder / RECORD, record)
+    if format not in ("torch-export", "onnx"):
+        program = load(folder)
+    record["largest_difference"], record["largest_logit"] = _difference(model, program, shape)
+    write_json(folder / RECORD, record)
+
+
+def _difference(model: nn.Module, program: Any, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Largest difference of a logit at batch sizes 1 and 7, and largest logit."""
+    generator = torch.Generator().manual_seed(0)
+    difference = largest = 0.0
+    for batch in (1, 7):
+        x = torch.rand(batch, *shape, generator=generator)
+        with torch.no_grad():
+            expected = model(x)
+            found = float((program(x) - expected).abs().max())
+        size = float(expected.abs().max())
+        if not found <= TOLERANCE * max(1.0, size):
+            raise ValueError(
+                f"what was written gives other logits: they differ by {found:.3g}, expected at "
+                f"most {TOLERANCE:g} of the largest, {size:.3g}, or of 1; nothing was exported"
+            )
+        difference, largest = max(difference, found), max(largest, size)
+    return difference, largest
+
+
+def _save_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    content = {name: tensor.detach().clone() for name, tensor in state.items()}
+    write_atomic(path, lambda file: torch.save(content, file))
+
+
+def _write_robustbench(
+    folder: Path, model: nn.Module, record: dict[str, Any], found: Measured, name: str
+) -> str:
+    """Weights and model_info where RobustBench looks for them; the name of the weights' file."""
+    state = to_scheme(model.state_dict(), record["model"], "robustbench")
+    dataset, norm = record["dataset"], record["norm"]
+    if dataset not in ("cifar10", "cifar100"):
+        raise ValueError(
+            f"RobustBench evaluates cifar10 and cifar100, got a network for "
+            f"{dataset or 'unknown data (add --recipe NAME)'}: export it in the format hub, "
+            "torch-export or onnx"
+        )
+    # What names the dataset, a run or a recipe, names the ball too.
+    assert norm is not None and record["eps"] is not None
+    if record["image_shape"] != [3, 32, 32]:
+        raise ValueError(
+            f"RobustBench's classes take images of 3×32×32, got {record['image_shape']}"
+        )
+    if record["mean"]:
+        # The keys of RobustBench's normalize_model around the network.
+        state = {f"{NORMALIZED}{key}": tensor for key, tensor in state.items()}
+        for key in ("mean", "std"):
+            state[f"{NORMALIZATION}{key}"] = torch.tensor(record[key]).view(1, -1, 1, 1)
+    entry = _model_info(record, found)
+    for kind in ("models", "model_info"):
+        (folder / kind / dataset / norm).mkdir(parents=True)
+    file = f"models/{dataset}/{norm}/{name}.pt"
+    _save_state(folder / file, state)
+    write_json(folder / "model_info" / dataset / norm / f"{name}.json", entry)
+    return file
+
+
+def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
+    """RobustBench's entry; an accuracy that was not measured as it asks for stays null."""
+    paper = PAPERS.get(str(record["objective"]))
+    fields = ("link", "name", "authors", "venue")
+    publication = {key: getattr(paper, key) if paper is not None else None for key in fields}
+    footnote = "Trained with arat_fast; not the weights of the paper's authors."
+    if record["additional_data"]:
+        footnote += " Additional images were mixed into the training batches."
+    return {
+        "link": publication["link"],
+        "name": publication["name"],
+        "authors": publication["authors"],
+        "additional_data": record["additional_data"],
+        "number_forward_passes": 1,
+        "dataset": record["dataset"],
+        "venue": publication["venue"],
+        "architecture": _ARCHITECTURES[record["model"]][0],
+        "eps": radius(record["eps"]),
+        "clean_acc": _percent(found, "clean", record),
+        "reported": None,
+        "autoattack_acc": _percent(found, "autoattack", record),
+        "footnote": footnote,
+    }
+
+
+def _percent(found: Measured, key: str, record: Mapping[str, Any]) -> str | None:
+    accuracy = found.accuracies.get(key)
+    if accuracy is None or accuracy.num_samples != ROBUSTBENCH_SAMPLES:
+        return None
+    details = accuracy.details
+    if key == "autoattack" and (
+        details.get("version") != "standard"
+        or details.get("norm") != record["norm"]
+        or details.get("eps") != record["eps"]
+    ):
+        return None
+    return f"{100 * accuracy.value:.2f}"
+
+
+def _example(record: Mapping[str, Any], name: str) -> str:
+    """Python that loads the network from its folder into ``model`` and runs it."""
+    shape = ", ".join(str(size) for size in record["image_shape"])
+    lines = _EXAMPLES[record["format"]](record)
+    image = f"torch.rand(1, {shape})"
+    call = (
+        f'model.run(None, {{"image": {image}.numpy()}})[0]'
+        if record["format"] == "onnx"
+        else f"model({image})"
+    )
+    lines += [
+        f"logits = {call}  # images in [0, 1]",
+        'print("predicted class:", int(logits.argmax()))',
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _hub_example(record: Mapping[str, Any]) -> list[str]:
+    return ["import torch", "", "import arat_fast", "", 'model = arat_fast.load(".")']
+
+
+def _program_example(record: Mapping[str, Any]) -> list[str]:
+    return [
+        "import warnings",
+        "",
+        "import torch",
+        "",
+        "# The weights are read from a buffer that torch finds read-only; nothing writes to them.",
+        'warnings.filterwarnings("ignore", "The given buffer is not writable")',
+        'model = torch.export.load("model.pt2").module()',
+    ]
+
+
+def _onnx_example(record: Mapping[str, Any]) -> list[str]:
+    return [
+        "import onnxruntime",
+        "import torch",
+        "",
+        'model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])',
+    ]
+
+
+def _robustbench_example(record: Mapping[str, Any]) -> list[str]:
+    classes = record["num_classes"]
+    if record["model"] == "resnet18":
+        module, names = "resnet", "BasicBlock, ResNet"
+        network = f"ResNet(BasicBlock, [2, 2, 2, 2], num_classes={classes})"
+    else:
+        module, names = "wide_resnet", "WideResNet"
+        network = f"WideResNet(depth=34, widen_factor=10, num_classes={classes})"
+    lines = [
+        "import torch",
+        f"from robustbench.model_zoo.architectures.{module} import {names}",
+    ]
+    if record["mean"]:
+        lines.append(
+            "from robustbench.model_zoo.architectures.utils_architectures import normalize_model"
+        )
+        network = f"normalize_model({network}, {record['mean']}, {record['std']})"
+    return [
+        *lines,
+        "",
+        f"model = {network}",
+        f'model.load_state_dict(torch.load("{record["weights_file"]}", weights_only=True))',
+        "model.eval()",
+    ]
+
+
+def _torchvision_example(record: Mapping[str, Any]) -> list[str]:
+    channels = record["image_shape"][0]
+    lines = [
+        "import torch",
+        "from torch import nn",
+        f"from torchvision.models import {record['model']}",
+        "from torchvision.transforms import Normalize",
+        "",
+        f"network = {record['model']}(num_classes={record['num_classes']})",
+        *_stem(record["model"], channels),
+        'network.load_state_dict(torch.load("model.pth", weights_only=True))',
+    ]
+    return _normalized(lines, record)
+
+
+def _timm_example(record: Mapping[str, Any]) -> list[str]:
+    channels = record["image_shape"][0]
+    lines = [
+        "import timm",
+        "import torch",
+        "from safetensors.torch import load_file",
+        "from torch import nn",
+        "from torchvision.transforms import Normalize",
+        "",
+        f'network = timm.create_model("{record["model"]}", num_classes={record["num_classes"]}'
+        f", in_chans={channels})",
+        *(_stem(record["model"], channels) if record["model"] == "resnet18" else []),
+        'network.load_state_dict(load_file("model.safetensors"))',
+    ]
+    return _normalized(lines, record)
+
+
+def _stem(model: str, channels: int) -> list[str]:
+    """What differs from the library's own class, if anything does."""
+    if model == "resnet18":
+        return [
+            "# The stem for small images: 3×3, no pooling.",
+            f"network.conv1 = nn.Conv2d({channels}, 64, 3, 1, 1, bias=False)",
+            "network.maxpool = nn.Identity()",
+        ]
+    if channels != 3:
+        return [f"network.conv1 = nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"]
+    return []
+
+
+def _normalized(lines: list[str], record: Mapping[str, Any]) -> list[str]:
+    if record["mean"]:
+        return [
+            *lines,
+            f"model = nn.Sequential(Normalize({record['mean']}, {record['std']}), network).eval()",
+        ]
+    unused = {"from torchvision.transforms import Normalize"}
+    if not any("nn." in line for line in lines):
+        unused.add("from torch import nn")
+    return [*(line for line in lines if line not in unused), "model = network.eval()"]
+
+
+_EXAMPLES = {
+    "hub": _hub_example,
+    "robustbench": _robustbench_example,
+    "torchvision": _torchvision_example,
+    "timm": _timm_example,
+    "torch-export": _program_example,
+    "onnx": _onnx_example,
+}

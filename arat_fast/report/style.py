@@ -1,0 +1,135 @@
+"""One look for every plot: colours that stay apart for every eye, and SVG that needs nothing."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from arat_fast.report.run import Numbers
+
+# Okabe and Ito's palette, safe for colour-blind readers; every plot also tells its lines apart by
+# dashes or markers.
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+INK = "#1c2330"
+GREY = "#5b6472"
+LINE = "#d9dde3"
+
+CLEAN = BLUE
+ADVERSARIAL = VERMILLION
+SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (8, 3)),
+)
+MARKERS = ("o", "s", "D", "^", "v", "P")
+
+# Any: the type of the keys differs between versions of matplotlib.
+_PARAMETERS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.color": INK,
+    # Names come from files: a dollar sign in one is a dollar sign, not a formula.
+    "text.parse_math": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "svg.fonttype": "path",
+    # Fixed, so that the same run gives the same file.
+    "svg.hashsalt": "arat_fast",
+}
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """The shared matplotlib style; global settings are put back afterwards."""
+    with matplotlib.rc_context(_PARAMETERS):
+        yield
+
+
+def new_axes(width: float = 5.0, height: float = 3.1) -> tuple[Figure, Axes]:
+    """A figure of ``width`` by ``height`` inches with one pair of axes; call in the style."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def legend_above(axes: Axes, num_columns: int = 2) -> None:
+    """The legend above the axes, where it never hides a line."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 1.0),
+            ncol=num_columns,
+            columnspacing=1.4,
+            handlelength=2.4,
+            borderaxespad=0.2,
+        )
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as an SVG file."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A folder's name may use letters that the font lacks; it is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        # Outside of the style, the names inside the file would be random.
+        with plot_style():
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def plot_text(text: str, limit: int = 28) -> str:
+    """A name for a plot: printable, and cut in the middle where it is longer than ``limit``."""
+    clean = text.encode("utf-8", "replace").decode()
+    clean = "".join(c if c.isprintable() else " " for c in clean).lstrip("_") or "?"
+    if len(clean) <= limit:
+        return clean
+    head = limit // 2
+    return f"{clean[:head]}…{clean[len(clean) - (limit - head - 1) :]}"
+
+
+def running_mean(values: Numbers, window: int) -> Numbers:
+    """Centred mean over ``window`` points, over what there is at the ends; NaN is left out."""
+    if window <= 1 or len(values) == 0:
+        return values
+    present = np.isfinite(values)
+    kernel = np.ones(min(window, len(values)))
+    total = np.convolve(np.where(present, values, 0.0), kernel, mode="same")
+    number = np.convolve(present.astype(np.float64), kernel, mode="same")
+    result = np.full(len(values), np.nan)
+    np.divide(total, number, out=result, where=number > 0.5)
+    return result

@@ -1,5 +1,0 @@
-"""The report of a run: one HTML file that needs nothing else."""
-
-from arat_fast.reporting.report import write_report
-
-__all__ = ["write_report"]

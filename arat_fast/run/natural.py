@@ -1,0 +1,73 @@
+"""The naturally trained network that adversarial finetuning starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from arat_fast.config import Config, ObjectiveConfig
+from arat_fast.saved.plain import read_safetensors
+from arat_fast.saved.weights import load_weights
+
+FOLDER = "natural"
+"""Folder, inside a run's own, of the natural run that it trains first."""
+
+
+def natural_config(config: Config) -> Config:
+    """The natural run that precedes ``config``: same data, network, optimiser and averaging."""
+    return dataclasses.replace(
+        config,
+        objective=ObjectiveConfig("natural"),
+        train=dataclasses.replace(
+            config.train,
+            epochs=config.objective.teacher_epochs or config.train.epochs,
+            eval_every=0,
+            keep_best=False,
+        ),
+        eval=dataclasses.replace(config.eval, autoattack=False),
+    )
+
+
+def load_natural(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Load the weights of a natural run into a network.
+
+    Args:
+        model: the network; unchanged where an error is raised.
+        path: the run's folder, or weights that a run has exported.
+
+    Returns:
+        What is known of the run, as JSON types: "source", and from its folder's summary "epochs",
+        "train_seconds" and "clean", the accuracy on the test images; None where it is not known.
+
+    Raises:
+        FileNotFoundError: there are no such weights.
+        ValueError: they are damaged, were not trained naturally, or belong to another network.
+    """
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"no weights at {weights}; expected the folder of a finished natural run, or its "
+            "model.safetensors"
+        )
+    tensors, metadata = read_safetensors(weights)
+    objective = metadata.get("objective", "natural")
+    if objective != "natural":
+        raise ValueError(
+            f"{weights} was trained with {objective}, expected a naturally trained model: "
+            "arat-fast train RECIPE --objective.name natural makes one"
+        )
+    load_weights(model, tensors, str(weights))
+    summary: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        summary = json.loads((weights.parent / "summary.json").read_text())
+    return {
+        "source": str(path),
+        "epochs": summary.get("epochs"),
+        "train_seconds": summary.get("wall_seconds", {}).get("train"),
+        "clean": summary.get("accuracy", {}).get("clean", {}).get("value"),
+    }

@@ -1,0 +1,264 @@
+"""Checkpoints of the official AR-AT code (https://github.com/futakw/AR-AT), both ways.
+
+There every BatchNorm is a dictionary of two: ``bn1.clean.weight`` and ``bn1.adv.weight`` are the
+rows of ``bn1.weight`` here. All other names are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.models.registry import MODELS, create_model
+from arat_fast.objectives.predictor import Predictors
+from arat_fast.saved.weights import (
+    difference,
+    load_weights,
+    network_size,
+    read_tensor_file,
+)
+
+BRANCHES = ("clean", "adv")
+# The default of the official --bn_names; its scripts pass clean,adv.
+OTHER_BRANCHES = ("base", "base_adv")
+# DataParallel, the feature extractor around the network, an old wrapper, torch.compile.
+WRAPPERS = ("module.", "model.", "net.", "_orig_mod.")
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_PREDICTOR = {
+    "weight1": "predictor_x.0.weight",
+    "bn_weight": "predictor_x.1.weight",
+    "bn_bias": "predictor_x.1.bias",
+    "running_mean": "predictor_x.1.running_mean",
+    "running_var": "predictor_x.1.running_var",
+    "num_batches_tracked": "predictor_x.1.num_batches_tracked",
+    "weight2": "predictor_x.3.weight",
+    "bias2": "predictor_x.3.bias",
+}
+
+
+def load_official_checkpoint(path: str | Path, num_classes: int | None = None) -> nn.Module:
+    """Load a checkpoint of the official code into a built-in network.
+
+    The architecture and the number of classes are read off the tensors' names and shapes. The file
+    is read with ``weights_only=True``: no code in it runs.
+
+    Args:
+        path: a file written by ``torch.save``: a state dict, bare or under "state_dict", "model" or
+            "net".
+        num_classes: number of logits expected; None takes what the file has.
+
+    Returns:
+        The network in eval mode, float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not such a checkpoint, or has another number of
+            classes.
+    """
+    path = Path(path)
+    model, name = official_network(read_tensor_file(path), path)
+    classes, _ = network_size(model.state_dict(), name)
+    if num_classes is not None and classes != num_classes:
+        raise ValueError(f"{path} is a network of {classes} classes, expected {num_classes}")
+    return model
+
+
+def official_network(content: object, path: Path) -> tuple[nn.Module, str]:
+    """:func:`load_official_checkpoint` of a file that is read already; with the network's name.
+
+    Args:
+        content: of the file.
+        path: the file, for the errors.
+
+    Raises:
+        ValueError: the content is not such a checkpoint.
+    """
+    tensors = _tensors(content, path)
+    try:
+        state = official_to_state_dict(tensors)
+        name = _detect(state)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an official checkpoint: {error}") from error
+    model = create_model(name, *network_size(state, name))
+    load_weights(model, state, str(path))
+    return model.eval(), name
+
+
+def official_to_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names → names and shapes of the built-in networks.
+
+    Args:
+        official: a state dict; the prefixes of :data:`WRAPPERS` are removed where all names have
+            them.
+
+    Returns:
+        New tensors; those of a BatchNorm are stacked, row 0 clean and row 1 adversarial.
+
+    Raises:
+        ValueError: a BatchNorm lacks a branch, or both naming schemes of the branches occur.
+    """
+    official = _strip_wrappers(official)
+    branches = _branch_names(official)
+    result: dict[str, Tensor] = {}
+    for name, tensor in official.items():
+        path, _, last = name.rpartition(".")
+        layer, _, branch = path.rpartition(".")
+        if branch not in branches:
+            result[name] = tensor.clone()
+            continue
+        pair = [f"{layer}.{b}.{last}" for b in branches]
+        for other in pair:
+            if other not in official:
+                raise ValueError(f"{name} needs both branches, got no {other}")
+        if official[pair[0]].shape != official[pair[1]].shape:
+            raise ValueError(
+                f"{pair[0]} and {pair[1]} must have one shape, got "
+                f"{tuple(official[pair[0]].shape)} and {tuple(official[pair[1]].shape)}"
+            )
+        result[f"{layer}.{last}"] = torch.stack([official[key] for key in pair])
+    return result
+
+
+def state_dict_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of :func:`official_to_state_dict`, for any network with split BatchNorm.
+
+    Args:
+        state: ``model.state_dict()``.
+
+    Returns:
+        New tensors under the official names.
+
+    Raises:
+        ValueError: the network has no split BatchNorm.
+    """
+    result: dict[str, Tensor] = {}
+    split = {
+        name.rpartition(".")[0]
+        for name, tensor in state.items()
+        if name.endswith(".running_mean") and tensor.ndim == 2
+    }
+    if not split:
+        raise ValueError(
+            "a network with split BatchNorm is expected, got none: (2, C) running statistics"
+        )
+    done = set()
+    for name, tensor in state.items():
+        layer, _, last = name.rpartition(".")
+        if layer not in split:
+            result[name] = tensor.clone()
+        elif layer not in done:
+            done.add(layer)
+            own = [key for key in ("weight", "bias", *_STATISTICS) if f"{layer}.{key}" in state]
+            for row, branch in enumerate(BRANCHES):
+                for key in own:
+                    result[f"{layer}.{branch}.{key}"] = state[f"{layer}.{key}"][row].clone()
+        elif last not in ("weight", "bias", *_STATISTICS):
+            result[name] = tensor.clone()
+    return result
+
+
+def official_predictors_to_state_dict(
+    official: Sequence[Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """State dict of :class:`arat_fast.objectives.predictor.Predictors` from the official ones.
+
+    Args:
+        official: the state dict of each layer's official loss module (``predictor_x.0.weight`` …),
+            in the order of the layers.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    groups: dict[int, list[Mapping[str, Tensor]]] = {}
+    for index, state in enumerate(official):
+        missing = [name for name in _PREDICTOR.values() if name not in state]
+        if missing:
+            raise ValueError(
+                f"predictor {index} lacks {missing[0]}, expected {', '.join(_PREDICTOR.values())}"
+            )
+        groups.setdefault(state["predictor_x.0.weight"].shape[1], []).append(state)
+    result = {}
+    for stack, members in enumerate(groups.values()):
+        for ours, theirs in _PREDICTOR.items():
+            rows = [state[theirs] for state in members]
+            # All predictors see every batch: one counter serves them.
+            counter = ours == "num_batches_tracked"
+            result[f"stacks.{stack}.{ours}"] = rows[0].clone() if counter else torch.stack(rows)
+    return result
+
+
+def predictors_to_official(predictors: Predictors) -> list[dict[str, Tensor]]:
+    """Inverse of :func:`official_predictors_to_state_dict`: one state dict per layer, in order."""
+    state = predictors.state_dict()
+    result: list[dict[str, Tensor]] = [{} for _ in range(predictors.num_layers)]
+    for stack, members in enumerate(predictors.groups):
+        for ours, theirs in _PREDICTOR.items():
+            rows = state[f"stacks.{stack}.{ours}"]
+            for slot, index in enumerate(members):
+                result[index][theirs] = (rows if rows.ndim == 0 else rows[slot]).clone()
+    return result
+
+
+def _tensors(content: object, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model", "net"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path} is not a state dict: expected tensors by name, got {name!r} of type "
+                f"{type(value).__name__}"
+            )
+    return dict(content)
+
+
+def _strip_wrappers(official: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    while official:
+        prefix = next((w for w in WRAPPERS if all(k.startswith(w) for k in official)), None)
+        if prefix is None:
+            break
+        official = {name[len(prefix) :]: tensor for name, tensor in official.items()}
+    return official
+
+
+def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
+    parts = {part for name in official for part in name.split(".")}
+    schemes = [names for names in (BRANCHES, OTHER_BRANCHES) if parts.intersection(names)]
+    if len(schemes) > 1:
+        raise ValueError(
+            f"BatchNorm branches named {', '.join(BRANCHES)} or {', '.join(OTHER_BRANCHES)} are "
+            "expected, got both"
+        )
+    if not schemes:
+        raise ValueError(
+            f"two BatchNorm branches, {' and '.join(BRANCHES)}, are expected under names such as "
+            f"bn1.clean.weight, got {next(iter(official), 'no tensor')} and no such name"
+        )
+    return schemes[0]
+
+
+def _detect(state: Mapping[str, Tensor]) -> str:
+    """Name of the built-in network that has exactly these tensors."""
+    problems, unlike = [], []
+    for name, spec in MODELS.items():
+        if not spec.has_batch_norm:
+            continue
+        try:
+            size = network_size(state, name)
+        except ValueError as error:
+            unlike.append(str(error))
+            continue
+        with torch.device("meta"):
+            expected = create_model(name, *size).state_dict()
+        problem = difference(expected, state)
+        if problem is None:
+            return name
+        common = len(expected.keys() & state.keys()) / len(expected.keys() | state.keys())
+        problems.append((common, f"{problem}, for the nearest network, {name}"))
+    raise ValueError(max(problems)[1] if problems else unlike[0])

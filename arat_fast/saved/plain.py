@@ -1,0 +1,175 @@
+"""The network that is deployed: ordinary BatchNorm, weights as safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from arat_fast.files import write_atomic
+from arat_fast.models.split_batch_norm import ADV, CLEAN, SplitBatchNorm2d, copy_network
+from arat_fast.saved.weights import load_weights
+
+
+def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> nn.Module:
+    """A copy of a network with ordinary ``nn.BatchNorm2d`` layers, those of one branch.
+
+    A built-in network becomes what ``create_model(..., norm="shared")`` builds. Module paths and
+    training mode stay; ``model`` itself is unchanged. In eval mode its logits are those of the
+    branch, bit for bit.
+
+    Args:
+        model: any network with :class:`arat_fast.models.SplitBatchNorm2d` layers.
+        branch: "adv", the model that is deployed, or "clean".
+
+    Raises:
+        ValueError: unknown branch, or the network has no split layer.
+    """
+    if branch not in ("clean", "adv"):
+        raise ValueError(f'branch must be "clean" or "adv", got {branch!r}')
+    if not any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
+        raise ValueError("a network with split BatchNorm is expected, got one without")
+    return _plain(copy_network(model), ADV if branch == "adv" else CLEAN, {})
+
+
+def save_safetensors(
+    model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write parameters and buffers of a network to a safetensors file, whole or not at all.
+
+    Args:
+        model: any network; tensors that share memory are written one by one.
+        path: the file; its folder exists.
+        metadata: strings kept in the file's header.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    save_tensors(model.state_dict(), path, metadata)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """:func:`save_safetensors` of tensors by name."""
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    content = safetensors.torch.save(copies, dict(metadata or {}))
+    write_atomic(Path(path), partial(_write, content))
+
+
+def load_safetensors(model: nn.Module, path: str | Path) -> dict[str, str]:
+    """Load what :func:`save_safetensors` wrote into a network of the same architecture.
+
+    Args:
+        model: the network; unchanged where an error is raised.
+        path: the file.
+
+    Returns:
+        The file's metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or belongs to another network.
+    """
+    path = Path(path)
+    tensors, metadata = read_safetensors(path)
+    load_weights(model, tensors, str(path))
+    return metadata
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, on the CPU.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                tensors[name] = file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read: expected a whole safetensors "
+            f"file, got {error}"
+        ) from error
+    return tensors, metadata
+
+
+class _BatchNormAct2d(nn.BatchNorm2d):
+    """BatchNorm, dropout, activation: what a converted BatchNormAct2d of timm is exported to."""
+
+    def __init__(
+        self, num_features: int, drop: nn.Module, act: nn.Module, **kwargs: object
+    ) -> None:
+        super().__init__(num_features, **kwargs)  # type: ignore[arg-type]  # forwarded keywords
+        self.drop = drop
+        self.act = act
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(input)))
+        return y
+
+
+def _plain(module: nn.Module, row: int, done: dict[int, nn.Module]) -> nn.Module:
+    # A layer shared by two parents must stay shared.
+    if id(module) in done:
+        return done[id(module)]
+    result = module
+    if isinstance(module, SplitBatchNorm2d):
+        result = _plain_layer(module, row)
+    else:
+        # Not named_children, which leaves out the second name of a layer.
+        for name, child in list(module._modules.items()):
+            if child is None:
+                continue
+            replaced = _plain(child, row, done)
+            if replaced is not child:
+                setattr(module, name, replaced)
+    done[id(module)] = result
+    return result
+
+
+def _plain_layer(split: SplitBatchNorm2d, row: int) -> nn.BatchNorm2d:
+    keywords: dict[str, object] = {
+        "eps": split.eps,
+        "momentum": split.momentum,
+        "affine": split.weight is not None,
+        "device": split.running_mean.device,
+        "dtype": split.running_mean.dtype,
+    }
+    drop, act = getattr(split, "drop", None), getattr(split, "act", None)
+    if isinstance(drop, nn.Module) and isinstance(act, nn.Module):
+        plain: nn.BatchNorm2d = _BatchNormAct2d(split.num_features, drop, act, **keywords)
+    else:
+        plain = nn.BatchNorm2d(split.num_features, **keywords)  # type: ignore[arg-type]  # mixed
+    own = split.state_dict()
+    with torch.no_grad():
+        tensors = (*plain.named_parameters(recurse=False), *plain.named_buffers(recurse=False))
+        for name, tensor in tensors:
+            tensor.copy_(own[name][row])
+    if split.weight is not None and split.bias is not None:
+        plain.weight.requires_grad_(split.weight.requires_grad)
+        plain.bias.requires_grad_(split.bias.requires_grad)
+    plain.training = split.training
+    return plain
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)

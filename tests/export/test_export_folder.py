@@ -1,0 +1,627 @@
+"""arat-fast export: what each format writes, that it loads where it says, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from networks import generator, randomize
+from tiny import tiny_config, tiny_trainer
+from torch import Tensor, nn
+
+import arat_fast
+from arat_fast.cli import main
+from arat_fast.config import Config
+from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+from arat_fast.evaluation.pieces import checksum
+from arat_fast.export import folder
+from arat_fast.export.card import public_command, radius
+from arat_fast.export.folder import export_checkpoint
+from arat_fast.export.programs import ONNX_PACKAGES, save_program
+from arat_fast.models import create_model
+from arat_fast.recipes import recipe
+from arat_fast.saved import export_plain, save_safetensors
+from arat_fast.saved.naming import SCHEMES, from_scheme, to_scheme
+from arat_fast.saved.network import describe, header, read_saved
+from arat_fast.statistics import wilson_interval
+
+DATA = Path(__file__).parents[1] / "data"
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+onnx_only = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ONNX_PACKAGES),
+    reason="the extra onnx is not installed",
+)
+robustbench_only = pytest.mark.skipif(
+    importlib.util.find_spec("robustbench") is None, reason="robustbench is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with an average and normalisation, whose command names a folder."""
+    config = tiny_config(epochs=1, kind="ema", start=0.0, decay=0.5)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, mean=(0.3,), std=(0.4,))
+    )
+    out = tmp_path_factory.mktemp("export") / "run"
+    trainer = tiny_trainer(out, config)
+    trainer.command = "arat-fast train digits --out /home/me/run --seed 0"
+    trainer.run()
+    return out
+
+
+def weights(path: Path, name: str, recipe_name: str, normalize: bool = False) -> nn.Module:
+    """Exported weights of a run that never was; the network they hold."""
+    config: Config = recipe(recipe_name)
+    if normalize:
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, mean=MEAN, std=STD)
+        )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+    torch.manual_seed(0)
+    model = create_model(name, 10, 3, "split", config.model.mean, config.model.std)
+    plain = export_plain(randomize(model)).eval()
+    size = 64 if name == "resnet50" else 32
+    save_safetensors(plain, path, header(describe(config, "ema", "adv", (3, size, size))))
+    return plain
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=generator(5))
+
+
+def run_example(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The network that a folder's own example builds; the example prints a class."""
+    monkeypatch.chdir(out)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        names = runpy.run_path("example.py")
+    (logits,) = names["logits"]
+    assert printed.getvalue() == f"predicted class: {int(logits.argmax())}\n"
+    return names["model"]
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "config.json").read_text())
+    return content
+
+
+def test_hub_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "hub"
+    record = export_checkpoint(run, "hub", out, license="mit", name="robust-digits")
+    assert {p.name for p in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "example.py",
+        "model.safetensors",
+    }
+    assert record == record_of(out)
+    assert (record["branch"], record["weights"], record["classes"]) == (
+        "adv",
+        "ema",
+        list("0123456789"),
+    )
+    x, expected = images(7, 1, 8, 8), arat_fast.load(run)
+    assert torch.equal(run_example(out, monkeypatch)(x), expected(x))
+    summary = json.loads((run / "summary.json").read_text())
+    card = (out / "README.md").read_text()
+    assert card.startswith('---\nlicense: "mit"\n') and '- "digits"' in card
+    for name, label in (("clean", "Clean"), ("pgd1", "PGD-1")):
+        measured = summary["accuracy"][name]
+        low, high = wilson_interval(measured["correct"], measured["num_samples"])
+        interval = f"{100 * low:.2f} to {100 * high:.2f} %"
+        assert f"| {label} | {100 * measured['value']:.2f} % | {interval} | 40 |" in card
+    assert "Linf, radius 0.12" in card and "not a certificate" in card
+    assert "arat-fast train digits --seed 0" in card and "/home/me" not in card
+    assert (out / "example.py").read_text() in card
+    assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
+
+
+def test_figures_of_other_weights_are_not_on_the_card(run: Path, tmp_path: Path) -> None:
+    clean = export_checkpoint(run, "hub", tmp_path / "clean", branch="clean")
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(clean["accuracy"]) == ["clean"]
+    assert clean["accuracy"]["clean"]["correct"] == summary["accuracy"]["clean_branch"]["correct"]
+    assert "not robust" in (tmp_path / "clean" / "README.md").read_text()
+    last = export_checkpoint(run, "hub", tmp_path / "last", weights="last")
+    assert last["weights"] == "last" and last["accuracy"] == {}
+    assert "Nothing was measured of these weights" in (tmp_path / "last" / "README.md").read_text()
+
+
+def test_what_eval_found_of_a_run_is_on_its_card(run: Path, tmp_path: Path) -> None:
+    """Figures on more images replace the run's own; corruptions are counted by image."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    attacks = ["pgd", "corruptions"]
+    out = copy / "evaluation.json"
+    accuracy = evaluate_checkpoint(
+        copy, attacks=attacks, max_samples=60, device="cpu", out=out, num_steps=2
+    )["accuracy"]
+    record = export_checkpoint(copy, "hub", tmp_path / "hub")
+    found = record["accuracy"]
+    assert [found[name]["num_samples"] for name in ("clean", "pgd1", "pgd2")] == [60, 40, 60]
+    card = (tmp_path / "hub" / "README.md").read_text()
+    low, high = accuracy["corruptions"]["interval"]
+    line = f"{100 * low:.2f} to {100 * high:.2f} % | 60 | 75 corrupted copies of each image; "
+    assert line in card and "must not be compared with those of CIFAR-10-C" in card
+    front, _, body = card.removeprefix("---").partition("---")
+    assert "PGD-2" in front and "orruption" not in front and "orruption" in body
+    assert "from `summary.json` and `evaluation.json`; Wilson intervals, for the" in body
+    # More images in another ball count for the clean accuracy, not for an attack.
+    weaker = evaluate_checkpoint(
+        copy, attacks=["pgd"], max_samples=80, device="cpu", out=tmp_path / "m.json", eps=0.01
+    )
+    (copy / "checkpoint.evaluation.json").write_text(json.dumps(weaker))
+    again = export_checkpoint(copy, "hub", tmp_path / "again")["accuracy"]
+    assert again["clean"]["num_samples"] == 80 and again["pgd1"] == found["pgd1"]
+
+
+@pytest.mark.parametrize("unsup", [Path("/home/me/generated"), None])
+def test_additional_data_are_said(unsup: Path | None, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    plain = weights(path, "resnet18", "cifar10-resnet18")
+    config = recipe("cifar10-resnet18")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=unsup))
+    save_safetensors(plain, path, header(describe(config, "ema", "adv", (3, 32, 32))))
+    record = export_checkpoint(path, "robustbench", tmp_path / "robustbench")
+    assert record["additional_data"] is (unsup is not None)
+    (file,) = (tmp_path / "robustbench" / "model_info" / "cifar10" / "Linf").iterdir()
+    entry = json.loads(file.read_text())
+    assert entry["additional_data"] is (unsup is not None)
+    assert ("Additional images" in entry["footnote"]) is (unsup is not None)
+    hub = export_checkpoint(tmp_path / "robustbench", "hub", tmp_path / "hub")
+    assert hub["additional_data"] is (unsup is not None)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    said = "additional images were mixed into" if unsup else "No images but those of the dataset"
+    assert said in card and "/home/me" not in card
+    save_safetensors(plain, path, {"recipe": "cifar10-resnet18"})
+    record = export_checkpoint(path, "hub", tmp_path / "unknown")
+    assert record["additional_data"] is None
+    card = (tmp_path / "unknown" / "README.md").read_text()
+    assert "Whether there were additional images is not known" in card
+
+
+def test_robustbench_takes_the_ball_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    plain = weights(path, "resnet18", "cifar10-resnet18")
+    save_safetensors(plain, path, {"norm": "Linf"})
+    with pytest.raises(ValueError, match=r"holds weights only: add --recipe NAME"):
+        export_checkpoint(path, "robustbench", tmp_path / "out")
+    save_safetensors(plain, path, {"model": "resnet18", "norm": "Linf"})
+    with pytest.raises(ValueError, match=r"network for unknown data \(add --recipe NAME\)"):
+        export_checkpoint(path, "robustbench", tmp_path / "out")
+    record = export_checkpoint(path, "robustbench", tmp_path / "out", recipe="cifar10-resnet18")
+    assert (record["norm"], record["eps"]) == ("Linf", 8 / 255)
+    assert (record["recipe"], record["objective"]) == ("cifar10-resnet18", "arat")
+
+
+def test_front_matter_is_yaml(run: Path, tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    export_checkpoint(run, "hub", tmp_path / "hub")
+    _, front, _ = (tmp_path / "hub" / "README.md").read_text().split("---\n", 2)
+    content = yaml.safe_load(front)
+    assert content["license"] == "unknown"
+    (result,) = content["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "test" and len(result["metrics"]) == 2
+
+
+def test_program(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_checkpoint(run, "torch-export", tmp_path / "program")
+    program, expected = run_example(tmp_path / "program", monkeypatch), arat_fast.load(run)
+    for batch in (1, 7, 64):
+        x = images(batch, 1, 8, 8)
+        assert (program(x) - expected(x)).abs().max() <= 1e-6
+    facts = {"facts.json": ""}
+    torch.export.load(tmp_path / "program" / "model.pt2", extra_files=facts)
+    assert json.loads(facts["facts.json"])["branch"] == "adv"
+    with pytest.raises(ValueError, match="run its model.pt2 with torch.export.load"):
+        arat_fast.load(tmp_path / "program")
+
+
+def test_example_of_a_program_does_not_warn(run: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch warns of the same thing once."""
+    out = tmp_path / "program"
+    export_checkpoint(run, "torch-export", out)
+    command = [sys.executable, "-W", "default", "example.py"]
+    found = subprocess.run(command, cwd=out, capture_output=True, text=True, check=True)
+    assert "UserWarning" not in found.stderr
+    assert found.stdout.startswith("predicted class: ")
+
+
+def test_differences_are_set_against_the_largest_logit(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folder, "_difference", lambda *_: (0.31, 1e6))
+    assert main(["export", str(run), "--format", "hub", "--out", str(tmp_path / "hub")]) == 0
+    assert "differ by at most 3.1e-01, 3.1e-07 of the largest\n" in capsys.readouterr().out
+    monkeypatch.undo()
+    record = export_checkpoint(run, "hub", tmp_path / "again")
+    expected = arat_fast.load(run)
+    x = [torch.rand(batch, 1, 8, 8, generator=g) for g in [generator(0)] for batch in (1, 7)]
+    with torch.no_grad():
+        largest = max(float(expected(images).abs().max()) for images in x)
+    assert (record["largest_difference"], record["largest_logit"]) == (0, largest)
+
+
+def test_program_in_float64(tmp_path: Path) -> None:
+    model = create_model("resnet8", 10, norm="shared", mean=MEAN, std=STD)
+    model = randomize(model).double().eval()
+    program = save_program(model, (3, 8, 8), tmp_path / "model.pt2")
+    for batch in (1, 7):
+        x = images(batch, 3, 8, 8).double()
+        assert (program(x) - model(x)).abs().max() <= 1e-12
+
+
+@onnx_only
+def test_onnx(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_checkpoint(run, "onnx", tmp_path / "onnx")
+    assert {p.name for p in (tmp_path / "onnx").iterdir()} == {
+        "config.json",
+        "example.py",
+        "model.onnx",
+    }
+    session, expected = run_example(tmp_path / "onnx", monkeypatch), arat_fast.load(run)
+    for batch in (1, 7, 64):
+        x = images(batch, 1, 8, 8)
+        (logits,) = session.run(None, {"image": x.numpy()})
+        assert (torch.from_numpy(logits) - expected(x)).abs().max() <= 1e-5
+    assert session.get_modelmeta().custom_metadata_map["branch"] == "adv"
+
+
+def test_onnx_that_is_not_installed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
+    )
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install -e '.[onnx]'" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_torchvision(
+    name: str, normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weights(tmp_path / "m.safetensors", name, "cifar10-resnet18", normalize)
+    out = tmp_path / "out"
+    export_checkpoint(tmp_path / "m.safetensors", "torchvision", out)
+    model = run_example(out, monkeypatch)
+    x = images(2, 3, 64, 64) if name == "resnet50" else images(2, 3, 32, 32)
+    assert (model(x) - expected(x)).abs().max() <= 1e-6 * expected(x).abs().max().clamp(min=1)
+    # torchvision's Normalize makes its constants anew, in the dtype of the image.
+    if not normalize:
+        wide, logits = x.double(), expected.double()(x.double())
+        assert (model.double()(wide) - logits).abs().max() <= 1e-12 * logits.abs().max().clamp(1)
+    state = torch.load(out / "model.pth", weights_only=True)
+    library = torchvision.models.get_model(name, num_classes=10)
+    if name == "resnet50":
+        library.load_state_dict(state, strict=True)
+    else:
+        with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.weight"):
+            library.load_state_dict(state, strict=True)
+    assert torch.equal(
+        arat_fast.load(out)(x.float()), arat_fast.load(tmp_path / "m.safetensors")(x)
+    )
+
+
+def test_timm_names_are_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = weights(tmp_path / "m.safetensors", "resnet18", "cifar10-resnet18", True)
+    export_checkpoint(tmp_path / "m.safetensors", "timm", tmp_path / "out")
+    assert torch.equal(
+        arat_fast.load(tmp_path / "out")(images(2, 3, 32, 32)), expected(images(2, 3, 32, 32))
+    )
+    pytest.importorskip("timm")
+    model = run_example(tmp_path / "out", monkeypatch)
+    x = images(2, 3, 32, 32)
+    assert (model(x) - expected(x)).abs().max() <= 1e-6 * expected(x).abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wrn34-10"])
+def test_robustbench_names_and_shapes(name: str) -> None:
+    """Those of RobustBench 1.1.1, as tests/data/make_robustbench_keys.py read them."""
+    with torch.device("meta"):
+        state = create_model(name, 10, norm="shared").state_dict()
+    table = json.loads((DATA / "robustbench_keys.json").read_text())[name]
+    named = to_scheme(state, name, "robustbench")
+    assert {key: list(tensor.shape) for key, tensor in named.items()} == table
+
+
+def robustbench_resnet18(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The published computation on RobustBench's names: eight blocks, pooling over 4×4."""
+
+    def norm(y: Tensor, name: str) -> Tensor:
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(y, mean, var, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def conv(y: Tensor, name: str, stride: int, padding: int) -> Tensor:
+        return F.conv2d(y, state[f"{name}.weight"], stride=stride, padding=padding)
+
+    y = norm(conv(x, "conv1", 1, 1), "bn1").relu()
+    for stage in (1, 2, 3, 4):
+        for index in (0, 1):
+            block = f"layer{stage}.{index}"
+            stride = 2 if stage > 1 and index == 0 else 1
+            z = norm(conv(y, f"{block}.conv1", stride, 1), f"{block}.bn1").relu()
+            z = norm(conv(z, f"{block}.conv2", 1, 1), f"{block}.bn2")
+            if f"{block}.shortcut.0.weight" in state:
+                y = norm(conv(y, f"{block}.shortcut.0", stride, 0), f"{block}.shortcut.1")
+            y = (y + z).relu()
+    pooled = F.avg_pool2d(y, 4).flatten(1)
+    return F.linear(pooled, state["linear.weight"], state["linear.bias"])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_robustbench_resnet18(
+    normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "m.safetensors", tmp_path / "out"
+    expected = weights(path, "resnet18", "cifar10-resnet18", normalize)
+    record = export_checkpoint(path, "robustbench", out)
+    assert record["weights_file"] == "models/cifar10/Linf/Waseda2025Rethinking_RN18.pt"
+    state = torch.load(out / record["weights_file"], weights_only=True)
+    x = images(2, 3, 32, 32)
+    inputs, network = x, state
+    if normalize:
+        inputs = (x - state["normalize.mean"]) / state["normalize.std"]
+        network = {k[6:]: v for k, v in state.items() if k.startswith("model.")}
+        assert len(network) + 2 == len(state)
+    scale = expected(x).abs().max().clamp(min=1)
+    assert (robustbench_resnet18(network, inputs) - expected(x)).abs().max() <= 1e-6 * scale
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in network.items()}
+    if not normalize:
+        difference = robustbench_resnet18(wide, x.double()) - expected.double()(x.double())
+        assert difference.abs().max() <= 1e-12 * scale
+    assert (arat_fast.load(out)(x) - expected.float()(x)).abs().max() == 0
+    stand_in_for_robustbench(monkeypatch)
+    with torch.no_grad():
+        assert (run_example(out, monkeypatch)(x) - expected(x)).abs().max() <= 1e-6 * scale
+    if normalize:
+        state["normalize.mean"] += 0.1
+        torch.save(state, out / record["weights_file"])
+        assert (arat_fast.load(out)(x) - expected(x)).abs().max() > 1e-3 * scale
+
+
+def stand_in_for_robustbench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package by names and arguments, with the computation above, unless it is installed."""
+    if importlib.util.find_spec("robustbench") is not None:
+        return
+
+    class BasicBlock:
+        pass
+
+    class ResNet(nn.Module):
+        def __init__(self, block: type, num_blocks: list[int], num_classes: int) -> None:
+            super().__init__()
+            assert (block, num_blocks, num_classes) == (BasicBlock, [2, 2, 2, 2], 10)
+            with torch.device("meta"):
+                names = to_scheme(
+                    create_model("resnet18", 10, norm="shared").state_dict(),
+                    "resnet18",
+                    "robustbench",
+                )
+            self.tensors = {name: torch.empty(value.shape) for name, value in names.items()}
+
+        def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+            assert {k: v.shape for k, v in state.items()} == {
+                k: v.shape for k, v in self.tensors.items()
+            }
+            self.tensors = dict(state)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return robustbench_resnet18(self.tensors, x)
+
+    class Normalized(nn.Module):
+        def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
+            super().__init__()
+            self.model = model
+            self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+
+        def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+            inside = {k[6:]: v for k, v in state.items() if k.startswith("model.")}
+            assert set(state) - {f"model.{k}" for k in inside} == {
+                "normalize.mean",
+                "normalize.std",
+            }
+            self.mean, self.std = state["normalize.mean"], state["normalize.std"]
+            return self.model.load_state_dict(inside)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model((x - self.mean) / self.std)  # type: ignore[no-any-return]
+
+    zoo = "robustbench.model_zoo.architectures"
+    names = {
+        f"{zoo}.resnet": {"BasicBlock": BasicBlock, "ResNet": ResNet},
+        f"{zoo}.utils_architectures": {"normalize_model": Normalized},
+    }
+    for package in ("robustbench", "robustbench.model_zoo", zoo, *names):
+        module = types.ModuleType(package)
+        vars(module).update(names.get(package, {}))
+        monkeypatch.setitem(sys.modules, package, module)
+
+
+def robustbench_wrn(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The published computation of WRN-34-10 on RobustBench's names: three times five blocks."""
+
+    def activated(y: Tensor, name: str) -> Tensor:
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(y, mean, var, state[f"{name}.weight"], state[f"{name}.bias"]).relu()
+
+    y = F.conv2d(x, state["conv1.weight"], padding=1)
+    for stage in (1, 2, 3):
+        for index in range(5):
+            block = f"block{stage}.layer.{index}"
+            stride = 2 if stage > 1 and index == 0 else 1
+            inner = activated(y, f"{block}.bn1")
+            z = F.conv2d(inner, state[f"{block}.conv1.weight"], stride=stride, padding=1)
+            z = activated(z, f"{block}.bn2")
+            z = F.conv2d(z, state[f"{block}.conv2.weight"], padding=1)
+            if index == 0:
+                # Where the widths differ, the shortcut starts behind the activation too.
+                y = F.conv2d(inner, state[f"{block}.convShortcut.weight"], stride=stride)
+            y = y + z
+    pooled = F.avg_pool2d(activated(y, "bn1"), 8).flatten(1)
+    return F.linear(pooled, state["fc.weight"], state["fc.bias"])
+
+
+def test_robustbench_wrn() -> None:
+    model = randomize(create_model("wrn34-10", 10, norm="shared")).eval()
+    state = to_scheme(model.state_dict(), "wrn34-10", "robustbench")
+    x = images(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        difference = (robustbench_wrn(state, x) - expected).abs().max()
+    assert difference <= 1e-6 * expected.abs().max().clamp(min=1)
+
+
+@robustbench_only
+@pytest.mark.parametrize("name", ["resnet18", "wrn34-10"])
+def test_robustbenchs_own_classes(name: str, tmp_path: Path) -> None:
+    tools = runpy.run_path(str(DATA / "make_robustbench_keys.py"))
+    path, out = tmp_path / "m.safetensors", tmp_path / "out"
+    expected = weights(path, name, "cifar10-resnet18", normalize=True)
+    record = export_checkpoint(path, "robustbench", out)
+    if name == "resnet18":
+        network = tools["architecture"]("resnet").ResNet18()
+    else:
+        network = tools["architecture"]("wide_resnet").WideResNet(depth=34, widen_factor=10)
+    model = tools["architecture"]("utils_architectures").normalize_model(network, MEAN, STD)
+    state = torch.load(out / record["weights_file"], weights_only=True)
+    model.load_state_dict(state, strict=True)
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        difference = (model.eval()(x) - expected(x)).abs().max()
+        assert difference <= 1e-6 * expected(x).abs().max().clamp(min=1)
+
+
+def test_model_info(tmp_path: Path) -> None:
+    """Only what RobustBench would accept as measured is filled in."""
+    path = tmp_path / "m.safetensors"
+    weights(path, "resnet18", "cifar10-resnet18")
+    eps = 8 / 255
+    facts = {
+        "model": "ema",
+        "weights_sha256": checksum(read_saved(path).model),
+        "dataset": "cifar10",
+        "root": None,
+    }
+    attack = {"version": "standard", "norm": "Linf", "eps": eps}
+    full = {"correct": 4902, "num_samples": 10000, "value": 0.4902}
+    clean = {"correct": 8782, "num_samples": 10000, "value": 0.8782}
+    evaluation = path.with_name("m.evaluation.json")
+    for changes, reported in (
+        ({}, "49.02"),
+        ({"version": "torchattacks10"}, None),
+        ({"eps": 4 / 255}, None),
+        ({"num_samples": 5000}, None),
+    ):
+        accuracy = {"clean": clean, "autoattack": {**full, **attack, **changes}}
+        evaluation.write_text(json.dumps({**facts, "accuracy": accuracy}))
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        export_checkpoint(path, "robustbench", out)
+        (file,) = (out / "model_info" / "cifar10" / "Linf").iterdir()
+        entry = json.loads(file.read_text())
+        assert entry["clean_acc"] == "87.82" and entry["autoattack_acc"] == reported
+        assert (entry["eps"], entry["architecture"]) == ("8/255", "ResNet-18")
+        assert entry["venue"] == "ICLR 2025" and entry["additional_data"] is False
+    for key in facts:
+        evaluation.write_text(json.dumps({**facts, key: "other", "accuracy": accuracy}))
+        record = export_checkpoint(path, "hub", tmp_path / f"other-{key}")
+        assert record["accuracy"] == {}, key
+    named = export_checkpoint(path, "robustbench", tmp_path / "named", name="Mine2026_RN18")
+    assert named["weights_file"] == "models/cifar10/Linf/Mine2026_RN18.pt"
+    assert (tmp_path / "named/model_info/cifar10/Linf/Mine2026_RN18.json").is_file()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wrn34-10"])
+def test_names_go_there_and_back(name: str, scheme: str) -> None:
+    with torch.device("meta"):
+        state = create_model(name, 10, norm="shared").state_dict()
+    try:
+        named = to_scheme(state, name, scheme)
+    except ValueError as error:
+        assert "has no class for" in str(error)
+        return
+    assert len(named) == len(state)
+    assert list(from_scheme(named, scheme)) == list(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "torchvision"], "torchvision has no class for resnet8"),
+        (["--format", "robustbench"], "robustbench has no class for resnet8"),
+        (["--format", "pickle"], "invalid choice 'pickle'"),
+        (["--format", "hub", "--name", "../x"], "--name must be letters, digits"),
+    ],
+)
+def test_what_is_refused(
+    run: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty_stays(run: Path) -> None:
+    before = {path.name for path in run.iterdir()}
+    with pytest.raises(FileExistsError, match="choose another folder with --out"):
+        export_checkpoint(run, "hub", run)
+    assert {path.name for path in run.iterdir()} == before
+
+
+def test_other_logits_are_not_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = create_model("resnet8", 10, 1, norm="shared").eval()
+    monkeypatch.setattr(folder, "load", lambda path: other)
+    with pytest.raises(ValueError, match="gives other logits: .* nothing was exported"):
+        export_checkpoint(run, "hub", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line_without_folders() -> None:
+    command = "arat-fast train cifar10-resnet18 --data.root=/data --out 'a b' --seed 3"
+    assert public_command(command) == "arat-fast train cifar10-resnet18 --seed 3"
+    paths = [
+        f"--{section}.{option.name}"
+        for section, values in vars(recipe("digits")).items()
+        if dataclasses.is_dataclass(values)
+        for option in dataclasses.fields(values)
+        if "Path" in str(option.type)
+    ]
+    assert {"--data.root", "--data.unsup", "--objective.teacher"} <= set(paths)
+    for option in paths:
+        command = f"arat-fast train digits {option} /home/me --seed 3"
+        assert public_command(command) == "arat-fast train digits --seed 3"
+    assert public_command("an 'open quote") == ""
+    assert [radius(e) for e in (8 / 255, 0.5, 0.12)] == ["8/255", "0.5", "0.12"]

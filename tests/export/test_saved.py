@@ -1,0 +1,202 @@
+"""Networks read back without their dataset: runs, checkpoints, exported weights, official files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from networks import generator, randomize
+from tiny import tiny_config, tiny_trainer
+from torch import Tensor
+
+import arat_fast
+from arat_fast.models import create_model, use_branch
+from arat_fast.models.registry import MODELS
+from arat_fast.saved import export_plain, save_safetensors, state_dict_to_official
+from arat_fast.saved.network import describe, header, read_saved
+from arat_fast.saved.weights import network_size
+from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+
+X = torch.rand(5, 1, 8, 8, generator=generator(3))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with normalisation inside its network and an exponential average."""
+    config = tiny_config(epochs=1, kind="ema", start=0.0, decay=0.5)
+    model = dataclasses.replace(config.model, mean=(0.3,), std=(0.4,))
+    out = tmp_path_factory.mktemp("saved") / "run"
+    tiny_trainer(out, dataclasses.replace(config, model=model)).run()
+    return out
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    assert (got - expected).abs().max() <= 1e-6
+
+
+def test_a_run_is_its_deployed_network(run: Path) -> None:
+    """Folder, checkpoint and exported weights are one network, its normalisation included."""
+    trainer = tiny_trainer(run, read_saved(run).config, resume=True)
+    assert trainer.average.model is not None
+    with torch.no_grad(), use_branch(trainer.average.model.eval(), "adv"):
+        expected = trainer.average.model(X)
+    with torch.no_grad(), use_branch(trainer.average.model, "clean"):
+        clean = trainer.average.model(X)
+    with torch.no_grad(), use_branch(trainer.model.eval(), "adv"):
+        last = trainer.model(X)
+    logits = arat_fast.load(run)(X)
+    for path in (run / "checkpoint.pt", run / "model.safetensors"):
+        model = arat_fast.load(path)
+        assert not model.training and torch.equal(model(X), logits)
+    # The run's own network is in another memory format.
+    assert_near(logits, expected)
+    assert_near(arat_fast.load(run, branch="clean")(X), clean)
+    assert_near(arat_fast.load(str(run), weights="last")(X), last)
+    for other in (clean, last):
+        assert (other - expected).abs().max() > 1e-3
+
+
+def test_what_a_file_says_of_itself(run: Path) -> None:
+    whole, weights = read_saved(run), read_saved(run / "model.safetensors")
+    assert whole.weights == weights.weights == "ema"
+    assert whole.name == weights.name == "resnet8"
+    assert whole.facts["branch"] == "both" and weights.facts["branch"] == "adv"
+    assert whole.image_shape == weights.image_shape == (1, 8, 8)
+    assert whole.num_classes == 10 and whole.steps == 4 and weights.steps is None
+    assert weights.config is not None and weights.config.model.mean == (0.3,)
+    assert header(describe(weights.config, "ema", "adv", (1, 8, 8)))["mean"] == "[0.3]"
+
+
+def test_a_run_without_its_checkpoint_is_read_from_its_weights(run: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    assert torch.equal(arat_fast.load(tmp_path)(X), arat_fast.load(run)(X))
+
+
+def test_an_official_checkpoint(tmp_path: Path) -> None:
+    model = randomize(create_model("resnet8", 7, in_channels=1)).eval()
+    torch.save(state_dict_to_official(model.state_dict()), tmp_path / "last.pt")
+    saved = read_saved(tmp_path / "last.pt")
+    assert saved.config is None and saved.image_shape == (1, 8, 8) and saved.weights == "file"
+    assert torch.equal(arat_fast.load(tmp_path / "last.pt")(X), export_plain(model)(X))
+    named = read_saved(tmp_path / "last.pt", recipe="digits")
+    assert named.facts["eps"] == 0.12 and named.facts["weights"] == "file"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_built_in_network_is_read_back(name: str, tmp_path: Path) -> None:
+    if name == "convnext-t":
+        pytest.importorskip("timm")
+    model = create_model(name, 7, 2, norm="shared")
+    path = tmp_path / "model.safetensors"
+    save_safetensors(model, path, {"model": name, "branch": "shared"})
+    saved = read_saved(path)
+    path.unlink()
+    assert (saved.num_classes, saved.image_shape[0]) == (7, 2)
+    read = saved.model.state_dict()
+    assert all(torch.equal(read[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_size_is_read_off_the_stem_and_the_classifier() -> None:
+    tensors = {"network.stem.0.weight": (96, 3, 4, 4), "network.head.fc.bias": (7,)}
+    state = {key: torch.empty(shape, device="meta") for key, shape in tensors.items()}
+    assert network_size(state, "convnext-t") == (7, 3)
+    with pytest.raises(ValueError, match=r"has conv1\.weight and fc\.bias, got network\.stem"):
+        network_size(state, "wrn34-10")
+
+
+def test_a_network_of_one_batch_norm_has_no_branch_to_choose(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model = randomize(create_model("resnet8", 10, 1, norm="shared"))
+    save_safetensors(model, path, {"model": "resnet8", "branch": "shared"})
+    assert torch.equal(arat_fast.load(path)(X), model.eval()(X))
+    with pytest.raises(ValueError, match="no adv branch to choose, its BatchNorm is shared"):
+        arat_fast.load(path, branch="adv")
+
+
+def test_an_average_whose_statistics_were_never_estimated(run: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(run / "checkpoint.pt")
+    state["average"]["statistics_fresh"] = False
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(ValueError, match="stopped before .* finish it with --resume") as error:
+        arat_fast.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert torch.equal(
+        arat_fast.load(tmp_path, weights="last")(X), arat_fast.load(run, weights="last")(X)
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "holds weights only: add --recipe NAME"),
+        ({"model": "resnet18"}, "does not fit the network"),
+        ({"model": "vgg"}, "metadata that no run writes: unknown model 'vgg'"),
+        ({"model": "resnet8", "mean": "[0.5"}, r"no run writes: mean='\[0.5'"),
+        ({"model": "resnet8", "image_shape": "[8, 8]"}, "expected three numbers"),
+        ({"model": "resnet8", "branch": "main"}, "no run writes: branch='main'"),
+        ({"model": "resnet8", "norm": "../../.."}, r"norm='\.\./\.\./\.\.', expected Linf or L2"),
+        ({"model": "resnet8", "eps": "-1"}, "eps='-1', expected a radius >= 0"),
+        ({"model": "resnet8", "eps": "NaN"}, "eps='NaN', expected a radius >= 0"),
+        ({"model": "resnet8", "additional_data": "some"}, "expected true or false"),
+        ({"model": "resnet8", "mean": "[0.5]", "std": "[0.0]"}, "positive std"),
+    ],
+)
+def test_metadata_that_no_run_writes(
+    tmp_path: Path, metadata: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_safetensors(create_model("resnet8", 10, 1, norm="shared"), path, metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        arat_fast.load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_what_a_recipe_says_of_bare_weights(tmp_path: Path) -> None:
+    """All that the file leaves open; what the file says itself stays."""
+    path = tmp_path / "model.safetensors"
+    model = randomize(create_model("resnet8", 10, 1, norm="shared")).eval()
+    save_safetensors(model, path)
+    facts = read_saved(path, recipe="digits").facts
+    assert (facts["recipe"], facts["objective"]) == ("digits", "arat")
+    assert (facts["norm"], facts["eps"], facts["weights"]) == ("Linf", 0.12, "file")
+    assert facts["additional_data"] is None and facts["image_shape"] == (1, 8, 8)
+    save_safetensors(model, path, {"norm": "L2", "eps": "0.5", "additional_data": "true"})
+    saved = read_saved(path, recipe="digits")
+    assert (saved.facts["norm"], saved.facts["eps"]) == ("L2", 0.5)
+    assert saved.facts["additional_data"] is True
+    assert saved.config is not None and saved.config.attack.eps == 0.5
+
+
+def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        arat_fast.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        arat_fast.load(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="holds the ema weights only"):
+        arat_fast.load(run / "model.safetensors", weights="last")
+    record = tmp_path / "config.json"
+    for content, message in (
+        ("{", "expected JSON"),
+        ("[]", "expected a JSON object, got a list"),
+        ('{"format": "pickle"}', "is an export in the format pickle: expected hub, robustbench"),
+        ('{"format": "onnx", "weights_file": "model.onnx"}', "run its model.onnx with onnxruntime"),
+        (
+            json.dumps({"format": "hub", "weights_file": "../model.safetensors"}),
+            "names the file ../model.safetensors, expected one in its own folder",
+        ),
+    ):
+        record.write_text(content)
+        with pytest.raises(ValueError, match=message) as error:
+            arat_fast.load(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_the_version_can_be_read_without_torch() -> None:
+    program = "import sys, arat_fast; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

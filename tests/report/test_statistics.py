@@ -1,0 +1,62 @@
+"""Intervals against published numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arat_fast.statistics import difference_interval, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "num_samples", "expected"),
+    [
+        # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_interval_is_the_published_one(
+    correct: int, num_samples: int, expected: tuple[float, float]
+) -> None:
+    assert wilson_interval(correct, num_samples) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("correct", "num_samples", "expected"),
+    [
+        # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II, method 10.
+        ((56, 48), (70, 80), (0.0524, 0.3339)),
+        ((9, 3), (10, 10), (0.1705, 0.8090)),
+        ((5, 0), (56, 29), (-0.0381, 0.1926)),
+        ((10, 0), (10, 10), (0.6075, 1.0)),
+    ],
+)
+def test_difference_interval_is_the_published_one(
+    correct: tuple[int, int], num_samples: tuple[int, int], expected: tuple[float, float]
+) -> None:
+    assert difference_interval(correct, num_samples) == pytest.approx(expected, abs=5e-5)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_holds_the_accuracy_and_mirrors(counts: tuple[int, int]) -> None:
+    correct, num_samples = counts
+    low, high = wilson_interval(correct, num_samples)
+    assert 0 <= low <= correct / num_samples <= high <= 1
+    assert high - low > 0
+    mirrored = wilson_interval(num_samples - correct, num_samples)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_swapping_the_runs_swaps_the_difference() -> None:
+    low, high = difference_interval((349, 336), (360, 360))
+    assert difference_interval((336, 349), (360, 360)) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize(("correct", "num_samples"), [(1, 0), (-1, 5), (6, 5)])
+def test_impossible_counts_are_refused(correct: int, num_samples: int) -> None:
+    with pytest.raises(ValueError, match=f"got {correct} of {num_samples}"):
+        wilson_interval(correct, num_samples)
