@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from arat_fast import __version__
-from arat_fast.command_line import UsageError, parse
+from arat_fast.command_line import UsageError, parse, value_of
 from arat_fast.config import Config
 from arat_fast.device import keep_freed_memory
 from arat_fast.distributed.ranks import LeftBehindError
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"arat-fast: error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        from arat_fast.training.graph import BatchTooLargeError
+        from arat_fast.training.memory import BatchTooLargeError
 
         message = " ".join(str(error).split())
         if not isinstance(error, BatchTooLargeError):
@@ -269,13 +269,14 @@ def _train(arguments: list[str]) -> int:
     if name is None:
         print(_usage("train"), end="")
         return 0
-    base = recipe(name, _compat(rest))  # type: ignore[arg-type]  # recipe() checks the value
+    objective = value_of(rest, "--objective.name")
+    base = recipe(name, _compat(rest), objective)  # type: ignore[arg-type]  # recipe() checks the value
     options = parse(TrainOptions, rest, f"arat-fast train {name}", TrainOptions(base))
     config = options.config
     out = options.out or Path("runs") / _run_name(config)
     from arat_fast.distributed import join
     from arat_fast.report import write_report
-    from arat_fast.run.loop import Trainer
+    from arat_fast.run.loop import run
     from arat_fast.stop import InterruptedRun
 
     command = shlex.join(["arat-fast", "train", *arguments])
@@ -284,8 +285,7 @@ def _train(arguments: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with join(config.train.device, config.distributed.timeout) as ranks:
-            trainer = Trainer(config, out, resume=resume, command=command, ranks=ranks)
-            summary = trainer.run()
+            summary = run(config, out, resume=resume, command=command, ranks=ranks)
             is_main = ranks.is_main
     except InterruptedRun as stopped:
         if not is_main:
@@ -351,7 +351,7 @@ def _compare(arguments: list[str]) -> int:
     if name is None:
         print(_usage("compare"), end="")
         return 0
-    return compare_command(rest, recipe(name, _compat(rest)))  # type: ignore[arg-type]  # checked
+    return compare_command(rest, recipe(name, _compat(rest), value_of(rest, "--objective.name")))  # type: ignore[arg-type]  # checked
 
 
 def _analyze(arguments: list[str]) -> int:
@@ -500,12 +500,7 @@ def _take_recipe(arguments: list[str], command: str) -> tuple[str | None, list[s
 
 def _compat(arguments: list[str]) -> str:
     """The value of --compat: it decides the defaults that the other options override."""
-    for position, argument in enumerate(arguments):
-        if argument == "--compat" and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith("--compat="):
-            return argument.partition("=")[2]
-    return "paper"
+    return value_of(arguments, "--compat") or "paper"
 
 
 def _run_name(config: Config) -> str:

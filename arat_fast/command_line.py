@@ -66,6 +66,8 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
     program = f"arat-fast train {config.recipe}"
     if any(argument in ("-h", "--help") for argument in arguments):
         raise UsageError(f"settings are expected, got --help; see {program} --help")
+    objective = value_of(arguments, "--objective.name")
+    config = config if objective is None else config.with_objective(objective)
     return parse(_Overrides, arguments, program, _Overrides(config)).config
 
 
@@ -75,13 +77,25 @@ def overrides_of(config: Config) -> list[str]:
     Inverse of :func:`apply_overrides` on the recipe.
     """
     arguments = ["--compat", config.compat] if config.compat != "paper" else []
-    defaults = config_to_dict(recipe(config.recipe, config.compat))
+    defaults = config_to_dict(recipe(config.recipe, config.compat, config.objective.name))
+    if recipe(config.recipe).objective.name != config.objective.name:
+        arguments += ["--objective.name", config.objective.name]
     for section, values in config_to_dict(config).items():
         if isinstance(values, dict):
             for name, value in values.items():
                 if value != defaults[section][name]:
                     arguments += _override(f"{section}.{name}", value)
     return [*arguments, "--seed", str(config.seed)]
+
+
+def value_of(arguments: Sequence[str], option: str) -> str | None:
+    """What is given for an option that decides the defaults of others; None where it is not."""
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def _override(path: str, value: Any) -> list[str]:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
+from arat_fast import objectives
 from arat_fast.attacks.pgd import PGD, check_length
 from arat_fast.models.registry import model_spec
+from arat_fast.objectives import ARAT, OBJECTIVES, objective_type
+from arat_fast.settings import (
+    FREE,
+    Count,
+    Number,
+    Positive,
+    Range,
+    Weight,
+    check_settings,
+    free_fields,
+)
 
 DatasetName = Literal[
     "digits",
@@ -28,10 +40,6 @@ OWN_IMAGES: tuple[DatasetName, ...] = ("folder", "webdataset", "arrays")
 """Images of one's own, which differ with the place where they lie."""
 IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 """Height and width of the images of published datasets of one size."""
-ObjectiveName = Literal["arat", "at", "trades", "mart", "lbgat", "arrest", "natural", "custom"]
-
-OWN_CLEAN_BRANCH = "clean-branch"
-"""The guide of lbgat that is no network of its own."""
 Compat = Literal["paper", "official"]
 
 
@@ -53,99 +61,27 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    name: ObjectiveName = "arat"
-    """arat, at (plain adversarial training), trades, mart, lbgat, arrest or natural (no attack).
-    trades, mart and lbgat attack on running statistics from a normal start, as published. custom
-    is an objective of your own, given to the trainer in Python."""
-    label: str = ""
-    """custom: what the summary and the report call it."""
-    gamma: float = 30.0
-    """Weight of the invariance loss; >= 0."""
-    layers: tuple[str, ...] = ()
-    """arat and arrest: module paths of the regularised layers; empty for those published for the
-    model, and for arrest for the pooled feature before the classifier."""
-    stop_gradient: bool = True
-    """Detach the target of the invariance loss."""
-    predictor: bool = True
-    """Pass the source of the invariance loss through a predictor."""
-    direction: Literal["adv_to_clean", "clean_to_adv", "both", "symmetric"] = "adv_to_clean"
-    """Which features move towards which."""
-    balance: Literal["previous_epoch", "probe", "fixed"] = "previous_epoch"
-    """Weights of the classification losses: the clean branch's training accuracy over the previous
-    epoch, the same measured on the first 1,024 samples before each epoch (official code), or
-    fixed."""
-    separate_passes: bool = False
-    """arat with model.norm=shared: normalise clean and adversarial images each with their own
-    statistics, in two passes (official code), instead of with those of the mixture, in one."""
-    beta: float = 6.0
-    """trades and mart: weight of the divergence; >= 0."""
-    alpha: float = 0.0
-    """lbgat: weight of TRADES' divergence, 0 or 6 as published; >= 0."""
-    guide: str = ""
-    """lbgat: model that guides, trained along and then dropped; empty for the trained one's own
-    architecture, clean-branch for its clean branch instead of another network."""
-    teacher: Path | None = None
-    """arrest: a naturally trained model to start from, a run's folder or its exported weights;
-    without one, the run trains it first."""
-    teacher_epochs: int | None = None
-    """arrest: epochs of natural training where no teacher is given, before and beside
-    train.epochs; >= 1; default as many as train.epochs."""
-    distillation: float = 10.0
-    """arrest: weight of the distance from the natural representations; >= 0."""
-    replay: float = 0.1
-    """arrest: angle over pi by which a clean representation may move before its sample is replayed
-    with noise instead of attacked; >= 0, 1 for no replay."""
-    w_adv: float = 1.0
-    """Weight of the adversarial classification loss with balance=fixed; >= 0."""
-    w_clean: float = 1.0
-    """Weight of the clean classification loss with balance=fixed; >= 0."""
-
-    def __post_init__(self) -> None:
-        if self.guide not in ("", OWN_CLEAN_BRANCH):
-            model_spec(self.guide)
-        if self.teacher_epochs is not None and self.teacher_epochs < 1:
-            raise ValueError(f"objective.teacher_epochs must be >= 1, got {self.teacher_epochs}")
-        if self.teacher is not None and self.teacher_epochs is not None:
-            raise ValueError(
-                "objective.teacher_epochs is for a run without a teacher, got both: leave one out"
-            )
-
-    @property
-    def called(self) -> str:
-        """What the summary and the report call the objective."""
-        return self.label if self.name == "custom" and self.label else self.name
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd, with momentum, or adamw."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Peak learning rate, before lr_scaling; > 0."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply lr by data.batch_size / base_batch, or by the square root of that: a larger
     batch then needs no other lr. The first epochs may need a warm-up (schedule.warmup_epochs)."""
-    base_batch: int = 128
+    base_batch: Count = 128
     """Batch size that lr is meant for; >= 1."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(low=0, below=1)] = 0.9
     """Momentum of SGD, in [0, 1); AdamW's decay of the mean gradient."""
-    weight_decay: float = 5e-4
+    weight_decay: Weight = 5e-4
     """Weight decay on every parameter; >= 0."""
     nesterov: bool = False
     """Nesterov's momentum."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr must be > 0, got {self.lr}")
-        if self.base_batch < 1:
-            raise ValueError(f"optimizer.base_batch must be >= 1, got {self.base_batch}")
+        check_settings("optimizer.", self)
         if self.name == "adamw" and self.nesterov:
             raise ValueError("optimizer.nesterov is SGD's, got optimizer.name=adamw")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
 
 
 @dataclass(frozen=True)
@@ -154,24 +90,17 @@ class ScheduleConfig:
     """steps: times decay at each milestone. official_steps: the same one epoch later, and a
     first epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine
     down."""
-    milestones: tuple[float, ...] = (0.75, 0.9)
+    milestones: tuple[Annotated[float, Range(above=0, high=1)], ...] = (0.75, 0.9)
     """Share of the epochs done when the learning rate drops: 0.75 of 100 is before epoch 76."""
-    decay: float = 0.1
+    decay: Annotated[float, Range(above=0, high=1)] = 0.1
     """Factor at each milestone, in (0, 1]."""
-    warmup: float = 0.3
+    warmup: Annotated[float, Range(above=0, below=1)] = 0.3
     """onecycle: share of the steps that go up, in (0, 1)."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Weight = 0.0
     """All but onecycle: epochs over which the learning rate grows linearly from 0; >= 0."""
 
     def __post_init__(self) -> None:
-        if not all(0 < m <= 1 for m in self.milestones):
-            raise ValueError(f"schedule.milestones must be in (0, 1], got {self.milestones}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"schedule.decay must be in (0, 1], got {self.decay}")
-        if not 0 < self.warmup < 1:
-            raise ValueError(f"schedule.warmup must be in (0, 1), got {self.warmup}")
-        if not self.warmup_epochs >= 0:
-            raise ValueError(f"schedule.warmup_epochs must be >= 0, got {self.warmup_epochs}")
+        check_settings("schedule.", self)
         if self.warmup_epochs and self.name == "onecycle":
             raise ValueError(
                 f"onecycle warms up by schedule.warmup, got warmup_epochs={self.warmup_epochs}"
@@ -183,21 +112,16 @@ class AverageConfig:
     kind: Literal["none", "swa", "ema"] = "none"
     """swa: equal-weight mean of the parameters, BatchNorm statistics re-estimated at the end. ema:
     exponential mean of parameters and statistics."""
-    start: float = 0.75
+    start: Annotated[float, Range(low=0, below=1)] = 0.75
     """Share of the epochs done before averaging starts, in [0, 1): 0.75 of 100 is before
     epoch 76."""
-    every: int | None = None
+    every: Count | None = None
     """Steps between two averaged weights; >= 1; default 500 for swa, 1 for ema."""
-    decay: float = 0.999
+    decay: Annotated[float, Range(low=0, below=1)] = 0.999
     """ema: weight of the old mean, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < 1:
-            raise ValueError(f"average.start must be in [0, 1), got {self.start}")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"average.every must be >= 1, got {self.every}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"average.decay must be in [0, 1), got {self.decay}")
+        check_settings("average.", self)
 
     @property
     def interval(self) -> int:
@@ -210,35 +134,35 @@ class DataConfig:
     name: DatasetName = "cifar10"
     """digits is built in; the others are read from root. folder: images of your own by class;
     webdataset: tar shards; arrays: what arat-fast data prepare writes."""
-    root: Path = Path("data")
+    root: Annotated[Path, FREE] = Path("data")
     """Folder of the datasets, in torchvision's layout; folder, webdataset and arrays: the dataset
     itself."""
-    download: bool = False
+    download: Annotated[bool, FREE] = False
     """Fetch the dataset into root where it is absent."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(low=2)] = 128
     """Samples in a training batch, over all processes; >= 2."""
-    loader: Literal["auto", "resident", "dali", "dataloader"] = "auto"
+    loader: Annotated[Literal["auto", "resident", "dali", "dataloader"], FREE] = "auto"
     """resident keeps the images on the device; dali and dataloader (PyTorch's) read them batch by
     batch. auto: arrays are resident where they fit; else dali where it is installed, arrays on a
     CPU by dataloader. The batches are the same."""
     crop: Literal["auto", "pad", "resized"] = "auto"
     """Image files: pad cuts out image_size pixels, resized scales a random part to them; auto is
     pad for imagenette, else resized."""
-    padding: int = 4
+    padding: Number = 4
     """Random crop: pixels of zeros added on each side; 0 for none."""
     flip: bool = True
     """Random horizontal flip."""
-    num_val: int = 0
+    num_val: Number = 0
     """Training images held out for validation, the same ones in every run; 0 for none, or where the
     dataset has train, val and test."""
     unsup: Path | None = None
     """Generated images with pseudo-labels, mixed into every training batch: a folder that arat-fast
     data prepare has written."""
-    unsup_fraction: float = 0.7
+    unsup_fraction: Annotated[float, Range(above=0, below=1)] = 0.7
     """Share of the generated images in a training batch, in (0, 1)."""
     image_size: int = 128
     """Image files: height and width of the crops."""
-    num_workers: int = 4
+    num_workers: Annotated[Number, FREE] = 4
     """Processes (dataloader) that read and decode, 0 for the training process; or threads (dali):
     as many that read files as that decode, at least one."""
     bad_images: Literal["stop", "skip"] = "stop"
@@ -250,19 +174,13 @@ class DataConfig:
     the crops are scaled down on the device. Empty for image_size throughout."""
 
     def __post_init__(self) -> None:
+        check_settings("data.", self)
         for size in self.progressive:
             if not 1 <= size <= self.image_size:
                 raise ValueError(
                     f"data.progressive must be sizes in [1, image_size = {self.image_size}], got "
                     f"{size}"
                 )
-        if self.batch_size < 2:
-            raise ValueError(f"data.batch_size must be >= 2, got {self.batch_size}")
-        for name in ("padding", "num_val", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} must be >= 0, got {getattr(self, name)}")
-        if not 0 < self.unsup_fraction < 1:
-            raise ValueError(f"data.unsup_fraction must be in (0, 1), got {self.unsup_fraction}")
 
 
 @dataclass(frozen=True)
@@ -275,7 +193,7 @@ class StepConfig:
     fold: bool = True
     """With attack.bn=running, attack a copy with BatchNorm folded into the convolutions: the same
     gradients up to rounding, faster."""
-    graph: Literal["auto", "on", "off"] = "auto"
+    graph: Annotated[Literal["auto", "on", "off"], FREE] = "auto"
     """Capture the whole step in a CUDA graph; auto does so on a GPU."""
     channels_last: bool = True
     """Memory format of weights and activations."""
@@ -283,43 +201,38 @@ class StepConfig:
     """The official code's in-place start: the clean branch trains on the image plus the start
     noise, and the ball is centred there."""
 
+    def __post_init__(self) -> None:
+        check_settings("step.", self)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: int = 100
+    epochs: Count = 100
     """Epochs; >= 1."""
-    device: str = "auto"
+    device: Annotated[str, FREE] = "auto"
     """auto, cpu, cuda or cuda:N."""
-    log_every: int = 20
+    log_every: Annotated[Count, FREE] = 20
     """Steps between two lines of metrics.jsonl; >= 1."""
-    eval_every: int = 5
+    eval_every: Annotated[Number, FREE] = 5
     """Epochs between two evaluations (clean, PGD) during training; 0 for none."""
-    checkpoint_every: int = 1
+    checkpoint_every: Annotated[Count, FREE] = 1
     """Epochs between two checkpoints; >= 1."""
-    keep_last: int = 2
+    keep_last: Annotated[Count, FREE] = 2
     """Checkpoints kept, the newest included; of two or more, a damaged one is passed over; >= 1."""
-    keep_best: bool = False
+    keep_best: Annotated[bool, FREE] = False
     """Also keep the checkpoint with the best PGD accuracy on the validation images (data.num_val,
     or the dataset's own)."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts in which each process takes its share of a batch, one after the other: the gradient of
     the whole batch with less memory, but for BatchNorm, which sees each part alone; >= 1."""
-    rollbacks: int = 0
+    rollbacks: Annotated[Number, FREE] = 0
     """Times that a loss which is not finite sends the run back to its last checkpoint, with a lower
     learning rate, before the run ends; >= 0."""
-    rollback_factor: float = 0.5
+    rollback_factor: Annotated[float, Range(above=0, high=1), FREE] = 0.5
     """Factor on the learning rate at each of them, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "log_every", "checkpoint_every", "keep_last", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
-        if self.rollbacks < 0:
-            raise ValueError(f"train.rollbacks must be >= 0, got {self.rollbacks}")
-        if not 0 < self.rollback_factor <= 1:
-            raise ValueError(f"train.rollback_factor must be in (0, 1], got {self.rollback_factor}")
-        if self.eval_every < 0:
-            raise ValueError(f"train.eval_every must be >= 0, got {self.eval_every}")
+        check_settings("train.", self)
 
 
 @dataclass(frozen=True)
@@ -327,36 +240,31 @@ class DistributedConfig:
     sync_bn: bool = False
     """Normalise with the statistics of the batch over all processes, each BatchNorm branch by
     itself, instead of those of each process."""
-    overlap: Literal["auto", "on", "off"] = "auto"
+    overlap: Annotated[Literal["auto", "on", "off"], FREE] = "auto"
     """Send gradients while the backward pass still runs; auto does so on a GPU."""
-    timeout: float = 600.0
+    timeout: Annotated[Positive, FREE] = 600.0
     """Seconds after which a process that waits for another gives up; > 0."""
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
-            raise ValueError(f"distributed.timeout must be > 0, got {self.timeout}")
+        check_settings("distributed.", self)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    num_steps: int = 20
+    num_steps: Annotated[Number, FREE] = 20
     """Steps of the PGD evaluation; >= 0."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, FREE] = None
     """Step size of the PGD evaluation, >= 0, in Linf at most 1; default a quarter of the radius,
     which is the attack's like the norm: 2/255 at 8/255, as published."""
-    autoattack: bool = True
+    autoattack: Annotated[bool, FREE] = True
     """Run standard AutoAttack at the end of training."""
-    batch_size: int = 500
+    batch_size: Annotated[Count, FREE] = 500
     """Samples evaluated at once; >= 1."""
-    max_samples: int = 0
+    max_samples: Annotated[Number, FREE] = 0
     """Evaluate the first samples of the split only; 0 for all."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"eval.batch_size must be >= 1, got {self.batch_size}")
-        for name in ("num_steps", "max_samples"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"eval.{name} must be >= 0, got {getattr(self, name)}")
+        check_settings("eval.", self)
 
     def step_size(self, eps: float) -> float:
         """Step size of the PGD evaluation in a ball of radius ``eps``."""
@@ -365,17 +273,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class AnalyzeConfig:
-    every: int = 0
+    every: Annotated[Number, FREE] = 0
     """Epochs between two analyses during training (gradient conflict, mixture distribution), also
     before the first and after the last; 0 for none. The weights are the same with and without."""
-    num_batches: int = 4
+    num_batches: Annotated[Count, FREE] = 4
     """Training batches that each of them averages over; >= 1."""
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"analyze.every must be >= 0, got {self.every}")
-        if self.num_batches < 1:
-            raise ValueError(f"analyze.num_batches must be >= 1, got {self.num_batches}")
+        check_settings("analyze.", self)
 
 
 @dataclass(frozen=True)
@@ -383,13 +288,13 @@ class Config:
     """Everything that determines a run."""
 
     recipe: tyro.conf.Suppress[str]
-    seed: int = 0
+    seed: Number = 0
     """Seed of weights, order, augmentation and attacks; >= 0."""
     compat: Compat = "paper"
     """official: reproduce what the official code really runs, in every point where it differs from
     the method as published."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: objectives.Settings = field(default_factory=lambda: ARAT.Settings("arat"))
     attack: PGD = field(default_factory=PGD)
     """Projected gradient descent, which makes the adversarial images."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -403,8 +308,12 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        check_settings("", self)
+        if not isinstance(self.objective, objective_type(self.objective.name).Settings):
+            raise ValueError(
+                f"objective.name={self.objective.name} has the settings of another objective, got "
+                f"{type(self.objective).__qualname__}"
+            )
         if self.eval.alpha is not None:
             check_length("eval.alpha", self.eval.alpha, self.attack.norm)
         # These can have validation images of their own, as the trainer finds out.
@@ -428,25 +337,19 @@ class Config:
         """The BatchNorm that is really used."""
         if self.model.norm != "auto":
             return self.model.norm
-        name, guide = self.objective.name, self.objective.guide
-        splits = name == "arat" or (name == "lbgat" and guide == OWN_CLEAN_BRANCH)
+        splits = self.objective.splits_batch_norm
         return "split" if splits and model_spec(self.model.name).has_batch_norm else "shared"
 
     @property
-    def separate_passes(self) -> bool:
-        """Whether the halves really go through the network one after the other: split BatchNorm
-        separates them in one pass, and other objectives never ask."""
-        arat = self.objective.name == "arat"
-        return arat and self.objective.separate_passes and self.norm == "shared"
-
-    @property
     def regularized_layers(self) -> tuple[str, ...]:
-        """The layers of ARAT's or ARREST's distance: those asked for, else those published."""
-        if self.objective.layers:
-            return self.objective.layers
-        if self.objective.name == "arrest":
-            return ("avgpool",)
-        return model_spec(self.model.name).regularized_layers
+        """The layers of the objective's distance: those asked for, else those published."""
+        return self.objective.regularized_layers(model_spec(self.model.name).regularized_layers)
+
+    def with_objective(self, name: str) -> Config:
+        """This configuration with another objective, at that one's own defaults."""
+        if name == self.objective.name:
+            return self
+        return dataclasses.replace(self, objective=objective_type(name).Settings(name))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -461,30 +364,48 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     Raises:
         ValueError: a field is unknown or its value is out of range.
     """
-    parts: dict[str, type] = {
-        "model": ModelConfig,
-        "objective": ObjectiveConfig,
-        "attack": PGD,
-        "optimizer": OptimizerConfig,
-        "schedule": ScheduleConfig,
-        "average": AverageConfig,
-        "data": DataConfig,
-        "step": StepConfig,
-        "train": TrainConfig,
-        "eval": EvalConfig,
-        "analyze": AnalyzeConfig,
-        "distributed": DistributedConfig,
-    }
-    arguments: dict[str, Any] = dict(values)
     try:
-        for name, part in parts.items():
-            types = get_type_hints(part)
+        arguments = dict(values)
+        for name, part in get_type_hints(Config).items():
+            if not dataclasses.is_dataclass(part):
+                continue
             # Runs from before have no sections for what came later.
-            fields = {k: _from_json(types.get(k), v) for k, v in values.get(name, {}).items()}
-            arguments[name] = part(**fields)
+            fields = dict(values.get(name, {}))
+            if name == "objective":
+                part = objective_type(fields["name"]).Settings
+                fields = _own_fields(fields, part)
+            types = get_type_hints(part)
+            arguments[name] = part(**{k: _from_json(types.get(k), v) for k, v in fields.items()})
         return Config(**arguments)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not a configuration of this version: {error}") from error
+
+
+def check_same_run(config: Config, saved: Config, source: Path) -> None:
+    """ValueError where the two configurations would not train the same weights."""
+    for section in dataclasses.fields(Config):
+        given, before = getattr(config, section.name), getattr(saved, section.name)
+        if not dataclasses.is_dataclass(given):
+            given, before = {section.name: given}, {section.name: before}
+            free: frozenset[str] = frozenset()
+            prefix = ""
+        else:
+            free = free_fields(type(given))
+            prefix = f"{section.name}."
+            given, before = vars(given), vars(before)
+        for name, value in given.items():
+            if name not in free and value != before.get(name):
+                raise ValueError(
+                    f"{source} belongs to a run with {prefix}{name}={before.get(name)}, got "
+                    f"{prefix}{name}={value}"
+                )
+
+
+def _own_fields(fields: dict[str, Any], settings: type[objectives.Settings]) -> dict[str, Any]:
+    """Without the fields of other built-in objectives, which records of earlier versions hold."""
+    own = {field.name for field in dataclasses.fields(settings)}
+    others = {f.name for o in OBJECTIVES.values() for f in dataclasses.fields(o.Settings)}
+    return {k: v for k, v in fields.items() if k in own or k not in {*others, "label"}}
 
 
 def _to_json(value: Any) -> Any:

@@ -18,12 +18,12 @@ from arat_fast.config import (
     DatasetName,
     EvalConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
     StepConfig,
     TrainConfig,
 )
+from arat_fast.objectives import ARAT
 
 GAMMA = {"resnet18": 30.0, "wrn34-10": 100.0}
 """Published weight of the invariance loss by network."""
@@ -57,7 +57,7 @@ def published(dataset: DatasetName, model: str) -> Config:
     return Config(
         recipe=f"{dataset}-{model}",
         model=ModelConfig(model),
-        objective=ObjectiveConfig(gamma=GAMMA[model]),
+        objective=ARAT.Settings("arat", gamma=GAMMA[model]),
         data=DataConfig(dataset),
         eval=EvalConfig(batch_size=EVAL_BATCH[model] // divisor),
     )
@@ -83,7 +83,7 @@ def imagenet(model: str = "resnet50", attack: Literal["pgd3", "fgsm"] = "pgd3") 
     return Config(
         recipe=f"imagenet-{model}{suffix}",
         model=ModelConfig(model, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        objective=ObjectiveConfig(gamma=GAMMA["resnet18"]),
+        objective=ARAT.Settings("arat", gamma=GAMMA["resnet18"]),
         attack=PGD(eps=IMAGENET_EPS, alpha=share * IMAGENET_EPS, num_steps=num_steps),
         optimizer=OptimizerConfig("adamw", lr=1e-3, base_batch=1024, weight_decay=0.05)
         if convnext
@@ -125,7 +125,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 
 
-def recipe(name: str, compat: Compat = "paper") -> Config:
+def recipe(name: str, compat: Compat = "paper", objective: str | None = None) -> Config:
     """The configuration called ``name``.
 
     Args:
@@ -134,6 +134,7 @@ def recipe(name: str, compat: Compat = "paper") -> Config:
             the in-place random start, BatchNorm statistics updated inside the attack, the late
             learning-rate schedule with its slow first epoch, the balance measured on 1,024 samples,
             and two training passes where one BatchNorm is shared.
+        objective: another one than the recipe's, at its own defaults.
 
     Raises:
         ValueError: unknown recipe or compat.
@@ -143,6 +144,8 @@ def recipe(name: str, compat: Compat = "paper") -> Config:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown recipe {name!r}, expected one of {', '.join(RECIPES)}{hint}")
     config = RECIPES[name]()
+    if objective is not None:
+        config = config.with_objective(objective)
     if compat == "paper":
         return config
     if compat != "official":
@@ -151,7 +154,7 @@ def recipe(name: str, compat: Compat = "paper") -> Config:
         config,
         compat="official",
         attack=dataclasses.replace(config.attack, bn="batch_update"),
-        objective=dataclasses.replace(config.objective, balance="probe", separate_passes=True),
+        objective=config.objective.official(),
         schedule=dataclasses.replace(config.schedule, name="official_steps"),
         step=dataclasses.replace(config.step, noisy_clean=True),
     )

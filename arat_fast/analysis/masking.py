@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import PGD, check_images
+from arat_fast.attacks.pgd import PGD, RandomStart, check_images
 from arat_fast.evaluation.evaluate import (
     ImageSet,
     Progress,
@@ -310,7 +310,7 @@ class _Check:
         correct = []
         for x, y in self._batches():
             with evaluation_mode(source):
-                candidate = attack(source, x, y, generator=generator)
+                candidate = attack(source, x, y, RandomStart(generator))
             with evaluation_mode(self.model):
                 correct.append(self._still(x, y, candidate))
         settings = {"source": name, "num_steps": num_steps}

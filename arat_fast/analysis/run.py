@@ -16,7 +16,7 @@ from arat_fast.analysis.attacker import attacker_numbers, attacker_view
 from arat_fast.analysis.masking import masking_check
 from arat_fast.analysis.snapshot import analyze_training, first_batches
 from arat_fast.analysis.surface import loss_surface
-from arat_fast.build import build_model, build_objective
+from arat_fast.build import build_network, build_objective
 from arat_fast.config import Config, DataConfig
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.bad_images import BadImages
@@ -252,13 +252,10 @@ def _of_training(
     if opened.saved.steps is None:
         reason = "the file holds no predictors and no training state; give a run's checkpoint"
         return {}, dict.fromkeys(wanted, reason)
-    if config.objective.name == "custom":
-        reason = "the objective was given to the trainer in Python, and no run's folder holds it"
-        return {}, dict.fromkeys(wanted, reason)
     state = load_checkpoint(opened.saved.path)
     device = next(opened.model.parameters()).device
-    model = build_model(config, data.train).to(device)
-    objective = build_objective(config, model, data.train)
+    model = build_network(config, data.train.num_classes, data.train.image_shape).to(device)
+    objective = build_objective(config, model, data.train.num_classes, data.train.image_shape)
     load_weights(model, state["model"], str(opened.path))
     load_weights(objective, state["objective"], str(opened.path))
     batches = first_batches(data.train, settings.num_batches)
@@ -268,7 +265,7 @@ def _of_training(
     for part in wanted:
         record = found[_TRAINING_PARTS[part]]
         if record is not None:
-            epochs = state["step"] / len(data.train)
+            epochs = state["progress"]["step"] / len(data.train)
             records[part] = {"model": "last", "split": "train", "epoch": epochs, **record}
         elif part == "mixture":
             left_out[part] = "nothing is attacked in training, or there is no BatchNorm"

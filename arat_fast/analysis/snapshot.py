@@ -17,7 +17,8 @@ from arat_fast.config import Config
 from arat_fast.data.batches import Batch, Batches, stream_generator
 from arat_fast.device import full_float32
 from arat_fast.objectives import Objective
-from arat_fast.training.step import adversarial_batch, num_parts
+from arat_fast.training.sharing import num_parts
+from arat_fast.training.step import adversarial_batch
 
 
 def analyze_training(
@@ -48,9 +49,6 @@ def analyze_training(
     with torch.random.fork_rng(devices=devices), full_float32():
         generator = stream_generator(config.seed, "analysis", device)
         model, objective = _private_copy(model, objective)
-        objective.generator = generator
-        # The share of one process is a batch of its own here.
-        objective.first = 0
         model.train()
         objective.train()
         conflicts, mixtures, seen = [], [], 0
@@ -58,18 +56,15 @@ def analyze_training(
             seen += 1
             parts = num_parts(config.train.accumulate, len(x))
             x, y = x.tensor_split(parts)[0], y.tensor_split(parts)[0]
+            # The share of one process is a batch of its own here.
+            noisy = config.step.noisy_clean
+            start = objective.random_start(config.attack, x, generator, own_noise=not noisy)
             x, x_adv = adversarial_batch(
-                model,
-                objective,
-                config.attack,
-                x,
-                y,
-                generator=generator,
-                noisy_clean=config.step.noisy_clean,
+                model, objective, config.attack, x, y, start, noisy_clean=noisy
             )
             if objective.needs_attack:
                 mixtures.append(mixture_distance(model, x, x_adv))
-            conflict = gradient_conflict(model, objective(model, x, x_adv, y))
+            conflict = gradient_conflict(model, objective(model, x, x_adv, y, start))
             if conflict is not None:
                 conflicts.append(conflict)
     if not seen:
@@ -110,9 +105,7 @@ def _private_copy(model: nn.Module, objective: Objective) -> tuple[nn.Module, Ob
 
 @contextmanager
 def _without_what_cannot_be_copied(model: nn.Module, objective: Objective) -> Iterator[None]:
-    """Neither groups of processes nor a generator that a CUDA graph knows; without its group, a
-    copy normalises with the statistics of its own batch."""
-    generator, objective.generator = objective.generator, None
+    """Without its group, a copy normalises with the statistics of its own batch."""
     layers = [
         layer
         for root in (model, objective)
@@ -125,6 +118,5 @@ def _without_what_cannot_be_copied(model: nn.Module, objective: Objective) -> It
     try:
         yield
     finally:
-        objective.generator = generator
         for layer, group in zip(layers, groups, strict=True):
             layer.group = group

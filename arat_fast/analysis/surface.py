@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import PGD, check_images, perturbation_norm
+from arat_fast.attacks.pgd import PGD, RandomStart, check_images, perturbation_norm
 from arat_fast.evaluation.evaluate import ImageSet, evaluation_mode, predict
 from arat_fast.evaluation.threat_model import ThreatModel
 
@@ -100,7 +100,7 @@ def loss_surface(
     losses, margins = [], []
     with evaluation_mode(model):
         for x, y in zip(torch.split(images.x, 1), torch.split(images.y, 1), strict=True):
-            found = attack(model, x, y, generator=generator)
+            found = attack(model, x, y, RandomStart(generator))
             first, second = _directions(x, found, threat, generator)
             # Row i, column j: x + axis[i] * random + axis[j] * adversarial.
             grid = steps.to(x)

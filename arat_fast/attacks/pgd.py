@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
+from arat_fast.settings import Count, Number, check_settings
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.implementation import Impl
 from arat_kernels.pgd_step import pgd_step, random_start
 
 AttackLoss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RandomStart:
+    """Where the attack on a batch starts, and what else is random in its step.
+
+    The samples of a batch may be shared by processes and taken in parts: a sample's start depends
+    on the keys and on its place in the whole batch, not on how that is divided.
+
+    Args:
+        generator: source of draws, on the device of the images; None: PyTorch's default one.
+        first: place of the first sample in the whole batch, >= 0.
+        noise: added to the images instead of a random draw; shape of the images.
+        keys: (num_restarts, 2) int64 from :meth:`PGD.draw_keys`; None draws them from
+            ``generator`` as they are needed.
+    """
+
+    generator: torch.Generator | None = None
+    first: int = 0
+    noise: Tensor | None = None
+    keys: Tensor | None = None
+
+    def part(self, samples: slice) -> RandomStart:
+        """The start of some of the samples."""
+        noise = None if self.noise is None else self.noise[samples]
+        return dataclasses.replace(self, first=self.first + samples.start, noise=noise)
 
 
 @dataclass(frozen=True)
@@ -35,13 +63,13 @@ class PGD:
     """Radius of the ball, in units of the image range [0, 1]; >= 0, in Linf at most 1."""
     alpha: float = 2 / 255
     """Step size, same units and limits."""
-    num_steps: int = 10
+    num_steps: Number = 10
     """Gradient steps; >= 0."""
     norm: Literal["Linf", "L2"] = "Linf"
     """Norm of the ball."""
     random_start: bool = True
     """Start at a random point of the ball instead of the image."""
-    num_restarts: int = 1
+    num_restarts: Count = 1
     """Independent runs; with more than one, the strongest example of each sample is kept; >= 1."""
     bn: Statistics = "batch"
     """BatchNorm in the attack: "batch" (statistics of the attacked batch, running statistics
@@ -49,30 +77,18 @@ class PGD:
     the attack moves the running statistics)."""
 
     def __post_init__(self) -> None:
+        check_settings("attack.", self)
         check_length("attack.eps", self.eps, self.norm)
         check_length("attack.alpha", self.alpha, self.norm)
-        if not self.num_steps >= 0:
-            raise ValueError(f"attack.num_steps must be >= 0, got {self.num_steps}")
-        if self.num_restarts < 1:
-            raise ValueError(f"attack.num_restarts must be >= 1, got {self.num_restarts}")
-        if self.norm not in ("Linf", "L2"):
-            raise ValueError(f'attack.norm must be "Linf" or "L2", got {self.norm!r}')
-        if self.bn not in ("batch", "running", "batch_update"):
-            raise ValueError(
-                f'attack.bn must be "batch", "running" or "batch_update", got {self.bn!r}'
-            )
 
     def __call__(
         self,
         model: nn.Module,
         x: Tensor,
         y: Tensor,
+        start: RandomStart = RandomStart(),
         *,
         loss_fn: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        keys: Tensor | None = None,
-        first: int = 0,
         impl: Impl | None = None,
     ) -> Tensor:
         """Attack one batch.
@@ -81,31 +97,24 @@ class PGD:
             model: the network; attacked through its ``adv`` branch.
             x: images (N, C, H, W), float32 or float64 in [0, 1].
             y: labels (N,), int64.
+            start: of the attack.
             loss_fn: logits (N, classes) → per-sample loss (N,) to maximise; default the
                 cross-entropy with ``y``.
-            generator: source of the random start, on the device of ``x``.
-            noise: the start itself, added to ``x`` instead of a random draw; shape of ``x``.
-            keys: (num_restarts, 2) int64, from :meth:`draw_keys`, instead of draws from
-                ``generator``.
-            first: the place of ``x``'s first sample in a larger batch, >= 0: the parts of a batch,
-                with the same keys, start as the whole.
             impl: implementation of the attack's own operations, "triton" or "reference"; None takes
                 Triton for CUDA tensors. Layers of the network choose for themselves.
 
         Returns:
             The adversarial images, shape and dtype of ``x``, detached.
         """
-        key = [None] * self.num_restarts if keys is None else list(keys)
         with use_branch(model, "adv"), use_statistics(model, self.bn):
-            start = self.start(x, generator, noise, impl, key=key[0], first=first)
-            best = self._run(model, x, y, loss_fn, start, impl)
+            best = self._run(model, x, y, loss_fn, self.start(x, start, impl=impl), impl)
             if self.num_restarts == 1:
                 return best
             per_sample = loss_fn if loss_fn is not None else _cross_entropy(y)
             best_loss = _loss_without_grad(model, best, per_sample)
-            for another in key[1:]:
-                start = self.start(x, generator, impl=impl, key=another, first=first)
-                x_adv = self._run(model, x, y, loss_fn, start, impl)
+            for restart in range(1, self.num_restarts):
+                begin = self.start(x, start, restart, impl=impl)
+                x_adv = self._run(model, x, y, loss_fn, begin, impl)
                 loss = _loss_without_grad(model, x_adv, per_sample)
                 stronger = loss > best_loss
                 best = torch.where(stronger.view(-1, 1, 1, 1), x_adv, best)
@@ -113,52 +122,40 @@ class PGD:
             return best
 
     def start(
-        self,
-        x: Tensor,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        impl: Impl | None = None,
-        *,
-        key: Tensor | None = None,
-        first: int = 0,
+        self, x: Tensor, start: RandomStart, restart: int = 0, *, impl: Impl | None = None
     ) -> Tensor:
         """Where the attack on ``x`` starts: a random point of the ball, or ``x`` itself.
 
         Args:
             x: images (N, C, H, W).
-            generator: source of the random start, on the device of ``x``.
-            noise: added to ``x`` instead of a random draw; shape of ``x``.
+            start: what it depends on; its noise is that of the first run alone.
+            restart: number of the independent run, in [0, num_restarts).
             impl: "triton" or "reference"; None takes Triton for CUDA tensors.
-            key: (2,) int64 instead of a draw from ``generator``.
-            first: the place of ``x``'s first sample in a larger batch, >= 0.
         """
-        if noise is not None:
-            return x + noise
+        if restart == 0 and start.noise is not None:
+            return x + start.noise
         if not self.random_start:
             return x.clone()
-        if key is None:
-            key = _draw_key(generator, x.device)
-        return random_start(x, key, eps=self.eps, norm=self.norm, first=first, impl=impl)
+        key = _draw_key(start.generator, x.device) if start.keys is None else start.keys[restart]
+        return random_start(x, key, eps=self.eps, norm=self.norm, first=start.first, impl=impl)
 
     def draw_keys(
         self, generator: torch.Generator | None, device: torch.device, first_given: bool = False
-    ) -> Tensor:
-        """The keys of the random starts of one batch, (num_restarts, 2) int64, on ``device``.
+    ) -> Tensor | None:
+        """The keys of the random starts of one batch, (num_restarts, 2) int64, on ``device``; None
+        where there is nothing to draw.
 
         Args:
             generator: source of the draws: as many as calling the attack takes.
             device: of the generator.
             first_given: the first start is given as noise, and needs no key.
         """
-        unused = torch.zeros(2, dtype=torch.int64, device=device)
-        return torch.stack(
-            [
-                unused
-                if not self.random_start or (first_given and number == 0)
-                else _draw_key(generator, device)
-                for number in range(self.num_restarts)
-            ]
-        )
+        given = int(first_given)
+        if not self.random_start or given == self.num_restarts:
+            return None
+        unused = [torch.zeros(2, dtype=torch.int64, device=device)] * given
+        drawn = [_draw_key(generator, device) for _ in range(given, self.num_restarts)]
+        return torch.stack([*unused, *drawn])
 
     def _run(
         self,

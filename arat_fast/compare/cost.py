@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from arat_fast.build import build_model, build_objective
+from arat_fast.build import build_network, build_objective
 from arat_fast.config import IMAGE_SIZES, Config
 from arat_fast.models.split_batch_norm import use_branch
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import TrainStep
 
 _BATCH = 2
 
@@ -57,10 +57,10 @@ def step_cost(config: Config) -> StepCost:
     """
     with torch.random.fork_rng(devices=[]):
         data = _Shape(_image_shape(config))
-        model = build_model(config, data)
+        model = build_network(config, data.num_classes, data.image_shape)
         plain = copy.deepcopy(model)
-        objective = build_objective(config, model, data)
-        step = make_train_step(
+        objective = build_objective(config, model, data.num_classes, data.image_shape)
+        step = TrainStep(
             model,
             objective,
             config.attack,

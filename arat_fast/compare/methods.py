@@ -8,9 +8,8 @@ import shlex
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
-from arat_fast.config import ObjectiveName
+from arat_fast.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def _switches(stop_gradient: bool, predictor: bool, split: bool) -> tuple[str, .
 
 
 # An objective of one's own is given in Python, which no command line can.
-_NAMES = [name for name in get_args(ObjectiveName) if name != "custom"]
+_NAMES = list(OBJECTIVES)
 METHODS: dict[str, Method] = {
     **{name: _objective(name) for name in dict.fromkeys((*_TITLES, *_NAMES))},
     "arat+swa": Method(

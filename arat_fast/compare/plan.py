@@ -13,8 +13,7 @@ from typing import Any, Literal
 from arat_fast.command_line import apply_overrides, overrides_of
 from arat_fast.compare.cost import step_cost
 from arat_fast.compare.methods import Method
-from arat_fast.config import Config, config_from_dict, config_to_dict
-from arat_fast.run.loop import check_same_run
+from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.run.natural import natural_config
 
 Budget = Literal["epochs", "work"]
@@ -146,8 +145,8 @@ def _check_whole(config: Config, methods: Sequence[Method]) -> None:
             own = apply_overrides(config, method.options)
             parts = {
                 "objective.name": (own.objective.name, "arat"),
-                "objective.stop_gradient": (own.objective.stop_gradient, True),
-                "objective.predictor": (own.objective.predictor, True),
+                "objective.stop_gradient": (getattr(own.objective, "stop_gradient", None), True),
+                "objective.predictor": (getattr(own.objective, "predictor", None), True),
                 "model.norm": (own.norm, "split"),
             }
             for name, (got, expected) in parts.items():
@@ -172,7 +171,7 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
         _check_same_test(config, own)
         cost = step_cost(own)
         natural = None
-        if cost.starts_from_natural and own.objective.teacher is None:
+        if cost.starts_from_natural and getattr(own.objective, "teacher", None) is None:
             natural = natural_config(own)
         natural_passes = step_cost(natural).passes if natural else 0.0
     except ValueError as error:
@@ -182,7 +181,7 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
     if work is not None and cost.attacks and "--train.epochs" not in names:
         if natural is None:
             epochs = max(1, round(work / cost.passes))
-        elif own.objective.teacher_epochs is None:
+        elif getattr(own.objective, "teacher_epochs", None) is None:
             # As many natural epochs as others.
             epochs = max(1, round(work / (cost.passes + natural_passes)))
             natural_epochs = epochs

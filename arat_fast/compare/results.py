@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arat_fast.compare.plan import Plan, PlannedMethod, plan_from_record
-from arat_fast.config import Config, config_from_dict
-from arat_fast.run.loop import check_same_run
+from arat_fast.config import Config, check_same_run, config_from_dict
 
 SUM = "sum"
 

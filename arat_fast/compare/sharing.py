@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arat_fast.compare.plan import Cell
-from arat_fast.config import Config, config_from_dict, config_to_dict
+from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.files import write_text
-from arat_fast.run.loop import check_same_run
-from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 METRICS = "metrics.jsonl"
@@ -51,12 +49,12 @@ def share_training(source: Path, target: Path, config: Config) -> bool:
     if (target / CHECKPOINT).exists() or not (source / CHECKPOINT).exists():
         return False
     state = load_checkpoint(source / CHECKPOINT)
-    saved = dataclasses.replace(config_from_dict(state["config"]), average=config.average)
+    saved = dataclasses.replace(config_from_dict(state["run"]["config"]), average=config.average)
     check_same_run(config, saved, source / CHECKPOINT)
-    lines = (source / METRICS).read_bytes()[: state["metrics_bytes"]]
+    lines = (source / METRICS).read_bytes()[: state["hooks"]["metrics.jsonl"]["bytes"]]
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / METRICS, lines.decode())
-    state["config"] = config_to_dict(config)
-    state["average"] = WeightAverage(config.average, 0).state_dict()
+    state["run"]["config"] = config_to_dict(config)
+    state["average"] = {"num_averaged": 0, "statistics_fresh": True, "model": None}
     save_checkpoint(target / CHECKPOINT, state)
     return True

@@ -238,15 +238,11 @@ def place_network(
         )
     model = saved.model.to(device)
     if not saved.statistics_fresh:
-        if config.objective.name == "custom":
-            raise ValueError(
-                f"{saved.path}: the BatchNorm statistics of the average were not yet estimated, "
-                f"and its objective, {config.objective.called}, is not at hand: finish the run in "
-                "Python, with Trainer(..., resume=True)"
-            )
         with torch.random.fork_rng(devices=[]):
             # Fresh predictors and guides: neither attack nor statistics need the trained ones.
-            objective = build_objective(config, model, data.train)
+            objective = build_objective(
+                config, model, data.train.num_classes, data.train.image_shape
+            )
         refresh_batch_norm(
             model,
             data.train.epoch(config.train.epochs),

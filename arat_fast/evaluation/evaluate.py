@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import PGD, check_images
+from arat_fast.attacks.pgd import PGD, RandomStart, check_images
 from arat_fast.data.batches import Batches
 from arat_fast.data.plan import WHOLE, Shard
 from arat_fast.device import full_float32
@@ -201,11 +201,11 @@ def pgd_accuracy(
     correct, x_adv, rejected, done = [], [], 0, 0
 
     def piece(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        candidate = attack(model, x, y, generator=generator)
+        candidate = attack(model, x, y, RandomStart(generator))
         robust, kept, rejected = accept(model, x, y, candidate, threat)
         # The strongest example by its loss need not be the one that is misclassified.
         for _ in range(num_restarts - 1):
-            candidate = attack(model, x, y, generator=generator)
+            candidate = attack(model, x, y, RandomStart(generator))
             still, adversarial, outside = accept(model, x, y, candidate, threat)
             kept = torch.where((robust & ~still).view(-1, 1, 1, 1), adversarial, kept)
             robust &= still

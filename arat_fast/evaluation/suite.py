@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from arat_fast.device import describe_device, versions
 from arat_fast.distributed import ALONE, Ranks
-from arat_fast.distributed.evaluation import share_evaluation
 from arat_fast.evaluation.autoattack import MIN_CLASSES, autoattack
 from arat_fast.evaluation.corruptions import CORRUPTIONS, NUM_SEVERITIES, corrupt
 from arat_fast.evaluation.evaluate import (
@@ -30,6 +29,7 @@ from arat_fast.evaluation.evaluate import (
     predict,
 )
 from arat_fast.evaluation.pieces import Pieces, checksum
+from arat_fast.evaluation.sharing import share_evaluation
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_atomic
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d

@@ -3,9 +3,17 @@
 from arat_fast.objectives.adversarial_training import AdversarialTraining, NaturalTraining
 from arat_fast.objectives.arat import ARAT
 from arat_fast.objectives.arrest import ARREST
-from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    Paper,
+    Settings,
+    Surroundings,
+    widen,
+)
 from arat_fast.objectives.lbgat import LBGAT
 from arat_fast.objectives.mart import MART
+from arat_fast.objectives.registry import OBJECTIVES, objective_label, objective_type
 from arat_fast.objectives.trades import TRADES
 
 __all__ = [
@@ -13,10 +21,16 @@ __all__ = [
     "ARREST",
     "LBGAT",
     "MART",
+    "OBJECTIVES",
     "TRADES",
     "AdversarialTraining",
     "NaturalTraining",
     "Objective",
     "ObjectiveOutput",
+    "Paper",
+    "Settings",
+    "Surroundings",
+    "objective_label",
+    "objective_type",
     "widen",
 ]

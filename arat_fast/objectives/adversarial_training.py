@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arat_fast.attacks.pgd import RandomStart
 from arat_fast.models.split_batch_norm import use_branch
-from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.objectives.base import Objective, ObjectiveOutput, Paper, widen
 
 
 class AdversarialTraining(Objective):
@@ -15,7 +16,19 @@ class AdversarialTraining(Objective):
     Source: Madry et al., ICLR 2018 (arXiv 1706.06083), equation 2.1.
     """
 
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    name = "at"
+    label = "AT"
+    paper = Paper(
+        "https://arxiv.org/abs/1706.06083",
+        "Towards Deep Learning Models Resistant to Adversarial Attacks",
+        "Aleksander Madry, Aleksandar Makelov, Ludwig Schmidt, Dimitris Tsipras, Adrian Vladu",
+        "ICLR 2018",
+        "Madry2018Towards",
+    )
+
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         with use_branch(model, "adv"):
             logits = widen(model(x_adv))
         loss = F.cross_entropy(logits, y)
@@ -25,9 +38,13 @@ class AdversarialTraining(Objective):
 class NaturalTraining(Objective):
     """Cross-entropy on the images themselves, without any attack."""
 
+    name = "natural"
+    label = "Natural"
     needs_attack = False
 
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         with use_branch(model, "adv"):
             logits = widen(model(x))
         loss = F.cross_entropy(logits, y)

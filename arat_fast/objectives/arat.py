@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arat_fast.attacks.pgd import RandomStart
 from arat_fast.models.features import collect_features
 from arat_fast.models.split_batch_norm import (
     Branch,
@@ -16,12 +18,20 @@ from arat_fast.models.split_batch_norm import (
     use_branch,
     use_statistics,
 )
-from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.objectives import base
+from arat_fast.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    Paper,
+    Surroundings,
+    widen,
+)
 from arat_fast.objectives.predictor import Predictors
+from arat_fast.settings import Weight
 from arat_kernels.cosine_invariance import cosine_invariance
-from arat_kernels.implementation import Impl
 
 Direction = Literal["adv_to_clean", "clean_to_adv", "both", "symmetric"]
+Balance = Literal["previous_epoch", "probe", "fixed"]
 
 
 class ARAT(Objective):
@@ -47,8 +57,9 @@ class ARAT(Objective):
             clean ones), "clean_to_adv", "both" (mean of the two; each side is source once, through
             the same predictor, and target once), or "symmetric" (one term, gradient to both sides;
             has neither stop-gradient nor predictor).
-        auto_balance: w_adv = a and w_clean = 1 - a, with a the clean training accuracy; else the
-            weights below.
+        balance: "previous_epoch": w_adv = a and w_clean = 1 - a, with a the clean training accuracy
+            over the epoch before; "probe": the same, measured before each epoch (official code);
+            "fixed": the weights below.
         w_adv, w_clean: fixed weights of the two classification losses, >= 0.
         separate_passes: pass ``x`` and ``x_adv`` through the network one after the other. With
             split BatchNorm the numbers are the same, and one pass is faster.
@@ -57,12 +68,71 @@ class ARAT(Objective):
         ValueError: a layer does not exist, ``gamma`` or a weight is negative, or switches that
             exclude each other are set.
 
-    Attributes:
-        impl: implementation of the invariance loss, "triton" or "reference"; None takes Triton for
-            CUDA tensors.
-
     Source: Waseda et al., ICLR 2025 (arXiv 2402.14648), section 4.
     """
+
+    name = "arat"
+    label = "ARAT"
+    paper = Paper(
+        "https://arxiv.org/abs/2402.14648",
+        "Rethinking Invariance Regularization in Adversarial Training to Improve "
+        "Robustness-Accuracy Trade-off",
+        "Futa Waseda, Ching-Chun Chang, Isao Echizen",
+        "ICLR 2025",
+        "Waseda2025Rethinking",
+    )
+    ties = ("invariance",)
+
+    @dataclass(frozen=True)
+    class Settings(base.Settings):
+        gamma: Weight = 30.0
+        """Weight of the invariance loss; >= 0."""
+        layers: tuple[str, ...] = ()
+        """Module paths of the regularised layers; empty for those published for the model."""
+        stop_gradient: bool = True
+        """Detach the target of the invariance loss."""
+        predictor: bool = True
+        """Pass the source of the invariance loss through a predictor."""
+        direction: Direction = "adv_to_clean"
+        """Which features move towards which."""
+        balance: Balance = "previous_epoch"
+        """Weights of the classification losses: the clean branch's training accuracy over the
+        previous epoch, the same measured on the first 1,024 samples before each epoch (official
+        code), or fixed."""
+        separate_passes: bool = False
+        """With model.norm=shared: normalise clean and adversarial images each with their own
+        statistics, in two passes (official code), instead of with those of the mixture, in one."""
+        w_adv: Weight = 1.0
+        """Weight of the adversarial classification loss with balance=fixed; >= 0."""
+        w_clean: Weight = 1.0
+        """Weight of the clean classification loss with balance=fixed; >= 0."""
+
+        @property
+        def splits_batch_norm(self) -> bool:
+            return True
+
+        def regularized_layers(self, published: tuple[str, ...]) -> tuple[str, ...]:
+            return self.layers or published
+
+        def official(self) -> ARAT.Settings:
+            return replace(self, balance="probe", separate_passes=True)
+
+    @classmethod
+    def build(cls, settings: Settings, surroundings: Surroundings) -> ARAT:
+        return cls(
+            surroundings.model,
+            surroundings.layers,
+            surroundings.image_shape,
+            gamma=settings.gamma,
+            stop_gradient=settings.stop_gradient,
+            predictor=settings.predictor,
+            direction=settings.direction,
+            balance=settings.balance,
+            w_adv=settings.w_adv,
+            w_clean=settings.w_clean,
+            # Split BatchNorm separates the halves in one pass.
+            separate_passes=settings.separate_passes and surroundings.norm == "shared",
+        )
 
     w_adv: Tensor
     w_clean: Tensor
@@ -77,7 +147,7 @@ class ARAT(Objective):
         stop_gradient: bool = True,
         predictor: bool = True,
         direction: Direction = "adv_to_clean",
-        auto_balance: bool = True,
+        balance: Balance = "previous_epoch",
         w_adv: float = 1.0,
         w_clean: float = 1.0,
         separate_passes: bool = False,
@@ -101,22 +171,25 @@ class ARAT(Objective):
         self.gamma = gamma
         self.stop_gradient = stop_gradient
         self.direction = direction
-        self.auto_balance = auto_balance
+        self.balance = balance
         self.separate_passes = separate_passes
-        self.impl: Impl | None = None
         widths = feature_widths(model, self.layers, image_shape)
         self.predictors = Predictors(widths) if predictor else None
         # Tensors, so that a captured step sees them change.
         self.register_buffer("w_adv", torch.tensor(float(w_adv)))
         self.register_buffer("w_clean", torch.tensor(float(w_clean)))
 
-    def start_epoch(self, clean_accuracy: float) -> None:
+    def start_epoch(self, clean_accuracy: float, probe: Callable[[], float] | None = None) -> None:
         """Set the two classification weights from the clean training accuracy, in [0, 1]."""
-        if self.auto_balance:
-            self.w_adv.fill_(clean_accuracy)
-            self.w_clean.fill_(1 - clean_accuracy)
+        if self.balance == "fixed":
+            return
+        a = probe() if self.balance == "probe" and probe is not None else clean_accuracy
+        self.w_adv.fill_(a)
+        self.w_clean.fill_(1 - a)
 
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         if self.separate_passes:
             clean, adv = self._pass(model, "clean", x), self._pass(model, "adv", x_adv)
         else:

@@ -6,17 +6,26 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import PGD
+from arat_fast.attacks.pgd import PGD, RandomStart
 from arat_fast.models.features import collect_features
 from arat_fast.models.split_batch_norm import use_branch, use_statistics
-from arat_fast.objectives.base import Objective, ObjectiveOutput, widen
+from arat_fast.objectives import base
+from arat_fast.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    Paper,
+    Surroundings,
+    widen,
+)
 from arat_fast.objectives.normal_start import check_weight
-from arat_kernels.implementation import Impl
+from arat_fast.settings import Count, Weight
 
 
 class ARREST(Objective):
@@ -41,10 +50,6 @@ class ARREST(Objective):
     Raises:
         ValueError: a weight or the threshold is negative.
 
-    Attributes:
-        impl: implementation of the replayed noise, "triton" or "reference"; None takes Triton for
-            CUDA tensors.
-
     Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), who published no code; not compared with
     the paper's equations, which were not at hand. The three parts are those of its abstract. The
     pair of representations (of f on the adversarial image, of the natural network on the clean one)
@@ -54,7 +59,66 @@ class ARREST(Objective):
     are not tuned.
     """
 
+    name = "arrest"
+    label = "ARREST"
+    paper = Paper(
+        "https://arxiv.org/abs/2308.16454",
+        "Adversarial Finetuning with Latent Representation Constraint to Mitigate "
+        "Accuracy-Robustness Tradeoff",
+        "Satoshi Suzuki, Shin'ya Yamaguchi, Shoichiro Takeda, Sekitoshi Kanai, Naoki Makishima, "
+        "Atsushi Ando, Ryo Masumura",
+        "ICCV 2023",
+        "Suzuki2023Adversarial",
+    )
+    note = (
+        "ARREST is a reading of its paper's abstract, without its equations, which were not at "
+        "hand; its two weights are set here and not tuned."
+    )
+    ties = ("distillation",)
     starts_from_natural = True
+
+    @dataclass(frozen=True)
+    class Settings(base.Settings):
+        layers: tuple[str, ...] = ()
+        """Module paths of the layers whose features are the representation; empty for the pooled
+        feature before the classifier."""
+        teacher: Path | None = None
+        """A naturally trained model to start from, a run's folder or its exported weights; without
+        one, the run trains it first."""
+        teacher_epochs: Count | None = None
+        """Epochs of natural training where no teacher is given, before and beside train.epochs;
+        >= 1; default as many as train.epochs."""
+        distillation: Weight = 10.0
+        """Weight of the distance from the natural representations; >= 0."""
+        replay: Weight = 0.1
+        """Angle over pi by which a clean representation may move before its sample is replayed
+        with noise instead of attacked; >= 0, 1 for no replay."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.teacher is not None and self.teacher_epochs is not None:
+                raise ValueError(
+                    "objective.teacher_epochs is for a run without a teacher, got both: leave one "
+                    "out"
+                )
+
+        def regularized_layers(self, published: tuple[str, ...]) -> tuple[str, ...]:
+            return self.layers or ("avgpool",)
+
+    @classmethod
+    def build(cls, settings: Settings, surroundings: Surroundings) -> ARREST:
+        if surroundings.norm == "split":
+            raise ValueError(
+                "arrest goes on from a natural network, which has one BatchNorm, got "
+                "model.norm=split: leave --model.norm out"
+            )
+        return cls(
+            surroundings.model,
+            surroundings.attack,
+            surroundings.layers,
+            distillation=settings.distillation,
+            replay=settings.replay,
+        )
 
     def __init__(
         self,
@@ -72,7 +136,6 @@ class ARREST(Objective):
         self.distillation = distillation
         self.replay = replay
         self.noise = dataclasses.replace(attack, random_start=True)
-        self.impl: Impl | None = None
         self.natural = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -88,14 +151,15 @@ class ARREST(Objective):
         self.natural.eval()
         return self
 
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         with torch.no_grad():
             natural = self._representations(self.natural, x)
             with use_statistics(model, "running"):
                 moved = self._distance(self._representations(model, x), natural) > self.replay
-            noisy = self.noise.start(x, self.generator, impl=self.impl, first=self.first).clamp_(
-                0, 1
-            )
+            draw = RandomStart(start.generator, start.first)
+            noisy = self.noise.start(x, draw, impl=self.impl).clamp_(0, 1)
         x_used = torch.where(moved.view(-1, 1, 1, 1), noisy, x_adv)
         with use_branch(model, "adv"), collect_features(model, self.layers) as features:
             logits = widen(model(x_used))

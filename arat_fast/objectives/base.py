@@ -1,14 +1,84 @@
-"""What every training objective offers to the step and to the loop."""
+"""What every training objective offers to the step, the loop and the command line."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import PGD, AttackLoss
+from arat_fast.attacks.pgd import PGD, AttackLoss, RandomStart
+from arat_fast.settings import check_settings
+from arat_kernels.implementation import Impl
+
+
+class Paper(NamedTuple):
+    """A publication, in the fields of RobustBench's ``model_info``."""
+
+    link: str
+    name: str
+    authors: str
+    venue: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of an objective; each class of objectives derives its own, as ``Settings``.
+
+    Limits stand in the types, see :mod:`arat_fast.settings`. The command line shows every field
+    with the docstring below it, as ``--objective.FIELD``.
+    """
+
+    name: str
+    """arat, at (plain adversarial training), trades, mart, lbgat, arrest, natural (no attack), or
+    mypackage.mymodule:MyObjective, a class of your own."""
+
+    def __post_init__(self) -> None:
+        check_settings("objective.", self)
+
+    @property
+    def splits_batch_norm(self) -> bool:
+        """Whether model.norm=auto gives the network two BatchNorm branches."""
+        return False
+
+    def regularized_layers(self, published: tuple[str, ...]) -> tuple[str, ...]:
+        """Module paths of the layers whose features the loss compares; none by default.
+
+        Args:
+            published: those of ARAT's paper for the network.
+        """
+        return ()
+
+    def official(self) -> Settings:
+        """These settings with every point set in which the official AR-AT code departs."""
+        return self
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an objective is built for.
+
+    Attributes:
+        model: the network that is trained.
+        image_shape: (C, H, W) of the images.
+        attack: of the training step.
+        norm: "split" or "shared": the network's BatchNorm.
+        layers: module paths of the regularised layers: those set, else those published.
+        make_network: another network for the same images and classes, with one BatchNorm, from a
+            built-in name; "" for the architecture of ``model``.
+    """
+
+    model: nn.Module
+    image_shape: tuple[int, int, int]
+    attack: PGD
+    norm: str
+    layers: tuple[str, ...]
+    make_network: Callable[[str], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -31,20 +101,58 @@ class ObjectiveOutput:
 
 
 class Objective(nn.Module, ABC):
-    """A training objective: how a batch and its adversarial examples become a loss."""
+    """A training objective: how a batch and its adversarial examples become a loss.
+
+    A class is all there is to a method: its settings, its name in tables and its paper stand here,
+    and the command line, comparisons, reports and model cards read them. One that is not built in
+    is named by its import path, ``--objective.name mypackage.mymodule:MyObjective``.
+    """
+
+    name: ClassVar[str] = ""
+    """On the command line and in records; empty for an objective that is not built in."""
+    label: ClassVar[str] = ""
+    """In tables and plots; the name of the class where none is given."""
+    paper: ClassVar[Paper | None] = None
+    Settings: ClassVar[type[Settings]] = Settings
+    note: ClassVar[str] = ""
+    """A reservation that is said under every table that holds a result of it."""
+    ties: ClassVar[tuple[str, ...]] = ()
+    """How the names of those terms begin that compare clean and adversarial images; the others
+    classify. The analysis of gradient conflict sets one against the other."""
 
     needs_attack: bool = True
     """Whether the step makes adversarial examples."""
     starts_from_natural: bool = False
     """Whether training goes on from a naturally trained network, which ``arat-fast train`` loads or
     trains first."""
-    generator: torch.Generator | None = None
-    """Source of the objective's own random numbers; the step sets it to its own."""
-    first: int = 0
-    """Place of the first of the samples in the batch of all processes; the step sets it."""
+    impl: Impl | None = None
+    """Implementation of the objective's own operations, "triton" or "reference"; None takes Triton
+    for CUDA tensors."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "label" not in cls.__dict__:
+            cls.label = cls.__name__
+
+    @classmethod
+    def build(cls, settings: Any, surroundings: Surroundings) -> Objective:
+        """The objective of a run; by default the class called with the fields of its settings.
+
+        Args:
+            settings: instance of the class's ``Settings``.
+            surroundings: what it is for.
+
+        Raises:
+            ValueError: a switch or a layer does not fit.
+        """
+        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+        del values["name"]
+        return cls(**values)
 
     @abstractmethod
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         """Run the network and compute the loss.
 
         Args:
@@ -52,6 +160,7 @@ class Objective(nn.Module, ABC):
             x: images (N, C, H, W) in [0, 1].
             x_adv: adversarial images, same shape; ``x`` itself where ``needs_attack`` is False.
             y: labels (N,), int64.
+            start: of the attack; source of further random numbers.
         """
 
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss | None:
@@ -74,14 +183,8 @@ class Objective(nn.Module, ABC):
         """The attack of this objective, with radius, steps and norm of ``attack``."""
         return attack
 
-    def attack_noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        generator: torch.Generator | None = None,
+    def start_noise(
+        self, x: Tensor, num_samples: int, generator: torch.Generator | None
     ) -> Tensor | None:
         """Where the attack starts: added to the images, neither projected nor clamped.
 
@@ -89,14 +192,45 @@ class Objective(nn.Module, ABC):
         depend on the images.
 
         Args:
-            shape: (N, C, H, W) of the images of all processes.
-            dtype, device, memory_format: of the images.
-            generator: source of the draws, on ``device``; None: PyTorch's default one.
+            x: some of the images (n, C, H, W), for shape, dtype, device and memory format.
+            num_samples: N, of the whole batch.
+            generator: source of the draws, on the device of ``x``; None: PyTorch's default one.
 
         Returns:
-            A tensor like the images, or None: where the attack itself says.
+            (N, C, H, W), or None: where the attack itself says.
         """
         return None
+
+    def random_start(
+        self,
+        attack: PGD,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        first: int = 0,
+        num_samples: int | None = None,
+        noise: Tensor | None = None,
+        own_noise: bool = True,
+    ) -> RandomStart:
+        """Draw the random start of a whole batch, in the order in which it is used.
+
+        Args:
+            attack: of the training step.
+            x: some of the images (n, C, H, W).
+            generator: source of the draws; None: PyTorch's default one.
+            first: place of the first of ``x`` in the batch, >= 0.
+            num_samples: of the whole batch; None for those of ``x``.
+            noise: start that is given instead, from ``first`` on.
+            own_noise: whether the objective's own start counts (:meth:`start_noise`).
+        """
+        if not self.needs_attack:
+            return RandomStart(generator, first)
+        if noise is None and own_noise:
+            noise = self.start_noise(x, len(x) if num_samples is None else num_samples, generator)
+            noise = None if noise is None else noise[first:]
+        attack = self.own_attack(attack)
+        keys = attack.draw_keys(generator, x.device, first_given=noise is not None)
+        return RandomStart(generator, first, noise, keys)
 
     def passes(self, model: nn.Module, x: Tensor, x_adv: Tensor) -> list[Tensor]:
         """The batches that :meth:`forward` passes through the deployed BatchNorm, in its order.
@@ -118,8 +252,13 @@ class Objective(nn.Module, ABC):
         """Further networks that images enter: a guide, a teacher."""
         return []
 
-    def start_epoch(self, clean_accuracy: float) -> None:
-        """Told the training accuracy on clean images before an epoch, in [0, 1]."""
+    def start_epoch(self, clean_accuracy: float, probe: Callable[[], float] | None = None) -> None:
+        """Told the training accuracy on clean images before an epoch.
+
+        Args:
+            clean_accuracy: of the batches of the epoch before, in [0, 1]; chance before the first.
+            probe: measures it in eval mode on the first training images instead.
+        """
 
 
 def widen(logits: Tensor) -> Tensor:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arat_fast.attacks.pgd import RandomStart
 from arat_fast.models.split_batch_norm import use_branch
-from arat_fast.objectives.base import ObjectiveOutput, widen
+from arat_fast.objectives import base
+from arat_fast.objectives.base import ObjectiveOutput, Paper, Surroundings, widen
 from arat_fast.objectives.normal_start import check_weight
 from arat_fast.objectives.trades import DivergenceAttack, divergence
+from arat_fast.settings import Weight
+
+OWN_CLEAN_BRANCH = "clean-branch"
+"""The guide that is no network of its own."""
 
 
 class LBGAT(DivergenceAttack):
@@ -36,6 +44,40 @@ class LBGAT(DivergenceAttack):
     ``KL(f(x_adv) || f(x))``. The passes are made in the code's order: f(x_adv), f(x), g(x).
     """
 
+    name = "lbgat"
+    label = "LBGAT"
+    paper = Paper(
+        "https://arxiv.org/abs/2011.11164",
+        "Learnable Boundary Guided Adversarial Training",
+        "Jiequan Cui, Shu Liu, Liwei Wang, Jiaya Jia",
+        "ICCV 2021",
+        "Cui2021Learnable",
+    )
+    ties = ("mse", "kl")
+
+    @dataclass(frozen=True)
+    class Settings(base.Settings):
+        alpha: Weight = 0.0
+        """Weight of TRADES' divergence, 0 or 6 as published; >= 0."""
+        guide: str = ""
+        """Model that guides, trained along and then dropped; empty for the trained one's own
+        architecture, clean-branch for its clean branch instead of another network."""
+
+        @property
+        def splits_batch_norm(self) -> bool:
+            return self.guide == OWN_CLEAN_BRANCH
+
+    @classmethod
+    def build(cls, settings: Settings, surroundings: Surroundings) -> LBGAT:
+        if settings.guide != OWN_CLEAN_BRANCH:
+            return cls(surroundings.make_network(settings.guide), settings.alpha)
+        if surroundings.norm == "shared":
+            raise ValueError(
+                "a guide that is the clean branch needs split BatchNorm, got model.norm=shared: "
+                "leave --model.norm out"
+            )
+        return cls(None, settings.alpha)
+
     def __init__(self, guide: nn.Module | None, alpha: float = 0.0) -> None:
         super().__init__()
         check_weight("alpha", alpha)
@@ -45,7 +87,9 @@ class LBGAT(DivergenceAttack):
     def networks(self) -> list[nn.Module]:
         return [] if self.guide is None else [self.guide]
 
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         with use_branch(model, "adv"):
             logits_adv = widen(model(x_adv))
             with torch.set_grad_enabled(self.alpha > 0):

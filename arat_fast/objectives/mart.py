@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arat_fast.attacks.pgd import RandomStart
 from arat_fast.models.split_batch_norm import use_branch
-from arat_fast.objectives.base import ObjectiveOutput, widen
+from arat_fast.objectives import base
+from arat_fast.objectives.base import ObjectiveOutput, Paper, widen
 from arat_fast.objectives.normal_start import NormalStart, check_weight
+from arat_fast.settings import Weight
 
 _FLOOR = 1e-12
 
@@ -32,12 +37,30 @@ class MART(NormalStart):
     logarithms and weights positive are those of the authors' code.
     """
 
+    name = "mart"
+    label = "MART"
+    paper = Paper(
+        "https://openreview.net/forum?id=rklOg6EFwS",
+        "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
+        "Yisen Wang, Difan Zou, Jinfeng Yi, James Bailey, Xingjun Ma, Quanquan Gu",
+        "ICLR 2020",
+        "Wang2020Improving",
+    )
+    ties = ("kl",)
+
+    @dataclass(frozen=True)
+    class Settings(base.Settings):
+        beta: Weight = 6.0
+        """Weight of the divergence; >= 0."""
+
     def __init__(self, beta: float = 6.0) -> None:
         super().__init__()
         check_weight("beta", beta)
         self.beta = beta
 
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         with use_branch(model, "adv"):
             logits_clean, logits_adv = widen(model(x)), widen(model(x_adv))
         clean, adv = logits_clean.log_softmax(dim=1), logits_adv.softmax(dim=1)

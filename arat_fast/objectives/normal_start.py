@@ -26,16 +26,16 @@ class NormalStart(Objective):
     def own_attack(self, attack: PGD) -> PGD:
         return dataclasses.replace(attack, bn="running")
 
-    def attack_noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        generator: torch.Generator | None = None,
+    def start_noise(
+        self, x: Tensor, num_samples: int, generator: torch.Generator | None
     ) -> Tensor | None:
-        noise = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        noise = torch.empty(
+            (num_samples, *x.shape[1:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )
         return START_STD * noise.normal_(generator=generator)
 
 

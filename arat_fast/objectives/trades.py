@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import AttackLoss
+from arat_fast.attacks.pgd import AttackLoss, RandomStart
 from arat_fast.models.split_batch_norm import use_branch
-from arat_fast.objectives.base import ObjectiveOutput, widen
+from arat_fast.objectives import base
+from arat_fast.objectives.base import ObjectiveOutput, Paper, widen
 from arat_fast.objectives.normal_start import NormalStart, check_weight
+from arat_fast.settings import Weight
 
 
 class DivergenceAttack(NormalStart):
@@ -47,12 +51,31 @@ class TRADES(DivergenceAttack):
     code.
     """
 
+    name = "trades"
+    label = "TRADES"
+    paper = Paper(
+        "https://arxiv.org/abs/1901.08573",
+        "Theoretically Principled Trade-off between Robustness and Accuracy",
+        "Hongyang Zhang, Yaodong Yu, Jiantao Jiao, Eric P. Xing, Laurent El Ghaoui, "
+        "Michael I. Jordan",
+        "ICML 2019",
+        "Zhang2019Theoretically",
+    )
+    ties = ("kl",)
+
+    @dataclass(frozen=True)
+    class Settings(base.Settings):
+        beta: Weight = 6.0
+        """Weight of the divergence; >= 0, 6 as published."""
+
     def __init__(self, beta: float = 6.0) -> None:
         super().__init__()
         check_weight("beta", beta)
         self.beta = beta
 
-    def forward(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveOutput:
+    def forward(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart
+    ) -> ObjectiveOutput:
         with use_branch(model, "adv"):
             logits_clean, logits_adv = widen(model(x)), widen(model(x_adv))
             # The authors' code computes the divergence with a clean pass of its own: the gradient

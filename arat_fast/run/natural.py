@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from arat_fast.config import Config, ObjectiveConfig
+from arat_fast.config import Config
+from arat_fast.objectives.adversarial_training import NaturalTraining
+from arat_fast.run.state import Run
 from arat_fast.saved.plain import read_safetensors
 from arat_fast.saved.weights import load_weights
 
@@ -22,10 +24,10 @@ def natural_config(config: Config) -> Config:
     """The natural run that precedes ``config``: same data, network, optimiser and averaging."""
     return dataclasses.replace(
         config,
-        objective=ObjectiveConfig("natural"),
+        objective=NaturalTraining.Settings("natural"),
         train=dataclasses.replace(
             config.train,
-            epochs=config.objective.teacher_epochs or config.train.epochs,
+            epochs=getattr(config.objective, "teacher_epochs", None) or config.train.epochs,
             eval_every=0,
             keep_best=False,
         ),
@@ -71,3 +73,24 @@ def load_natural(model: nn.Module, path: Path) -> dict[str, Any]:
         "train_seconds": summary.get("wall_seconds", {}).get("train"),
         "clean": summary.get("accuracy", {}).get("clean", {}).get("value"),
     }
+
+
+def start_from(run: Run, path: Path) -> None:
+    """Start a run from the natural model of another one, on every process.
+
+    Args:
+        run: whose weights, and what the objective keeps of them, are replaced.
+        path: as for :func:`load_natural`; rank 0 alone needs to see it.
+    """
+    content = b""
+    if run.ranks.is_main:
+        content = json.dumps(load_natural(run.model, path)).encode()
+    known: dict[str, Any] = json.loads(run.ranks.broadcast_bytes(content))
+    run.progress.natural_model = known
+    for tensor in run.model.state_dict().values():
+        run.ranks.broadcast_(tensor)
+    run.objective.adopt(run.model)
+    epochs = known["epochs"]
+    ending = "" if epochs == 1 else "s"
+    length = f", trained for {epochs} epoch{ending}" if epochs is not None else ""
+    run.display.say(f"starting from the natural model in {path}{length}")

@@ -122,7 +122,7 @@ def describe(
     return {
         "recipe": config.recipe,
         "model": config.model.name,
-        "objective": config.objective.called,
+        "objective": config.objective.name,
         "weights": weights,
         "branch": branch,
         "norm": config.attack.norm,
@@ -354,7 +354,7 @@ def _image_size(config: Config | None, name: str) -> tuple[int, int]:
 
 
 def _from_training(path: Path, state: dict[str, Any], weights: Which) -> SavedNetwork:
-    config = config_from_dict(state["config"])
+    config = config_from_dict(state["run"]["config"])
     average = state["average"]
     averaged = weights == "deployed" and average["model"] is not None
     tensors = average["model"] if averaged else state["model"]
@@ -362,11 +362,10 @@ def _from_training(path: Path, state: dict[str, Any], weights: Which) -> SavedNe
         classes, channels = network_size(tensors, config.model.name)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the network: {error}") from error
-    model = build_network(config, classes, channels)
+    shape = tuple(state["run"]["image_shape"])
+    model = build_network(config, classes, shape)
     load_weights(model, tensors, str(path))
     split = any(isinstance(module, SplitBatchNorm2d) for module in model.modules())
-    # Checkpoints of before the shape was written have images of the dataset's own size.
-    shape = state.get("image_shape") or (channels, *_image_size(config, config.model.name))
     return SavedNetwork(
         path,
         model.eval(),
@@ -375,10 +374,10 @@ def _from_training(path: Path, state: dict[str, Any], weights: Which) -> SavedNe
             config,
             config.average.kind if averaged else "last",
             "both" if split else "shared",
-            tuple(shape),
+            shape,
         ),
-        steps=state["step"],
-        steps_per_epoch=state.get("steps_per_epoch"),
+        steps=state["progress"]["step"],
+        steps_per_epoch=state["progress"]["steps_per_epoch"],
         statistics_fresh=bool(average["statistics_fresh"]) if averaged else True,
     )
 

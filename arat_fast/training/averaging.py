@@ -16,7 +16,7 @@ from arat_fast.distributed import ALONE, Place, Ranks, place_of
 from arat_fast.distributed.batch_norm import running_statistics
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d, copy_network, use_branch
 from arat_fast.objectives.base import Objective
-from arat_fast.training.step import adversarial_batch, own_start
+from arat_fast.training.step import adversarial_batch
 
 
 class WeightAverage:
@@ -28,44 +28,44 @@ class WeightAverage:
 
     Args:
         config: kind, interval and decay.
+        trained: the network whose weights are averaged.
         start_step: first step, counted from 0, after which the average may be updated.
     """
 
-    def __init__(self, config: AverageConfig, start_step: int) -> None:
+    def __init__(self, config: AverageConfig, trained: nn.Module, start_step: int) -> None:
         self.config = config
+        self.trained = trained
         self.start_step = start_step
         self.model: nn.Module | None = None
         self.num_averaged = 0
         self.statistics_fresh = True
 
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Take in the weights after ``step`` (0-based), where it is one of those to be averaged."""
         if self.config.kind == "none" or step < self.start_step:
             return
         if (step - self.start_step) % self.config.interval:
             return
         if self.model is None:
-            self.model = copy_network(model).requires_grad_(False)
+            self.model = copy_network(self.trained).requires_grad_(False)
         else:
-            self._average(self.model, model)
+            self._average(self.model)
         self.num_averaged += 1
         self.statistics_fresh = self.config.kind == "ema"
 
     @torch.no_grad()
-    def _average(self, mean: nn.Module, model: nn.Module) -> None:
-        share = 1 - self.config.decay
-        pairs = list(zip(mean.parameters(), model.parameters(), strict=True))
+    def _average(self, mean: nn.Module) -> None:
+        averaged: list[Tensor] = list(mean.parameters())
+        current: list[Tensor] = list(self.trained.parameters())
         if self.config.kind == "swa":
-            share = 1 / (self.num_averaged + 1)
-        for averaged, current in pairs:
-            averaged.lerp_(current, share)
-        if self.config.kind == "swa":
+            torch._foreach_lerp_(averaged, current, 1 / (self.num_averaged + 1))
             return
-        for average_buffer, buffer in zip(mean.buffers(), model.buffers(), strict=True):
-            if buffer.is_floating_point():
-                average_buffer.lerp_(buffer, share)
-            else:
-                average_buffer.copy_(buffer)
+        pairs = list(zip(mean.buffers(), self.trained.buffers(), strict=True))
+        averaged += [a for a, b in pairs if b.is_floating_point()]
+        current += [b for _, b in pairs if b.is_floating_point()]
+        torch._foreach_lerp_(averaged, current, 1 - self.config.decay)
+        counts = [(a, b) for a, b in pairs if not b.is_floating_point()]
+        torch._foreach_copy_([a for a, _ in counts], [b for _, b in counts])
 
     @property
     def share_of_first(self) -> float:
@@ -84,13 +84,12 @@ class WeightAverage:
             "model": model,
         }
 
-    def load_state_dict(self, state: dict[str, Any], model: nn.Module) -> None:
-        """Restore; ``model`` gives the architecture."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_averaged = state["num_averaged"]
         self.statistics_fresh = state["statistics_fresh"]
         self.model = None
         if state["model"] is not None:
-            self.model = copy_network(model).requires_grad_(False)
+            self.model = copy_network(self.trained).requires_grad_(False)
             self.model.load_state_dict(state["model"])
 
 
@@ -140,18 +139,10 @@ def refresh_batch_norm(
     try:
         for number, (x, y) in enumerate(batches):
             place = Place(0, len(x)) if plan is None else place_of(plan, number)
-            noise = own_start(objective, x, place, generator) if objective.needs_attack else None
-            x, x_adv = adversarial_batch(
-                model,
-                objective,
-                attack,
-                x,
-                y,
-                generator=generator,
-                noise=None if noise is None else noise[: len(x)],
-                first=place.first,
-                bn="batch",
-            )
+            begin = objective.random_start(
+                attack, x, generator, first=place.first, num_samples=place.total
+            ).part(slice(0, len(x)))
+            x, x_adv = adversarial_batch(model, objective, attack, x, y, begin, bn="batch")
             branches: list[tuple[Branch, list[Tensor]]] = [
                 ("adv", objective.passes(model, x, x_adv))
             ]

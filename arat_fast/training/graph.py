@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Function = Callable[..., dict[str, Tensor]]
+from arat_fast.training.memory import BatchTooLargeError
+from arat_fast.training.values import Values
+
+Function = Callable[..., Values]
 
 NUM_WARMUP = 3
 """Steps of a batch shape that run eagerly before it is captured: they choose cuDNN's algorithms,
@@ -20,16 +23,11 @@ MAX_NUM_SHAPES = 2
 """Batch shapes that are captured, the full batch and the last one of an epoch; more run eagerly."""
 
 
-class BatchTooLargeError(torch.OutOfMemoryError):
-    """The step ran out of memory; the message says what would fit."""
-
-
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    names: tuple[str, ...]
-    packed: Tensor
+    values: Values
     state: object
 
 
@@ -73,8 +71,8 @@ class StepGraphs:
         inputs: tuple[Tensor, ...],
         settings: object,
         variant: object = None,
-    ) -> dict[str, Tensor]:
-        """One step of ``function(*inputs)``; its metrics, 0-d tensors that stay as they are.
+    ) -> Values:
+        """One step of ``function(*inputs)``; its metrics, which stay as they are.
 
         Args:
             function: the step.
@@ -87,7 +85,7 @@ class StepGraphs:
             BatchTooLargeError: it can run, but not be captured in the memory there is.
         """
         self._set_lrs()
-        key = (function.__name__, variant, tuple((t.shape, t.stride(), t.dtype) for t in inputs))
+        key = (variant, tuple((t.shape, t.stride(), t.dtype) for t in inputs))
         captured = self.captured.get(key)
         state = (settings, self._state())
         if captured is not None and captured.state != state:
@@ -102,21 +100,21 @@ class StepGraphs:
             own.copy_(given, non_blocking=True)
         captured.graph.replay()
         # A copy: the next replay writes over the graph's own.
-        return dict(zip(captured.names, captured.packed.clone().unbind(), strict=True))
+        return Values(captured.values.names, captured.values.packed.clone())
 
     def forget(self) -> None:
         """Give the graphs and their memory back; the next steps run eagerly again."""
         self.captured.clear()
         self.num_eager.clear()
 
-    def _eagerly(self, function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _eagerly(self, function: Function, inputs: tuple[Tensor, ...]) -> Values:
         # On the stream of the capture, so that nothing in the graph belongs to another one.
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            metrics = function(*inputs)
+            values = function(*inputs)
         current.wait_stream(self.stream)
-        return metrics
+        return values
 
     def _capture(self, function: Function, inputs: tuple[Tensor, ...], state: object) -> _Captured:
         graph = torch.cuda.CUDAGraph()
@@ -131,8 +129,7 @@ class StepGraphs:
             with torch.cuda.graph(
                 graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
             ):
-                metrics = function(*static)
-                packed = torch.stack([value.float() for value in metrics.values()])
+                values = function(*static)
         except RuntimeError as error:
             # The end of a broken capture raises an error of its own over the cause.
             cause = error.__context__ or error
@@ -151,7 +148,7 @@ class StepGraphs:
         finally:
             # Which a broken capture leaves switched.
             torch.cuda.set_stream(current)
-        return _Captured(graph, static, tuple(metrics), packed, state)
+        return _Captured(graph, static, values, state)
 
     def _set_lrs(self) -> None:
         """Bring learning rates that were assigned as numbers to where the graph reads them."""

@@ -1,11 +1,7 @@
-"""Metrics of the steps: kept on the device, read in blocks, written as JSON lines."""
+"""Metrics of the steps: kept on the device, read in blocks."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +9,7 @@ from torch import Tensor
 
 from arat_fast.data.plan import Shard
 from arat_fast.distributed import ALONE, Ranks
+from arat_fast.training.values import Values
 
 
 class NotFiniteError(ValueError):
@@ -38,15 +35,15 @@ class StepMetrics:
         self.epoch_samples = 0
         self.epoch_sums: dict[str, float] = {}
 
-    def add(self, step: int, metrics: dict[str, Tensor], num_samples: int) -> None:
-        """Keep the 0-d metrics of ``step``, a batch of ``num_samples`` over all processes.
+    def add(self, step: int, values: Values, num_samples: int) -> None:
+        """Keep the metrics of ``step``, a batch of ``num_samples`` over all processes.
 
         The metrics are means over the samples of this process.
         """
         if not self.pending:
             self.first_pending = step
-            self.names = tuple(metrics)
-        self.pending.append(torch.stack([value.float() for value in metrics.values()]))
+            self.names = values.names
+        self.pending.append(values.packed)
         self.pending_samples.append(num_samples)
 
     def read(self) -> dict[str, float]:
@@ -112,53 +109,3 @@ class StepMetrics:
         self.pending, self.pending_samples = [], []
         self.epoch_samples = state["epoch_samples"]
         self.epoch_sums = dict(state["epoch_sums"])
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, appended; continued from where a checkpoint is.
-
-    Args:
-        path: the file.
-        keep: bytes to keep of a file that exists: what was written before the checkpoint. The rest
-            goes with the first line that is written, so that a run that is found to be finished
-            loses none.
-    """
-
-    def __init__(self, path: Path, keep: int = 0) -> None:
-        self.file = open(path, "ab")  # noqa: SIM115  # lives as long as the run
-        self.keep: int | None = min(keep, path.stat().st_size)
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one line; numbers must be finite."""
-        assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
-        try:
-            self._cut()
-            self.file.write(json.dumps(values).encode() + b"\n")
-            self.file.flush()
-        except OSError as error:
-            raise OSError(f"cannot write {self.file.name}: {error.strerror}") from error
-
-    def holds(self, kind: str, epoch: int) -> bool:
-        """Whether there is a line of that kind after so many epochs."""
-        self.flush()
-        lines = map(json.loads, Path(self.file.name).read_text().splitlines())
-        return any(line["kind"] == kind and line["epoch"] == epoch for line in lines)
-
-    def flush(self) -> int:
-        """Hand the file to the system; its size in bytes."""
-        self._cut()
-        self.file.flush()
-        return self.file.tell()
-
-    def sync(self) -> None:
-        """Bring what was flushed to disk."""
-        os.fsync(self.file.fileno())
-
-    def _cut(self) -> None:
-        if self.keep is not None:
-            self.file.truncate(self.keep)
-            self.file.seek(0, os.SEEK_END)
-            self.keep = None
-
-    def close(self) -> None:
-        self.file.close()

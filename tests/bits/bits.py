@@ -1,8 +1,8 @@
 """Short training runs whose numbers must not move, and the digests of what they leave behind.
 
-``python tests/bits/bits.py`` makes the table ``bits.json`` anew, on purpose, after a change that is meant to
-move numbers; ``test_bits.py`` compares with it. Digests are of values, not of files: tensors by name, dtype,
-shape and bytes, metrics by their numbers, evaluations image by image.
+``python tests/bits/bits.py`` makes the table ``bits.json`` anew, on purpose, after a change that is
+meant to move numbers; ``test_bits.py`` compares with it. Digests are of values, not of files:
+tensors by name, dtype, shape and bytes, metrics by their numbers, evaluations image by image.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import argparse
 import hashlib
 import json
 import os
-import platform
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,23 +28,11 @@ from safetensors.torch import load_file
 
 TABLE = Path(__file__).with_name("bits.json")
 
-COMMON = [
-    "--train.epochs",
-    "2",
-    "--train.eval-every",
-    "1",
-    "--train.log-every",
-    "5",
-    "--train.device",
-    "cpu",
-    "--eval.num-steps",
-    "3",
-    "--eval.max-samples",
-    "48",
-    "--eval.no-autoattack",
-    "--attack.num-steps",
-    "3",
-]
+COMMON = (
+    *("--train.epochs", "2", "--train.eval-every", "1", "--train.log-every", "5"),
+    *("--train.device", "cpu", "--eval.num-steps", "3", "--eval.max-samples", "48"),
+    *("--eval.no-autoattack", "--attack.num-steps", "3"),
+)
 
 CASES: dict[str, str] = {
     "arat": "",
@@ -70,17 +59,17 @@ CASES: dict[str, str] = {
 """Arguments after ``arat-fast train digits``; the last of equal ones counts."""
 
 SAME = {"resumed": "arat"}
-"""Cases that must agree with another one."""
+"""Cases that must agree with another one, but for a line of metrics where they were stopped."""
 
 _NUMBERS = ("loss", "accuracy_clean", "accuracy_adv", "lr", "w_adv", "w_clean", "clean", "pgd")
 
 
 def environment() -> str:
     """What the bits depend on beside the code."""
-    cpu = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return f"{names[0] if names else cpu}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    cpu = " ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model"))
+    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,7 +84,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def digest(tensors: dict[str, Any]) -> str:
-    """SHA-256 over path, dtype, shape and bytes of every tensor in nested dictionaries and lists."""
+    """SHA-256 over path, dtype, shape and bytes of every tensor in nested containers."""
     total = hashlib.sha256()
     for path, tensor in _flat(tensors):
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -132,7 +121,11 @@ def run(case: str, folder: Path) -> dict[str, str]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     if case == "two-ranks":
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
         command = [sys.executable, *launcher, *arguments]
     if case == "resumed":
         _interrupt(command, variables, folder / "metrics.jsonl")
@@ -159,11 +152,10 @@ def _merged(arguments: str) -> list[str]:
 
 
 def _interrupt(command: list[str], variables: dict[str, str], metrics: Path) -> None:
-    """Send SIGTERM in the middle of the second epoch, and wait for the checkpoint."""
-    process = subprocess.Popen(
-        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not metrics.exists() or '"step": 30' not in metrics.read_text():
+    """Send SIGTERM in the second epoch, or at its begin, and wait for the checkpoint."""
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=variables, stdout=quiet, stderr=quiet)
+    while not metrics.exists() or '"kind": "eval"' not in metrics.read_text():
         assert process.poll() is None, "the run ended before it was interrupted"
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

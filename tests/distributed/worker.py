@@ -10,7 +10,7 @@ from distributed import cases
 
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.distributed import Ranks, join
-from arat_fast.distributed.evaluation import share_evaluation
+from arat_fast.evaluation.sharing import share_evaluation
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.autoattack import autoattack
 from arat_fast.evaluation.evaluate import ImageSet, clean_accuracy, pgd_accuracy

@@ -1,0 +1,144 @@
+"""The end of a run: the weights that are deployed, their evaluation, the summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from arat_fast.build import implementation
+from arat_fast.config import config_to_dict
+from arat_fast.data.batches import stream_generator
+from arat_fast.device import describe_device, source_commit, versions
+from arat_fast.evaluation import ThreatModel
+from arat_fast.evaluation.evaluate import ImageSet
+from arat_fast.evaluation.suite import evaluate_all, save_examples
+from arat_fast.files import write_json
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.run.state import Run
+from arat_fast.saved import export_plain, save_safetensors
+from arat_fast.saved.network import describe, header
+from arat_fast.training.averaging import refresh_batch_norm
+from arat_kernels.implementation import choose
+
+
+def deploy(run: Run) -> tuple[nn.Module, str]:
+    """The weights that are evaluated and exported, the average if there is one; their name.
+
+    Raises:
+        EvaluationStopped: a signal came while the statistics of the average were re-estimated.
+    """
+    if run.average.model is None:
+        return run.model, "last"
+    if not run.average.statistics_fresh:
+        run.display.say("re-estimating the BatchNorm statistics of the averaged weights")
+        refresh_batch_norm(
+            run.average.model,
+            run.more_batches(),
+            run.objective,
+            run.config.attack,
+            stream_generator(run.config.seed, "refresh", run.device),
+            ranks=run.ranks,
+            plan=run.data.train.plan,
+        )
+        run.average.statistics_fresh = True
+        run.save()
+    return run.average.model, run.config.average.kind
+
+
+def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
+    """Export and evaluate the deployed weights; the content of the summary, on rank 0.
+
+    Raises:
+        EvaluationStopped: a signal came; what is finished is kept.
+    """
+    config = run.config
+    images = ImageSet.from_batches(run.data.test, config.eval.max_samples, run.ranks.shard)
+    split = any(isinstance(m, SplitBatchNorm2d) for m in model.modules())
+    if run.ranks.is_main:
+        branch = "adv" if split else "shared"
+        save_safetensors(
+            export_plain(model) if split else model,
+            run.out / "model.safetensors",
+            header(describe(config, kind, branch, run.data.train.image_shape)),
+        )
+    start = time.perf_counter()
+    with run.display.evaluating() as bar:
+        suite = evaluate_all(
+            model,
+            images,
+            ThreatModel(config.attack.eps, config.attack.norm),
+            num_steps=config.eval.num_steps,
+            alpha=config.eval.step_size(config.attack.eps),
+            attacks=run.attacks,
+            batch_size=config.eval.batch_size,
+            seed=config.seed,
+            folder=run.out / "evaluation.partial",
+            progress=run.interruptible(bar),
+            ranks=run.ranks,
+        )
+    summary: dict[str, Any] = {}
+    if run.ranks.is_main:
+        examples = suite.strongest_examples()
+        save_examples(run.out / "examples.npz", model, images, examples)
+        summary = {
+            **facts(run, "finished"),
+            "evaluation": config_to_dict(config)["eval"],
+            "test_samples": len(suite.results["clean"].correct),
+            "split": "test",
+            "model": kind,
+            "accuracy": suite.record(),
+            **({"left_out": suite.left_out} if suite.left_out else {}),
+            "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
+        }
+        write_json(run.out / "summary.json", summary)
+    run.ranks.meet()
+    suite.pieces.remove()
+    return summary
+
+
+def finished_summary(run: Run) -> dict[str, Any] | None:
+    """The summary of a run that had come to its end, evaluated as it is asked for now."""
+    if run.progress.step < run.total_steps:
+        return None
+    content = b""
+    if run.ranks.is_main:
+        with suppress(OSError, ValueError):
+            text = (run.out / "summary.json").read_bytes()
+            summary: dict[str, Any] = json.loads(text)
+            wanted = config_to_dict(run.config)["eval"]
+            if summary.get("status") == "finished" and summary.get("evaluation") == wanted:
+                content = text
+    content = run.ranks.broadcast_bytes(content)
+    return json.loads(content) if content else None
+
+
+def facts(run: Run, status: str) -> dict[str, Any]:
+    """What is known of a run whether or not it came to its end."""
+    config, progress = run.config, run.progress
+    folded = run.step.folded_network
+    return {
+        "recipe": config.recipe,
+        "status": status,
+        "objective": config.objective.name,
+        "dataset": config.data.name,
+        "seed": config.seed,
+        "epochs": config.train.epochs,
+        "natural_model": progress.natural_model,
+        "steps": progress.step,
+        "processes": run.ranks.world_size,
+        "num_parameters": sum(p.numel() for p in run.model.parameters()),
+        "train_samples": run.data.train.num_samples,
+        "wall_seconds": {"train": progress.seconds},
+        "images_per_second": run.images_seen() / max(progress.seconds, 1e-9),
+        "device": describe_device(run.device),
+        "precision": str(run.precision).removeprefix("torch."),
+        "versions": versions(),
+        "kernels": choose(implementation(config), next(run.model.parameters())),
+        "folded_batch_norms": len(folded.folded) if folded is not None else 0,
+        "command": run.command,
+        "commit": source_commit(),
+    }

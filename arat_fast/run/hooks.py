@@ -1,0 +1,323 @@
+"""What happens beside the training itself: logs, evaluations, analyses, remarks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import nn
+
+from arat_fast.analysis.snapshot import analyze_training, first_batches, headline_numbers
+from arat_fast.device import describe_device
+from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
+from arat_fast.evaluation.evaluate import ImageSet
+from arat_fast.evaluation.sharing import share_evaluation
+from arat_fast.models.registry import MODELS
+from arat_fast.training.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from arat_fast.run.state import Run
+
+MAX_SHARE_OF_FIRST = 0.05
+"""Of the first weights in an exponential average, above which a run says so."""
+
+
+class Hook:
+    """Something that is told of a run's course; every method may be left out.
+
+    All processes of a job tell their hooks the same in the same order, so that a hook may use
+    collectives; one that writes files does so where ``run.ranks.is_main``. A hook with a
+    ``name`` is part of the checkpoints.
+    """
+
+    name: str = ""
+
+    def begin(self, run: Run) -> None:
+        """Before the first step, once everything is built or restored."""
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        """``epoch`` epochs are done, and another one begins; not again where it is resumed."""
+
+    def log(self, run: Run, line: dict[str, Any]) -> None:
+        """There are numbers: ``line["kind"]`` is "train", "eval", "analysis", or a hook's own."""
+
+    def end(self, run: Run) -> None:
+        """The last step is done."""
+
+    def sync(self) -> None:
+        """Bring what was written to disk: a checkpoint follows. Called in a thread."""
+
+    def close(self) -> None:
+        """The run is over, whatever its end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings from which :meth:`load_state_dict` goes on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+
+class MetricsLog(Hook):
+    """``metrics.jsonl``: one JSON object a line, appended; continued from where a checkpoint is.
+
+    What an interrupted run has written after its checkpoint goes with the first line that is
+    written, so that a run that is found to be finished loses none.
+
+    Args:
+        path: the file.
+    """
+
+    name = "metrics.jsonl"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keep: int | None = 0
+        self.file: BinaryIO | None = None
+
+    def begin(self, run: Run) -> None:
+        self.file = open(self.path, "ab")  # noqa: SIM115  # lives as long as the run
+
+    def log(self, run: Run, line: dict[str, Any]) -> None:
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
+        file = self._cut()
+        try:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        file = self._cut()
+        file.flush()
+        return {"bytes": file.tell()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.keep = state["bytes"]
+
+    def _cut(self) -> BinaryIO:
+        assert self.file is not None
+        if self.keep is not None:
+            self.file.truncate(min(self.keep, self.path.stat().st_size))
+            self.file.seek(0, os.SEEK_END)
+            self.keep = None
+        return self.file
+
+
+class TensorBoard(Hook):
+    """Scalars for TensorBoard in the run's folder, where it is installed."""
+
+    def __init__(self) -> None:
+        self.writer: Any = None
+
+    def begin(self, run: Run) -> None:
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            step = run.progress.step
+            purge = step + 1 if step else None
+            self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=purge)
+
+    def log(self, run: Run, line: dict[str, Any]) -> None:
+        if self.writer is None:
+            return
+        numbers = {k: v for k, v in line.items() if k not in ("kind", "step")}
+        prefix = line["kind"]
+        if line["kind"] == "eval":
+            prefix = f"{line['split']}/{line['model']}"
+            numbers = {name: line[name] for name in ("clean", "pgd")}
+        elif line["kind"] == "analysis":
+            numbers = headline_numbers(line)
+        for name, value in numbers.items():
+            self.writer.add_scalar(f"{prefix}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Remarks(Hook):
+    """Says what a run is and what it finds out on its way."""
+
+    def __init__(self) -> None:
+        self.said_folding = False
+
+    def begin(self, run: Run) -> None:
+        config, ranks, step = run.config, run.ranks, run.progress.step
+        resumed = f" from step {step}" if step else ""
+        epochs = config.train.epochs
+        together = "" if ranks.alone else f" in {ranks.world_size} processes"
+        run.display.say(
+            f"{config.recipe}: {config.objective.name}, {config.model.name}, "
+            f"{run.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
+            f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
+            f"{run.out}"
+        )
+        spec = MODELS.get(config.model.name)
+        if config.objective.splits_batch_norm and spec is not None and not spec.has_batch_norm:
+            run.display.say(
+                f"{config.model.name} has LayerNorm and no BatchNorm to split: both kinds of "
+                f"images share every layer, and {config.objective.name} is its loss alone"
+            )
+
+    def log(self, run: Run, line: dict[str, Any]) -> None:
+        folded = run.step.folded_network
+        if folded is None or self.said_folding:
+            return
+        self.said_folding = True
+        left = f"; left as they are: {', '.join(folded.unfolded)}" if folded.unfolded else ""
+        run.display.say(
+            f"attack on running statistics: {len(folded.folded)} BatchNorm layers folded into "
+            f"convolutions, {len(folded.affine)} affine maps of their own{left}"
+        )
+
+    def end(self, run: Run) -> None:
+        share = run.average.share_of_first
+        if share > MAX_SHARE_OF_FIRST:
+            run.display.say(
+                "young average: in the weights that are evaluated, those after step "
+                f"{run.average.start_step + 1} still count {100 * share:.0f} %; train longer, "
+                "lower --average.decay, or --average.kind none"
+            )
+
+
+class Evaluation(Hook):
+    """Clean and PGD accuracy every few epochs, and the best checkpoint by validation."""
+
+    name = "evaluation"
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self.evaluated_epoch = 0
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        train = run.config.train
+        every = train.eval_every
+        if not every or not epoch or epoch % every or epoch == self.evaluated_epoch:
+            return
+        run.bar.show("evaluating")
+        networks = {"last": run.model}
+        if run.average.model is not None and run.config.average.kind == "ema":
+            networks["ema"] = run.average.model
+        lines = [self._evaluate(run, kind, model) for kind, model in networks.items()]
+        # Not before all are there: what is broken off is made again as a whole.
+        for line in lines:
+            run.log("eval", epoch, line)
+        self.evaluated_epoch = epoch
+        accuracy = lines[-1]["pgd"]
+        if train.keep_best and (self.best is None or accuracy > self.best):
+            self.best = accuracy
+            run.save()
+            if run.ranks.is_main:
+                run.checkpoints.keep_as_best()
+
+    def _evaluate(self, run: Run, kind: str, model: nn.Module) -> dict[str, Any]:
+        """Accuracies on the validation images, else on the test images."""
+        config = run.config
+        split, batches = ("val", run.data.val) if run.data.val else ("test", run.data.test)
+        images = ImageSet.from_batches(batches, config.eval.max_samples, run.ranks.shard)
+        clean = share_evaluation(
+            run.ranks,
+            lambda own: clean_accuracy(model, own, batch_size=config.eval.batch_size),
+            images,
+        )
+        pgd = share_evaluation(
+            run.ranks,
+            lambda own: pgd_accuracy(
+                model,
+                own,
+                ThreatModel(config.attack.eps, config.attack.norm),
+                num_steps=config.eval.num_steps,
+                alpha=config.eval.step_size(config.attack.eps),
+                batch_size=config.eval.batch_size,
+                seed=config.seed,
+                progress=run.interruptible(),
+            ),
+            images,
+        )
+        return {
+            "split": split,
+            "model": kind,
+            "clean": clean.accuracy,
+            "pgd": pgd.accuracy,
+            "num_steps": config.eval.num_steps,
+            "num_samples": len(pgd.correct),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "evaluated_epoch": self.evaluated_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.evaluated_epoch = state["best"], state["evaluated_epoch"]
+
+
+class Analysis(Hook):
+    """Gradient conflict and mixture distribution every few epochs, on rank 0's share."""
+
+    name = "analysis"
+
+    def __init__(self) -> None:
+        self.analyzed_epoch = -1
+        self.is_left_out = False
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        every = run.config.analyze.every
+        if every and not epoch % every:
+            self._analyze(run, epoch)
+
+    def end(self, run: Run) -> None:
+        if run.config.analyze.every:
+            self._analyze(run, run.config.train.epochs)
+
+    def _analyze(self, run: Run, epoch: int) -> None:
+        if epoch == self.analyzed_epoch:
+            return
+        if run.ranks.is_main:
+            run.bar.show("analysing")
+            run.log("analysis", epoch, self._record(run, epoch))
+        self.analyzed_epoch = epoch
+        # It can take longer than a collective waits.
+        run.ranks.meet()
+
+    def _record(self, run: Run, epoch: int) -> dict[str, Any]:
+        batches = first_batches(run.data.train, run.config.analyze.num_batches)
+        try:
+            return analyze_training(run.config, run.model, run.objective, batches)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition(". ")[0]
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self.is_left_out:
+            run.display.say(
+                f"the analysis of epoch {epoch}, in float32, is left out, as later ones may be: "
+                f"{reason}; --analyze.every 0 leaves out all"
+            )
+        self.is_left_out = True
+        return {"gradient_conflict": None, "mixture": None, "left_out": reason}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"analyzed_epoch": self.analyzed_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.analyzed_epoch = state["analyzed_epoch"]
+
+
+def default_hooks(run: Run) -> list[Hook]:
+    """Those of every run; rank 0 alone writes logs."""
+    logs = [MetricsLog(run.out / "metrics.jsonl"), TensorBoard()] if run.ranks.is_main else []
+    return [*logs, Remarks(), Evaluation(), Analysis()]

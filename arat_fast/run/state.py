@@ -1,0 +1,520 @@
+"""Everything that one run is made of; each part that moves owns its state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from arat_fast.build import build_network, build_objective, build_optimizer, implementation
+from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
+from arat_fast.data import load_data
+from arat_fast.data.bad_images import FILE as BAD_IMAGES
+from arat_fast.data.bad_images import BadImages
+from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
+from arat_fast.data.fingerprint import Fingerprint
+from arat_fast.data.load import download_data
+from arat_fast.device import resolve_precision, versions
+from arat_fast.display import Display, TrainingBar
+from arat_fast.distributed import ALONE, Place, Ranks, place_of
+from arat_fast.distributed.batch_norm import synchronize_batch_norm
+from arat_fast.distributed.ranks import Vote
+from arat_fast.evaluation.evaluate import SuiteProgress, Unit, evaluation_mode, predict
+from arat_fast.evaluation.suite import attacks_left_out
+from arat_fast.files import write_json
+from arat_fast.run.hooks import Hook, default_hooks
+from arat_fast.stop import EvaluationStopped, StopRequest
+from arat_fast.training.averaging import WeightAverage
+from arat_fast.training.checkpoint import CheckpointFolder, training_state
+from arat_fast.training.metrics import NotFiniteError, StepMetrics
+from arat_fast.training.schedule import learning_rate, progressive_size
+from arat_fast.training.step import TrainStep
+
+PROBE_SAMPLES = 1000
+"""The official code measures the balance on batches until it has seen this many samples."""
+
+
+class Stateful(Protocol):
+    """A part of a checkpoint; both methods are called by all processes, in one order."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class Progress:
+    """How far a run is, in numbers.
+
+    Args:
+        steps_per_epoch: batches of an epoch.
+        num_classes: chance is the clean accuracy before the first epoch.
+    """
+
+    def __init__(self, steps_per_epoch: int, num_classes: int) -> None:
+        self.step = 0
+        self.steps_per_epoch = steps_per_epoch
+        self.seconds = 0.0
+        self.clean_accuracy = 1 / num_classes
+        self.rate_factor = 1.0
+        self.num_rollbacks = 0
+        self.natural_model: dict[str, Any] | None = None
+        self.ends_epoch = False
+        """Whether a checkpoint left nothing of its epoch but the end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "ends_epoch"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Epochs can differ by a last batch that is too small for so many processes.
+        own = self.steps_per_epoch
+        epoch, batch = divmod(state["step"], state["steps_per_epoch"])
+        vars(self).update(state, step=epoch * own + min(batch, own), steps_per_epoch=own)
+        self.ends_epoch = batch >= own
+
+
+class RandomStates:
+    """Random numbers: the attack's, and PyTorch's own (dropout's), of which each process has its
+    own."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def state_dict(self) -> dict[str, Any]:
+        ranks, device = self.run.ranks, self.run.device
+        states = {"cpu": ranks.gather(torch.get_rng_state())}
+        if device.type == "cuda":
+            states["cuda"] = ranks.gather(torch.cuda.get_rng_state(device))
+        return {"attack": self.run.generator.get_state(), **states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        run = self.run
+        run.generator.set_state(state["attack"])
+        saved = len(state["cpu"])
+        if run.ranks.world_size != saved:
+            run.display.say(
+                f"a run of {saved} processes goes on with {run.ranks.world_size}: "
+                + (
+                    "with the same batches and BatchNorm over all of them"
+                    if run.config.distributed.sync_bn
+                    else "with the same batches; BatchNorm normalises other parts of them"
+                )
+            )
+        if run.ranks.rank >= saved:
+            run.seed_rank()
+            return
+        torch.set_rng_state(state["cpu"][run.ranks.rank])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"][run.ranks.rank], run.device)
+
+
+class Identity:
+    """What a checkpoint can be resumed with: nothing else, since the numbers would be others."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def state_dict(self) -> dict[str, Any]:
+        run = self.run
+        return {
+            "config": config_to_dict(run.config),
+            "arithmetic": f"{run.precision} on {run.device.type}".removeprefix("torch."),
+            "image_shape": list(run.data.train.image_shape),
+            "dataset": run.data.fingerprint._asdict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own, source = self.state_dict(), self.run.checkpoints.newest
+        if state["arithmetic"] != own["arithmetic"]:
+            raise ValueError(
+                f"{source} was trained in {state['arithmetic']}, got {own['arithmetic']}: set "
+                "--train.device and --step.precision to go on with it"
+            )
+        check_same_dataset(self.run.data.fingerprint, state["dataset"], source)
+
+
+class HookStates:
+    """The states of those hooks that have a name."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self.hooks = {hook.name: hook for hook in hooks if hook.name}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: hook.state_dict() for name, hook in self.hooks.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in state.keys() & self.hooks.keys():
+            self.hooks[name].load_state_dict(state[name])
+
+
+class Run:
+    """One run: a configuration, a folder, and everything that moves while it trains.
+
+    Args:
+        config: what to train.
+        out: folder of the run; made if absent.
+        resume: go on from the folder's checkpoint, bit for bit; start afresh if there is none.
+        command: command line to record in the summary.
+        display: where progress is shown; by rank 0 alone.
+        hooks: your own, told after the built-in ones.
+        ranks: the processes that train together; each makes a run. Rank 0 alone reads and writes
+            the files of the run; the others keep nothing in the folder but the finished parts of an
+            evaluation, until it ends.
+        bad_images: knows the files to leave out, of a run that this one is a part of; None looks
+            for them, or takes those that a run that is resumed has found.
+
+    Raises:
+        FileExistsError: the folder holds a run already, and ``resume`` is not set.
+        ValueError: the configuration does not fit the data or the checkpoint.
+        FileNotFoundError: the dataset is not there.
+    """
+
+    bar: TrainingBar
+    stop: StopRequest
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        *,
+        resume: bool = False,
+        command: str = "",
+        display: Display | None = None,
+        hooks: Sequence[Hook] = (),
+        ranks: Ranks = ALONE,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        self.config = config
+        self.out = out
+        self.resume = resume
+        self.command = command
+        self.ranks = ranks
+        self.display = display or Display()
+        if not ranks.is_main:
+            self.display = Display(Console(quiet=True))
+        self.stop = StopRequest()
+        self.checkpoints = CheckpointFolder(out, config.train.keep_last)
+        saved = self._saved_state()
+        self.device = ranks.device(config.train.device)
+        # Shapes repeat, so that timing cuDNN's algorithms once pays.
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        self.precision = resolve_precision(config.step.precision, self.device)
+        self.memory_format = (
+            torch.channels_last if config.step.channels_last else torch.contiguous_format
+        )
+        self._load_data(bad_images)
+        self._build()
+        train = self.data.train
+        self.steps_per_epoch = len(train)
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+        self.progress = Progress(self.steps_per_epoch, train.num_classes)
+        self.average = WeightAverage(
+            config.average,
+            self.model,
+            int(config.average.start * config.train.epochs) * self.steps_per_epoch,
+        )
+        self.metrics = StepMetrics(ranks)
+        self.vote = Vote(ranks)
+        self.hooks = [*default_hooks(self), *hooks]
+        self.parts: dict[str, Stateful] = {
+            "run": Identity(self),
+            "progress": self.progress,
+            "model": self.model,
+            "objective": self.objective,
+            "optimizer": self.optimizer,
+            "average": self.average,
+            "metrics": self.metrics,
+            "hooks": HookStates(self.hooks),
+            "random": RandomStates(self),
+        }
+        self.rate = config.peak_lr
+        self.size: int | None = None
+        self.is_resumed = saved is not None
+        if saved is not None:
+            self.restore(saved)
+        if ranks.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.remove_leftovers()
+            record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
+            write_json(out / "config.json", record)
+            if self.bad_images.found:
+                write_json(out / BAD_IMAGES, self.bad_images.found)
+
+    def _load_data(self, bad_images: BadImages | None) -> None:
+        config, ranks = self.config, self.ranks
+        download_data(config.data, ranks)
+        with self.display.evaluating() as bar:
+            # Also without a checkpoint: the natural run before may have begun with these files.
+            found = BadImages(self.out if self.resume else None, ranks, bar)
+            self.bad_images = bad_images or found
+            self.data = load_data(
+                config.data,
+                device=self.device,
+                seed=config.seed,
+                eval_batch_size=config.eval.batch_size,
+                memory_format=self.memory_format,
+                shard=ranks.shard,
+                bad_images=self.bad_images,
+            )
+        if self.data.skipped:
+            first = self.data.skipped[0]
+            self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
+        if config.train.keep_best and self.data.val is None:
+            raise ValueError(
+                "train.keep_best needs validation images, and the dataset has none of its own: set "
+                f"data.num_val, got {config.data.num_val}"
+            )
+        if config.data.progressive and isinstance(self.data.train, ResidentBatches):
+            raise ValueError(
+                "data.progressive is for images that are read in batches, got a dataset that stays "
+                "on the device; set --data.loader dataloader or dali"
+            )
+        self.attacks = ("pgd", "autoattack") if config.eval.autoattack else ("pgd",)
+        for name, reason in attacks_left_out(self.attacks, self.data.test.num_classes).items():
+            self.display.say(f"{name} is left out of the evaluation: {reason}")
+
+    def _build(self) -> None:
+        config, ranks, train = self.config, self.ranks, self.data.train
+        torch.manual_seed(config.seed)
+        shape = train.num_classes, train.image_shape
+        self.model = build_network(config, *shape).to(self.device)
+        self.objective = build_objective(config, self.model, *shape)
+        if config.distributed.sync_bn and ranks.group is not None:
+            synchronize_batch_norm(self.model, ranks.group)
+            synchronize_batch_norm(self.objective, ranks.group)
+        if not ranks.is_main:
+            # The weights are the same everywhere; what dropout draws is not.
+            self.seed_rank()
+        parameters = [*self.model.parameters(), *self.objective.parameters()]
+        self.optimizer = build_optimizer(config, [p for p in parameters if p.requires_grad])
+        self.generator = stream_generator(config.seed, "attack", self.device)
+        self.step = TrainStep(
+            self.model,
+            self.objective,
+            config.attack,
+            self.optimizer,
+            precision=self.precision,
+            fold=config.step.fold,
+            graph=config.step.graph,
+            noisy_clean=config.step.noisy_clean,
+            generator=self.generator,
+            assemble=train.assemble if isinstance(train, ResidentBatches) else None,
+            accumulate=config.train.accumulate,
+            ranks=ranks,
+            overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
+            impl=implementation(config),
+        )
+
+    def seed_rank(self) -> None:
+        """Random numbers of its own for this process, beside those that all share."""
+        step = self.progress.step if hasattr(self, "progress") else 0
+        name = f"rank {self.ranks.rank} step {step}"
+        generator = stream_generator(self.config.seed, name, torch.device("cpu"))
+        torch.manual_seed(generator.initial_seed())
+
+    # What the loop asks for.
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[tuple[Tensor, Tensor], Place]]:
+        """What the step is called with, batch by batch, and this process's place in each."""
+        data = self.data.train
+        places = (place_of(data.plan, number) for number in range(start, len(data)))
+        if isinstance(data, ResidentBatches):
+            yield from zip(data.epoch_indices(epoch, start), places, strict=True)
+            return
+        for (x, y), place in zip(data.epoch(epoch, start), places, strict=True):
+            yield (self._scaled(x, epoch).contiguous(memory_format=self.memory_format), y), place
+
+    def _scaled(self, x: Tensor, epoch: int) -> Tensor:
+        """Images in the size of the epoch: data.progressive."""
+        size = progressive_size(self.config.data.progressive, epoch, self.config.train.epochs)
+        if size is None or size == x.shape[-1]:
+            return x
+        if size != self.size:
+            self.step.forget()
+            self.size = size
+        # Between 0 and 1 up to rounding, which the attack does not allow.
+        return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+
+    def set_rate(self) -> None:
+        """Give the optimiser the learning rate of the step that follows."""
+        config = self.config
+        step, per_epoch = self.progress.step, self.steps_per_epoch
+        self.rate = learning_rate(
+            config.schedule, config.peak_lr, step, per_epoch, config.train.epochs
+        )
+        if self.progress.rate_factor != 1:
+            self.rate *= self.progress.rate_factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def probe(self, epoch: int) -> float:
+        """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""
+        correct = seen = 0
+        plan = self.data.probe.plan
+        with evaluation_mode(self.model, "clean"):
+            for number, (x, y) in enumerate(self.data.probe.epoch(epoch)):
+                correct += int((predict(self.model, x, len(x)).argmax(dim=1) == y).sum())
+                seen = plan.samples_before(number + 1)
+                if seen >= PROBE_SAMPLES:
+                    break
+        return int(self.ranks.gather(torch.tensor([correct])).sum()) / seen
+
+    def images_seen(self) -> int:
+        """Training images so far, repeats counted, over all processes."""
+        plan = self.data.train.plan
+        epochs, batches = divmod(self.progress.step, self.steps_per_epoch)
+        return epochs * plan.samples_before(len(plan)) + plan.samples_before(batches)
+
+    # Signals.
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether all processes know that one of them was told to stop."""
+        if self.ranks.alone:
+            return self.stop.signal is not None
+        return self.vote.result > 0
+
+    def interruptible(self, show: SuiteProgress | None = None) -> SuiteProgress:
+        """Told of the progress of an evaluation, which it ends when a signal comes.
+
+        Raises:
+            EvaluationStopped: from the function that is returned.
+        """
+
+        def progress(name: str, done: int, total: int, unit: Unit = "images") -> None:
+            if self.stop.signal is not None and not self.ranks.asked:
+                self.ranks.ask(int(self.stop.signal))
+            if self.stop.signal is not None or self.ranks.asked:
+                raise EvaluationStopped
+            if show is not None:
+                show(name, done, total, unit)
+
+        return progress
+
+    def more_batches(self) -> Iterator[Batch]:
+        """One more epoch, after the last; a signal ends it and leaves the checkpoint there is.
+
+        Raises:
+            EvaluationStopped: when the signal comes.
+        """
+        for batch in self.data.train.epoch(self.config.train.epochs):
+            self.vote.cast(int(self.stop.signal or 0))
+            if self.is_asked_to_stop:
+                raise EvaluationStopped
+            yield batch
+
+    # Logs and checkpoints.
+
+    def log(self, kind: str, epoch: float, values: dict[str, Any]) -> None:
+        """Hand a line of numbers to every hook."""
+        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, **values}
+        for hook in self.hooks:
+            hook.log(self, line)
+
+    def save(self) -> None:
+        """Write a checkpoint in the background; every process takes part, rank 0 writes.
+
+        Raises:
+            NotFiniteError: a weight is not finite; the checkpoint before stays.
+            OSError: the checkpoint before could not be written.
+        """
+        self._check_weights()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.ranks.is_main:
+            self.checkpoints.save(self.progress.step, state, self._sync_hooks)
+
+    def _sync_hooks(self) -> None:
+        for hook in self.hooks:
+            hook.sync()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        # For its name, once another one is the newest.
+        if self.checkpoints.newest_step is not None:
+            self.checkpoints.newest_step = self.progress.step
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, on every process."""
+        content: bytes | None = None
+        state: dict[str, Any] | None = None
+        if self.ranks.is_main:
+            self.checkpoints.wait()
+            found = self.checkpoints.find()
+            if found is not None:
+                state = found.state
+                for problem in found.problems:
+                    self.display.say(f"warning: {problem}")
+                if found.problems:
+                    self.display.say(
+                        f"going on from the checkpoint before it, {found.path}, step "
+                        f"{state['progress']['step']}"
+                    )
+            if not self.ranks.alone:
+                content = b"" if found is None else found.path.read_bytes()
+        if self.ranks.alone:
+            return state
+        # Only rank 0 needs to see the folder.
+        content = self.ranks.broadcast_bytes(content)
+        if state is None and content:
+            raw = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = training_state(raw, self.checkpoints.newest)
+        return state
+
+    def last_checkpoint(self) -> str:
+        """What rank 0 knows of it, on every process."""
+        said = ""
+        if self.ranks.is_main:
+            # It may still be on its way to the disk; that it does not get there is another error.
+            with suppress(OSError):
+                self.checkpoints.wait()
+            path = self.checkpoints.newest
+            said = f"the last good checkpoint is {path}"
+            if not path.exists():
+                said = "there is no checkpoint yet"
+        return self.ranks.broadcast_bytes(said.encode()).decode()
+
+    def _saved_state(self) -> dict[str, Any] | None:
+        """The state to go on from, or None for a new run."""
+        if self.ranks.is_main and self.checkpoints.exists() and not self.resume:
+            raise FileExistsError(
+                f"{self.out} holds a run already; add --resume to go on with it, or choose another "
+                "folder with --out"
+            )
+        saved = self.newest_state() if self.resume else None
+        if saved is not None:
+            before = config_from_dict(saved["run"]["config"])
+            check_same_run(self.config, before, self.checkpoints.newest)
+        return saved
+
+    def _check_weights(self) -> None:
+        """Never write over a good checkpoint with weights that are NaN."""
+        named = {**self.model.state_dict(), **self.objective.state_dict()}
+        floating = {n: v for n, v in named.items() if v.is_floating_point()}
+        own = torch.stack([value.isfinite().all() for value in floating.values()])
+        finite = self.ranks.gather(own.cpu().byte()).all(dim=0)
+        if not finite.all():
+            bad = [n for n, ok in zip(floating, finite.tolist(), strict=True) if not ok]
+            raise NotFiniteError(
+                f"the weights stopped being finite at step {self.progress.step}: {bad[0]}; "
+                f"{self.last_checkpoint()}"
+            )
+
+
+def check_same_dataset(given: Fingerprint, saved: dict[str, Any], source: Path) -> None:
+    """ValueError where the training images are not those that the run began with."""
+    if Fingerprint(**saved) == given:
+        return
+    before = Fingerprint(**saved).num_samples
+    got = given.num_samples if given.num_samples != before else "as many with other labels or names"
+    raise ValueError(
+        f"{source} belongs to a run on {before} training images, got {got}: every batch would be "
+        "another; put the dataset back as it was, or start a new run with --out"
+    )

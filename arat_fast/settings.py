@@ -1,0 +1,100 @@
+"""Typed settings whose limits are declared once, in their types, and checked by one function."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have: ``Annotated[float, Range(low=0)]``.
+
+    Args:
+        above, below: limits that do not belong to it; None for none.
+        low, high: limits that do.
+    """
+
+    above: float | None = None
+    low: float | None = None
+    below: float | None = None
+    high: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        # A NaN fails every comparison.
+        return (
+            (self.above is None or value > self.above)
+            and (self.low is None or value >= self.low)
+            and (self.below is None or value < self.below)
+            and (self.high is None or value <= self.high)
+        )
+
+    def __str__(self) -> str:
+        left = f"> {self.above:g}" if self.above is not None else f">= {self.low:g}"
+        if self.below is None and self.high is None:
+            return left
+        start = f"({self.above:g}" if self.above is not None else f"[{self.low:g}"
+        end = f"{self.below:g})" if self.below is not None else f"{self.high:g}]"
+        return f"in {start}, {end}"
+
+
+class _Free:
+    """Marks a setting that does not change the weights; see :data:`FREE`."""
+
+
+FREE = _Free()
+"""``Annotated[int, FREE]``: may differ when a run is resumed, since it does not change weights."""
+
+Count = Annotated[int, Range(low=1)]
+Number = Annotated[int, Range(low=0)]
+Weight = Annotated[float, Range(low=0)]
+Positive = Annotated[float, Range(above=0)]
+
+
+def check_settings(section: str, settings: Any) -> None:
+    """Compare every field of a dataclass with the limits in its type; tuples element by element.
+
+    Args:
+        section: what the fields belong to, for the message: ``SECTION.FIELD must be …``.
+        settings: instance of a dataclass.
+
+    Raises:
+        ValueError: names the first field that is outside of its range or its choices.
+    """
+    for name, (limits, choices, _) in _declared(settings.__class__).items():
+        value = getattr(settings, name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        for one in values:
+            for limit in limits:
+                if one not in limit:
+                    raise ValueError(f"{section}{name} must be {limit}, got {one!r}")
+            if choices and one not in choices:
+                raise ValueError(
+                    f"{section}{name} must be one of {', '.join(choices)}, got {one!r}"
+                )
+
+
+def free_fields(settings_type: type) -> frozenset[str]:
+    """Names of the fields that are marked with :data:`FREE`."""
+    return frozenset(name for name, (*_, free) in _declared(settings_type).items() if free)
+
+
+@cache
+def _declared(settings_type: type) -> dict[str, tuple[list[Range], list[str], bool]]:
+    hints = get_type_hints(settings_type, include_extras=True)
+    return {field.name: _parts(hints[field.name]) for field in dataclasses.fields(settings_type)}
+
+
+def _parts(hint: Any) -> tuple[list[Range], list[str], bool]:
+    """Ranges, choices and whether it is free, anywhere inside a type."""
+    if get_origin(hint) is Literal:
+        return [], list(get_args(hint)), False
+    ranges = [part for part in get_args(hint) if isinstance(part, Range)]
+    choices: list[str] = []
+    free = FREE in get_args(hint)
+    for part in get_args(hint):
+        inner = _parts(part)
+        ranges, choices, free = ranges + inner[0], choices + inner[1], free or inner[2]
+    return ranges, choices, free

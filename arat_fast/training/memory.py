@@ -1,0 +1,79 @@
+"""What to do where the memory does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.training.sharing import BatchSharing
+
+
+class BatchTooLargeError(torch.OutOfMemoryError):
+    """The step ran out of memory; the message says what would fit."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's memory did not suffice."""
+    # PyTorch has no type of its own for the CPU.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def advise(
+    gradients: Callable[[tuple[Tensor, ...]], object],
+    inputs: tuple[Tensor, ...],
+    modules: Sequence[nn.Module],
+    sharing: BatchSharing,
+) -> str:
+    """The largest batch whose gradients fit, found by bisection; no parameter is touched.
+
+    Args:
+        gradients: fills ``.grad`` from the rows of ``inputs`` that it gets.
+        inputs: those that did not fit.
+        modules: whose buffers are put back, and gradients removed.
+        sharing: of the step.
+    """
+    if sharing.sum is not None:
+        # The other ranks do not take part in a search.
+        return (
+            "lower --data.batch-size, which all processes share, or raise --train.accumulate "
+            f"above {sharing.accumulate}"
+        )
+    # BatchNorm cannot train on one sample.
+    fits, fails = 1, len(inputs[0])
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if _fits(gradients, tuple(tensor[:middle] for tensor in inputs), modules):
+            fits = middle
+        else:
+            fails = middle
+    if fits == 1:
+        return "no smaller batch fits either: a smaller network or image is needed"
+    parts = sharing.accumulate * -(-len(inputs[0]) // fits)
+    return (
+        f"the largest batch that fits is {fits} (--data.batch-size {fits}, or "
+        f"--train.accumulate {parts} for the same batch in parts)"
+    )
+
+
+def _fits(
+    gradients: Callable[[tuple[Tensor, ...]], object],
+    inputs: tuple[Tensor, ...],
+    modules: Sequence[nn.Module],
+) -> bool:
+    if inputs[0].is_cuda:
+        torch.cuda.empty_cache()
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        gradients(inputs)
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        for buffer, old in before:
+            buffer.copy_(old)
