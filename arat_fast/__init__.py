@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import importlib
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
+    from arat_fast.attacks import PGD
+    from arat_fast.models import convert_split_batch_norm
+    from arat_fast.objectives import ARAT
+    from arat_fast.recipes import recipe
+    from arat_fast.run.loop import train
+    from arat_fast.training.step import TrainStep
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load"]
+__all__ = [
+    "ARAT",
+    "PGD",
+    "TrainStep",
+    "__version__",
+    "convert_split_batch_norm",
+    "load",
+    "recipe",
+    "train",
+]
+
+_PLACES = {
+    "ARAT": "arat_fast.objectives",
+    "PGD": "arat_fast.attacks",
+    "TrainStep": "arat_fast.training.step",
+    "convert_split_batch_norm": "arat_fast.models",
+    "recipe": "arat_fast.recipes",
+    "train": "arat_fast.run.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for, so that the version can be read without torch.
+    if name not in _PLACES:
+        raise AttributeError(f"module 'arat_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
 
 
 def load(
@@ -38,7 +71,7 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is not a network of this package, or lacks the branch.
     """
-    # Imported here, so that the version can be read without torch.
+    # Imported here for the same reason.
     from arat_fast.saved.network import read_saved
 
     return read_saved(path, recipe=recipe, weights=weights).plain(branch)[0]

@@ -276,7 +276,7 @@ def _train(arguments: list[str]) -> int:
     out = options.out or Path("runs") / _run_name(config)
     from arat_fast.distributed import join
     from arat_fast.report import write_report
-    from arat_fast.run.loop import run
+    from arat_fast.run.loop import train
     from arat_fast.stop import InterruptedRun
 
     command = shlex.join(["arat-fast", "train", *arguments])
@@ -285,7 +285,7 @@ def _train(arguments: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with join(config.train.device, config.distributed.timeout) as ranks:
-            summary = run(config, out, resume=resume, command=command, ranks=ranks)
+            summary = train(config, out, resume=resume, command=command, ranks=ranks)
             is_main = ranks.is_main
     except InterruptedRun as stopped:
         if not is_main:

@@ -26,7 +26,7 @@ from arat_fast.stop import EXIT_CODES, EvaluationStopped, InterruptedRun, stop_o
 from arat_fast.training.metrics import NotFiniteError
 
 
-def train(run: Run) -> None:
+def train_epochs(run: Run) -> None:
     """Train to the last step.
 
     Raises:
@@ -86,15 +86,15 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
 
 def end_epoch(run: Run) -> None:
     """Note the clean accuracy for the next epoch, print a line, write a checkpoint."""
-    progress, train = run.progress, run.config.train
+    progress, settings = run.progress, run.config.train
     done = progress.step // run.steps_per_epoch
     accuracy = run.metrics.epoch_mean("accuracy_clean")
     if accuracy is not None:
         progress.clean_accuracy = accuracy
     means = {name: run.metrics.epoch_mean(name) for name in run.metrics.epoch_sums}
     rate = run.images_seen() / max(progress.seconds, 1e-9)
-    run.bar.end_epoch(done, train.epochs, status(means, rate))
-    if done % train.checkpoint_every == 0 or done == train.epochs:
+    run.bar.end_epoch(done, settings.epochs, status(means, rate))
+    if done % settings.checkpoint_every == 0 or done == settings.epochs:
         run.save()
 
 
@@ -158,7 +158,7 @@ def stop(run: Run, save: bool = True) -> None:
     )
 
 
-def run(
+def train(
     config: Config,
     out: Path,
     *,
@@ -226,7 +226,7 @@ def _run(this: Run) -> dict[str, Any]:
         with this.display.training(this.total_steps, this.progress.step) as this.bar:
             while True:
                 try:
-                    train(this)
+                    train_epochs(this)
                     break
                 except NotFiniteError as error:
                     roll_back(this, error)
@@ -256,7 +256,7 @@ def _start_from_natural(this: Run) -> None:
     devices = [this.device] if this.device.type == "cuda" else []
     # What follows must not depend on whether the natural run was made, resumed or found.
     with torch.random.fork_rng(devices):
-        run(
+        train(
             config,
             folder,
             resume=this.resume,
