@@ -18,7 +18,7 @@ from torch import Tensor
 from arat_fast.files import write_atomic
 from arat_fast.saved.weights import read_tensor_file
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
 BEST = "checkpoint-best.pt"
 _CHUNK = 2**24
