@@ -349,7 +349,9 @@ class Config:
         """This configuration with another objective, at that one's own defaults."""
         if name == self.objective.name:
             return self
-        return dataclasses.replace(self, objective=objective_type(name).Settings(name))
+        settings = objective_type(name).Settings(name)
+        official = self.compat == "official"
+        return dataclasses.replace(self, objective=settings.official() if official else settings)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
