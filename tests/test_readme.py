@@ -106,8 +106,3 @@ def test_an_objective_of_your_own_and_its_name_go_together(tmp_path: Path) -> No
 def test_files_that_are_named_exist(path: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
-
-
-def test_configurations_of_the_kernels_are_counted() -> None:
-    rows = re.findall(r"^\| `", (README.parent / "docs" / "kernels.md").read_text(), re.MULTILINE)
-    assert f"The {len(rows)} configurations of\n[docs/kernels.md]" in README.read_text()

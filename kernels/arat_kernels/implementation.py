@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 Impl = Literal["triton", "reference"]
 
@@ -29,12 +33,17 @@ def warps(num_warps: int) -> int:
     return num_warps if torch.version.hip is None else max(1, num_warps // 2)
 
 
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """What the kernels compute in for ``t``: float32, for a float64 tensor float64."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
     """Decide which implementation runs on ``tensors``.
 
     Args:
         impl: "triton", "reference", or None: Triton for CUDA tensors, the reference otherwise.
-        tensors: every tensor of the call, of any shape and dtype; None is skipped.
+        tensors: every tensor of the call, of any shape and dtype, the first not None.
 
     Returns:
         "triton" or "reference".
@@ -43,26 +52,49 @@ def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
         ValueError: ``impl`` is unknown, the tensors are on more than one device, or "triton" is
             asked for where it cannot run (no triton installed; CPU tensors outside the
             interpreter).
+        NotImplementedError: "triton" is asked for under forward-mode differentiation.
     """
     if impl not in (None, "triton", "reference"):
         raise ValueError(f'impl must be "triton", "reference" or None, got {impl!r}')
-    devices = [tensor.device for tensor in tensors if tensor is not None]
-    for device in devices[1:]:
-        if device != devices[0]:
-            raise ValueError(f"all tensors must be on one device, got {devices[0]} and {device}")
-    on_cuda = bool(devices) and devices[0].type == "cuda"
+    assert tensors[0] is not None
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"all tensors must be on one device, got {device} and {tensor.device}")
+    on_cuda = device.type == "cuda"
     if impl is None:
         impl = "triton" if on_cuda else "reference"
-    if impl == "triton":
-        if not _HAS_TRITON:
-            raise ValueError(
-                'impl="triton" needs the triton package, which is not installed; '
-                'install it or pass impl="reference"'
-            )
-        if not on_cuda and not (_INTERPRETING and devices and devices[0].type == "cpu"):
-            got = str(devices[0]) if devices else "no tensor"
-            raise ValueError(
-                f'impl="triton" expects CUDA tensors, got {got}; pass impl="reference", or set '
-                "TRITON_INTERPRET=1 before the first import to run the kernels on the CPU"
+    if impl == "reference":
+        return impl
+    if not _HAS_TRITON:
+        raise ValueError(
+            'impl="triton" needs the triton package, which is not installed; '
+            'install it or pass impl="reference"'
+        )
+    if not on_cuda and not (_INTERPRETING and device.type == "cpu"):
+        raise ValueError(
+            f'impl="triton" expects CUDA tensors, got {device}; pass impl="reference", or set '
+            "TRITON_INTERPRET=1 before the first import to run the kernels on the CPU"
+        )
+    # An operator that knows nothing of tangents would drop them, and the derivative would be 0.
+    for tensor in tensors:
+        if tensor is not None and _tangent(tensor) is not None:
+            raise NotImplementedError(
+                "the kernels have no forward-mode derivative (torch.func.jvp, "
+                'torch.autograd.forward_ad); pass impl="reference"'
             )
     return impl
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def refuse_second_derivative(operator: CustomOpDef) -> None:
+    """Let the operator of a backward pass raise where it is itself differentiated."""
+
+    def refuse(ctx: Any, *upstream: Any) -> None:
+        raise NotImplementedError('the kernels have no second derivative; pass impl="reference"')
+
+    operator.register_autograd(refuse)

@@ -12,6 +12,11 @@ def is_batch_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
+def batch_dense(t: Tensor) -> Tensor:
+    """``t`` itself if it :func:`is_batch_dense`, else a contiguous copy."""
+    return t if is_batch_dense(t) else t.contiguous()
+
+
 def same_strides(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape lie in memory in the same order (strides of dimensions of
     size 1 mean nothing)."""
@@ -26,9 +31,9 @@ def aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def aligned_or_none(t: Tensor | None) -> Tensor | None:
-    """:func:`aligned` for a tensor that may be missing."""
-    return None if t is None else aligned(t)
+def all_aligned(*tensors: Tensor | None) -> list[Tensor | None]:
+    """:func:`aligned` for several tensors, of which some may be missing."""
+    return [None if t is None else aligned(t) for t in tensors]
 
 
 def in_layout_of(t: Tensor, model: Tensor) -> Tensor:

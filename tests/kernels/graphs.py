@@ -1,4 +1,4 @@
-"""CUDA graphs and late inputs for the tests on real hardware."""
+"""CUDA graphs and memory for the tests on real hardware."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import pytest
 import torch
-from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -24,20 +23,6 @@ def capture(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Resul
     with torch.cuda.graph(graph):
         result = function()
     return graph, result
-
-
-def on_side_stream(function: Callable[[Tensor], Result], late: Tensor) -> Result:
-    """``function(late)`` on a stream where ``late`` is written only after a while: a kernel that
-    ran on another stream would see what was there before."""
-    static = torch.zeros_like(late)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
-        static.copy_(late)
-        result = function(static)
-    torch.cuda.current_stream().wait_stream(stream)
-    return result
 
 
 def need_gib(gib: float) -> None:

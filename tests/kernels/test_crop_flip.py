@@ -10,7 +10,6 @@ import torch
 from kernels.support import generator
 
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
-from arat_kernels.implementation import interpreting
 
 IMAGES = torch.randint(256, (6, 3, 8, 9), generator=generator(0), dtype=torch.uint8)
 INDEX = torch.tensor([5, 0, 3, 3])
@@ -70,29 +69,27 @@ def test_without_flip_nothing_is_mirrored() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [
-    ("images must be \\(M, C, H, W\\) uint8", {"images": IMAGES.float()}),
-    ("images must be \\(M, C, H, W\\) uint8", {"images": IMAGES[0]}),
-    ("index must be \\(N,\\)", {"index": INDEX.float()}),
-    ("index must be \\(N,\\)", {"index": INDEX[None]}),
-    ("padding must be", {"padding": -1}),
-    ("got both", {"offsets": torch.zeros(4, 3, dtype=torch.int32)}),
-    ("rng must be", {"rng": RNG.float()}),
-    ("rng is expected", {"rng": None}),
-    ("rng is expected", {"rng": None, "padding": 0, "flip": True}),
-    ("offsets must be", {"rng": None, "offsets": torch.zeros(4, 3)}),
-    ("offsets must be", {"rng": None, "offsets": torch.zeros(3, 3, dtype=torch.int32)}),
-    ("max_value must be", {"max_value": 0}),
-    ("dtype must be", {"dtype": torch.float64}),
-    ("memory_format must be", {"memory_format": torch.preserve_format}),
-    ("split expects", {"split": True}),
-    ("one device", {"index": INDEX.to("meta")}),
-    ("impl must be", {"impl": "dali"}),
+    ("images", {"images": IMAGES.float()}),
+    ("images", {"images": IMAGES[0]}),
+    ("index", {"index": INDEX.float()}),
+    ("index", {"index": INDEX[None]}),
+    ("padding", {"padding": -1}),
+    ("either", {"offsets": torch.zeros(4, 3, dtype=torch.int32)}),
+    ("rng", {"rng": RNG.float()}),
+    ("rng", {"rng": None}),
+    ("rng", {"rng": None, "padding": 0, "flip": True}),
+    ("offsets", {"rng": None, "offsets": torch.zeros(4, 3)}),
+    ("offsets", {"rng": None, "offsets": torch.zeros(3, 3, dtype=torch.int32)}),
+    ("max_value", {"max_value": 0}),
+    ("dtype", {"dtype": torch.float64}),
+    ("memory_format", {"memory_format": torch.preserve_format}),
+    ("split", {"split": True}),
 ]
 
 
-@pytest.mark.parametrize(("message", "change"), BAD)
-def test_bad_input_is_refused(message: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("keyword", "change"), BAD)
+def test_bad_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
         crop_flip(**{"images": IMAGES, "index": INDEX, "padding": 2, "rng": RNG, **change})
 
 
@@ -101,9 +98,3 @@ def test_bad_draws_are_refused() -> None:
         draw_crop_flip(RNG, -1, padding=2, flip=True)
     with pytest.raises(ValueError, match="padding must be"):
         draw_crop_flip(RNG, 3, padding=-2, flip=True)
-
-
-@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
-def test_triton_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match='impl="triton"'):
-        crop_flip(IMAGES, INDEX, impl="triton")

@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
-from arat_kernels.implementation import interpreting
 
 LOGITS = 3 * randn((6, 10), 0)
 TARGET = torch.randint(10, (6,), generator=generator(1))
@@ -56,7 +55,7 @@ class Writing(TorchDispatchMode):
 
 def test_one_operator_where_autograd_runs_five() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from arat_kernels.cross_entropy_grad.triton import cross_entropy_grad_triton
+    from arat_kernels.cross_entropy_grad.triton import forward
 
     leaf = LOGITS.clone().requires_grad_()
     with Writing() as autograd:
@@ -72,29 +71,21 @@ def test_one_operator_where_autograd_runs_five() -> None:
     with FakeTensorMode() as fake:
         logits, target = fake.from_tensor(LOGITS), fake.from_tensor(TARGET)
         with Writing() as ours:
-            cross_entropy_grad_triton(logits, target)
+            forward(logits, target)
     assert ours.names == ["arat_kernels::cross_entropy_grad"]
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [
-    ("logits must be \\(N, K\\)", {"logits": LOGITS[0]}),
-    ("logits must be \\(N, K\\)", {"logits": LOGITS[:, :0]}),
-    ("logits must be a floating-point", {"logits": LOGITS.int()}),
-    ("logits must be a floating-point", {"logits": LOGITS.to(torch.float8_e5m2)}),
-    ("target must be \\(N,\\) = \\(6,\\)", {"target": TARGET[:5]}),
-    ("target must be int64 or int32", {"target": TARGET.float()}),
-    ("one device", {"target": TARGET.to("meta")}),
-    ("impl must be", {"impl": "liger"}),
+    ("logits", {"logits": LOGITS[0]}),
+    ("logits", {"logits": LOGITS[:, :0]}),
+    ("logits", {"logits": LOGITS.int()}),
+    ("logits", {"logits": LOGITS.to(torch.float8_e5m2)}),
+    ("target", {"target": TARGET[:5]}),
+    ("target", {"target": TARGET.float()}),
 ]
 
 
-@pytest.mark.parametrize(("message", "change"), BAD)
-def test_bad_input_is_refused(message: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("keyword", "change"), BAD)
+def test_bad_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
         cross_entropy_grad(**{"logits": LOGITS, "target": TARGET, **change})
-
-
-@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
-def test_triton_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match='impl="triton"'):
-        cross_entropy_grad(LOGITS, TARGET, impl="triton")

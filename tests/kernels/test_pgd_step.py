@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernels.support import few, randn
 
-from arat_kernels.implementation import interpreting
 from arat_kernels.pgd_step import pgd_step, random_start
 
 X = torch.full((2, 3, 4, 4), 0.5)
@@ -97,49 +96,38 @@ def test_the_start_is_not_clamped_to_the_image_range() -> None:
 
 
 BAD_STEPS: list[tuple[str, dict[str, Any]]] = [
-    ("x_adv must be \\(N, ...\\)", {"x_adv": torch.ones(3)}),
-    ("x_adv must be float32 or float64", {"x_adv": X.half()}),
-    ("grad must have x_adv's shape", {"grad": X[:1]}),
-    ("grad must be a floating-point", {"grad": X.int()}),
-    ("x must be torch.float32 of shape", {"x": X.double()}),
-    ("x must be torch.float32 of shape", {"x": X[:, :1]}),
-    ("eps must be finite", {"eps": -1.0}),
-    ("alpha must be finite", {"alpha": math.nan}),
-    ("norm must be", {"norm": "l2"}),
-    ("impl must be", {"impl": "cuda"}),
-    ("one device", {"x": X.to("meta")}),
+    ("x_adv", {"x_adv": torch.ones(3)}),
+    ("x_adv", {"x_adv": X.half()}),
+    ("grad", {"grad": X[:1]}),
+    ("grad", {"grad": X.int()}),
+    ("x", {"x": X.double()}),
+    ("x", {"x": X[:, :1]}),
+    ("eps", {"eps": -1.0}),
+    ("alpha", {"alpha": math.nan}),
+    ("norm", {"norm": "l2"}),
 ]
 
 
-@pytest.mark.parametrize(("message", "change"), BAD_STEPS)
-def test_bad_steps_are_refused(message: str, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("keyword", "change"), BAD_STEPS)
+def test_bad_steps_are_refused(keyword: str, change: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"x_adv": X.clone(), "grad": X, "x": X, "eps": 0.1, "alpha": 0.1}
     before = arguments["x_adv"].clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
         pgd_step(**{**arguments, **change})
     assert torch.equal(arguments["x_adv"], before)
 
 
 BAD_STARTS: list[tuple[str, dict[str, Any]]] = [
-    ("x must be float32", {"x": X.bfloat16()}),
-    ("rng must be", {"rng": RNG.int()}),
-    ("rng must be", {"rng": torch.tensor([1, 2, 3])}),
-    ("rng must be", {"rng": torch.tensor([1, 2, 3, 4])[::2]}),
-    ("eps must be finite", {"eps": math.inf}),
-    ("norm must be", {"norm": "L1"}),
-    ("one device", {"rng": RNG.to("meta")}),
+    ("x", {"x": X.bfloat16()}),
+    ("rng", {"rng": RNG.int()}),
+    ("rng", {"rng": torch.tensor([1, 2, 3])}),
+    ("rng", {"rng": torch.tensor([1, 2, 3, 4])[::2]}),
+    ("eps", {"eps": math.inf}),
+    ("norm", {"norm": "L1"}),
 ]
 
 
-@pytest.mark.parametrize(("message", "change"), BAD_STARTS)
-def test_bad_starts_are_refused(message: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("keyword", "change"), BAD_STARTS)
+def test_bad_starts_are_refused(keyword: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
         random_start(**{"x": X, "rng": RNG, "eps": 0.1, **change})
-
-
-@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
-def test_triton_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match='impl="triton"'):
-        pgd_step(X.clone(), X, X, eps=0.1, alpha=0.1, impl="triton")
-    with pytest.raises(ValueError, match='impl="triton"'):
-        random_start(X, RNG, eps=0.1, impl="triton")

@@ -84,9 +84,12 @@ def cosine_invariance(
         raise ValueError(f"eps must be finite and > 0, got {eps}")
     stopped = [target.detach() for target in targets]
     if choose(impl, *predictions, *targets) == "triton":
-        from arat_kernels.cosine_invariance.triton import cosine_invariance_triton
+        from arat_kernels.cosine_invariance.triton import forward
 
-        return cosine_invariance_triton(list(predictions), stopped, eps)
+        if kinds[1] not in (kinds[0], torch.float32):
+            stopped = [target.float() for target in stopped]
+        out: Tensor = forward(list(predictions), stopped, eps)
+        return out
     return cosine_invariance_reference(list(predictions), stopped, eps)
 
 

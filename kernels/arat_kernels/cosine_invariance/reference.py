@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arat_kernels.implementation import wide_dtype
+
 
 def cosine_invariance_reference(
     predictions: list[Tensor], targets: list[Tensor], eps: float
 ) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.cosine_invariance.api.cosine_invariance`."""
-    wide = torch.float64 if predictions[0].dtype == torch.float64 else torch.float32
+    wide = wide_dtype(predictions[0])
     return torch.stack(
         [
-            (1 - F.cosine_similarity(p.to(wide), t.detach().to(wide), dim=1, eps=eps)).mean()
+            (1 - F.cosine_similarity(p.to(wide), t.to(wide), dim=1, eps=eps)).mean()
             for p, t in zip(predictions, targets, strict=True)
         ]
     )

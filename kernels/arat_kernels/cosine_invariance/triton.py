@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.aot import AotCase
-from arat_kernels.implementation import warps
+from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import aligned
 from arat_kernels.offsets import start_of
 
@@ -232,6 +231,8 @@ def cosine_invariance_bwd_kernel(
 
 
 # Rows and columns of a tile and its warps; rows longer than the last one's loop over a loop tile.
+# At 16 elements per thread both tensors of a tile stay in 32 registers, so that a row is read once;
+# batch 128 with 512 features has 32 programs per layer.
 # Every access of an odd row has a mask of its own, and 16 rows of them are too many on gfx942.
 # Two rows of 2048 in float16 spill on sm_80, from 8 warps too, where the layer is one of several.
 TILES = ((16, 128, 4), (4, 512, 4), (2, 1024, 4), (1, 2048, 4))
@@ -321,10 +322,6 @@ class _Counters:
 _counters = _Counters()
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 # The numbers of layers that a kernel is compiled for: a launch of another number repeats its last
 # layer in the pointers, and no program works on the copies.
 LAYER_COUNTS = (1, 4, 11)
@@ -342,15 +339,9 @@ def _launches(layers: int) -> list[slice]:
     return [slice(start, start + most) for start in range(0, layers, most)]
 
 
-def _launch_forward(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
-    parts = _launches(len(predictions))
-    distances = [_forward_part(predictions[part], targets[part], eps) for part in parts]
-    return distances[0] if len(parts) == 1 else torch.cat(distances)
-
-
 def _forward_part(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
     num, device = predictions[0].shape[0], predictions[0].device
-    layers, wide = len(predictions), _wide(predictions[0])
+    layers, wide = len(predictions), wide_dtype(predictions[0])
     if num == 0:
         # The mean over nothing.
         return torch.full((layers,), torch.nan, dtype=wide, device=device)
@@ -379,15 +370,6 @@ def _forward_part(predictions: list[Tensor], targets: list[Tensor], eps: float) 
             num_warps=warps(num_warps),
         )
     return out
-
-
-def _launch_backward(
-    dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float
-) -> list[Tensor]:
-    dpredictions = []
-    for part in _launches(len(predictions)):
-        dpredictions += _backward_part(dout[part], predictions[part], targets[part], eps)
-    return dpredictions
 
 
 def _backward_part(
@@ -422,23 +404,34 @@ def _backward_part(
 
 
 @torch.library.custom_op("arat_kernels::cosine_invariance", mutates_args=())
-def _forward_op(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
-    return _launch_forward(predictions, targets, eps)
+def forward(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
+    """As :func:`arat_kernels.cosine_invariance.api.cosine_invariance`; targets are in the dtype of
+    the predictions or wider."""
+    parts = _launches(len(predictions))
+    distances = [_forward_part(predictions[part], targets[part], eps) for part in parts]
+    return distances[0] if len(parts) == 1 else torch.cat(distances)
 
 
-@_forward_op.register_fake
+@forward.register_fake
 def _(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
-    return predictions[0].new_empty(len(predictions), dtype=_wide(predictions[0]))
+    return predictions[0].new_empty(len(predictions), dtype=wide_dtype(predictions[0]))
 
 
 @torch.library.custom_op("arat_kernels::cosine_invariance_backward", mutates_args=())
-def _backward_op(
+def backward(
     dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float
 ) -> list[Tensor]:
-    return _launch_backward(dout, predictions, targets, eps)
+    """The gradients of the predictions."""
+    dpredictions = []
+    for part in _launches(len(predictions)):
+        dpredictions += _backward_part(dout[part], predictions[part], targets[part], eps)
+    return dpredictions
 
 
-@_backward_op.register_fake
+refuse_second_derivative(backward)
+
+
+@backward.register_fake
 def _(dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float) -> list[Tensor]:
     return [torch.empty_like(t.contiguous()) for t in predictions]
 
@@ -451,102 +444,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], list[None], None]:
     saved = list(ctx.saved_tensors)
     layers = len(saved) // 2
-    dpredictions = _backward_op(dout, saved[:layers], saved[layers:], ctx.eps)
-    return dpredictions, [None] * layers, None
+    return backward(dout, saved[:layers], saved[layers:], ctx.eps), [None] * layers, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def cosine_invariance_triton(
-    predictions: list[Tensor], targets: list[Tensor], eps: float
-) -> Tensor:
-    """Arguments and results as in :func:`arat_kernels.cosine_invariance.api.cosine_invariance`."""
-    if targets[0].dtype not in (predictions[0].dtype, torch.float32):
-        targets = [target.float() for target in targets]
-    out: Tensor = _forward_op(predictions, targets, eps)
-    return out
-
-
-def aot_cases() -> list[AotCase]:
-    """Every number of layers, tile and pair of dtypes, for widths that are multiples of 16 and for
-    others."""
-    cases = []
-    tiles = [cols for _, cols, _ in TILES] + [2 * TILES[-1][1]]
-    for layers in LAYER_COUNTS:
-        for width in (*tiles, *(width - 1 for width in tiles)):
-            # Ragged, as the published networks' are; the widest decides the tile.
-            ragged = (width,) * (layers - 1) + (width // 32 * 16 or width,)
-            for kind in ("fp32", "bf16", "fp16"):
-                for target in sorted({kind, "fp32"}):
-                    cases += _cases(ragged if layers > 1 else (width,), kind, target)
-    return cases + _cases((512,), "fp64", "fp64")
-
-
-def _cases(widths: tuple[int, ...], prediction: str, target: str) -> list[AotCase]:
-    layers = len(widths)
-    rows, cols, num_warps, one_block = _tile(widths)
-    all_of_16 = _multiples_of_16(widths)
-    wide = "fp64" if prediction == "fp64" else "fp32"
-    # A tuple of pointers is a tuple of types.
-    pointers: dict[str, Any] = {
-        "predictions": (f"*{prediction}",) * layers,
-        "targets": (f"*{target}",) * layers,
-    }
-    constexprs = {
-        "LAYERS": layers,
-        "WIDTHS": widths,
-        "ALIGNED": all_of_16,
-        "ONE_BLOCK": one_block,
-        "WIDE": tl.float64 if wide == "fp64" else tl.float32,
-        "ROWS": rows,
-        "COLS": cols,
-    }
-    dtypes = prediction if prediction == target else f"{prediction} and {target}"
-    rows_named = f"rows of {cols}" if one_block else f"longer rows by {cols}"
-    rows_named += "" if all_of_16 else ", odd widths"
-    reads = "1 read" if one_block else "2 reads (the second from the L2)"
-    more = "1 read" if one_block else "3 reads (the later ones from the L2)"
-    name = f"[{dtypes}, {layers} layer{'s' * (layers > 1)}, {rows_named}]"
-    inputs = ("predictions", "targets")
-    note = (
-        "16 elements of a tile per thread: at batch 128 and 512 features 32 programs per layer, "
-        "and both tensors of a tile stay in 32 registers, so that a row is read once."
-    )
-    return [
-        AotCase(
-            f"cosine_invariance_fwd_kernel{name}",
-            cosine_invariance_fwd_kernel,
-            {
-                **pointers,
-                "out_ptr": f"*{wide}",
-                "partial_ptr": f"*{wide}",
-                "counter_ptr": "*i32",
-                "num": "i32",
-                "eps": "fp32",
-            },
-            constexprs,
-            num_warps,
-            3,
-            f"{reads} each of predictions and targets",
-            note,
-            bulk=inputs if all_of_16 else (),
-        ),
-        AotCase(
-            f"cosine_invariance_bwd_kernel{name}",
-            cosine_invariance_bwd_kernel,
-            {
-                **pointers,
-                "dpredictions": pointers["predictions"],
-                "dout_ptr": f"*{wide}",
-                "num": "i32",
-                "eps": "fp32",
-            },
-            constexprs,
-            num_warps,
-            3,
-            f"{more} each of predictions and targets, 1 write of their gradient",
-            note,
-            bulk=(*inputs, "dpredictions") if all_of_16 else (),
-        ),
-    ]
+forward.register_autograd(_backward, setup_context=_setup_context)

@@ -107,9 +107,10 @@ def crop_flip(
         images, index, rng, offsets, padding, flip, max_value, dtype, channels_last, split
     )  # fmt: skip
     if choose(impl, images, index, rng, offsets) == "triton":
-        from arat_kernels.crop_flip.triton import crop_flip_triton
+        from arat_kernels.crop_flip.triton import forward
 
-        return crop_flip_triton(*arguments)
+        x: Tensor = forward(*arguments)
+        return x
     return crop_flip_reference(*arguments)
 
 

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
 from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
@@ -123,23 +120,13 @@ def crop_flip_kernel(
     tl.store(x_ptr + start_of(sample, size) + at, value.to(x_ptr.dtype.element_ty), at < size)
 
 
+# Eight neighbours of the output per thread: with the split one pixel, a vector of 16 bytes; the
+# bytes that are read come from the L1, where their line stays.
 BLOCK, NUM_WARPS = 1024, 4
 
 
-def _out_channels(channels: int, split: bool) -> int:
-    return -(-2 * channels // 8) * 8 if split else channels
-
-
-def _allocate(
-    images: Tensor, index: Tensor, dtype: torch.dtype, channels_last: bool, split: bool
-) -> Tensor:
-    _, channels, height, width = images.shape
-    shape = (index.shape[0], _out_channels(channels, split), height, width)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
-
-
-def _launch(
+@torch.library.custom_op("arat_kernels::crop_flip", mutates_args=())
+def forward(
     images: Tensor,
     index: Tensor,
     rng: Tensor | None,
@@ -151,6 +138,7 @@ def _launch(
     channels_last: bool,
     split: bool,
 ) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.crop_flip.api.crop_flip`."""
     x = _allocate(images, index, dtype, channels_last, split)
     if x.numel() == 0:
         return x
@@ -182,116 +170,18 @@ def _launch(
     return x
 
 
-@torch.library.custom_op("arat_kernels::crop_flip", mutates_args=())
-def _crop_flip_op(
-    images: Tensor,
-    index: Tensor,
-    rng: Tensor | None,
-    offsets: Tensor | None,
-    padding: int,
-    flip: bool,
-    max_value: float,
-    dtype: torch.dtype,
-    channels_last: bool,
-    split: bool,
+def _allocate(
+    images: Tensor, index: Tensor, dtype: torch.dtype, channels_last: bool, split: bool
 ) -> Tensor:
-    return _launch(
-        images, index, rng, offsets, padding, flip, max_value, dtype, channels_last, split
+    _, channels, height, width = images.shape
+    out_channels = -(-2 * channels // 8) * 8 if split else channels
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        (index.shape[0], out_channels, height, width),
+        dtype=dtype,
+        device=images.device,
+        memory_format=memory_format,
     )
 
 
-@_crop_flip_op.register_fake
-def _(
-    images: Tensor,
-    index: Tensor,
-    rng: Tensor | None,
-    offsets: Tensor | None,
-    padding: int,
-    flip: bool,
-    max_value: float,
-    dtype: torch.dtype,
-    channels_last: bool,
-    split: bool,
-) -> Tensor:
-    return _allocate(images, index, dtype, channels_last, split)
-
-
-def crop_flip_triton(
-    images: Tensor,
-    index: Tensor,
-    rng: Tensor | None,
-    offsets: Tensor | None,
-    padding: int,
-    flip: bool,
-    max_value: float,
-    dtype: torch.dtype,
-    channels_last: bool,
-    split: bool,
-) -> Tensor:
-    """Arguments and results as in :func:`arat_kernels.crop_flip.api.crop_flip`."""
-    x: Tensor = _crop_flip_op(
-        images, index, rng, offsets, padding, flip, max_value, dtype, channels_last, split
-    )
-    return x
-
-
-def aot_cases() -> list[AotCase]:
-    """Drawn and given crops in every dtype and layout, for samples of multiples of 16 elements and
-    for others; no crop; one channel."""
-    cases = []
-    for kind, channels_last in product(("fp32", "bf16", "fp16"), (True, False)):
-        for draws, odd in product(("rng", "offsets"), (False, True)):
-            cases.append(_case(3, kind, channels_last, odd=odd, draws=draws))
-    cases += [_case(3, "bf16", True, split=True, draws=draws) for draws in ("rng", "offsets")]
-    cases.append(_case(3, "fp32", True, draws="nothing"))
-    cases += [_case(1, "fp32", False), _case(1, "bf16", True, split=True)]
-    return cases
-
-
-def _case(
-    channels: int,
-    kind: str,
-    channels_last: bool,
-    odd: bool = False,
-    split: bool = False,
-    draws: str = "rng",
-) -> AotCase:
-    layout = "channels_last" if channels_last else "contiguous"
-    name = f"{kind}, {layout}, {channels} channel{'s' * (channels > 1)}, {draws}"
-    name += f"{', split' if split else ''}{', odd sizes' if odd else ''}"
-    pointers = {"images_ptr": "*u8", "index_ptr": "*i64", "x_ptr": f"*{kind}"}
-    absent: dict[str, None] = {"rng_ptr": None, "offsets_ptr": None}
-    if draws == "rng":
-        pointers["rng_ptr"] = "*i64"
-        del absent["rng_ptr"]
-    elif draws == "offsets":
-        pointers["offsets_ptr"] = "*i32"
-        del absent["offsets_ptr"]
-    large = ("num_images", "image_stride", "channel_stride", "row_stride", "col_stride")
-    small = ("height", "width", "size", "padding")
-    return AotCase(
-        f"crop_flip_kernel[{name}]",
-        crop_flip_kernel,
-        {
-            **pointers,
-            **dict.fromkeys(large, "i64"),
-            **dict.fromkeys(small, "i32"),
-            "max_value": "fp32",
-        },
-        {
-            **absent,
-            "ALIGNED": not odd,
-            "CHANNELS": channels,
-            "OUT_CHANNELS": _out_channels(channels, split),
-            "CHANNELS_LAST": channels_last,
-            "FLIP": draws == "rng",
-            "SPLIT": split,
-            "BLOCK": BLOCK,
-        },
-        NUM_WARPS,
-        3,
-        "1 byte read, 1 value written" if not split else "1 byte read, 16 bytes written per pixel",
-        "Eight neighbours of the output per thread: with the split one pixel, a vector of 16 "
-        "bytes; the bytes that are read come from the L1, where their line stays.",
-        bulk=() if odd else ("x_ptr",),
-    )
+forward.register_fake(lambda images, index, *given: _allocate(images, index, *given[-3:]))

@@ -32,18 +32,19 @@ def cross_entropy_grad(
     Raises:
         ValueError: a shape, a dtype or a device does not fit; the message holds got and expected.
     """
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits must be (N, K) with K >= 1, got shape {tuple(logits.shape)}")
-    if logits.dtype not in DTYPES:
-        raise ValueError(f"logits must be a floating-point tensor of {DTYPES}, got {logits.dtype}")
-    if target.shape != logits.shape[:1]:
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in DTYPES:
         raise ValueError(
-            f"target must be (N,) = ({logits.shape[0]},), got shape {tuple(target.shape)}"
+            f"logits must be (N, K) with K >= 1 of one of {DTYPES}, "
+            f"got {logits.dtype} of shape {tuple(logits.shape)}"
         )
-    if target.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"target must be int64 or int32, got {target.dtype}")
+    if target.shape != logits.shape[:1] or target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"target must be (N,) = ({logits.shape[0]},) int64 or int32, "
+            f"got {target.dtype} of shape {tuple(target.shape)}"
+        )
     if choose(impl, logits, target) == "triton":
-        from arat_kernels.cross_entropy_grad.triton import cross_entropy_grad_triton
+        from arat_kernels.cross_entropy_grad.triton import forward
 
-        return cross_entropy_grad_triton(logits, target)
+        dlogits, loss = forward(logits, target)
+        return dlogits, loss
     return cross_entropy_grad_reference(logits, target)

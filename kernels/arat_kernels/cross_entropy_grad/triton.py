@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.aot import AotCase
-from arat_kernels.implementation import warps
+from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import aligned
 from arat_kernels.offsets import start_of
 
@@ -90,8 +89,9 @@ def cross_entropy_grad_kernel(
     tl.store(loss_ptr + row, tl.where(known, total - chosen, float("nan")), row_mask)
 
 
-# Rows and columns of a tile and its warps; longer rows loop over LOOP_TILE. Every access of an odd
-# row has a mask of its own, and two of 1024 are too many for sm_80's registers.
+# Rows and columns of a tile and its warps: a row is read once up to 4096 classes, longer rows loop
+# over LOOP_TILE. Ten classes take 20 bytes in 16 bits, which no vector of 16 bytes fits. Every
+# access of an odd row has a mask of its own, and two of 1024 are too many for sm_80's registers.
 TILES = ((32, 16, 4), (8, 128, 4), (2, 1024, 4), (1, 4096, 8))
 ODD_TILES = (*TILES[:2], (1, 1024, 4), TILES[3])
 LOOP_TILE = (1, 1024, 4)
@@ -105,15 +105,13 @@ def _tile(num_classes: int, all_of_16: bool) -> tuple[int, int, int, bool]:
     return *LOOP_TILE, False
 
 
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _launch(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("arat_kernels::cross_entropy_grad", mutates_args=())
+def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in
+    :func:`arat_kernels.cross_entropy_grad.api.cross_entropy_grad`."""
     num, num_classes = logits.shape
     logits = aligned(logits if logits.stride(1) == 1 else logits.contiguous())
-    dlogits = torch.empty(num, num_classes, dtype=logits.dtype, device=logits.device)
-    loss = torch.empty(num, dtype=_wide(logits), device=logits.device)
+    dlogits, loss = _results(logits)
     if num == 0:
         return dlogits, loss
     all_of_16 = num_classes % 16 == 0 and logits.stride(0) % 16 == 0
@@ -137,78 +135,33 @@ def _launch(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return dlogits, loss
 
 
-@torch.library.custom_op("arat_kernels::cross_entropy_grad", mutates_args=())
-def _cross_entropy_grad_op(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch(logits, target)
+@forward.register_fake
+def _results(logits: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape[0], dtype=wide_dtype(logits)),
+    )
 
 
-@_cross_entropy_grad_op.register_fake
-def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(logits.shape[0], dtype=_wide(logits))
-    return logits.new_empty(logits.shape), loss
+@torch.library.custom_op("arat_kernels::cross_entropy_grad_backward", mutates_args=())
+def backward(logits: Tensor, dlogits: Tensor, dloss: Tensor) -> Tensor:
+    """The gradient of the losses. It depends on ``logits`` through ``dlogits``, which autograd does
+    not know: an operator, so that it can refuse to be differentiated."""
+    return (dlogits * dloss[:, None]).to(dlogits.dtype)
+
+
+refuse_second_derivative(backward)
+backward.register_fake(lambda logits, dlogits, dloss: torch.empty_like(dlogits))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
     dlogits, _ = output
     ctx.mark_non_differentiable(dlogits)
-    ctx.save_for_backward(dlogits)
+    ctx.save_for_backward(inputs[0], dlogits)
 
 
 def _backward(ctx: Any, _: Tensor | None, dloss: Tensor) -> tuple[Tensor, None]:
-    (dlogits,) = ctx.saved_tensors
-    return (dlogits * dloss[:, None]).to(dlogits.dtype), None
+    return backward(*ctx.saved_tensors, dloss), None
 
 
-_cross_entropy_grad_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def cross_entropy_grad_triton(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in
-    :func:`arat_kernels.cross_entropy_grad.api.cross_entropy_grad`."""
-    dlogits, loss = _cross_entropy_grad_op(logits, target)
-    return dlogits, loss
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile in every dtype, for rows that are multiples of 16 and for others, as 10, 100 and
-    1000 classes are; float64 at 10 classes alone."""
-    cases = []
-    for num_classes in (16, 128, 1024, 4096, 8192, 10, 100, 1000, 4095, 8191):
-        for kind in ("fp32", "bf16", "fp16"):
-            cases.append(_case(kind, num_classes))
-    cases.append(_case("fp64", 10))
-    return cases
-
-
-def _case(kind: str, num_classes: int) -> AotCase:
-    all_of_16 = num_classes % 16 == 0
-    rows, cols, num_warps, one_block = _tile(num_classes, all_of_16)
-    label = f"up to {cols} classes" if one_block else f"loop of {cols}"
-    label += "" if all_of_16 else ", odd numbers"
-    wide = "fp64" if kind == "fp64" else "fp32"
-    return AotCase(
-        f"cross_entropy_grad_kernel[{kind}, {label}]",
-        cross_entropy_grad_kernel,
-        {
-            "logits_ptr": f"*{kind}",
-            "target_ptr": "*i64",
-            "dlogits_ptr": f"*{kind}",
-            "loss_ptr": f"*{wide}",
-            "num": "i32",
-            "num_classes": "i32",
-            "row_stride": "i64",
-        },
-        {
-            "ALIGNED": all_of_16,
-            "ONE_BLOCK": one_block,
-            "WIDE": tl.float64 if wide == "fp64" else tl.float32,
-            "ROWS": rows,
-            "COLS": cols,
-        },
-        num_warps,
-        3,
-        "1 read, 1 write" if one_block else "3 reads (the later ones from the L2), 1 write",
-        "A row is read once up to 4096 classes; ten classes take 20 bytes of bf16, which no "
-        "vector of 16 bytes fits, so their accesses are one element wide.",
-        bulk=("logits_ptr", "dlogits_ptr") if all_of_16 and cols >= 1024 else (),
-    )
+forward.register_autograd(_backward, setup_context=_setup_context)

@@ -43,19 +43,15 @@ def frozen_affine(
 
     Source: Ioffe and Szegedy, ICML 2015 (arXiv 1502.03167), algorithm 2, step 11.
     """
-    if x.ndim < 2:
-        raise ValueError(f"x must be (N, C, ...), got shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be a floating-point tensor of {DTYPES}, got {x.dtype}")
+    _check_images("x", x)
     channels = x.shape[1]
     for name, constant in (("scale", scale), ("shift", shift)):
         if constant is None:
             continue
-        if tuple(constant.shape) != (channels,):
-            raise ValueError(f"{name} must be (C,) = ({channels},), got {tuple(constant.shape)}")
-        if constant.dtype not in DTYPES:
+        if tuple(constant.shape) != (channels,) or constant.dtype not in DTYPES:
             raise ValueError(
-                f"{name} must be a floating-point tensor of {DTYPES}, got {constant.dtype}"
+                f"{name} must be (C,) = ({channels},) of one of {DTYPES}, "
+                f"got {constant.dtype} of shape {tuple(constant.shape)}"
             )
         if constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -65,9 +61,10 @@ def frozen_affine(
     if residual is not None:
         _check_like("residual", residual, "x", x)
     if choose(impl, x, scale, shift, residual) == "triton":
-        from arat_kernels.frozen_affine.triton import frozen_affine_triton
+        from arat_kernels.frozen_affine.triton import forward
 
-        return frozen_affine_triton(x, scale, shift, residual, relu)
+        y: Tensor = forward(x, scale, shift, residual, relu)
+        return y
     return frozen_affine_reference(x, scale, shift, residual, relu)
 
 
@@ -93,20 +90,26 @@ def relu_backward(
     Raises:
         ValueError: a shape, a dtype or a device does not fit; the message holds got and expected.
     """
-    if y.ndim < 2:
-        raise ValueError(f"y must be (N, C, ...), got shape {tuple(y.shape)}")
-    if y.dtype not in DTYPES:
-        raise ValueError(f"y must be a floating-point tensor of {DTYPES}, got {y.dtype}")
+    _check_images("y", y)
     _check_like("dy", dy, "y", y)
     if dy_skip is not None:
         _check_like("dy_skip", dy_skip, "y", y)
     implementation = choose(impl, dy, y, dy_skip)
     with torch.no_grad():
         if implementation == "triton":
-            from arat_kernels.frozen_affine.triton import relu_backward_triton
+            from arat_kernels.frozen_affine.triton import backward
 
-            return relu_backward_triton(dy, y, dy_skip)
+            grad: Tensor = backward(dy, dy_skip, y, None, True, False)[0]
+            return grad
         return relu_backward_reference(dy, y, dy_skip)
+
+
+def _check_images(name: str, t: Tensor) -> None:
+    if t.ndim < 2 or t.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be (N, C, ...) of one of {DTYPES}, "
+            f"got {t.dtype} of shape {tuple(t.shape)}"
+        )
 
 
 def _check_like(name: str, t: Tensor, model_name: str, model: Tensor) -> None:

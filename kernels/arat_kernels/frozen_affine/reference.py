@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arat_kernels.implementation import wide_dtype
+
 
 def frozen_affine_reference(
     x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.frozen_affine.api.frozen_affine`."""
-    wide = _wide(x)
+    wide = x.to(wide_dtype(x))
     per_channel = (-1, *[1] * (x.ndim - 2))
     if scale is not None:
         wide = wide * scale.detach().to(wide.dtype).view(per_channel)
     wide = wide + shift.detach().to(wide.dtype).view(per_channel)
     if residual is not None:
-        wide = wide + _wide(residual)
+        wide = wide + residual.to(wide.dtype)
     # Rounded first, so that the gradient is masked by the output that is saved.
     y = wide.to(x.dtype)
     return y.relu() if relu else y
@@ -24,10 +26,7 @@ def frozen_affine_reference(
 
 def relu_backward_reference(dy: Tensor, y: Tensor, dy_skip: Tensor | None) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.frozen_affine.api.relu_backward`."""
-    total = dy if dy_skip is None else (_wide(dy) + _wide(dy_skip)).to(dy.dtype)
+    wide = wide_dtype(dy)
+    total = dy if dy_skip is None else (dy.to(wide) + dy_skip.to(wide)).to(dy.dtype)
     masked: Tensor = torch.ops.aten.threshold_backward(total, y, 0)
     return masked
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.aot import AotCase
-from arat_kernels.implementation import warps
-from arat_kernels.layout import aligned, in_layout_of, is_batch_dense
+from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
+from arat_kernels.layout import aligned, batch_dense, in_layout_of
 from arat_kernels.offsets import start_of
 
 # Integers are not specialised on their value; ALIGNED says whether cols is a multiple of 16.
@@ -110,16 +108,18 @@ def frozen_affine_bwd_kernel(
         tl.store(dx_ptr + at, grad.to(dx_ptr.dtype.element_ty), mask)
 
 
+# A tile keeps two (16 bits) or four (float32) vectors of 16 bytes per thread and tensor in flight.
+# It is as wide as divides the row, at most 64: that fills the 128-byte lines in 16 bits, and the
+# constants of a tile are loaded once for all its rows.
 TILE, NUM_WARPS = 4096, 8
 # Widths of a tile, from the one for the most regular rows down.
 COLS_CHOICES = (64, 32, 16)
 _TL_WIDE = {torch.float64: tl.float64}
 
 
-def _constant(constant: Tensor, x: Tensor) -> Tensor:
+def _constant(constant: Tensor | None, x: Tensor) -> Tensor | None:
     """``constant`` as the kernels read it, in the dtype they compute in."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return aligned(constant.to(wide).contiguous())
+    return None if constant is None else aligned(constant.to(wide_dtype(x)).contiguous())
 
 
 def _cols_of_tile(cols: int) -> int:
@@ -143,22 +143,23 @@ def _grid(rows: int, cols: int, cols_of_tile: int) -> tuple[int]:
     return (triton.cdiv(rows, TILE // cols_of_tile) * triton.cdiv(cols, cols_of_tile),)
 
 
-def _launch_forward(
+@torch.library.custom_op("arat_kernels::frozen_affine", mutates_args=())
+def forward(
     x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    x = aligned(x if is_batch_dense(x) else x.contiguous())
+    """Arguments and results as in :func:`arat_kernels.frozen_affine.api.frozen_affine`."""
+    x = aligned(batch_dense(x))
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    residual = None if residual is None else in_layout_of(residual, x)
     rows, cols, by_row = _geometry(x)
     tile = _cols_of_tile(cols)
     with torch.cuda.device_of(x):
         frozen_affine_fwd_kernel[_grid(rows, cols, tile)](
             x,
-            None if scale is None else _constant(scale, x),
+            _constant(scale, x),
             _constant(shift, x),
-            residual,
+            None if residual is None else in_layout_of(residual, x),
             y,
             rows,
             cols,
@@ -174,7 +175,11 @@ def _launch_forward(
     return y
 
 
-def _launch_backward(
+forward.register_fake(lambda x, *_: torch.empty_like(batch_dense(x)))
+
+
+@torch.library.custom_op("arat_kernels::frozen_affine_backward", mutates_args=())
+def backward(
     dy: Tensor,
     dy_skip: Tensor | None,
     y: Tensor | None,
@@ -183,11 +188,8 @@ def _launch_backward(
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
     """``(dx, dresidual)``; one that is not needed is empty."""
-    model = dy if y is None else y
-    model = aligned(model if is_batch_dense(model) else model.contiguous())
-    y = None if y is None else model
-    dx = torch.empty_like(model) if needs_dx else model.new_empty(0)
-    dresidual = torch.empty_like(model) if needs_dresidual else model.new_empty(0)
+    model = aligned(batch_dense(dy if y is None else y))
+    dx, dresidual = _backward_results(dy, dy_skip, y, scale, needs_dx, needs_dresidual)
     if model.numel() == 0:
         return dx, dresidual
     rows, cols, by_row = _geometry(model)
@@ -201,8 +203,8 @@ def _launch_backward(
         frozen_affine_bwd_kernel[_grid(rows, cols, tile)](
             model if y is None else in_layout_of(dy, model),
             None if dy_skip is None else in_layout_of(dy_skip, model),
-            y,
-            None if scale is None else _constant(scale, model),
+            None if y is None else model,
+            _constant(scale, model),
             dx if needs_dx else None,
             dresidual if needs_dresidual else None,
             rows,
@@ -218,22 +220,11 @@ def _launch_backward(
     return dx, dresidual
 
 
-@torch.library.custom_op("arat_kernels::frozen_affine", mutates_args=())
-def _forward_op(
-    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
-    return _launch_forward(x, scale, shift, residual, relu)
+refuse_second_derivative(backward)
 
 
-@_forward_op.register_fake
-def _(
-    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
-    return torch.empty_like(x if is_batch_dense(x) else x.contiguous())
-
-
-@torch.library.custom_op("arat_kernels::frozen_affine_backward", mutates_args=())
-def _backward_op(
+@backward.register_fake
+def _backward_results(
     dy: Tensor,
     dy_skip: Tensor | None,
     y: Tensor | None,
@@ -241,20 +232,7 @@ def _backward_op(
     needs_dx: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _launch_backward(dy, dy_skip, y, scale, needs_dx, needs_dresidual)
-
-
-@_backward_op.register_fake
-def _(
-    dy: Tensor,
-    dy_skip: Tensor | None,
-    y: Tensor | None,
-    scale: Tensor | None,
-    needs_dx: bool,
-    needs_dresidual: bool,
-) -> tuple[Tensor, Tensor]:
-    model = dy if y is None else y
-    model = model if is_batch_dense(model) else model.contiguous()
+    model = batch_dense(dy if y is None else y)
     return (
         torch.empty_like(model) if needs_dx else model.new_empty(0),
         torch.empty_like(model) if needs_dresidual else model.new_empty(0),
@@ -270,150 +248,14 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     y, scale = ctx.saved_tensors
     needs_dx, _, _, needs_dresidual, _ = ctx.needs_input_grad
     if scale is None:
-        grad = dy if y is None else _backward_op(dy, None, y, None, True, False)[0]
+        grad = dy if y is None else backward(dy, None, y, None, True, False)[0]
         return grad if needs_dx else None, None, None, grad if needs_dresidual else None, None
     dx, dresidual = None, dy if needs_dresidual else None
     wants_masked = needs_dresidual and y is not None
     if needs_dx or wants_masked:
-        dx, masked = _backward_op(dy, None, y, scale, needs_dx, wants_masked)
+        dx, masked = backward(dy, None, y, scale, needs_dx, wants_masked)
         dresidual = masked if wants_masked else dresidual
     return dx if needs_dx else None, None, None, dresidual, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def frozen_affine_triton(
-    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
-    """Arguments and results as in :func:`arat_kernels.frozen_affine.api.frozen_affine`."""
-    y: Tensor = _forward_op(x, scale, shift, residual, relu)
-    return y
-
-
-def relu_backward_triton(dy: Tensor, y: Tensor, dy_skip: Tensor | None) -> Tensor:
-    """Arguments and results as in :func:`arat_kernels.frozen_affine.api.relu_backward`."""
-    grad: Tensor = _backward_op(dy, dy_skip, y, None, True, False)[0]
-    return grad
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile and layout in every dtype with every option on, float64 at one tile alone; in
-    bf16 at one tile every set of options."""
-    cases = []
-    for cols, by_row, kind in product(_WIDTHS, (False, True), _KINDS):
-        cases.append(_forward_case(cols, by_row, kind))
-        cases.append(_backward_case(cols, by_row, kind))
-    cases += [_forward_case(64, False, "fp64"), _backward_case(64, False, "fp64")]
-    for scale, residual, relu in list(product((True, False), repeat=3))[1:]:
-        options = {"scale_ptr": scale, "residual_ptr": residual, "RELU": relu}
-        cases.append(_forward_case(64, False, "bf16", options))
-    for given in (
-        ("y_ptr", "scale_ptr", "dx_ptr"),
-        ("y_ptr", "scale_ptr", "dresidual_ptr"),
-        ("scale_ptr", "dx_ptr"),
-    ):
-        cases.append(_backward_case(64, False, "bf16", given))
-    # Without constants rows are cut at 16, if they can be.
-    for cols, kind in (*product((16, 49, 3), _KINDS), (16, "fp64")):
-        cases.append(_backward_case(cols, False, kind, ("dy_skip_ptr", "y_ptr", "dx_ptr")))
-    cases.append(_backward_case(16, False, "bf16", ("y_ptr", "dx_ptr")))
-    return cases
-
-
-# Representatives of each choice of _cols_of_tile; the last two are no multiples of 16.
-_WIDTHS = (64, 32, 16, 49, 3)
-_KINDS = ("bf16", "fp16", "fp32")
-_NOTE = (
-    "Tiles of 4096 elements keep two (bf16) or four (float32) vectors of 16 bytes per thread "
-    "and tensor in flight. A tile is as wide as divides the row, at most 64: that fills the "
-    "128-byte lines in bf16 and the constants of a tile are loaded once for all its rows."
-)
-
-
-def _forward_case(
-    cols: int,
-    by_row: bool,
-    kind: str,
-    options: dict[str, bool] | None = None,
-) -> AotCase:
-    options = {"scale_ptr": True, "residual_ptr": True, "RELU": True, **(options or {})}
-    return _case(
-        frozen_affine_fwd_kernel,
-        cols,
-        by_row,
-        kind,
-        {"x_ptr": True, "residual_ptr": options["residual_ptr"], "y_ptr": True},
-        {"scale_ptr": options["scale_ptr"], "shift_ptr": True},
-        {"RELU": options["RELU"]},
-    )
-
-
-def _backward_case(
-    cols: int,
-    by_row: bool,
-    kind: str,
-    given: tuple[str, ...] = ("y_ptr", "scale_ptr", "dx_ptr", "dresidual_ptr"),
-) -> AotCase:
-    optional = ("dy_skip_ptr", "y_ptr", "dx_ptr", "dresidual_ptr")
-    return _case(
-        frozen_affine_bwd_kernel,
-        cols,
-        by_row,
-        kind,
-        {"dy_ptr": True, **{name: name in given for name in optional}},
-        {"scale_ptr": "scale_ptr" in given},
-        {},
-    )
-
-
-def _case(
-    kernel: Any,
-    cols: int,
-    by_row: bool,
-    kind: str,
-    tensors: dict[str, bool],
-    constants: dict[str, bool],
-    flags: dict[str, bool],
-) -> AotCase:
-    used = [name for name, there in tensors.items() if there]
-    absent = [name for name, there in {**tensors, **constants}.items() if not there]
-    held = [name for name, there in constants.items() if there]
-    options = [name.removesuffix("_ptr") for name in used + held]
-    options += [name.lower() for name, on in flags.items() if on]
-    wide = "fp64" if kind == "fp64" else "fp32"
-    layout = "contiguous" if by_row else "channels_last"
-    tile, all_of_16 = _cols_of_tile(cols), cols % 16 == 0
-    width = f"{tile} wide" if all_of_16 else f"{tile} wide for odd rows"
-    written = ("y_ptr",) if kernel is frozen_affine_fwd_kernel else ("dx_ptr", "dresidual_ptr")
-    reads = [name for name in used if name not in written]
-    writes = [name for name in used if name in written]
-    return AotCase(
-        f"{kernel.__name__}[{kind}, {layout}, {width}: {', '.join(options)}]",
-        kernel,
-        {
-            **{name: f"*{kind}" for name in used},
-            **{name: f"*{wide}" for name in held},
-            "rows": "i64",
-            "cols": "i32",
-            "channels": "i32",
-        },
-        {
-            **dict.fromkeys(absent),
-            "ALIGNED": all_of_16,
-            "BY_ROW": by_row,
-            "WIDE": tl.float64 if kind == "fp64" else tl.float32,
-            "ROWS": TILE // tile,
-            "COLS": tile,
-            **flags,
-        },
-        NUM_WARPS,
-        3,
-        f"1 read each of {_names(reads)}, 1 write each of {_names(writes)}",
-        _NOTE,
-        bulk=tuple(used) if all_of_16 else (),
-    )
-
-
-def _names(pointers: list[str]) -> str:
-    return " and ".join(name.removesuffix("_ptr") for name in pointers)
+forward.register_autograd(_backward, setup_context=_setup_context)

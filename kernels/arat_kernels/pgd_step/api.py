@@ -52,28 +52,23 @@ def pgd_step(
 
     Source: Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1.
     """
-    _check_images("x_adv", x_adv)
-    if grad.shape != x_adv.shape:
+    _check("x_adv", x_adv, norm, eps=eps, alpha=alpha)
+    if grad.shape != x_adv.shape or not grad.is_floating_point():
         raise ValueError(
-            f"grad must have x_adv's shape {tuple(x_adv.shape)}, got {tuple(grad.shape)}"
+            f"grad must be a floating-point tensor of x_adv's shape {tuple(x_adv.shape)}, "
+            f"got {grad.dtype} of shape {tuple(grad.shape)}"
         )
-    if not grad.is_floating_point():
-        raise ValueError(f"grad must be a floating-point tensor, got {grad.dtype}")
     if x.shape != x_adv.shape or x.dtype != x_adv.dtype:
         raise ValueError(
             f"x must be {x_adv.dtype} of shape {tuple(x_adv.shape)} as x_adv, "
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
-    _check_number("eps", eps)
-    _check_number("alpha", alpha)
-    _check_norm(norm)
-    implementation = choose(impl, x_adv, grad, x)
     with torch.no_grad():
-        if implementation == "triton":
+        if choose(impl, x_adv, grad, x) == "triton":
             _check_triton_dtype("x_adv", x_adv)
-            from arat_kernels.pgd_step.triton import pgd_step_triton
+            from arat_kernels.pgd_step.triton import step
 
-            pgd_step_triton(x_adv, grad, x, eps, alpha, norm)
+            step(x_adv, grad, x, eps, alpha, norm)
         else:
             pgd_step_reference(x_adv, grad, x, eps, alpha, norm)
     return x_adv
@@ -114,25 +109,30 @@ def random_start(
 
     Source: Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1.
     """
-    _check_images("x", x)
+    _check("x", x, norm, eps=eps)
     check_rng(rng)
-    _check_number("eps", eps)
-    _check_norm(norm)
     if first < 0:
         raise ValueError(f"first must be >= 0, got {first}")
     if choose(impl, x, rng) == "triton":
         _check_triton_dtype("x", x)
-        from arat_kernels.pgd_step.triton import random_start_triton
+        from arat_kernels.pgd_step.triton import start
 
-        return random_start_triton(x.detach(), rng, eps, norm, first)
+        x_adv: Tensor = start(x.detach(), rng, eps, norm, first)
+        return x_adv
     return random_start_reference(x.detach(), rng, eps, norm, first)
 
 
-def _check_images(name: str, t: Tensor) -> None:
-    if t.ndim < 2:
-        raise ValueError(f"{name} must be (N, ...) of 2 or more dimensions, got {tuple(t.shape)}")
-    if t.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be float32 or float64, got {t.dtype}")
+def _check(name: str, images: Tensor, norm: str, **lengths: float) -> None:
+    if images.ndim < 2 or images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must be (N, ...) of 2 or more dimensions, float32 or float64, "
+            f"got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    if norm not in ("Linf", "L2"):
+        raise ValueError(f'norm must be "Linf" or "L2", got {norm!r}')
+    for length, value in lengths.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{length} must be finite and >= 0, got {value}")
 
 
 def _check_triton_dtype(name: str, t: Tensor) -> None:
@@ -140,13 +140,3 @@ def _check_triton_dtype(name: str, t: Tensor) -> None:
         raise ValueError(
             f'{name} must be float32 with impl="triton", got {t.dtype}; pass impl="reference"'
         )
-
-
-def _check_number(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-
-
-def _check_norm(norm: str) -> None:
-    if norm not in ("Linf", "L2"):
-        raise ValueError(f'norm must be "Linf" or "L2", got {norm!r}')

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.aot import AotCase
 from arat_kernels.implementation import warps
-from arat_kernels.layout import aligned, in_layout_of, is_batch_dense
+from arat_kernels.layout import aligned, batch_dense, in_layout_of
 from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
@@ -204,9 +203,12 @@ def random_start_l2_kernel(
             tl.store(x_adv_ptr + base + start + at, x + normal * scale, mask)
 
 
+# Eight elements per thread: two float32 or one 16-bit vector of 16 bytes in flight per tensor, and
+# enough blocks for every multiprocessor at batch 128.
 LINF_BLOCK, LINF_WARPS = 1024, 4
-# Largest sample held in registers by a block of that size, with its warps; longer ones loop over
-# L2_LOOP_BLOCK, and so do odd ones over 4096, whose narrow accesses need too many registers.
+# One block per sample, so that both norms stay inside it. Largest sample held in registers by a
+# block of that size, with its warps (3 x 64 x 64 is 12288); longer ones loop over L2_LOOP_BLOCK,
+# and so do odd ones over 4096, whose narrow accesses need too many registers.
 L2_BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
 L2_LOOP_BLOCK, L2_LOOP_WARPS = 4096, 8
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -220,22 +222,20 @@ def _l2_block(size: int) -> tuple[int, int, bool]:
     return L2_LOOP_BLOCK, L2_LOOP_WARPS, False
 
 
-def _launch_pgd_step(
-    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str
-) -> None:
+@torch.library.custom_op("arat_kernels::pgd_step", mutates_args=("x_adv",))
+def step(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str) -> None:
+    """Arguments as in :func:`arat_kernels.pgd_step.api.pgd_step`; changes ``x_adv`` in place."""
     if x_adv.numel() == 0:
         return
-    dense = aligned(x_adv if is_batch_dense(x_adv) else x_adv.contiguous())
+    dense = aligned(batch_dense(x_adv))
     # float64 gradients (and 8 bits) are not worth kernels of their own.
     grad = in_layout_of(grad if grad.dtype in _GRADIENTS else grad.to(x_adv.dtype), dense)
-    x = in_layout_of(x, dense)
+    tensors = (dense, grad, in_layout_of(x, dense))
     with torch.cuda.device_of(x_adv):
         if norm == "Linf":
             numel = dense.numel()
             pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
-                dense,
-                grad,
-                x,
+                *tensors,
                 eps,
                 alpha,
                 numel,
@@ -247,9 +247,7 @@ def _launch_pgd_step(
             size = dense[0].numel()
             block, num_warps, one_block = _l2_block(size)
             pgd_step_l2_kernel[(dense.shape[0],)](
-                dense,
-                grad,
-                x,
+                *tensors,
                 eps,
                 alpha,
                 size,
@@ -262,8 +260,13 @@ def _launch_pgd_step(
         x_adv.copy_(dense)
 
 
-def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str, first: int = 0) -> Tensor:
-    dense = aligned(x if is_batch_dense(x) else x.contiguous())
+step.register_fake(lambda *_: None)
+
+
+@torch.library.custom_op("arat_kernels::random_start", mutates_args=())
+def start(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
+    """Arguments and results as in :func:`arat_kernels.pgd_step.api.random_start`."""
+    dense = aligned(batch_dense(x))
     x_adv = torch.empty_like(dense)
     if x.numel() == 0:
         return x_adv
@@ -276,10 +279,10 @@ def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str, first: i
                 longer = x.new_zeros(1, front + x.numel())
                 longer[0, front:] = dense.as_strided((x.numel(),), (1,))
                 drawn = torch.empty_like(longer)
-                _launch_linf_start(longer, rng, drawn, eps, first * size // 4)
+                _start_linf(longer, rng, drawn, eps, first * size // 4)
                 x_adv.as_strided((x.numel(),), (1,)).copy_(drawn[0, front:])
             else:
-                _launch_linf_start(dense, rng, x_adv, eps, first * size // 4)
+                _start_linf(dense, rng, x_adv, eps, first * size // 4)
         else:
             block, num_warps, one_block = _l2_block(size)
             random_start_l2_kernel[(x.shape[0],)](
@@ -297,7 +300,10 @@ def _launch_random_start(x: Tensor, rng: Tensor, eps: float, norm: str, first: i
     return x_adv
 
 
-def _launch_linf_start(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: int) -> None:
+start.register_fake(lambda x, *_: torch.empty_like(batch_dense(x)))
+
+
+def _start_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: int) -> None:
     numel = x.numel()
     random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
         x,
@@ -310,134 +316,3 @@ def _launch_linf_start(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_
         LINF_BLOCK // 4,
         num_warps=warps(LINF_WARPS),
     )
-
-
-@torch.library.custom_op("arat_kernels::pgd_step", mutates_args=("x_adv",))
-def _pgd_step_op(
-    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str
-) -> None:
-    _launch_pgd_step(x_adv, grad, x, eps, alpha, norm)
-
-
-@_pgd_step_op.register_fake
-def _(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str) -> None:
-    return None
-
-
-@torch.library.custom_op("arat_kernels::random_start", mutates_args=())
-def _random_start_op(x: Tensor, rng: Tensor, eps: float, norm: str, first: int = 0) -> Tensor:
-    return _launch_random_start(x, rng, eps, norm, first)
-
-
-@_random_start_op.register_fake
-def _(x: Tensor, rng: Tensor, eps: float, norm: str, first: int = 0) -> Tensor:
-    return torch.empty_like(x if is_batch_dense(x) else x.contiguous())
-
-
-def pgd_step_triton(
-    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str
-) -> None:
-    """Arguments as in :func:`arat_kernels.pgd_step.api.pgd_step`; changes ``x_adv`` in place."""
-    _pgd_step_op(x_adv, grad, x, eps, alpha, norm)
-
-
-def random_start_triton(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
-    """Arguments and results as in :func:`arat_kernels.pgd_step.api.random_start`."""
-    x_adv: Tensor = _random_start_op(x, rng, eps, norm, first)
-    return x_adv
-
-
-def aot_cases() -> list[AotCase]:
-    """Every block that the launchers can choose, for sizes that are multiples of 16 and for others,
-    with gradients of every dtype."""
-    cases = []
-    for kind in ("fp32", "bf16", "fp16"):
-        for size in (1024, 1023):
-            cases.append(_linf_step_case(kind, size))
-        # The last is longer than every block; the odd one before it too long for its block.
-        sizes = (1024, 4096, 16384, 2**15, 1023, 4095, 16383)
-        for size in sizes:
-            cases.append(_l2_step_case(kind, size))
-    cases += [_linf_start_case(size) for size in (1024, 1023)]
-    cases += [_l2_start_case(size) for size in sizes]
-    return cases
-
-
-_IMAGES = {"x_ptr": "*fp32", "x_adv_ptr": "*fp32", "eps": "fp32"}
-_L2_NOTE = (
-    "One block per sample, so that both norms stay inside it; a sample of up to 16384 elements "
-    "(3 x 64 x 64 is 12288) stays in registers."
-)
-
-
-def _linf_step_case(grad: str, numel: int) -> AotCase:
-    pointers = ("x_adv_ptr", "grad_ptr", "x_ptr")
-    return AotCase(
-        f"pgd_step_linf_kernel[grad {grad}{_odd(numel)}]",
-        pgd_step_linf_kernel,
-        {**_IMAGES, "grad_ptr": f"*{grad}", "alpha": "fp32", "numel": "i64"},
-        {"ALIGNED": numel % 16 == 0, "BLOCK": LINF_BLOCK},
-        LINF_WARPS,
-        3,
-        "1 read each of x_adv, grad and x, 1 write of x_adv",
-        "Eight elements per thread: two float32 or one bf16 vector of 16 bytes in flight per "
-        "tensor, and enough blocks for every multiprocessor at batch 128.",
-        bulk=pointers if numel % 16 == 0 else (),
-    )
-
-
-def _l2_step_case(grad: str, size: int) -> AotCase:
-    block, num_warps, one_block = _l2_block(size)
-    passes = (
-        "1 read each of x_adv, grad and x"
-        if one_block
-        else "3 reads of grad, 2 of x_adv and x (the later ones from the L2)"
-    )
-    return AotCase(
-        f"pgd_step_l2_kernel[grad {grad}, {_block_name(block, one_block)}{_odd(size)}]",
-        pgd_step_l2_kernel,
-        {**_IMAGES, "grad_ptr": f"*{grad}", "alpha": "fp32", "size": "i32"},
-        {"ALIGNED": size % 16 == 0, "BLOCK": block, "ONE_BLOCK": one_block},
-        num_warps,
-        3,
-        f"{passes}, 1 write of x_adv",
-        _L2_NOTE,
-        bulk=("x_adv_ptr", "grad_ptr", "x_ptr") if size % 16 == 0 else (),
-    )
-
-
-def _linf_start_case(numel: int) -> AotCase:
-    return AotCase(
-        f"random_start_linf_kernel[{'odd sizes' if numel % 16 else 'multiples of 16'}]",
-        random_start_linf_kernel,
-        {**_IMAGES, "rng_ptr": "*i64", "numel": "i64", "first_group": "i64"},
-        {"ALIGNED": numel % 16 == 0, "GROUPS": LINF_BLOCK // 4},
-        LINF_WARPS,
-        3,
-        "1 read of x, 1 write of x_adv",
-        "A thread draws one Philox block for four neighbours, the width of its vectors.",
-        bulk=("x_ptr", "x_adv_ptr") if numel % 16 == 0 else (),
-    )
-
-
-def _l2_start_case(size: int) -> AotCase:
-    block, num_warps, one_block = _l2_block(size)
-    return AotCase(
-        f"random_start_l2_kernel[{_block_name(block, one_block)}{_odd(size)}]",
-        random_start_l2_kernel,
-        {**_IMAGES, "rng_ptr": "*i64", "size": "i32", "first_sample": "i64"},
-        {"ALIGNED": size % 16 == 0, "GROUPS": block // 4, "ONE_BLOCK": one_block},
-        num_warps,
-        3,
-        "1 read of x, 1 write of x_adv",
-        "As the L2 update; beyond one block the normals are drawn twice, not stored.",
-        bulk=("x_ptr", "x_adv_ptr") if size % 16 == 0 else (),
-    )
-
-
-def _odd(size: int) -> str:
-    return ", odd sizes" if size % 16 else ""
-
-
-def _block_name(block: int, one_block: bool) -> str:
-    return f"up to {block}" if one_block else f"loop of {block}"

@@ -60,27 +60,6 @@ def split_batch_norm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@overload
-def split_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    sizes: tuple[int, int],
-    *,
-    training: bool,
-    update_running_stats: bool = ...,
-    momentum: float = ...,
-    eps: float = ...,
-    residual: Tensor | None = ...,
-    relu: bool = ...,
-    return_pooled: bool,
-    group: ProcessGroup | None = ...,
-    impl: Impl | None = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
 def split_batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -139,33 +118,35 @@ def split_batch_norm(
     """
     _check(x, weight, bias, running_mean, running_var, sizes, momentum, eps, residual)
     if training and group is None:
-        for name, size in zip(("clean", "adv"), sizes, strict=True):
-            if size * x.shape[2] * x.shape[3] == 1:
-                raise ValueError(
-                    "training expects more than one value per channel and branch, got 1 in the "
-                    f"{name} branch of x with shape {tuple(x.shape)}"
-                )
+        check_counts(x, sizes)
     chosen = choose(impl, x, weight, bias, running_mean, running_var, residual)
-    run = split_batch_norm_triton if chosen == "triton" else split_batch_norm_reference
-    y, pooled = run(
+    y, pooled = (split_batch_norm_triton if chosen == "triton" else split_batch_norm_reference)(
         x,
         weight,
         bias,
         running_mean,
         running_var,
         sizes,
-        training=training,
-        update_running_stats=update_running_stats,
-        momentum=momentum,
-        eps=eps,
-        residual=residual,
-        relu=relu,
-        return_pooled=return_pooled,
-        group_name=None if group is None else group.group_name,
+        training,
+        update_running_stats,
+        momentum,
+        eps,
+        residual,
+        relu,
+        return_pooled,
+        None if group is None else group.group_name,
     )
-    if pooled is not None:
-        return y, pooled
-    return y
+    return y if pooled is None else (y, pooled)
+
+
+def check_counts(x: Tensor, sizes: tuple[int, int]) -> None:
+    """Raise ValueError where a branch has one value per channel, whose variance is none."""
+    for name, size in zip(("clean", "adv"), sizes, strict=True):
+        if size * x.shape[2] * x.shape[3] == 1:
+            raise ValueError(
+                "training expects more than one value per channel and branch, got 1 in the "
+                f"{name} branch of x with shape {tuple(x.shape)}"
+            )
 
 
 def _check(
@@ -189,39 +170,29 @@ def _check(
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
     if not eps > 0.0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    expected = (2, x.shape[1])
-    wide = x.dtype in (torch.float32, torch.float64)
-    parameter_dtypes = (x.dtype,) if wide else (x.dtype, torch.float32)
-    named = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} must be (2, C) = {expected}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in parameter_dtypes:
-            expected_dtypes = " or ".join(map(str, parameter_dtypes))
-            raise ValueError(
-                f"{name} must be {expected_dtypes} for an x of {x.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x, got {tensor.device}")
-        if name.startswith("running") and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    for one, other in (("weight", "bias"), ("running_mean", "running_var")):
-        pair = named[one], named[other]
-        if pair[0] is not None and pair[1] is not None and pair[0].dtype != pair[1].dtype:
-            raise ValueError(f"{other} must be {pair[0].dtype} as {one}, got {pair[1].dtype}")
-    if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}"
-            )
-        if residual.dtype != x.dtype:
-            raise ValueError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
-        if residual.device != x.device:
-            raise ValueError(f"residual must be on {x.device} as x, got {residual.device}")
+    dtypes = {x.dtype} if x.dtype in (torch.float32, torch.float64) else {x.dtype, torch.float32}
+    for kind, pair in (
+        ("weight and bias", (weight, bias)),
+        ("running_mean and running_var", (running_mean, running_var)),
+    ):
+        given = [tensor for tensor in pair if tensor is not None]
+        for tensor in given:
+            if tuple(tensor.shape) != (2, x.shape[1]):
+                raise ValueError(
+                    f"{kind} must be (2, C) = {(2, x.shape[1])}, got {tuple(tensor.shape)}"
+                )
+            if tensor.dtype not in dtypes or tensor.dtype != given[0].dtype:
+                raise ValueError(
+                    f"{kind} must have one dtype of {dtypes} for an x of {x.dtype}, "
+                    f"got {[other.dtype for other in given]}"
+                )
+    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        raise ValueError(
+            "running_mean and running_var must be contiguous, "
+            f"got strides {running_mean.stride()} and {running_var.stride()}"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual must be {x.dtype} of shape {tuple(x.shape)} as x, "
+            f"got {residual.dtype} of shape {tuple(residual.shape)}"
+        )

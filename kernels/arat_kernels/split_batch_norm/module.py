@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from arat_kernels.implementation import Impl
-from arat_kernels.split_batch_norm.api import split_batch_norm
+from arat_kernels.implementation import Impl, choose
+from arat_kernels.split_batch_norm.api import check_counts
+from arat_kernels.split_batch_norm.reference import split_batch_norm_reference
+
+if importlib.util.find_spec("triton"):
+    from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,58 +96,74 @@ class SplitBatchNorm2d(nn.Module):
         """Normalise ``x``, add ``residual`` (same shape) and apply ReLU, as asked.
 
         Raises:
-            ValueError: ``x`` has another number of channels, or ``branch`` is "both" and the batch
-                is odd while no number of clean samples is given; no buffer has changed then.
+            ValueError: ``x`` or ``residual`` has another shape, a branch in training has one value
+                per channel, or ``branch`` is "both" and the batch is odd while no number of clean
+                samples is given; no buffer has changed then.
         """
-        sizes = self._sizes(x.shape[0])
+        if x.ndim != 4 or x.shape[1] != self.num_features or x.numel() == 0:
+            raise ValueError(
+                f"x must be (N, C = {self.num_features}, H, W) and not empty, "
+                f"got shape {tuple(x.shape)}"
+            )
+        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+            raise ValueError(
+                f"residual must be {x.dtype} of shape {tuple(x.shape)} as x, "
+                f"got {residual.dtype} of shape {tuple(residual.shape)}"
+            )
+        batch = x.shape[0]
+        clean = self._half(batch) if self.branch == "both" else batch * (self.branch == "clean")
+        sizes = clean, batch - clean
         training = self.training if self.statistics is None else self.statistics != "running"
         update = training and self.statistics != "batch"
-        result = split_batch_norm(
+        if training and self.group is None and 1 in sizes:
+            check_counts(x, sizes)
+        if self.impl == "reference" or (self.impl is None and not x.is_cuda):
+            run = split_batch_norm_reference
+        else:
+            choose(self.impl, x, self.weight, self.running_mean, residual)
+            run = split_batch_norm_triton
+        y, pooled = run(
             x,
             self.weight,
             self.bias,
             self.running_mean,
             self.running_var,
             sizes,
-            training=training,
-            update_running_stats=update,
-            momentum=self.momentum,
-            eps=self.eps,
-            residual=residual,
-            relu=relu,
-            return_pooled=self.pooled_sink is not None,
-            group=self.group,
-            impl=self.impl,
+            training,
+            update,
+            self.momentum,
+            self.eps,
+            residual,
+            relu,
+            self.pooled_sink is not None,
+            None if self.group is None else self.group.group_name,
         )
         if update:
             if sizes[CLEAN] and sizes[ADV]:
                 self.num_batches_tracked += 1
             else:
                 self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
-        if isinstance(result, Tensor):
-            return result
-        y, pooled = result
-        assert self.pooled_sink is not None
-        self.pooled_sink(pooled)
+        if self.pooled_sink is not None:
+            assert pooled is not None
+            self.pooled_sink(pooled)
         return y
 
     def extra_repr(self) -> str:
         affine = self.weight is not None
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={affine}"
 
-    def _sizes(self, batch: int) -> tuple[int, int]:
-        if self.branch == "clean":
-            return batch, 0
-        if self.branch == "adv":
-            return 0, batch
+    def _half(self, batch: int) -> int:
+        """The number of clean samples in ``[x_clean; x_adv]``."""
         if self.num_clean is not None:
-            return self.num_clean, batch - self.num_clean
+            if self.num_clean > batch:
+                raise ValueError(f"num_clean must be <= {batch} samples, got {self.num_clean}")
+            return self.num_clean
         if batch % 2:
             raise ValueError(
                 f"an even batch [x_clean; x_adv] is expected with both branches, got {batch} "
                 "samples; pass num_clean to use_branch for unequal parts"
             )
-        return batch // 2, batch // 2
+        return batch // 2
 
 
 @contextmanager

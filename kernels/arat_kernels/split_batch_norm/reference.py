@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from arat_kernels.implementation import wide_dtype
 from arat_kernels.split_batch_norm.distributed import (
     differentiable_sum_over_group,
     move_running_statistics,
@@ -20,7 +20,6 @@ def split_batch_norm_reference(
     running_mean: Tensor,
     running_var: Tensor,
     sizes: tuple[int, int],
-    *,
     training: bool,
     update_running_stats: bool,
     momentum: float,
@@ -28,77 +27,43 @@ def split_batch_norm_reference(
     residual: Tensor | None,
     relu: bool,
     return_pooled: bool,
-    group_name: str | None = None,
+    group_name: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results as in :func:`arat_kernels.split_batch_norm.api.split_batch_norm`."""
+    affine = (weight, bias, running_mean, running_var)
     if training and group_name is not None:
         y = _normalize_over_group(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            sizes,
-            update_running_stats,
-            momentum,
-            eps,
-            group_name,
+            x, *affine, sizes, update_running_stats, momentum, eps, group_name
         )
     else:
-        y = _normalize(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            sizes,
-            training,
-            update_running_stats,
-            momentum,
-            eps,
-        )
+        use_running = not training or update_running_stats
+        # Whole, or split: the gradient of a slice is a tensor of zeros in another layout.
+        parts = x.split_with_sizes(sizes) if all(sizes) else (x,)
+        branches = []
+        for branch, part in enumerate(parts, 0 if sizes[0] else 1):
+            # F.batch_norm without its check of the batch, which our callers make.
+            normalized = torch.batch_norm(
+                part,
+                None if weight is None else weight[branch],
+                None if bias is None else bias[branch],
+                running_mean[branch] if use_running else None,
+                running_var[branch] if use_running else None,
+                training,
+                momentum,
+                eps,
+                x.is_cuda and torch.backends.cudnn.enabled,
+            )
+            branches.append(normalized)
+        y = branches[0] if len(branches) == 1 else torch.cat(branches)
     pooled = None
     if return_pooled:
-        wide = y if y.dtype == torch.float64 else y.float()
-        pooled = wide.relu().mean(dim=(2, 3))
+        pooled = y.to(wide_dtype(y)).relu().mean(dim=(2, 3))
     # In place: no backward reads the normalised value.
     if residual is not None:
         y += residual
     if relu:
         y.relu_()
     return y, pooled
-
-
-def _normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    sizes: tuple[int, int],
-    training: bool,
-    update_running_stats: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    use_running = not training or update_running_stats
-    # Whole, or split: the gradient of a slice is a tensor of zeros in another layout.
-    present = [branch for branch, size in enumerate(sizes) if size]
-    parts = [x] if len(present) == 1 else torch.split(x, list(sizes))
-    branches = [
-        F.batch_norm(
-            part,
-            running_mean[branch] if use_running else None,
-            running_var[branch] if use_running else None,
-            None if weight is None else weight[branch],
-            None if bias is None else bias[branch],
-            training,
-            momentum,
-            eps,
-        )
-        for branch, part in zip(present, parts, strict=True)
-    ]
-    return branches[0] if len(branches) == 1 else torch.cat(branches)
 
 
 def _normalize_over_group(
@@ -113,7 +78,7 @@ def _normalize_over_group(
     eps: float,
     group_name: str,
 ) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(wide_dtype(x))
     # Every process takes part in both branches' collectives, with zeros where it has no samples.
     branches = torch.split(wide, list(sizes))
     area = x.shape[2] * x.shape[3]

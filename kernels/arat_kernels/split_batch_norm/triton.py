@@ -16,7 +16,6 @@ Backward: sums (one read of dy and x, one write of the residual's gradient), com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.aot import AotCase
-from arat_kernels.implementation import warps
-from arat_kernels.layout import aligned, aligned_or_none
+from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
+from arat_kernels.layout import aligned, all_aligned
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm.distributed import (
     gather_statistics,
@@ -37,6 +35,20 @@ from arat_kernels.split_batch_norm.distributed import (
 # Integer arguments are not specialised on their value, so that the launch table below is all there
 # is to compile; that channels are a multiple of 16 is said by ALIGNED.
 _PLAIN = ["channels", "clean_rows", "rows", "clean_segments", "segments", "segment_rows"]
+
+
+@triton.jit
+def _tile(channels, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What a program works on: the channels with their alignment, its segment, its block of
+    channels, the tile's rows and channels, which channels exist, and offsets from the first row."""
+    if ALIGNED:
+        channels = channels // 16 * 16
+    blocks = tl.cdiv(channels, BLOCK_C)
+    segment = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    r = tl.arange(0, BLOCK_R)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    return channels, segment, block, r, c, c < channels, r[:, None] * channels + c[None, :]
 
 
 @triton.jit
@@ -101,17 +113,9 @@ def split_batch_norm_statistics_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    if ALIGNED:
-        channels = channels // 16 * 16
     acc = partial_ptr.dtype.element_ty
-    blocks = tl.cdiv(channels, BLOCK_C)
-    segment = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
-    r = tl.arange(0, BLOCK_R)
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
-    local = r[:, None] * channels + c[None, :]
 
     ok = (r < count)[:, None] & c_ok[None, :]
     x = tl.load(x_ptr + start_of(first, channels) + local, mask=ok, other=0.0).to(acc)
@@ -225,16 +229,8 @@ def split_batch_norm_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    if ALIGNED:
-        channels = channels // 16 * 16
-    blocks = tl.cdiv(channels, BLOCK_C)
-    segment = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
-    r = tl.arange(0, BLOCK_R)
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
-    local = r[:, None] * channels + c[None, :]
     mean, rstd, scale, bias = _affine(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, branch * channels + c, c_ok, eps
     )
@@ -292,23 +288,14 @@ def split_batch_norm_bwd_sums_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    if ALIGNED:
-        channels = channels // 16 * 16
-    blocks = tl.cdiv(channels, BLOCK_C)
-    segment = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
-    r = tl.arange(0, BLOCK_R)
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
-    local = r[:, None] * channels + c[None, :]
     mean, rstd, scale, bias = _affine(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, branch * channels + c, c_ok, eps
     )
     if dpooled_ptr is not None:
-        dpooled = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0).to(
-            scale.dtype
-        ) / count.to(scale.dtype)
+        of_mean = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0)
+        dpooled = of_mean.to(scale.dtype) / count.to(scale.dtype)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     for i in tl.range(0, count, BLOCK_R, num_stages=3):
@@ -389,22 +376,13 @@ def split_batch_norm_bwd_input_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    if ALIGNED:
-        channels = channels // 16 * 16
-    blocks = tl.cdiv(channels, BLOCK_C)
-    segment = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
-    r = tl.arange(0, BLOCK_R)
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
-    local = r[:, None] * channels + c[None, :]
     row = branch * channels + c
     mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if dpooled_ptr is not None:
-        dpooled = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0).to(
-            scale.dtype
-        ) / count.to(scale.dtype)
+        of_mean = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0)
+        dpooled = of_mean.to(scale.dtype) / count.to(scale.dtype)
     if sums_ptr is not None:
         if counts_ptr is None:
             total = tl.where(branch == 1, rows - clean_rows, clean_rows).to(scale.dtype)
@@ -435,20 +413,23 @@ def split_batch_norm_bwd_input_kernel(
 
 
 # The reductions get three programs of 8 warps per multiprocessor. On sm_90 their registers
-# (docs/kernels.md) let all three be resident, 38% occupancy and more, in the statistics and in the
-# backward without pooled features; with them in 16 bits, and in most kernels for channels that are
-# no multiple of 16, two are (25%) and the third follows.
+# (tests/kernels/aot/table.py) let all three be resident, 38% occupancy and more, in the statistics
+# and in the backward without pooled features; with them in 16 bits, and in most kernels for
+# channels that are no multiple of 16, two are (25%) and the third follows.
 _BLOCKS_PER_MULTIPROCESSOR = 3
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
+# 8 channels are a 32-byte sector; a tile of 64 segments keeps the loop short.
 _COMBINE = {"BLOCK_S": 64, "BLOCK_C": 8}
 _COMBINE_WARPS = 4
-# Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor. The
-# pooled forward and the backward hold more values in registers.
+# Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor, so that
+# several blocks are resident and hide latency. The pooled forward and the backward hold more values
+# in registers.
 _STATISTICS_TILE = {2: 4096, 4: 2048, 8: 1024}
 _FORWARD_TILE = {2: 4096, 4: 2048, 8: 1024}
 _POOLED_TILE = {2: 2048, 4: 1024, 8: 1024}
 _BACKWARD_TILE = {2: 2048, 4: 1024, 8: 1024}
+# 64 channels of 16 bits are a 128-byte line.
 _BLOCK_C = (16, 32, 64)
 
 
@@ -462,11 +443,6 @@ class _Launch:
     clean_segments: int
     segment_rows: int
     constants: dict[str, Any]
-
-
-def _blocks(tile: dict[int, int], itemsize: int, channels: int) -> dict[str, int]:
-    block_c = next((block for block in _BLOCK_C if channels <= block), _BLOCK_C[-1])
-    return {"BLOCK_R": tile[itemsize] // block_c, "BLOCK_C": block_c}
 
 
 def _programs(x: Tensor) -> int:
@@ -486,17 +462,17 @@ def _plan(
             kernels that leave one partial result each.
     """
     n, channels, height, width = x.shape
-    blocks = _blocks(tile, x.element_size(), channels)
-    channel_blocks = triton.cdiv(channels, blocks["BLOCK_C"])
+    block_c = next((block for block in _BLOCK_C if channels <= block), _BLOCK_C[-1])
+    block_r = tile[x.element_size()] // block_c
+    channel_blocks = triton.cdiv(channels, block_c)
     area = height * width
     clean_rows, rows = clean * area, n * area
     if per_sample:
         segment_rows = area
     else:
-        tiles = triton.cdiv(clean_rows, blocks["BLOCK_R"])
-        tiles += triton.cdiv(rows - clean_rows, blocks["BLOCK_R"])
+        tiles = triton.cdiv(clean_rows, block_r) + triton.cdiv(rows - clean_rows, block_r)
         each = triton.cdiv(tiles * channel_blocks, _programs(x))
-        segment_rows = blocks["BLOCK_R"] * (each if most_tiles is None else min(each, most_tiles))
+        segment_rows = block_r * (each if most_tiles is None else min(each, most_tiles))
     clean_segments = triton.cdiv(clean_rows, segment_rows)
     segments = clean_segments + triton.cdiv(rows - clean_rows, segment_rows)
     return _Launch(
@@ -505,7 +481,12 @@ def _plan(
         integers=(channels, clean_rows, rows, clean_segments, segment_rows),
         clean_segments=clean_segments,
         segment_rows=segment_rows,
-        constants={"ALIGNED": channels % 16 == 0, **blocks, "num_warps": warps(_NUM_WARPS)},
+        constants={
+            "ALIGNED": channels % 16 == 0,
+            "BLOCK_R": block_r,
+            "BLOCK_C": block_c,
+            "num_warps": warps(_NUM_WARPS),
+        },
     )
 
 
@@ -513,13 +494,11 @@ def _combine_grid(channels: int) -> tuple[int, int]:
     return triton.cdiv(channels, _COMBINE["BLOCK_C"]), 2
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _mask_shape(x: Tensor) -> tuple[int, int]:
-    n, channels, height, width = x.shape
-    return n * height * width, (channels + 7) // 8
+def _like(t: Tensor, wanted: bool = True) -> Tensor:
+    """Memory for a tensor like ``t``, channels_last; where it is not wanted, nothing."""
+    if wanted:
+        return torch.empty_like(t, memory_format=torch.channels_last)
+    return t.new_empty((0, 0, 0, 0))
 
 
 @torch.library.custom_op(
@@ -534,16 +513,13 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (2, C), of ``x``; moves the running ones if they are given."""
     plan = _plan(x, clean, _STATISTICS_TILE, per_sample=False, most_tiles=None)
-    channels = x.shape[1]
-    dtype = _accumulator(x)
-    partial = torch.empty((plan.segments, 2, channels), dtype=dtype, device=x.device)
-    mean = torch.empty((2, channels), dtype=dtype, device=x.device)
-    var = torch.empty_like(mean)
+    mean, var = _statistics_results(x)
+    partial = mean.new_empty((plan.segments, *mean.shape))
     with torch.cuda.device_of(x):
         split_batch_norm_statistics_kernel[plan.grid](
             aligned(x), partial, *plan.integers, **plan.constants
         )
-        split_batch_norm_combine_kernel[_combine_grid(channels)](
+        split_batch_norm_combine_kernel[_combine_grid(x.shape[1])](
             partial,
             mean,
             var,
@@ -559,16 +535,12 @@ def statistics(
     return mean, var
 
 
-@statistics.register_fake
-def _(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    clean: int,
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty((2, x.shape[1]), dtype=_accumulator(x))
+def _statistics_results(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty((2, x.shape[1]), dtype=wide_dtype(x))
     return mean, torch.empty_like(mean)
+
+
+statistics.register_fake(_statistics_results)
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_normalize", mutates_args=())
@@ -595,15 +567,10 @@ def normalize(
     """
     tile = _POOLED_TILE if pooled else _FORWARD_TILE
     plan = _plan(x, clean, tile, per_sample=pooled, most_tiles=_STREAMING_TILES)
-    y, features, mask = _normalize_outputs(x, pooled, save_mask)
+    y, features, mask = _normalize_results(x, pooled, save_mask)
     with torch.cuda.device_of(x):
         split_batch_norm_fwd_kernel[plan.grid](
-            aligned(x),
-            aligned_or_none(residual),
-            aligned(mean),
-            aligned(var),
-            aligned_or_none(weight),
-            aligned_or_none(bias),
+            *all_aligned(x, residual, mean, var, weight, bias),
             y,
             features if pooled else None,
             mask if save_mask else None,
@@ -615,31 +582,14 @@ def normalize(
     return y, features, mask
 
 
-def _normalize_outputs(x: Tensor, pooled: bool, save_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    features = x.new_empty(x.shape[:2] if pooled else (0, 0), dtype=_accumulator(x))
-    mask = x.new_empty(_mask_shape(x) if save_mask else (0, 0), dtype=torch.uint8)
-    return y, features, mask
+def _normalize_results(x: Tensor, pooled: bool, save_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n, channels, height, width = x.shape
+    features = x.new_empty((n, channels) if pooled else (0, 0), dtype=wide_dtype(x))
+    mask_shape = (n * height * width, (channels + 7) // 8) if save_mask else (0, 0)
+    return _like(x), features, x.new_empty(mask_shape, dtype=torch.uint8)
 
 
-@normalize.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    counts: Tensor | None,
-    clean: int,
-    eps: float,
-    relu: bool,
-    pooled: bool,
-    save_mask: bool,
-    batch_statistics: bool,
-    group_name: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _normalize_outputs(x, pooled, save_mask)
+normalize.register_fake(lambda *given: _normalize_results(given[0], given[10], given[11]))
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_backward_sums", mutates_args=())
@@ -659,19 +609,11 @@ def backward_sums(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of bias and weight, (2, 2, C); and the residual's, or nothing."""
     plan = _plan(x, clean, _BACKWARD_TILE, per_sample=dpooled is not None, most_tiles=None)
-    channels = x.shape[1]
-    partial = torch.empty((plan.segments, 2, channels), dtype=mean.dtype, device=x.device)
-    sums = torch.empty((2, 2, channels), dtype=mean.dtype, device=x.device)
-    dresidual = _like_or_empty(dy, want_dresidual)
+    sums, dresidual = mean.new_empty((2, *mean.shape)), _like(dy, want_dresidual)
+    partial = mean.new_empty((plan.segments, *mean.shape))
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_sums_kernel[plan.grid](
-            aligned(dy),
-            aligned_or_none(dpooled),
-            aligned(x),
-            aligned(mean),
-            aligned(var),
-            aligned_or_none(weight),
-            aligned_or_none(bias),
+            *all_aligned(dy, dpooled, x, mean, var, weight, bias),
             mask,
             partial,
             dresidual if want_dresidual else None,
@@ -680,10 +622,10 @@ def backward_sums(
             RELU=relu,
             **plan.constants,
         )
-        split_batch_norm_bwd_combine_kernel[_combine_grid(channels)](
+        split_batch_norm_bwd_combine_kernel[_combine_grid(x.shape[1])](
             partial,
             sums,
-            channels,
+            x.shape[1],
             plan.clean_segments,
             plan.segments,
             **_COMBINE,
@@ -692,28 +634,9 @@ def backward_sums(
     return sums, dresidual
 
 
-def _like_or_empty(like: Tensor, wanted: bool) -> Tensor:
-    if wanted:
-        return torch.empty_like(like, memory_format=torch.channels_last)
-    return like.new_empty((0, 0, 0, 0))
-
-
-@backward_sums.register_fake
-def _(
-    dy: Tensor,
-    dpooled: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    clean: int,
-    eps: float,
-    relu: bool,
-    want_dresidual: bool,
-) -> tuple[Tensor, Tensor]:
-    return mean.new_empty((2, 2, x.shape[1])), _like_or_empty(dy, want_dresidual)
+backward_sums.register_fake(
+    lambda *given: (given[3].new_empty((2, *given[3].shape)), _like(given[0], given[11]))
+)
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_backward_input", mutates_args=())
@@ -734,23 +657,14 @@ def backward_input(
     want_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x; and the residual's, or nothing."""
-    plan = _plan(
-        x, clean, _BACKWARD_TILE, per_sample=dpooled is not None, most_tiles=_STREAMING_TILES
-    )
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
-    dresidual = _like_or_empty(dy, want_dresidual)
+    per_sample = dpooled is not None
+    plan = _plan(x, clean, _BACKWARD_TILE, per_sample, most_tiles=_STREAMING_TILES)
+    dx, dresidual = _like(x), _like(dy, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_input_kernel[plan.grid](
-            aligned(dy),
-            aligned_or_none(dpooled),
-            aligned(x),
-            aligned(mean),
-            aligned(var),
-            aligned_or_none(weight),
-            aligned_or_none(bias),
+            *all_aligned(dy, dpooled, x, mean, var, weight, bias),
             mask,
-            aligned_or_none(sums),
-            aligned_or_none(counts),
+            *all_aligned(sums, counts),
             dx,
             dresidual if want_dresidual else None,
             *plan.integers,
@@ -761,27 +675,7 @@ def backward_input(
     return dx, dresidual
 
 
-@backward_input.register_fake
-def _(
-    dy: Tensor,
-    dpooled: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sums: Tensor | None,
-    counts: Tensor | None,
-    clean: int,
-    eps: float,
-    relu: bool,
-    want_dresidual: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x, memory_format=torch.channels_last),
-        _like_or_empty(dy, want_dresidual),
-    )
+backward_input.register_fake(lambda *given: (_like(given[2]), _like(given[0], given[13])))
 
 
 _X, _RESIDUAL, _WEIGHT, _BIAS = 0, 1, 4, 5
@@ -849,6 +743,8 @@ def _backward(ctx: Any, dy: Tensor, dpooled: Tensor, _: Tensor) -> tuple[Tensor 
 
 
 normalize.register_autograd(_backward, setup_context=_setup_context)
+for operator in (backward_sums, backward_input):
+    refuse_second_derivative(operator)
 
 
 def split_batch_norm_triton(
@@ -858,7 +754,6 @@ def split_batch_norm_triton(
     running_mean: Tensor,
     running_var: Tensor,
     sizes: tuple[int, int],
-    *,
     training: bool,
     update_running_stats: bool,
     momentum: float,
@@ -874,305 +769,32 @@ def split_batch_norm_triton(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     # The kernels have no variants for narrower parameters, which (2, C) would not repay.
-    wide = _accumulator(x)
+    wide = wide_dtype(x)
     weight = None if weight is None else weight.to(wide).contiguous()
     bias = None if bias is None else bias.to(wide).contiguous()
     clean = sizes[0]
     counts = None
     if training:
-        update = update_running_stats and group_name is None
-        mean, var = statistics(
-            x.detach(),
-            running_mean if update else None,
-            running_var if update else None,
-            clean,
-            momentum,
-        )
+        moved = (running_mean, running_var)
+        here = moved if update_running_stats and group_name is None else (None, None)
+        mean, var = statistics(x.detach(), *here, clean, momentum)
         if group_name is not None:
             area = x.shape[2] * x.shape[3]
             rows = (clean * area, sizes[1] * area)
             mean, var, counts = gather_statistics(mean, var, rows, group_name)
             if update_running_stats:
-                move_running_statistics(running_mean, running_var, mean, var, counts, momentum)
+                move_running_statistics(*moved, mean, var, counts, momentum)
     else:
-        mean, var = (buffer.to(wide) for buffer in (running_mean, running_var))
+        mean, var = running_mean.to(wide), running_var.to(wide)
+        group_name = None
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual)
     )
     # Without a residual ReLU's mask follows from x, which the backward reads anyway.
     save_mask = relu and residual is not None and differentiable
-    y, pooled, _ = normalize(
-        x,
-        residual,
-        mean,
-        var,
-        weight,
-        bias,
-        counts,
-        clean,
-        eps,
-        relu,
-        return_pooled,
-        save_mask,
-        training,
-        group_name if training else None,
-    )
+    affine = (mean, var, weight, bias)
+    flags = (relu, return_pooled, save_mask, training)
+    y, pooled, _ = normalize(x, residual, *affine, counts, clean, eps, *flags, group_name)
     if not channels_last:
         y = y.contiguous()
     return y, pooled if return_pooled else None
-
-
-_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-_INTEGERS = {
-    "channels": "i32",
-    "clean_rows": "i64",
-    "rows": "i64",
-    "clean_segments": "i64",
-    "segments": "i64",
-    "segment_rows": "i64",
-}
-# Representatives of each entry of _BLOCK_C; the last three are no multiples of 16, so that their
-# accesses are narrow.
-_CHANNELS = (16, 32, 64, 12, 28, 60)
-
-
-def aot_cases() -> list[AotCase]:
-    """Every block shape and alignment in every dtype with all that a kernel can be given, float64
-    with 64 channels alone; in bf16 with 64 channels the combinations that layers use."""
-    cases = []
-    for kind, channels in product(("bf16", "fp16", "fp32"), _CHANNELS):
-        cases += _bulk_cases(kind, channels, _EVERYTHING)
-    cases += _bulk_cases("fp64", 64, _EVERYTHING)
-    cases += _bulk_cases("bf16", 64, _VARIANTS)
-    cases += _combine_cases()
-    return list({case.name: case for case in cases}.values())
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """Which of the optional tensors of the kernels are there.
-
-    Args:
-        label: of the variant, in the names of its cases.
-        gradient: a backward follows.
-        batch: the statistics are those of the batch.
-        counts: of several processes.
-        dresidual: the residual's gradient is asked for.
-        kernels: the last words of the names of those that are compiled; None: all of a layer.
-    """
-
-    label: str
-    residual: bool = True
-    affine: bool = True
-    pooled: bool = True
-    relu: bool = True
-    gradient: bool = True
-    batch: bool = True
-    counts: bool = False
-    dresidual: bool = True
-    kernels: tuple[str, ...] | None = None
-
-
-# All that each kernel can be given at once; its other launches do less of the same. A backward
-# without the bits of ReLU computes it again and is not less.
-_EVERYTHING = [
-    _Variant("", kernels=("statistics", "fwd", "bwd_sums")),
-    _Variant("bn+add+relu", pooled=False, kernels=("fwd",)),
-    _Variant("bn+relu+pooled", residual=False, kernels=("bwd_sums",)),
-    _Variant("bn+relu+pooled, counts", residual=False, counts=True, kernels=("bwd_input",)),
-    _Variant(
-        "bn+add+relu+pooled, constant residual, counts",
-        counts=True,
-        dresidual=False,
-        kernels=("bwd_input",),
-    ),
-    _Variant("bn+add+relu+pooled, running", batch=False, kernels=("bwd_input",)),
-]
-_INPUT = ("bwd_input",)
-_VARIANTS = [
-    _Variant("bn", residual=False, pooled=False, relu=False),
-    _Variant("bn+relu", residual=False, pooled=False),
-    _Variant("bn+relu+pooled", residual=False),
-    _Variant("bn+add", pooled=False, relu=False),
-    _Variant("bn+add+relu", pooled=False),
-    _Variant("bn+add+relu, no gradient", pooled=False, gradient=False),
-    _Variant("bn+add+relu, no affine", pooled=False, affine=False),
-    _Variant("bn+add+relu, running", pooled=False, batch=False, kernels=_INPUT),
-    _Variant("bn+relu, running", residual=False, pooled=False, batch=False, kernels=_INPUT),
-    _Variant("bn+relu+pooled, running", residual=False, batch=False, kernels=_INPUT),
-    _Variant("bn+add+relu, counts", pooled=False, counts=True, kernels=_INPUT),
-    _Variant("bn+add+relu+pooled, counts", counts=True, kernels=_INPUT),
-]
-
-
-def _bulk_cases(kind: str, channels: int, variants: list[_Variant]) -> list[AotCase]:
-    acc = "fp64" if kind == "fp64" else "fp32"
-    all_of_16 = channels % 16 == 0
-    cases = []
-
-    def add(
-        kernel: Any,
-        variant: _Variant,
-        tile: dict[int, int],
-        pointers: dict[str, str | None],
-        bulk: tuple[str, ...],
-        moved: str,
-        **constexprs: Any,
-    ) -> None:
-        which = kernel.__name__.removeprefix("split_batch_norm_").removesuffix("_kernel")
-        if variant.kernels is not None and which not in variant.kernels:
-            return
-        types = {name: f"*{type_}" for name, type_ in pointers.items() if type_ is not None}
-        scalars = {name: kind_ for name, kind_ in _INTEGERS.items() if name in kernel.arg_names}
-        if "eps" in kernel.arg_names:
-            scalars["eps"] = "fp32"
-        blocks = _blocks(tile, _SIZES[kind], channels)
-        details = f"{kind}, C {channels}{', ' if variant.label else ''}{variant.label}"
-        cases.append(
-            AotCase(
-                name=f"{kernel.__name__}[{details}]",
-                kernel=kernel,
-                signature={**types, **scalars},
-                constexprs={
-                    **{name: None for name, type_ in pointers.items() if type_ is None},
-                    **constexprs,
-                    **blocks,
-                    "ALIGNED": all_of_16,
-                },
-                num_warps=_NUM_WARPS,
-                num_stages=3,
-                bytes_per_element=moved,
-                note=(
-                    "64 channels of 16 bits are a 128-byte line; rows fill the tile up to one or "
-                    "two 16-byte accesses per thread and tensor, so that several blocks of 8 warps "
-                    "are resident and hide latency."
-                ),
-                bulk=bulk if all_of_16 else (),
-            )
-        )
-
-    size = _SIZES[kind]
-    for v in variants:
-        if v.kernels is not None:
-            add(
-                split_batch_norm_statistics_kernel,
-                v,
-                _STATISTICS_TILE,
-                {"x_ptr": kind, "partial_ptr": acc},
-                ("x_ptr",),
-                f"{size}: x read",
-            )
-        affine = {name: acc if v.affine else None for name in ("weight_ptr", "bias_ptr")}
-        mask = "u8" if v.relu and v.residual and v.gradient else None
-        add(
-            split_batch_norm_fwd_kernel,
-            v,
-            _POOLED_TILE if v.pooled else _FORWARD_TILE,
-            {
-                "x_ptr": kind,
-                "residual_ptr": kind if v.residual else None,
-                "mean_ptr": acc,
-                "var_ptr": acc,
-                **affine,
-                "y_ptr": kind,
-                "pooled_ptr": acc if v.pooled else None,
-                "mask_ptr": mask,
-            },
-            ("x_ptr", "y_ptr", *(("residual_ptr",) if v.residual else ())),
-            f"{size * (3 if v.residual else 2)}{' + 1/8' if mask else ''}: x"
-            f"{', residual' if v.residual else ''} read, y{', mask' if mask else ''} written",
-            RELU=v.relu,
-        )
-        if not v.gradient:
-            continue
-        shared = {
-            "dy_ptr": kind,
-            "dpooled_ptr": acc if v.pooled else None,
-            "x_ptr": kind,
-            "mean_ptr": acc,
-            "var_ptr": acc,
-            **affine,
-        }
-        dresidual = kind if v.residual and v.relu and v.dresidual else None
-        written = ("dresidual_ptr",) if dresidual else ()
-        if v.batch and not v.counts:
-            add(
-                split_batch_norm_bwd_sums_kernel,
-                v,
-                _BACKWARD_TILE,
-                {**shared, "mask_ptr": mask, "partial_ptr": acc, "dresidual_ptr": dresidual},
-                ("dy_ptr", "x_ptr", *written),
-                f"{size * (3 if dresidual else 2)}{' + 1/8' if mask else ''}: dy, x"
-                f"{', mask' if mask else ''} read{', dresidual written' if dresidual else ''}",
-                RELU=v.relu,
-            )
-        # In training the sums kernel has left the residual's gradient, already stopped by ReLU.
-        stopped = v.batch and dresidual is not None
-        masked = mask if not stopped else None
-        written = ("dresidual_ptr",) if dresidual and not stopped else ()
-        reads_x = v.batch or v.pooled or (v.relu and masked is None and not stopped)
-        add(
-            split_batch_norm_bwd_input_kernel,
-            v,
-            _BACKWARD_TILE,
-            {
-                **shared,
-                "mask_ptr": masked,
-                "sums_ptr": acc if v.batch else None,
-                "counts_ptr": acc if v.counts else None,
-                "dx_ptr": kind,
-                "dresidual_ptr": dresidual if written else None,
-            },
-            ("dy_ptr", "dx_ptr", *(("x_ptr",) if reads_x else ()), *written),
-            f"{size * (2 + reads_x + len(written))}{' + 1/8' if masked else ''}: dy"
-            f"{', x' if reads_x else ''}{', mask' if masked else ''} read, dx"
-            f"{', dresidual' if written else ''} written",
-            RELU=v.relu and not stopped,
-        )
-    return cases
-
-
-def _combine_cases() -> list[AotCase]:
-    note = "8 channels are a 32-byte sector; a tile of 64 segments keeps the loop short."
-    cases = []
-    forward = split_batch_norm_combine_kernel
-    buffers = ("running_mean_ptr", "running_var_ptr")
-    for acc, running in (
-        ("fp32", None),
-        ("fp32", "fp32"),
-        ("fp32", "bf16"),
-        ("fp32", "fp16"),
-        ("fp64", None),
-        ("fp64", "fp64"),
-    ):
-        pointers = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), f"*{acc}")
-        given = dict.fromkeys(buffers, f"*{running}") if running else {}
-        label = f", running {running}" if running else ""
-        cases.append(
-            AotCase(
-                name=f"{forward.__name__}[{acc}{label}]",
-                kernel=forward,
-                signature={**pointers, **given, **_INTEGERS, "momentum": "fp32"},
-                constexprs={**({} if running else dict.fromkeys(buffers)), **_COMBINE},
-                num_warps=_COMBINE_WARPS,
-                num_stages=3,
-                bytes_per_element="per segment and channel 12: mean twice, squares once",
-                note=note,
-            )
-        )
-    backward = split_batch_norm_bwd_combine_kernel
-    integers = {name: _INTEGERS[name] for name in ("channels", "clean_segments", "segments")}
-    cases += [
-        AotCase(
-            name=f"{backward.__name__}[{acc}]",
-            kernel=backward,
-            signature={"partial_ptr": f"*{acc}", "sums_ptr": f"*{acc}", **integers},
-            constexprs=dict(_COMBINE),
-            num_warps=_COMBINE_WARPS,
-            num_stages=3,
-            bytes_per_element="per segment and channel 8: both sums",
-            note=note,
-        )
-        for acc in ("fp32", "fp64")
-    ]
-    return cases

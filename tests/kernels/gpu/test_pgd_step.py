@@ -1,11 +1,11 @@
-"""The PGD kernels on real hardware."""
+"""The PGD kernels on real hardware, beside what all operations promise."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from kernels.graphs import capture, need_gib, on_side_stream
-from kernels.support import at_an_odd_place, randn
+from kernels.graphs import capture, need_gib
+from kernels.operations import ALPHA, EPS, assert_equal, image_tensors, step
 from torch import Tensor
 
 from arat_kernels.pgd_step import pgd_step, random_start
@@ -15,71 +15,52 @@ from arat_kernels.philox.streams import RANDOM_START
 pytestmark = pytest.mark.gpu
 
 NORMS = ["Linf", "L2"]
-EPS, ALPHA = 8 / 255, 2 / 255
 ROUNDING = 2.0**-23
 
 
 def case(
-    shape: tuple[int, ...], seed: int = 0, grad_dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = randn(shape, seed).mul(0.5).sigmoid()
-    x_adv = (x + EPS * randn(shape, seed + 1)).clamp(0, 1)
-    return x_adv.to("cuda"), randn(shape, seed + 2, grad_dtype).to("cuda"), x.to("cuda")
+    shape: tuple[int, ...],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> dict[str, Tensor]:
+    return {n: t.to("cuda") for n, t in image_tensors(seed, dtype, shape, layout).items()}
 
 
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 3, 32, 32), (5, 3, 17, 9), (2, 3, 224, 224)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_linf_equals_the_reference_bit_for_bit(
-    grad_dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+    dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
 ) -> None:
-    x_adv, grad, x = (t.to(memory_format=layout) for t in case(shape, 0, grad_dtype))
-    expected = pgd_step(x_adv.clone(), grad, x, eps=EPS, alpha=ALPHA, impl="reference")
-    assert torch.equal(pgd_step(x_adv, grad, x, eps=EPS, alpha=ALPHA, impl="triton"), expected)
+    tensors = case(shape, 0, dtype, layout)
+    assert_equal(step().results(tensors, "triton"), step().results(tensors, "reference"))
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 32, 32), (7, 3, 64, 64), (2, 3, 224, 224)], ids=str)
 def test_l2_follows_the_float64_reference(shape: tuple[int, ...]) -> None:
-    x_adv, grad, x = case(shape)
-    truth = pgd_step(
-        x_adv.double(), grad, x.double(), eps=0.5, alpha=0.2, norm="L2", impl="reference"
-    )
-    got = pgd_step(x_adv, grad, x, eps=0.5, alpha=0.2, norm="L2", impl="triton")
+    operation, tensors = step("L2", 0.5, 0.2), case(shape)
+    wide = {name: t.double() if name[0] == "x" else t for name, t in tensors.items()}
+    truth = operation.results(wide, "reference")["0"]
+    got = operation.results(tensors, "triton")["0"]
     assert (got.double() - truth).abs().max() <= 8 * ROUNDING
-    lengths = torch.linalg.vector_norm((got - x).double().flatten(1), dim=1)
+    lengths = torch.linalg.vector_norm((got - tensors["x"]).double().flatten(1), dim=1)
     assert (lengths <= 0.5 + 1e-5).all() and (lengths > 0.1).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_tensors_at_odd_places(norm: str) -> None:
-    """x_adv is stepped in a copy, whose numbers must come back to where x_adv lies."""
-    x_adv, grad, x = case((5, 3, 32, 32), 0, torch.bfloat16)
-    moved = at_an_odd_place(x_adv)
-    arguments = {"eps": EPS, "alpha": ALPHA, "norm": norm, "impl": "triton"}
-    expected = pgd_step(x_adv, grad, x, **arguments)
-    got = pgd_step(moved, at_an_odd_place(grad), at_an_odd_place(x), **arguments)
-    assert got is moved and moved.data_ptr() % 16
-    assert torch.equal(moved, expected)
-    rng = torch.tensor([5, 6], device="cuda")
-    start = random_start(x, rng, eps=EPS, norm=norm, impl="triton")
-    again = random_start(at_an_odd_place(x), rng, eps=EPS, norm=norm, impl="triton")
-    assert torch.equal(again, start)
-
-
-@pytest.mark.parametrize("norm", NORMS)
 def test_nan_gradient_is_not_hidden(norm: str) -> None:
-    x_adv, grad, x = case((3, 3, 32, 32))
-    grad[1, 0, 2, 1] = torch.nan
-    got = pgd_step(x_adv, grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl="triton")
-    expected = grad.isnan()
+    tensors = case((3, 3, 32, 32))
+    tensors["grad"][1, 0, 2, 1] = torch.nan
+    expected = tensors["grad"].isnan()
     expected[1] |= norm == "L2"
-    assert torch.equal(got.isnan(), expected)
+    assert torch.equal(step(norm).results(tensors, "triton")["0"].isnan(), expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(64, 3, 32, 32), (3, 3, 64, 65), (2, 3, 224, 224)], ids=str)
 def test_start_follows_the_reference(norm: str, shape: tuple[int, ...]) -> None:
-    x = case(shape)[2]
+    x = case(shape)["x"]
     rng = torch.tensor([2**40 + 5, 2**33 + 1], device="cuda")
     got = random_start(x, rng, eps=0.5, norm=norm, impl="triton")
     expected = random_start(x, rng, eps=0.5, norm=norm, impl="reference")
@@ -94,7 +75,7 @@ def test_start_follows_the_reference(norm: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_graph_replay_draws_new_numbers_and_sees_new_inputs(norm: str) -> None:
-    _, grad, x = case((16, 3, 32, 32))
+    _, grad, x, _ = case((16, 3, 32, 32)).values()
     rng = torch.tensor([7, 0], device="cuda")
 
     def attack() -> Tensor:
@@ -105,7 +86,7 @@ def test_graph_replay_draws_new_numbers_and_sees_new_inputs(norm: str) -> None:
     graph, static = capture(attack)
     seen = []
     for seed, offset in ((7, 0), (7, 1), (8, 0)):
-        _, new_grad, new_x = case((16, 3, 32, 32), seed=10 * offset + seed)
+        _, new_grad, new_x, _ = case((16, 3, 32, 32), seed=10 * offset + seed).values()
         grad.copy_(new_grad)
         x.copy_(new_x)
         rng.copy_(torch.tensor([seed, offset]))
@@ -121,19 +102,6 @@ def test_graph_replay_draws_new_numbers_and_sees_new_inputs(norm: str) -> None:
     assert rng[1] == before[1] + 2
     assert (first != static).float().mean() > 0.3
     assert (seen[0] != seen[1]).float().mean() > 0.3
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_side_stream(norm: str) -> None:
-    x_adv, grad, x = case((64, 3, 32, 32))
-    expected = pgd_step(x_adv.clone(), grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl="triton")
-    got = on_side_stream(
-        lambda late: pgd_step(
-            x_adv.clone(), late, x, eps=EPS, alpha=ALPHA, norm=norm, impl="triton"
-        ),
-        grad,
-    )
-    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -159,16 +127,3 @@ def test_more_than_two_to_the_31_elements(norm: str) -> None:
     )
     pgd_step(x_adv, grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl="triton")
     torch.testing.assert_close(x_adv[last], expected, rtol=0, atol=4 * ROUNDING)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_compiled_with_inductor_is_bit_identical(norm: str) -> None:
-    _, grad, x = case((8, 3, 32, 32))
-    rng = torch.tensor([3, 4], device="cuda")
-
-    def attack(x: Tensor, grad: Tensor) -> Tensor:
-        start = random_start(x, rng, eps=EPS, norm=norm, impl="triton")
-        return pgd_step(start, grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl="triton")
-
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(attack, fullgraph=True)(x, grad), attack(x, grad))

@@ -1,4 +1,4 @@
-"""The PGD kernels in Triton's interpreter, against the reference."""
+"""The PGD kernels in Triton's interpreter, beside what all operations promise."""
 
 from __future__ import annotations
 
@@ -8,76 +8,45 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.support import few, randn
+from kernels.operations import ALPHA, EPS, assert_equal, image_tensors, start, step
+from kernels.support import few
 from torch import Tensor
 
-from arat_kernels.pgd_step import pgd_step, random_start
-from arat_kernels.pgd_step.triton import _pgd_step_op, _random_start_op
-
 NORMS = ["Linf", "L2"]
-EPS = 8 / 255
-ALPHA = 2 / 255
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # Rounding of x ± eps in float32, for values up to 1.
 SLACK = 2.0**-23
-
-
-def case(
-    shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, eps: float = EPS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x_adv somewhere around the ball's surface, a random gradient, x in [0, 1]."""
-    x = randn(shape, seed).mul(0.5).sigmoid()
-    x_adv = (x + eps * randn(shape, seed + 1)).clamp(0, 1)
-    return x_adv, randn(shape, seed + 2, dtype), x
 
 
 def lengths(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t.double().flatten(1), dim=1)
 
 
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_linf_equals_the_reference_bit_for_bit(
-    grad_dtype: torch.dtype, memory_format: torch.memory_format
+    dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
-    x_adv, grad, x = (t.to(memory_format=memory_format) for t in case((5, 3, 9, 11), 0, grad_dtype))
-    grad[0, 0, 0, :3] = 0
-    expected = pgd_step(x_adv.clone(), grad, x, eps=EPS, alpha=ALPHA, impl="reference")
-    got = pgd_step(x_adv, grad, x, eps=EPS, alpha=ALPHA, impl="triton")
-    assert got is x_adv
-    assert torch.equal(got, expected)
-    assert not torch.equal(got, x)
+    operation = step(shape=(5, 3, 9, 11), layout=layout)
+    tensors = operation.make(0, dtype)
+    tensors["grad"][0, 0, 0, :3] = 0
+    got = operation.results(tensors, "triton")
+    assert_equal(got, operation.results(tensors, "reference"))
+    assert torch.equal(got["0"], got["x_adv"]) and not torch.equal(got["0"], tensors["x"])
 
 
 @pytest.mark.parametrize("size", [(3, 7, 5), (3, 16, 32), (1, 4097, 1), (1, 65, 64), (1, 16385, 1)])
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-def test_l2_follows_the_reference(size: tuple[int, int, int], grad_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_l2_follows_the_reference(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     eps = 0.5
-    x_adv, grad, x = case((3, *size), 1, grad_dtype, eps / math.sqrt(math.prod(size)))
-    truth = pgd_step(
-        x_adv.double(), grad, x.double(), eps=eps, alpha=0.2, norm="L2", impl="reference"
-    )
-    got = pgd_step(x_adv, grad, x, eps=eps, alpha=0.2, norm="L2", impl="triton")
+    operation = step("L2", eps, 0.2)
+    tensors = image_tensors(1, dtype, (3, *size), eps=eps / math.sqrt(math.prod(size)))
+    wide = {name: t.double() if name != "grad" else t for name, t in tensors.items()}
+    truth = operation.results(wide, "reference")["0"]
+    got = operation.results(tensors, "triton")["0"]
     # Three sums, a division and a product, each relative to a perturbation below 1.
     assert (got.double() - truth).abs().max() <= 8 * SLACK
-    assert (lengths(got - x) > 0.1).all()
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("layout", ["sliced", "odd place", "expanded x", "permuted grad"])
-def test_any_strides(norm: str, layout: str) -> None:
-    x_adv, grad, x = case((4, 3, 6, 10), 2)
-    if layout == "sliced":
-        x_adv = torch.stack([x_adv, x_adv], -1)[..., 1]
-    elif layout == "odd place":
-        x_adv = torch.cat([x_adv.new_zeros(1), x_adv.flatten()])[1:].view(x_adv.shape)
-        assert x_adv.data_ptr() % 16
-    elif layout == "expanded x":
-        x = x[:, :1].expand(-1, 3, -1, -1)
-    else:
-        grad = grad.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    expected = pgd_step(x_adv.clone(), grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl="reference")
-    pgd_step(x_adv, grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl="triton")
-    torch.testing.assert_close(x_adv, expected, rtol=0, atol=2 * SLACK)
+    assert (lengths(got - tensors["x"]) > 0.1).all()
 
 
 @few(12)
@@ -92,71 +61,73 @@ def test_any_strides(norm: str, layout: str) -> None:
 def test_stays_in_the_ball_and_in_the_image_range(
     num: int, size: int, eps: float, alpha: float, norm: str, seed: int
 ) -> None:
-    x_adv, grad, x = case((num, size), seed, eps=eps)
-    got = pgd_step(x_adv, grad, x, eps=eps, alpha=alpha, norm=norm, impl="triton")
+    operation = step(norm, eps, alpha, shape=(num, size))
+    tensors = operation.make(seed, torch.float32)
+    got = operation.results(tensors, "triton")["0"]
+    delta = got - tensors["x"]
     assert ((got >= 0) & (got <= 1)).all()
     if norm == "Linf":
-        assert ((got - x).abs() <= eps + SLACK).all()
+        assert (delta.abs() <= eps + SLACK).all()
     else:
-        assert (lengths(got - x) <= eps * (1 + 1e-6) + SLACK * math.sqrt(size)).all()
+        assert (lengths(delta) <= eps * (1 + 1e-6) + SLACK * math.sqrt(size)).all()
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_nan_gradient_is_not_hidden(norm: str, impl: str) -> None:
-    x_adv, grad, x = case((3, 2, 4, 4), 3)
-    grad[1, 0, 2, 1] = math.nan
-    got = pgd_step(x_adv, grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl=impl)
-    expected = torch.zeros_like(grad, dtype=torch.bool)
-    expected[1] = True if norm == "L2" else grad[1].isnan()
-    assert torch.equal(got.isnan(), expected)
+    operation = step(norm)
+    tensors = operation.make(3, torch.float32)
+    tensors["grad"][1, 0, 2, 1] = math.nan
+    expected = tensors["grad"].isnan()
+    expected[1] |= norm == "L2"
+    assert torch.equal(operation.results(tensors, impl)["0"].isnan(), expected)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_zero_gradient_moves_nothing_inside_the_ball(norm: str, impl: str) -> None:
-    _, grad, x = case((3, 2, 4, 4), 4)
-    x_adv = (x + 1e-3).clamp(0, 1)
-    before = x_adv.clone()
-    pgd_step(x_adv, torch.zeros_like(grad), x, eps=EPS, alpha=ALPHA, norm=norm, impl=impl)
-    torch.testing.assert_close(x_adv, before, rtol=0, atol=SLACK)
+    operation = step(norm)
+    tensors = operation.make(4, torch.float32)
+    tensors["x_adv"] = (tensors["x"] + 1e-3).clamp(0, 1)
+    tensors["grad"].zero_()
+    got = operation.results(tensors, impl)["0"]
+    torch.testing.assert_close(got, tensors["x_adv"], rtol=0, atol=SLACK)
 
 
 def test_float64_is_exact_in_the_interpreter() -> None:
-    x_adv, grad, x = (t.double() for t in case((2, 3, 5, 5), 5))
-    expected = pgd_step(x_adv.clone(), grad, x, eps=0.1, alpha=0.3, norm="L2", impl="reference")
-    got = pgd_step(x_adv, grad, x, eps=0.1, alpha=0.3, norm="L2", impl="triton")
+    operation = step("L2", 0.1, 0.3)
+    tensors = {n: t.double() for n, t in operation.make(5, torch.float32).items() if n != "rng"}
+    got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("offset", [0, 7, 2**32 + 1])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_linf_start_equals_the_reference_bit_for_bit(
-    offset: int, memory_format: torch.memory_format
+    offset: int, layout: torch.memory_format
 ) -> None:
-    x = case((5, 3, 9, 11), 6)[2].to(memory_format=memory_format)
-    rng = torch.tensor([2**40 + 12345, offset])
-    expected = random_start(x, rng, eps=EPS, impl="reference")
-    got = random_start(x, rng, eps=EPS, impl="triton")
-    assert torch.equal(got, expected)
-    assert got.stride() == x.stride()
-    assert rng.tolist() == [2**40 + 12345, offset]
+    operation = start(shape=(5, 3, 9, 11), layout=layout)
+    tensors = operation.make(6, torch.float32)
+    tensors["rng"][1] = offset
+    got, key = operation.results(tensors, "triton"), tensors["rng"].tolist()
+    assert_equal(got, operation.results(tensors, "reference"))
+    assert got["0"].stride() == tensors["x"].stride() and tensors["rng"].tolist() == key
 
 
 @pytest.mark.parametrize("size", [1, 6, 1024, 4097, 16389])
 def test_l2_start_follows_the_reference(size: int) -> None:
-    x = case((3, size), 7)[2]
-    rng = torch.tensor([3, 4])
-    expected = random_start(x, rng, eps=0.5, norm="L2", impl="reference")
-    got = random_start(x, rng, eps=0.5, norm="L2", impl="triton")
+    operation = start("L2", 0.5, shape=(3, size))
+    tensors = operation.make(7, torch.float32)
+    got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(got, expected, rtol=0, atol=4 * SLACK)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_start_follows_seed_and_offset(norm: str) -> None:
-    x = case((4, 3, 8, 8), 8)[2]
+    operation = start(norm, shape=(4, 3, 8, 8))
+    tensors = operation.make(8, torch.float32)
     draws = [
-        random_start(x, torch.tensor(rng), eps=EPS, norm=norm, impl="triton")
+        operation.results({**tensors, "rng": torch.tensor(rng)}, "triton")["0"]
         for rng in ([1, 0], [1, 1], [2, 0], [1, 2**32], [1 + 2**32, 0], [1, 0])
     ]
     assert torch.equal(draws[0], draws[5])
@@ -165,44 +136,32 @@ def test_start_follows_seed_and_offset(norm: str) -> None:
             assert (draws[i] != draws[j]).float().mean() > 0.9, (i, j)
 
 
-def test_start_of_a_sliced_image_is_that_of_its_copy() -> None:
-    x = case((4, 3, 8, 8), 9)[2][:, :, ::2]
-    rng = torch.tensor([1, 2])
-    got = random_start(x, rng, eps=EPS, impl="triton")
-    assert torch.equal(got, random_start(x.contiguous(), rng, eps=EPS, impl="triton"))
-    assert torch.equal(got, random_start(x, rng, eps=EPS, impl="reference"))
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 1, 5, 5), (5, 1, 1, 1)], ids=str)
 def test_parts_of_a_batch_start_as_the_whole(norm: str, shape: tuple[int, ...]) -> None:
-    x = case(shape, 9)[2].contiguous(memory_format=torch.channels_last)
-    rng = torch.tensor([1, 2**33])
-    whole = random_start(x, rng, eps=EPS, norm=norm, impl="triton")
+    tensors = start(shape=shape, layout=torch.channels_last).make(9, torch.float32)
+    x = tensors["x"]
+
+    def drawn(part: slice, first: int, impl: str = "triton") -> Tensor:
+        return start(norm, first=first).results({**tensors, "x": x[part]}, impl)["0"]
+
+    whole = drawn(slice(None), 0)
     for first, stop in ((0, 2), (2, 5), (3, 4)):
-        part = random_start(x[first:stop], rng, eps=EPS, norm=norm, first=first, impl="triton")
-        assert torch.equal(part, whole[first:stop])
-    far = random_start(x, rng, eps=EPS, norm=norm, first=2**31 + 1, impl="triton")
-    expected = random_start(x, rng, eps=EPS, norm=norm, first=2**31 + 1, impl="reference")
+        assert torch.equal(drawn(slice(first, stop), first), whole[first:stop])
+    far, expected = (drawn(slice(None), 2**31 + 1, impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(far, expected, rtol=0, atol=0 if norm == "Linf" else 4 * SLACK)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_operators_pass_opcheck(norm: str) -> None:
-    x_adv, grad, x = case((2, 3, 4, 4), 10)
-    torch.library.opcheck(_pgd_step_op, (x_adv, grad, x, EPS, ALPHA, norm))
-    torch.library.opcheck(_random_start_op, (x, torch.tensor([1, 2]), EPS, norm))
-    torch.library.opcheck(_random_start_op, (x[:, :, ::2], torch.tensor([1, 2]), EPS, norm, 7))
+def test_an_attack_compiles_to_one_graph(norm: str) -> None:
+    first, then = start(norm), step(norm, EPS, ALPHA)
+    tensors = first.make(10, torch.float32)
 
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_compiles_to_one_graph(norm: str) -> None:
-    x_adv, grad, x = case((2, 3, 4, 4), 11)
-    rng = torch.tensor([5, 6])
-
-    def attack(x: Tensor, grad: Tensor, rng: Tensor) -> Tensor:
-        start = random_start(x, rng, eps=EPS, norm=norm, impl="triton")
-        return pgd_step(start, grad, x, eps=EPS, alpha=ALPHA, norm=norm, impl="triton") * 2
+    def attack(tensors: dict[str, Tensor]) -> Tensor:
+        x_adv = first.call(tensors, "triton")
+        moved = then.call({**tensors, "x_adv": x_adv}, "triton")  # type: ignore[dict-item]
+        assert isinstance(moved, Tensor)
+        return moved * 2
 
     compiled = torch.compile(attack, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, grad, rng), attack(x, grad, rng))
+    assert torch.equal(compiled(tensors), attack(tensors))

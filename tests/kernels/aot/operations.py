@@ -1,0 +1,324 @@
+"""Every operation of arat_kernels, with the calls whose launches are compiled ahead of time.
+
+``shipped`` makes the calls of the recipes that come with arat_fast; ``sweep`` goes over shapes,
+dtypes, layouts, places in memory and options. Both pass CPU tensors to the operators inside
+:func:`kernels.aot.launches.recorded`, where no kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+from kernels.aot.launches import Launch, maximal, recorded
+from kernels.support import at_an_odd_place, randn
+from torch import Tensor
+
+from arat_kernels.cosine_invariance import triton as cosine_invariance
+from arat_kernels.crop_flip import triton as crop_flip
+from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
+from arat_kernels.frozen_affine import triton as frozen_affine
+from arat_kernels.pgd_step import triton as pgd_step
+from arat_kernels.split_batch_norm import triton as split_batch_norm
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Channels and dtype of the recipes' layers; 64 stands for all wider ones.
+LAYERS = ((16, torch.bfloat16), (64, torch.bfloat16), (32, torch.float32))
+RNG = torch.tensor([1, 2])
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    Args:
+        shipped, sweep: make calls.
+        bulk: by kernel, the pointers whose accesses must be 16 bytes wide per thread where sizes
+            are multiples of 16 elements.
+    """
+
+    shipped: Callable[[], None]
+    sweep: Callable[[], None]
+    bulk: dict[str, tuple[str, ...]]
+
+    def bulk_of(self, launch: Launch) -> set[str]:
+        """The pointers of ``launch`` whose accesses must be wide."""
+        # Small tiles of few classes have less than 16 bytes per thread.
+        small = launch.kernel == "cross_entropy_grad_kernel" and launch.given["COLS"] < 1024
+        if small or not launch.given.get("ALIGNED"):
+            return set()
+        return set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
+
+
+@cache
+def launches(name: str, whole: bool) -> list[Launch]:
+    """What is compiled of an operation: the launches of the recipes; with ``whole`` also as few as
+    cover every launch of the sweep."""
+    operation = OPERATIONS[name]
+    with recorded() as shipped:
+        operation.shipped()
+    found = {launch.label: launch for launch in shipped}
+    if whole:
+        with recorded() as swept:
+            operation.sweep()
+        found.update({launch.label: launch for launch in maximal(swept)})
+    return list(found.values())
+
+
+def at_places(t: Tensor) -> list[Tensor]:
+    """``t``, and the same numbers not at a multiple of 16 bytes."""
+    return [t, at_an_odd_place(t).requires_grad_(t.requires_grad)]
+
+
+def normalize(
+    channels: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    relu: bool = True,
+    pooled: bool = False,
+    affine: bool = True,
+    training: bool = True,
+    parameters: bool = True,
+    residual_grad: bool = True,
+    size: tuple[int, int, int] = (3, 3, 3),
+    odd: bool = False,
+    narrow: bool = False,
+    differentiable: bool = True,
+) -> None:
+    """Split BatchNorm forward and backward; without ``parameters`` as in the attack, which moves no
+    running statistics and asks for no gradient of theirs."""
+    n, height, width = size
+    memory = torch.zeros(n, channels, height, width, dtype=dtype)
+    memory = memory.contiguous(memory_format=torch.channels_last)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = [torch.ones(2, channels, dtype=dtype if narrow else wide) for _ in range(4)]
+    x = at_an_odd_place(memory) if odd else memory.clone()
+    if odd:
+        rows[2] = at_an_odd_place(rows[2])
+    extra = memory.clone() if residual else None
+    leaves = [x, *([extra] if extra is not None and residual_grad else [])]
+    for leaf in (*leaves, *rows[:2]):
+        leaf.requires_grad_(differentiable)
+    given = rows if affine else [None, None, *rows[2:]]
+    y, features = split_batch_norm.split_batch_norm_triton(
+        x, *given, (1, n - 1), training, parameters, 0.1, 1e-5, extra, relu, pooled, None
+    )
+    outputs = [y] if features is None else [y, features]
+    wanted = leaves + (rows[:2] if parameters and affine else [])
+    if differentiable:
+        torch.autograd.grad(outputs, wanted, [torch.zeros_like(t) for t in outputs])
+
+
+def normalize_shipped() -> None:
+    for channels, dtype in LAYERS:
+        for parameters in (True, False):
+            normalize(channels, dtype, parameters=parameters)
+            normalize(channels, dtype, residual=True, parameters=parameters)
+            normalize(channels, dtype, relu=False, parameters=parameters)
+        normalize(channels, dtype, pooled=True)
+        normalize(channels, dtype, relu=False, pooled=True)
+        normalize(channels, dtype, residual=True, pooled=True)
+
+
+def normalize_sweep() -> None:
+    options = list(product((True, False), repeat=5))
+    for channels, dtype in product((1, 16, 24, 32, 50, 64, 65), FLOATS):
+        for residual, relu, pooled, training, affine in options:
+            chosen = {"residual": residual, "relu": relu, "pooled": pooled, "training": training}
+            odd, narrow = relu is pooled, residual is not affine
+            normalize(channels, dtype, **chosen, affine=affine, odd=odd, narrow=narrow)
+            normalize(channels, dtype, **chosen, parameters=False, residual_grad=not relu)
+            normalize(channels, dtype, **chosen, affine=affine, differentiable=False)
+        # The gradient where the statistics are those of several processes.
+        x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+        row = torch.zeros(2, channels, dtype=split_batch_norm.wide_dtype(x))
+        counts, sums = row[:, 0].contiguous(), torch.stack([row, row])
+        mask = torch.zeros(27, (channels + 7) // 8, dtype=torch.uint8)
+        for pooled, affine, (bits, relu) in product(
+            (None, row.new_zeros(3, channels)),
+            (row, None),
+            ((mask, True), (None, True), (None, False)),
+        ):
+            split_batch_norm.backward_input(
+                x, pooled, x, row, row, affine, affine, bits, sums, counts, 2, 1e-5, relu, False
+            )
+
+
+def affine_shipped() -> None:
+    for channels, dtype in LAYERS:
+        x = torch.zeros(2, channels, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
+        row = torch.zeros(channels)
+        for residual, relu in product((x, None), (True, False)):
+            frozen_affine.forward(x, row, row, residual, relu)
+            frozen_affine.backward(x, None, x if relu else None, row, True, residual is x)
+        # The end of a folded convolution.
+        frozen_affine.backward(x, None, x, None, True, False)
+
+
+def affine_sweep() -> None:
+    shapes = [(2, 64, 4, 4), (2, 32, 3, 3), (3, 16, 8, 12), (2, 48, 7, 7), (2, 3, 5, 5), (4, 10)]
+    shapes += [(2, 100, 1, 1), (1, 1, 1, 1), (2, 8, 8, 8), (2, 65, 3, 4)]
+    flags = list(product((True, False), repeat=3))
+    for shape, dtype, constant in product(shapes, FLOATS, FLOATS):
+        images = [randn(shape, 0, dtype)]
+        if len(shape) == 4:
+            images.append(images[0].to(memory_format=torch.channels_last))
+        scale, shift = (randn(shape[1:2], i, constant) for i in range(2))
+        for image, (with_scale, residual, relu) in product(images, flags):
+            x = at_places(image)[residual]
+            factor = at_places(scale)[relu] if with_scale else None
+            extra = image if residual else None
+            frozen_affine.forward(x, factor, shift, extra, relu)
+            y = x if relu else None
+            for dx in (True, False):
+                if factor is not None and (dx or residual):
+                    frozen_affine.backward(image, None, y, factor, dx, residual)
+            frozen_affine.backward(image, extra, image, None, True, False)
+
+
+def distances(widths: tuple[int, ...], dtype: torch.dtype, target_dtype: torch.dtype) -> None:
+    predictions = [randn((3, w), i, dtype) for i, w in enumerate(widths)]
+    targets = [randn((3, w), i + 50, target_dtype) for i, w in enumerate(widths)]
+    for first in at_places(predictions[0]):
+        given = [first, *predictions[1:]]
+        out = cosine_invariance.forward(given, targets, 1e-8)
+        cosine_invariance.backward(torch.zeros_like(out), given, targets, 1e-8)
+
+
+def distances_shipped() -> None:
+    # The regularised layers of resnet8, ResNet-18, WRN-34-10, ResNet-50 and ConvNeXt-T.
+    for widths in ((32,) * 4, (512,) * 4, (320,) + (640,) * 10, (2048,) * 4, (768,) * 3):
+        distances(widths, torch.float32, torch.float32)
+
+
+def distances_sweep() -> None:
+    networks = [(1,), (16,), (100,), (128,), (129,), (512,), (1000,), (1024,), (1025,), (2048,)]
+    networks += [(2000,), (2049,), (4096,), (7, 2048), (16, 5000)]
+    networks += [(512,) * layers for layers in (2, 3, 4, 5, 10, 11, 12, 23)]
+    for count in cosine_invariance.LAYER_COUNTS[1:]:
+        for width in (128, 127, 511, 1024, 1023, 2048, 2047, 4096, 4095):
+            # Ragged, as published networks' are; the widest decides the tile.
+            networks.append((width,) * (count - 1) + (width // 32 * 16,))
+    for widths, dtype, target_dtype in product(networks, FLOATS, FLOATS):
+        # Others the public function refuses or widens first.
+        if target_dtype == dtype or (target_dtype == torch.float32 and dtype.itemsize == 2):
+            distances(widths, dtype, target_dtype)
+
+
+def steps(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> None:
+    x, grad = randn(shape, 0), randn(shape, 1, dtype)
+    if len(shape) == 4 and dtype == torch.bfloat16:
+        x = x.to(memory_format=torch.channels_last)
+    for image, gradient in product(at_places(x), at_places(grad)):
+        pgd_step.step(image, gradient, x, 0.1, 1.0, norm)
+        for first in (0, 1, 16):
+            pgd_step.start(image, at_places(RNG)[1], 0.1, norm, first)
+
+
+def steps_shipped() -> None:
+    for shape in ((2, 1, 8, 8), (2, 3, 32, 32), (2, 3, 64, 64), (1, 3, 224, 224)):
+        for norm in ("Linf", "L2"):
+            steps(shape, torch.float32, norm)
+
+
+def steps_sweep() -> None:
+    shapes = [(3, 5), (1, 1), (2, 16), (2, 1000), (3, 4096), (2, 4097), (1, 16384), (1, 16400)]
+    shapes += [(2, 3, 32, 32), (2, 3, 5, 7), (1, 3, 75, 75), (1, 20_001), (1, 4095), (1, 16383)]
+    for shape, dtype, norm in product(shapes, FLOATS, ("Linf", "L2")):
+        steps(shape, dtype, norm)
+
+
+def crops_shipped() -> None:
+    index = torch.zeros(3, dtype=torch.int64)
+    for shape, dtype in product(((5, 1, 8, 8), (5, 3, 32, 32)), FLOATS[:2]):
+        images, split = torch.zeros(shape, dtype=torch.uint8), dtype == torch.bfloat16
+        crop_flip.forward(images, index, RNG, None, 4, True, 255.0, dtype, True, split)
+        crop_flip.forward(images, index, None, None, 0, False, 255.0, dtype, True, split)
+
+
+def crops_sweep() -> None:
+    outputs = [(d, c, False) for d, c in product(FLOATS[:3], (True, False))]
+    outputs.append((torch.bfloat16, True, True))
+    for channels, size in product((1, 3), (1, 7, 28, 32)):
+        stored = torch.zeros(5, channels, size, size + 1, dtype=torch.uint8)
+        views = [*at_places(stored), stored[..., :size], stored.transpose(2, 3)]
+        for images, index_dtype, output in product(views, (torch.int32, torch.int64), outputs):
+            index = at_places(torch.zeros(3, dtype=index_dtype))[channels > 1]
+            offsets = at_places(torch.zeros(3, 3, dtype=torch.int32))[channels > 1]
+            for rng, given, flip in (
+                (RNG, None, True),
+                (at_places(RNG)[1], None, False),
+                (None, offsets, False),
+                (None, None, False),
+            ):
+                crop_flip.forward(images, index, rng, given, 1, flip, 1.0, *output)
+
+
+def classes_shipped() -> None:
+    for num_classes, dtype in product((10, 100, 200, 1000), FLOATS[:2]):
+        logits = torch.zeros(4, num_classes, dtype=dtype)
+        cross_entropy_grad.forward(logits, torch.zeros(4, dtype=torch.int64))
+
+
+def classes_sweep() -> None:
+    sizes = [1, 2, 10, 16, 64, 100, 128, 200, 1000, 1024, 1025, 4000, 4096, 4097, 8192]
+    for num_classes, dtype, kind in product(sizes, FLOATS, (torch.int64, torch.int32)):
+        logits = randn((3, num_classes), 0, dtype)
+        wider = randn((3, num_classes + 1), 0, dtype)
+        views = (*at_places(logits), wider[:, :-1], wider[:, 1:], logits[:1].expand(3, -1))
+        for given, target in product(views, at_places(torch.zeros(3, dtype=kind))):
+            cross_entropy_grad.forward(given, target)
+
+
+OPERATIONS = {
+    "split_batch_norm": Operation(
+        normalize_shipped,
+        normalize_sweep,
+        {
+            "split_batch_norm_statistics_kernel": ("x_ptr",),
+            "split_batch_norm_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
+            "split_batch_norm_bwd_sums_kernel": ("dy_ptr", "x_ptr", "dresidual_ptr"),
+            "split_batch_norm_bwd_input_kernel": ("dy_ptr", "x_ptr", "dx_ptr", "dresidual_ptr"),
+        },
+    ),
+    "frozen_affine": Operation(
+        affine_shipped,
+        affine_sweep,
+        {
+            "frozen_affine_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
+            "frozen_affine_bwd_kernel": (
+                "dy_ptr", "dy_skip_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
+            ),
+        },
+    ),
+    "cosine_invariance": Operation(
+        distances_shipped,
+        distances_sweep,
+        {
+            "cosine_invariance_fwd_kernel": ("predictions", "targets"),
+            "cosine_invariance_bwd_kernel": ("predictions", "targets", "dpredictions"),
+        },
+    ),
+    "pgd_step": Operation(
+        steps_shipped,
+        steps_sweep,
+        {
+            **dict.fromkeys(
+                ("pgd_step_linf_kernel", "pgd_step_l2_kernel"), ("x_adv_ptr", "grad_ptr", "x_ptr")
+            ),
+            **dict.fromkeys(
+                ("random_start_linf_kernel", "random_start_l2_kernel"), ("x_ptr", "x_adv_ptr")
+            ),
+        },
+    ),
+    "crop_flip": Operation(crops_shipped, crops_sweep, {"crop_flip_kernel": ("x_ptr",)}),
+    "cross_entropy_grad": Operation(
+        classes_shipped,
+        classes_sweep,
+        {"cross_entropy_grad_kernel": ("logits_ptr", "dlogits_ptr")},
+    ),
+}  # fmt: skip

@@ -1,0 +1,144 @@
+"""Every kernel as it is launched, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from arat_kernels.implementation import interpreting
+
+if interpreting():
+    pytest.skip("the interpreter replaces the kernels", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from kernels.aot.addresses import wide_addresses  # noqa: E402
+from kernels.aot.compiled import TARGETS, Target, compiled  # noqa: E402
+from kernels.aot.launches import Launch, maximal, recorded  # noqa: E402
+from kernels.aot.operations import OPERATIONS, launches, normalize  # noqa: E402
+
+from arat_kernels.offsets import start_of  # noqa: E402
+
+# Read only where the statistics, the pooled feature or ReLU need it.
+SOMETIMES_READ = ("split_batch_norm_bwd_input_kernel", "x_ptr")
+
+
+def problems(launch: Launch, target: Target, bulk: set[str]) -> list[str]:
+    """What is wrong with what the compiler makes of a launch."""
+    report = compiled(launch, target)
+    found = []
+    if report.spills:
+        found.append(f"{report.spills} spills")
+    if report.shared > target.shared_per_block or not report.occupancy:
+        found.append(f"{report.shared} bytes of shared memory, {report.registers} registers")
+    if target.gpu.backend == "hip":
+        # AMDGCN does not tell the pointers apart. The same tile on as many threads as sm_90's takes
+        # as many accesses of 16 bytes, and fewer are seen where one is narrower, unless tensors
+        # that are not bulk have as many more than on sm_90.
+        hopper = compiled(launch, TARGETS["sm_90"])
+        wide = Counter(access for name in bulk for access in hopper.accesses.get(name, ()))
+        counts = Counter(report.accesses[""])
+        found += [f"less than {n} {access}" for access, n in wide.items() if counts[access] < n]
+        return found
+    for name in bulk:
+        widths = {width for _, width in report.accesses.get(name, ())}
+        if widths != {16} and (widths or (launch.kernel, name) != SOMETIMES_READ):
+            found.append(f"{name} is accessed by {widths} bytes")
+    if target is TARGETS["sm_90"]:
+        addresses = wide_addresses(report.ttir)
+        narrow = {name for name in bulk if not addresses.get(name, True)}
+        found += [f"{name} is accessed by a 32-bit offset" for name in narrow]
+    return found
+
+
+def check(operation: str, target: Target, whole: bool) -> None:
+    bulk_of = OPERATIONS[operation].bulk_of
+    found = {
+        launch.label: wrong
+        for launch in launches(operation, whole)
+        if (wrong := problems(launch, target, bulk_of(launch)))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_the_recipes_launch_compiles_well(operation: str) -> None:
+    check(operation, TARGETS["sm_90"], whole=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_whatever_is_launched_compiles_well(operation: str, target: Target) -> None:
+    check(operation, target, whole=True)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Launch]:
+    """The launches of a layer with ReLU and without a residual, in bf16."""
+    with recorded() as launches:
+        normalize(64, torch.bfloat16)
+    return launches
+
+
+def test_launches_are_covered_by_those_that_do_more(found: list[Launch]) -> None:
+    with recorded() as more:
+        normalize(64, torch.bfloat16, pooled=True)
+        normalize(64, torch.bfloat16, residual=True)
+        normalize(64, torch.float32)
+        normalize(48, torch.bfloat16)
+        normalize(50, torch.bfloat16)
+    assert len({launch.label for launch in more}) > len(maximal(more))
+    by_kernel = {launch.kernel: launch for launch in found}
+    # The pooled forward has a tile of its own, the other one does less than with a residual.
+    kernel = "split_batch_norm_fwd_kernel"
+    covers = [launch.covers(by_kernel[kernel]) for launch in more if launch.kernel == kernel]
+    assert covers == [False, True, False, True, False]
+    # Without the bits of ReLU it is computed again, which is not less than reading them.
+    kernel = "split_batch_norm_bwd_sums_kernel"
+    covers = [launch.covers(by_kernel[kernel]) for launch in more if launch.kernel == kernel]
+    assert covers == [True, False, False, True, False]
+
+
+def test_narrow_accesses_are_seen() -> None:
+    """60 channels are no multiple of 16: what is looked for above is not there."""
+    with recorded() as launches:
+        normalize(60, torch.bfloat16)
+    report = compiled(launches[0], TARGETS["sm_90"])
+    assert max(width for _, width in report.accesses["x_ptr"]) < 16
+    assert {direction for direction, _ in report.accesses["partial_ptr"]} == {"store"}
+    assert problems(launches[0], TARGETS["sm_90"], {"x_ptr"})
+
+
+def test_every_tensor_of_a_tuple_is_followed() -> None:
+    launch = next(
+        found
+        for found in launches("cosine_invariance", False)
+        if found.given["LAYERS"] == 11 and "bwd" in found.kernel
+    )
+    accesses = compiled(launch, TARGETS["sm_90"]).accesses
+    for name, direction in (
+        ("predictions", "load"),
+        ("targets", "load"),
+        ("dpredictions", "store"),
+    ):
+        assert {found for found, _ in accesses[name]} == {direction}
+
+
+@triton.jit
+def _narrow_kernel(x_ptr, y_ptr, z_ptr, size: tl.int32):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 16)
+    x = tl.load(x_ptr + tl.program_id(0) * size + at)
+    y = tl.load(y_ptr + (tl.program_id(0) * size).to(tl.int64) + at)
+    tl.store(z_ptr + start_of(tl.program_id(0), size) + at, x + y)
+
+
+def test_narrow_offsets_are_seen() -> None:
+    signature = {**dict.fromkeys(("x_ptr", "y_ptr", "z_ptr"), "*fp32"), "size": "i32"}
+    launch = Launch(_narrow_kernel, signature, {}, {}, 4, 3)
+    ttir = compiled(launch, TARGETS["sm_90"]).ttir
+    assert wide_addresses(ttir) == {"x_ptr": False, "y_ptr": False, "z_ptr": True}

@@ -1,0 +1,88 @@
+"""What every operation promises on real hardware."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernels.graphs import capture
+from kernels.operations import OPERATIONS, Operation, Tensors, assert_equal
+from kernels.support import at_an_odd_place
+
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("name", OPERATIONS)]
+
+
+def on_gpu(operation: Operation, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    return {name: t.to("cuda") for name, t in operation.make(seed, dtype).items()}
+
+
+def test_tensors_at_odd_places(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = on_gpu(operation, 0)
+    moved = {key: at_an_odd_place(t) for key, t in tensors.items()}
+    assert_equal(operation.results(moved, None), operation.results(tensors, None))
+
+
+def test_graph_replay_with_changed_inputs(name: str) -> None:
+    operation = OPERATIONS[name]
+    static = on_gpu(operation, 1)
+    graph, outputs = capture(lambda: operation.results(static, None))
+    for seed in (200, 400):
+        fresh = on_gpu(operation, seed)
+        for key, t in static.items():
+            t.copy_(fresh[key])
+        for _ in range(3):
+            graph.replay()
+        assert_equal(outputs, operation.results(fresh, None))
+
+
+def test_side_stream(name: str) -> None:
+    """Inputs are written only after a while: a kernel that ran on another stream would see what was
+    there before."""
+    operation = OPERATIONS[name]
+    tensors = on_gpu(operation, 2)
+    late = {key: torch.zeros_like(t) for key, t in tensors.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for key, t in late.items():
+            t.copy_(tensors[key])
+        results = operation.results(late, None)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_equal(results, operation.results(tensors, None))
+
+
+def test_compiled_with_inductor_is_bit_identical(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = on_gpu(operation, 3)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def compiled(tensors: Tensors, impl: None) -> Any:
+        return operation.call(tensors, impl)
+
+    one = replace(operation, call=compiled)
+    assert_equal(one.results(tensors, None), operation.results(tensors, None))
+
+
+def test_mixed_devices_are_refused(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = on_gpu(operation, 4)
+    key = "x" if "x" in tensors else next(iter(tensors))
+    with pytest.raises(ValueError, match="one device"):
+        operation.call({**tensors, key: tensors[key].cpu()}, None)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_a_card_that_is_not_current(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = {key: t.to("cuda:1") for key, t in operation.make(5, torch.float32).items()}
+    with torch.cuda.device(0):
+        got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
+    # Where the kernel ran is the question, garbage the alternative; other tests are about rounding.
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-4, msg=key)
+        assert got[key].device == value.device == torch.device("cuda", 1)

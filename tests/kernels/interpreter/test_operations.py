@@ -1,0 +1,198 @@
+"""What every operation promises, by the real kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernels.operations import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal
+from kernels.support import at_an_odd_place
+from torch import Tensor
+
+from arat_kernels.cosine_invariance import triton as cosine_invariance
+from arat_kernels.crop_flip import triton as crop_flip
+from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
+from arat_kernels.frozen_affine import triton as frozen_affine
+from arat_kernels.pgd_step import triton as pgd_step
+from arat_kernels.split_batch_norm import triton as split_batch_norm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
+    operation = OPERATIONS[name]
+    tensors = operation.make(0, dtype)
+    if operation.exact:
+        expected = operation.results(tensors, "reference")
+        assert_equal(operation.results(tensors, "triton"), expected)
+    elif name not in ("pgd_step-L2", "random_start-L2"):
+        operation.check(tensors)
+    else:
+        # Three sums, a division and a product, each relative to numbers below 1.
+        got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
+        torch.testing.assert_close(got, expected, rtol=0, atol=8 * 2.0**-23)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_tensors_at_odd_places(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = operation.make(1, torch.bfloat16)
+    moved = {key: at_an_odd_place(t) for key, t in tensors.items()}
+    assert_equal(operation.results(moved, "triton"), operation.results(tensors, "triton"))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_any_strides(name: str) -> None:
+    """Every second element of a larger memory, the dimensions in another order."""
+    operation = OPERATIONS[name]
+    tensors = operation.make(2, torch.float32)
+
+    def spread(t: Tensor) -> Tensor:
+        memory = t.new_zeros([2 * size for size in reversed(t.shape)])
+        view = memory.permute(*reversed(range(t.ndim)))[(slice(None, None, 2),) * t.ndim]
+        return view.copy_(t)
+
+    # Buffers and keys are contiguous, or refused.
+    kept = ("rng", "running_mean", "running_var")
+    strided = {key: t if key in kept else spread(t) for key, t in tensors.items()}
+    operation = replace(operation, moved=())
+    expected = operation.results({key: t.clone() for key, t in strided.items()}, "reference")
+    got = operation.results(strided, "triton")
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = operation.make(3, torch.float64)
+    leaves = {key: tensors[key] for key in operation.leaves if key in tensors}
+
+    def function(*free: Tensor) -> Any:
+        # Buffers that move would be others at every call.
+        given = {key: t.clone() for key, t in tensors.items()}
+        out = operation.call({**given, **dict(zip(leaves, free, strict=True))}, "triton")
+        return out if isinstance(out, Tensor) else tuple(t for t in out if t.requires_grad)
+
+    free = [leaf.requires_grad_() for leaf in leaves.values()]
+    # The fast mode checks a random projection of the Jacobian.
+    fast = sum(leaf.numel() for leaf in free) > 60
+    assert torch.autograd.gradcheck(function, free, fast_mode=fast)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_is_refused(name: str) -> None:
+    """It would give tangents of zero."""
+    operation = OPERATIONS[name]
+    tensors = operation.make(4, torch.float32)
+    leaf = operation.leaves[0]
+
+    def function(free: Tensor) -> Any:
+        out = operation.call({**tensors, leaf: free}, "triton")
+        return out if isinstance(out, Tensor) else out[-1]
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(function, (tensors[leaf],), (torch.ones_like(tensors[leaf]),))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivatives_are_refused(name: str) -> None:
+    """They would lose what depends on the input through the gradient."""
+    operation = OPERATIONS[name]
+    tensors = operation.make(5, torch.float32)
+    leaf = tensors[operation.leaves[0]].requires_grad_()
+    out = operation.call(tensors, "triton")
+    value = out if isinstance(out, Tensor) else next(t for t in out if t.requires_grad)
+    (gradient,) = torch.autograd.grad(value.square().sum(), leaf, create_graph=True)
+    assert gradient.requires_grad
+    # Another term, so that something would be found if the gradient were a constant.
+    with pytest.raises(NotImplementedError, match="second"):
+        torch.autograd.grad(gradient.square().sum() + leaf.square().sum(), leaf)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiles_to_one_graph(name: str) -> None:
+    operation = OPERATIONS[name]
+
+    def function(tensors: Tensors) -> Any:
+        return operation.call(tensors, "triton")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    for seed in (6, 60):
+        tensors = operation.make(seed, torch.bfloat16)
+        expected = operation.results(tensors, "triton")
+        one = replace(operation, call=lambda tensors, impl: compiled(tensors))
+        assert_equal(one.results(tensors, None), expected)
+
+
+def bn_tensors() -> tuple[Tensors, tuple[Tensor | None, ...], Tensor]:
+    tensors = OPERATIONS["split_batch_norm"].make(7, torch.float32)
+    affine = tuple(tensors[name] for name in ("running_mean", "running_var", "weight", "bias"))
+    mask = torch.zeros(tensors["x"][:, 0].numel(), 1, dtype=torch.uint8)
+    return tensors, affine, mask
+
+
+def bn_arguments(which: str) -> tuple[Any, ...]:
+    tensors, affine, mask = bn_tensors()
+    x, residual = tensors["x"], tensors["residual"]
+    if which == "statistics":
+        return x, tensors["running_mean"], tensors["running_var"], 3, 0.1
+    if which == "normalize":
+        leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:])]  # type: ignore[union-attr]
+        return (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False, None)
+    shared = (residual, x[:, :, 0, 0].contiguous(), x, *affine, mask)
+    if which == "sums":
+        return (*shared, 3, 1e-3, True, True)
+    sums, counts = torch.randn(2, 2, 5), torch.tensor([4.0, 8.0])
+    return (*shared, sums, counts, 3, 1e-3, True, True)
+
+
+X = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+ROW, RNG = torch.randn(3), torch.tensor([1, 2])
+LEAF = X.clone().requires_grad_()
+ROWS = [torch.randn(3, 8), torch.randn(3, 5)]
+IMAGES, INDEX = torch.zeros(4, 3, 5, 5, dtype=torch.uint8), torch.tensor([3, 0])
+OFFSETS = torch.tensor([[0, 2, 1], [1, 1, 0]], dtype=torch.int32)
+
+OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "statistics": (split_batch_norm.statistics, lambda: bn_arguments("statistics")),
+    "normalize": (split_batch_norm.normalize, lambda: bn_arguments("normalize")),
+    "sums": (split_batch_norm.backward_sums, lambda: bn_arguments("sums")),
+    "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),
+    "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True)),
+    "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False)),
+    "affine backward": (frozen_affine.backward, lambda: (X, None, X, ROW, True, True)),
+    "relu backward": (frozen_affine.backward, lambda: (X, X, X, None, True, False)),
+    "cosine": (
+        cosine_invariance.forward,
+        lambda: ([t.clone().requires_grad_() for t in ROWS], ROWS, 1e-8),
+    ),
+    "cosine backward": (cosine_invariance.backward, lambda: (ROW[:2], ROWS, ROWS, 1e-8)),
+    "entropy": (
+        cross_entropy_grad.forward,
+        lambda: (ROWS[0].clone().requires_grad_(), torch.tensor([1, 7, 0])),
+    ),
+    "entropy backward": (cross_entropy_grad.backward, lambda: (ROWS[0], ROWS[0], ROW)),
+    "step": (pgd_step.step, lambda: (X.clone(), X, X, 0.1, 0.1, "Linf")),
+    "start": (pgd_step.start, lambda: (X[:, :, ::2], RNG, 0.1, "L2", 7)),
+    "crops": (
+        crop_flip.forward,
+        lambda: (IMAGES, INDEX, RNG, None, 1, True, 255.0, torch.float32, False, False),
+    ),
+    "given crops": (
+        crop_flip.forward,
+        lambda: (IMAGES, INDEX, None, OFFSETS, 1, False, 16.0, torch.bfloat16, True, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    operator, arguments = OPERATORS[name]
+    torch.library.opcheck(operator, arguments())

@@ -1,0 +1,305 @@
+"""Every operation of arat_kernels as a function of named tensors, for the tests that all of them
+take alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from kernels.support import (
+    assert_within_budget,
+    at_an_odd_place,
+    generator,
+    randn,
+    to_float64,
+    upstream,
+)
+from torch import Tensor
+
+from arat_kernels.cosine_invariance import cosine_invariance
+from arat_kernels.crop_flip import crop_flip
+from arat_kernels.cross_entropy_grad import cross_entropy_grad
+from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.implementation import Impl
+from arat_kernels.pgd_step import pgd_step, random_start
+from arat_kernels.split_batch_norm import split_batch_norm
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One way to call a public function.
+
+    Args:
+        call: tensors and implementation to outputs.
+        make: seed and dtype to tensors on the CPU.
+        leaves: names of the tensors that get a gradient.
+        moved: names of those that are changed in place.
+        summed: names of those whose gradient sums over the batch: PyTorch on the CPU accumulates
+            in float64 what the kernels do in float32.
+        exact: the kernel gives the reference's own bits.
+    """
+
+    call: Callable[[Tensors, Impl | None], Tensor | Sequence[Tensor]]
+    make: Callable[[int, torch.dtype], Tensors]
+    leaves: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
+    summed: tuple[str, ...] = ()
+    exact: bool = False
+
+    def results(self, tensors: Tensors, impl: Impl | None) -> Tensors:
+        """Outputs, gradients for random upstream ones, and what was changed in place."""
+        given = {name: t.detach() for name, t in tensors.items()}
+        for name in self.moved:
+            odd = given[name].data_ptr() % 16
+            given[name] = at_an_odd_place(given[name]) if odd else given[name].clone()
+        leaves = {name: given[name].requires_grad_() for name in self.leaves if name in given}
+        out = self.call(given, impl)
+        outputs = {str(i): t for i, t in enumerate([out] if isinstance(out, Tensor) else out)}
+        differentiable = [t for t in outputs.values() if t.requires_grad]
+        results = {name: t.detach() for name, t in outputs.items()}
+        if differentiable and leaves:
+            dout = [upstream(t, 1000 + i) for i, t in enumerate(differentiable)]
+            gradients = torch.autograd.grad(differentiable, list(leaves.values()), dout)
+            results |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+        return results | {name: given[name].detach() for name in self.moved}
+
+    def check(self, tensors: Tensors, factor: float = 2.0) -> None:
+        """Hold Triton's results to the error of PyTorch's own, measured against float64."""
+        got, baseline = self.results(tensors, "triton"), self.results(tensors, "reference")
+        assert got.keys() == baseline.keys()
+        truth = self.results(to_float64(tensors), "reference")
+        summed = {f"d{leaf}" for leaf in self.summed}
+        for name, expected in truth.items():
+            assert got[name].dtype == baseline[name].dtype, name
+            times = 4.0 if name in summed and not expected.is_cuda else factor
+            assert_within_budget(got[name], expected, baseline[name], name, times)
+
+
+def assert_equal(got: Tensors, expected: Tensors) -> None:
+    """The same bits, NaN included."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A call of split BatchNorm: shapes and options."""
+
+    sizes: tuple[int, int] = (3, 2)
+    channels: int = 5
+    height: int = 4
+    width: int = 3
+    training: bool = True
+    update: bool = True
+    residual: bool = True
+    relu: bool = True
+    pooled: bool = True
+    affine: bool = True
+    channels_last: bool = True
+    momentum: float = 0.25
+    eps: float = 1e-3
+
+    def make(self, seed: int, dtype: torch.dtype) -> Tensors:
+        """Random tensors; the branches differ in mean and spread."""
+        c = self.channels
+        shape = (sum(self.sizes), c, self.height, self.width)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        draw = partial(randn, dtype=torch.float64)
+        x = draw(shape, seed) * 1.5 + draw((1, c, 1, 1), seed + 1)
+        x[self.sizes[0] :] = x[self.sizes[0] :] * 0.5 - 1.0
+        rows = {
+            "weight": draw((2, c), seed + 2),
+            "bias": draw((2, c), seed + 3),
+            "running_mean": draw((2, c), seed + 4),
+            "running_var": draw((2, c), seed + 5).abs() + 0.5,
+        }
+        images = {"x": x, "residual": draw(shape, seed + 6)}
+        unused = [] if self.residual else ["residual"]
+        unused += [] if self.affine else ["weight", "bias"]
+        made = {name: t.to(dtype).contiguous(memory_format=layout) for name, t in images.items()}
+        made |= {name: t.to(wide_of(dtype)) for name, t in rows.items()}
+        return {name: t for name, t in made.items() if name not in unused}
+
+    def call(self, t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
+        result = split_batch_norm(
+            t["x"],
+            t.get("weight"),
+            t.get("bias"),
+            t["running_mean"],
+            t["running_var"],
+            self.sizes,
+            training=self.training,
+            update_running_stats=self.update,
+            momentum=self.momentum,
+            eps=self.eps,
+            residual=t.get("residual"),
+            relu=self.relu,
+            return_pooled=self.pooled,
+            impl=impl,
+        )
+        return result if isinstance(result, tuple) else (result,)
+
+    @property
+    def operation(self) -> Operation:
+        leaves = ("x", "residual", "weight", "bias")
+        moved = ("running_mean", "running_var")
+        return Operation(self.call, self.make, leaves, moved, summed=("weight", "bias"))
+
+    def changed(self, **options: Any) -> Norm:
+        return replace(self, **options)
+
+
+def affine_tensors(
+    seed: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (3, 32, 5, 6),
+    layout: torch.memory_format = torch.channels_last,
+    scaled: bool = True,
+    residual: bool = True,
+) -> Tensors:
+    made = {
+        "x": randn(shape, seed, dtype),
+        "residual": randn(shape, seed + 1, dtype),
+        "scale": randn(shape[1:2], seed + 2, wide_of(dtype)),
+        "shift": randn(shape[1:2], seed + 3, wide_of(dtype)),
+    }
+    unused = ([] if scaled else ["scale"]) + ([] if residual else ["residual"])
+    return {
+        name: t.to(memory_format=layout) if t.ndim == 4 else t
+        for name, t in made.items()
+        if name not in unused
+    }
+
+
+def affine(relu: bool = True, **options: Any) -> Operation:
+    def call(t: Tensors, impl: Impl | None) -> Tensor:
+        residual = t.get("residual")
+        return frozen_affine(
+            t["x"], t.get("scale"), t["shift"], residual=residual, relu=relu, impl=impl
+        )
+
+    return Operation(call, partial(affine_tensors, **options), ("x", "residual"))
+
+
+def relu_tensors(
+    seed: int, dtype: torch.dtype, shape: tuple[int, ...] = (3, 32, 4, 4), skip: bool = True
+) -> Tensors:
+    made = {"dy": randn(shape, seed, dtype), "y": randn(shape, seed + 1, dtype).relu()}
+    return made | ({"dy_skip": randn(shape, seed + 2, dtype)} if skip else {})
+
+
+def relu(**options: Any) -> Operation:
+    def call(t: Tensors, impl: Impl | None) -> Tensor:
+        return relu_backward(t["dy"], t["y"], dy_skip=t.get("dy_skip"), impl=impl)
+
+    return Operation(call, partial(relu_tensors, **options))
+
+
+def distance(
+    num: int = 5, widths: tuple[int, ...] = (32, 16, 7), targets: torch.dtype | None = None
+) -> Operation:
+    names = [f"p{i}" for i in range(len(widths))]
+
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        """Predictions, and targets that correlate with them."""
+        made = {}
+        for i, width in enumerate(widths):
+            p = randn((num, width), seed + i, torch.float64)
+            t = (p + randn((num, width), seed + 50 + i, torch.float64)).relu()
+            made[f"p{i}"], made[f"t{i}"] = p.to(dtype), t.to(targets or dtype)
+        return made
+
+    def call(t: Tensors, impl: Impl | None) -> Tensor:
+        stopped = [t["t" + name[1:]] for name in names]
+        return cosine_invariance([t[name] for name in names], stopped, impl=impl)
+
+    return Operation(call, make, tuple(names))
+
+
+def classes(num: int = 6, num_classes: int = 10) -> Operation:
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        target = torch.randint(num_classes, (num,), generator=generator(seed))
+        return {"logits": (4 * randn((num, num_classes), seed + 1)).to(dtype), "target": target}
+
+    def call(t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
+        return cross_entropy_grad(t["logits"], t["target"], impl=impl)
+
+    return Operation(call, make, ("logits",))
+
+
+EPS, ALPHA = 8 / 255, 2 / 255
+
+
+def image_tensors(
+    seed: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (4, 3, 6, 10),
+    layout: torch.memory_format = torch.contiguous_format,
+    eps: float = EPS,
+) -> Tensors:
+    """x in [0, 1], x_adv around the ball's surface, a gradient of ``dtype``, a key."""
+    x = randn(shape, seed).mul(0.5).sigmoid()
+    x_adv = (x + eps * randn(shape, seed + 1)).clamp(0, 1)
+    made = {"x_adv": x_adv, "grad": randn(shape, seed + 2, dtype), "x": x}
+    made = {name: t.to(memory_format=layout) if t.ndim == 4 else t for name, t in made.items()}
+    return made | {"rng": torch.tensor([2**40 + 12345 + seed, 2**32 + 1])}
+
+
+def step(norm: str = "Linf", eps: float = EPS, alpha: float = ALPHA, **options: Any) -> Operation:
+    def call(t: Tensors, impl: Impl | None) -> Tensor:
+        return pgd_step(t["x_adv"], t["grad"], t["x"], eps=eps, alpha=alpha, norm=norm, impl=impl)  # type: ignore[arg-type]  # a name that tests choose
+
+    make = partial(image_tensors, eps=eps, **options)
+    return Operation(call, make, moved=("x_adv",), exact=norm == "Linf")
+
+
+def start(norm: str = "Linf", eps: float = EPS, first: int = 0, **options: Any) -> Operation:
+    def call(t: Tensors, impl: Impl | None) -> Tensor:
+        return random_start(t["x"], t["rng"], eps=eps, norm=norm, first=first, impl=impl)  # type: ignore[arg-type]  # a name that tests choose
+
+    return Operation(call, partial(image_tensors, **options), exact=norm == "Linf")
+
+
+def crops(shape: tuple[int, ...] = (7, 3, 10, 12), num: int = 5, **options: Any) -> Operation:
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        numbers = generator(seed)
+        return {
+            "images": torch.randint(256, shape, generator=numbers, dtype=torch.uint8),
+            "index": torch.randint(shape[0], (num,), generator=numbers),
+            "rng": torch.tensor([2**40 + 1 + seed, 2**33 + 7]),
+        }
+
+    def call(t: Tensors, impl: Impl | None) -> Tensor:
+        given = {"padding": 3, "flip": True, "rng": t["rng"], **options}
+        return crop_flip(t["images"], t["index"], impl=impl, **given)
+
+    return Operation(call, make, exact=True)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "split_batch_norm": Norm().operation,
+    "split_batch_norm-plain": Norm(residual=False, pooled=False).operation,
+    "split_batch_norm-running": Norm(training=False).operation,
+    "frozen_affine": affine(),
+    "frozen_affine-bias": affine(scaled=False),
+    "relu_backward": relu(),
+    "cosine_invariance": distance(),
+    "cross_entropy_grad": classes(),
+    "pgd_step": step(),
+    "pgd_step-L2": step("L2"),
+    "random_start": start(first=1),
+    "random_start-L2": start("L2", first=1),
+    "crop_flip": crops(),
+    "crop_flip-split": crops(dtype=torch.bfloat16, split=True),
+}
+DIFFERENTIABLE = [name for name, operation in OPERATIONS.items() if operation.leaves]
