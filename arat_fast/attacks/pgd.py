@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.settings import Count, Number, check_settings
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
-from arat_kernels.implementation import Impl
+from arat_kernels.implementation import Impl, choose
 from arat_kernels.pgd_step import pgd_step, random_start
 
 AttackLoss = Callable[[Tensor], Tensor]
@@ -106,6 +106,7 @@ class PGD:
         Returns:
             The adversarial images, shape and dtype of ``x``, detached.
         """
+        impl = impl or choose(None, x)
         with use_branch(model, "adv"), use_statistics(model, self.bn):
             best = self._run(model, x, y, loss_fn, self.start(x, start, impl=impl), impl)
             if self.num_restarts == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,18 @@ class Shard:
 
 WHOLE = Shard()
 """A process of its own."""
+
+
+class Place(NamedTuple):
+    """Where the samples of one process are in a batch of all processes.
+
+    Attributes:
+        first: place of the first of them.
+        total: samples in the whole batch.
+    """
+
+    first: int
+    total: int
 
 
 class BatchPlan:
@@ -150,6 +163,11 @@ class BatchPlan:
         """This rank's part of batch ``number``, counted from the start of the batch."""
         batch = self.batch(number)
         return self.shard.share(batch.stop - batch.start)
+
+    def place(self, number: int) -> Place:
+        """Where this rank's part of batch ``number`` is in it."""
+        batch = self.batch(number)
+        return Place(self.share(number).start, batch.stop - batch.start)
 
     def places(self, number: int) -> slice:
         """The places of this rank's part of batch ``number`` in the order of its epoch."""

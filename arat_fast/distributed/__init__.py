@@ -1,5 +1,5 @@
 """Many processes as one: started by torchrun, they share every batch and every evaluation."""
 
-from arat_fast.distributed.ranks import ALONE, Place, Ranks, join, place_of
+from arat_fast.distributed.ranks import ALONE, Ranks, join
 
-__all__ = ["ALONE", "Place", "Ranks", "join", "place_of"]
+__all__ = ["ALONE", "Ranks", "join"]

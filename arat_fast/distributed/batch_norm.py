@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import GroupBatchNorm2d
+from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives.predictor import PredictorStack
 
@@ -31,14 +31,14 @@ def synchronize_batch_norm(module: nn.Module, group: ProcessGroup) -> None:
         if isinstance(layer, (SplitBatchNorm2d, PredictorStack)):
             layer.group = group
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            if type(layer) is not nn.BatchNorm2d or layer.running_mean is None:
+            if type(layer) not in (nn.BatchNorm2d, PlainBatchNorm2d) or layer.running_mean is None:
                 raise ValueError(
                     f"{name} is a {type(layer).__name__}; to synchronise it, a split BatchNorm or "
                     "a BatchNorm2d with running statistics is expected: set "
                     "--distributed.no-sync-bn"
                 )
-            layer.__class__ = GroupBatchNorm2d
-            assert isinstance(layer, GroupBatchNorm2d)
+            layer.__class__ = PlainBatchNorm2d
+            assert isinstance(layer, PlainBatchNorm2d)
             layer.group = group
 
 

@@ -6,13 +6,13 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arat_fast.data.plan import BatchPlan, Shard
+from arat_fast.data.plan import Shard
 from arat_fast.device import resolve_device
 from arat_fast.distributed.rendezvous import open_store
 from arat_fast.distributed.watch import Watch
@@ -21,24 +21,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class Place(NamedTuple):
-    """Where the samples of one process are in a batch of all processes.
-
-    Attributes:
-        first: place of the first of them.
-        total: samples in the whole batch.
-    """
-
-    first: int
-    total: int
-
-
-def place_of(plan: BatchPlan, number: int) -> Place:
-    """The place of a rank's share of batch ``number``."""
-    batch = plan.batch(number)
-    return Place(plan.share(number).start, batch.stop - batch.start)
 
 
 class LeftBehindError(RuntimeError):

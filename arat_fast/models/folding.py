@@ -18,7 +18,8 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_fast.device import full_float32
-from arat_fast.models.layers import GroupBatchNorm2d, StemConv2d
+from arat_fast.models.batch_norm import PlainBatchNorm2d
+from arat_fast.models.layers import StemConv2d
 from arat_fast.models.split_batch_norm import (
     ADV,
     SplitBatchNorm2d,
@@ -35,7 +36,7 @@ _NORMS = (
     SplitBatchNormAct2d,
     nn.BatchNorm2d,
     nn.SyncBatchNorm,
-    GroupBatchNorm2d,
+    PlainBatchNorm2d,
 )
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELUS = (torch.relu, F.relu, torch.relu_, F.relu_)
@@ -128,6 +129,19 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf: bool = super().is_leaf_module(m, module_qualified_name)
         return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d, _BatchNorm))
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not isinstance(m, PlainBatchNorm2d):
+            return super().call_module(m, forward, args, kwargs)
+        # As it is for any network: BatchNorm, addition and ReLU, one after the other.
+        x, *rest = args
+        y = super().call_module(m, forward, (x,), {})
+        residual = rest[0] if rest else kwargs.get("residual")
+        if residual is not None:
+            y = y + residual
+        return y.relu() if kwargs.get("relu") else y
 
 
 class _Site(nn.Module):

@@ -3,66 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_statistics
-from arat_kernels.split_batch_norm.distributed import batch_norm_over_group
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Norm = Literal["split", "shared"]
-
-
-class GroupBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that normalises with the statistics of a process group; any device.
-
-    PyTorch's SyncBatchNorm is for GPUs only.
-    """
-
-    group: ProcessGroup | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
-        if not self.training or self.group is None:
-            return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        if self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-        return batch_norm_over_group(
-            input,
-            self.weight,
-            self.bias,
-            self.running_mean if self.track_running_stats else None,
-            self.running_var if self.track_running_stats else None,
-            self.momentum,
-            self.eps,
-            self.group.group_name,
-        )
 
 
 def make_norm(norm: Norm, num_features: int) -> nn.Module:
     """A BatchNorm for ``num_features`` channels: two branches ("split") or one ("shared")."""
     if norm == "split":
         return SplitBatchNorm2d(num_features)
-    return nn.BatchNorm2d(num_features)
-
-
-def norm_act(
-    norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
-) -> Tensor:
-    """``[relu](norm(x) [+ residual])``, in one operation where the layer can."""
-    if isinstance(norm, SplitBatchNorm2d):
-        y: Tensor = norm(x, residual, relu)
-        return y
-    y = norm(x)
-    if residual is not None:
-        y = y + residual
-    return y.relu() if relu else y
+    return PlainBatchNorm2d(num_features)
 
 
 class StemConv2d(nn.Conv2d):

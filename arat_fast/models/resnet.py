@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm, norm_act
+from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -18,7 +18,7 @@ class _Shortcut(nn.Module):
     """Base of the blocks: the projection shortcut, where the shape changes."""
 
     shortcut: nn.Module | None
-    shortcut_bn: nn.Module | None
+    shortcut_bn: nn.Module
 
     def _make_shortcut(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         if stride != 1 or in_channels != out_channels:
@@ -26,12 +26,7 @@ class _Shortcut(nn.Module):
             self.shortcut_bn = make_norm(norm, out_channels)
         else:
             self.shortcut = None
-            self.shortcut_bn = None
-
-    def _identity(self, x: Tensor) -> Tensor:
-        if self.shortcut is None or self.shortcut_bn is None:
-            return x
-        return norm_act(self.shortcut_bn, self.shortcut(x), relu=False)
+            self.shortcut_bn = nn.Identity()
 
 
 class BasicBlock(_Shortcut):
@@ -48,8 +43,11 @@ class BasicBlock(_Shortcut):
         self._make_shortcut(in_channels, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = norm_act(self.bn1, self.conv1(x))
-        return norm_act(self.bn2, self.conv2(out), residual=self._identity(x))
+        out: Tensor = self.bn1(self.conv1(x), relu=True)
+        out = self.conv2(out)
+        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+        out = self.bn2(out, identity, relu=True)
+        return out
 
 
 class Bottleneck(_Shortcut):
@@ -69,9 +67,12 @@ class Bottleneck(_Shortcut):
         self._make_shortcut(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = norm_act(self.bn1, self.conv1(x))
-        out = norm_act(self.bn2, self.conv2(out))
-        return norm_act(self.bn3, self.conv3(out), residual=self._identity(x))
+        out: Tensor = self.bn1(self.conv1(x), relu=True)
+        out = self.bn2(self.conv2(out), relu=True)
+        out = self.conv3(out)
+        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+        out = self.bn3(out, identity, relu=True)
+        return out
 
 
 class ResNet(nn.Module):
@@ -127,7 +128,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(norm_act(self.bn1, self.conv1(self.normalize(x))))
+        x = self.maxpool(self.bn1(self.conv1(self.normalize(x)), relu=True))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         logits: Tensor = self.linear(self.avgpool(x).flatten(1))

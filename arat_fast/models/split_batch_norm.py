@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_kernels.split_batch_norm import (
     ADV,
     CLEAN,
@@ -107,7 +108,7 @@ def _split_layer(layer: nn.BatchNorm2d | nn.SyncBatchNorm, path: str) -> SplitBa
         "device": layer.running_mean.device,
         "dtype": layer.running_mean.dtype,
     }
-    if type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm, PlainBatchNorm2d):
         split = SplitBatchNorm2d(layer.num_features, **keywords)  # type: ignore[arg-type]
     elif {"act", "drop"} <= dict(layer.named_children()).keys():
         drop, act = layer.get_submodule("drop"), layer.get_submodule("act")

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm, norm_act
+from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
 
 
 class PreActBlock(nn.Module):
@@ -23,8 +23,8 @@ class PreActBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = norm_act(self.bn1, x)
-        out: Tensor = self.conv2(norm_act(self.bn2, self.conv1(activated)))
+        activated = self.bn1(x, relu=True)
+        out: Tensor = self.conv2(self.bn2(self.conv1(activated), relu=True))
         return out + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
@@ -92,6 +92,6 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(self.normalize(x))
         x = self.block3(self.block2(self.block1(x)))
-        x = norm_act(self.bn1, x)
+        x = self.bn1(x, relu=True)
         logits: Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits

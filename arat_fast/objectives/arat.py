@@ -239,11 +239,10 @@ class ARAT(Objective):
 
     def _distances(self, p: list[Tensor], z: list[Tensor]) -> list[Tensor]:
         """Mean over the batch of 1 - cos(p, z), layer by layer; (N, d) each."""
-        p = [widen(source) for source in p]
         if self.stop_gradient:
             return list(cosine_invariance(p, z, impl=self.impl).unbind())
         return [
-            1 - F.cosine_similarity(source, target, dim=-1).mean()
+            1 - F.cosine_similarity(widen(source), target, dim=-1).mean()
             for source, target in zip(p, z, strict=True)
         ]
 

@@ -66,15 +66,15 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
         run.set_rate()
         values = step(*inputs, place=place)
         run.vote.cast(int(run.stop.signal or 0))
-        run.checkpoints.check()
+        run.ranks.at_step(progress.step + 1)
         run.metrics.add(progress.step, values, place.total)
         run.average.update(progress.step)
         progress.step += 1
-        run.ranks.at_step(progress.step)
         run.bar.advance()
         samples += place.total
         ends = progress.step % run.steps_per_epoch == 0 or run.is_asked_to_stop
         if ends or progress.step - logged >= run.config.train.log_every:
+            run.checkpoints.check()
             means = read_metrics(run)
             seconds = time.perf_counter() - since
             progress.seconds += seconds

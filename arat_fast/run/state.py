@@ -21,9 +21,10 @@ from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint
 from arat_fast.data.load import download_data
+from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision, versions
 from arat_fast.display import Display, TrainingBar
-from arat_fast.distributed import ALONE, Place, Ranks, place_of
+from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation.evaluate import SuiteProgress, Unit, evaluation_mode, predict
@@ -233,7 +234,7 @@ class Run:
             "hooks": HookStates(self.hooks),
             "random": RandomStates(self),
         }
-        self.rate = config.peak_lr
+        self.peak_lr = self.rate = config.peak_lr
         self.size: int | None = None
         self.is_resumed = saved is not None
         if saved is not None:
@@ -323,7 +324,7 @@ class Run:
     def batches(self, epoch: int, start: int) -> Iterator[tuple[tuple[Tensor, Tensor], Place]]:
         """What the step is called with, batch by batch, and this process's place in each."""
         data = self.data.train
-        places = (place_of(data.plan, number) for number in range(start, len(data)))
+        places = map(data.plan.place, range(start, len(data)))
         if isinstance(data, ResidentBatches):
             yield from zip(data.epoch_indices(epoch, start), places, strict=True)
             return
@@ -343,10 +344,12 @@ class Run:
 
     def set_rate(self) -> None:
         """Give the optimiser the learning rate of the step that follows."""
-        config = self.config
-        step, per_epoch = self.progress.step, self.steps_per_epoch
         self.rate = learning_rate(
-            config.schedule, config.peak_lr, step, per_epoch, config.train.epochs
+            self.config.schedule,
+            self.peak_lr,
+            self.progress.step,
+            self.steps_per_epoch,
+            self.config.train.epochs,
         )
         if self.progress.rate_factor != 1:
             self.rate *= self.progress.rate_factor

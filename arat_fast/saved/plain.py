@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.files import write_atomic
+from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import ADV, CLEAN, SplitBatchNorm2d, copy_network
 from arat_fast.saved.weights import load_weights
 
@@ -158,7 +159,7 @@ def _plain_layer(split: SplitBatchNorm2d, row: int) -> nn.BatchNorm2d:
     if isinstance(drop, nn.Module) and isinstance(act, nn.Module):
         plain: nn.BatchNorm2d = _BatchNormAct2d(split.num_features, drop, act, **keywords)
     else:
-        plain = nn.BatchNorm2d(split.num_features, **keywords)  # type: ignore[arg-type]  # mixed
+        plain = PlainBatchNorm2d(split.num_features, **keywords)  # type: ignore[arg-type]  # mixed
     own = split.state_dict()
     with torch.no_grad():
         tensors = (*plain.named_parameters(recurse=False), *plain.named_buffers(recurse=False))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from arat_fast.attacks.pgd import PGD
 from arat_fast.config import AverageConfig
 from arat_fast.data.batches import Batch
-from arat_fast.data.plan import BatchPlan
-from arat_fast.distributed import ALONE, Place, Ranks, place_of
+from arat_fast.data.plan import BatchPlan, Place
+from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import running_statistics
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d, copy_network, use_branch
 from arat_fast.objectives.base import Objective
@@ -138,7 +138,7 @@ def refresh_batch_norm(
     model.train()
     try:
         for number, (x, y) in enumerate(batches):
-            place = Place(0, len(x)) if plan is None else place_of(plan, number)
+            place = Place(0, len(x)) if plan is None else plan.place(number)
             begin = objective.random_start(
                 attack, x, generator, first=place.first, num_samples=place.total
             ).part(slice(0, len(x)))

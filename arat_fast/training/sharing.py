@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from arat_fast.distributed import Place, Ranks
+from arat_fast.data.plan import Place
+from arat_fast.distributed import Ranks
 from arat_fast.distributed.batch_norm import running_statistics
 from arat_fast.distributed.gradients import GradientSum
 from arat_fast.training.values import Values

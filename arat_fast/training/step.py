@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD, RandomStart, check_images
 from arat_fast.data.batches import Batch
-from arat_fast.distributed import ALONE, Place, Ranks
+from arat_fast.data.plan import Place
+from arat_fast.distributed import ALONE, Ranks
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
@@ -23,7 +24,7 @@ from arat_fast.training.graph import StepGraphs
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.values import Values
-from arat_kernels.implementation import Impl
+from arat_kernels.implementation import Impl, choose
 
 Load = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -196,6 +197,8 @@ class TrainStep:
                 f'a CUDA graph needs a GPU, got a model on {device}; set graph to "off" '
                 "(--step.graph off)"
             )
+        # Once, not for every operation of every step.
+        self.impl = choose(self.impl, next(self.model.parameters()))
         modules = [self.model, self.objective]
         self._graphs: StepGraphs | None = None
         if self.graph != "off" and device.type == "cuda":

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arat_kernels.implementation import wide_dtype
-
 
 def cosine_invariance_reference(
     predictions: list[Tensor], targets: list[Tensor], eps: float
 ) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.cosine_invariance.api.cosine_invariance`."""
-    wide = wide_dtype(predictions[0])
+    wide = torch.float64 if predictions[0].dtype == torch.float64 else torch.float32
     return torch.stack(
         [
             (1 - F.cosine_similarity(p.to(wide), t.to(wide), dim=1, eps=eps)).mean()

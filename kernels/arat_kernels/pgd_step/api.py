@@ -10,7 +10,6 @@ from torch import Tensor
 
 from arat_kernels.implementation import Impl, choose, interpreting
 from arat_kernels.pgd_step.reference import pgd_step_reference, random_start_reference
-from arat_kernels.philox.reference import check_rng
 
 Norm = Literal["Linf", "L2"]
 
@@ -64,7 +63,7 @@ def pgd_step(
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
     with torch.no_grad():
-        if choose(impl, x_adv, grad, x) == "triton":
+        if impl != "reference" and choose(impl, x_adv, grad, x) == "triton":
             _check_triton_dtype("x_adv", x_adv)
             from arat_kernels.pgd_step.triton import step
 
@@ -110,10 +109,9 @@ def random_start(
     Source: Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1.
     """
     _check("x", x, norm, eps=eps)
-    check_rng(rng)
     if first < 0:
         raise ValueError(f"first must be >= 0, got {first}")
-    if choose(impl, x, rng) == "triton":
+    if impl != "reference" and choose(impl, x, rng) == "triton":
         _check_triton_dtype("x", x)
         from arat_kernels.pgd_step.triton import start
 

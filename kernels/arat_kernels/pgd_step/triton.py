@@ -17,6 +17,7 @@ from arat_kernels.layout import aligned, batch_dense, in_layout_of
 from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
+from arat_kernels.philox.reference import check_rng
 
 # Integers are not specialised on their value; ALIGNED says whether they are multiples of 16, as the
 # sizes of most images are.
@@ -266,6 +267,7 @@ step.register_fake(lambda *_: None)
 @torch.library.custom_op("arat_kernels::random_start", mutates_args=())
 def start(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.pgd_step.api.random_start`."""
+    check_rng(rng)
     dense = aligned(batch_dense(x))
     x_adv = torch.empty_like(dense)
     if x.numel() == 0:

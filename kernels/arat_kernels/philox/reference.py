@@ -30,7 +30,11 @@ def random_words(rng: Tensor, index: Tensor, stream: int) -> tuple[Tensor, Tenso
 
     Returns:
         Four int64 tensors of ``index``'s shape, values in [0, 2^32).
+
+    Raises:
+        ValueError: ``rng`` is no such tensor.
     """
+    check_rng(rng)
     seed, offset = rng[0], rng[1]
     c0, c1 = index & _LOW, (index >> 32) & _LOW
     c2 = (offset & _LOW).expand_as(index)

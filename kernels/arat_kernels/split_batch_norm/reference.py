@@ -57,7 +57,7 @@ def split_batch_norm_reference(
         y = branches[0] if len(branches) == 1 else torch.cat(branches)
     pooled = None
     if return_pooled:
-        pooled = y.to(wide_dtype(y)).relu().mean(dim=(2, 3))
+        pooled = (y if y.element_size() > 2 else y.float()).relu().mean(dim=(2, 3))
     # In place: no backward reads the normalised value.
     if residual is not None:
         y += residual
