@@ -67,12 +67,13 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
         values = step(*inputs, place=place)
         run.vote.cast(int(run.stop.signal or 0))
         run.ranks.at_step(progress.step + 1)
+        stopping = run.is_asked_to_stop
         run.metrics.add(progress.step, values, place.total)
         run.average.update(progress.step)
         progress.step += 1
         run.bar.advance()
         samples += place.total
-        ends = progress.step % run.steps_per_epoch == 0 or run.is_asked_to_stop
+        ends = progress.step % run.steps_per_epoch == 0 or stopping
         if ends or progress.step - logged >= run.config.train.log_every:
             run.checkpoints.check()
             means = read_metrics(run)
@@ -80,7 +81,7 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
             progress.seconds += seconds
             log_training(run, means, samples / seconds)
             logged, samples, since = progress.step, 0, time.perf_counter()
-        if run.is_asked_to_stop:
+        if stopping:
             return
 
 
