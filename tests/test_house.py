@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     *("files", "device", "extras", "statistics", "stop", "settings"),
-    *("models", "attacks", "objectives", "config", "recipes", "command_line"),
+    *("models", "attacks", "objectives", "datasets", "config", "recipes", "command_line"),
     *("display", "data", "distributed", "build", "training"),
     *("saved", "evaluation", "analysis", "run"),
     *("report", "export", "compare", "cli", "__main__"),
