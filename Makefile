@@ -38,11 +38,10 @@ compare-digits: install
 test test-slow: export OMP_NUM_THREADS := 1
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/interpreter
 
 test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow tests/kernels/interpreter
 
 lint: install
 	$(BIN)/ruff check

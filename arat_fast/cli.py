@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run("arat-fast", arguments, COMMANDS)
-    except SystemExit:
+    except SystemExit as done:
+        if done.code:
+            raise
         # tyro has printed the help that was asked for.
         return 0
     except KeyboardInterrupt:

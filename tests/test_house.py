@@ -51,7 +51,7 @@ def test_no_package_imports_one_above_it() -> None:
             root, other = [*name.split("."), ""][:2]
             if root == "arat_fast" and height.get(other, 0) > height.get(own, 0):
                 upwards.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not upwards
+    assert not upwards, "\n".join(upwards)
     assert used == set(LAYERS)
 
 

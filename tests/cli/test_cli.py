@@ -396,6 +396,12 @@ def test_bad_input(
     assert not (tmp_path / "run").exists()
 
 
+def test_errors_can_be_raised_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARAT_FAST_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["report", "/nowhere"])
+
+
 def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = (run / "checkpoint.pt").read_bytes()
     cut = tmp_path / "cut.pt"
