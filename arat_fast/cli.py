@@ -278,15 +278,13 @@ class Eval(Command):
 
 def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
     labels = {
-        "clean": "clean",
         "clean_branch": "clean (clean branch)",
         "autoattack": "AutoAttack",
-        "aa-torchattacks10": "aa-torchattacks10",
         "apgd-ce": "APGD-CE alone",
         "square": "Square alone",
     }
     for name, record in accuracy.items():
-        label = labels.get(name, name.upper().replace("PGD", "PGD-"))
+        label = labels.get(name, name.replace("pgd", "PGD-"))
         counts = f"{record['correct']}/{record['num_samples']}"
         low, high = (100 * end for end in record["interval"])
         print(
