@@ -6,12 +6,13 @@ WORKERS ?= 2
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo compare-digits test lint format gpu clean
+.PHONY: help install demo compare-digits test test-slow lint format gpu clean
 
 help:
 	@echo "make demo    train scikit-learn's digits with ARAT, evaluate, write a report"
 	@echo "make compare-digits  every method and the ablation on the digits, three seeds: 40 minutes"
-	@echo "make test    the whole test suite; WORKERS=N processes (default 2)"
+	@echo "make test    the tests for every change, four minutes; WORKERS=N processes (default 2)"
+	@echo "make test-slow  all others that need no GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make gpu     tests and benchmarks that need a GPU"
 	@echo "make clean   remove the environment and caches; runs/ stays"
@@ -34,10 +35,13 @@ compare-digits: install
 	$(BIN)/python benchmarks/compare_digits.py --out $(OUT)
 
 # One thread a process: the small networks of the tests do not scale, and the processes do.
-test: export OMP_NUM_THREADS := 1
+test test-slow: export OMP_NUM_THREADS := 1
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/interpreter
+
+test-slow: install
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 lint: install
 	$(BIN)/ruff check

@@ -1,91 +1,204 @@
-"""The command ``arat-fast``: train, eval, compare, analyze, report, export, bench, info."""
+"""The command ``arat-fast``: train, eval, compare, analyze, report, export, data, info.
+
+Each command imports what it needs: ``--help`` and ``--version`` wait for no library.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import gc
+import inspect
 import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import tyro
 
 from arat_fast import __version__
-from arat_fast.command_line import UsageError, parse, value_of
-from arat_fast.config import Config
-from arat_fast.device import keep_freed_memory
-from arat_fast.distributed.ranks import LeftBehindError
-from arat_fast.recipes import RECIPES, recipe
+from arat_fast.command_line import UsageError, base_config, choose, parse, shown
 
-USAGE = """\
-usage: arat-fast COMMAND ...
+if TYPE_CHECKING:
+    from arat_fast.config import Config
 
-  arat-fast train RECIPE [--out DIR] [--resume] [--compat official] [overrides]
-      Train a recipe, evaluate it and write a report. Overrides name a field of the
-      configuration, for example --train.epochs 30 --attack.eps 4/255; arat-fast train RECIPE
-      --help lists them.
-  arat-fast eval CHECKPOINT [options]
-      Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights or an
-      official AR-AT checkpoint.
-  arat-fast compare RECIPE [--objectives NAME ...] [--seeds N ...] [--ablation] [overrides]
-  arat-fast compare --from DIR
-      Methods over several seeds: table, LaTeX, plane. Goes on where it stopped; --from prints the
-      table of a saved comparison, or with --out runs it again.
-  arat-fast analyze RUN_OR_CHECKPOINT [...] [options]
-      Gradient conflict, mixture distribution, loss surfaces, a check for masked gradients, and
-      what an attacker sees, as numbers and plots beside the run. Several networks attack each
-      other with the examples made for one of them.
-  arat-fast report RUN [--compare RUN ...]
-      Write RUN/report.html again, beside other runs if some are given.
-  arat-fast export RUN_OR_CHECKPOINT --format FORMAT --out DIR [options]
-      The network for other software: hub (safetensors and model card), robustbench, torchvision,
-      timm, torch-export or onnx.
-  arat-fast data inspect PATH
-  arat-fast data prepare PATH [OUT]
-      What a dataset is: classes, counts, sizes, mean and std, a sheet of images. prepare converts
-      an .npz file of generated images to arrays in the folder OUT, and decodes every image of a
-      folder or of tar shards to name those that cannot be.
-  arat-fast bench eval RUN ... [options]
-      Time AutoAttack's fast path beside pyautoattack as it is, and compare what survives.
-  arat-fast bench step|scaling|data [options]
-      Time the training step beside plain, tuned and compiled PyTorch and the official code, or
-      against batch size, image size, attack steps and width; or the loaders. Writes JSON, a table
-      and a plot.
-  arat-fast info
-      Versions, devices and arithmetic of this machine.
 
-recipes: {recipes}
-"""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
 
-LISTS_OPTIONS = {
-    "train": "arat-fast train digits --help",
-    "compare": "arat-fast compare digits --help",
-    "data": "arat-fast data inspect --help, arat-fast data prepare --help",
-    "bench": "arat-fast bench step --help; likewise eval, scaling, data",
-}
-"""What lists every option of a command that is more than one."""
+    Args:
+        argv: arguments without the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0; 2 for bad input, with one line on standard error that says what was got
+        and what was expected; 130 or 75 for a run that Ctrl-C or SIGTERM stopped; 1, without
+        returning, where another process of the job was lost. With the environment variable
+        ARAT_FAST_TRACEBACK=1, errors are raised instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"arat-fast {__version__}")
+        return 0
+    try:
+        return _run("arat-fast", arguments, COMMANDS)
+    except SystemExit as done:
+        if done.code:
+            raise
+        # tyro has printed the help that was asked for.
+        return 0
+    except KeyboardInterrupt:
+        print("arat-fast: interrupted", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        # Every process has the same command line.
+        if _is_first():
+            _complain(error)
+        return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        return _failed(error)
+
+
+class Command:
+    """A sub-command: a dataclass of its options, described by its docstring."""
+
+    @classmethod
+    def main(cls, program: str, arguments: list[str]) -> int:
+        return parse(cls, arguments, program)(arguments)
+
+    def __call__(self, arguments: list[str]) -> int:
+        """Do it; ``arguments`` as they were typed. Returns the exit code."""
+        raise NotImplementedError
+
+
+def _run(program: str, arguments: list[str], commands: Mapping[str, type[Command]]) -> int:
+    purposes = {name: " ".join((inspect.getdoc(c) or "").split()) for name, c in commands.items()}
+    name, rest = choose(program, arguments, purposes)
+    return commands[name].main(f"{program} {name}", rest)
+
+
+def _failed(error: Exception) -> int:
+    """Say in one line what went wrong, as far as it is not this package's mistake."""
+    if isinstance(error, (ValueError, OSError)):
+        if os.environ.get("ARAT_FAST_TRACEBACK") == "1":
+            raise error
+        _complain(error)
+        return 2
+    import torch
+
+    from arat_fast.distributed.ranks import LeftBehindError
+    from arat_fast.training.memory import BatchTooLargeError
+
+    if isinstance(error, LeftBehindError):
+        if str(error):
+            _complain(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The libraries' own clean-up would wait for the process that is lost.
+        os._exit(error.exit_code)
+    if not isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if isinstance(error, BatchTooLargeError):
+        _complain(error)
+    else:
+        first, _, _ = " ".join(str(error).split()).partition(". ")
+        advice = "lower --data.batch-size for training, --eval.batch-size for evaluation"
+        _complain(f"out of memory: {first}; {advice}")
+    return 2
+
+
+def _complain(message: object) -> None:
+    print(f"arat-fast: error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _recipe(program: str, arguments: list[str]) -> tuple[Config, list[str]]:
+    """The configuration of the recipe that comes first, and what follows it."""
+    # What is imported stays: looking for garbage in it takes a tenth of a second or two.
+    gc.disable()
+    from arat_fast.recipes import RECIPES
+
+    gc.freeze()
+    gc.enable()
+    purposes = {}
+    for name, make in RECIPES.items():
+        config = make()
+        purposes[name] = (
+            f"{config.model.name} on {config.data.name}, {config.attack.norm} "
+            f"{shown(config.attack.eps)}, {config.train.epochs} epochs of batch "
+            f"{config.data.batch_size}"
+        )
+    name, rest = choose(program, arguments, purposes)
+    return base_config(name, rest), rest
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Train a recipe, evaluate it and write a report."""
+class Train(Command):
+    """Train a recipe, evaluate it and write a report: train RECIPE [overrides]. An override names a
+    field of the configuration, for example --train.epochs 30 --attack.eps 4/255; train RECIPE
+    --help lists them."""
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
+    # A Config, whose class is not named: it would be imported, and torch with it.
+    config: Annotated[Any, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-…-seedN."""
     resume: bool = False
     """Go on from the checkpoint in the folder, bit for bit; start afresh if there is none."""
 
+    @classmethod
+    def main(cls, program: str, arguments: list[str]) -> int:
+        base, rest = _recipe(program, arguments)
+        return parse(cls, rest, f"{program} {base.recipe}", cls(base))(arguments)
+
+    def __call__(self, arguments: list[str]) -> int:
+        config: Config = self.config
+        out = self.out or Path("runs") / _run_name(config)
+        from arat_fast.device import keep_freed_memory
+        from arat_fast.distributed import join
+        from arat_fast.report import write_report
+        from arat_fast.run.loop import train
+        from arat_fast.stop import InterruptedRun
+
+        keep_freed_memory()
+        command = shlex.join(["arat-fast", "train", *arguments])
+        # What torchrun starts again goes on.
+        resume = self.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        is_main = _is_first()
+        try:
+            with join(config.train.device, config.distributed.timeout) as ranks:
+                summary = train(config, out, resume=resume, command=command, ranks=ranks)
+                is_main = ranks.is_main
+        except InterruptedRun as stopped:
+            if is_main:
+                again = [argument for argument in arguments if argument != "--resume"]
+                again += ["--resume"] if self.out else ["--out", str(out), "--resume"]
+                print(f"arat-fast: {stopped}", file=sys.stderr)
+                print(f"    {shlex.join(['arat-fast', 'train', *again])}", file=sys.stderr)
+            return stopped.exit_code
+        if is_main:
+            report = write_report(out)
+            _print_accuracy(summary["accuracy"])
+            print(f"report: {report}")
+        return 0
+
+
+def _run_name(config: Config) -> str:
+    parts = [config.recipe]
+    if config.objective.name != "arat":
+        parts.append(config.objective.name)
+    if config.compat != "paper":
+        parts.append(config.compat)
+    return "-".join([*parts, f"seed{config.seed}"])
+
 
 @dataclass(frozen=True)
-class EvalOptions:
-    """Clean, PGD and AutoAttack accuracy of a checkpoint on its test images."""
+class Eval(Command):
+    """Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights or an
+    official AR-AT checkpoint."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
@@ -101,13 +214,13 @@ class EvalOptions:
     """Step size of PGD; default the run's, in another ball a quarter of the radius."""
     num_restarts: int = 1
     """Independent runs of PGD; an image counts as robust if it withstands them all; >= 1."""
-    attacks: tuple[
-        Literal["pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10", "corruptions"], ...
-    ] = ("pgd", "autoattack")
+    attacks: tuple[Literal["pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10"], ...] = (
+        "pgd",
+        "autoattack",
+    )
     """What to run beside the clean images. apgd-ce and square are AutoAttack's first and last
-    attack alone; corruptions are fifteen common ones in five severities, made on the fly;
-    aa-torchattacks10 is AutoAttack with torchattacks' 10 steps, as the paper's table had it: it
-    overstates robustness and is for comparison with that table only."""
+    attack alone; aa-torchattacks10 is AutoAttack with torchattacks' 10 steps, as the paper's table
+    had it: it overstates robustness and is for comparison with that table only."""
     max_samples: int = 0
     """Evaluate the first samples only; 0 for all."""
     batch_size: int | None = None
@@ -124,43 +237,125 @@ class EvalOptions:
     the same weights, images and settings. Results image by image go beside it as .npz; an
     interrupted evaluation goes on where it was when the same command is given again."""
 
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.device import keep_freed_memory
+        from arat_fast.distributed import join
+        from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+        from arat_fast.evaluation.record import record_path
+
+        keep_freed_memory()
+        path = self.out or record_path(self.checkpoint)
+        settings = {**dataclasses.asdict(self), "out": path}
+        try:
+            with join(self.device) as ranks:
+                record = evaluate_checkpoint(**settings, ranks=ranks)
+                if not ranks.is_main:
+                    return 0
+        except KeyboardInterrupt:
+            partial = path.with_suffix(".partial")
+            if not partial.is_dir():
+                raise
+            if _is_first():
+                again = shlex.join(["arat-fast", "eval", *arguments])
+                print(
+                    f"arat-fast: interrupted; what is finished is kept in {partial}, and the same "
+                    f"command goes on from there:\n    {again}",
+                    file=sys.stderr,
+                )
+            return 130
+        if "interrupted" in record:
+            steps = record["interrupted"]
+            print(
+                f"an interrupted run: {steps['steps']:,} of {steps['of']:,} steps are trained; "
+                "arat-fast train with --resume goes on with it"
+            )
+        _print_accuracy(record["accuracy"])
+        per_example = path.with_name(record["per_example"])
+        print(f"record: {per_example.with_suffix('.json')}")
+        print(f"image by image: {per_example}")
+        return 0
+
+
+def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
+    labels = {
+        "clean_branch": "clean (clean branch)",
+        "autoattack": "AutoAttack",
+        "apgd-ce": "APGD-CE alone",
+        "square": "Square alone",
+    }
+    for name, record in accuracy.items():
+        label = labels.get(name, name.replace("pgd", "PGD-"))
+        counts = f"{record['correct']}/{record['num_samples']}"
+        low, high = (100 * end for end in record["interval"])
+        print(
+            f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
+            f"95 % interval {low:.2f} to {high:.2f} %"
+        )
+
+
+class Compare(Command):
+    """Methods over several seeds, as a table, LaTeX and a plane: compare RECIPE [--objectives NAME
+    ...] [--seeds N ...] [--ablation] [overrides]. Goes on where it stopped; compare --from DIR
+    prints the table of a saved comparison, or with --out runs it again."""
+
+    @classmethod
+    def main(cls, program: str, arguments: list[str]) -> int:
+        saved = any(argument.partition("=")[0] == "--from" for argument in arguments)
+        base, rest = (None, arguments) if saved else _recipe(program, arguments)
+        from arat_fast.compare import compare_command
+        from arat_fast.device import keep_freed_memory
+
+        keep_freed_memory()
+        return compare_command(rest, base)
+
+
+class Analyze(Command):
+    """Gradient conflict, mixture distribution and a check for masked gradients, as numbers and
+    plots beside the run. Several networks attack each other with the examples made for one of
+    them."""
+
+    @classmethod
+    def main(cls, program: str, arguments: list[str]) -> int:
+        from arat_fast.analysis.run import AnalyzeOptions, analyze_networks
+        from arat_fast.device import keep_freed_memory
+        from arat_fast.report.analysis_words import analysis_sentences
+
+        keep_freed_memory()
+        options = parse(AnalyzeOptions, arguments, program)
+        if not options.checkpoints:
+            raise UsageError("a run or a checkpoint is expected after analyze, got nothing")
+        for analysis in analyze_networks(options.checkpoints, options.settings):
+            print(f"{analysis.name}: {analysis.folder}")
+            for sentence in analysis_sentences(analysis.records):
+                print(f"  {sentence}")
+            for part, reason in analysis.left_out.items():
+                print(f"  {part} left out: {reason}")
+        for path in dict.fromkeys(options.checkpoints):
+            if (path / "config.json").is_file():
+                print(f"in the report: {shlex.join(['arat-fast', 'report', str(path)])}")
+        return 0
+
 
 @dataclass(frozen=True)
-class InspectOptions:
-    """Say what a dataset is, and draw a sheet of its images."""
-
-    path: tyro.conf.Positional[Path]
-    """Folder of a dataset or of images, an .npz file, or a tar shard."""
-    sheet: Path | None = None
-    """PNG file for the sheet; default NAME-sheet.png in the current folder, or beside the dataset
-    where that folder is in it."""
-    max_samples: int = 2000
-    """Images decoded for sizes, mean and std, evenly spread; >= 1."""
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Convert a dataset for fast reading, or verify that every image can be decoded."""
-
-    path: tyro.conf.Positional[Path]
-    """An .npz file with image and label, a folder of images by class, or tar shards."""
-    out: tyro.conf.Positional[Path | None] = None
-    """Folder to make of an .npz file."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Write the report of a run."""
+class Report(Command):
+    """Write RUN/report.html again, beside other runs if some are given."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     compare: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN")] = field(default=())
     """Folders of runs to set beside it."""
 
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.report import write_report
+
+        print(f"report: {write_report(self.run, self.compare)}")
+        return 0
+
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """Write a trained network for other software."""
+class Export(Command):
+    """The network for other software: hub (safetensors and model card), robustbench, torchvision,
+    timm, torch-export or onnx."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
@@ -181,352 +376,119 @@ class ExportOptions:
     license: str = "unknown"
     """hub: identifier of the weights' licence, for example apache-2.0."""
 
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.export.folder import export_checkpoint
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+        record = export_checkpoint(**dataclasses.asdict(self))
+        difference, largest = record["largest_difference"], record["largest_logit"]
+        relative = difference / largest if largest else 0.0
+        print(
+            f"exported: {record['model']}, {record['num_classes']} classes, {record['branch']} "
+            f"BatchNorm, {record['weights']} weights; read back, logits differ by at most "
+            f"{difference:.1e}, {relative:.1e} of the largest"
+        )
+        if self.format == "hub" and self.license == "unknown":
+            print("licence: unknown; add --license ID, for example apache-2.0")
+        print(f"folder: {self.out}")
+        return 0
 
-    Args:
-        argv: arguments without the program's name; None for those of the process.
 
-    Returns:
-        The exit code: 0; 2 for bad input, with one line on standard error that says what was got
-        and what was expected; 130 or 75 for a run that Ctrl-C or SIGTERM stopped; 1, without
-        returning, where another process of the job was lost. With the environment variable
-        ARAT_FAST_TRACEBACK=1, errors are raised instead.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "eval": _eval,
-        "compare": _compare,
-        "analyze": _analyze,
-        "report": _report,
-        "export": _export,
-        "data": _data,
-        "bench": _bench,
-        "info": _info,
-    }
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage(), end="")
-        return 0 if arguments else 2
-    try:
-        if arguments[0] == "--version":
-            print(f"arat-fast {__version__}")
+class Data(Command):
+    """What a dataset is (inspect), and its conversion or verification (prepare)."""
+
+    @classmethod
+    def main(cls, program: str, arguments: list[str]) -> int:
+        return _run(program, arguments, {"inspect": Inspect, "prepare": Prepare})
+
+
+@dataclass(frozen=True)
+class Inspect(Command):
+    """Classes, counts, sizes, mean and std of a dataset, and a sheet of its images."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of a dataset or of images, an .npz file, or a tar shard."""
+    sheet: Path | None = None
+    """PNG file for the sheet; default NAME-sheet.png in the current folder, or beside the dataset
+    where that folder is in it."""
+    max_samples: int = 2000
+    """Images decoded for sizes, mean and std, evenly spread; >= 1."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.data.inspect import inspect
+
+        sheet = self.sheet
+        if sheet is None:
+            # Never into the dataset: the sheet would be one of its images.
+            path, here = self.path.resolve(), Path.cwd()
+            sheet = (path.parent if here.is_relative_to(path) else here) / f"{path.name}-sheet.png"
+        found = inspect(self.path, sheet, self.max_samples)
+        print("\n".join(found.lines()))
+        print(f"sheet        {sheet}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Prepare(Command):
+    """Convert an .npz file of generated images to arrays in a folder, or decode every image of a
+    folder or of tar shards to name those that cannot be."""
+
+    path: tyro.conf.Positional[Path]
+    """An .npz file with image and label, a folder of images by class, or tar shards."""
+    out: tyro.conf.Positional[Path | None] = None
+    """Folder to make of an .npz file."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.data.prepare import convert_npz, verify
+
+        if self.path.suffix == ".npz":
+            if self.out is None:
+                raise UsageError(f"a folder to write is expected after {self.path}")
+            number = convert_npz(self.path, self.out)
+            print(f"converted: {number:,} images with labels, checksums right")
+            print(f"folder: {self.out}; mix it in with --data.unsup {self.out}")
             return 0
-        if arguments[0] not in commands:
-            close = difflib.get_close_matches(arguments[0], commands, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UsageError(
-                f"unknown command {arguments[0]!r}, expected one of {', '.join(commands)}{hint}"
-            )
-        keep_freed_memory()
-        return commands[arguments[0]](arguments[1:])
-    except KeyboardInterrupt:
-        print("arat-fast: interrupted", file=sys.stderr)
-        return 130
-    except LeftBehindError as error:
-        if str(error):
-            print(f"arat-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # The libraries' own clean-up would wait for the process that is lost.
-        os._exit(error.exit_code)
-    except UsageError as error:
-        # Every process has the same command line.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"arat-fast: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        from arat_fast.training.memory import BatchTooLargeError
-
-        message = " ".join(str(error).split())
-        if not isinstance(error, BatchTooLargeError):
-            message = (
-                f"out of memory: {message.partition('. ')[0]}; lower --data.batch-size for "
-                "training, --eval.batch-size for evaluation"
-            )
-        print(f"arat-fast: error: {message}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        if os.environ.get("ARAT_FAST_TRACEBACK") == "1":
-            raise
-        print(f"arat-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        if self.out is not None:
+            raise UsageError(f"{self.path} is used as it is: no folder to write, got {self.out}")
+        number, bad = verify(self.path)
+        for reason in bad:
+            print(f"unreadable: {reason}")
+        print(f"{number - len(bad):,} of {number:,} files can be decoded")
+        if bad:
+            print("train on the others with --data.bad-images skip, or remove the files")
+        return 2 if bad else 0
 
 
-def _usage(command: str = "") -> str:
-    """The usage: all of it, or the lines of one command of :data:`LISTS_OPTIONS`."""
-    text = USAGE.format(recipes=", ".join(RECIPES))
-    if not command:
-        return text
-    lines = re.findall(rf"^  arat-fast {command} .*\n(?:      .*\n)*", text, re.MULTILINE)
-    recipes = text[text.index("recipes: ") :] if " RECIPE " in lines[0] else ""
-    return f"usage:\n{''.join(lines)}\nevery option: {LISTS_OPTIONS[command]}\n{recipes}"
+@dataclass(frozen=True)
+class Info(Command):
+    """Versions, devices and arithmetic of this machine."""
 
+    def __call__(self, arguments: list[str]) -> int:
+        import torch
 
-def _train(arguments: list[str]) -> int:
-    name, rest = _take_recipe(arguments, "train")
-    if name is None:
-        print(_usage("train"), end="")
+        from arat_fast.device import describe_device, has_bf16, source_commit, versions
+
+        for name, version in versions().items():
+            print(f"{name:14} {version}")
+        commit = source_commit()
+        if commit:
+            print(f"{'commit':14} {commit}")
+        devices = [torch.device("cpu")]
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        for device in devices:
+            arithmetic = "bf16" if has_bf16(device) else "no bf16"
+            print(f"{device!s:14} {describe_device(device)}, {arithmetic}")
+        gpu = torch.cuda.is_available()
+        print(f"{'kernels':14} {'Triton (interpreter or GPU)' if gpu else 'reference (no GPU)'}")
         return 0
-    objective = value_of(rest, "--objective.name")
-    base = recipe(name, _compat(rest), objective)  # type: ignore[arg-type]  # recipe() checks the value
-    options = parse(TrainOptions, rest, f"arat-fast train {name}", TrainOptions(base))
-    config = options.config
-    out = options.out or Path("runs") / _run_name(config)
-    from arat_fast.distributed import join
-    from arat_fast.report import write_report
-    from arat_fast.run.loop import train
-    from arat_fast.stop import InterruptedRun
-
-    command = shlex.join(["arat-fast", "train", *arguments])
-    # What torchrun starts again goes on.
-    resume = options.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        with join(config.train.device, config.distributed.timeout) as ranks:
-            summary = train(config, out, resume=resume, command=command, ranks=ranks)
-            is_main = ranks.is_main
-    except InterruptedRun as stopped:
-        if not is_main:
-            return stopped.exit_code
-        print(f"arat-fast: {stopped}", file=sys.stderr)
-        again = [argument for argument in arguments if argument != "--resume"]
-        if options.out is None:
-            again += ["--out", str(out)]
-        again.append("--resume")
-        print(f"    {shlex.join(['arat-fast', 'train', *again])}", file=sys.stderr)
-        return stopped.exit_code
-    if not is_main:
-        return 0
-    report = write_report(out)
-    _print_accuracy(summary["accuracy"])
-    print(f"report: {report}")
-    return 0
 
 
-def _eval(arguments: list[str]) -> int:
-    from arat_fast.distributed import join
-    from arat_fast.evaluation.checkpoint import evaluate_checkpoint
-    from arat_fast.evaluation.record import record_path
-
-    options = parse(EvalOptions, arguments, "arat-fast eval")
-    path = options.out or record_path(options.checkpoint)
-    settings = {**dataclasses.asdict(options), "out": path}
-    try:
-        with join(options.device) as ranks:
-            record = evaluate_checkpoint(**settings, ranks=ranks)
-            if not ranks.is_main:
-                return 0
-    except KeyboardInterrupt:
-        partial = path.with_suffix(".partial")
-        if not partial.is_dir():
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                f"arat-fast: interrupted; what is finished is kept in {partial}, and the same "
-                f"command goes on from there:\n    {shlex.join(['arat-fast', 'eval', *arguments])}",
-                file=sys.stderr,
-            )
-        return 130
-    if "interrupted" in record:
-        steps = record["interrupted"]
-        print(
-            f"an interrupted run: {steps['steps']:,} of {steps['of']:,} steps are trained; "
-            "arat-fast train with --resume goes on with it"
-        )
-    _print_accuracy(record["accuracy"])
-    per_example = path.with_name(record["per_example"])
-    print(f"record: {per_example.with_suffix('.json')}")
-    print(f"image by image: {per_example}")
-    return 0
-
-
-def _compare(arguments: list[str]) -> int:
-    from arat_fast.compare import compare_command
-
-    if any(argument.partition("=")[0] == "--from" for argument in arguments):
-        return compare_command(arguments, None)
-    name, rest = _take_recipe(arguments, "compare")
-    if name is None:
-        print(_usage("compare"), end="")
-        return 0
-    return compare_command(rest, recipe(name, _compat(rest), value_of(rest, "--objective.name")))  # type: ignore[arg-type]  # checked
-
-
-def _analyze(arguments: list[str]) -> int:
-    from arat_fast.analysis.run import AnalyzeOptions, analyze_networks
-    from arat_fast.report.analysis_words import analysis_sentences
-
-    options = parse(AnalyzeOptions, arguments, "arat-fast analyze")
-    if not options.checkpoints:
-        raise UsageError("a run or a checkpoint is expected after analyze, got nothing")
-    for analysis in analyze_networks(options.checkpoints, options.settings):
-        print(f"{analysis.name}: {analysis.folder}")
-        for sentence in analysis_sentences(analysis.records):
-            print(f"  {sentence}")
-        for part, reason in analysis.left_out.items():
-            print(f"  {part} left out: {reason}")
-    for path in dict.fromkeys(options.checkpoints):
-        if (path / "config.json").is_file():
-            print(f"in the report: {shlex.join(['arat-fast', 'report', str(path)])}")
-    return 0
-
-
-def _report(arguments: list[str]) -> int:
-    from arat_fast.report import write_report
-
-    options = parse(ReportOptions, arguments, "arat-fast report")
-    print(f"report: {write_report(options.run, options.compare)}")
-    return 0
-
-
-def _export(arguments: list[str]) -> int:
-    from arat_fast.export.folder import export_checkpoint
-
-    options = parse(ExportOptions, arguments, "arat-fast export")
-    record = export_checkpoint(**dataclasses.asdict(options))
-    difference, largest = record["largest_difference"], record["largest_logit"]
-    relative = difference / largest if largest else 0.0
-    print(
-        f"exported: {record['model']}, {record['num_classes']} classes, {record['branch']} "
-        f"BatchNorm, {record['weights']} weights; read back, logits differ by at most "
-        f"{difference:.1e}, {relative:.1e} of the largest"
-    )
-    if options.format == "hub" and options.license == "unknown":
-        print("licence: unknown; add --license ID, for example apache-2.0")
-    print(f"folder: {options.out}")
-    return 0
-
-
-def _bench(arguments: list[str]) -> int:
-    from arat_fast.bench.scaling import ScalingOptions, bench_scaling
-    from arat_fast.bench.step import StepOptions, bench_step
-
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
-    if name in ("-h", "--help"):
-        print(_usage("bench"), end="")
-        return 0
-    if name == "step":
-        return bench_step(parse(StepOptions, rest, "arat-fast bench step"))
-    if name == "eval":
-        from arat_fast.bench.evaluation import EvalBenchOptions, bench_eval
-
-        return bench_eval(parse(EvalBenchOptions, rest, "arat-fast bench eval"))
-    if name == "scaling":
-        return bench_scaling(parse(ScalingOptions, rest, "arat-fast bench scaling"))
-    if name == "data":
-        from arat_fast.bench.data import DataOptions, bench_data
-
-        return bench_data(parse(DataOptions, rest, "arat-fast bench data"))
-    raise UsageError(f"step, scaling, data or eval is expected after bench, got {name}")
-
-
-def _data(arguments: list[str]) -> int:
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
-    if name in ("-h", "--help"):
-        print(_usage("data"), end="")
-        return 0
-    if name == "inspect":
-        return _inspect(parse(InspectOptions, rest, "arat-fast data inspect"))
-    if name == "prepare":
-        return _prepare(parse(PrepareOptions, rest, "arat-fast data prepare"))
-    raise UsageError(f"inspect or prepare is expected after data, got {name}")
-
-
-def _inspect(options: InspectOptions) -> int:
-    from arat_fast.data.inspect import inspect
-
-    sheet = options.sheet
-    if sheet is None:
-        # Never into the dataset: the sheet would be one of its images.
-        path, here = options.path.resolve(), Path.cwd()
-        sheet = (path.parent if here.is_relative_to(path) else here) / f"{path.name}-sheet.png"
-    found = inspect(options.path, sheet, options.max_samples)
-    print("\n".join(found.lines()))
-    print(f"sheet        {sheet}")
-    return 0
-
-
-def _prepare(options: PrepareOptions) -> int:
-    from arat_fast.data.prepare import convert_npz, verify
-
-    if options.path.suffix == ".npz":
-        if options.out is None:
-            raise UsageError(f"a folder to write is expected after {options.path}")
-        number = convert_npz(options.path, options.out)
-        print(f"converted: {number:,} images with labels, checksums right")
-        print(f"folder: {options.out}; mix it in with --data.unsup {options.out}")
-        return 0
-    if options.out is not None:
-        raise UsageError(f"{options.path} is used as it is: no folder to write, got {options.out}")
-    number, bad = verify(options.path)
-    for reason in bad:
-        print(f"unreadable: {reason}")
-    print(f"{number - len(bad):,} of {number:,} files can be decoded")
-    if bad:
-        print("train on the others with --data.bad-images skip, or remove the files")
-    return 2 if bad else 0
-
-
-def _info(arguments: list[str]) -> int:
-    from arat_fast.device import describe_device, has_bf16, source_commit, versions
-
-    if arguments:
-        raise UsageError(f"info takes no arguments, got {' '.join(arguments)}")
-    for name, version in versions().items():
-        print(f"{name:14} {version}")
-    commit = source_commit()
-    if commit:
-        print(f"{'commit':14} {commit}")
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    for device in devices:
-        arithmetic = "bf16" if has_bf16(device) else "no bf16"
-        print(f"{device!s:14} {describe_device(device)}, {arithmetic}")
-    kernels = "Triton (interpreter or GPU)" if torch.cuda.is_available() else "reference (no GPU)"
-    print(f"{'kernels':14} {kernels}")
-    return 0
-
-
-def _take_recipe(arguments: list[str], command: str) -> tuple[str | None, list[str]]:
-    if arguments and arguments[0] in ("-h", "--help"):
-        return None, []
-    if not arguments or arguments[0].startswith("-"):
-        got = arguments[0] if arguments else "nothing"
-        raise UsageError(f"a recipe is expected after {command}, got {got}: {', '.join(RECIPES)}")
-    return arguments[0], arguments[1:]
-
-
-def _compat(arguments: list[str]) -> str:
-    """The value of --compat: it decides the defaults that the other options override."""
-    return value_of(arguments, "--compat") or "paper"
-
-
-def _run_name(config: Config) -> str:
-    parts = [config.recipe]
-    if config.objective.name != "arat":
-        parts.append(config.objective.name)
-    if config.compat != "paper":
-        parts.append(config.compat)
-    return "-".join([*parts, f"seed{config.seed}"])
-
-
-def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
-    labels = {
-        "clean": "clean",
-        "clean_branch": "clean (clean branch)",
-        "autoattack": "AutoAttack",
-        "aa-torchattacks10": "aa-torchattacks10",
-        "apgd-ce": "APGD-CE alone",
-        "square": "Square alone",
-        "corruptions": "common corruptions",
-    }
-    for name, record in accuracy.items():
-        label = labels.get(name, name.upper().replace("PGD", "PGD-"))
-        counts = f"{record['correct']}/{record['num_samples']}"
-        low, high = (100 * end for end in record["interval"])
-        print(
-            f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
-            f"95 % interval {low:.2f} to {high:.2f} %"
-        )
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "eval": Eval,
+    "compare": Compare,
+    "analyze": Analyze,
+    "report": Report,
+    "export": Export,
+    "data": Data,
+    "info": Info,
+}

@@ -1,29 +1,30 @@
-"""Options of the command line as typed values."""
+"""Options of the command line as typed values: tyro reads and explains them.
+
+What needs torch, a second to import, is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from arat_fast.config import Config, config_to_dict
-from arat_fast.recipes import recipe
+if TYPE_CHECKING:
+    from arat_fast.config import Config
 
 Options = TypeVar("Options")
+
+_NUMBERS = ConstructorRegistry()
 
 
 class UsageError(ValueError):
     """The command line cannot be understood."""
-
-
-@dataclass(frozen=True)
-class _Overrides:
-    config: Annotated[Config, tyro.conf.arg(name="")]
 
 
 def parse(
@@ -40,21 +41,61 @@ def parse(
     Raises:
         UsageError: an option is unknown, or a value does not fit.
     """
-    decimals = [decimal(argument) for argument in arguments]
     complaint = io.StringIO()
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed: Options = tyro.cli(options, prog=program, args=decimals, **keywords)
+            parsed: Options = tyro.cli(
+                options, prog=program, args=arguments, registry=_NUMBERS, **keywords
+            )
             return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        message = _one_line(complaint.getvalue())
-        for number, typed in zip(decimals, arguments, strict=True):
-            if number != typed:
-                message = message.replace(number, typed)
-        raise UsageError(f"{message}; see {program} --help") from None
+        raise UsageError(f"{_one_line(complaint.getvalue())}; see {program} --help") from None
+
+
+def choose(
+    program: str, arguments: Sequence[str], known: Mapping[str, str]
+) -> tuple[str, list[str]]:
+    """The sub-command that comes first, and what follows it; ``--help`` lists them and exits.
+
+    Args:
+        program: what was typed before ``arguments``.
+        arguments: the sub-command and its arguments.
+        known: what each sub-command is for.
+
+    Raises:
+        UsageError: there is none, or an unknown one.
+    """
+    name = arguments[0] if arguments else "nothing"
+    if name in ("-h", "--help"):
+        app = tyro.extras.SubcommandApp()
+        for command, purpose in known.items():
+            app.command(name=command, help=purpose)(lambda: None)
+        app.cli(prog=program, args=["--help"])
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"{program} expects one of {', '.join(known)}, got {name}{hint}")
+    return name, list(arguments[1:])
+
+
+def base_config(name: str, arguments: Sequence[str]) -> Config:
+    """The configuration that the arguments override.
+
+    Args:
+        name: of the recipe.
+        arguments: what was typed after it; ``--compat`` and ``--objective.name`` decide which
+            settings there are and what they are by default.
+
+    Raises:
+        ValueError: unknown recipe, compat or objective.
+    """
+    from arat_fast.recipes import recipe
+
+    compat: Any = _value_of("--compat", arguments) or "paper"
+    return recipe(name, compat, _value_of("--objective.name", arguments))
 
 
 def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
@@ -66,9 +107,9 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
     program = f"arat-fast train {config.recipe}"
     if any(argument in ("-h", "--help") for argument in arguments):
         raise UsageError(f"settings are expected, got --help; see {program} --help")
-    objective = value_of(arguments, "--objective.name")
+    objective = _value_of("--objective.name", arguments)
     config = config if objective is None else config.with_objective(objective)
-    return parse(_Overrides, arguments, program, _Overrides(config)).config
+    return parse(type(config), arguments, program, config)
 
 
 def overrides_of(config: Config) -> list[str]:
@@ -76,26 +117,20 @@ def overrides_of(config: Config) -> list[str]:
 
     Inverse of :func:`apply_overrides` on the recipe.
     """
+    from arat_fast.config import config_to_dict
+    from arat_fast.recipes import recipe
+
     arguments = ["--compat", config.compat] if config.compat != "paper" else []
-    defaults = config_to_dict(recipe(config.recipe, config.compat, config.objective.name))
-    if recipe(config.recipe).objective.name != config.objective.name:
-        arguments += ["--objective.name", config.objective.name]
+    objective = config.objective.name
+    if objective != recipe(config.recipe).objective.name:
+        arguments += ["--objective.name", objective]
+    defaults = config_to_dict(recipe(config.recipe, config.compat, objective))
     for section, values in config_to_dict(config).items():
         if isinstance(values, dict):
             for name, value in values.items():
                 if value != defaults[section][name]:
                     arguments += _override(f"{section}.{name}", value)
     return [*arguments, "--seed", str(config.seed)]
-
-
-def value_of(arguments: Sequence[str], option: str) -> str | None:
-    """What is given for an option that decides the defaults of others; None where it is not."""
-    for position, argument in enumerate(arguments):
-        if argument == option and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
 
 
 def _override(path: str, value: Any) -> list[str]:
@@ -106,24 +141,64 @@ def _override(path: str, value: Any) -> list[str]:
     return [f"--{section}.{name}", *(v if isinstance(v, str) else repr(v) for v in values)]
 
 
-def decimal(argument: str) -> str:
-    """A fraction of numbers as a decimal number, anything else unchanged."""
-    fraction = re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", argument)
-    if fraction is None or float(fraction[2]) == 0:
-        return argument
-    return repr(float(fraction[1]) / float(fraction[2]))
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What an option is set to, the last time that it is."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+@_NUMBERS.primitive_rule
+def _number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if info.type not in (int, float):
+        return None
+    kind = info.type
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=lambda typed: number(typed[0]) if kind is float else _whole(typed[0]),
+        is_instance=lambda value: isinstance(value, (int, kind)) and not isinstance(value, bool),
+        str_from_instance=lambda value: [shown(value)],
+    )
+
+
+def number(typed: str) -> float:
+    """A decimal number, or a fraction of two such as 8/255."""
+    top, _, bottom = typed.partition("/")
+    try:
+        return float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"a number is expected, got {typed!r}") from None
+
+
+def _whole(typed: str) -> int:
+    try:
+        return int(typed)
+    except ValueError:
+        raise ValueError(f"a whole number is expected, got {typed!r}") from None
+
+
+def shown(value: float) -> str:
+    """As :func:`number` reads it; a level of a pixel as a fraction."""
+    level = round(255 * value)
+    is_level = level / 255 == value and len(str(value)) > 8
+    return f"{level}/255" if is_level else str(value)
 
 
 def _one_line(complaint: str) -> str:
     """The sentence inside a box that tyro draws: between the title and the hints."""
-    lines = [line.strip(" │╭╮╰╯─\t") for line in complaint.splitlines()]
+    lines = [line.strip(" │╭╮╰╯─|+\t") for line in complaint.splitlines()[1:]]
     lines = [line for line in lines if line.strip("-")]
-    text = " ".join(lines[1:])
-    text = re.split(r"\s*(?:Argument helptext:|For full helptext|Default:)", text)[0].rstrip(". ")
-    number = re.fullmatch(
-        r"Error parsing (\S+): .*(int\(\) with base 10|string to float): ('.*')", text
-    )
-    if number is None:
-        return text
-    kind = "a number" if "float" in number[2] else "a whole number"
-    return f"{number[1]} expects {kind}, got {number[3]}"
+    text = re.split(r" (?:Argument help|For full help|Perhaps you)", " ".join(lines))
+    # Of an optional number, tyro tells what became of every alternative.
+    sentence = re.sub(r"no type matching .*'(?:int|float)'>: ", "", text[0].rstrip(". "))
+    # A setting that the configuration refuses is named by what it says.
+    sentence = re.sub(r"^Error parsing (?!-)\S+: ", "", sentence).removeprefix("Error parsing ")
+    if "Perhaps you meant:" not in lines:
+        return sentence
+    meant = [line.split()[0] for line in lines if line.startswith("--")]
+    return f"{sentence}; did you mean {', '.join(meant)}?"

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
 
 from arat_fast.config import Config
 from arat_fast.display import Display
+from arat_fast.objectives import objective_type
 from arat_fast.recipes import recipe
-from arat_fast.run.loop import Trainer
+from arat_fast.run import loop
+from arat_fast.run.hooks import Hook
+from arat_fast.run.state import Run
+from arat_fast.training.checkpoint import load_checkpoint
 
 # 1,200 of the 1,437 training images are held out: 237 are left, 4 batches of 64.
 OPTIONS = [
@@ -45,8 +57,86 @@ def tiny_config(epochs: int = 4, **average: object) -> Config:
     )
 
 
-def tiny_trainer(out: Path, config: Config | None = None, resume: bool = False) -> Trainer:
-    """A trainer of :func:`tiny_config` that prints nothing."""
-    return Trainer(
-        config or tiny_config(), out, resume=resume, display=Display(Console(quiet=True))
-    )
+def changed(config: Config, section: str, **values: object) -> Config:
+    """The configuration with other values in one section."""
+    part = dataclasses.replace(getattr(config, section), **values)  # type: ignore[type-var]
+    return dataclasses.replace(config, **{section: part})
+
+
+def with_objective(config: Config, name: str, **settings: object) -> Config:
+    """The configuration with another objective, at its defaults but for ``settings``."""
+    return dataclasses.replace(config, objective=objective_type(name).Settings(name, **settings))
+
+
+class TinyRun(Run):
+    """A run that prints nothing and can be looked at before and after it is trained."""
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; the summary."""
+        return loop.train_run(self)
+
+    def at_step(self, number: int, act: Any) -> None:
+        """Call ``act()`` in the step with that 1-based count, once it is computed."""
+        step, calls = self.step.from_indices, 0
+
+        def counting(*inputs: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            values = step(*inputs, **keywords)
+            if calls == number:
+                act()
+            return values
+
+        self.step.from_indices = counting  # type: ignore[method-assign]
+
+    def interrupt_at(self, number: int, signal_number: int = signal.SIGINT) -> None:
+        """Send the signal to this process during that step."""
+        self.at_step(number, lambda: os.kill(os.getpid(), signal_number))
+
+
+def tiny_trainer(
+    out: Path,
+    config: Config | None = None,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+    console: Console | None = None,
+) -> TinyRun:
+    """A run of :func:`tiny_config`, built and not yet trained; it prints to ``console`` only."""
+    display = Display(console or Console(quiet=True))
+    return TinyRun(config or tiny_config(), out, resume=resume, display=display, hooks=hooks)
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state by its path."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, item in value.items() for k, v in leaves(item, f"{path}/{key}").items()}
+
+
+def assert_same_end(left: Path, right: Path, numbers: bool = True) -> None:
+    """Both runs left the same tensors and, but for times, numbers, and export the same weights."""
+    states = [leaves(load_checkpoint(run / "checkpoint.pt")) for run in (left, right)]
+    if not numbers:
+        states = [{k: v for k, v in s.items() if isinstance(v, Tensor)} for s in states]
+    assert states[0].keys() == states[1].keys()
+    assert sum(isinstance(value, Tensor) for value in states[0].values()) > 50
+    for path, value in states[0].items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, states[1][path]), path
+        elif not path.endswith(("seconds", "bytes")):
+            assert value == states[1][path], path
+    exported = [load_file(run / "model.safetensors") for run in (left, right)]
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(value, exported[1][name]) for name, value in exported[0].items())
+
+
+def metric_lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind in a run's metrics, without its speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k != "images_per_second"}
+        for line in lines
+        if line["kind"] == kind
+    ]

@@ -157,6 +157,8 @@ class Remarks(Hook):
 
     def begin(self, run: Run) -> None:
         config, ranks, step = run.config, run.ranks, run.progress.step
+        if run.resume and not run.is_resumed and run.progress.natural_model is None:
+            run.display.say(f"nothing to resume in {run.out}: a new run")
         resumed = f" from step {step}" if step else ""
         epochs = config.train.epochs
         together = "" if ranks.alone else f" in {ranks.world_size} processes"

@@ -29,7 +29,7 @@ def with_every_path_set(config: Config) -> tuple[Config, list[str]]:
 
 
 def test_every_path_comes_back_as_a_path() -> None:
-    config, names = with_every_path_set(recipe("digits"))
+    config, names = with_every_path_set(recipe("digits", objective="arrest"))
     assert {"data.root", "data.unsup", "objective.teacher"} <= set(names)
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
     assert again == config

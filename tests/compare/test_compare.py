@@ -252,7 +252,7 @@ def test_a_folder_of_another_configuration_is_refused(
 def test_bad_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out")]
     for arguments, message in (
-        (["compare"], "a recipe is expected after compare"),
+        (["compare"], "compare expects one of digits"),
         (["compare", "digits", "--seed", "1", *out], "--seeds is expected"),
         (["compare", "digits", "--objectives", "aart", *out], "unknown objective 'aart'"),
         (["compare", "digits", "--objectives", "at", "--jobs", "0", *out], "--jobs must be >= 1"),
