@@ -1,4 +1,4 @@
-"""The cosine reference, its module and the checks of the public function."""
+"""The cosine reference and the checks of the public function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernels.support import randn
 
-from arat_kernels.cosine_invariance import CosineInvariance, cosine_invariance
+from arat_kernels.cosine_invariance import cosine_invariance
 
 P = [randn((4, 6), 0), randn((4, 3), 1)]
 T = [randn((4, 6), 2), randn((4, 3), 3)]
@@ -29,11 +29,6 @@ def test_low_precision_is_widened_first() -> None:
     assert got.dtype == torch.float32
     wide = cosine_invariance([t.float() for t in narrow[0]], [t.float() for t in narrow[1]])
     assert torch.equal(got, wide)
-
-
-def test_module_is_the_function() -> None:
-    assert torch.equal(CosineInvariance(eps=0.5)(P, T), cosine_invariance(P, T, eps=0.5))
-    assert "eps=0.5" in repr(CosineInvariance(eps=0.5))
 
 
 def test_gradient_stops_at_the_targets() -> None:

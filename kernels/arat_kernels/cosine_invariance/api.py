@@ -1,4 +1,4 @@
-"""Public function and module: argument checks, choice of the implementation."""
+"""Public function: argument checks, choice of the implementation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arat_kernels.cosine_invariance.reference import cosine_invariance_reference
 from arat_kernels.implementation import DTYPES, Impl, choose
@@ -91,18 +91,3 @@ def cosine_invariance(
         out: Tensor = forward(list(predictions), stopped, eps)
         return out
     return cosine_invariance_reference(list(predictions), stopped, eps)
-
-
-class CosineInvariance(nn.Module):
-    """:func:`cosine_invariance` as a module; ``eps`` and ``impl`` are its arguments."""
-
-    def __init__(self, eps: float = 1e-8, impl: Impl | None = None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.impl = impl
-
-    def forward(self, predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        return cosine_invariance(predictions, targets, eps=self.eps, impl=self.impl)
-
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}, impl={self.impl!r}"

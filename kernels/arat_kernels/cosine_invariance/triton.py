@@ -339,35 +339,40 @@ def _launches(layers: int) -> list[slice]:
     return [slice(start, start + most) for start in range(0, layers, most)]
 
 
-def _forward_part(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
-    num, device = predictions[0].shape[0], predictions[0].device
-    layers, wide = len(predictions), wide_dtype(predictions[0])
-    if num == 0:
-        # The mean over nothing.
-        return torch.full((layers,), torch.nan, dtype=wide, device=device)
-    predictions = [aligned(t.contiguous()) for t in predictions]
-    targets = [aligned(t.contiguous()) for t in targets]
+def _constants(predictions: list[Tensor]) -> dict[str, Any]:
+    """The constants of both kernels and their warps."""
     widths = _padded([t.shape[1] for t in predictions])
     rows, cols, num_warps, one_block = _tile(widths)
-    programs = triton.cdiv(num, rows)
-    out = torch.empty(layers, dtype=wide, device=device)
+    return {
+        "LAYERS": len(widths),
+        "WIDTHS": widths,
+        "ALIGNED": _multiples_of_16(widths),
+        "ONE_BLOCK": one_block,
+        "WIDE": tl.float64 if predictions[0].dtype == torch.float64 else tl.float32,
+        "ROWS": rows,
+        "COLS": cols,
+        "num_warps": warps(num_warps),
+    }
+
+
+def _forward_part(predictions: list[Tensor], targets: list[Tensor], eps: float) -> Tensor:
+    num, layers = predictions[0].shape[0], len(predictions)
+    out = predictions[0].new_empty(layers, dtype=wide_dtype(predictions[0]))
+    if num == 0:
+        # The mean over nothing.
+        return out.fill_(torch.nan)
+    constants = _constants(predictions)
+    programs = triton.cdiv(num, constants["ROWS"])
     with torch.cuda.device_of(out):
         cosine_invariance_fwd_kernel[(programs, layers)](
-            _padded(predictions),
-            _padded(targets),
+            _padded([aligned(t.contiguous()) for t in predictions]),
+            _padded([aligned(t.contiguous()) for t in targets]),
             out,
-            torch.empty(layers, programs, dtype=wide, device=device),
-            _counters.take(device),
+            out.new_empty(layers, programs),
+            _counters.take(out.device),
             num,
             eps,
-            len(widths),
-            widths,
-            _multiples_of_16(widths),
-            one_block,
-            tl.float64 if wide == torch.float64 else tl.float32,
-            rows,
-            cols,
-            num_warps=warps(num_warps),
+            **constants,
         )
     return out
 
@@ -375,30 +380,21 @@ def _forward_part(predictions: list[Tensor], targets: list[Tensor], eps: float) 
 def _backward_part(
     dout: Tensor, predictions: list[Tensor], targets: list[Tensor], eps: float
 ) -> list[Tensor]:
-    num = predictions[0].shape[0]
+    num, layers = predictions[0].shape[0], len(predictions)
     predictions = [aligned(t.contiguous()) for t in predictions]
-    targets = [aligned(t.contiguous()) for t in targets]
     dpredictions = [torch.empty_like(t) for t in predictions]
     if num == 0:
         return dpredictions
-    widths = _padded([t.shape[1] for t in predictions])
-    rows, cols, num_warps, one_block = _tile(widths)
+    constants = _constants(predictions)
     with torch.cuda.device_of(dout):
-        cosine_invariance_bwd_kernel[(triton.cdiv(num, rows), len(predictions))](
+        cosine_invariance_bwd_kernel[(triton.cdiv(num, constants["ROWS"]), layers)](
             _padded(predictions),
-            _padded(targets),
+            _padded([aligned(t.contiguous()) for t in targets]),
             _padded(dpredictions),
             aligned(dout.contiguous()),
             num,
             eps,
-            len(widths),
-            widths,
-            _multiples_of_16(widths),
-            one_block,
-            tl.float64 if dout.dtype == torch.float64 else tl.float32,
-            rows,
-            cols,
-            num_warps=warps(num_warps),
+            **constants,
         )
     return dpredictions
 

@@ -114,7 +114,6 @@ def frozen_affine_bwd_kernel(
 TILE, NUM_WARPS = 4096, 8
 # Widths of a tile, from the one for the most regular rows down.
 COLS_CHOICES = (64, 32, 16)
-_TL_WIDE = {torch.float64: tl.float64}
 
 
 def _constant(constant: Tensor | None, x: Tensor) -> Tensor | None:
@@ -139,8 +138,20 @@ def _geometry(t: Tensor) -> tuple[int, int, bool]:
     return num * inner, channels, False
 
 
-def _grid(rows: int, cols: int, cols_of_tile: int) -> tuple[int]:
-    return (triton.cdiv(rows, TILE // cols_of_tile) * triton.cdiv(cols, cols_of_tile),)
+def _cut(t: Tensor, rows: int, cols: int, by_row: bool) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and sizes and constants of both kernels."""
+    tile = _cols_of_tile(cols)
+    return (triton.cdiv(rows, TILE // tile) * triton.cdiv(cols, tile),), {
+        "rows": rows,
+        "cols": cols,
+        "channels": t.shape[1],
+        "ALIGNED": cols % 16 == 0,
+        "BY_ROW": by_row,
+        "WIDE": tl.float64 if t.dtype == torch.float64 else tl.float32,
+        "ROWS": TILE // tile,
+        "COLS": tile,
+        "num_warps": warps(NUM_WARPS),
+    }
 
 
 @torch.library.custom_op("arat_kernels::frozen_affine", mutates_args=())
@@ -152,25 +163,16 @@ def forward(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    rows, cols, by_row = _geometry(x)
-    tile = _cols_of_tile(cols)
+    grid, sizes = _cut(x, *_geometry(x))
     with torch.cuda.device_of(x):
-        frozen_affine_fwd_kernel[_grid(rows, cols, tile)](
+        frozen_affine_fwd_kernel[grid](
             x,
             _constant(scale, x),
             _constant(shift, x),
             None if residual is None else in_layout_of(residual, x),
             y,
-            rows,
-            cols,
-            x.shape[1],
-            cols % 16 == 0,
-            by_row,
-            relu,
-            _TL_WIDE.get(x.dtype, tl.float32),
-            TILE // tile,
-            tile,
-            num_warps=warps(NUM_WARPS),
+            RELU=relu,
+            **sizes,
         )
     return y
 
@@ -198,24 +200,16 @@ def backward(
         by_row = False
         if model.numel() % COLS_CHOICES[-1] == 0:
             rows, cols = model.numel() // COLS_CHOICES[-1], COLS_CHOICES[-1]
-    tile = _cols_of_tile(cols)
+    grid, sizes = _cut(model, rows, cols, by_row)
     with torch.cuda.device_of(model):
-        frozen_affine_bwd_kernel[_grid(rows, cols, tile)](
+        frozen_affine_bwd_kernel[grid](
             model if y is None else in_layout_of(dy, model),
             None if dy_skip is None else in_layout_of(dy_skip, model),
             None if y is None else model,
             _constant(scale, model),
             dx if needs_dx else None,
             dresidual if needs_dresidual else None,
-            rows,
-            cols,
-            1 if scale is None else model.shape[1],
-            cols % 16 == 0,
-            by_row,
-            _TL_WIDE.get(model.dtype, tl.float32),
-            TILE // tile,
-            tile,
-            num_warps=warps(NUM_WARPS),
+            **sizes,
         )
     return dx, dresidual
 

@@ -120,7 +120,8 @@ class SplitBatchNorm2d(nn.Module):
         if self.impl == "reference" or (self.impl is None and not x.is_cuda):
             run = split_batch_norm_reference
         else:
-            choose(self.impl, x, self.weight, self.running_mean, residual)
+            buffers = self.running_mean, self.running_var
+            choose(self.impl, x, self.weight, self.bias, *buffers, residual)
             run = split_batch_norm_triton
         y, pooled = run(
             x,

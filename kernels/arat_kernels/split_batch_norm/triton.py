@@ -440,8 +440,6 @@ class _Launch:
     grid: tuple[int]
     segments: int
     integers: tuple[int, ...]
-    clean_segments: int
-    segment_rows: int
     constants: dict[str, Any]
 
 
@@ -479,8 +477,6 @@ def _plan(
         grid=(segments * channel_blocks,),
         segments=segments,
         integers=(channels, clean_rows, rows, clean_segments, segment_rows),
-        clean_segments=clean_segments,
-        segment_rows=segment_rows,
         constants={
             "ALIGNED": channels % 16 == 0,
             "BLOCK_R": block_r,
@@ -527,7 +523,7 @@ def statistics(
             running_var,
             *plan.integers[:4],
             plan.segments,
-            plan.segment_rows,
+            plan.integers[4],
             momentum,
             **_COMBINE,
             num_warps=warps(_COMBINE_WARPS),
@@ -626,7 +622,7 @@ def backward_sums(
             partial,
             sums,
             x.shape[1],
-            plan.clean_segments,
+            plan.integers[3],
             plan.segments,
             **_COMBINE,
             num_warps=warps(_COMBINE_WARPS),

@@ -31,6 +31,7 @@ from arat_kernels.crop_flip import triton as crop_flip  # noqa: E402
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad  # noqa: E402
 from arat_kernels.frozen_affine import triton as frozen_affine  # noqa: E402
 from arat_kernels.pgd_step import triton as pgd_step  # noqa: E402
+from arat_kernels.split_batch_norm import triton as split_batch_norm  # noqa: E402
 
 X = torch.zeros(4, 32, 8, 8)
 ROW = torch.zeros(32)
@@ -86,6 +87,26 @@ def test_kernels_of_split_batch_norm(
     with recorded() as launches:
         normalize(64, torch.float32, residual=residual, training=training, parameters=parameters)
     assert [launch.kernel for launch in launches] == expected
+
+
+def test_a_gradient_of_the_weight_alone_computes_none_of_the_input() -> None:
+    x = X.to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.ones(2, 32, requires_grad=True) for _ in range(2))
+    rows = torch.zeros(2, 32), torch.ones(2, 32)
+    with recorded() as launches:
+        y, _ = split_batch_norm.split_batch_norm_triton(
+            x, weight, bias, *rows, (2, 2), True, True, 0.1, 1e-5, None, True, False, None
+        )
+        torch.autograd.grad(y, weight, torch.zeros_like(y))
+    assert [launch.kernel for launch in launches] == [*STATISTICS, FORWARD, *SUMS]
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_bits_of_relu_are_stored_for_a_backward_only(differentiable: bool) -> None:
+    with recorded() as launches:
+        normalize(64, torch.float32, residual=True, differentiable=differentiable)
+    (forward,) = (launch for launch in launches if launch.kernel == FORWARD)
+    assert ("mask_ptr" in forward.types) is differentiable
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(11, [11]), (12, [11, 1]), (26, [11, 11, 4])])
