@@ -101,13 +101,13 @@ class EvalOptions:
     """Step size of PGD; default the run's, in another ball a quarter of the radius."""
     num_restarts: int = 1
     """Independent runs of PGD; an image counts as robust if it withstands them all; >= 1."""
-    attacks: tuple[
-        Literal["pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10", "corruptions"], ...
-    ] = ("pgd", "autoattack")
+    attacks: tuple[Literal["pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10"], ...] = (
+        "pgd",
+        "autoattack",
+    )
     """What to run beside the clean images. apgd-ce and square are AutoAttack's first and last
-    attack alone; corruptions are fifteen common ones in five severities, made on the fly;
-    aa-torchattacks10 is AutoAttack with torchattacks' 10 steps, as the paper's table had it: it
-    overstates robustness and is for comparison with that table only."""
+    attack alone; aa-torchattacks10 is AutoAttack with torchattacks' 10 steps, as the paper's table
+    had it: it overstates robustness and is for comparison with that table only."""
     max_samples: int = 0
     """Evaluate the first samples only; 0 for all."""
     batch_size: int | None = None
@@ -520,7 +520,6 @@ def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
         "aa-torchattacks10": "aa-torchattacks10",
         "apgd-ce": "APGD-CE alone",
         "square": "Square alone",
-        "corruptions": "common corruptions",
     }
     for name, record in accuracy.items():
         label = labels.get(name, name.upper().replace("PGD", "PGD-"))

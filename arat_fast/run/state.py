@@ -22,11 +22,11 @@ from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint
 from arat_fast.data.load import download_data
 from arat_fast.device import resolve_precision, versions
-from arat_fast.display import Display, TrainingBar
+from arat_fast.display import Display, SuiteProgress, TrainingBar, Unit
 from arat_fast.distributed import ALONE, Place, Ranks, place_of
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.ranks import Vote
-from arat_fast.evaluation.evaluate import SuiteProgress, Unit, evaluation_mode, predict
+from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import write_json
 from arat_fast.run.hooks import Hook, default_hooks

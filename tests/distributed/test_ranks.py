@@ -13,7 +13,6 @@ import torch
 from distributed import cases, jobs, worker
 
 from arat_fast.distributed import ALONE
-from arat_fast.evaluation.corruptions import CORRUPTIONS
 
 SIZES = (2, 3)
 
@@ -114,12 +113,6 @@ def test_evaluations_count_every_image_once(results: Results, size: int, tmp_pat
         got = rank["evaluations"]
         for name in ("few", "clean correct"):
             assert torch.equal(got[name], expected[name]), name
-        for name in ("corrupted", "few corrupted"):
-            assert got[name].shape == expected[name].shape
-            for corruption in ("brightness", "contrast", "defocus_blur", "pixelate"):
-                # Nothing in them is random.
-                number = list(CORRUPTIONS).index(corruption)
-                assert torch.equal(got[name][number], expected[name][number]), corruption
         assert got["clean"] == expected["clean"]
         for name in ("pgd", "autoattack"):
             record, correct = got[name], got[f"{name} correct"]

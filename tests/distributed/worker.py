@@ -10,16 +10,12 @@ from distributed import cases
 
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.distributed import Ranks, join
-from arat_fast.evaluation.sharing import share_evaluation
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.autoattack import autoattack
 from arat_fast.evaluation.evaluate import ImageSet, clean_accuracy, pgd_accuracy
-from arat_fast.evaluation.suite import (
-    SuiteResult,
-    corruption_accuracy,
-    per_example,
-    save_per_example,
-)
+from arat_fast.evaluation.record import save_per_example
+from arat_fast.evaluation.sharing import share_evaluation
+from arat_fast.evaluation.suite import SuiteResult, per_example
 from arat_fast.objectives import NaturalTraining
 from arat_fast.run.loop import Trainer
 from arat_fast.training.checkpoint import CheckpointFolder
@@ -55,16 +51,14 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
             images,
         ),
     }
-    corruptions = corruption_accuracy(model, images, batch_size=4, ranks=ranks)
-    suite = SuiteResult(results, corruptions)
+    suite = SuiteResult(results)
     arrays = per_example(model, images, suite, 4, ranks)
     if ranks.is_main:
         save_per_example(folder / "all.npz", arrays)
     # Fewer images than processes.
     one = ImageSet.from_batches(batches, 1, ranks.shard)
     few = share_evaluation(ranks, lambda own: clean_accuracy(model, own, batch_size=4), one)
-    few_corrupted = corruption_accuracy(model, one, batch_size=4, ranks=ranks)
-    suite = SuiteResult({"clean": few}, few_corrupted)
+    suite = SuiteResult({"clean": few})
     arrays = per_example(model, one, suite, 4, ranks)
     if ranks.is_main:
         save_per_example(folder / "few.npz", arrays)
@@ -72,8 +66,6 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
         "x": images.x,
         "y": images.y,
         "few": few.correct,
-        "few corrupted": few_corrupted.correct,
-        "corrupted": corruptions.correct,
         **{name: result.record() for name, result in results.items()},
         **{f"{name} correct": result.correct for name, result in results.items()},
         **{f"{name} x_adv": result.x_adv for name, result in results.items()},
