@@ -20,7 +20,7 @@ from arat_fast import __version__
 from arat_fast.command_line import UsageError, parse, value_of
 from arat_fast.config import Config
 from arat_fast.device import keep_freed_memory
-from arat_fast.distributed.ranks import LeftBehindError
+from arat_fast.distributed import LeftBehindError
 from arat_fast.recipes import RECIPES, recipe
 
 USAGE = """\

@@ -36,11 +36,10 @@ class Drill:
 
     Attributes:
         out: folder of the run.
-        accident: "none"; a signal's name; "kill" (SIGKILL), "error" or "nan" in a step; "nan once",
-            of which a second attempt is spared; "kill in write" or "full disk" in writing a
-            checkpoint; "launcher" (SIGTERM to torchrun's, before a step); "hang" in a step, with
-            signs of life; "evaluation" (SIGTERM in it, while the other ranks still evaluate);
-            "slow", a second longer than the timeout at the start and in the first analysis.
+        accident: "none"; a signal's name; "kill" (SIGKILL) or "nan" in a step; "nan once", of which
+            a second attempt is spared; "kill in write" or "full disk" in writing a checkpoint;
+            "launcher" (SIGTERM to torchrun's, before a step); "evaluation" (SIGTERM in it, while
+            the other ranks still evaluate).
         step: in which it happens, or after which a checkpoint is written.
         rank: to which it happens; None: to all.
         extra: further arguments of the command line.
@@ -63,8 +62,6 @@ def run(drill: Drill) -> int:
     spared = drill.first_attempt_only and os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
     # A process is lost sooner than outside of tests.
     watch_module.BEAT_SECONDS, watch_module.LOST_SECONDS = 0.2, 1.5
-    if drill.accident == "SIGSTOP":
-        watch_module.SILENT_SECONDS = 4.0
     if drill.accident != "none" and not spared:
         loop_module.Trainer = prepared(drill)  # type: ignore[misc]
     return command_line([*BASE, *drill.extra, "--out", drill.out, "--resume"])
@@ -85,8 +82,6 @@ def prepared(drill: Drill) -> Any:
                     break_writes(self, drill)
                 elif drill.accident == "launcher":
                     end_launcher(self, drill)
-                elif drill.accident == "slow":
-                    be_slow(self.config.distributed.timeout + 1)
                 else:
                     break_steps(self, drill)
 
@@ -103,10 +98,6 @@ def break_steps(trainer: Any, drill: Drill) -> None:
         trainer.had_it = drill.accident == "nan once"
         if drill.accident == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if drill.accident == "hang":
-            time.sleep(60)
-        if drill.accident == "error":
-            raise ValueError("an image that cannot be read")
         if drill.accident.startswith("nan"):
             # Before the step: it reaches the loss, the gradients and the other ranks' weights.
             with torch.no_grad():
@@ -117,19 +108,6 @@ def break_steps(trainer: Any, drill: Drill) -> None:
         return result
 
     trainer.train_step.from_indices = accident
-
-
-def be_slow(seconds: float) -> None:
-    pauses = [seconds]
-
-    def analysis(*_: Any) -> dict[str, Any]:
-        if pauses:
-            time.sleep(pauses.pop())
-        return {}
-
-    loop_module.analyze_training = analysis
-    loop_module.headline_numbers = lambda record: {}
-    time.sleep(seconds)
 
 
 def break_evaluations(trainer: Any, drill: Drill) -> None:
