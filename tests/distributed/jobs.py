@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a public
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["distributed.drills", "distributed.endings", "distributed.worker"])
 _STORES: list[TCPStore] = []
+"""Those that jobs share, as torchrun has them."""
 
 
 def start(
@@ -67,7 +68,6 @@ def wait(processes: Sequence[BaseProcess], seconds: float = 150) -> list[int | N
     for process in processes:
         process.kill()
         process.join()
-    _STORES.clear()
     return codes
 
 

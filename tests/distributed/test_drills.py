@@ -103,7 +103,7 @@ def test_a_signal_in_an_evaluation(whole: Callable[[int], Path], tmp_path: Path,
     codes, text = go(tmp_path / "logs", 2, Drill(str(out), "evaluation", step, 1, extra))
     assert codes == [75, 75], text
     assert text.count("arat-fast: stopped") == 1
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == step
+    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == step
     finish(tmp_path / "logs", out, 2)
     assert_same_run(whole(2), out)
 
@@ -119,7 +119,7 @@ def test_a_signal_stops_all_ranks_at_one_step(
     assert codes == [code, code], text
     assert text.count("stopped at step") == 1 and "--resume" in text
     # All know of it one step later.
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == 8
+    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 8
     finish(tmp_path / "logs", out, 2)
     assert_same_run(whole(2), out)
 
@@ -137,7 +137,7 @@ def test_job_killed_in_the_middle_of_a_checkpoint(
     for process in processes:
         process.kill()
     assert jobs.wait(processes) == [-9, -9], jobs.printed(log)
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == STEPS_PER_EPOCH
+    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == STEPS_PER_EPOCH
     assert list(out.glob(".checkpoint.pt.*")), "the half-written file"
     finish(tmp_path / "logs", out, 2)
     assert not list(out.glob(".checkpoint.pt.*"))
@@ -151,7 +151,7 @@ def test_full_disk(whole: Callable[[int], Path], tmp_path: Path) -> None:
     assert codes == [2, 1], text
     (message,) = errors(text)
     assert "checkpoint.pt" in message
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == STEPS_PER_EPOCH
+    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == STEPS_PER_EPOCH
     finish(tmp_path / "logs", out, 2)
     assert_same_run(whole(2), out)
 
@@ -176,7 +176,7 @@ def test_nan_stops_all_ranks_and_keeps_the_checkpoint(tmp_path: Path, rank: int 
     assert sorted(codes) == [1, 2], text  # type: ignore[type-var]  # none is None
     (message,) = errors(text)
     assert f"at step 6 on {'rank 0, 1' if rank is None else 'rank 1'}" in message
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == STEPS_PER_EPOCH
+    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == STEPS_PER_EPOCH
 
 
 def test_rollback_goes_on_with_a_lower_rate(tmp_path: Path) -> None:
@@ -185,13 +185,16 @@ def test_rollback_goes_on_with_a_lower_rate(tmp_path: Path) -> None:
     codes, text = go(tmp_path / "logs", 2, Drill(str(out), "nan once", 6, 1, extra))
     assert codes == [0, 0], text
     assert "back to step 4" in text
-    state = load_checkpoint(out / "checkpoint.pt")
-    assert state["rate_factor"] == 0.5 and state["num_rollbacks"] == 1 and state["step"] == TOTAL
+    progress = load_checkpoint(out / "checkpoint.pt")["progress"]
+    assert (progress["rate_factor"], progress["num_rollbacks"]) == (0.5, 1)
+    assert progress["step"] == TOTAL
 
 
 def test_resume_with_another_number_of_ranks(tmp_path: Path) -> None:
     """With synchronised BatchNorm the runs agree up to rounding, wherever the ranks change."""
-    extra = (*EPOCHS, "--distributed.sync-bn", "--train.log-every", "1")
+    # In L2: signs of gradients near zero would turn over.
+    ball = ("--attack.norm", "L2", "--attack.eps", "0.5", "--attack.alpha", "0.5")
+    extra = (*EPOCHS, "--distributed.sync-bn", *ball)
     codes, text = go(tmp_path / "logs", 3, Drill(str(tmp_path / "a"), "SIGTERM", 5, 0, extra))
     assert set(codes) == {75}, text
     text = finish(tmp_path / "logs", tmp_path / "a", 2, extra)
@@ -200,9 +203,8 @@ def test_resume_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert set(codes) == {0}, text
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     for name, value in a.items():
-        # float32: signs of gradients near zero turn over in the attack.
         torch.testing.assert_close(
-            value, b[name], rtol=0.05, atol=0.02, msg=lambda m, n=name: n + m
+            value, b[name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: n + m
         )
 
 
@@ -213,13 +215,14 @@ def test_more_ranks_can_leave_nothing_of_an_epoch_but_its_end(tmp_path: Path) ->
     codes, text = go(tmp_path / "logs", 0, Drill(str(out), "SIGTERM", 2, None, extra))
     assert codes == [75], text
     before = load_checkpoint(out / "checkpoint.pt")
-    assert before["step"] == 3 and before["steps_per_epoch"] == 4
+    progress = before["progress"]
+    assert progress["step"] == 3 and progress["steps_per_epoch"] == 4
     text = finish(tmp_path / "logs", out, 2, extra)
     assert "from step 3" in text
-    state, metrics = load_checkpoint(out / "checkpoint.pt"), before["metrics"]
+    state, metrics = load_checkpoint(out / "checkpoint.pt")["progress"], before["metrics"]
     assert state["step"] == state["steps_per_epoch"] == 3
     mean = metrics["epoch_sums"]["accuracy_clean"] / metrics["epoch_samples"]
-    assert state["clean_accuracy"] == mean != before["clean_accuracy"]
+    assert state["clean_accuracy"] == mean != progress["clean_accuracy"]
 
 
 @pytest.mark.slow
@@ -233,7 +236,7 @@ def test_twenty_interruptions(tmp_path: Path) -> None:
     folder = CheckpointFolder(out, 2)
     for number in range(20):
         found = folder.find() if folder.exists() else None
-        at = found.state["step"] if found else 0
+        at = found.state["progress"]["step"] if found else 0
         # A kill loses the steps since the checkpoint, a signal none: so the run gets on.
         kind = "kill" if number % 2 else draw.choice(["SIGTERM", "SIGUSR1", "SIGINT"])
         step = at + draw.randrange(1 + min(5, (total - 2 - at) // (20 - number)))
@@ -286,6 +289,6 @@ def test_sigterm_to_torchrun_with_workers(whole: Callable[[int], Path], tmp_path
     workers = ("--data.loader", "dataloader", "--data.num-workers", "1")
     result = torchrun(Drill(str(out), "launcher", 5, 0, (*EPOCHS, *workers)))
     assert result.returncode != 0, result.stderr
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == 7
+    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 7
     finish(tmp_path / "logs", out, 2)
     assert_same_run(whole(2), out)

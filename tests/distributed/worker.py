@@ -17,9 +17,10 @@ from arat_fast.evaluation.record import save_per_example
 from arat_fast.evaluation.sharing import share_evaluation
 from arat_fast.evaluation.suite import SuiteResult, per_example
 from arat_fast.objectives import NaturalTraining
-from arat_fast.run.loop import Trainer
+from arat_fast.run.state import Progress, Run
 from arat_fast.training.checkpoint import CheckpointFolder
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
+from arat_fast.training.values import Values
 
 
 def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
@@ -78,12 +79,12 @@ def metrics(ranks: Ranks) -> dict[str, object]:
     total = 5 * ranks.world_size - 1
     for step in range(3):
         value = torch.tensor(float(10 * step + ranks.rank))
-        found.add(step, {"loss": value, "accuracy_clean": value / 100}, total)
+        found.add(step, Values.pack({"loss": value, "accuracy_clean": value / 100}), total)
     means = found.read()
     last = ranks.rank == ranks.world_size - 1
     for step in (3, 4):
         value = torch.tensor(float("nan") if last and step == 4 else 1.0)
-        found.add(step, {"loss": value, "accuracy_clean": torch.tensor(0.5)}, total)
+        found.add(step, Values.pack({"loss": value, "accuracy_clean": value}), total)
     try:
         found.read()
     except NotFiniteError as error:
@@ -94,19 +95,19 @@ def metrics(ranks: Ranks) -> dict[str, object]:
 def own_disks(ranks: Ranks, folder: Path) -> dict[str, object]:
     """What each rank says of the last checkpoint, where only rank 0 sees it, and of weights that
     are not finite on the last rank alone."""
-    trainer = Trainer.__new__(Trainer)
-    trainer.ranks, trainer.step = ranks, 8
-    trainer.checkpoints = CheckpointFolder(folder / f"disk{ranks.rank}", 2)
-    trainer.checkpoint_path = trainer.checkpoints.newest
-    trainer.model, trainer.objective = torch.nn.Linear(2, 2), NaturalTraining()
+    run = Run.__new__(Run)
+    run.ranks = ranks
+    run.progress = Progress(8, 10)
+    run.checkpoints = CheckpointFolder(folder / f"disk{ranks.rank}", 2)
+    run.model, run.objective = torch.nn.Linear(2, 2), NaturalTraining()
     if ranks.rank == ranks.world_size - 1:
-        trainer.model.bias.data.fill_(float("nan"))
-    before = trainer._last_checkpoint()
+        run.model.bias.data.fill_(float("nan"))
+    before = run.last_checkpoint()
     if ranks.is_main:
-        trainer.checkpoints.folder.mkdir()
-        trainer.checkpoints.save(4, {"step": 4}, lambda: None)
+        run.checkpoints.folder.mkdir()
+        run.checkpoints.save(4, {"step": 4}, lambda: None)
     try:
-        trainer._check_weights()
+        run.save()
     except NotFiniteError as error:
         return {"before": before, "error": str(error)}
     return {"before": before, "error": ""}
