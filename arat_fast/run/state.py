@@ -109,9 +109,10 @@ class RandomStates:
         if run.ranks.rank >= saved:
             run.seed_rank()
             return
-        torch.set_rng_state(state["cpu"][run.ranks.rank])
+        # Copies: PyTorch reads such a state from the start of its memory.
+        torch.set_rng_state(state["cpu"][run.ranks.rank].clone())
         if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"][run.ranks.rank], run.device)
+            torch.cuda.set_rng_state(state["cuda"][run.ranks.rank].clone(), run.device)
 
 
 class Identity:
