@@ -127,16 +127,11 @@ class Ranks:
 
     def broadcast_bytes(self, content: bytes | None) -> bytes:
         """Rank 0's ``content``, on every process."""
-        if self.group is None:
-            assert content is not None
-            return content
-        size = torch.tensor([0 if content is None else len(content)])
-        dist.broadcast(size, 0, group=self.group)
-        # A copy: the tensor is written to on the other processes.
-        raw = bytearray(content) if self.is_main and content else bytearray(int(size))
-        if raw:
-            dist.broadcast(torch.frombuffer(raw, dtype=torch.uint8), 0, group=self.group)
-        return bytes(raw)
+        box = [content]
+        if self.group is not None:
+            dist.broadcast_object_list(box, 0, group=self.group)
+        assert box[0] is not None
+        return box[0]
 
     def broadcast_(self, value: Tensor) -> None:
         """Rank 0's ``value`` in place of every process's."""
@@ -145,9 +140,7 @@ class Ranks:
 
     def all(self, value: bool) -> bool:
         """Whether ``value`` is true on every process."""
-        if self.group is None:
-            return value
-        return self.largest(int(not value)) == 0
+        return not self.largest(int(not value))
 
     def meet(self) -> None:
         """Wait for all processes, however long the others still work.
