@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_first():
             _complain(error)
         return 2
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         return _failed(error)
 
 
@@ -87,7 +87,7 @@ def _failed(error: Exception) -> int:
         return 2
     import torch
 
-    from arat_fast.distributed.ranks import LeftBehindError
+    from arat_fast.distributed import LeftBehindError
     from arat_fast.training.memory import BatchTooLargeError
 
     if isinstance(error, LeftBehindError):

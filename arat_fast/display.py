@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,11 +18,24 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-if TYPE_CHECKING:
-    from arat_fast.evaluation.evaluate import Unit
-
 QUIET_SECONDS = 10.0
 """Longest silence during an evaluation whose output is not a terminal."""
+
+Unit = Literal["images", "passes"]
+
+
+class SuiteProgress(Protocol):
+    """Told how far an evaluation of several parts is."""
+
+    def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
+        """``done`` of ``total`` images; passes: ``done`` forward passes so far, ``total`` images
+        that still stand.
+
+        Args:
+            name: what is running.
+            done, total: >= 0.
+            unit: what is counted.
+        """
 
 
 class Display:
@@ -122,11 +135,11 @@ class EvaluationBar:
         self.spoke = 0.0
 
     def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
-        """As :class:`arat_fast.evaluation.evaluate.SuiteProgress`."""
+        """As :class:`SuiteProgress`."""
         if unit == "passes":
             status = f"{total} images standing, {done:,} forward passes"
         else:
-            status = f"{done} of {total} {unit}"
+            status = f"{done} of {total} images"
         now = time.monotonic()
         if name != self.name:
             self.name = name
@@ -135,7 +148,7 @@ class EvaluationBar:
             self.task = self.progress.add_task(name, total=None, status=status)
             self.spoke = now
             if not self.is_terminal:
-                self.display.say(f"{name}: {total} {'images' if unit == 'passes' else unit}")
+                self.display.say(f"{name}: {total} images")
         elif self.task is not None:
             self.progress.update(self.task, status=status)
             if not self.is_terminal and now - self.spoke >= QUIET_SECONDS:

@@ -42,7 +42,6 @@ class SquareLinf:
         batch_size: images at once, >= 1.
         rescale_schedule: shrink the squares as fast as 10,000 proposals would, whatever their
             number.
-        progress: called after each forward pass.
 
     Attributes:
         num_evaluated: images that the network has seen in all.
@@ -59,7 +58,6 @@ class SquareLinf:
         seed: int = 0,
         batch_size: int = 256,
         rescale_schedule: bool = False,
-        progress: Callable[[], None] | None = None,
     ) -> None:
         if not eps >= 0 or num_queries < 0 or batch_size < 1:
             raise ValueError(
@@ -71,7 +69,6 @@ class SquareLinf:
         self.seed = seed
         self.batch_size = batch_size
         self.rescale_schedule = rescale_schedule
-        self.progress = progress
         self.num_evaluated = 0
         self._lock = threading.Lock()
 
@@ -150,8 +147,6 @@ class SquareLinf:
             true = logits.gather(1, labels[:, None]).flatten()
             others = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
             margins.append(true - others)
-            if self.progress is not None:
-                self.progress()
         return torch.cat(margins)
 
 

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
+import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from arat_fast.data.plan import Shard
 from arat_fast.device import resolve_device
-from arat_fast.distributed.rendezvous import open_store
-from arat_fast.distributed.watch import Watch
+from arat_fast.distributed.watch import LeftBehindError, Watch, open_store
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PR_SET_PDEATHSIG = 1
 
 
-class LeftBehindError(RuntimeError):
-    """This process ends because another one did.
-
-    Attributes:
-        exit_code: for this process.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class Ranks:
@@ -117,16 +111,11 @@ class Ranks:
 
     def broadcast_bytes(self, content: bytes | None) -> bytes:
         """Rank 0's ``content``, on every process."""
-        if self.group is None:
-            assert content is not None
-            return content
-        size = torch.tensor([0 if content is None else len(content)])
-        dist.broadcast(size, 0, group=self.group)
-        # A copy: the tensor is written to on the other processes.
-        raw = bytearray(content) if self.is_main and content else bytearray(int(size))
-        if raw:
-            dist.broadcast(torch.frombuffer(raw, dtype=torch.uint8), 0, group=self.group)
-        return bytes(raw)
+        box = [content]
+        if self.group is not None:
+            dist.broadcast_object_list(box, 0, group=self.group)
+        assert box[0] is not None
+        return box[0]
 
     def broadcast_(self, value: Tensor) -> None:
         """Rank 0's ``value`` in place of every process's."""
@@ -135,9 +124,7 @@ class Ranks:
 
     def all(self, value: bool) -> bool:
         """Whether ``value`` is true on every process."""
-        if self.group is None:
-            return value
-        return self.largest(int(not value)) == 0
+        return not self.largest(int(not value))
 
     def meet(self) -> None:
         """Wait for all processes, however long the others still work.
@@ -146,16 +133,15 @@ class Ranks:
         exceed.
 
         Raises:
-            LeftBehindError: another process has failed meanwhile, and has said why.
+            LeftBehindError: another process has failed or was lost meanwhile.
         """
-        spoken = None if self.watch is None else self.watch.meet()
-        if spoken is not None:
-            raise LeftBehindError("", spoken)
+        if self.watch is not None:
+            self.watch.meet()
 
     def ask(self, number: int) -> None:
         """Tell the other processes a number > 0; may be called by one of them alone."""
         if self.watch is not None:
-            self.watch.ask(number)
+            self.watch.store.set("asked", str(number))
 
     @property
     def asked(self) -> int:
@@ -223,18 +209,15 @@ class Vote:
 def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
     """The processes that torchrun started; :data:`ALONE` in a process of its own.
 
-    If one process ends with an error, or dies, the others end too. One of them says why: the first
-    one that fails with an error of its own, or, of a process that cannot speak any more, one of
-    those that are left; of rank 0, through which they agree on that, rank 1 and one process of each
-    other machine.
+    If one process ends with an error, or dies, the others end too, and one of them says why. Where
+    torchrun itself is killed, its processes get SIGTERM (Linux).
 
     Args:
         device: auto, cpu, cuda or cuda:N, as configured.
         timeout: seconds after which a process that waits for another gives up; > 0.
 
     Raises:
-        LeftBehindError: another process failed or was lost; its message is empty where another one
-            has spoken already.
+        LeftBehindError: another process failed or was lost.
         OSError: the processes did not find each other.
         ValueError: as :meth:`Ranks.device`.
     """
@@ -248,16 +231,15 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl"
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    limit = datetime.timedelta(seconds=timeout)
     try:
-        limit = datetime.timedelta(seconds=timeout)
+        store = open_store(rank, world_size, limit)
         dist.init_process_group(
-            backend,
-            store=open_store(rank, world_size, limit),
-            rank=rank,
-            world_size=world_size,
-            timeout=limit,
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
-        watch = Watch(rank, world_size, local_rank)
+        watch = Watch(store, rank, world_size, local_rank)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise OSError(
@@ -267,31 +249,24 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
     assert dist.group.WORLD is not None
     try:
         yield Ranks(rank, world_size, local_rank, dist.group.WORLD, watch)
+        watch.stop()
+    except LeftBehindError:
+        raise
     except Exception as error:
-        exit_code = getattr(error, "exit_code", None)
-        if isinstance(exit_code, int):
-            # A stop that all processes agreed on, or that another one has caused.
-            _leave(watch)
+        if hasattr(error, "exit_code"):
+            # A stop that all processes agreed on. torchrun and its store may have gone.
+            with suppress(RuntimeError):
+                watch.stop()
             raise
         if is_collective_failure(error):
-            message, exit_code = watch.explain_loss(error)
-            raise LeftBehindError(message, exit_code) from error
-        spoken = watch.claim(2)
-        if spoken is None:
-            raise
-        raise LeftBehindError("", spoken) from error
-    _leave(watch)
-
-
-def _leave(watch: Watch) -> None:
-    """Part from the other processes, once all are done."""
-    try:
-        spoken = watch.stop()
-    except RuntimeError as error:
-        message, exit_code = watch.explain_loss(error)
-        raise LeftBehindError(message, exit_code) from error
-    if spoken is not None:
-        raise LeftBehindError("", spoken)
+            raise LeftBehindError(watch.explain(error)) from error
+        if not watch.claim():
+            raise LeftBehindError("") from error
+        # What torchrun tells of the rank that failed first.
+        get_error_handler().record_exception(error)
+        raise
+    finally:
+        watch.stopped.set()
     dist.destroy_process_group()
 
 

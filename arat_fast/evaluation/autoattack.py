@@ -6,9 +6,10 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from arat_fast.evaluation.evaluate import (
     predict,
 )
 from arat_fast.evaluation.parallel import SharedNetwork, Stopped, shared_batches
-from arat_fast.evaluation.pieces import Pieces
+from arat_fast.evaluation.pieces import Pieces, Tensors
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.folding import FoldedNetwork
 
@@ -107,6 +108,7 @@ def autoattack(
     after: dict[str, Tensor] = {}
     num_rejected = num_disputed = 0
     x_adv = images.x.clone()
+    run = _Attacks(model, threat, batch_size, seed, num_targets, short, fast, title, progress)
     with ExitStack() as stack:
         stack.enter_context(private_random_state(images.x.device))
         stack.enter_context(evaluation_mode(model))
@@ -115,64 +117,15 @@ def autoattack(
             folded, not_folded = _fast_network(model, images.x)
             network = stack.enter_context(shared_batches(folded, images.x[:batch_size]))
         robust = predict(model, images.x, batch_size).argmax(dim=1) == images.y
-
-        def attack(name: str, attacked: nn.Module, indices: Tensor) -> _Attacked:
-            def reference(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-                adversary = _reference(network, x.device, threat, seed, num_targets, short)
-                adversary.attacks_to_run = [name]
-                found: Tensor = adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
-                return found
-
-            x, y = images.x[indices], images.y[indices]
-            by_parts = name == "fab-t" or (name == "square" and threat.norm == "Linf")
-            shared = attacked if by_parts and isinstance(attacked, SharedNetwork) else None
-            ticking = _Ticking(
-                attacked if shared is None else shared.network,
-                f"{title} {name}",
-                int(robust.sum()),
-                progress,
-                *(() if shared is None else (shared.count(x), shared.stopped)),
-            )
-            if name == "square" and threat.norm == "Linf" and fast:
-                square = SquareLinf(
-                    threat.eps,
-                    num_queries=NUM_QUERIES,
-                    seed=seed,
-                    batch_size=batch_size,
-                    rescale_schedule=short,
-                )
-                if shared is None:
-                    candidates = square(ticking, x, y)
-                else:
-                    candidates = square(ticking, x, y, share=shared.map_parts)
-            elif name == "fab-t" and shared is not None:
-                # It draws nothing, so each thread takes it through all steps on its own images.
-                candidates = shared.map_parts(partial(reference, ticking), x, y)
-            else:
-                candidates = reference(ticking, x, y)
-            still, adversarial, rejected = accept(model, x, y, candidates, threat)
-            lost = predict(attacked, candidates, batch_size).argmax(dim=1) != y
-            disputed = still & lost & threat.allows(x, candidates)
-            return _Attacked(still, adversarial, rejected, disputed)
-
-        def piece(name: str, indices: Tensor) -> dict[str, Tensor]:
-            still, adversarial, rejected, disputed = attack(name, network, indices)
-            if network is model:
-                disputed = torch.zeros_like(still)
-            elif disputed.any():
-                again = attack(name, model, indices[disputed])
-                still[disputed], adversarial[disputed] = again.still, again.x_adv
-                rejected += again.rejected
-            counts = torch.tensor([rejected, int(disputed.sum())])
-            return {"still": still, "x_adv": adversarial[~still], "counts": counts}
-
         for name in attacks:
             survivors = robust.nonzero().flatten()
             for number, indices in enumerate(torch.split(survivors, batch_size)):
                 if len(indices) == 0:
                     continue
+                run.survivors = int(robust.sum())
+                piece = partial(run.piece, name, network, images.x[indices], images.y[indices])
                 kept = f"{version}-{'-'.join(attacks)}-{name}-{number}"
-                found = pieces.get(kept, partial(piece, name, indices), images.x.device)
+                found = pieces.get(kept, piece, images.x.device)
                 broken = indices[~found["still"]]
                 robust[broken] = False
                 x_adv[broken] = found["x_adv"]
@@ -203,20 +156,95 @@ def autoattack(
     return AttackResult(robust, x_adv, details, after)
 
 
-class _Attacked(NamedTuple):
-    """What one attack did to some images.
+@dataclass
+class _Attacks:
+    """Runs one attack on some images; the fields are those of :func:`autoattack`.
 
     Attributes:
-        still: (n,) bool: the network itself classifies them correctly.
-        x_adv: (n, C, H, W).
-        rejected: number of examples outside the ball.
-        disputed: (n,) bool: those that only the attacked network gets wrong.
+        survivors: images that still stand, to be told.
     """
 
-    still: Tensor
-    x_adv: Tensor
-    rejected: int
-    disputed: Tensor
+    model: nn.Module
+    threat: ThreatModel
+    batch_size: int
+    seed: int
+    num_targets: int
+    short: bool
+    fast: bool
+    title: str
+    progress: Progress | None
+    survivors: int = 0
+
+    def piece(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensors:
+        """Attack ``network``; what only that loses is attacked again on the network itself.
+
+        Returns:
+            "still" (n,) bool: the network itself classifies them correctly; "x_adv": of the others;
+            "counts": examples outside the ball, and images that were attacked again.
+        """
+        candidates = self.attack(name, network, x, y)
+        still, x_adv, rejected = accept(self.model, x, y, candidates, self.threat)
+        disputed = torch.zeros_like(still)
+        if network is not self.model:
+            lost = predict(network, candidates, self.batch_size).argmax(dim=1) != y
+            disputed = still & lost & self.threat.allows(x, candidates)
+        if disputed.any():
+            x, y = x[disputed], y[disputed]
+            candidates = self.attack(name, self.model, x, y)
+            again = accept(self.model, x, y, candidates, self.threat)
+            still[disputed], x_adv[disputed] = again[:2]
+            rejected += again[2]
+        counts = torch.tensor([rejected, int(disputed.sum())])
+        return {"still": still, "x_adv": x_adv[~still], "counts": counts}
+
+    def attack(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What the attack returns, unchecked."""
+        own_square = name == "square" and self.threat.norm == "Linf" and self.fast
+        # These draw nothing that depends on the other images, so that each thread takes them
+        # through all steps on its own images.
+        by_parts = name == "fab-t" or own_square
+        shared = network if by_parts and isinstance(network, SharedNetwork) else None
+        ticking = _Ticking(
+            network if shared is None else shared.network,
+            f"{self.title} {name}",
+            self.survivors,
+            self.progress,
+            *(() if shared is None else (shared.count(x), shared.stopped)),
+        )
+        if own_square:
+            square = SquareLinf(
+                self.threat.eps,
+                num_queries=NUM_QUERIES,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                rescale_schedule=self.short,
+            )
+            if shared is None:
+                return square(ticking, x, y)
+            return square(ticking, x, y, share=shared.map_parts)
+        reference = partial(self._reference, name, ticking)
+        return reference(x, y) if shared is None else shared.map_parts(reference, x, y)
+
+    def _reference(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The reference code's attack."""
+        from pyautoattack import AutoAttack
+
+        adversary = AutoAttack(
+            network,
+            norm=self.threat.norm,
+            eps=self.threat.eps,
+            seed=self.seed,
+            device=x.device,
+            version="standard",
+        )
+        adversary.apgd_targeted.n_target_classes = self.num_targets
+        adversary.fab.n_target_classes = self.num_targets
+        adversary.square.n_queries = NUM_QUERIES
+        if self.short:
+            _shorten(adversary)
+        adversary.attacks_to_run = [name]
+        found: Tensor = adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
+        return found
 
 
 def _fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
@@ -240,33 +268,6 @@ def _settings(attacks: Sequence[str], short: bool, num_targets: int) -> dict[str
     if "square" in attacks:
         found["num_queries"] = NUM_QUERIES
     return found
-
-
-def _reference(
-    model: nn.Module,
-    device: torch.device,
-    threat: ThreatModel,
-    seed: int,
-    num_targets: int,
-    short: bool,
-) -> Any:
-    """The reference code's AutoAttack."""
-    from pyautoattack import AutoAttack
-
-    adversary = AutoAttack(
-        model,
-        norm=threat.norm,
-        eps=threat.eps,
-        seed=seed,
-        device=device,
-        version="standard",
-    )
-    adversary.apgd_targeted.n_target_classes = num_targets
-    adversary.fab.n_target_classes = num_targets
-    adversary.square.n_queries = NUM_QUERIES
-    if short:
-        _shorten(adversary)
-    return adversary
 
 
 def _shorten(adversary: Any) -> None:

@@ -25,16 +25,11 @@ from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.pieces import checksum
 from arat_fast.evaluation.record import (
     earlier_record,
-    free_path,
     root_of_own_images,
+    save_per_example,
     writing,
 )
-from arat_fast.evaluation.suite import (
-    attacks_left_out,
-    evaluate_all,
-    per_example,
-    save_per_example,
-)
+from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_example
 from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
@@ -76,11 +71,9 @@ def evaluate_checkpoint(
         device: auto, cpu, cuda or cuda:N.
         seed: of the attacks.
         out: file for the record, NAME.json; one of the same weights, images and settings is added
-            to. The results image by image are written beside it as
-            NAME.npz, and what is finished is kept in the folder NAME.partial, from which the same
-            evaluation goes on if it is interrupted. Where another evaluation has meanwhile
-            written results there that this one would lose, NAME-2.json and NAME-2.npz are written
-            instead, and said to be. None writes nothing.
+            to, also if another evaluation has written it meanwhile. The results image by image are
+            written beside it as NAME.npz, and what is finished is kept in the folder NAME.partial,
+            from which the same evaluation goes on if it is interrupted. None writes nothing.
         display: where progress is shown.
         ranks: the processes that share the images; each returns the record.
 
@@ -93,7 +86,8 @@ def evaluate_checkpoint(
         FileNotFoundError: no such file, or the dataset is not there.
         ValueError: the file is cut or of another architecture, a recipe or the radius of another
             norm is missing, an argument is out of range, or ``out`` holds results of these weights
-            that would be lost, or PGD with another step size or number of restarts.
+            that would be lost, or PGD with another step size or number of restarts. It is looked at
+            again before it is written; what was found then stays in NAME.partial.
         OSError: ``out`` cannot be written; what is finished stays in NAME.partial.
     """
     if out is not None and (out.suffix != ".json" or out.is_dir()):
@@ -203,9 +197,11 @@ def evaluate_checkpoint(
                 try:
                     earlier = earlier_record(out, facts, settings)
                 except ValueError as error:
-                    earlier, out = {}, free_path(out)
-                    display.say(f"{error}; written by another evaluation since this one began")
-                    display.say(f"the results are in {out} instead")
+                    partial = out.with_suffix(".partial")
+                    raise ValueError(
+                        f"{error}; it was written since this evaluation began, whose results are "
+                        f"in {partial}: named after another record, they are found there"
+                    ) from error
                 record = {**_added(record, earlier), "per_example": out.with_suffix(".npz").name}
                 save_per_example(out.with_suffix(".npz"), arrays, keep=bool(earlier))
                 write_json(out, record)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +22,6 @@ from arat_fast.statistics import wilson_interval
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""
-
-Unit = Literal["images", "passes", "corruptions"]
-
-
-class SuiteProgress(Protocol):
-    """Told how far an evaluation of several parts is."""
-
-    def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
-        """``done`` of ``total`` images or corruptions; passes: ``done`` forward passes so far,
-        ``total`` images that still stand.
-
-        Args:
-            name: what is running.
-            done, total: >= 0.
-            unit: what is counted.
-        """
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arat_fast.files import write_atomic
@@ -54,14 +55,12 @@ class Pieces:
             return compute()
         path = self.folder / f"{name}.npz"
         self._own.append(path)
-        # A file that cannot be read is as good as none.
-        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {key: torch.from_numpy(arrays[key]).to(device) for key in arrays.files}
+        found = read_arrays(path)
+        if found is not None:
             self.num_reused += 1
-            return found
+            return {key: torch.from_numpy(array).to(device) for key, array in found.items()}
         tensors = compute()
-        arrays = {key: value.cpu().numpy() for key, value in tensors.items()}
+        arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in tensors.items()}
         # The same evaluation in another process may have come to its end and removed the folder.
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: np.savez(file, **arrays))
@@ -77,6 +76,14 @@ class Pieces:
         with suppress(OSError):
             self.folder.rmdir()
             self.folder.parent.rmdir()
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
+    """The content of an .npz file; None where there is none that can be read."""
+    unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with suppress(*unreadable), np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+    return None
 
 
 def checksum(

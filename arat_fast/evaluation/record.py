@@ -1,4 +1,4 @@
-"""The records that ``arat-fast eval`` writes: where they are, and what a new one may replace."""
+"""What ``arat-fast eval`` writes: where it goes, and what it may replace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from arat_fast.config import OWN_IMAGES, DataConfig
+from arat_fast.evaluation.pieces import read_arrays
+from arat_fast.files import write_atomic
 
 _NEVER_REPLACED = ("dataset", "root", "split", "norm", "eps", "seed")
 """Where these differ, results are others, however many images they are of."""
@@ -86,13 +91,8 @@ def _refusal(path: Path, names: list[str], key: str, before: Any, got: Any) -> V
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Wait for every other process that is here with the same file, then keep others waiting.
-
-    Nobody waits on Windows, nor on a file system without locks.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Wait for every other process that is here with the same file, then keep others waiting;
+    not on Windows, nor on a file system without locks."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -100,11 +100,7 @@ def writing(path: Path) -> Iterator[None]:
         return
     lock = path.with_name(f".{path.name}.lock")
     while True:
-        try:
-            file = open(lock, "ab")  # noqa: SIM115  # closed below
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-        with file:
+        with open(lock, "ab") as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock has removed the file; others may have made and locked a new one.
@@ -123,9 +119,13 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
     return False
 
 
-def free_path(path: Path) -> Path:
-    """NAME-2.json beside a record NAME.json, or the first number of which there is none."""
-    number = 2
-    while (sibling := path.with_name(f"{path.stem}-{number}.json")).exists():
-        number += 1
-    return sibling
+def save_per_example(path: Path, arrays: Mapping[str, NDArray[Any]], keep: bool = False) -> None:
+    """Write what :func:`arat_fast.evaluation.suite.per_example` found (.npz).
+
+    Args:
+        path: the file.
+        arrays: by name.
+        keep: leave in what the file holds of other attacks on the same images.
+    """
+    content: dict[str, Any] = {**(read_arrays(path) or {} if keep else {}), **arrays}
+    write_atomic(path, lambda file: np.savez(file, **content))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from arat_fast.distributed.ranks import Ranks
+from arat_fast.distributed import Ranks
 from arat_fast.evaluation.evaluate import AttackResult, ImageSet
 from arat_fast.stop import EvaluationStopped
 
@@ -44,31 +43,17 @@ def share_evaluation(
     ranks.meet()
     if not ranks.all(not stopped):
         raise EvaluationStopped
-    masks = list(result.after.values())
-    # A process without images has no attacks to tell of.
-    masks += [images.y == images.y] * (ranks.largest(len(masks)) - len(masks))
+    # A process without images has no attacks to tell of; rank 0 has, in their order.
+    num_attacks = ranks.largest(len(result.after))
+    masks = [*result.after.values()] or [result.correct] * num_attacks
     joined = [ranks.gather_rows(mask) for mask in masks]
     after = dict(zip(result.after, joined, strict=False))
     correct = ranks.gather_rows(result.correct)
-    return AttackResult(correct, result.x_adv, _join_details(ranks, result), after)
-
-
-def _join_details(ranks: Ranks, result: AttackResult) -> dict[str, Any]:
-    """Rank 0's details, which always has images, with counts and accuracies over all images."""
     details = dict(result.details)
-    num = len(result.correct)
-    attacks = list(details.get("attacks", {}).values())
-    counts = [round(value * num) for value in attacks]
-    counts += [details.get("num_rejected", 0), details.get("num_disputed", 0), num]
-    # A process without images has no attacks to tell of.
-    longest = ranks.largest(len(counts))
-    padded = torch.tensor([0] * (longest - len(counts)) + counts)
-    totals = ranks.gather(padded).sum(dim=0).tolist()
-    if "num_rejected" in details:
-        details["num_rejected"] = totals[-3]
-    if "num_disputed" in details:
-        details["num_disputed"] = totals[-2]
+    for name in ("num_rejected", "num_disputed"):
+        total = int(ranks.sum_(torch.tensor(details.get(name, 0))))
+        if name in details:
+            details[name] = total
     if "attacks" in details:
-        shares = [count / totals[-1] for count in totals[:-3]]
-        details["attacks"] = dict(zip(details["attacks"], shares, strict=True))
-    return details
+        details["attacks"] = {name: float(mask.double().mean()) for name, mask in after.items()}
+    return AttackResult(correct, result.x_adv, details, after)

@@ -23,11 +23,11 @@ from arat_fast.data.fingerprint import Fingerprint
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision, versions
-from arat_fast.display import Display, TrainingBar
+from arat_fast.display import Display, SuiteProgress, TrainingBar, Unit
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.ranks import Vote
-from arat_fast.evaluation.evaluate import SuiteProgress, Unit, evaluation_mode, predict
+from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import write_json
 from arat_fast.run.hooks import Hook, default_hooks
@@ -110,9 +110,10 @@ class RandomStates:
         if run.ranks.rank >= saved:
             run.seed_rank()
             return
-        torch.set_rng_state(state["cpu"][run.ranks.rank])
+        # Copies: PyTorch reads such a state from the start of its memory.
+        torch.set_rng_state(state["cpu"][run.ranks.rank].clone())
         if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"][run.ranks.rank], run.device)
+            torch.cuda.set_rng_state(state["cuda"][run.ranks.rank].clone(), run.device)
 
 
 class Identity:

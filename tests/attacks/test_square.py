@@ -83,15 +83,13 @@ def test_parts_of_the_images_take_the_same_steps() -> None:
     assert not whole.equal(x)
 
 
-def test_random_state_and_progress() -> None:
+def test_random_state_is_left_alone() -> None:
     model = network(1, seed=3)
     x, y = images(model, 4, 1)
-    calls: list[None] = []
     state = torch.get_rng_state()
-    attack = SquareLinf(EPS, num_queries=30, progress=lambda: calls.append(None))
+    attack = SquareLinf(EPS, num_queries=30)
     first = attack(model, x, y)
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(calls) > 1
     assert torch.equal(attack(model, x, y), first)
     assert (
         ((first - x).abs() <= EPS * (1 + 1e-5)).all() and (first >= 0).all() and (first <= 1).all()

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arat_fast.attacks import PGD
+from arat_fast.attacks import PGD, RandomStart
 from arat_fast.config import AverageConfig
 from arat_fast.data.batches import ResidentBatches
-from arat_fast.distributed import ALONE, Ranks, place_of
+from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.models import convert_split_batch_norm
 from arat_fast.objectives import ARAT, MART, TRADES, Objective
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import TrainStep
 
 NUM_STEPS = 5
 BATCH = 13
@@ -112,7 +112,7 @@ def train(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
     if case.sync and ranks.group is not None:
         synchronize_batch_norm(model, ranks.group)
         synchronize_batch_norm(objective, ranks.group)
-    step = make_train_step(
+    step = TrainStep(
         model,
         objective,
         PGD(0.1, 0.05, 2, case.ball, num_restarts=case.restarts, bn=case.bn),  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def train(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
         ranks=ranks,
         overlap=case.overlap,
     )
-    average = WeightAverage(AverageConfig("swa", every=2), 0)
+    average = WeightAverage(AverageConfig("swa", every=2), model, 0)
     data = data_of(case, ranks)
     done, epoch = 0, 0
     losses: list[Tensor] = []
@@ -134,10 +134,10 @@ def train(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
         for number, (x, y) in enumerate(data.epoch(epoch)):
             if done == NUM_STEPS:
                 break
-            place = place_of(data.plan, number)
+            place = data.plan.place(number)
             share = len(x) / place.total
             losses.append(ranks.sum_(step(x.double(), y, place=place)["loss"] * share))
-            average.update(model, done)
+            average.update(done)
             done += 1
         epoch += 1
     assert average.model is not None
@@ -193,10 +193,11 @@ def shard_by_shard(case: Case, num_ranks: int) -> dict[str, Tensor]:
                     buffer.copy_(old)
                 model.train()
                 x, y = epochs[rank][number]
-                place = place_of(shards[rank].plan, number)
+                place = shards[rank].plan.place(number)
                 x = x.double()
-                x_adv = attack(model, x, y, keys=key, first=place.first)
-                loss = objective(model, x, x_adv, y).loss * (len(x) / place.total)
+                start = RandomStart(keys=key, first=place.first)
+                x_adv = attack(model, x, y, start)
+                loss = objective(model, x, x_adv, y, start).loss * (len(x) / place.total)
                 for total, g in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
                     total += g
                 for total, (buffer, _) in zip(statistics, buffers, strict=True):

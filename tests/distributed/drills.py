@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from tiny import OPTIONS
-from torch import Tensor
 
 import arat_fast.distributed.watch as watch_module
 import arat_fast.report
 import arat_fast.run.loop as loop_module
 import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.cli import main as command_line
+from arat_fast.display import SuiteProgress, Unit
+from arat_fast.run.hooks import Hook
+from arat_fast.run.state import Run
 
 STEPS_PER_EPOCH = 4
 BASE = ["train", "digits", *OPTIONS, "--eval.max-samples", "8", "--train.eval-every", "0"]
@@ -36,11 +40,10 @@ class Drill:
 
     Attributes:
         out: folder of the run.
-        accident: "none"; a signal's name; "kill" (SIGKILL), "error" or "nan" in a step; "nan once",
-            of which a second attempt is spared; "kill in write" or "full disk" in writing a
-            checkpoint; "launcher" (SIGTERM to torchrun's, before a step); "hang" in a step, with
-            signs of life; "evaluation" (SIGTERM in it, while the other ranks still evaluate);
-            "slow", a second longer than the timeout at the start and in the first analysis.
+        accident: "none"; a signal's name; "kill" (SIGKILL) or "nan" in a step; "nan once", of which
+            a second attempt is spared; "kill in write" or "full disk" in writing a checkpoint;
+            "launcher" (SIGTERM to torchrun's, before a step); "evaluation" (SIGTERM in it, while
+            the other ranks still evaluate).
         step: in which it happens, or after which a checkpoint is written.
         rank: to which it happens; None: to all.
         extra: further arguments of the command line.
@@ -55,137 +58,93 @@ class Drill:
     first_attempt_only: bool = False
 
 
+class Accident(Hook):
+    """Happens to a run, or to its files."""
+
+    def __init__(self, drill: Drill) -> None:
+        self.drill = drill
+        self.had_it = False
+
+    def begin(self, run: Run) -> None:
+        self.run = run
+        if self.drill.accident == "evaluation":
+            run.interruptible = self.interruptible(run.interruptible)  # type: ignore[method-assign]
+        elif self.drill.rank not in (None, run.ranks.rank):
+            return
+        elif self.drill.accident in ("kill in write", "full disk"):
+            checkpoint_module.write_atomic = self.broken_write(checkpoint_module.write_atomic)
+        else:
+            # Called before every step.
+            set_rate = run.set_rate
+            run.set_rate = lambda: (set_rate(), self.before_step())[0]  # type: ignore[method-assign, func-returns-value]
+
+    def before_step(self) -> None:
+        accident = self.drill.accident
+        if self.run.progress.step != self.drill.step or self.had_it:
+            return
+        self.had_it = accident == "nan once"
+        if accident == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif accident.startswith("nan"):
+            # It reaches the loss, the gradients and the other ranks' weights.
+            with torch.no_grad():
+                next(self.run.model.parameters()).fill_(float("nan"))
+        elif accident == "launcher":
+            os.kill(os.getppid(), signal.SIGTERM)
+            # Until torchrun's signal to the process group has come.
+            time.sleep(3)
+        else:
+            os.kill(os.getpid(), getattr(signal, accident))
+
+    def interruptible(self, make: Callable[..., SuiteProgress]) -> Callable[..., SuiteProgress]:
+        def broken(*arguments: Any) -> SuiteProgress:
+            progress = make(*arguments)
+
+            def told(name: str, done: int, total: int, unit: Unit = "images") -> None:
+                here = self.run.progress.step == self.drill.step
+                if here and self.run.ranks.rank == self.drill.rank:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                deadline = time.monotonic() + 120
+                while here and time.monotonic() < deadline:
+                    progress(name, done, total)
+                    time.sleep(0.05)
+                progress(name, done, total)
+
+            return told
+
+        return broken
+
+    def broken_write(self, whole: Callable[..., None]) -> Callable[..., None]:
+        def broken(path: Path, write: Any) -> None:
+            def half(file: BinaryIO) -> None:
+                write(file)
+                if self.run.progress.step < self.drill.step:
+                    return
+                if self.drill.accident == "full disk":
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                file.truncate(file.tell() // 2)
+                file.flush()
+                (Path(self.drill.out) / "writing").touch()
+                # The test kills all ranks meanwhile; this one would end by itself otherwise.
+                time.sleep(20)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            whole(path, half)
+
+        return broken
+
+
 def run(drill: Drill) -> int:
     """Run ``arat-fast train`` in this process; its exit code."""
     torch.set_num_threads(1)
     # The report would be most of the time.
     arat_fast.report.write_report = lambda out: Path(out) / "report.html"
-    spared = drill.first_attempt_only and os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
     # A process is lost sooner than outside of tests.
     watch_module.BEAT_SECONDS, watch_module.LOST_SECONDS = 0.2, 1.5
-    if drill.accident == "SIGSTOP":
-        watch_module.SILENT_SECONDS = 4.0
+    spared = drill.first_attempt_only and os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
     if drill.accident != "none" and not spared:
-        loop_module.Trainer = prepared(drill)  # type: ignore[misc]
+        loop_module.train = functools.partial(loop_module.train, hooks=[Accident(drill)])
     return command_line([*BASE, *drill.extra, "--out", drill.out, "--resume"])
-
-
-def prepared(drill: Drill) -> Any:
-    """A trainer that has the accident."""
-
-    class Unlucky(loop_module.Trainer):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.had_it = False
-            if drill.accident == "evaluation":
-                break_evaluations(self, drill)
-                return
-            if drill.rank in (None, self.ranks.rank):
-                if drill.accident in ("kill in write", "full disk"):
-                    break_writes(self, drill)
-                elif drill.accident == "launcher":
-                    end_launcher(self, drill)
-                elif drill.accident == "slow":
-                    be_slow(self.config.distributed.timeout + 1)
-                else:
-                    break_steps(self, drill)
-
-    return Unlucky
-
-
-def break_steps(trainer: Any, drill: Drill) -> None:
-    step = trainer.train_step.from_indices
-
-    def accident(index: Tensor, draws: Tensor, **place: Any) -> dict[str, Tensor]:
-        if trainer.step != drill.step or trainer.had_it:
-            result: dict[str, Tensor] = step(index, draws, **place)
-            return result
-        trainer.had_it = drill.accident == "nan once"
-        if drill.accident == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if drill.accident == "hang":
-            time.sleep(60)
-        if drill.accident == "error":
-            raise ValueError("an image that cannot be read")
-        if drill.accident.startswith("nan"):
-            # Before the step: it reaches the loss, the gradients and the other ranks' weights.
-            with torch.no_grad():
-                next(trainer.model.parameters()).fill_(float("nan"))
-        else:
-            os.kill(os.getpid(), getattr(signal, drill.accident))
-        result = step(index, draws, **place)
-        return result
-
-    trainer.train_step.from_indices = accident
-
-
-def be_slow(seconds: float) -> None:
-    pauses = [seconds]
-
-    def analysis(*_: Any) -> dict[str, Any]:
-        if pauses:
-            time.sleep(pauses.pop())
-        return {}
-
-    loop_module.analyze_training = analysis
-    loop_module.headline_numbers = lambda record: {}
-    time.sleep(seconds)
-
-
-def break_evaluations(trainer: Any, drill: Drill) -> None:
-    make = trainer._progress
-
-    def broken(*arguments: Any) -> Any:
-        progress = make(*arguments)
-
-        def accident(name: str, done: int, total: int) -> None:
-            if trainer.step == drill.step and trainer.ranks.rank == drill.rank:
-                os.kill(os.getpid(), signal.SIGTERM)
-            elif trainer.step == drill.step:
-                deadline = time.monotonic() + 120
-                while time.monotonic() < deadline:
-                    progress(name, done, total)
-                    time.sleep(0.05)
-            progress(name, done, total)
-
-        return accident
-
-    trainer._progress = broken
-
-
-def end_launcher(trainer: Any, drill: Drill) -> None:
-    set_rate = trainer._set_rate
-
-    def accident() -> None:
-        set_rate()
-        if trainer.step == drill.step:
-            os.kill(os.getppid(), signal.SIGTERM)
-            # Until torchrun's signal to the process group has come.
-            time.sleep(3)
-
-    trainer._set_rate = accident
-
-
-def break_writes(trainer: Any, drill: Drill) -> None:
-    whole = checkpoint_module.write_atomic
-
-    def broken(path: Path, write: Any) -> None:
-        def half(file: BinaryIO) -> None:
-            write(file)
-            if trainer.step < drill.step:
-                return
-            if drill.accident == "full disk":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            file.truncate(file.tell() // 2)
-            file.flush()
-            (Path(drill.out) / "writing").touch()
-            # The test kills all ranks meanwhile; this one would end by itself otherwise.
-            time.sleep(20)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        whole(path, half)
-
-    checkpoint_module.write_atomic = broken
 
 
 def as_rank(drill: Drill, environment: dict[str, str], log: str) -> None:

@@ -1,4 +1,4 @@
-"""Ends of a job: ``arat-fast train`` with a trainer that does nothing but end in some way."""
+"""Ends of a job: processes that join, do one thing and end."""
 
 from __future__ import annotations
 
@@ -6,49 +6,68 @@ import os
 import signal
 import sys
 import time
-from typing import Any
 
 import torch
 
 import arat_fast.distributed.watch as watch_module
-import arat_fast.report
-import arat_fast.run.loop as loop_module
-from arat_fast.cli import main as command_line
-from arat_fast.distributed import Ranks
+from arat_fast.distributed import LeftBehindError, Ranks, join
 from arat_fast.stop import InterruptedRun
 
 SILENT_SECONDS = 2.0
-LATE = 2.5 * SILENT_SECONDS
+TIMEOUT = 3.0
+LATE = TIMEOUT + 1
 
 
 def late(ranks: Ranks) -> None:
-    """Rank 0 writes for longer than a silence may last."""
+    """Rank 0 writes for longer than a collective waits, and than a silence may last."""
     if ranks.is_main:
         time.sleep(LATE)
+    ranks.meet()
+    ranks.largest(1)
 
 
 def late_stop(ranks: Ranks) -> None:
-    """The same with a stop that all have agreed on."""
-    late(ranks)
+    """A stop that all have agreed on, after which rank 0 takes its time."""
+    if ranks.is_main:
+        time.sleep(LATE)
     raise InterruptedRun("stopped", 75)
 
 
-def late_error(ranks: Ranks) -> None:
-    """Rank 0 fails while the others wait for it."""
+def error_at_the_end(ranks: Ranks) -> None:
+    """Rank 0 fails while the others are done and wait for it."""
     if ranks.is_main:
         time.sleep(1)
         raise ValueError("a disk that cannot be written")
 
 
-def error_before_meeting(ranks: Ranks) -> None:
-    """Rank 1 fails while the others wait in a meeting."""
+def error_in_collective(ranks: Ranks) -> None:
+    """Rank 1 fails while the others wait in a collective."""
     if ranks.rank == 1:
-        time.sleep(1)
         raise ValueError("a disk that cannot be read")
-    try:
-        ranks.meet()
-    finally:
-        print("arat-fast: the meeting is over")
+    ranks.largest(1)
+
+
+def error_elsewhere(ranks: Ranks) -> None:
+    """Rank 1 fails while the others work by themselves, and would for long."""
+    if ranks.rank == 1:
+        raise ValueError("a disk that cannot be read")
+    time.sleep(60)
+
+
+def lost_in_meeting(ranks: Ranks) -> None:
+    """Rank 1 dies where no collective fails."""
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.meet()
+
+
+def lost_in_collective(ranks: Ranks) -> None:
+    """Rank 0 dies while the others wait for it in a collective."""
+    if ranks.is_main:
+        # The others may still be joining.
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.largest(1)
 
 
 def machine_lost(ranks: Ranks) -> None:
@@ -60,44 +79,38 @@ def machine_lost(ranks: Ranks) -> None:
     ranks.meet()
 
 
-def lost_in_meeting(ranks: Ranks) -> None:
-    """Rank 1 dies where no collective fails."""
+def hang(ranks: Ranks) -> None:
+    """Rank 1 lives and does not come to a collective."""
     if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    ranks.largest(1)
+
+
+def stopped(ranks: Ranks) -> None:
+    """Rank 1 stands still, without signs of life."""
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
     ranks.meet()
 
 
-ENDINGS = {
-    body.__name__: body
-    for body in (
-        late,
-        late_stop,
-        late_error,
-        error_before_meeting,
-        machine_lost,
-        lost_in_meeting,
-    )
-}
-
-
 def as_rank(ending: str, environment: dict[str, str], log: str) -> None:
-    """Body of a forked process: one rank, its output in a file."""
+    """Body of a forked process: one rank, which says what the command line would, in a file."""
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     watch_module.BEAT_SECONDS, watch_module.LOST_SECONDS = 0.1, 1.0
-    watch_module.SILENT_SECONDS = SILENT_SECONDS
-
-    class Trainer:
-        def __init__(self, *_: Any, ranks: Ranks, **__: Any) -> None:
-            self.ranks = ranks
-
-        def run(self) -> dict[str, Any]:
-            ENDINGS[ending](self.ranks)
-            return {"accuracy": {}}
-
-    loop_module.Trainer = Trainer  # type: ignore[misc, assignment]
-    arat_fast.report.write_report = lambda out: out
-    sys.exit(command_line(["train", "digits", "--train.device", "cpu"]))
+    watch_module.SILENT_SECONDS, watch_module.LEAVE_SECONDS = SILENT_SECONDS, 3.0
+    try:
+        with join("cpu", TIMEOUT) as ranks:
+            globals()[ending](ranks)
+    except InterruptedRun as error:
+        sys.exit(error.exit_code)
+    except LeftBehindError as error:
+        if str(error):
+            print(f"error: {error}", flush=True)
+        os._exit(error.exit_code)
+    except ValueError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(2)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import endings, jobs
-from tiny import tiny_config, tiny_trainer
 
 from arat_fast.config import DataConfig
-from arat_fast.data import DataSplits, load
-from arat_fast.distributed import join, ranks
-from arat_fast.evaluation import checkpoint
-from arat_fast.evaluation.checkpoint import evaluate_checkpoint
-from arat_fast.training import loop
+from arat_fast.data import load
+from arat_fast.distributed import Ranks, join
 
 
 class JoinedError(Exception):
@@ -28,13 +28,13 @@ class JoinedError(Exception):
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Rank 5 of 8 on a machine that seems to have two GPUs; what is called, in order."""
+    """One process on a machine that seems to have two GPUs; what is called, in order."""
     for name, value in {
-        "RANK": "5",
+        "RANK": "0",
         "LOCAL_RANK": "1",
-        "WORLD_SIZE": "8",
+        "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
+        "MASTER_PORT": "0",
     }.items():
         monkeypatch.setenv(name, value)
     calls: list[object] = []
@@ -46,7 +46,6 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(ranks, "open_store", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", group)
     return calls
 
@@ -64,53 +63,71 @@ def test_a_gpu_by_number_or_too_few(
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"), join("cuda:0"):
         pass
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="lower --nproc-per-node to 2"), join("auto"):
+    with pytest.raises(ValueError, match="--nproc-per-node"), join("auto"):
         pass
     assert two_gpus == []
 
 
-def end(
-    ending: str, num_ranks: int, folder: Path, per_machine: int = 8
-) -> tuple[list[int | None], list[str]]:
-    processes = jobs.start(endings.as_rank, (ending,), num_ranks, folder, per_machine)
-    codes = jobs.wait(processes)
-    lines = jobs.printed(folder).splitlines()
-    return codes, [line for line in lines if line.startswith("arat-fast: ")]
-
-
-@pytest.mark.parametrize(("ending", "code"), [("late", 0), ("late_stop", 75)])
-def test_rank_0_may_take_its_time(tmp_path: Path, ending: str, code: int) -> None:
-    codes, messages = end(ending, 2, tmp_path)
-    assert codes == [code, code], messages
-    assert not any("error" in line for line in messages)
-
-
-def test_an_error_while_the_others_wait_for_the_end(tmp_path: Path) -> None:
-    codes, messages = end("late_error", 3, tmp_path)
-    assert codes == [2, 2, 2], messages
-    assert messages == ["arat-fast: error: a disk that cannot be written"]
-
-
-def test_an_error_while_the_others_wait_in_a_meeting(tmp_path: Path) -> None:
-    codes, messages = end("error_before_meeting", 3, tmp_path)
-    assert codes == [2, 2, 2], messages
-    over = "arat-fast: the meeting is over"
-    assert sorted(messages) == ["arat-fast: error: a disk that cannot be read", over, over]
+@pytest.mark.parametrize(
+    ("ending", "codes", "words", "own_store"),
+    [
+        ("late", [0, 0, 0], None, False),
+        ("late_stop", [75, 75, 75], None, True),
+        ("error_at_the_end", [2, 1, 1], "cannot be written", False),
+        ("error_at_the_end", [2, 1, 1], "cannot be written", True),
+        ("error_in_collective", [1, 2, 1], "cannot be read", False),
+        ("error_elsewhere", [1, 2, 1], "cannot be read", False),
+        ("lost_in_meeting", [1, -9, 1], r"rank 1 \(.* lost", False),
+        ("lost_in_collective", [-9, 1, 1], r"rank 0 \(.* lost", False),
+        ("lost_in_collective", [-9, 1, 1], r"rank 0 \(.* lost", True),
+        ("hang", [1, None, 1], "step 0", False),
+        ("stopped", [1, None, 1], r"rank 1 \(.* lost", False),
+    ],
+)
+def test_one_says_why_and_all_end(
+    tmp_path: Path, ending: str, codes: list[int | None], words: str | None, own_store: bool
+) -> None:
+    processes = jobs.start(endings.as_rank, (ending,), 3, tmp_path, own_store=own_store)
+    ended = [process for process, code in zip(processes, codes, strict=True) if code is not None]
+    assert jobs.wait(ended, 40) == [code for code in codes if code is not None]
+    jobs.wait(processes, 0)
+    messages = [m for m in jobs.printed(tmp_path).splitlines() if m.startswith("error: ")]
+    assert len(messages) == (words is not None), messages
+    if words is not None:
+        assert re.search(words, messages[0])
 
 
 def test_the_machine_of_rank_0_is_lost(tmp_path: Path) -> None:
-    """The first process of another machine says it."""
-    codes, messages = end("machine_lost", 3, tmp_path, per_machine=2)
-    assert codes == [-9, -9, 1], messages
-    (message,) = messages
-    assert message.startswith("arat-fast: error: rank 0 (") and "--resume" in message
+    """And the store with it: the first process of another machine says it."""
+    processes = jobs.start(endings.as_rank, ("machine_lost",), 3, tmp_path, 2, own_store=True)
+    assert jobs.wait(processes) == [-9, -9, 1]
+    (message,) = [m for m in jobs.printed(tmp_path).splitlines() if m.startswith("error: ")]
+    assert "rank 0 (" in message
 
 
-def test_a_rank_is_lost_while_the_others_wait_for_it(tmp_path: Path) -> None:
-    codes, messages = end("lost_in_meeting", 3, tmp_path)
-    assert codes == [1, -9, 1], messages
-    (message,) = messages
-    assert message.startswith("arat-fast: error: rank 1 (") and "was lost" in message
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of the death of a parent")
+def test_ranks_hear_of_the_death_of_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "from arat_fast.distributed import join\n"
+        "with join('cpu') as ranks:\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('told', flush=True)))\n"
+        "    ranks.meet()\n"
+        "    print('joined', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "joined\n"
+    launcher.send_signal(signal.SIGKILL)
+    assert launcher.stdout.readline() == "told\n"
+    launcher.wait()
 
 
 @pytest.mark.parametrize(("per_machine", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (4, [0])])
@@ -119,7 +136,7 @@ def test_files_are_fetched_once_for_each_disk(
 ) -> None:
     together = threading.Barrier(4)
 
-    class Meeting(ranks.Ranks):
+    class Meeting(Ranks):
         alone = False
 
         def meet(self) -> None:
@@ -150,25 +167,3 @@ def test_files_are_fetched_once_for_each_disk(
     with ThreadPoolExecutor(4) as pool:
         # All leave when all that is fetched is there.
         assert list(pool.map(one, range(4))) == [expected] * 4
-
-
-def test_training_and_evaluation_fetch_before_they_load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    for module in (loop, checkpoint):
-        name = module.__name__
-
-        def fetch(*_: object, name: str = name) -> None:
-            calls.append(f"fetch {name}")
-
-        def loading(*arguments: Any, name: str = name, **options: Any) -> DataSplits:
-            calls.append(f"load {name}")
-            return load.load_data(*arguments, **options)
-
-        monkeypatch.setattr(module, "download_data", fetch)
-        monkeypatch.setattr(module, "load_data", loading)
-    tiny_trainer(tmp_path, tiny_config(epochs=1)).run()
-    evaluate_checkpoint(tmp_path, attacks=(), max_samples=4, device="cpu")
-    modules = (loop.__name__, checkpoint.__name__)
-    assert calls == [f"{what} {name}" for name in modules for what in ("fetch", "load")]

@@ -10,20 +10,17 @@ from distributed import cases
 
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.distributed import Ranks, join
-from arat_fast.evaluation.sharing import share_evaluation
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.autoattack import autoattack
 from arat_fast.evaluation.evaluate import ImageSet, clean_accuracy, pgd_accuracy
-from arat_fast.evaluation.suite import (
-    SuiteResult,
-    corruption_accuracy,
-    per_example,
-    save_per_example,
-)
+from arat_fast.evaluation.record import save_per_example
+from arat_fast.evaluation.sharing import share_evaluation
+from arat_fast.evaluation.suite import SuiteResult, per_example
 from arat_fast.objectives import NaturalTraining
-from arat_fast.run.loop import Trainer
+from arat_fast.run.state import Progress, Run
 from arat_fast.training.checkpoint import CheckpointFolder
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
+from arat_fast.training.values import Values
 
 
 def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
@@ -55,16 +52,14 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
             images,
         ),
     }
-    corruptions = corruption_accuracy(model, images, batch_size=4, ranks=ranks)
-    suite = SuiteResult(results, corruptions)
+    suite = SuiteResult(results)
     arrays = per_example(model, images, suite, 4, ranks)
     if ranks.is_main:
         save_per_example(folder / "all.npz", arrays)
     # Fewer images than processes.
     one = ImageSet.from_batches(batches, 1, ranks.shard)
     few = share_evaluation(ranks, lambda own: clean_accuracy(model, own, batch_size=4), one)
-    few_corrupted = corruption_accuracy(model, one, batch_size=4, ranks=ranks)
-    suite = SuiteResult({"clean": few}, few_corrupted)
+    suite = SuiteResult({"clean": few})
     arrays = per_example(model, one, suite, 4, ranks)
     if ranks.is_main:
         save_per_example(folder / "few.npz", arrays)
@@ -72,8 +67,6 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
         "x": images.x,
         "y": images.y,
         "few": few.correct,
-        "few corrupted": few_corrupted.correct,
-        "corrupted": corruptions.correct,
         **{name: result.record() for name, result in results.items()},
         **{f"{name} correct": result.correct for name, result in results.items()},
         **{f"{name} x_adv": result.x_adv for name, result in results.items()},
@@ -86,12 +79,12 @@ def metrics(ranks: Ranks) -> dict[str, object]:
     total = 5 * ranks.world_size - 1
     for step in range(3):
         value = torch.tensor(float(10 * step + ranks.rank))
-        found.add(step, {"loss": value, "accuracy_clean": value / 100}, total)
+        found.add(step, Values.pack({"loss": value, "accuracy_clean": value / 100}), total)
     means = found.read()
     last = ranks.rank == ranks.world_size - 1
     for step in (3, 4):
         value = torch.tensor(float("nan") if last and step == 4 else 1.0)
-        found.add(step, {"loss": value, "accuracy_clean": torch.tensor(0.5)}, total)
+        found.add(step, Values.pack({"loss": value, "accuracy_clean": value}), total)
     try:
         found.read()
     except NotFiniteError as error:
@@ -102,19 +95,19 @@ def metrics(ranks: Ranks) -> dict[str, object]:
 def own_disks(ranks: Ranks, folder: Path) -> dict[str, object]:
     """What each rank says of the last checkpoint, where only rank 0 sees it, and of weights that
     are not finite on the last rank alone."""
-    trainer = Trainer.__new__(Trainer)
-    trainer.ranks, trainer.step = ranks, 8
-    trainer.checkpoints = CheckpointFolder(folder / f"disk{ranks.rank}", 2)
-    trainer.checkpoint_path = trainer.checkpoints.newest
-    trainer.model, trainer.objective = torch.nn.Linear(2, 2), NaturalTraining()
+    run = Run.__new__(Run)
+    run.ranks = ranks
+    run.progress = Progress(8, 10)
+    run.checkpoints = CheckpointFolder(folder / f"disk{ranks.rank}", 2)
+    run.model, run.objective = torch.nn.Linear(2, 2), NaturalTraining()
     if ranks.rank == ranks.world_size - 1:
-        trainer.model.bias.data.fill_(float("nan"))
-    before = trainer._last_checkpoint()
+        run.model.bias.data.fill_(float("nan"))
+    before = run.last_checkpoint()
     if ranks.is_main:
-        trainer.checkpoints.folder.mkdir()
-        trainer.checkpoints.save(4, {"step": 4}, lambda: None)
+        run.checkpoints.folder.mkdir()
+        run.checkpoints.save(4, {"step": 4}, lambda: None)
     try:
-        trainer._check_weights()
+        run.save()
     except NotFiniteError as error:
         return {"before": before, "error": str(error)}
     return {"before": before, "error": ""}

@@ -119,6 +119,7 @@ def test_the_fast_path_has_the_same_robust_set(
     assert torch.equal(broken, ~fast.correct)
 
 
+@pytest.mark.slow
 def test_standard_autoattack_of_cifar_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps and targets on 3 × 32 × 32 images, folded, in two threads, and as it is."""
     monkeypatch.setattr(MODULE, "NUM_QUERIES", 200)

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch.distributed as dist
 
 import arat_fast.run.loop as loop_module
 from arat_fast.cli import main as command_line
+from arat_fast.run.hooks import Hook
+from arat_fast.run.state import Run
 
 COUNTS: Counter[str] = Counter()
 
@@ -36,9 +39,8 @@ def count(owner: Any, method: str, name: str, capturing: bool = False) -> None:
     setattr(owner, method, counted)
 
 
-class Trainer(loop_module.Trainer):
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+class Deterministic(Hook):
+    def begin(self, run: Run) -> None:
         # Timing chooses other algorithms from run to run.
         torch.backends.cudnn.benchmark = False
 
@@ -48,7 +50,7 @@ if __name__ == "__main__":
     count(torch.cuda.CUDAGraph, "capture_end", "captures")
     count(torch.cuda.CUDAGraph, "replay", "replays")
     count(dist, "all_reduce", "captured sums", capturing=True)
-    loop_module.Trainer = Trainer  # type: ignore[misc]
+    loop_module.train = partial(loop_module.train, hooks=[Deterministic()])
     code = command_line(sys.argv[2:])
     Path(sys.argv[1]).write_text(json.dumps(COUNTS))
     sys.exit(code)
