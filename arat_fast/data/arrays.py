@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,129 +20,7 @@ from arat_fast.data.images import (
     read_ahead,
 )
 from arat_fast.data.plan import BatchPlan, seeded_generator
-
-Index = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
-
-
-class Rows(Protocol):
-    """Images of one size by number.
-
-    Attributes:
-        shape: (num_samples, height, width, channels).
-    """
-
-    shape: tuple[int, int, int, int]
-
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
-
-
-class MappedRows:
-    """The images of an .npy file, (num_samples, height, width, channels), uint8, left on disk.
-
-    A process keeps none of the pages it has read, so that its memory does not grow with the file.
-
-    Args:
-        path: the file, as ``numpy.save`` writes it.
-
-    Raises:
-        ValueError: it holds something else, or fewer bytes than its header promises.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shape, self._offset = _read_header(path)
-        self._map: mmap.mmap | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_map": None}
-
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):
-                self._map.madvise(mmap.MADV_RANDOM)
-        num_bytes = int(np.prod(self.shape))
-        pixels = np.frombuffer(self._map, np.uint8, num_bytes, self._offset).reshape(self.shape)
-        taken = pixels[index]
-        del pixels
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        return taken
-
-
-class ArrayRows:
-    """The images of an array in memory.
-
-    Args:
-        pixels: (num_samples, height, width, channels), uint8.
-    """
-
-    def __init__(self, pixels: Pixels) -> None:
-        self.pixels = pixels
-        self.shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2], pixels.shape[3])
-
-    @property
-    def images(self) -> Tensor:
-        """All images, (num_samples, C, H, W), uint8; the same memory."""
-        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
-
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
-        return self.pixels[index]
-
-
-class JoinedRows:
-    """Several arrays, one behind the other.
-
-    Args:
-        parts: images of one shape.
-
-    Raises:
-        ValueError: the images of one part are of another shape than those of the first.
-    """
-
-    def __init__(self, parts: Sequence[Rows]) -> None:
-        for part in parts:
-            if part.shape[1:] != parts[0].shape[1:]:
-                raise ValueError(
-                    f"images of {_size(parts[0])} and of {_size(part)} cannot be mixed, expected "
-                    "one size"
-                )
-        self.parts = tuple(parts)
-        self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
-        self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
-
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
-        taken = np.empty((len(index), *self.shape[1:]), np.uint8)
-        owner = np.searchsorted(self._starts, index, side="right") - 1
-        for number, part in enumerate(self.parts):
-            own = owner == number
-            if own.any():
-                taken[own] = part.take(index[own] - self._starts[number])
-        return taken
-
-
-class SelectedRows:
-    """Some of the images of an array.
-
-    Args:
-        rows: all of them.
-        index: (N,), int64: those that are meant, in order.
-    """
-
-    def __init__(self, rows: Rows, index: Index) -> None:
-        self.rows = rows
-        self.index = index
-        self.shape = (len(index), *rows.shape[1:])
-
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
-        return self.rows.take(self.index[index])
+from arat_fast.datasets.rows import Rows
 
 
 class StreamedBatches:
@@ -308,45 +181,3 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
         chosen = self.plan.samples(*place)
         return torch.from_numpy(self.rows.take(chosen.numpy())), self.labels[chosen]
-
-
-def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, Fortran order and dtype of an open .npy file, left at the first byte of the array.
-
-    Raises:
-        ValueError: it is none.
-    """
-    lib: Any = np.lib.format
-    version = lib.read_magic(file)
-    read = {(1, 0): lib.read_array_header_1_0, (2, 0): lib.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of the format")
-    try:
-        header: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(file)
-    # numpy evaluates the header as a Python literal.
-    except (SyntaxError, TypeError, tokenize.TokenError) as error:
-        raise ValueError(f"its header is damaged: {error}") from error
-    return header
-
-
-def _read_header(path: Path) -> tuple[tuple[int, int, int, int], int]:
-    """Shape and first byte of the images of an .npy file."""
-    try:
-        with path.open("rb") as file:
-            shape, fortran, dtype = read_npy_header(file)
-            offset = file.tell()
-    except ValueError as error:
-        raise ValueError(f"{path}: expected an .npy array, got {error}") from error
-    if len(shape) != 4 or dtype != np.uint8 or fortran:
-        raise ValueError(
-            f"{path}: expected images (num_samples, height, width, channels) uint8, got "
-            f"{tuple(shape)} {dtype}"
-        )
-    expected, found = offset + math.prod(shape), path.stat().st_size
-    if found < expected:
-        raise ValueError(f"{path}: expected {expected} bytes, got {found}: it was cut short")
-    return (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3])), offset
-
-
-def _size(rows: Rows) -> str:
-    return "x".join(map(str, rows.shape[1:]))

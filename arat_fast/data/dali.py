@@ -24,7 +24,7 @@ from torch import Tensor
 
 from arat_fast.data.framing import Framing
 from arat_fast.data.images import EncodedBatches, cut_out, read_ahead
-from arat_fast.data.sources import decode_image, image_size
+from arat_fast.datasets.encoded import decode_image, image_size
 from arat_fast.extras import install_command
 
 QUEUE_DEPTH = 2

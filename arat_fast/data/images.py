@@ -23,7 +23,7 @@ from arat_fast.data.batches import Batch
 from arat_fast.data.crops import Buffers, to_unit_range
 from arat_fast.data.framing import Framing
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
-from arat_fast.data.sources import EncodedImages, decode_image
+from arat_fast.datasets.encoded import EncodedImages, decode_image
 
 Made = TypeVar("Made")
 
@@ -270,9 +270,3 @@ def leave_signals_to_the_parent(worker: int) -> None:
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def default_workers() -> int:
-    """As many as there are cores for this process."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

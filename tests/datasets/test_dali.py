@@ -16,7 +16,6 @@ from torch import Tensor
 
 from arat_fast.config import DataConfig
 from arat_fast.data import BatchPlan, DaliBatches, LoaderBatches, StreamedBatches, load_data
-from arat_fast.data.arrays import ArrayRows
 from arat_fast.data.dali import (
     DaliStream,
     as_tensor,
@@ -24,7 +23,8 @@ from arat_fast.data.dali import (
     image_pipeline,
 )
 from arat_fast.data.framing import Framing
-from arat_fast.data.sources import FileImages
+from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.rows import ArrayRows
 
 pytestmark = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 CPU = torch.device("cpu")

@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as F
 
 from arat_fast.config import DataConfig
 from arat_fast.data import Batch, DataSplits, LoaderBatches, load_data
-from arat_fast.data.datasets import IMAGENETTE_CLASSES
 from arat_fast.data.framing import Framing
-from arat_fast.data.sources import FileImages
+from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.imagenette import CLASSES as IMAGENETTE_CLASSES
 
 CPU = torch.device("cpu")
 

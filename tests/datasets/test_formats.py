@@ -22,14 +22,15 @@ from PIL import Image
 
 from arat_fast.config import DataConfig
 from arat_fast.data import DataSplits, MixedPlan, Shard, load_data
-from arat_fast.data.arrays import MappedRows
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.dali import has_dali
-from arat_fast.data.datasets import stratified_split
-from arat_fast.data.formats import class_folders, tar_shards
+from arat_fast.data.holdout import stratified_split
 from arat_fast.data.prepare import convert_npz, verify
-from arat_fast.data.published import unpack
-from arat_fast.data.sources import decode_image
+from arat_fast.datasets.encoded import decode_image
+from arat_fast.datasets.folder import class_folders
+from arat_fast.datasets.published import unpack
+from arat_fast.datasets.rows import MappedRows
+from arat_fast.datasets.webdataset import tar_shards
 
 CPU = torch.device("cpu")
 LOADERS = [
@@ -332,7 +333,7 @@ def test_shards_of_both_splits_and_their_class_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
     assert load("webdataset", tmp_path).train.classes == CLASSES
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match="names 2 classes, but there is a label 2"):
+    with pytest.raises(ValueError, match="got 2 names"):
         load("webdataset", tmp_path)
 
 
@@ -374,7 +375,7 @@ def test_a_tar_cut_after_it_was_listed_is_named(tmp_path: Path, loader: str) -> 
 def test_thousands_of_shards_are_not_all_kept_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arat_fast.data.sources.OPEN_SHARDS", 3)
+    monkeypatch.setattr("arat_fast.datasets.encoded.OPEN_SHARDS", 3)
     for number in range(12):
         tar_shard(tmp_path / f"{number:02}.tar", 4 * number, 4, ".png")
     images = tar_shards(tmp_path).train
@@ -502,7 +503,7 @@ def test_shards_without_a_clear_split_are_refused(
 
 def test_classes_without_training_shards_are_named(tmp_path: Path) -> None:
     (shards(tmp_path) / "classes.txt").write_text("cat\ndog\nowl\nfox\n")
-    with pytest.raises(ValueError, match="classes.txt: .* got none of fox, label 3"):
+    with pytest.raises(ValueError, match="classes.txt: .* got 4 names"):
         load("webdataset", tmp_path)
     (tmp_path / "classes.txt").unlink()
     archive(tmp_path / "val-0.tar", {"1.png": b"image", "1.cls": b"3"})
@@ -578,12 +579,12 @@ def test_npz_becomes_arrays_that_are_mapped(tmp_path: Path) -> None:
         ({"label": None}, "expected the arrays image and label, got image"),
         ({"label": np.arange(49)}, "expected 50 integer labels, .* got int64 of shape .49,."),
         ({"label": np.arange(50) / 2}, "integer labels, .* got float64"),
-        ({"label": np.arange(50) - 1}, "expected labels >= 0, got -1"),
-        ({"image": np.zeros((50, 3, 4, 4), np.uint8)}, "1 or 3. uint8, got .50, 3, 4, 4."),
-        ({"image": np.zeros((50, 4, 4, 3))}, "uint8, got .50, 4, 4, 3. float64"),
+        ({"label": np.arange(50) - 1}, "labels in \\[0, 2.63\\), got -1"),
+        ({"image": np.zeros((50, 3, 4, 4), np.uint8)}, "1 or 3 channels"),
+        ({"image": np.zeros((50, 4, 4, 3))}, "float64"),
         (
             {"image": np.zeros((0, 4, 4, 3), np.uint8), "label": np.zeros(0, int)},
-            "expected at least one image",
+            "at least one image",
         ),
     ],
 )
@@ -669,12 +670,12 @@ def test_arrays_that_disagree(tmp_path: Path) -> None:
     np.save(folder / "labels.npy", np.arange(50) % 3)
     images = folder / "images.npy"
     images.write_bytes(images.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="images.npy: expected .* it was cut short"):
+    with pytest.raises(ValueError, match="images.npy: expected .* bytes"):
         load("arrays", folder)
     np.save(images, np.zeros((50, 4, 4, 3), np.uint8))
     content = (folder / "labels.npy").read_bytes()
     (folder / "labels.npy").write_bytes(content.replace(b"'descr': '", b"'descr': ("))
-    with pytest.raises(ValueError, match="labels.npy: .* its header is damaged") as error:
+    with pytest.raises(ValueError, match="labels.npy: expected an .npy array") as error:
         load("arrays", folder)
     one_line(error)
     images.unlink()
@@ -702,7 +703,7 @@ def binary(published: Any, name: str, num_labels: int, root: Path) -> Path:
     """Write the binary version of the Python files that are there."""
     from torchvision import datasets
 
-    from arat_fast.data.formats import CIFAR_BINARY
+    from arat_fast.datasets.cifar import BINARY as CIFAR_BINARY
 
     dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder_name, train, test, meta, _ = CIFAR_BINARY[name]
@@ -926,10 +927,10 @@ def labelled(folder: Path, labels: Any) -> Path:
     ("labels", "message"),
     [
         ([0, 1, 2_000_000_000_000], "set: image 2: got label 2000000000000, expected at most 2"),
-        (np.array([0, 2**63], np.uint64), "labels.npy: .* < 2.63, got 9223372036854775808"),
+        (np.array([0, 2**63], np.uint64), "got 0 to 9223372036854775808"),
         ([0, 2, 2], "every label from 0 to 2, got none with label 1"),
-        ([], "expected at least one image"),
-        ([0, -1], "labels.npy: expected labels >= 0, got -1"),
+        ([], "at least one image"),
+        ([0, -1], "labels.npy: expected labels in \\[0, 2.63\\), got -1"),
     ],
 )
 def test_labels_that_are_no_numbers_of_classes(tmp_path: Path, labels: Any, message: str) -> None:

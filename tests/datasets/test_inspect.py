@@ -12,10 +12,10 @@ from PIL import Image
 
 from arat_fast.cli import main
 from arat_fast.config import DataConfig
-from arat_fast.data.formats import tar_shards
 from arat_fast.data.inspect import TILE, inspect
 from arat_fast.data.load import load_data
 from arat_fast.data.prepare import convert_npz, verify
+from arat_fast.datasets.webdataset import tar_shards
 
 
 def npz(path: Path) -> Path:
@@ -72,7 +72,7 @@ def test_tiny_imagenet_is_known(published: Any, tmp_path: Path) -> None:
         found = inspect(path)
         assert found.kind == "Tiny-ImageNet" and found.sizes == {"64 x 64": 16}
         assert found.use == f"arat-fast train tiny-imagenet-resnet18 --data.root {tmp_path}"
-        assert found.counts == {"train": 12, "val": 4}
+        assert found.counts == {"train": 12, "test": 4}
 
 
 def test_other_kinds(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arat_fast.data.digits import MAX_VALUE, load_digits
+from arat_fast.datasets.digits import MAX_VALUE, load_digits
 from arat_fast.evaluation.corruptions import CHUNK, CORRUPTIONS, corrupt
 
 SIZES = [(1, 8, 8), (3, 32, 32), (3, 64, 48)]
