@@ -9,17 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from arat_fast.data.batches import Batch, draw_batch
 from arat_fast.data.crops import Buffers, CropFlip, to_unit_range
-from arat_fast.data.images import (
-    BatchNumbers,
-    close_at_exit,
-    leave_signals_to_the_parent,
-    read_ahead,
-)
-from arat_fast.data.plan import BatchPlan, seeded_generator
+from arat_fast.data.images import Workers, read_ahead
+from arat_fast.data.plan import BatchPlan
 from arat_fast.datasets.rows import Rows
 
 
@@ -87,8 +82,7 @@ class StreamedBatches:
         self.num_workers = num_workers
         self._buffers = Buffers()
         self._crop_flip = CropFlip(padding, max_value, memory_format)
-        self._numbers = BatchNumbers()
-        self._workers: DataLoader[tuple[Tensor, Tensor]] | None = None
+        self._workers = Workers(_Samples(rows, labels, plan), plan, num_workers, device)
         self._stream: Any = None
         if loader == "dali":
             from arat_fast.data.dali import DaliStream, array_pipeline, require_dali
@@ -104,14 +98,13 @@ class StreamedBatches:
                 ),
                 device,
             )
-        close_at_exit(self)
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def close(self) -> None:
         """Stop the workers and DALI; the next epoch starts others."""
-        self._workers = None
+        self._workers.close()
         if self._stream is not None:
             self._stream.close()
 
@@ -121,22 +114,10 @@ class StreamedBatches:
         yield from read(epoch, start_batch)
 
     def _by_workers(self, epoch: int, start_batch: int) -> Iterator[Batch]:
-        self._numbers.set(epoch, range(start_batch, len(self)))
         on_gpu = self.device.type == "cuda"
-        if self._workers is None:
-            num_workers = min(self.num_workers, len(self))
-            self._workers = DataLoader(
-                _Samples(self),
-                batch_size=None,
-                sampler=self._numbers,
-                num_workers=num_workers,
-                pin_memory=on_gpu,
-                persistent_workers=num_workers > 0,
-                worker_init_fn=leave_signals_to_the_parent,
-                # Otherwise a number is drawn from the global generator, once per epoch.
-                generator=seeded_generator(self.plan.seed, epoch),
-            )
-        for number, (pixels, labels) in enumerate(self._workers, start_batch):
+        for number, (pixels, labels) in enumerate(
+            self._workers.run(epoch, start_batch), start_batch
+        ):
             draws = draw_batch(self.plan, epoch, number, self.padding, self.flip)
             images = pixels.to(self.device, non_blocking=on_gpu).permute(0, 3, 1, 2)
             x = self._crop_flip(
@@ -175,8 +156,8 @@ class StreamedBatches:
 class _Samples(Dataset[tuple[Tensor, Tensor]]):
     """Batches by their epoch and number: images (N, H, W, C), uint8, and labels."""
 
-    def __init__(self, batches: StreamedBatches) -> None:
-        self.rows, self.labels, self.plan = batches.rows, batches.labels, batches.plan
+    def __init__(self, rows: Rows, labels: Tensor, plan: BatchPlan) -> None:
+        self.rows, self.labels, self.plan = rows, labels, plan
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
         chosen = self.plan.samples(*place)

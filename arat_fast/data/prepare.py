@@ -19,7 +19,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from arat_fast.datasets import DATASETS, Content, Dataset
-from arat_fast.datasets.encoded import unreadable
+from arat_fast.datasets.encoded import EncodedImages, unreadable
 from arat_fast.datasets.folder import has_class_folders
 from arat_fast.datasets.prepared import array_folder
 from arat_fast.datasets.rows import read_header, read_labels
@@ -139,8 +139,11 @@ def verify(path: Path) -> tuple[int, list[str]]:
     else:
         content = own_dataset(path).read(path)
     parts, bad = list(content.parts.values()), list(content.bad)
-    number = sum(map(len, parts)) + len(bad)
-    return number, bad + [reason for part in parts for reason in unreadable(part).values()]
+    for part in parts:
+        # Arrays are whole, or were refused.
+        if isinstance(part, EncodedImages):
+            bad += unreadable(part).values()
+    return sum(map(len, parts)) + len(content.bad), bad
 
 
 def own_dataset(root: Path) -> Dataset:

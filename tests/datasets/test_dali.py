@@ -137,8 +137,7 @@ def test_the_pipeline_of_a_gpu_computed_by_the_cpu(tmp_path: Path, kind: Any) ->
         partial(image_pipeline, framing, batch_size=6, num_threads=1, device=CPU, whole=True),
         CPU,
     )
-    order = batches.plan.order(1)
-    fed = [batches.feed(order, 1, number) for number in range(len(batches))]
+    fed = [batches.feed(1, number) for number in range(len(batches))]
     for (_, outputs), (x, _) in zip(stream.run(fed), expected.pixels(1), strict=True):
         difference = (as_tensor(outputs).int() - x.int()).abs()
         assert int(difference.max()) <= (0 if kind == "pad" else 3)
