@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arat_fast.data.batches import Batch, draw_batch
+from arat_fast.data.batches import Batch, check_labels, draw_batch
 from arat_fast.data.crops import Buffers, CropFlip, to_unit_range
 from arat_fast.data.images import Workers, read_ahead
 from arat_fast.data.plan import BatchPlan
@@ -55,16 +55,7 @@ class StreamedBatches:
         memory_format: torch.memory_format = torch.contiguous_format,
         num_workers: int = 0,
     ) -> None:
-        if labels.shape != (rows.shape[0],):
-            raise ValueError(
-                f"one label per image is expected, got {tuple(labels.shape)} labels for "
-                f"{rows.shape[0]} images"
-            )
-        low, high = (int(v) for v in torch.aminmax(labels))
-        if low < 0 or high >= len(classes):
-            raise ValueError(
-                f"labels must lie in [0, {len(classes) - 1}], got values from {low} to {high}"
-            )
+        check_labels(labels, rows.shape[0], len(classes))
         self.rows = rows
         self.labels = labels
         self.classes = classes

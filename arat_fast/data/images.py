@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -146,7 +146,8 @@ class Workers:
         self._device = device
         self._numbers = _BatchNumbers()
         self._loader: DataLoader[Any] | None = None
-        close_at_exit(self)
+        # Before the interpreter kills the processes, of which PyTorch would complain.
+        atexit.register(_close, weakref.ref(self))
 
     def close(self) -> None:
         """Stop the processes; the next epoch starts others."""
@@ -182,23 +183,10 @@ class _BatchNumbers:
         return len(self.pairs)
 
 
-class Closable(Protocol):
-    """Something that has worker processes."""
-
-    def close(self) -> None:
-        """Stop them."""
-
-
-def close_at_exit(batches: Closable) -> None:
-    """Stop the workers before the interpreter kills them, of which PyTorch would complain."""
-    reference = weakref.ref(batches)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            alive.close()
-
-    atexit.register(close)
+def _close(reference: weakref.ref[Workers]) -> None:
+    workers = reference()
+    if workers is not None:
+        workers.close()
 
 
 def read_ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Generator[Made, None, None]:

@@ -80,14 +80,6 @@ def test_digits_are_the_real_ones_split_once_and_for_all() -> None:
     assert torch.equal(test_x, again_x) and torch.equal(test_y, again_y)
 
 
-def test_train_and_probe_are_the_same_images_in_another_draw() -> None:
-    splits = load("digits", padding=0, flip=False, batch_size=1437)
-    (train_x, train_y), (probe_x, probe_y) = collect(splits.train), collect(splits.probe)
-    assert rows(train_x) == rows(probe_x)
-    assert not torch.equal(train_y, probe_y)
-    assert not torch.equal(collect(splits.train, epoch=1)[1], probe_y)
-
-
 def test_only_train_and_probe_are_shuffled_and_augmented() -> None:
     splits = load("digits", padding=1, flip=True, num_val=287)
     assert splits.val is not None
@@ -127,12 +119,6 @@ def test_held_out_images_are_disjoint_from_training_and_stratified() -> None:
     assert (torch.bincount(val_y) - share).abs().max() < 1
 
 
-def test_too_large_num_val_is_named() -> None:
-    with pytest.raises(ValueError, match="num_val must be at most 1427 .* got 1428") as error:
-        load("digits", num_val=1428)
-    one_line(error)
-
-
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_read_as_torchvision_reads_it(published: Any, name: str, tmp_path: Path) -> None:
     published.cifar(name)
@@ -149,13 +135,6 @@ def test_cifar_is_read_as_torchvision_reads_it(published: Any, name: str, tmp_pa
     train_x, train_y = collect(splits.train)
     assert train_x.shape == (60, 3, 32, 32)
     assert sorted(train_y.tolist()) == sorted(dataset(tmp_path, train=True).targets)
-
-
-def test_dataset_smaller_than_a_batch(published: Any, tmp_path: Path) -> None:
-    published.cifar(num_train=10, num_test=3)
-    splits = load("cifar10", tmp_path, batch_size=128)
-    assert [x.shape for x, _ in splits.train.epoch(0)] == [(10, 3, 32, 32)]
-    assert [x.shape for x, _ in splits.test.epoch(0)] == [(3, 3, 32, 32)]
 
 
 def test_official_augmentation_is_four_pixels_of_zeros(published: Any, tmp_path: Path) -> None:
@@ -237,39 +216,12 @@ def test_absent_dataset_names_the_path_and_the_way_out(
     assert "--data.download" in text and "--data.root" in text
 
 
-def test_absent_file_of_a_dataset_is_named(published: Any, tmp_path: Path) -> None:
-    path = published.cifar() / "data_batch_4"
-    path.unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        load("cifar10", tmp_path)
-    assert str(path) in one_line(error)
-
-
-def test_label_out_of_range_is_named(published: Any, tmp_path: Path) -> None:
-    def wrong(content: dict[str, Any]) -> None:
-        content["labels"][2] = 10
-
-    published.cifar(edit=wrong)
-    with pytest.raises(ValueError, match=r"cifar10: labels must lie in \[0, 9\], .* 0 to 10") as e:
-        load("cifar10", tmp_path)
-    one_line(e)
-
-
-def test_negative_label_is_named(published: Any, tmp_path: Path) -> None:
-    def wrong(content: dict[str, Any]) -> None:
-        content["labels"][2] = -1
-
-    published.cifar(edit=wrong)
-    with pytest.raises(ValueError, match=r"cifar10: labels must lie in \[0, 9\], .* -1 to 9"):
-        load("cifar10", tmp_path, num_val=5)
-
-
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
         ("cifar10", 24, "cifar-10-batches-py: expected cifar10 as published, got"),
         ("cifar10", 64, "cifar-10-batches-py: expected cifar10 as published, got"),
-        ("cifar100", 64, r"\(60,\) labels for 240 images"),
+        ("cifar100", 64, r"\(60,\) labels .* 240 images"),
     ],
 )
 def test_cifar_image_of_another_size_is_an_error(
@@ -309,15 +261,6 @@ def test_bad_svhn_content_is_named(
     with pytest.raises(ValueError, match=message) as error:
         load("svhn", tmp_path)
     one_line(error)
-
-
-def test_truncated_svhn_file_is_named(published: Any, tmp_path: Path) -> None:
-    published.svhn()
-    path = tmp_path / "test_32x32.mat"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="test_32x32.mat has md5 .*, expected") as error:
-        load("svhn", tmp_path)
-    assert "--data.download" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -484,17 +427,6 @@ def test_download_fetches_and_repairs_cifar(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_archive_put_there_by_hand_needs_no_network(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: list[str]
-) -> None:
-    folder = published.cifar()
-    archive = tmp_path / datasets.CIFAR10.filename
-    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", pack(folder, archive))
-    folder.rename(tmp_path / "elsewhere")
-    assert load("cifar10", tmp_path, download=True).train.num_samples == 60
-    assert not no_network
-
-
 def test_download_of_svhn_and_imagenette(
     published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,3 +488,16 @@ def test_the_way_to_dali_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = r"pip install -e '\.\[dali\]' in the checkout .*, or --data.loader dataloader"
     with pytest.raises(ValueError, match=expected):
         dali.require_dali()
+
+
+@pytest.mark.parametrize(("label", "found"), [(10, "0 to 10"), (-1, "-1 to 9")])
+def test_label_out_of_range_is_named(
+    published: Any, tmp_path: Path, label: int, found: str
+) -> None:
+    def wrong(content: dict[str, Any]) -> None:
+        content["labels"][2] = label
+
+    published.cifar(edit=wrong)
+    with pytest.raises(ValueError, match=rf"cifar10: labels must lie in \[0, 9\], .* {found}") as e:
+        load("cifar10", tmp_path, num_val=5)
+    one_line(e)
