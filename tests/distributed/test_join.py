@@ -16,6 +16,7 @@ from tiny import tiny_config, tiny_trainer
 
 from arat_fast.config import DataConfig
 from arat_fast.data import DataSplits, load
+from arat_fast.datasets import Dataset
 from arat_fast.distributed import join, ranks
 from arat_fast.evaluation import checkpoint
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
@@ -132,7 +133,7 @@ def test_files_are_fetched_once_for_each_disk(
     lock = threading.Lock()
     rank = threading.local()
 
-    def read(config: DataConfig) -> None:
+    def read(dataset: Dataset, root: Path, download: bool) -> None:
         # Late enough to be overtaken by whoever does not wait; the later, the faster.
         assert lock.acquire(blocking=False), "two fetch at once"
         time.sleep(0.1 - 0.02 * rank.number)
@@ -146,7 +147,7 @@ def test_files_are_fetched_once_for_each_disk(
         )
         return list(order)
 
-    monkeypatch.setattr(load, "read_arrays", read)
+    monkeypatch.setattr(Dataset, "load", read)
     with ThreadPoolExecutor(4) as pool:
         # All leave when all that is fetched is there.
         assert list(pool.map(one, range(4))) == [expected] * 4
