@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import tyro
 
 from arat_fast import objectives
 from arat_fast.attacks.pgd import PGD, check_length
+from arat_fast.datasets import DATASETS
 from arat_fast.models.registry import model_spec
 from arat_fast.objectives import ARAT, OBJECTIVES, objective_type
 from arat_fast.settings import (
@@ -24,22 +25,13 @@ from arat_fast.settings import (
     free_fields,
 )
 
-DatasetName = Literal[
-    "digits",
-    "cifar10",
-    "cifar100",
-    "svhn",
-    "tiny-imagenet",
-    "imagenette",
-    "folder",
-    "webdataset",
-    "arrays",
-]
+if TYPE_CHECKING:
+    DatasetName: TypeAlias = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]
 
-OWN_IMAGES: tuple[DatasetName, ...] = ("folder", "webdataset", "arrays")
+OWN_IMAGES = tuple(name for name, dataset in DATASETS.items() if dataset.own)
 """Images of one's own, which differ with the place where they lie."""
-IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
-"""Height and width of the images of published datasets of one size."""
 Compat = Literal["paper", "official"]
 
 

@@ -111,7 +111,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "imagenet-resnet50-fgsm": partial(imagenet, attack="fgsm"),
     "imagenet-convnext-t": partial(imagenet, "convnext-t"),
     **{
-        f"{dataset}-{model}": partial(published, dataset, model)  # type: ignore[arg-type]
+        f"{dataset}-{model}": partial(published, dataset, model)
         for dataset, models in {
             "cifar10": ("resnet18", "wrn34-10"),
             "cifar100": ("resnet18", "wrn34-10"),

@@ -24,13 +24,14 @@ from arat_fast.bench.machine import describe_machine, new_record, synchronize
 from arat_fast.bench.measure import alternate, failure, free_memory, spread
 from arat_fast.bench.step import guarded, warm
 from arat_fast.bench.workload import Workload
-from arat_fast.data.arrays import ArrayRows, StreamedBatches
+from arat_fast.data.arrays import StreamedBatches
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.framing import Framing
-from arat_fast.data.images import LoaderBatches, default_workers
+from arat_fast.data.images import LoaderBatches
 from arat_fast.data.plan import BatchPlan
-from arat_fast.data.sources import FileImages
+from arat_fast.datasets.encoded import FileImages, default_workers
+from arat_fast.datasets.rows import ArrayRows
 from arat_fast.device import resolve_device
 from arat_fast.display import Display
 from arat_fast.files import write_json, write_text

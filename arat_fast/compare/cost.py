@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from arat_fast.build import build_network, build_objective
-from arat_fast.config import IMAGE_SIZES, Config
+from arat_fast.config import Config
+from arat_fast.datasets import DATASETS
 from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.training.step import TrainStep
 
@@ -81,9 +82,9 @@ def step_cost(config: Config) -> StepCost:
 
 
 def _image_shape(config: Config) -> tuple[int, int, int]:
-    other = config.data.image_size if config.data.name == "imagenette" else 32
-    size = IMAGE_SIZES.get(config.data.name, other)
-    return 1 if config.data.name == "digits" else 3, size, size
+    dataset = DATASETS[config.data.name]
+    size = dataset.image_size or (32 if dataset.own else config.data.image_size)
+    return dataset.channels, size, size
 
 
 class _Multiplications(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

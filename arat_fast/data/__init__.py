@@ -8,7 +8,7 @@ from arat_fast.data.batches import (
     draw_crop_flip,
 )
 from arat_fast.data.dali import DaliBatches
-from arat_fast.data.datasets import stratified_split
+from arat_fast.data.holdout import stratified_split
 from arat_fast.data.images import LoaderBatches
 from arat_fast.data.load import DataSplits, load_data
 from arat_fast.data.plan import BatchPlan, MixedPlan, Shard, seeded_generator

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arat_fast.data.fingerprint import fingerprint, names_below
-from arat_fast.data.formats import unreadable
-from arat_fast.data.sources import EncodedImages
+from arat_fast.datasets.encoded import EncodedImages, unreadable
 
 if TYPE_CHECKING:
     from arat_fast.distributed import Ranks

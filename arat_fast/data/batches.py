@@ -79,22 +79,25 @@ def check_samples(images: Tensor, labels: Tensor, num_classes: int, max_value: i
         raise ValueError(
             f"images must be (num_samples, C, H, W) uint8, got {tuple(images.shape)} {images.dtype}"
         )
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"one label per image is expected, got {tuple(labels.shape)} labels for "
-            f"{images.shape[0]} images"
-        )
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, got {labels.dtype}")
     if images.numel() == 0:
         raise ValueError("the dataset is empty, expected at least one image")
+    check_labels(labels, len(images), num_classes)
+    if int(images.max()) > max_value:
+        raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
+
+
+def check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
+    """Raise ValueError unless these are labels (num_samples,), int64 in [0, num_classes)."""
+    if labels.shape != (num_samples,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"one label per image is expected, int64, got {tuple(labels.shape)} labels of "
+            f"{labels.dtype} for {num_samples} images"
+        )
     low, high = (int(v) for v in torch.aminmax(labels))
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"labels must lie in [0, {num_classes - 1}], got values from {low} to {high}"
         )
-    if int(images.max()) > max_value:
-        raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
 
 
 class ResidentBatches:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from arat_fast.data.framing import Framing
 from arat_fast.data.images import EncodedBatches, cut_out, read_ahead
-from arat_fast.data.sources import decode_image, image_size
+from arat_fast.datasets.encoded import decode_image, image_size
 from arat_fast.extras import install_command
 
 QUEUE_DEPTH = 2
@@ -101,7 +101,7 @@ class DaliBatches(EncodedBatches):
             )
         on_gpu = self.device.type == "cuda"
         with ThreadPoolExecutor(max(self.num_workers, 1)) as readers:
-            feed = partial(self.feed, self.plan.order(epoch), epoch, read=readers.map)
+            feed = partial(self.feed, epoch, read=readers.map)
             with closing(read_ahead(feed, range(start_batch, len(self)))) as fed:
                 for encoded, outputs in self._pipeline.run(fed):
                     if isinstance(outputs, RuntimeError):
@@ -111,18 +111,17 @@ class DaliBatches(EncodedBatches):
                     yield images, labels.to(self.device, non_blocking=True)
 
     def feed(
-        self, order: Tensor, epoch: int, number: int, *, read: Callable[..., Iterable[Any]] = map
+        self, epoch: int, number: int, *, read: Callable[..., Iterable[Any]] = map
     ) -> tuple[_Encoded, Inputs]:
         """One batch, and what :func:`image_pipeline` is fed for it.
 
         Args:
-            order: of the samples in the epoch.
             epoch: >= 0.
             number: of the batch.
             read: applies a function to every sample, as :func:`map`; that of a pool of threads
                 reads several files at a time.
         """
-        index = order[self.plan.places(number)].tolist()
+        index = self.plan.samples(epoch, number).tolist()
         contents, sizes = zip(*read(self._read, index), strict=True)
         heights, widths = np.array(sizes).T
         draws = self.framing.draw(self.plan, epoch, number)
@@ -235,16 +234,10 @@ def image_pipeline(
         whole: also scale, mirror and transpose to (3, size, size), otherwise regions come out,
             (height, width, 3); default on a GPU only.
     """
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import fn, types
 
     on_gpu = device.type == "cuda"
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=(device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=QUEUE_DEPTH,
-        exec_dynamic=True,
-    )
+    pipeline = _pipeline(batch_size, num_threads, device)
     with pipeline:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         region = fn.external_source(name="region", dtype=types.INT32, ndim=1)
@@ -296,16 +289,10 @@ def array_pipeline(
         size: height and width of the images.
         device: which crops and mirrors.
     """
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import fn, types
 
     on_gpu = device.type == "cuda"
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=(device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=QUEUE_DEPTH,
-        exec_dynamic=True,
-    )
+    pipeline = _pipeline(batch_size, num_threads, device)
     with pipeline:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=3)
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
@@ -322,6 +309,18 @@ def array_pipeline(
         pipeline.set_outputs(fn.transpose(flipped, perm=[2, 0, 1]))
     pipeline.build()
     return pipeline
+
+
+def _pipeline(batch_size: int, num_threads: int, device: torch.device) -> Any:
+    from nvidia.dali import Pipeline
+
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=(device.index or 0) if device.type == "cuda" else None,
+        prefetch_queue_depth=QUEUE_DEPTH,
+        exec_dynamic=True,
+    )
 
 
 def as_tensor(outputs: Any) -> Tensor:

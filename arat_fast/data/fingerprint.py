@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from arat_fast.data.sources import EncodedImages
+from arat_fast.datasets.base import Samples
+from arat_fast.datasets.encoded import EncodedImages
 
 
 class Fingerprint(NamedTuple):
@@ -38,7 +39,10 @@ def fingerprint(labels: Tensor, names: Iterable[str] = ()) -> Fingerprint:
     return Fingerprint(len(labels), digest.hexdigest())
 
 
-def names_below(source: EncodedImages, root: Path) -> Iterator[str]:
-    """The names of all images without the folder of their dataset, which may be moved."""
+def names_below(source: Samples, root: Path) -> Iterator[str]:
+    """The names of all images without the folder of their dataset, which may be moved; none of
+    images in arrays, which have none."""
+    if not isinstance(source, EncodedImages):
+        return
     for index in range(len(source)):
         yield source.name(index).removeprefix(str(root)).replace(os.sep, "/")

@@ -8,9 +8,9 @@ import signal
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from arat_fast.data.batches import Batch
 from arat_fast.data.crops import Buffers, to_unit_range
 from arat_fast.data.framing import Framing
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
-from arat_fast.data.sources import EncodedImages, decode_image
+from arat_fast.datasets.encoded import EncodedImages
 
 Made = TypeVar("Made")
 
@@ -106,61 +106,87 @@ class LoaderBatches(EncodedBatches):
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._numbers = BatchNumbers()
-        self._loader: DataLoader[tuple[Tensor, Tensor, str]] | None = None
-        close_at_exit(self)
+        samples = _Samples(self.source, self.framing, self.plan)
+        self._workers = Workers(samples, self.plan, self.num_workers, self.device)
 
     def close(self) -> None:
         """Stop the workers; the next epoch starts others."""
-        self._loader = None
+        self._workers.close()
 
     def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
-        self._numbers.set(epoch, range(start_batch, len(self)))
         on_gpu = self.device.type == "cuda"
-        if self._loader is None:
-            self._loader = DataLoader(
-                _Samples(self),
-                batch_size=None,
-                sampler=self._numbers,
-                num_workers=min(self.num_workers, len(self)),
-                pin_memory=on_gpu,
-                persistent_workers=min(self.num_workers, len(self)) > 0,
-                worker_init_fn=leave_signals_to_the_parent,
-                # Otherwise a number is drawn from the global generator, once per epoch.
-                generator=seeded_generator(self.plan.seed, epoch),
-            )
-        for images, labels, error in self._loader:
+        for images, labels, error in self._workers.run(epoch, start_batch):
             if error:
-                break
+                # Left to the garbage collector, the workers would be waited for in vain.
+                self.close()
+                raise ValueError(error)
             yield (
                 images.to(self.device, non_blocking=on_gpu),
                 labels.to(self.device, non_blocking=on_gpu),
             )
-        else:
-            return
-        # Left to the garbage collector, the workers would be waited for in vain.
-        self.close()
-        raise ValueError(error)
 
 
-class Closable(Protocol):
-    """Something that has worker processes."""
+class Workers:
+    """PyTorch's DataLoader for whole batches, in processes that stay from one epoch to the next.
+
+    Args:
+        samples: a batch by its epoch and number.
+        plan: the batches.
+        num_workers: processes, >= 0; 0 makes the batches in this one.
+        device: where they go; memory is pinned for a GPU.
+    """
+
+    def __init__(
+        self, samples: Dataset[Any], plan: BatchPlan, num_workers: int, device: torch.device
+    ) -> None:
+        self._samples = samples
+        self._plan = plan
+        self._num_workers = min(num_workers, len(plan))
+        self._device = device
+        self._numbers = _BatchNumbers()
+        self._loader: DataLoader[Any] | None = None
+        # Before the interpreter kills the processes, of which PyTorch would complain.
+        atexit.register(_close, weakref.ref(self))
 
     def close(self) -> None:
-        """Stop them."""
+        """Stop the processes; the next epoch starts others."""
+        self._loader = None
+
+    def run(self, epoch: int, start_batch: int) -> Iterator[Any]:
+        """The batches of an epoch, from ``start_batch`` on."""
+        self._numbers.pairs = [(epoch, number) for number in range(start_batch, len(self._plan))]
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._samples,
+                batch_size=None,
+                sampler=self._numbers,
+                num_workers=self._num_workers,
+                pin_memory=self._device.type == "cuda",
+                persistent_workers=self._num_workers > 0,
+                worker_init_fn=_leave_signals_to_the_parent,
+                # Otherwise a number is drawn from the global generator, once per epoch.
+                generator=seeded_generator(self._plan.seed, epoch),
+            )
+        yield from self._loader
 
 
-def close_at_exit(batches: Closable) -> None:
-    """Stop the workers before the interpreter kills them, of which PyTorch would complain."""
-    reference = weakref.ref(batches)
+class _BatchNumbers:
+    """The (epoch, batch) pairs that the DataLoader asks for; changed before each of its epochs."""
 
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            alive.close()
+    pairs: Sequence[tuple[int, int]] = ()
 
-    atexit.register(close)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def _close(reference: weakref.ref[Workers]) -> None:
+    workers = reference()
+    if workers is not None:
+        workers.close()
 
 
 def read_ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Generator[Made, None, None]:
@@ -175,46 +201,24 @@ def read_ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Generator
             yield ahead.popleft().result()
 
 
-class BatchNumbers:
-    """The (epoch, batch) pairs that the DataLoader asks for; changed before each of its epochs."""
-
-    def __init__(self) -> None:
-        self.set(0, range(0))
-
-    def set(self, epoch: int, numbers: range) -> None:
-        self.pairs = [(epoch, number) for number in numbers]
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self.pairs)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-
 class _Samples(Dataset[tuple[Tensor, Tensor, str]]):
     """Batches by their epoch and number: images, labels and the error, if there was one.
 
     An exception in a worker would reach the user as a traceback of many lines.
     """
 
-    def __init__(self, batches: EncodedBatches) -> None:
-        self.source = batches.source
-        self.framing = batches.framing
-        self.plan = batches.plan
-        self.order: tuple[int, Tensor] | None = None
+    def __init__(self, source: EncodedImages, framing: Framing, plan: BatchPlan) -> None:
+        self.source, self.framing, self.plan = source, framing, plan
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
-        epoch, number = place
-        if self.order is None or self.order[0] != epoch:
-            self.order = (epoch, self.plan.order(epoch))
-        chosen = self.order[1][self.plan.places(number)]
+        chosen = self.plan.samples(*place)
         labels = self.source.labels[chosen]
-        draws = self.framing.draw(self.plan, epoch, number)
+        draws = self.framing.draw(self.plan, *place)
         size = self.framing.size
         images = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8)
         for place_in_batch, index in enumerate(chosen.tolist()):
             try:
-                image = decode_image(self.source.read(index), self.source.name(index))
+                image = self.source.image(index)
             except ValueError as error:
                 return torch.empty(0), labels, str(error)
             one = slice(place_in_batch, place_in_batch + 1)
@@ -262,7 +266,7 @@ def _overlap(offset: int, size: int, length: int) -> range:
     return range(start, max(min(offset + size, length), start))
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
+def _leave_signals_to_the_parent(worker: int) -> None:
     # Ctrl-C and torchrun signal the whole process group, and a fork inherits the trainer's
     # handlers: the batch under way must still arrive, and a worker that is told to terminate must
     # do so. Workers end with their parent, in whichever group they are.
@@ -270,9 +274,3 @@ def leave_signals_to_the_parent(worker: int) -> None:
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def default_workers() -> int:
-    """As many as there are cores for this process."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,45 +15,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from arat_fast.config import DataConfig, DatasetName
-from arat_fast.data.arrays import Rows
-from arat_fast.data.datasets import (
-    hold_out_a_tenth,
-    list_tiny_imagenet,
-    read_arrays,
-    read_imagenette,
-)
-from arat_fast.data.formats import (
-    Encoded,
-    array_folder,
-    class_folders,
-    has_class_folders,
-    index_shards,
-    named_splits,
-    tar_files,
-    tar_shards,
-)
-from arat_fast.data.prepare import first_images, open_npz
-from arat_fast.data.sources import IMAGE_SUFFIXES, EncodedImages, FileImages, decode_image
+from arat_fast.data.holdout import with_test_images
+from arat_fast.data.prepare import first_images, open_npz, own_dataset
+from arat_fast.datasets import DATASETS
+from arat_fast.datasets.base import Samples
+from arat_fast.datasets.encoded import IMAGE_SUFFIXES, FileImages
+from arat_fast.datasets.folder import has_class_folders
+from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.rows import ArrayRows, Images
+from arat_fast.datasets.webdataset import index_shards
 from arat_fast.files import write_atomic
 from arat_fast.recipes import RECIPES
 
-Pixels = npt.NDArray[np.uint8]
-
-CIFAR: dict[str, tuple[DatasetName, str]] = {
-    "cifar-10-batches-py": ("cifar10", "CIFAR-10, Python version"),
-    "cifar-10-batches-bin": ("cifar10", "CIFAR-10, binary version"),
-    "cifar-100-python": ("cifar100", "CIFAR-100, Python version"),
-    "cifar-100-binary": ("cifar100", "CIFAR-100, binary version"),
+OWN = {
+    "folder": "images in folders by class",
+    "webdataset": "WebDataset shards",
+    "arrays": "prepared arrays",
 }
-"""Folders of CIFAR: the dataset, and what it is."""
-
-FOLDERS: dict[str, tuple[DatasetName, str, Callable[[DataConfig], Encoded]]] = {
-    "imagenette2-160": ("imagenette", "Imagenette, 160 pixels", read_imagenette),
-    "tiny-imagenet-200": ("tiny-imagenet", "Tiny-ImageNet", list_tiny_imagenet),
-}
-"""Folders of published image files: the dataset, what it is, and what lists it."""
-
+"""What a folder of one's own images is, in words."""
 HELD_OUT = "a tenth held out"
 """Said of the test images of a dataset that has none of its own."""
 ALL_OR_A_TENTH = "--data.unsup takes all, training on them alone holds out a tenth"
@@ -69,28 +49,6 @@ _GAP = 8
 _PIXELS = 2**20
 
 
-@dataclass(frozen=True)
-class Part:
-    """One split.
-
-    Attributes:
-        name: train, test, …
-        labels: (num_samples,), int64.
-        image: decodes one image by number: (height, width, 3), uint8.
-        num_viewable: of the first images only, where not all can be looked at; None for all.
-    """
-
-    name: str
-    labels: Tensor
-    image: Callable[[int], Pixels]
-    num_viewable: int | None = None
-
-    @property
-    def viewable(self) -> Tensor:
-        """The labels of the images that can be looked at."""
-        return self.labels[: self.num_viewable]
-
-
 class _Opened(NamedTuple):
     """A dataset.
 
@@ -98,7 +56,7 @@ class _Opened(NamedTuple):
         kind: in words.
         use: the command that trains on it; empty if none does.
         classes: class names, one per label; empty where there are no labels.
-        parts: the splits.
+        parts: the splits; of some only the first images can be looked at, as their length says.
         bad: files in its class folders that are no images, and why.
         note: on the splits; empty for none.
     """
@@ -106,7 +64,7 @@ class _Opened(NamedTuple):
     kind: str
     use: str
     classes: tuple[str, ...]
-    parts: list[Part]
+    parts: Mapping[str, Samples]
     bad: tuple[str, ...] = ()
     note: str = ""
 
@@ -196,16 +154,16 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
     if not path.exists():
         raise FileNotFoundError(f"nothing at {path}, expected a dataset's file or folder")
     opened = _open(path)
-    parts, classes = opened.parts, opened.classes
+    parts, classes = list(opened.parts.values()), opened.classes
     found = Inspection(
         path, opened.kind, opened.use, classes, note=opened.note, bad=list(opened.bad)
     )
-    for part in parts:
-        found.counts[part.name] = len(part.labels)
+    for split, part in opened.parts.items():
+        found.counts[split] = len(part.labels)
         counted = torch.bincount(part.labels, minlength=len(classes))
         for name, count in zip(classes, counted.tolist(), strict=False):
-            found.per_class.setdefault(name, {})[part.name] = count
-    found.out_of = sum(len(part.viewable) for part in parts)
+            found.per_class.setdefault(name, {})[split] = count
+    found.out_of = sum(map(len, parts))
     number = min(max_samples, found.out_of)
     spread = np.unique(np.linspace(0, found.out_of - 1, number).astype(np.int64))
     histogram = np.zeros((3, 256), np.int64)
@@ -234,90 +192,64 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
     return found
 
 
-def _places(parts: list[Part], numbers: npt.NDArray[np.int64]) -> list[tuple[Part, int]]:
-    """Split and number in it of images that are counted over the viewable ones of all splits."""
-    ends = np.cumsum([len(part.viewable) for part in parts])
-    places = []
-    for number in numbers.tolist():
-        which = int(np.searchsorted(ends, number, side="right"))
-        start = int(ends[which - 1]) if which else 0
-        places.append((parts[which], number - start))
-    return places
+def _places(parts: list[Samples], numbers: npt.NDArray[np.int64]) -> list[tuple[Samples, int]]:
+    """Split and number in it of images that are counted over all splits."""
+    ends = np.cumsum(list(map(len, parts)))
+    which = np.searchsorted(ends, numbers, side="right").tolist()
+    starts = [0, *ends.tolist()]
+    return [(parts[w], n - starts[w]) for w, n in zip(which, numbers.tolist(), strict=True)]
 
 
 def _open(path: Path) -> _Opened:
     if path.is_file():
-        if path.suffix == ".npz":
-            shape, labels = open_npz(path)
-            kind = (
-                f"an .npz file of {shape[0]:,} generated images; convert it with arat-fast data "
-                f"prepare {path} FOLDER"
-            )
-            classes, labels = _numbered(labels)
-            return _Opened(kind, "", classes, [_npz_part(path, labels)])
-        if path.suffix == ".tar":
-            shard = index_shards([path])
-            classes, shard.labels = _numbered(shard.labels)
-            return _Opened("a tar shard", "", classes, [_encoded("images", shard)])
-        raise ValueError(
-            f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
-        )
+        return _open_file(path)
     if (path / "images.npy").is_file():
-        rows, labels = array_folder(path)
-        classes, labels = _numbered(labels)
-        use = _command("arrays", path)
-        part = _rows("images", rows, labels)
-        return _Opened("prepared arrays", use, classes, [part], note=ALL_OR_A_TENTH)
-    for folder, (name, words) in CIFAR.items():
-        root = path.parent if path.name == folder else path
-        if (root / folder).is_dir():
-            return _stored(name, root, words)
-    if (path / "train_32x32.mat").is_file():
-        return _stored("svhn", path, "SVHN")
-    for folder, (name, words, read) in FOLDERS.items():
-        root = path.parent if path.name == folder else path
-        if (root / folder).is_dir():
-            encoded = read(DataConfig(name, root=root))
-            assert encoded.test is not None
-            parts = [_encoded("train", encoded.train), _encoded("val", encoded.test)]
-            use = _command(name, root)
-            return _Opened(words, use, encoded.classes, parts)
-    if any((folder / "images.npy").is_file() for _, folder in named_splits(path)):
-        return _stored("arrays", path, "prepared arrays")
-    if not has_class_folders(path):
-        if tar_files(path):
-            return _images("webdataset", path, "WebDataset shards", tar_shards(path))
+        arrays = array_folder(path)
+        classes, labels = _numbered(arrays.labels)
+        parts = {"images": dataclasses.replace(arrays, labels=labels)}
+        return _Opened(OWN["arrays"], _command("arrays", path), classes, parts, (), ALL_OR_A_TENTH)
+    for dataset in DATASETS.values():
+        for place, kind in dataset.places.items():
+            root = path.parent if path.name == place else path
+            if (root / place).exists():
+                content = dataset.read(root)
+                return _Opened(kind, _command(dataset.name, root), content.classes, content.parts)
+    dataset = own_dataset(path)
+    if dataset.name == "folder" and not has_class_folders(path):
         files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         flat = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
         if flat:
             unlabelled = FileImages([(file, 0) for file in flat])
-            return _Opened("images without classes", "", (), [_encoded("images", unlabelled)])
-    return _images("folder", path, "images in folders by class", class_folders(path))
+            return _Opened("images without classes", "", (), {"images": unlabelled})
+    content, use, note = dataset.read(path), _command(dataset.name, path), ""
+    try:
+        content, note = with_test_images(content), "" if content.test is not None else HELD_OUT
+    except ValueError as error:
+        use, note = "", str(error)
+    return _Opened(OWN[dataset.name], use, content.classes, content.parts, content.bad, note)
 
 
-def _images(name: DatasetName, root: Path, kind: str, dataset: Encoded) -> _Opened:
-    train, test, use, note = dataset.train, dataset.test, _command(name, root), ""
-    if test is None:
-        try:
-            chosen, tenth = hold_out_a_tenth(train.labels)
-            train, test, note = train.subset(chosen), train.subset(tenth), HELD_OUT
-        except ValueError as error:
-            use, note = "", str(error)
-    parts = {"train": train, "val": dataset.val, "test": test}
-    splits = [_encoded(split, part) for split, part in parts.items() if part is not None]
-    return _Opened(kind, use, dataset.classes, splits, dataset.bad, note)
+def _open_file(path: Path) -> _Opened:
+    if path.suffix == ".npz":
+        shape, all_labels = open_npz(path)
+        classes, labels = _numbered(all_labels)
+        kind = (
+            f"an .npz file of {shape[0]:,} generated images; convert it with arat-fast data "
+            f"prepare {path} FOLDER"
+        )
+        # An archive is read from its start: a part of it is enough to look at.
+        first = Images(ArrayRows(first_images(path, 2048)), labels)
+        return _Opened(kind, "", classes, {"images": first})
+    if path.suffix == ".tar":
+        shard = index_shards([path])
+        classes, shard.labels = _numbered(shard.labels)
+        return _Opened("a tar shard", "", classes, {"images": shard})
+    raise ValueError(
+        f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
+    )
 
 
-def _stored(name: DatasetName, root: Path, kind: str) -> _Opened:
-    dataset = read_arrays(DataConfig(name, root=root))
-    parts = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    splits = [_rows(split, *part) for split, part in parts.items() if part is not None]
-    alone = name == "arrays" and len(list(named_splits(root))) == 1
-    note = HELD_OUT if alone else ""
-    return _Opened(kind, _command(name, root), dataset.classes, splits, note=note)
-
-
-def _command(name: DatasetName, root: Path) -> str:
+def _command(name: str, root: Path) -> str:
     """What trains a ResNet-18 on the dataset: its own recipe, or that of images in folders."""
     recipe = f"{name}-resnet18"
     chosen = [recipe] if recipe in RECIPES else ["folder-resnet18", "--data.name", name]
@@ -330,33 +262,7 @@ def _numbered(labels: Tensor) -> tuple[tuple[str, ...], Tensor]:
     return tuple(str(value) for value in values.tolist()), torch.from_numpy(index)
 
 
-def _rows(name: str, rows: Rows, labels: Tensor) -> Part:
-    def image(index: int) -> Pixels:
-        pixels = rows.take(np.array([index]))[0]
-        return np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels
-
-    return Part(name, labels, image)
-
-
-def _encoded(name: str, source: EncodedImages) -> Part:
-    def image(index: int) -> Pixels:
-        return decode_image(source.read(index), source.name(index))
-
-    return Part(name, source.labels, image)
-
-
-def _npz_part(path: Path, labels: Tensor) -> Part:
-    # An archive is read from its start: a part of it is enough to look at.
-    first = first_images(path, 2048)
-
-    def image(index: int) -> Pixels:
-        pixels: Pixels = first[index]
-        return pixels
-
-    return Part("images", labels, image, len(first))
-
-
-def draw_sheet(parts: list[Part], classes: tuple[str, ...], path: Path) -> None:
+def draw_sheet(parts: list[Samples], classes: tuple[str, ...], path: Path) -> None:
     """Write a contact sheet: images evenly spread over the splits, each with its class.
 
     Args:
@@ -365,7 +271,9 @@ def draw_sheet(parts: list[Part], classes: tuple[str, ...], path: Path) -> None:
         path: PNG file.
     """
     # Evenly over the classes: the images of a folder are sorted by class.
-    order = np.argsort(torch.cat([part.viewable for part in parts]).numpy(), kind="stable")
+    order = np.argsort(
+        torch.cat([part.labels[: len(part)] for part in parts]).numpy(), kind="stable"
+    )
     rows, columns = SHEET
     number = min(rows * columns, len(order))
     chosen = _places(parts, order[np.linspace(0, len(order) - 1, number).astype(int)])

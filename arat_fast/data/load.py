@@ -1,10 +1,10 @@
-"""The datasets by name, as the splits of a run."""
+"""A dataset by its name, as the splits of a run."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,30 +13,24 @@ import torch
 from torch import Tensor
 
 from arat_fast.config import DataConfig
-from arat_fast.data.arrays import ArrayRows, JoinedRows, StreamedBatches
+from arat_fast.data.arrays import StreamedBatches
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
-from arat_fast.data.datasets import (
-    Arrays,
-    Images,
-    hold_out_a_tenth,
-    list_tiny_imagenet,
-    read_arrays,
-    read_imagenette,
-    stratified_split,
-)
 from arat_fast.data.fingerprint import Fingerprint, fingerprint, names_below
-from arat_fast.data.formats import array_folder, class_folders, decode_all, tar_shards
-from arat_fast.data.framing import Framing, Kind
+from arat_fast.data.framing import Framing
+from arat_fast.data.holdout import with_test_images, with_validation_images
 from arat_fast.data.images import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
-from arat_fast.data.sources import EncodedImages
+from arat_fast.datasets import DATASETS, Content, Dataset
+from arat_fast.datasets.base import Samples
+from arat_fast.datasets.encoded import EncodedImages, decode_all
+from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
 
 if TYPE_CHECKING:
     from arat_fast.distributed import Ranks
 
-_CROPS: dict[str, Kind] = {"imagenette": "pad"}
 _EVALUATION_SEED = 21
 _PROBE_STREAM = 1
 _PART = 2**26
@@ -91,10 +85,22 @@ def load_data(
         ValueError: a file is not the published one, an image or a label does not fit, or
             ``num_val`` leaves too few images to train on.
     """
-    arguments = (config, device, seed, eval_batch_size, memory_format, shard)
-    if config.name in ("imagenette", "folder", "webdataset"):
-        return _encoded_splits(*arguments, bad_images or BadImages())
-    return _array_splits(*arguments)
+    dataset = DATASETS[config.name]
+    content = dataset.load(config.root, config.download)
+    try:
+        return _splits(
+            dataset,
+            content,
+            config,
+            device,
+            seed,
+            eval_batch_size,
+            memory_format,
+            shard,
+            bad_images or BadImages(),
+        )
+    except ValueError as error:
+        raise ValueError(f"dataset {config.name}: {error}") from error
 
 
 def download_data(config: DataConfig, ranks: Ranks) -> None:
@@ -110,65 +116,63 @@ def download_data(config: DataConfig, ranks: Ranks) -> None:
     Raises:
         FileNotFoundError, ValueError: as :func:`load_data`.
     """
-    if not config.download or ranks.alone:
+    if not config.download or DATASETS[config.name].fetch is None or ranks.alone:
         return
     local_ranks = ranks.gather(torch.tensor(ranks.local_rank)).tolist()
     for rank, local_rank in enumerate(local_ranks):
         if rank > 0 and local_rank > 0:
             continue
         if rank == ranks.rank:
-            _fetch(config)
+            DATASETS[config.name].load(config.root, download=True)
         ranks.meet()
 
 
-def _fetch(config: DataConfig) -> None:
-    if config.name == "imagenette":
-        read_imagenette(config)
-    elif config.name == "tiny-imagenet":
-        list_tiny_imagenet(config)
-    elif config.name not in ("folder", "webdataset"):
-        read_arrays(config)
-
-
-def _array_splits(
+def _splits(
+    dataset: Dataset,
+    content: Content,
     config: DataConfig,
     device: torch.device,
     seed: int,
     eval_batch_size: int,
     memory_format: torch.memory_format,
     shard: Shard,
+    bad_images: BadImages,
 ) -> DataSplits:
-    dataset = read_arrays(config)
-    try:
-        for part in (dataset.train, dataset.val, dataset.test):
-            if part is not None and isinstance(part.rows, ArrayRows):
-                check_samples(
-                    part.rows.images, part.labels, len(dataset.classes), dataset.max_value
+    root = config.root.expanduser()
+    if dataset.image_size is not None:
+        content = _in_arrays(content, dataset.image_size, f"{dataset.name} has")
+    _check_arrays(dataset, content)
+    content, skipped = _readable(content, config, root, bad_images)
+    content = with_validation_images(with_test_images(content), config.num_val)
+    identity = fingerprint(content.train.labels, names_below(content.train, root))
+    loader: str = config.loader
+    framing = None
+    if isinstance(content.train, EncodedImages):
+        if config.unsup is not None:
+            raise ValueError(
+                "data.unsup is mixed with images in arrays (cifar10, …), got images in files"
+            )
+        cut = dataset.crop if config.crop == "auto" else config.crop
+        framing = Framing(config.image_size, cut, True, config.padding, config.flip)
+        content = content._replace(test=_mixed(content.test), val=_mixed(content.val))
+        if loader == "resident":
+            if cut == "resized":
+                raise ValueError(
+                    "data.loader resident keeps images of one size: it needs --data.crop pad with "
+                    f"images of {config.image_size} x {config.image_size} pixels"
                 )
-        return _make_array_splits(
-            dataset, config, device, seed, eval_batch_size, memory_format, shard
-        )
-    except ValueError as error:
-        raise ValueError(f"dataset {config.name}: {error}") from error
-
-
-def _make_array_splits(
-    dataset: Arrays,
-    config: DataConfig,
-    device: torch.device,
-    seed: int,
-    eval_batch_size: int,
-    memory_format: torch.memory_format,
-    shard: Shard,
-    framing: Framing | None = None,
-) -> DataSplits:
-    train, val = dataset.train, dataset.val
-    if config.num_val:
-        chosen, held_out = stratified_split(train.labels, _num_val(config, val))
-        train, val = train.subset(chosen), train.subset(held_out)
-    num_original = train.rows.shape[0]
+            expected = f"with data.image_size {config.image_size} data.loader resident needs"
+            content = _in_arrays(content, config.image_size, expected)
+        elif loader == "auto":
+            loader = "dali" if has_dali() else "dataloader"
+    num_original = len(content.train)
     if config.unsup is not None:
-        train = _with_generated(train, config.unsup.expanduser(), len(dataset.classes))
+        content = _with_generated(content, config.unsup.expanduser())
+        identity = fingerprint(content.train.labels)
+    if loader == "auto":
+        # On a CPU PyTorch copies and crops arrays faster than DALI.
+        streamed = "dali" if device.type == "cuda" and has_dali() else "dataloader"
+        loader = "resident" if _num_bytes(content) <= _room(device) else streamed
 
     def plan(training_seed: int) -> BatchPlan:
         if config.unsup is None:
@@ -177,92 +181,195 @@ def _make_array_splits(
             )
         return MixedPlan(
             num_original,
-            train.rows.shape[0] - num_original,
+            len(content.train) - num_original,
             config.batch_size,
             config.unsup_fraction,
             seed=training_seed,
             shard=shard,
         )
 
-    parts = [part for part in (train, val, dataset.test) if part is not None]
-    num_bytes = sum(math.prod(part.rows.shape) for part in parts)
-    loader: str = config.loader
-    if loader == "auto":
-        # On a CPU PyTorch copies and crops arrays faster than DALI.
-        streamed = "dali" if device.type == "cuda" and has_dali() else "dataloader"
-        loader = "resident" if num_bytes <= _room(device) else streamed
+    make = _Batches(config, content, device, loader, framing, memory_format)
+    train, probe = make.training(plan(seed), plan(_probe_seed(seed)))
+    assert content.test is not None
+    return DataSplits(
+        train=train,
+        probe=probe,
+        val=None if content.val is None else make.evaluated(content.val, eval_batch_size),
+        test=make.evaluated(content.test, eval_batch_size),
+        fingerprint=identity,
+        skipped=skipped,
+    )
 
-    def make(images: Images, plans: list[BatchPlan], training: bool) -> list[Batches]:
-        padding = config.padding if training else 0
-        flip = config.flip and training
-        layout = memory_format if training else torch.contiguous_format
-        if loader != "resident":
+
+@dataclass(frozen=True)
+class _Batches:
+    """Batches of a dataset by one loader.
+
+    Attributes:
+        config: how many at a time, and how training augments them.
+        content: of the dataset.
+        device: where they go.
+        loader: "resident", "dali" or "dataloader".
+        framing: what training cuts out of image files; None for images that were arrays already.
+        memory_format: of the training images that stay on the device.
+    """
+
+    config: DataConfig
+    content: Content
+    device: torch.device
+    loader: str
+    framing: Framing | None
+    memory_format: torch.memory_format
+
+    def training(self, *plans: BatchPlan) -> list[Batches]:
+        """The training images, as often as there are plans; they lie on the device once."""
+        padding, flip = self.config.padding, self.config.flip
+        return self._make(
+            self.content.train, plans, self.framing, padding, flip, self.memory_format
+        )
+
+    def evaluated(self, samples: Samples, batch_size: int) -> Batches:
+        """Images in their order, not augmented."""
+        framing = None if self.framing is None else Framing(self.framing.size, self.framing.kind)
+        plan = BatchPlan(len(samples), batch_size)
+        return self._make(samples, (plan,), framing, 0, False, torch.contiguous_format)[0]
+
+    def _make(
+        self,
+        samples: Samples,
+        plans: tuple[BatchPlan, ...],
+        framing: Framing | None,
+        padding: int,
+        flip: bool,
+        memory_format: torch.memory_format,
+    ) -> list[Batches]:
+        classes, device, num_workers = self.content.classes, self.device, self.config.num_workers
+        if isinstance(samples, EncodedImages):
+            assert framing is not None
+            kind = DaliBatches if self.loader == "dali" else LoaderBatches
+            return [
+                kind(
+                    samples,
+                    classes,
+                    framing,
+                    batch_size=plan.batch_size,
+                    device=device,
+                    shuffle=plan.shuffle,
+                    seed=plan.seed,
+                    shard=plan.shard,
+                    num_workers=num_workers,
+                )
+                for plan in plans
+            ]
+        if self.loader != "resident":
             return [
                 StreamedBatches(
-                    images.rows,
-                    images.labels,
-                    dataset.classes,
-                    one,
+                    samples.rows,
+                    samples.labels,
+                    classes,
+                    plan,
                     device=device,
-                    loader=loader,
-                    max_value=dataset.max_value,
+                    loader=self.loader,
+                    max_value=self.content.max_value,
                     padding=padding,
                     flip=flip,
-                    memory_format=layout,
-                    num_workers=config.num_workers,
+                    memory_format=memory_format,
+                    num_workers=num_workers,
                 )
-                for one in plans
+                for plan in plans
             ]
         # Once for all: on a CPU in the format of the batches, as ResidentBatches keeps it.
-        stored = layout if device.type == "cpu" else torch.contiguous_format
-        x, y = _on_device(images, device, stored), images.labels.to(device)
+        stored = memory_format if device.type == "cpu" else torch.contiguous_format
+        x, y = _on_device(samples, device, stored), samples.labels.to(device)
         return [
             ResidentBatches(
                 x,
                 y,
-                dataset.classes,
-                batch_size=one.batch_size,
-                max_value=dataset.max_value,
+                classes,
+                batch_size=plan.batch_size,
+                max_value=self.content.max_value,
                 padding=padding,
                 flip=flip,
-                memory_format=layout,
-                plan=one,
-                framing=framing if training else None,
+                memory_format=memory_format,
+                plan=plan,
+                framing=framing,
             )
-            for one in plans
+            for plan in plans
         ]
 
-    def evaluated(images: Images) -> Batches:
-        one = BatchPlan(images.rows.shape[0], eval_batch_size)
-        return make(images, [one], False)[0]
 
-    training = make(train, [plan(seed), plan(_probe_seed(seed))], True)
-    return DataSplits(
-        train=training[0],
-        probe=training[1],
-        val=evaluated(val) if val is not None else None,
-        test=evaluated(dataset.test),
-        fingerprint=fingerprint(train.labels),
-    )
+def _in_arrays(content: Content, size: int, expected: str) -> Content:
+    """With every encoded image decoded; ``expected`` says who demands their size."""
+    decoded: dict[str, Samples] = {
+        name: Images(ArrayRows(decode_all(part, size, expected)), part.labels)
+        if isinstance(part, EncodedImages)
+        else part
+        for name, part in content.parts.items()
+    }
+    return content.with_parts(decoded)
 
 
-def _num_val(config: DataConfig, val: object | None) -> int:
-    """How many images to hold out, which a dataset with validation images does without."""
-    if config.num_val and val is not None:
+def _check_arrays(dataset: Dataset, content: Content) -> None:
+    for part in content.parts.values():
+        if isinstance(part, Images) and isinstance(part.rows, ArrayRows):
+            shape = (dataset.image_size, dataset.image_size, dataset.channels)
+            if part.rows.shape[1:] != shape:
+                raise ValueError(
+                    f"expected images of {'x'.join(map(str, shape))}, got "
+                    f"{'x'.join(map(str, part.rows.shape[1:]))}"
+                )
+            check_samples(part.rows.images, part.labels, len(content.classes), content.max_value)
+
+
+def _readable(
+    content: Content, config: DataConfig, root: Path, bad_images: BadImages
+) -> tuple[Content, tuple[str, ...]]:
+    """Without the files that cannot be decoded, and what is wrong with these."""
+    skipped = list(content.bad)
+    if config.bad_images == "stop":
+        if skipped:
+            more = f" (and {len(skipped) - 1:,} files more)" if len(skipped) > 1 else ""
+            raise ValueError(f"{skipped[0]}{more}; remove it, or pass --data.bad-images skip")
+        return content, ()
+    readable: dict[str, Samples] = {}
+    for split, part in content.parts.items():
+        if isinstance(part, Images):
+            continue
+        bad = bad_images.among(part, root)
+        kept = torch.tensor([i for i in range(len(part)) if i not in bad], dtype=torch.int64)
+        for label in set(part.labels.tolist()) - set(part.labels[kept].tolist()):
+            first = next(index for index in bad if int(part.labels[index]) == label)
+            raise ValueError(f"no image with label {label} can be read; {bad[first]}")
+        readable[split] = part.subset(kept)
+        skipped += bad.values()
+    return content.with_parts(readable), tuple(skipped)
+
+
+def _with_generated(content: Content, folder: Path) -> Content:
+    train, generated = content.train, array_folder(folder)
+    assert isinstance(train, Images)
+    num_classes = len(content.classes)
+    if int(generated.labels.max()) >= num_classes:
         raise ValueError(
-            "the dataset has validation images of its own, expected data.num_val 0, got "
-            f"{config.num_val}"
+            f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got "
+            f"{int(generated.labels.max())}"
         )
-    return config.num_val
+    rows = JoinedRows([train.rows, generated.rows])
+    return content._replace(train=Images(rows, torch.cat([train.labels, generated.labels])))
 
 
-def _with_generated(train: Images, folder: Path, num_classes: int) -> Images:
-    rows, labels = array_folder(folder)
-    if int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got {int(labels.max())}"
-        )
-    return Images(JoinedRows([train.rows, rows]), torch.cat([train.labels, labels]))
+def _mixed(samples: Samples | None) -> Samples | None:
+    """The samples in another fixed order: the folders are sorted by class, and evaluation takes
+    the first images where it is asked for fewer than all."""
+    if samples is None:
+        return None
+    generator = seeded_generator(_EVALUATION_SEED)
+    return samples.subset(torch.randperm(len(samples), generator=generator))
+
+
+def _num_bytes(content: Content) -> int:
+    parts = content.parts.values()
+    return sum(math.prod(part.rows.shape) for part in parts if isinstance(part, Images))
 
 
 def _on_device(images: Images, device: torch.device, memory_format: torch.memory_format) -> Tensor:
@@ -297,121 +404,3 @@ def _room(device: torch.device) -> int:
 
 def _probe_seed(seed: int) -> int:
     return seeded_generator(seed, _PROBE_STREAM).initial_seed()
-
-
-def _encoded_splits(
-    config: DataConfig,
-    device: torch.device,
-    seed: int,
-    eval_batch_size: int,
-    memory_format: torch.memory_format,
-    shard: Shard,
-    bad_images: BadImages,
-) -> DataSplits:
-    if config.unsup is not None:
-        raise ValueError(
-            f"data.unsup is mixed with images in arrays (cifar10, …), got data.name {config.name}"
-        )
-    root = config.root.expanduser()
-    if config.name == "imagenette":
-        dataset = read_imagenette(config)
-    else:
-        dataset = class_folders(root) if config.name == "folder" else tar_shards(root)
-    train, val, test, skipped = dataset.train, dataset.val, dataset.test, list(dataset.bad)
-    if config.bad_images == "skip":
-        train, reasons = _readable(train, root, bad_images)
-        skipped += reasons
-        if val is not None:
-            val, reasons = _readable(val, root, bad_images)
-            skipped += reasons
-        if test is not None:
-            test, reasons = _readable(test, root, bad_images)
-            skipped += reasons
-    elif skipped:
-        more = f" (and {len(skipped) - 1:,} files more)" if len(skipped) > 1 else ""
-        raise ValueError(f"{skipped[0]}{more}; remove it, or pass --data.bad-images skip")
-    if test is None:
-        chosen, tenth = hold_out_a_tenth(train.labels)
-        train, test = train.subset(chosen), train.subset(tenth)
-    if config.num_val:
-        chosen, held_out = stratified_split(train.labels, _num_val(config, val))
-        train, val = train.subset(chosen), train.subset(held_out)
-    test, val = _mixed(test), None if val is None else _mixed(val)
-    identity = fingerprint(train.labels, names_below(train, root))
-    cut = config.crop if config.crop != "auto" else _CROPS.get(config.name, "resized")
-    evaluated = Framing(config.image_size, cut)
-    trained = Framing(config.image_size, cut, True, config.padding, config.flip)
-    loader = config.loader
-    if loader == "auto":
-        loader = "dali" if has_dali() else "dataloader"
-    if loader == "resident":
-        if cut == "resized":
-            raise ValueError(
-                "data.loader resident keeps images of one size: it needs --data.crop pad with "
-                f"images of {config.image_size} x {config.image_size} pixels"
-            )
-        arrays = Arrays(
-            _decode_all(train, config.image_size),
-            _decode_all(test, config.image_size),
-            dataset.classes,
-            val=None if val is None else _decode_all(val, config.image_size),
-        )
-        splits = _make_array_splits(
-            arrays,
-            dataclasses.replace(config, num_val=0),
-            device,
-            seed,
-            eval_batch_size,
-            memory_format,
-            shard,
-            trained,
-        )
-        return splits._replace(fingerprint=identity, skipped=tuple(skipped))
-
-    def batches(source: EncodedImages, training_seed: int | None = None) -> Batches:
-        training = training_seed is not None
-        kind = DaliBatches if loader == "dali" else LoaderBatches
-        return kind(
-            source,
-            dataset.classes,
-            trained if training else evaluated,
-            batch_size=config.batch_size if training else eval_batch_size,
-            device=device,
-            shuffle=training,
-            seed=training_seed or 0,
-            shard=shard if training else WHOLE,
-            num_workers=config.num_workers,
-        )
-
-    return DataSplits(
-        train=batches(train, seed),
-        probe=batches(train, _probe_seed(seed)),
-        val=None if val is None else batches(val),
-        test=batches(test),
-        fingerprint=identity,
-        skipped=tuple(skipped),
-    )
-
-
-def _readable(
-    source: EncodedImages, root: Path, bad_images: BadImages
-) -> tuple[EncodedImages, list[str]]:
-    """The images that can be decoded, and what is wrong with the others."""
-    bad = bad_images.among(source, root)
-    readable = [index for index in range(len(source)) if index not in bad]
-    kept = torch.tensor(readable, dtype=torch.int64)
-    for label in set(source.labels.tolist()) - set(source.labels[kept].tolist()):
-        first = next(index for index in bad if int(source.labels[index]) == label)
-        raise ValueError(f"no image with label {label} can be read; {bad[first]}")
-    return source.subset(kept), list(bad.values())
-
-
-def _decode_all(source: EncodedImages, size: int) -> Images:
-    expected = f"with data.image_size {size} data.loader resident needs"
-    return Images(ArrayRows(decode_all(source, size, expected)), source.labels)
-
-
-def _mixed(source: EncodedImages) -> EncodedImages:
-    """The samples in another fixed order: the folders are sorted by class, and evaluation takes
-    the first images where it is asked for fewer than all."""
-    return source.subset(torch.randperm(len(source), generator=seeded_generator(_EVALUATION_SEED)))

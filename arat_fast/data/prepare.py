@@ -1,4 +1,5 @@
-"""Conversion of an .npz file of generated images into arrays that are mapped, not loaded."""
+"""What ``arat-fast data prepare`` does: an .npz file of generated images becomes arrays that are
+mapped, not loaded; other images of one's own are decoded, to see whether that works."""
 
 from __future__ import annotations
 
@@ -12,23 +13,18 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from arat_fast.data.arrays import read_npy_header
-from arat_fast.data.formats import (
-    array_folder,
-    class_folders,
-    has_class_folders,
-    index_shards,
-    read_labels,
-    tar_files,
-    tar_shards,
-    unreadable,
-)
+from arat_fast.datasets import DATASETS, Content, Dataset
+from arat_fast.datasets.encoded import EncodedImages, unreadable
+from arat_fast.datasets.folder import has_class_folders
+from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.rows import read_header, read_labels
+from arat_fast.datasets.splits import named_splits
+from arat_fast.datasets.webdataset import index_shards, tar_files
 
 CHUNK = 2**24
 """Bytes that are copied at a time."""
@@ -55,12 +51,9 @@ def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
                 f"{', '.join(archive.namelist()) or 'none'}"
             )
         with archive.open("image.npy") as file:
-            shape = _header(path, file)
-            expected, found = math.prod(shape), archive.getinfo("image.npy").file_size - file.tell()
-        if found != expected:
-            raise ValueError(f"{path}: expected {expected:,} bytes of images, got {found:,}")
-        if not shape[0]:
-            raise ValueError(f"{path}: expected at least one image, got none")
+            shape, _ = read_header(file, path, archive.getinfo("image.npy").file_size)
+        if shape[3] not in (1, 3):
+            raise ValueError(f"{path}: expected images of 1 or 3 channels, got {shape}")
         with archive.open("label.npy") as file:
             return shape, read_labels(file, path, shape[0])
 
@@ -82,25 +75,10 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 def first_images(path: Path, number: int) -> npt.NDArray[np.uint8]:
     """The first images of an .npz file: (at most ``number``, height, width, channels)."""
     with _opened(path) as archive, archive.open("image.npy") as file:
-        shape = _header(path, file)
+        shape, _ = read_header(file, path, archive.getinfo("image.npy").file_size)
         count = min(number, shape[0])
         content = file.read(count * math.prod(shape[1:]))
-    images = np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
-    return np.repeat(images, 3, 3) if shape[3] == 1 else images
-
-
-def _header(path: Path, file: IO[bytes]) -> tuple[int, int, int, int]:
-    """The shape of the images of an open .npy file, which is left at their first byte."""
-    try:
-        shape, fortran, dtype = read_npy_header(file)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected an array image.npy, got {error}") from error
-    if len(shape) != 4 or dtype != np.uint8 or fortran or shape[3] not in (1, 3):
-        raise ValueError(
-            f"{path}: expected images (num_samples, height, width, 1 or 3) uint8, got "
-            f"{tuple(shape)} {dtype}"
-        )
-    return int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3])
+    return np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
 
 
 def convert_npz(path: Path, folder: Path) -> int:
@@ -126,31 +104,26 @@ def convert_npz(path: Path, folder: Path) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
+        made = work / folder.name
+        made.mkdir()
         with (
             _opened(path) as archive,
             archive.open("image.npy") as source,
-            (work / "images.npy").open("wb") as target,
+            (made / "images.npy").open("wb") as target,
         ):
             shutil.copyfileobj(source, target, CHUNK)
             target.flush()
             os.fsync(target.fileno())
-        np.save(work / "labels.npy", labels.numpy())
-        array_folder(work)
-        os.chmod(work, 0o777 & ~_umask())
-        os.replace(work, folder)
+        np.save(made / "labels.npy", labels.numpy())
+        array_folder(made)
+        os.replace(made, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return shape[0]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def verify(path: Path) -> tuple[int, list[str]]:
-    """Decode every image of a folder by class, of tar shards or of one of these.
+    """Decode every image of a folder of one's own, or of one tar shard.
 
     Args:
         path: the dataset.
@@ -162,11 +135,24 @@ def verify(path: Path) -> tuple[int, list[str]]:
         FileNotFoundError, ValueError: it is no such dataset.
     """
     if path.is_file():
-        shard = index_shards([path])
-        return len(shard), list(unreadable(shard).values())
-    shards = path.is_dir() and not has_class_folders(path) and tar_files(path)
-    dataset = tar_shards(path) if shards else class_folders(path)
-    parts = [part for part in (dataset.train, dataset.val, dataset.test) if part is not None]
-    reasons = [reason for part in parts for reason in unreadable(part).values()]
-    bad = [*dataset.bad, *reasons]
-    return sum(len(part) for part in parts) + len(dataset.bad), bad
+        content = Content(index_shards([path]), None, ())
+    else:
+        content = own_dataset(path).read(path)
+    parts, bad = list(content.parts.values()), list(content.bad)
+    for part in parts:
+        # Arrays are whole, or were refused.
+        if isinstance(part, EncodedImages):
+            bad += unreadable(part).values()
+    return sum(map(len, parts)) + len(content.bad), bad
+
+
+def own_dataset(root: Path) -> Dataset:
+    """What a folder of one's own images is: "arrays", "webdataset" or, if nothing else, "folder".
+
+    Stray archives beside class folders do not count.
+    """
+    folders = [root, *(folder for _, folder in named_splits(root))]
+    if any((folder / "images.npy").is_file() for folder in folders):
+        return DATASETS["arrays"]
+    shards = root.is_dir() and not has_class_folders(root) and tar_files(root)
+    return DATASETS["webdataset" if shards else "folder"]

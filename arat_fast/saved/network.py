@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.build import build_network
-from arat_fast.config import IMAGE_SIZES, Config, config_from_dict
+from arat_fast.config import Config, config_from_dict
+from arat_fast.datasets import DATASETS
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.recipes import recipe as recipe_by_name
@@ -349,7 +350,7 @@ def _image_size(config: Config | None, name: str) -> tuple[int, int]:
     if config is None:
         size = model_spec(name).image_size
     else:
-        size = IMAGE_SIZES.get(config.data.name, config.data.image_size)
+        size = DATASETS[config.data.name].image_size or config.data.image_size
     return size, size
 
 

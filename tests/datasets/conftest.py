@@ -14,7 +14,7 @@ import scipy.io
 from PIL import Image
 from torchvision import datasets
 
-from arat_fast.data.datasets import IMAGENETTE_CLASSES
+from arat_fast.datasets.imagenette import CLASSES as IMAGENETTE_CLASSES
 
 
 def _md5(path: Path) -> str:

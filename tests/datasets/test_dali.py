@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import io
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from pictures import encoded, image_folder, picture
+from pictures import encoded, picture
 from torch import Tensor
 
-from arat_fast.config import DataConfig
-from arat_fast.data import BatchPlan, DaliBatches, LoaderBatches, StreamedBatches, load_data
-from arat_fast.data.arrays import ArrayRows
+from arat_fast.data import DaliBatches, LoaderBatches
 from arat_fast.data.dali import (
     DaliStream,
     as_tensor,
@@ -24,7 +20,7 @@ from arat_fast.data.dali import (
     image_pipeline,
 )
 from arat_fast.data.framing import Framing
-from arat_fast.data.sources import FileImages
+from arat_fast.datasets.encoded import FileImages
 
 pytestmark = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 CPU = torch.device("cpu")
@@ -62,31 +58,6 @@ def test_every_epoch_has_the_same_length_and_every_image_once(tmp_path: Path) ->
     assert [[len(y) for _, y in dropped.pixels(e)] for e in range(3)] == [[6, 6, 6]] * 3
 
 
-def orders(option: str, seed: int, number: int = 16) -> list[list[int]]:
-    """The labels of three epochs of DALI's own file reader."""
-    from nvidia.dali import Pipeline, fn
-
-    pipeline = Pipeline(batch_size=number, num_threads=1, device_id=None, seed=seed)
-    with pipeline:
-        _, labels = fn.readers.file(
-            files=[__file__] * number, labels=list(range(number)), **{option: True}
-        )
-        pipeline.set_outputs(labels)
-    pipeline.build()
-    return [
-        [int(np.asarray(pipeline_labels)[0]) for pipeline_labels in outputs]
-        for (outputs,) in (pipeline.run() for _ in range(3))
-    ]
-
-
-def test_dalis_own_shuffle_ignores_the_seed_and_ours_does_not(tmp_path: Path) -> None:
-    assert orders("shuffle_after_epoch", 1) == orders("shuffle_after_epoch", 2)
-    source = files(tmp_path, 20)
-    batches = [make(source, shuffle=True, seed=seed) for seed in (1, 1, 2)]
-    labels = [[y.tolist() for _, y in one.pixels(2)] for one in batches]
-    assert labels[0] == labels[1] != labels[2]
-
-
 def test_a_pipeline_is_left_and_begun_again_at_any_batch(tmp_path: Path) -> None:
     """DALI ignores a reset before the end of an epoch, and has prepared batches ahead."""
     source = files(tmp_path, 26)
@@ -103,29 +74,6 @@ def test_a_pipeline_is_left_and_begun_again_at_any_batch(tmp_path: Path) -> None
     assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, expected[1], strict=True))
 
 
-def test_the_cpu_pipeline_is_chosen_and_asks_for_no_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nvidia import dali
-
-    made: list[dict[str, Any]] = []
-    devices: list[str] = []
-    build, decode = dali.Pipeline.__init__, dali.fn.decoders.image_slice
-
-    def initialise(self: Any, *args: Any, **keywords: Any) -> None:
-        made.append(keywords)
-        build(self, *args, **keywords)
-
-    def image_slice(*args: Any, **keywords: Any) -> Any:
-        devices.append(keywords["device"])
-        return decode(*args, **keywords)
-
-    monkeypatch.setattr(dali.Pipeline, "__init__", initialise)
-    monkeypatch.setattr(dali.fn.decoders, "image_slice", image_slice)
-    list(make(files(tmp_path, 4)).pixels(0))
-    assert [keywords["device_id"] for keywords in made] == [None] and devices == ["cpu"]
-
-
 @pytest.mark.parametrize("kind", ["pad", "resized"])
 def test_the_pipeline_of_a_gpu_computed_by_the_cpu(tmp_path: Path, kind: Any) -> None:
     """It scales, mirrors and transposes too; its scaling rounds once, PyTorch's twice."""
@@ -137,8 +85,7 @@ def test_the_pipeline_of_a_gpu_computed_by_the_cpu(tmp_path: Path, kind: Any) ->
         partial(image_pipeline, framing, batch_size=6, num_threads=1, device=CPU, whole=True),
         CPU,
     )
-    order = batches.plan.order(1)
-    fed = [batches.feed(order, 1, number) for number in range(len(batches))]
+    fed = [batches.feed(1, number) for number in range(len(batches))]
     for (_, outputs), (x, _) in zip(stream.run(fed), expected.pixels(1), strict=True):
         difference = (as_tensor(outputs).int() - x.int()).abs()
         assert int(difference.max()) <= (0 if kind == "pad" else 3)
@@ -206,96 +153,20 @@ def test_a_file_that_only_pillow_reads_is_named(tmp_path: Path) -> None:
     assert str(path) in text and "\n" not in text
 
 
-def test_files_are_read_by_as_many_threads_as_workers(
+def test_an_error_that_is_not_the_files_blames_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = files(tmp_path, 12)
-    expected = [y.tolist() for _, y in make(source).pixels(0)]
-    read, together = FileImages.read, threading.Barrier(3)
-
-    def waiting(self: FileImages, index: int) -> bytes:
-        together.wait(20)
-        return read(self, index)
-
-    monkeypatch.setattr(FileImages, "read", waiting)
-    assert [y.tolist() for _, y in make(source, num_workers=3).pixels(0)] == expected
-
-
-@pytest.mark.parametrize("decodable", [True, False])
-def test_an_error_that_is_not_the_files_blames_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decodable: bool
-) -> None:
-    """Every file can be decoded alone, or none can."""
-    run, alone = DaliStream.run, DaliBatches._decodes
+    run = DaliStream.run
 
     def failing(self: DaliStream, batches: Any) -> Any:
-        for label, _ in run(self, batches):
-            yield label, RuntimeError("Critical error in pipeline:\nCUDA error\nout of memory")
+        for label, outputs in run(self, batches):
+            # A file alone, by which its reader is found out, can be decoded.
+            failed = RuntimeError("Critical error in pipeline:\nCUDA error\nout of memory")
+            yield label, outputs if label is None else failed
 
     batches = make(files(tmp_path, 7))
-    with monkeypatch.context() as patch:
-        patch.setattr(DaliStream, "run", failing)
-        patch.setattr(DaliBatches, "_decodes", lambda *_: decodable)
-        with pytest.raises(RuntimeError, match="of 6 images: .*CUDA error out of memory") as error:
-            list(batches.pixels(0))
+    monkeypatch.setattr(DaliStream, "run", failing)
+    with pytest.raises(torch.OutOfMemoryError, match="of 6 images: .*out of memory") as error:
+        list(batches.pixels(0))
     text = str(error.value)
     assert ".jpg" not in text and "\n" not in text
-    assert isinstance(error.value, torch.OutOfMemoryError)
-    assert alone(batches, 0)
-
-
-def test_arrays_are_read_ahead_in_a_thread() -> None:
-    threads = []
-
-    class Watched(ArrayRows):
-        def take(self, index: Any) -> Any:
-            threads.append(threading.current_thread())
-            return super().take(index)
-
-    rows = Watched(np.zeros((10, 4, 4, 3), np.uint8))
-    plan = BatchPlan(10, 2)
-    batches = StreamedBatches(
-        rows, torch.arange(10), tuple("0123456789"), plan, device=CPU, loader="dali"
-    )
-    assert [y.tolist() for _, y in batches.epoch(0)] == [[i, i + 1] for i in range(0, 10, 2)]
-    assert len(threads) == 5 and threading.current_thread() not in threads
-
-
-def test_arrays_through_the_callback_source_resume_from_a_file(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(3).integers(0, 256, (40, 9, 7, 3), dtype=np.uint8)
-    labels = torch.arange(40) % 4
-
-    def batches(seed: int) -> StreamedBatches:
-        plan = BatchPlan(40, 6, shuffle=True, seed=seed)
-        return StreamedBatches(
-            ArrayRows(pixels),
-            labels,
-            tuple("abcd"),
-            plan,
-            device=CPU,
-            loader="dali",
-            padding=2,
-            flip=True,
-        )
-
-    def tensors(epoch: Any) -> list[Tensor]:
-        return [torch.cat([x.flatten(), y.float()]) for x, y in epoch]
-
-    whole = tensors(batches(3).epoch(2))
-    assert [len(x) for x in whole] == [6 * 190] * 6 + [4 * 190]
-    for start in range(8):
-        resumed = tensors(batches(3).epoch(2, start))
-        assert len(resumed) == 7 - start
-        assert all(torch.equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
-    assert not torch.equal(whole[0], tensors(batches(4).epoch(2))[0])
-
-
-def test_without_dali_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = image_folder(tmp_path / "set")
-    monkeypatch.setattr("arat_fast.data.dali.has_dali", lambda: False)
-    monkeypatch.setattr("arat_fast.data.load.has_dali", lambda: False)
-    options: dict[str, Any] = {"name": "folder", "root": root, "image_size": 16}
-    with pytest.raises(ValueError, match=r"'\.\[dali\]'.*dataloader"):
-        load_data(DataConfig(**options, loader="dali"), device=CPU, seed=0, eval_batch_size=4)
-    splits = load_data(DataConfig(**options), device=CPU, seed=0, eval_batch_size=4)
-    assert isinstance(splits.train, LoaderBatches)

@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as F
 
 from arat_fast.config import DataConfig
 from arat_fast.data import Batch, DataSplits, LoaderBatches, load_data
-from arat_fast.data.datasets import IMAGENETTE_CLASSES
 from arat_fast.data.framing import Framing
-from arat_fast.data.sources import FileImages
+from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.imagenette import CLASSES as IMAGENETTE_CLASSES
 
 CPU = torch.device("cpu")
 
@@ -141,20 +141,6 @@ def test_flips_are_half_and_places_uniform(tmp_path: Path) -> None:
     assert scipy.stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
-def test_epochs_repeat_differ_and_resume_exactly(published: Any, tmp_path: Path) -> None:
-    published.imagenette()
-    train = load(tmp_path, seed=1).train
-    first = list(train.epoch(0))
-    assert [len(b.y) for b in first] == [6, 6, 6, 2]
-    assert sorted(torch.cat([b.y for b in first]).tolist()) == sorted(list(range(10)) * 2)
-    assert same(first, list(load(tmp_path, seed=1).train.epoch(0)))
-    assert not same(first, list(train.epoch(1)))
-    assert not same(first, list(load(tmp_path, seed=2).train.epoch(0)))
-    assert not same(first, list(load(tmp_path, seed=1).probe.epoch(0)))
-    for start in range(5):
-        assert same(first[start:], list(train.epoch(0, start)))
-
-
 def test_workers_change_nothing_and_leave_the_global_generator(
     published: Any, tmp_path: Path
 ) -> None:
@@ -164,13 +150,6 @@ def test_workers_change_nothing_and_leave_the_global_generator(
     assert same(list(here.train.epoch(2)), list(there.train.epoch(2)))
     assert same(list(here.train.epoch(2, 3)), list(there.train.epoch(2, 3)))
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_an_epoch_can_be_left_early(published: Any, tmp_path: Path) -> None:
-    published.imagenette()
-    probe = load(tmp_path, num_workers=2).probe
-    first = next(iter(probe.epoch(0)))
-    assert same([first], list(probe.epoch(0))[:1])
 
 
 def test_interrupt_of_the_workers_loses_no_batch(published: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,14 +24,14 @@ from PIL import Image
 
 from arat_fast.config import DataConfig
 from arat_fast.data import DataSplits, MixedPlan, Shard, load_data
-from arat_fast.data.arrays import MappedRows
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.dali import has_dali
-from arat_fast.data.datasets import stratified_split
-from arat_fast.data.formats import class_folders, tar_shards
+from arat_fast.data.holdout import stratified_split
 from arat_fast.data.prepare import convert_npz, verify
-from arat_fast.data.published import unpack
-from arat_fast.data.sources import decode_image
+from arat_fast.datasets.encoded import decode_image
+from arat_fast.datasets.folder import class_folders
+from arat_fast.datasets.rows import MappedRows
+from arat_fast.datasets.webdataset import tar_shards
 
 CPU = torch.device("cpu")
 LOADERS = [
@@ -71,46 +73,42 @@ def test_folder_without_splits_holds_out_a_tenth(tmp_path: Path) -> None:
     assert not train & {x.numpy().tobytes() for b in splits.test.epoch(0) for x in b.x}
 
 
-def test_an_empty_class_is_named(tmp_path: Path) -> None:
+def emptied(folder: Path) -> None:
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "val/dog").rename(root / "val/wolf"), "got wolf too"),
+        (lambda root: (root / "val/dog").rename(root / "dog"), "val/dog: expected images"),
+        (lambda root: (root / "train").rename(root / "learn"), "folder train beside val"),
+        (lambda root: (root / "train").rename(root / "test"), "folder train beside test"),
+        (lambda root: image_folder(root, splits=("training",)), "got train and training"),
+        (lambda root: (root / "train").rename(root.parent / "gone" / "train"), "for each class"),
+        (lambda root: root.rename(root.parent / "moved"), "no folder"),
+        (lambda root: emptied(root / "train/dog"), "no image with label 1 can be read; .*dog"),
+        (lambda root: emptied(root / "val"), "no image with label 0 can be read; .*val/cat"),
+    ],
+)
+def test_folders_that_do_not_go_together_are_named(
+    tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
     root = image_folder(tmp_path / "set")
-    for file in (root / "val" / "dog").iterdir():
-        file.unlink()
-    (root / "val" / "dog" / "README.txt").write_text("no image")
-    with pytest.raises(ValueError, match="val/dog: expected images .* got none") as error:
-        load("folder", root)
+    (tmp_path / "gone").mkdir()
+    if "for each class" in message:
+        (root / "val").rename(tmp_path / "gone" / "val")
+    change(root)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load("folder", root, bad_images="skip")
     one_line(error)
 
 
-def test_a_class_of_one_split_only_is_named(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "set")
-    (root / "val" / "dog").rename(root / "val" / "wolf")
-    with pytest.raises(ValueError, match="expected the classes of .*train, got wolf too"):
-        load("folder", root)
-    (root / "val" / "wolf").rename(tmp_path / "wolf")
-    with pytest.raises(ValueError, match="val/dog: expected images"):
-        load("folder", root)
-
-
-@pytest.mark.parametrize("missing", ["absent", "called otherwise"])
-def test_other_splits_without_one_to_train_on_are_refused(tmp_path: Path, missing: str) -> None:
-    root = image_folder(tmp_path / "set")
-    if missing == "absent":
-        (root / "train").rename(tmp_path / "elsewhere")
-    else:
-        (root / "train").rename(root / "learn")
-    with pytest.raises(ValueError, match="set: expected a folder train beside val, got none") as e:
-        load("folder", root)
-    one_line(e)
-
-
 def test_splits_in_other_words_are_the_same(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "set", splits=("Train", "Validation"))
-    splits = load("folder", root)
+    splits = load("folder", image_folder(tmp_path / "set", splits=("Train", "Validation")))
     assert splits.train.classes == CLASSES
     assert splits.val is None and splits.train.num_samples == splits.test.num_samples == 15
-    image_folder(root, splits=("training",))
-    with pytest.raises(ValueError, match="one folder for a split, got Train and training"):
-        load("folder", root)
 
 
 def test_a_class_can_be_called_train(tmp_path: Path) -> None:
@@ -138,14 +136,6 @@ def test_val_and_test_are_both_used(tmp_path: Path, loader: str) -> None:
         assert red == {number}
     with pytest.raises(ValueError, match="validation images of its own, .* data.num_val 0, got 2"):
         load("folder", tmp_path, num_val=2, **options)
-
-
-def test_folders_without_classes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load("folder", tmp_path / "nowhere")
-    (tmp_path / "image.png").write_bytes(encoded(picture(1), ".png"))
-    with pytest.raises(ValueError, match="expected a folder for each class, got none"):
-        load("folder", tmp_path)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -217,23 +207,6 @@ def test_one_process_decides_which_files_are_left_out(
     assert first.skipped == second.skipped == third.skipped
 
 
-def test_a_class_of_bad_files_is_no_class(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "set")
-    for file in (root / "train" / "dog").iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(ValueError, match="no image with label 1 can be read; .*dog"):
-        load("folder", root, bad_images="skip")
-
-
-def test_a_split_of_bad_files_is_named(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "set")
-    for file in (root / "val").rglob("*.png"):
-        file.write_bytes(b"")
-    with pytest.raises(ValueError, match="no image with label 0 can be read; .*val/cat") as error:
-        load("folder", root, bad_images="skip")
-    one_line(error)
-
-
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str, loader: str) -> None:
@@ -287,13 +260,6 @@ def test_an_image_too_large_to_decode_is_refused(tmp_path: Path) -> None:
         decode_image(buffer.getvalue(), "name")
 
 
-def test_a_dataset_smaller_than_a_batch(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "set", per_class=1)
-    splits = load("folder", root, batch_size=128)
-    assert [len(y) for _, y in splits.train.epoch(0)] == [3]
-    assert [len(y) for _, y in splits.test.epoch(0)] == [3]
-
-
 @pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (3, False), (4, True)])
 def test_files_of_one_size_can_be_resident(tmp_path: Path, padding: int, flip: bool) -> None:
     for split, first in (("train", 0), ("val", 20)):
@@ -332,33 +298,35 @@ def test_shards_of_both_splits_and_their_class_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
     assert load("webdataset", tmp_path).train.classes == CLASSES
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match="names 2 classes, but there is a label 2"):
+    with pytest.raises(ValueError, match="got 2 names"):
         load("webdataset", tmp_path)
 
 
-def test_one_shard_is_a_dataset(tmp_path: Path) -> None:
-    found = tar_shards(tar_shard(tmp_path / "a.tar", 0, 30))
-    assert len(found.train) == 30 and found.test is None
-    assert decode_image(found.train.read(7), "7").shape == (40, 50, 3)
-    assert found.train.name(7).endswith("a.tar: sample/00007.jpg")
-
-
-@pytest.mark.parametrize("cut", ["in an image", "in a header", "between", "before the end"])
-def test_a_tar_cut_short_is_named(tmp_path: Path, cut: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content, last: content[: last - 1000], "train-1.tar"),
+        (lambda content, last: content[: last - 412], "train-1.tar"),
+        (lambda content, last: content[: last - 512], "end of the archive"),
+        (lambda content, last: content[: last + 512], "end of the archive"),
+        (lambda content, last: content + content, "nothing after the end"),
+        (lambda content, last: content[:3072] + b"\xff" * 512 + content[3584:], "train-1.tar"),
+        (lambda content, last: gzip.compress(content), "uncompressed"),
+    ],
+)
+def test_a_damaged_tar_is_named(
+    tmp_path: Path, change: Callable[[bytes, int], bytes], message: str
+) -> None:
     path = shards(tmp_path) / "train-1.tar"
     with tarfile.open(path) as tar:
-        members = tar.getmembers()
-    end = members[-1].offset_data + 512
-    left = {
-        "in an image": members[4].offset_data + 700,
-        "in a header": members[4].offset + 100,
-        "between": members[4].offset,
-        "before the end": end,
-    }[cut]
-    path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(ValueError, match="train-1.tar") as error:
+        last = tar.getmembers()[-1].offset_data
+    content = path.read_bytes()
+    path.write_bytes(change(content, last))
+    with pytest.raises(ValueError, match=message) as error:
         load("webdataset", tmp_path)
-    one_line(error)
+    assert str(path) in one_line(error)
+    path.write_bytes(content + bytes(5 * 10240))
+    assert load("webdataset", tmp_path).train.num_samples == 11
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -374,7 +342,7 @@ def test_a_tar_cut_after_it_was_listed_is_named(tmp_path: Path, loader: str) -> 
 def test_thousands_of_shards_are_not_all_kept_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arat_fast.data.sources.OPEN_SHARDS", 3)
+    monkeypatch.setattr("arat_fast.datasets.encoded.OPEN_SHARDS", 3)
     for number in range(12):
         tar_shard(tmp_path / f"{number:02}.tar", 4 * number, 4, ".png")
     images = tar_shards(tmp_path).train
@@ -431,6 +399,14 @@ def archive(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
         ({"1.png": b"image"}, "1.png has no label, expected 1.cls"),
         ({"1.png": b"image", "1.cls": b"cat"}, "1.cls holds b'cat', expected a label"),
         ({"1.png": b"image", "1.cls": b"-1"}, "1.cls holds b'-1', expected a label"),
+        (
+            {
+                f"{i}.{suffix}": b"012"[i % 2 * 2 :][:1]
+                for i in range(4)
+                for suffix in ("png", "cls")
+            },
+            "every label from 0 to 2, got none with label 1",
+        ),
     ],
 )
 def test_labels_that_disagree_with_the_images_of_a_shard(
@@ -440,21 +416,6 @@ def test_labels_that_disagree_with_the_images_of_a_shard(
     with pytest.raises(ValueError, match=message) as error:
         load("webdataset", tmp_path)
     one_line(error)
-
-
-def test_joined_archives_and_damaged_headers_are_named(tmp_path: Path) -> None:
-    path = shards(tmp_path) / "train-0.tar"
-    content = path.read_bytes()
-    path.write_bytes(content + (tmp_path / "train-1.tar").read_bytes())
-    with pytest.raises(ValueError, match="train-0.tar: expected nothing after the end .* in a row"):
-        load("webdataset", tmp_path)
-    with tarfile.open(tmp_path / "train-1.tar") as tar:
-        header = tar.getmembers()[5].offset
-    path.write_bytes(content[:header] + b"\xff" * 512 + content[header + 512 :])
-    with pytest.raises(ValueError, match="train-0.tar: expected nothing after .* damaged"):
-        load("webdataset", tmp_path)
-    path.write_bytes(content + bytes(5 * 10240))
-    assert load("webdataset", tmp_path).train.num_samples == 11
 
 
 @pytest.mark.parametrize(
@@ -485,6 +446,7 @@ def test_the_split_is_a_word_of_a_shards_name(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        ((), "no .tar archive"),
         (("train-0.tar", "more.tar"), "more.tar: expected the word train, val or test"),
         (("val-0.tar", "test-0.tar"), "none to train on is there"),
         (("train-0.tar", "train/pets-test-0.tar"), "one split at most, got test and train"),
@@ -495,53 +457,15 @@ def test_shards_without_a_clear_split_are_refused(
 ) -> None:
     for number, name in enumerate(names):
         tar_shard(tmp_path / name, 10 * number, 10)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load("webdataset", tmp_path)
     one_line(error)
 
 
-def test_classes_without_training_shards_are_named(tmp_path: Path) -> None:
-    (shards(tmp_path) / "classes.txt").write_text("cat\ndog\nowl\nfox\n")
-    with pytest.raises(ValueError, match="classes.txt: .* got none of fox, label 3"):
-        load("webdataset", tmp_path)
-    (tmp_path / "classes.txt").unlink()
-    archive(tmp_path / "val-0.tar", {"1.png": b"image", "1.cls": b"3"})
+def test_labels_of_shards_that_are_not_trained_on_are_named(tmp_path: Path) -> None:
+    archive(shards(tmp_path) / "val-0.tar", {"1.png": b"image", "1.cls": b"3"})
     with pytest.raises(ValueError, match="val-0.tar: 1.png: got label 3, which no training image"):
         load("webdataset", tmp_path)
-    image = encoded(picture(0), ".png")
-    members = {f"{i}.png": image for i in range(4)}
-    labels = {f"{i}.cls": str(label).encode() for i, label in enumerate((0, 1, 1, 3))}
-    for name in ("train-0.tar", "train-1.tar"):
-        archive(tmp_path / name, {**members, **labels})
-    with pytest.raises(ValueError, match="every label from 0 to 3, got none with label 2"):
-        load("webdataset", tmp_path)
-
-
-def test_what_is_no_plain_tar_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no .tar archive"):
-        load("webdataset", tmp_path)
-    archive(tmp_path / "train.tar", {"1.png": b"image", "1.cls": b"0"}, "w:gz")
-    with pytest.raises(ValueError, match="expected an uncompressed tar archive"):
-        load("webdataset", tmp_path)
-
-
-def test_nothing_is_written_whatever_a_shard_is_called_inside(tmp_path: Path) -> None:
-    content = encoded(picture(0), ".png")
-    root = tmp_path / "set"
-    root.mkdir()
-    members = {"../../evil.png": content, "../../evil.cls": b"0", "/b.png": content, "/b.cls": b"1"}
-    archive(root / "train.tar", members)
-    before = sorted(tmp_path.rglob("*"))
-    found = tar_shards(root)
-    assert len(found.train) == 2 and found.train.read(0) == content
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_archive_that_unpacks_outside_its_folder_is_refused(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.tar", {"set/a.txt": b"a", "set/../../evil.txt": b"b"})
-    with pytest.raises(ValueError, match="evil.txt"):
-        unpack(path, tmp_path / "set")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
 
 
 # Arrays
@@ -578,12 +502,12 @@ def test_npz_becomes_arrays_that_are_mapped(tmp_path: Path) -> None:
         ({"label": None}, "expected the arrays image and label, got image"),
         ({"label": np.arange(49)}, "expected 50 integer labels, .* got int64 of shape .49,."),
         ({"label": np.arange(50) / 2}, "integer labels, .* got float64"),
-        ({"label": np.arange(50) - 1}, "expected labels >= 0, got -1"),
-        ({"image": np.zeros((50, 3, 4, 4), np.uint8)}, "1 or 3. uint8, got .50, 3, 4, 4."),
-        ({"image": np.zeros((50, 4, 4, 3))}, "uint8, got .50, 4, 4, 3. float64"),
+        ({"label": np.arange(50) - 1}, "labels in \\[0, 2.63\\), got -1"),
+        ({"image": np.zeros((50, 3, 4, 4), np.uint8)}, "1 or 3 channels"),
+        ({"image": np.zeros((50, 4, 4, 3))}, "float64"),
         (
             {"image": np.zeros((0, 4, 4, 3), np.uint8), "label": np.zeros(0, int)},
-            "expected at least one image",
+            "at least one image",
         ),
     ],
 )
@@ -623,20 +547,6 @@ def test_a_pickle_inside_an_npz_never_runs(tmp_path: Path, name: str) -> None:
     assert not mark.exists()
 
 
-def test_a_damaged_npz_leaves_nothing(tmp_path: Path) -> None:
-    source = npz(tmp_path / "edm.npz")
-    content = bytearray(source.read_bytes())
-    content[5000] ^= 255
-    source.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged"):
-        convert_npz(source, tmp_path / "out")
-    source.write_bytes(content[:9000])
-    with pytest.raises(ValueError, match="expected an .npz file"):
-        convert_npz(source, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
-    assert zipfile.is_zipfile(npz(source))
-
-
 def test_a_memory_map_goes_to_the_device_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -669,12 +579,12 @@ def test_arrays_that_disagree(tmp_path: Path) -> None:
     np.save(folder / "labels.npy", np.arange(50) % 3)
     images = folder / "images.npy"
     images.write_bytes(images.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="images.npy: expected .* it was cut short"):
+    with pytest.raises(ValueError, match="images.npy: expected .* bytes"):
         load("arrays", folder)
     np.save(images, np.zeros((50, 4, 4, 3), np.uint8))
     content = (folder / "labels.npy").read_bytes()
     (folder / "labels.npy").write_bytes(content.replace(b"'descr': '", b"'descr': ("))
-    with pytest.raises(ValueError, match="labels.npy: .* its header is damaged") as error:
+    with pytest.raises(ValueError, match="labels.npy: expected an .npy array") as error:
         load("arrays", folder)
     one_line(error)
     images.unlink()
@@ -702,7 +612,7 @@ def binary(published: Any, name: str, num_labels: int, root: Path) -> Path:
     """Write the binary version of the Python files that are there."""
     from torchvision import datasets
 
-    from arat_fast.data.formats import CIFAR_BINARY
+    from arat_fast.datasets.cifar import BINARY as CIFAR_BINARY
 
     dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder_name, train, test, meta, _ = CIFAR_BINARY[name]
@@ -807,18 +717,23 @@ def test_generated_images_are_mixed_in_with_their_pseudo_labels(
         assert torch.equal(p.x, q.x) and torch.equal(p.y, q.y)
 
 
-def test_generated_images_that_do_not_fit(published: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": np.arange(50)}, r"pseudo-labels must lie in \[0, 9\], got 49"),
+        ({"image": np.zeros((50, 28, 28, 3), np.uint8)}, "32x32x3 and of 28x28x3 cannot be mixed"),
+    ],
+)
+def test_generated_images_that_do_not_fit(
+    published: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     published.cifar()
-    convert_npz(npz(tmp_path / "a.npz", label=np.arange(50)), tmp_path / "a")
-    with pytest.raises(ValueError, match=r"pseudo-labels must lie in \[0, 9\], got 49"):
+    convert_npz(npz(tmp_path / "a.npz", **changes), tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
         load("cifar10", tmp_path, unsup=tmp_path / "a")
-    small = np.zeros((50, 28, 28, 3), np.uint8)
-    convert_npz(npz(tmp_path / "b.npz", image=small), tmp_path / "b")
-    with pytest.raises(ValueError, match="images of 32x32x3 and of 28x28x3 cannot be mixed"):
-        load("cifar10", tmp_path, unsup=tmp_path / "b")
     image_folder(tmp_path / "set")
     with pytest.raises(ValueError, match="data.unsup is mixed with images in arrays"):
-        load("folder", tmp_path / "set", unsup=tmp_path / "b")
+        load("folder", tmp_path / "set", unsup=tmp_path / "a")
 
 
 MEASURED = """
@@ -882,11 +797,6 @@ def test_twenty_million_images_train_in_less_than_two_gigabytes(
     assert memory < 2e9
 
 
-def test_no_image_is_held_out_of_none() -> None:
-    chosen, held_out = stratified_split(torch.tensor([0, 1, 1]), 0)
-    assert chosen.tolist() == [0, 1, 2] and not len(held_out)
-
-
 def test_files_that_are_no_images_stop_the_run_or_are_counted(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
     cat = root / "train" / "cat"
@@ -926,10 +836,10 @@ def labelled(folder: Path, labels: Any) -> Path:
     ("labels", "message"),
     [
         ([0, 1, 2_000_000_000_000], "set: image 2: got label 2000000000000, expected at most 2"),
-        (np.array([0, 2**63], np.uint64), "labels.npy: .* < 2.63, got 9223372036854775808"),
+        (np.array([0, 2**63], np.uint64), "got 0 to 9223372036854775808"),
         ([0, 2, 2], "every label from 0 to 2, got none with label 1"),
-        ([], "expected at least one image"),
-        ([0, -1], "labels.npy: expected labels >= 0, got -1"),
+        ([], "at least one image"),
+        ([0, -1], "labels.npy: expected labels in \\[0, 2.63\\), got -1"),
     ],
 )
 def test_labels_that_are_no_numbers_of_classes(tmp_path: Path, labels: Any, message: str) -> None:
@@ -972,7 +882,9 @@ def test_the_tenth_leaves_an_image_of_every_class(tmp_path: Path) -> None:
     assert "num_val" not in one_line(error)
 
 
-@pytest.mark.parametrize("place", ["start", "header", "middle", "labels", "method", "encrypted"])
+@pytest.mark.parametrize(
+    "place", ["start", "header", "middle", "labels", "method", "encrypted", "cut"]
+)
 def test_a_damaged_compressed_npz_is_named(tmp_path: Path, place: str) -> None:
     """Whatever zlib, zipfile and numpy raise."""
     path = tmp_path / "edm.npz"
@@ -987,6 +899,8 @@ def test_a_damaged_compressed_npz_is_named(tmp_path: Path, place: str) -> None:
     content = bytearray(path.read_bytes())
     if place == "method":
         content[directory + 10] = 99
+    elif place == "cut":
+        del content[9000:]
     elif place == "encrypted":
         content[directory + 8] |= 1
         content[6] |= 1

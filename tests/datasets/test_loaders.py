@@ -28,10 +28,10 @@ from arat_fast.data import (
     StreamedBatches,
     load_data,
 )
-from arat_fast.data.arrays import ArrayRows
 from arat_fast.data.dali import has_dali
 from arat_fast.data.framing import AREA, RATIO, Framing
-from arat_fast.data.sources import FileImages
+from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.rows import ArrayRows
 from arat_fast.evaluation.evaluate import ImageSet
 
 CPU = torch.device("cpu")

@@ -117,44 +117,6 @@ def load(name: str, root: Path, world_size: int, **options: Any) -> list[DataSpl
     ]
 
 
-def joined(ranks: list[Batches], epoch: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """The batches of all ranks, put together in their order."""
-    parts = [list(rank.epoch(epoch, start)) for rank in ranks]
-    return [
-        (torch.cat([b.x for b in batch]), torch.cat([b.y for b in batch]))
-        for batch in zip(*parts, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("name", ["cifar10", "imagenette"])
-@pytest.mark.parametrize("split", ["train", "probe", "val", "test"])
-def test_three_ranks_together_see_what_one_process_sees(
-    published: Any, tmp_path: Path, name: str, split: str
-) -> None:
-    """The last batch is of 6 of 41 training images; what is evaluated is whole on every rank."""
-    if name == "cifar10":
-        published.cifar(num_train=60, num_test=22)
-        options = {"num_val": 19}
-    else:
-        published.imagenette(per_class=6)
-        options = {"num_val": 19}
-    alone = getattr(load(name, tmp_path, 1, **options)[0], split)
-    ranks = [getattr(splits, split) for splits in load(name, tmp_path, 3, **options)]
-    for epoch in (0, 3):
-        whole = joined([alone], epoch)
-        shared = joined(ranks if split in ("train", "probe") else ranks[1:2], epoch)
-        assert len(whole) == len(shared) == len(alone) == len(ranks[0])
-        for (x, y), (u, v) in zip(whole, shared, strict=True):
-            assert torch.equal(x, u) and torch.equal(y, v)
-    assert sum(len(y) for _, y in shared) == alone.num_samples == ranks[1].num_samples
-    for number in range(len(ranks[0])):
-        resumed = joined(ranks if split in ("train", "probe") else ranks[1:2], 3, number)
-        assert all(
-            torch.equal(x, u) and torch.equal(y, v)
-            for (x, y), (u, v) in zip(shared[number:], resumed, strict=True)
-        )
-
-
 @pytest.mark.parametrize("name", ["cifar10", "imagenette"])
 @pytest.mark.parametrize("max_samples", [0, 2, 17])
 def test_ranks_read_their_part_of_what_is_evaluated(

@@ -19,6 +19,7 @@ from distributed import endings, jobs
 
 from arat_fast.config import DataConfig
 from arat_fast.data import load
+from arat_fast.datasets import Dataset
 from arat_fast.distributed import Ranks, join
 
 
@@ -149,7 +150,7 @@ def test_files_are_fetched_once_for_each_disk(
     lock = threading.Lock()
     rank = threading.local()
 
-    def read(config: DataConfig) -> None:
+    def read(dataset: Dataset, root: Path, download: bool) -> None:
         # Late enough to be overtaken by whoever does not wait; the later, the faster.
         assert lock.acquire(blocking=False), "two fetch at once"
         time.sleep(0.1 - 0.02 * rank.number)
@@ -163,7 +164,7 @@ def test_files_are_fetched_once_for_each_disk(
         )
         return list(order)
 
-    monkeypatch.setattr(load, "read_arrays", read)
+    monkeypatch.setattr(Dataset, "load", read)
     with ThreadPoolExecutor(4) as pool:
         # All leave when all that is fetched is there.
         assert list(pool.map(one, range(4))) == [expected] * 4

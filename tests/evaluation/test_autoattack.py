@@ -13,7 +13,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from pyautoattack.autopgd_base import APGDAttack_targeted as Targeted
 from torch import nn
 
-from arat_fast.data.digits import MAX_VALUE, load_digits
+from arat_fast.datasets.digits import MAX_VALUE, load_digits
 from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, parallel, pgd_accuracy
 from arat_fast.evaluation.evaluate import evaluation_mode
 from arat_fast.evaluation.parallel import SharedNetwork

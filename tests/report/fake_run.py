@@ -215,7 +215,7 @@ def _pictures(
     num: int, channels: int, size: int, y: NDArray[Any], rng: np.random.Generator
 ) -> NDArray[Any]:
     if (channels, size) == (1, 8):
-        from arat_fast.data.digits import load_digits
+        from arat_fast.datasets.digits import load_digits
 
         images, labels = load_digits(train=True)
         chosen = [int((labels == int(label)).nonzero()[i // 10]) for i, label in enumerate(y)]

@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_trainer
 
 from arat_fast.config import Config, DataConfig, ObjectiveConfig
 from arat_fast.data.fingerprint import fingerprint, names_below
-from arat_fast.data.sources import FileImages
+from arat_fast.datasets.encoded import FileImages
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+Pixels = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """Names of image files end in one of these, in any case."""
@@ -28,7 +31,7 @@ OPEN_SHARDS = 128
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-class EncodedImages(Protocol):
+class EncodedImages(ABC):
     """Images as the bytes of their files.
 
     Attributes:
@@ -37,8 +40,10 @@ class EncodedImages(Protocol):
 
     labels: Tensor
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """The bytes of one image.
 
@@ -46,14 +51,20 @@ class EncodedImages(Protocol):
             ValueError: they cannot be read; the message names the file.
         """
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """The file, for messages."""
 
+    @abstractmethod
     def subset(self, index: Tensor) -> EncodedImages:
         """The images ``index`` (N,), int64, in that order."""
 
+    def image(self, index: int) -> Pixels:
+        """One image, as :func:`decode_image`."""
+        return decode_image(self.read(index), self.name(index))
 
-class FileImages:
+
+class FileImages(EncodedImages):
     """Image files.
 
     Args:
@@ -63,9 +74,6 @@ class FileImages:
     def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
         self.samples = tuple(samples)
         self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def read(self, index: int) -> bytes:
         """The bytes of one file."""
@@ -109,7 +117,7 @@ class _Shard:
             return file.read(size)
 
 
-class TarImages:
+class TarImages(EncodedImages):
     """Members of tar archives, read where they lie.
 
     Args:
@@ -137,9 +145,6 @@ class TarImages:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _open=lru_cache(OPEN_SHARDS)(_Shard))
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def read(self, index: int) -> bytes:
         """The bytes of one member."""
@@ -188,7 +193,7 @@ def image_size(content: bytes, name: str) -> tuple[int, int]:
     return height, width
 
 
-def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
+def decode_image(content: bytes, name: str) -> Pixels:
     """Decode an image as RGB: (height, width, 3); alpha is dropped, 16 bits become 8.
 
     Args:
@@ -225,3 +230,67 @@ def _unreadable(name: str, error: BaseException) -> ValueError:
     if isinstance(error, UnidentifiedImageError):
         reason = "its format is unknown"
     return ValueError(f"{name}: expected an image file, but reading it fails: {reason}")
+
+
+def default_workers() -> int:
+    """As many as there are cores for this process."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def unreadable(
+    source: EncodedImages, progress: Callable[[str, int, int], None] | None = None
+) -> dict[int, str]:
+    """Decode every image; what is wrong with those that cannot be, by number.
+
+    Args:
+        source: the images.
+        progress: told what is done, how many images of it and of how many.
+    """
+
+    def check(index: int) -> str:
+        try:
+            source.image(index)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    bad = {}
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for index, reason in enumerate(pool.map(check, range(len(source)))):
+            if reason:
+                bad[index] = reason
+            if progress is not None:
+                progress("checking files", index + 1, len(source))
+    return bad
+
+
+def decode_all(source: EncodedImages, size: int, expected: str) -> Pixels:
+    """Decode images of one size, in several threads.
+
+    Args:
+        source: the images.
+        size: their height and width.
+        expected: who expects that size, for the message.
+
+    Returns:
+        (num_samples, size, size, 3).
+
+    Raises:
+        ValueError: an image is of another size, or cannot be decoded.
+    """
+    pixels = np.empty((len(source), size, size, 3), np.uint8)
+
+    def decode(index: int) -> None:
+        image = source.image(index)
+        if image.shape[:2] != (size, size):
+            raise ValueError(
+                f"{source.name(index)}: {expected} images of {size} x {size} pixels, got "
+                f"{image.shape[0]} x {image.shape[1]}"
+            )
+        pixels[index] = image
+
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for _ in pool.map(decode, range(len(source))):
+            pass
+    return pixels

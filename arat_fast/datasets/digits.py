@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from arat_fast.datasets.base import Content, Dataset, register
+from arat_fast.datasets.rows import Images
 
 NUM_TEST = 360
 MAX_VALUE = 16
@@ -32,3 +37,14 @@ def load_digits(train: bool) -> tuple[Tensor, Tensor]:
     index = np.sort(chosen if train else held_out)
     pixels = torch.from_numpy(images[index].astype(np.uint8)).view(-1, 1, 8, 8)
     return pixels, torch.from_numpy(labels[index].astype(np.int64))
+
+
+def _read(root: Path) -> Content:
+    train, test = (
+        Images.of_pixels(images.permute(0, 2, 3, 1).numpy(), labels)
+        for images, labels in (load_digits(True), load_digits(False))
+    )
+    return Content(train, test, tuple("0123456789"), max_value=MAX_VALUE)
+
+
+register(Dataset("digits", _read, image_size=8, channels=1, num_classes=10))

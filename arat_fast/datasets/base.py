@@ -1,0 +1,111 @@
+"""What a dataset is, and the registry of those that have a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from arat_fast.datasets.encoded import EncodedImages
+from arat_fast.datasets.rows import Images
+
+Samples: TypeAlias = Images | EncodedImages
+
+
+class Content(NamedTuple):
+    """What the files of a dataset hold.
+
+    Attributes:
+        train: the images to train on: in arrays, or encoded.
+        test: the images to evaluate; None where the dataset has no such split.
+        classes: class names, one per label.
+        val: the images to validate with, where it has both these and test images.
+        bad: what is wrong with the files in its class folders that are no images.
+        max_value: the uint8 value that stands for 1.0.
+    """
+
+    train: Samples
+    test: Samples | None
+    classes: tuple[str, ...]
+    val: Samples | None = None
+    bad: tuple[str, ...] = ()
+    max_value: int = 255
+
+    @classmethod
+    def of_splits(
+        cls, splits: Mapping[str, Samples], classes: tuple[str, ...], bad: tuple[str, ...] = ()
+    ) -> Content:
+        """By "train", "val" and "test"; of the last two one alone holds the images to evaluate."""
+        if "val" in splits and "test" in splits:
+            return cls(splits["train"], splits["test"], classes, splits["val"], bad)
+        return cls(splits["train"], splits.get("val", splits.get("test")), classes, None, bad)
+
+    def with_parts(self, parts: Mapping[str, Samples]) -> Content:
+        """With these instead of its splits, by name; the others stay."""
+        new = {**self.parts, **parts}
+        return self._replace(train=new["train"], test=new.get("test"), val=new.get("val"))
+
+    @property
+    def parts(self) -> dict[str, Samples]:
+        """The splits that are there, by "train", "val" and "test"."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part for name, part in splits.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that can be asked for by its name.
+
+    Args:
+        name: as ``--data.name`` says it.
+        read: what its files below a root hold; FileNotFoundError where they are absent, ValueError
+            where they hold something else. Heavy libraries are imported in there.
+        fetch: downloads it into a root; None where nobody publishes it.
+        image_size: height and width of all images, which are kept as arrays; None for images of
+            any size, or where only the files say it.
+        channels: of an image.
+        num_classes: number of classes; None where only the files say it.
+        crop: what image files are cut to by default.
+        own: images of one's own, which differ with the place where they lie.
+        places: what lies in its root, and what the dataset is then, in words.
+    """
+
+    name: str
+    read: Callable[[Path], Content]
+    fetch: Callable[[Path], None] | None = None
+    image_size: int | None = None
+    channels: int = 3
+    num_classes: int | None = None
+    crop: Literal["pad", "resized"] = "resized"
+    own: bool = False
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, root: Path, download: bool = False) -> Content:
+        """What its files hold, fetched first where they are absent or damaged.
+
+        Args:
+            root: the folder of the datasets; of one's own images their folder.
+            download: fetch them.
+
+        Raises:
+            FileNotFoundError: it is absent, or could not be downloaded.
+            ValueError: a file is not the published one, or holds something else.
+        """
+        root = root.expanduser()
+        try:
+            return self.read(root)
+        except (FileNotFoundError, ValueError):
+            if self.fetch is None or not download:
+                raise
+        self.fetch(root)
+        return self.read(root)
+
+
+DATASETS: dict[str, Dataset] = {}
+"""Those that have registered themselves, by name."""
+
+
+def register(dataset: Dataset) -> None:
+    """Let a dataset be found by its name."""
+    DATASETS[dataset.name] = dataset

@@ -1,0 +1,68 @@
+"""Imagenette at 160 pixels: ten classes of ImageNet, as JPEG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arat_fast.datasets.base import Content, Dataset, register
+from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.published import HINT, fetch_folder, require_folder
+
+CLASSES = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+"""Names by class folder, in the order of the labels."""
+
+FOLDER = "imagenette2-160"
+
+
+def _read(root: Path) -> Content:
+    folder = root / FOLDER
+    require_folder(folder, "imagenette")
+    train, test = _images(folder / "train"), _images(folder / "val")
+    return Content(train, test, tuple(CLASSES.values()))
+
+
+def _images(folder: Path) -> FileImages:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}, expected one of images by class; {HINT}")
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry.name not in CLASSES and not entry.name.startswith("."):
+            raise ValueError(
+                f"{folder}: expected the class folders {', '.join(CLASSES)}, got {entry.name}"
+            )
+    samples = []
+    for label, (name, title) in enumerate(CLASSES.items()):
+        files = sorted((folder / name).glob("*.[jJ][pP][eE][gG]"))
+        if not files:
+            raise ValueError(f"{folder / name}: expected .JPEG images ({title}), got none; {HINT}")
+        samples += [(file, label) for file in files]
+    return FileImages(samples)
+
+
+def _fetch(root: Path) -> None:
+    from torchvision.datasets import Imagenette
+
+    url, md5 = Imagenette._ARCHIVES["160px"]
+    fetch_folder(url, root / url.rsplit("/", 1)[-1], md5, root / FOLDER)
+
+
+register(
+    Dataset(
+        "imagenette",
+        _read,
+        _fetch,
+        num_classes=len(CLASSES),
+        crop="pad",
+        places={FOLDER: "Imagenette, 160 pixels"},
+    )
+)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from arat_fast import config as configuration
+from arat_fast.config import DataConfig
+from arat_fast.data import load_data
+from arat_fast.datasets import DATASETS, Content, Dataset, register
+from arat_fast.datasets.rows import Images
+
+
+def _read(root: Path) -> Content:
+    def images(number: int) -> Images:
+        labels = torch.arange(number) % 3
+        pixels = np.full((number, 5, 5, 2), 7, np.uint8)
+        pixels[np.arange(number), 0, 0, 0] = labels.numpy()
+        return Images.of_pixels(pixels, labels)
+
+    return Content(images(12), images(6), ("a", "b", "c"), max_value=7)
+
+
+def test_a_dataset_that_registers_itself_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(DATASETS, "digits")
+    register(Dataset("digits", _read, image_size=5, channels=2, num_classes=3))
+    config = DataConfig("digits", batch_size=6, padding=0, flip=False)
+    data = load_data(config, device=torch.device("cpu"), seed=0, eval_batch_size=6)
+    ((x, y),) = data.test.epoch(0)
+    assert data.train.image_shape == (2, 5, 5) and data.train.classes == ("a", "b", "c")
+    assert torch.equal((7 * x[:, 0, 0, 0]).round().long(), y) and float(x.max()) == 1
+
+
+@pytest.mark.parametrize(("size", "channels"), [(6, 2), (5, 1)])
+def test_images_of_another_shape_are_refused(
+    monkeypatch: pytest.MonkeyPatch, size: int, channels: int
+) -> None:
+    wrong = Dataset("digits", _read, image_size=size, channels=channels)
+    monkeypatch.setitem(DATASETS, "digits", wrong)
+    with pytest.raises(ValueError, match=f"{size}x{size}x{channels}, got 5x5x2"):
+        load_data(DataConfig("digits"), device=torch.device("cpu"), seed=0, eval_batch_size=6)
+
+
+def test_the_names_are_the_choices_of_the_configuration() -> None:
+    assert set(get_args(configuration.DatasetName)) == set(DATASETS)
+    with pytest.raises(ValueError, match="data.name must be one of .*, got 'mnist'"):
+        DataConfig("mnist")
+
+
+def test_the_registry_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, arat_fast.datasets; "
+        "sys.exit(any(m in sys.modules for m in ('torchvision', 'sklearn', 'nvidia.dali')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
