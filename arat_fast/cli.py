@@ -357,11 +357,14 @@ def _compare(arguments: list[str]) -> int:
 def _analyze(arguments: list[str]) -> int:
     from arat_fast.analysis.run import AnalyzeOptions, analyze_networks
     from arat_fast.report.analysis_words import analysis_sentences
+    from arat_fast.report.records import write_analysis_plots
 
     options = parse(AnalyzeOptions, arguments, "arat-fast analyze")
     if not options.checkpoints:
         raise UsageError("a run or a checkpoint is expected after analyze, got nothing")
-    for analysis in analyze_networks(options.checkpoints, options.settings):
+    found = analyze_networks(options.checkpoints, options.settings)
+    write_analysis_plots(found)
+    for analysis in found:
         print(f"{analysis.name}: {analysis.folder}")
         for sentence in analysis_sentences(analysis.records):
             print(f"  {sentence}")

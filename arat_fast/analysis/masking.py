@@ -177,13 +177,10 @@ def sign_test(only_weak: int, only_strong: int) -> float:
     Args:
         only_weak, only_strong: images broken by one of two attacks alone, >= 0.
     """
+    from scipy.stats import binomtest  # A second at start-up, which most commands do without.
+
     n = only_weak + only_strong
-    # In logarithms: 2^n leaves the range of a float from n = 1024 on.
-    tail = (
-        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
-        for k in range(only_weak, n + 1)
-    )
-    return min(1.0, math.fsum(tail))
+    return float(binomtest(only_weak, n, alternative="greater").pvalue) if n else 1.0
 
 
 class _Check:

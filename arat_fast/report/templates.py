@@ -18,7 +18,7 @@ def render(name: str, **values: Any) -> str:
     """A template, filled in.
 
     Values are escaped in every template but those of plain text (``*.md.j2``). The filters are
-    functions of :mod:`arat_fast.report.words` and ``data_uri`` (bytes and media type).
+    functions of :mod:`arat_fast.report.words` and :func:`data_uri`.
 
     Args:
         name: file in the folder ``templates`` of report, compare or export.
@@ -41,11 +41,21 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (words.duration, words.grouped, words.interval, words.percent, words.plain):
-        environment.filters[function.__name__] = function
-    environment.filters["data_uri"] = _data_uri
+    functions = (
+        words.duration,
+        words.grouped,
+        words.interval,
+        words.metric_name,
+        words.objective_name,
+        words.percent,
+        words.plain,
+        data_uri,
+    )
+    environment.globals["zip"] = zip
+    environment.filters |= {function.__name__: function for function in functions}
     return environment
 
 
-def _data_uri(content: bytes, media_type: str) -> str:
+def data_uri(content: bytes, media_type: str) -> str:
+    """A file as an address that a page can hold in itself."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
