@@ -14,6 +14,8 @@ from arat_fast.cli import main
 from arat_fast.command_line import apply_overrides
 from arat_fast.recipes import recipe
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gradient_conflict.py"
 
 

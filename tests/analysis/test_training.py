@@ -80,7 +80,12 @@ def test_weights_are_the_same_bit_for_bit(runs: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "step"), [(1, 1, 2), (1, 1, 8), (0, 2, 5)], ids=("early", "late", "new")
+    ("first", "second", "step"),
+    [
+        pytest.param(1, 1, 2, marks=pytest.mark.slow),
+        (1, 1, 8),
+        pytest.param(0, 2, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_when_interrupted_and_resumed(
     runs: tuple[Path, Path], tmp_path: Path, first: int, second: int, step: int
