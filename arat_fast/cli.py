@@ -319,12 +319,15 @@ class Analyze(Command):
         from arat_fast.analysis.run import AnalyzeOptions, analyze_networks
         from arat_fast.device import keep_freed_memory
         from arat_fast.report.analysis_words import analysis_sentences
+        from arat_fast.report.records import write_analysis_plots
 
         keep_freed_memory()
         options = parse(AnalyzeOptions, arguments, program)
         if not options.checkpoints:
             raise UsageError("a run or a checkpoint is expected after analyze, got nothing")
-        for analysis in analyze_networks(options.checkpoints, options.settings):
+        found = analyze_networks(options.checkpoints, options.settings)
+        write_analysis_plots(found)
+        for analysis in found:
             print(f"{analysis.name}: {analysis.folder}")
             for sentence in analysis_sentences(analysis.records):
                 print(f"  {sentence}")

@@ -12,21 +12,15 @@ import argparse
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from arat_fast.command_line import overrides_of
-from arat_fast.config import config_from_dict
 from arat_fast.files import write_atomic, write_json
-from arat_fast.report.analysis_plots import (
-    Drawing,
-    conflict_between,
-    mixture_by_layer,
-    mixture_over_time,
-)
-from arat_fast.report.run import Run, read_run
+from arat_fast.report.analysis_plots import conflict_between, mixture_by_layer, mixture_over_time
+from arat_fast.report.run import Run, TrainingAnalysis, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +50,7 @@ def train(method: str, seed: int, out: Path) -> Run:
     if code:
         raise SystemExit(code)
     run = read_run(out)
-    expected, found = run.setting("train", "epochs") + 1, len(run.analyses)
+    expected, found = run.config.train.epochs + 1, len(run.training_analyses)
     if found != expected:
         raise SystemExit(f"{out}: {expected} analyses are expected, got {found}: train it again")
     return run
@@ -71,40 +65,47 @@ def folder_name(method: str, seed: int) -> str:
 def record(run: Run) -> dict[str, Any]:
     """What a run found, epoch by epoch, without its layers but for those of the last epoch."""
     epochs = []
-    for line in run.analyses:
-        conflict, mixture = line["gradient_conflict"], line["mixture"]
+    for line in run.training_analyses:
+        conflict, mixture = found(line)
         epochs.append(
             {
-                "epoch": line["epoch"],
+                "epoch": line.epoch,
                 "pairs": conflict["pairs"],
                 "unrelated": conflict["unrelated"],
                 "norms": conflict["norms"],
                 "mixture": mixture["mean"],
             }
         )
-    last = run.analyses[-1]
-    keys = ("accuracy", "versions", "device", "precision", "commit", "wall_seconds")
+    conflict, mixture = found(run.training_analyses[-1])
+    keys = ("versions", "device", "precision", "commit", "wall_seconds")
     return {
-        "options": overrides_of(config_from_dict(dict(run.config))),
-        "seed": run.setting("seed"),
-        **{key: run.summary.get(key) for key in keys},
-        "epochs": epochs,
-        "layers": {
-            "gradient_conflict": last["gradient_conflict"]["layers"],
-            "mixture": last["mixture"]["layers"],
+        "options": overrides_of(run.config),
+        "seed": run.config.seed,
+        "accuracy": {
+            name: {
+                "value": a.value,
+                "correct": a.correct,
+                "num_samples": a.num_samples,
+                **a.details,
+            }
+            for name, a in run.summary.accuracy.items()
         },
+        **{key: getattr(run.summary, key) for key in keys},
+        "epochs": epochs,
+        "layers": {"gradient_conflict": conflict["layers"], "mixture": mixture["layers"]},
     }
 
 
-def over_training(run: Run, *path: str) -> float:
-    """Mean of a number over the epochs after the first analysis, that of the untrained network."""
-    values = []
-    for line in run.analyses[1:]:
-        value: Any = line
-        for key in path:
-            value = value[key]
-        values.append(value)
-    return statistics.fmean(values)
+def found(line: TrainingAnalysis) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Gradient conflict and mixture distribution of a run that has both."""
+    assert line.gradient_conflict is not None and line.mixture is not None
+    return line.gradient_conflict, line.mixture
+
+
+def over_training(run: Run, key: str) -> float:
+    """Mean of the total "share" or "cosine" after the first analysis, of the untrained network."""
+    lines = run.training_analyses[1:]
+    return statistics.fmean(found(line)[0]["pairs"]["classification"][key] for line in lines)
 
 
 def cell(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
@@ -116,14 +117,13 @@ def cell(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
 
 def table(groups: Mapping[str, Sequence[Run]]) -> str:
     """The methods beside each other, as Markdown."""
-    pair = ("gradient_conflict", "pairs", "classification")
-    columns = {
-        "opposite signs, %": lambda r: over_training(r, *pair, "share"),
-        "cosine": lambda r: over_training(r, *pair, "cosine"),
-        "before BatchNorm": lambda r: r.analyses[-1]["mixture"]["mean"]["w2_relative"],
-        "after BatchNorm": lambda r: r.analyses[-1]["mixture"]["mean"]["output_w2"],
-        "clean, %": lambda r: r.summary["accuracy"]["clean"]["value"],
-        "PGD-20, %": lambda r: r.summary["accuracy"]["pgd20"]["value"],
+    columns: dict[str, Callable[[Run], float]] = {
+        "opposite signs, %": lambda r: over_training(r, "share"),
+        "cosine": lambda r: over_training(r, "cosine"),
+        "before BatchNorm": lambda r: found(r.training_analyses[-1])[1]["mean"]["w2_relative"],
+        "after BatchNorm": lambda r: found(r.training_analyses[-1])[1]["mean"]["output_w2"],
+        "clean, %": lambda r: r.summary.accuracy["clean"].value,
+        "PGD-20, %": lambda r: r.summary.accuracy["pgd20"].value,
     }
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for method, runs in groups.items():
@@ -135,13 +135,6 @@ def table(groups: Mapping[str, Sequence[Run]]) -> str:
             )
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def save(drawing: Drawing | None, path: Path) -> None:
-    """One plot as a PNG file."""
-    assert drawing is not None
-    content = drawing.to_png()
-    write_atomic(path, lambda file: file.write(content) and None)
 
 
 def main() -> None:
@@ -166,17 +159,19 @@ def main() -> None:
         results / f"{stem}.json",
         {method: [record(run) for run in runs] for method, runs in groups.items()},
     )
-    lines = {method: [run.analyses for run in runs] for method, runs in groups.items()}
+    lines = {method: [run.training_analyses for run in runs] for method, runs in groups.items()}
     last = {
-        method: [run.analyses[-1]["mixture"] for run in groups[method]] for method in BATCH_NORM
+        method: [found(run.training_analyses[-1])[1] for run in groups[method]]
+        for method in BATCH_NORM
     }
-    drawings = {
+    plots = {
         "": conflict_between({method: lines[method] for method in STOP_GRADIENT}),
         "-mixture": mixture_over_time({method: lines[method] for method in BATCH_NORM}),
         "-mixture-layers": mixture_by_layer(last),
     }
-    for suffix, drawing in drawings.items():
-        save(drawing, results / f"{stem}{suffix}.png")
+    for suffix, plot in plots.items():
+        assert plot is not None
+        write_atomic(results / f"{stem}{suffix}.png", plot.write_png)
     print(table(groups))
     print(f"\nrecord: {(results / stem).relative_to(ROOT)}.json")
 

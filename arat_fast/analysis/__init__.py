@@ -1,4 +1,4 @@
-"""Why it works: gradient conflict, mixture distribution, loss surfaces, masked gradients."""
+"""Why it works: gradient conflict, mixture distribution, masked gradients."""
 
 from arat_fast.analysis.conflict import gradient_conflict
 from arat_fast.analysis.mixture import mixture_distance

@@ -14,20 +14,6 @@ from arat_fast.objectives.base import ObjectiveOutput
 TOTAL = "classification"
 """Name of the pair that holds the whole classification loss."""
 
-_CLASSIFICATION = ("ce_", "margin")
-
-
-def split_terms(terms: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms of a loss that classify, and those that tie two sets of images together.
-
-    Args:
-        terms: of :class:`arat_fast.objectives.ObjectiveOutput`; the names ``ce_…`` and ``margin``
-            are the cross-entropies and MART's margin, all else compares clean and adversarial
-            images: ARAT's invariance loss, the divergence of TRADES and MART.
-    """
-    classification = {n: t for n, t in terms.items() if n.startswith(_CLASSIFICATION)}
-    return classification, {n: t for n, t in terms.items() if n not in classification}
-
 
 def shared_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of every convolution and linear layer by module path, biases left out."""
@@ -40,7 +26,9 @@ def shared_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, Any] | None:
+def gradient_conflict(
+    model: nn.Module, output: ObjectiveOutput, ties: tuple[str, ...]
+) -> dict[str, Any] | None:
     """Compare the gradients of the two parts of a loss on one batch.
 
     An entry of a weight conflicts where its two gradients have opposite signs. The share counts
@@ -50,10 +38,12 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
     Args:
         model: the network that was run; predictors are no part of it.
         output: what the objective returned, not yet differentiated.
+        ties: how the names of the terms begin that compare clean and adversarial images, as the
+            class of the objective says; the others classify.
 
     Returns:
-        JSON types, None where the loss has no part of the second kind, or where none of the first
-        reaches the network: in LBGAT the labels reach the guide alone::
+        JSON types, None where the loss has only one of the two parts, or where the labels do not
+        reach the network, but a guide of it::
 
             {"pairs": {PAIR: {"share": …, "cosine": …}},
              "layers": {PATH: {"share": …, "cosine": …, "entries": …}},
@@ -69,7 +59,8 @@ def gradient_conflict(model: nn.Module, output: ObjectiveOutput) -> dict[str, An
     the sign is that of a float32 product, which vanishes where it underflows; here the signs
     themselves are compared.
     """
-    classification, invariance = split_terms(output.terms)
+    invariance = {name: term for name, term in output.terms.items() if name.startswith(ties)}
+    classification = {n: term for n, term in output.terms.items() if n not in invariance}
     if not classification or not invariance:
         return None
     weights = shared_weights(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,12 @@ LEFT_AT_FULL_RANGE = 0.02
 """Largest share of images left right by an attack without limit that is no warning."""
 
 _RANDOM_DRAWS = 100
+_STRONGER = {
+    "random": "It takes no gradient to find what the gradient does not.",
+    "black-box": "An attack that sees no gradient is the stronger one.",
+    "transfer": "The other network’s gradient is the better guide.",
+}
+"""What is said where an attack of a kind breaks more than PGD with restarts."""
 
 
 @dataclass(frozen=True)
@@ -126,24 +134,33 @@ def masking_check(
     checks = [check.gradient()]
 
     single = check.single_step()
-    fewer = [check.pgd(steps) for steps in _fewer_steps(num_steps)]
+    fewer = [check.pgd(steps) for steps in (1, 2, 5, 10, 20, 50, 100) if steps < num_steps]
     many = check.pgd(num_steps)
     restarted = check.pgd(num_steps, num_restarts)
-    checks += [_compare_steps(single, fewer, many), _compare_restarts(many, restarted)]
+    checks.append(
+        _not_beaten(
+            "steps",
+            [(weak, many) for weak in (single, *fewer)],
+            "Fewer steps break more: the way uphill does not lead on.",
+        )
+    )
+    checks.append(_compare_restarts(many, restarted))
 
     ladder = {threat.eps: many}
     for eps in radii(threat, images.x[0].numel()):
         if eps not in ladder:
             ladder[eps] = check.pgd(num_steps, threat=ThreatModel(eps, threat.norm))
     ladder = dict(sorted(ladder.items()))
-    checks += [_compare_radii(ladder), _full_range(ladder)]
+    balls = [dataclasses.replace(tried, name=f"radius {eps:.3g}") for eps, tried in ladder.items()]
+    pairs = list(itertools.pairwise(balls))
+    checks.append(_not_beaten("radius", pairs, "A larger ball leaves more right."))
+    checks.append(_full_range(balls[-1]))
 
     rivals = [check.random()]
     if num_queries:
         rivals.append(check.square(num_queries))
     rivals += [check.transfer(name, source, num_steps) for name, source in (sources or {}).items()]
-    for rival in rivals:
-        checks.append(_compare_rival(rival, restarted))
+    checks += [_not_beaten(r.kind, [(r, restarted)], _STRONGER[r.kind]) for r in rivals]
     tried = [single, *fewer, many, restarted, *rivals]
     return {
         "norm": threat.norm,
@@ -177,13 +194,10 @@ def sign_test(only_weak: int, only_strong: int) -> float:
     Args:
         only_weak, only_strong: images broken by one of two attacks alone, >= 0.
     """
+    from scipy.stats import binomtest  # A second at start-up, which most commands do without.
+
     n = only_weak + only_strong
-    # In logarithms: 2^n leaves the range of a float from n = 1024 on.
-    tail = (
-        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
-        for k in range(only_weak, n + 1)
-    )
-    return min(1.0, math.fsum(tail))
+    return float(binomtest(only_weak, n, alternative="greater").pvalue) if n else 1.0
 
 
 class _Check:
@@ -329,44 +343,31 @@ class _Check:
         return Tried(kind, name, torch.cat(still) & self.clean, settings)
 
 
-def _fewer_steps(num_steps: int) -> list[int]:
-    return [steps for steps in (1, 2, 5, 10, 20, 50, 100) if steps < num_steps]
-
-
 def _result(name: str, passed: bool, text: str, **numbers: Any) -> dict[str, Any]:
     return {"name": name, "passed": passed, "text": text, **numbers}
 
 
-def _pair(weak: Tried, strong: Tried) -> tuple[int, int, bool]:
-    """Images that only one of them breaks, and whether the weaker is the stronger one."""
-    only_weak = int((strong.correct & ~weak.correct).sum())
-    only_strong = int((weak.correct & ~strong.correct).sum())
-    return only_weak, only_strong, sign_test(only_weak, only_strong) < SIGNIFICANCE
+def _not_beaten(name: str, pairs: Sequence[tuple[Tried, Tried]], warning: str) -> dict[str, Any]:
+    """The check that no rival breaks more than the attack that must be the stronger one.
 
-
-def _compare_steps(single: Tried, fewer: list[Tried], many: Tried) -> dict[str, Any]:
-    beaten = [(weak, *_pair(weak, many)) for weak in (single, *fewer)]
-    wrong = [entry for entry in beaten if entry[3]]
-    if not wrong:
-        change = int(single.correct.sum()) - int(many.correct.sum())
-        more = "More steps break more"
-        if change <= 0:
-            more = (
-                "More steps break as many"
-                if change == 0
-                else ("One step breaks more, though no more than chance explains")
-            )
-        text = (
-            f"{more}: {_left_words(single)} after {single.name}, "
-            f"{_left_words(many)} after {many.name}."
-        )
-        return _result("steps", True, text)
-    weak, only_weak, only_many, _ = max(wrong, key=lambda entry: entry[1])
+    Args:
+        name: of the check.
+        pairs: rival and stronger attack; the one least likely by chance is told of.
+        warning: said where a rival is the stronger one.
+    """
+    counted = [
+        (int((a.correct & ~r.correct).sum()), int((r.correct & ~a.correct).sum()), r, a)
+        for r, a in pairs
+    ]
+    only_rival, only_white, rival, white = min(counted, key=lambda c: sign_test(*c[:2]))
+    passed = sign_test(only_rival, only_white) >= SIGNIFICANCE
     text = (
-        f"Fewer steps break more: {weak.name} breaks {only_weak} images that {many.name} does not, "
-        f"and only {only_many} the other way round. The way uphill does not lead on."
+        f"{_left_words(rival)} after {rival.name}, {_left_words(white)} after {white.name}; "
+        f"{only_rival} and {only_white} images are broken by one of them alone."
     )
-    return _result("steps", False, text)
+    if not passed:
+        text += f" {warning}"
+    return _result(name, passed, text, only_rival=only_rival, only_white=only_white)
 
 
 def _compare_restarts(once: Tried, restarted: Tried) -> dict[str, Any]:
@@ -378,48 +379,12 @@ def _compare_restarts(once: Tried, restarted: Tried) -> dict[str, Any]:
     return _result("restarts", share <= RESTART_GAIN, text, gained=gained)
 
 
-def _compare_radii(ladder: Mapping[float, Tried]) -> dict[str, Any]:
-    steps = list(ladder.items())
-    for (small, weak), (large, strong) in zip(steps, steps[1:], strict=False):
-        only_weak, only_strong, wrong = _pair(weak, strong)
-        if wrong:
-            text = (
-                f"A larger ball leaves more right: {only_weak} images fall at radius {small:.3g} "
-                f"and not at {large:.3g}, {only_strong} the other way round."
-            )
-            return _result("radius", False, text)
-    counts = ", ".join(f"{_left_words(t)} at {eps:.3g}" for eps, t in steps)
-    left = [int(tried.correct.sum()) for tried in ladder.values()]
-    chance = "" if left == sorted(left, reverse=True) else " than chance explains"
-    return _result("radius", True, f"No larger ball leaves more right{chance}: {counts}.")
-
-
-def _full_range(ladder: Mapping[float, Tried]) -> dict[str, Any]:
-    tried = ladder[max(ladder)]
+def _full_range(tried: Tried) -> dict[str, Any]:
     left = int(tried.correct.sum())
     passed = left <= LEFT_AT_FULL_RANGE * len(tried.correct)
     text = f"With no limit but [0, 1] the attack leaves {_left_words(tried)}"
     text += "." if passed else ", and any image can be made of any other: it does not find the way."
     return _result("full range", passed, text, left=left)
-
-
-def _compare_rival(rival: Tried, white: Tried) -> dict[str, Any]:
-    only_rival, only_white, wrong = _pair(rival, white)
-    names = {
-        "random": "It takes no gradient to find what the gradient does not.",
-        "black-box": "An attack that sees no gradient is the stronger one.",
-        "transfer": "The other network’s gradient is the better guide.",
-    }
-    sides = (
-        f"{rival.name} break {only_rival} images that {white.name} do not, and {only_white} the "
-        "other way round"
-    )
-    if rival.kind == "black-box":
-        sides = sides.replace(" break ", " breaks ", 1)
-    text = f"{sides[0].upper()}{sides[1:]}."
-    if wrong:
-        text += f" {names[rival.kind]}"
-    return _result(rival.kind, not wrong, text, only_rival=only_rival, only_white=only_white)
 
 
 def _left_words(tried: Tried) -> str:

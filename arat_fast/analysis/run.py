@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import tyro
 from torch import nn
 
-from arat_fast.analysis.attacker import attacker_numbers, attacker_view
 from arat_fast.analysis.masking import masking_check
 from arat_fast.analysis.snapshot import analyze_training, first_batches
-from arat_fast.analysis.surface import loss_surface
 from arat_fast.build import build_network, build_objective
 from arat_fast.config import Config, DataConfig
 from arat_fast.data import DataSplits, load_data
@@ -24,19 +20,12 @@ from arat_fast.device import describe_device, resolve_device, source_commit, ver
 from arat_fast.display import Display
 from arat_fast.evaluation import ImageSet, ThreatModel
 from arat_fast.evaluation.checkpoint import place_network
-from arat_fast.files import write_atomic, write_json
-from arat_fast.report.analysis import draw_analyses, read_analyses
-from arat_fast.report.analysis_plots import (
-    conflict_between,
-    mixture_by_layer,
-    mixture_over_time,
-)
-from arat_fast.report.run import read_run
+from arat_fast.files import write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
 from arat_fast.saved.weights import load_weights
 from arat_fast.training.checkpoint import load_checkpoint
 
-Part = Literal["gradient-conflict", "mixture", "surface", "masking", "attacker"]
+Part = Literal["gradient-conflict", "mixture", "masking"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 _TRAINING_PARTS = {"gradient-conflict": "gradient_conflict", "mixture": "mixture"}
@@ -47,7 +36,7 @@ class AnalyzeSettings:
     """What to analyse and how thoroughly; the fields are those of ``arat-fast analyze``."""
 
     parts: tuple[Part, ...] = PARTS
-    """What to do: gradient-conflict, mixture, surface, masking, attacker; default all."""
+    """What to do: gradient-conflict, mixture, masking; default all."""
     recipe: str | None = None
     """Recipe whose data, model and threat model are used; needed where a file is no run's own."""
     source: tuple[Path, ...] = ()
@@ -62,10 +51,6 @@ class AnalyzeSettings:
     """Runs of PGD in the masking check; >= 2."""
     num_queries: int = 1000
     """Queries of Square for each image in the masking check; 0 leaves it out."""
-    num_surfaces: int = 6
-    """Images whose surroundings are drawn; >= 1."""
-    points: int = 41
-    """Points along each side of a surface; odd, >= 3."""
     batch_size: int | None = None
     """Samples attacked at a time; default the run's."""
     data_root: Path | None = None
@@ -76,7 +61,7 @@ class AnalyzeSettings:
     """Seed of the attacks."""
 
     def __post_init__(self) -> None:
-        for name, low in (("num_batches", 1), ("num_images", 0), ("num_surfaces", 1)):
+        for name, low in (("num_batches", 1), ("num_images", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
         if self.batch_size is not None and self.batch_size < 1:
@@ -85,7 +70,7 @@ class AnalyzeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class AnalyzeOptions:
-    """Gradient conflict, mixture distribution, loss surfaces, masked gradients, attacker's view."""
+    """Gradient conflict, mixture distribution, masked gradients."""
 
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")
@@ -101,13 +86,17 @@ class Analysis(NamedTuple):
 
     Attributes:
         name: of the network, short.
+        checkpoint: what was given.
         folder: where its files are.
+        steps: that the network was trained, None where the file does not say.
         records: what was found, by part.
         left_out: why a part was not done, by part.
     """
 
     name: str
+    checkpoint: Path
     folder: Path
+    steps: int | None
     records: dict[Part, dict[str, Any]]
     left_out: dict[Part, str]
 
@@ -123,7 +112,7 @@ class _Opened(NamedTuple):
 def analyze_networks(
     checkpoints: Sequence[Path], settings: AnalyzeSettings, display: Display | None = None
 ) -> list[Analysis]:
-    """Analyse saved networks; numbers go to JSON files, arrays to NPZ files, one for each part.
+    """Analyse saved networks; the numbers go to JSON files, one for each part.
 
     Gradient conflict and mixture distribution are those of the state of the training (its last
     weights and predictors), the rest is of the weights that are deployed, and on test images.
@@ -135,8 +124,7 @@ def analyze_networks(
 
     Returns:
         One analysis per checkpoint; its folder is ``analysis`` in a run's folder, ``NAME.analysis``
-        beside a file ``NAME.pt``. Plots of several networks together, ``compared-….png``, go to
-        the folder of the first.
+        beside a file ``NAME.pt``.
 
     Raises:
         FileNotFoundError: no such file, or the dataset is not there.
@@ -149,10 +137,7 @@ def analyze_networks(
     names = short_names(paths)
     networks = {name: opener.open(path) for name, path in zip(names, paths, strict=True)}
     opened = [networks[names[paths.index(path)]] for path in dict.fromkeys(checkpoints)]
-    found = [_analyze(each, networks, settings, display) for each in opened]
-    if len(found) > 1:
-        _write_comparison(opened, found)
-    return found
+    return [_analyze(each, networks, settings, display) for each in opened]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -231,14 +216,26 @@ def _analyze(
         "steps": opened.saved.steps,
     }
     records, left_out = _of_training(opened, settings)
-    deployed = _of_network(opened, images, _rivals(opened, networks), settings, display, folder)
-    deployed_about = {"model": opened.saved.weights, "split": "test", "seed": settings.seed}
-    records |= {part: {**deployed_about, **record} for part, record in deployed.items()}
+    if "masking" in settings.parts:
+        with display.evaluating() as bar:
+            found = masking_check(
+                opened.model,
+                images,
+                ThreatModel(config.attack.eps, config.attack.norm),
+                num_steps=settings.num_steps,
+                num_restarts=settings.num_restarts,
+                num_queries=settings.num_queries,
+                sources=_rivals(opened, networks),
+                batch_size=settings.batch_size or config.eval.batch_size,
+                seed=settings.seed,
+                progress=bar,
+            )
+        deployed = {"model": opened.saved.weights, "split": "test", "seed": settings.seed}
+        records["masking"] = {**deployed, **found}
     for part, record in records.items():
         write_json(folder / f"{part}.json", {**about, **record})
-    _write_plots(folder, opened)
     name = next(name for name, network in networks.items() if network is opened)
-    return Analysis(name, folder, records, left_out)
+    return Analysis(name, opened.path, folder, opened.saved.steps, records, left_out)
 
 
 def _of_training(
@@ -269,66 +266,14 @@ def _of_training(
             records[part] = {"model": "last", "split": "train", "epoch": epochs, **record}
         elif part == "mixture":
             left_out[part] = "nothing is attacked in training, or there is no BatchNorm"
-        elif config.objective.name == "lbgat":
-            left_out[part] = "the labels of lbgat reach its guide alone, and not the network"
+        elif objective.ties:
+            left_out[part] = f"the labels of {objective.label} do not reach the network itself"
         else:
             left_out[part] = (
-                f"the loss of {config.objective.name} has no part that ties clean and adversarial "
-                "images together"
+                f"the loss of {objective.label} has no part that ties clean and adversarial images "
+                "together"
             )
     return records, left_out
-
-
-def _of_network(
-    opened: _Opened,
-    images: ImageSet,
-    rivals: Mapping[str, nn.Module],
-    settings: AnalyzeSettings,
-    display: Display,
-    folder: Path,
-) -> dict[Part, dict[str, Any]]:
-    """Surface, masking check and the attacker's view of the deployed weights."""
-    config = opened.config
-    threat = ThreatModel(config.attack.eps, config.attack.norm)
-    attack: dict[str, Any] = {"num_steps": settings.num_steps, "alpha": threat.eps / 4}
-    common: dict[str, Any] = {
-        "batch_size": settings.batch_size or config.eval.batch_size,
-        "seed": settings.seed,
-    }
-    model = opened.model
-    records: dict[Part, dict[str, Any]] = {}
-    if "surface" in settings.parts:
-        few = ImageSet(
-            images.x[: settings.num_surfaces], images.y[: settings.num_surfaces], images.classes
-        )
-        surface = loss_surface(model, few, threat, points=settings.points, **attack, **common)
-        arrays = {"axis": surface.axis, "loss": surface.loss, "margin": surface.margin}
-        names = [str(images.classes[label]) for label in few.y.tolist()]
-        _write_npz(folder / "surface.npz", {**arrays, "labels": np.array(names)})
-        records["surface"] = {"norm": threat.norm, "eps": threat.eps, **surface.record()}
-    if "masking" in settings.parts:
-        with display.evaluating() as bar:
-            records["masking"] = masking_check(
-                model,
-                images,
-                threat,
-                num_steps=settings.num_steps,
-                num_restarts=settings.num_restarts,
-                num_queries=settings.num_queries,
-                sources=rivals,
-                progress=bar,
-                **common,
-            )
-    if "attacker" in settings.parts:
-        view = attacker_view(model, images, threat, **attack, **common)
-        _write_npz(folder / "attacker.npz", view)
-        records["attacker"] = {
-            "norm": threat.norm,
-            "eps": threat.eps,
-            **attack,
-            **attacker_numbers(view),
-        }
-    return records
 
 
 def _rivals(opened: _Opened, networks: Mapping[str, _Opened]) -> dict[str, nn.Module]:
@@ -341,40 +286,3 @@ def _rivals(opened: _Opened, networks: Mapping[str, _Opened]) -> dict[str, nn.Mo
         and other.data.test.image_shape == shape
         and other.data.test.classes == classes
     }
-
-
-def _write_plots(folder: Path, opened: _Opened) -> None:
-    analyses = read_analyses(folder, opened.saved.steps)
-    for name, drawing in draw_analyses(analyses, _analysis_lines(opened.path)).items():
-        content = drawing.to_png()
-        write_atomic(folder / f"{name}.png", partial(_write_all, content))
-
-
-def _write_comparison(opened: Sequence[_Opened], found: Sequence[Analysis]) -> None:
-    """Plots of several networks together, of what two or more of them have."""
-    lines = {
-        each.name: [_analysis_lines(one.path)] for one, each in zip(opened, found, strict=True)
-    }
-    along = {name: runs for name, runs in lines.items() if runs[0]}
-    mixtures = {e.name: [e.records["mixture"]] for e in found if "mixture" in e.records}
-    drawings = {
-        "gradient-conflict": conflict_between(along) if len(along) > 1 else None,
-        "mixture": mixture_over_time(along) if len(along) > 1 else None,
-        "mixture-layers": mixture_by_layer(mixtures) if len(mixtures) > 1 else None,
-    }
-    for name, drawing in drawings.items():
-        if drawing is not None:
-            path = found[0].folder / f"compared-{name}.png"
-            write_atomic(path, partial(_write_all, drawing.to_png()))
-
-
-def _analysis_lines(checkpoint: Path) -> Sequence[Mapping[str, Any]]:
-    return read_run(checkpoint).analyses if (checkpoint / "config.json").is_file() else ()
-
-
-def _write_all(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
-
-
-def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
-    write_atomic(path, lambda file: np.savez(file, **arrays))

@@ -64,7 +64,8 @@ def analyze_training(
             )
             if objective.needs_attack:
                 mixtures.append(mixture_distance(model, x, x_adv))
-            conflict = gradient_conflict(model, objective(model, x, x_adv, y, start))
+            output = objective(model, x, x_adv, y, start)
+            conflict = gradient_conflict(model, output, objective.ties)
             if conflict is not None:
                 conflicts.append(conflict)
     if not seen:

@@ -174,11 +174,9 @@ def _table(record: Mapping[str, Any], found: Measured) -> str:
     for key, accuracy in found.accuracies.items():
         low, high = accuracy.interval
         how = _how(accuracy.details) or "no attack"
-        if accuracy.copies > 1:
-            how = f"{accuracy.copies} corrupted copies of each image; {how}"
         lines.append(
             f"| {metric_name(key)} | {100 * accuracy.value:.2f} % | {100 * low:.2f} to "
-            f"{100 * high:.2f} % | {accuracy.num_images} | {how} |"
+            f"{100 * high:.2f} % | {accuracy.num_samples} | {how} |"
         )
     sources = " and ".join(f"`{name}`" for name in found.sources)
     lines += ["", f"Test images of {record.get('dataset')}, from {sources}; Wilson intervals"]

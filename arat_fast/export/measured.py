@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from arat_fast.evaluation.pieces import checksum
-from arat_fast.evaluation.record import read_record, record_path, root_of_own_images
+from arat_fast.evaluation.record import read_record
+from arat_fast.report.records import records_of
 from arat_fast.report.run import Accuracy, in_order, read_accuracies, read_run
 from arat_fast.saved.network import SAFETENSORS, SavedNetwork
 from arat_fast.training.checkpoint import CHECKPOINT
@@ -48,7 +48,7 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
     records: dict[str, Mapping[str, Any]] = {}
     if saved.path.name in (CHECKPOINT, SAFETENSORS) and (folder / "metrics.jsonl").is_file():
         run = read_run(folder)
-        summary = run.summary
+        summary = read_record(folder / "summary.json")
         classes = run.examples.classes if run.examples is not None else ()
         if (
             summary.get("status") == "finished"
@@ -59,7 +59,9 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
     records |= records_of(saved)[0]
     chosen: dict[str, tuple[Accuracy, str]] = {}
     for source, record in records.items():
-        for name, accuracy in _of_branch(read_accuracies(record.get("accuracy")), branch).items():
+        for name, accuracy in _of_branch(
+            read_accuracies(record.get("accuracy", {})), branch
+        ).items():
             before = chosen.get(name)
             if before is None or _rank(accuracy, saved) > _rank(before[0], saved):
                 chosen[name] = accuracy, source
@@ -70,42 +72,6 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
         classes,
         tuple(source for source in records if source in sources),
     )
-
-
-def records_of(saved: SavedNetwork) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
-    """The records that ``arat-fast eval`` wrote beside a saved network, by the name of the file.
-
-    Args:
-        saved: the network.
-
-    Returns:
-        Those of its weights and its dataset; and why each of the others is not among them.
-    """
-    found: dict[str, Mapping[str, Any]] = {}
-    others: dict[str, str] = {}
-    for path in (record_path(saved.path.parent), record_path(saved.path)):
-        if not path.is_file():
-            continue
-        record = read_record(path)
-        reason = _why_not(record, saved) if record else "it cannot be read"
-        if reason is None:
-            found[path.name] = record
-        else:
-            others[path.name] = reason
-    return found, others
-
-
-def _why_not(record: Mapping[str, Any], saved: SavedNetwork) -> str | None:
-    """Why a record is not of these weights and their dataset; None where it is."""
-    if saved.config is None:
-        return f"the dataset of {saved.path.name} is not known"
-    data = saved.config.data
-    if (record.get("dataset"), record.get("root")) != (data.name, root_of_own_images(data)):
-        return "it is of images of another dataset"
-    same = record.get("model") == saved.weights
-    if same and record.get("weights_sha256") == checksum(saved.model):
-        return None
-    return f"it is of other weights or BatchNorm statistics than {saved.path.name} holds"
 
 
 def _rank(accuracy: Accuracy, saved: SavedNetwork) -> tuple[bool, int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from arat_fast.report.run import dig, number
-from arat_fast.report.words import NARROW_SPACE, grouped, percent, plain
+from arat_fast.report.words import grouped, percent
 
 _CLEAR = 2.0
 """Standard errors between batches that make a difference worth a word."""
@@ -21,31 +20,28 @@ def analysis_sentences(records: Mapping[Any, Mapping[str, Any]]) -> list[str]:
     makers = {
         "gradient-conflict": conflict_words,
         "mixture": mixture_words,
-        "surface": surface_words,
         "masking": masking_words,
-        "attacker": attacker_words,
     }
-    return [sentence for part, make in makers.items() for sentence in make(records.get(part) or {})]
+    return [
+        words for part, make in makers.items() if part in records for words in make(records[part])
+    ]
 
 
 def conflict_words(record: Mapping[str, Any]) -> list[str]:
     """Gradient conflict: the share, the cosine, and which way they point."""
-    total = dig(record, "pairs", "classification")
-    share, cosine = number(dig(total, "share")), number(dig(total, "cosine"))
-    unrelated = number(record.get("unrelated"))
-    if share is None or cosine is None or unrelated is None:
+    total = record["pairs"]["classification"]
+    share, cosine, unrelated = total["share"], total["cosine"], record["unrelated"]
+    if share is None:
         return []
     sentences = [
         f"Classification and invariance loss pull {percent(share)} of the "
-        f"{grouped(number(record.get('entries')) or 0)} convolution and linear weights in opposite "
-        f"directions; gradients of random signs would do so in {percent(unrelated)}. "
-        f"The cosine of the two gradients is {signed(cosine)}."
+        f"{grouped(record['entries'])} convolution and linear weights in opposite directions; "
+        f"gradients of random signs would do so in {percent(unrelated)}. The cosine of the two "
+        f"gradients is {f'{cosine:+.3f}'.replace('-', '−')}."
     ]
-    spread = number(dig(total, "share_std"))
-    batches = number(record.get("num_batches"))
-    if spread is None or batches is None:
+    if total["share_std"] is None:
         return sentences
-    error = _CLEAR * spread / batches**0.5
+    error = _CLEAR * total["share_std"] / record["num_batches"] ** 0.5
     if share < unrelated - error and cosine > 0:
         sentences.append("On the whole they pull the same way.")
     elif share > unrelated + error and cosine < 0:
@@ -57,44 +53,20 @@ def conflict_words(record: Mapping[str, Any]) -> list[str]:
 
 def mixture_words(record: Mapping[str, Any]) -> list[str]:
     """Mixture distribution: the distance before and after normalisation, and where it is worst."""
-    layers = dig(record, "layers")
-    relative, output = (number(dig(record, "mean", key)) for key in ("w2_relative", "output_w2"))
-    if not isinstance(layers, Mapping) or not layers or relative is None or output is None:
-        return []
-    worst = max(layers, key=lambda path: number(dig(layers, path, "w2_relative")) or 0.0)
-    largest = number(dig(layers, worst, "w2_relative")) or 0.0
+    layers, mean = record["layers"], record["mean"]
+    worst = max(layers, key=lambda path: layers[path]["w2_relative"])
     return [
         f"What enters the {len(layers)} BatchNorm layers differs between clean and adversarial "
-        f"images by {relative:.3f} standard deviations per channel (Wasserstein-2, mean over "
-        f"layers), most at {worst} with {largest:.3f}; what leaves them differs by {output:.3f}."
+        f"images by {mean['w2_relative']:.3f} standard deviations per channel (Wasserstein-2, mean "
+        f"over layers), most at {worst} with {layers[worst]['w2_relative']:.3f}; what leaves them "
+        f"differs by {mean['output_w2']:.3f}."
     ]
-
-
-def surface_words(record: Mapping[str, Any]) -> list[str]:
-    """Loss surfaces: how far it is to the boundary each way."""
-    ways = dig(record, "boundary")
-    reach = number(record.get("reach"))
-    if not isinstance(ways, Mapping) or reach is None:
-        return []
-    parts = []
-    for way in ("adversarial", "random"):
-        found = ways.get(way)
-        if isinstance(found, list) and found:
-            distances = [value for value in map(number, found) if value is not None]
-            inside = sum(1 for value in distances if value <= 1)
-            parts.append(
-                f"{len(distances)} of {len(found)} images lose their class along the {way} "
-                f"direction ({inside} of them inside the ball)"
-            )
-    return [f"Up to {plain(reach)} times the radius, {' and '.join(parts)}."] if parts else []
 
 
 def masking_words(record: Mapping[str, Any]) -> list[str]:
     """The check for masked gradients: its verdict and every sentence of a check that failed."""
-    checks = record.get("checks")
-    if not isinstance(checks, list) or not checks:
-        return []
-    failed = [check for check in checks if not dig(check, "passed")]
+    checks = record["checks"]
+    failed = [check for check in checks if not check["passed"]]
     if not failed:
         return [
             f"No sign of masked gradients in {len(checks)} checks: more steps, larger balls, "
@@ -103,36 +75,5 @@ def masking_words(record: Mapping[str, Any]) -> list[str]:
     return [
         f"WARNING: {len(failed)} of {len(checks)} checks for masked gradients failed; do not "
         "trust the robust accuracy under PGD.",
-        *(f"{dig(check, 'name')}: {dig(check, 'text')}" for check in failed),
+        *(f"{check['name']}: {check['text']}" for check in failed),
     ]
-
-
-def attacker_words(record: Mapping[str, Any]) -> list[str]:
-    """What the attack did: how many answers turned, how sure the wrong ones are, and where to."""
-    samples, turned = number(record.get("num_samples")), number(record.get("turned"))
-    before = number(record.get("right_clean"))
-    if not samples or turned is None or not before:
-        return []
-    sentences = [
-        f"The attack turns {grouped(turned)} of the {grouped(before)} answers that were right."
-    ]
-    sure = number(record.get("confidence_wrong"))
-    if sure is not None:
-        sentences.append(
-            "Where it is wrong under attack, the network is "
-            f"{100 * sure:.0f}{NARROW_SPACE}% sure on average."
-        )
-    routes, classes = record.get("routes"), record.get("classes")
-    if isinstance(routes, list) and routes and isinstance(classes, list):
-        true, predicted, count = routes[0]
-        if count > 1:
-            sentences.append(
-                f"The most frequent way: {classes[true]} taken for {classes[predicted]}, "
-                f"{count} times."
-            )
-    return sentences
-
-
-def signed(value: float) -> str:
-    """A cosine with its sign, three decimals."""
-    return f"{'−' if round(value, 3) < 0 else '+'}{abs(value):.3f}"

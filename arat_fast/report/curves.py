@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from arat_fast.report import style
-from arat_fast.report.html import Html, image, tag
-from arat_fast.report.run import Numbers, Run
+from arat_fast.report.run import Numbers, Run, Series
+from arat_fast.report.style import Plot
 from arat_fast.report.words import duration, grouped, percent
 
 _MAX_POINTS = 1500
 _SMOOTH_ABOVE = 60
+_INVARIANCE = "invariance/"
 _TERMS = (
     ("ce_adv", "cross-entropy, adversarial", style.ADVERSARIAL, style.DASHES[1]),
     ("ce_clean", "cross-entropy, clean", style.CLEAN, style.DASHES[2]),
@@ -29,33 +30,6 @@ _TERMS = (
 """Name, label, colour and dashes of each part of a loss."""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One plot.
-
-    Attributes:
-        title: heading.
-        svg: the picture.
-        alt: what it shows, with its last values.
-        caption: how to read it.
-    """
-
-    title: str
-    svg: bytes
-    alt: str
-    caption: str
-
-    def to_html(self) -> Html:
-        """The plot as a figure element."""
-        return tag(
-            "figure",
-            tag("h3", self.title),
-            image(self.svg, "image/svg+xml", self.alt, class_="plot"),
-            tag("figcaption", self.caption),
-            class_="panel",
-        )
-
-
 def run_plots(run: Run) -> list[Plot]:
     """Every plot that the run's metrics allow."""
     makers = (_accuracy, _loss, _learning_rate, _weights, _invariance, _throughput)
@@ -66,18 +40,18 @@ def run_plots(run: Run) -> list[Plot]:
 
 def draw_series(
     axes: Axes,
-    epochs: Numbers,
-    values: Numbers,
+    series: Series,
     label: str,
     color: str,
-    dashes: str | tuple[int, tuple[int, ...]] = "-",
+    dashes: style.Dashes = "-",
     marker: str = "",
-    hollow: bool = False,
+    **options: Any,
 ) -> None:
     """One line; a long one without marks as its running mean, the single values faint behind it.
 
     A single value is marked, since no line is drawn through it.
     """
+    epochs, values = series
     window = len(values) // 30 if len(values) > _SMOOTH_ABOVE and not marker else 1
     mean = style.running_mean(values, window)
     keep = _thin(len(values))
@@ -92,103 +66,113 @@ def draw_series(
         linestyle=dashes,
         marker=marker,
         markersize=5,
-        markerfacecolor="white" if hollow else color,
         markeredgewidth=1.4,
         # A mark at 0 or at 100 % is drawn whole.
         clip_on=not marker,
         label=style.plot_text(label),
+        **options,
     )
 
 
-def as_percent(axes: Axes) -> None:
-    """A vertical axis from 0 to 100 %."""
-    axes.set_ylim(0, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-
-
-def epoch_axis(axes: Axes) -> None:
-    """A horizontal axis of epochs from 0 to the last one drawn, marked at whole ones."""
-    last = float(axes.dataLim.intervalx[1])
-    # Room for a mark at the last one.
-    axes.set_xlim(0, 1.04 * last if np.isfinite(last) and last > 0 else 1)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
-
-
-def eval_keys(run: Run) -> tuple[str, str]:
-    """Names of the clean and the robust accuracy of the evaluation lines, for a legend."""
-    steps = next((e["num_steps"] for e in run.evals if isinstance(e.get("num_steps"), int)), None)
-    return "clean", f"PGD-{steps}" if steps is not None else "PGD"
+def evaluation_series(run: Run, kind: tuple[str, str], key: str) -> Series:
+    """Clean or robust accuracy ("clean", "pgd") of the evaluations of one split and model."""
+    lines = run.evaluated()[kind]
+    return Series(np.array([e.epoch for e in lines]), np.array([getattr(e, key) for e in lines]))
 
 
 def _accuracy(run: Run) -> Plot | None:
     figure, axes = style.new_axes()
     described = []
-    for key, name, color in (
-        ("accuracy_clean", "clean", style.CLEAN),
-        ("accuracy_adv", "adversarial", style.ADVERSARIAL),
+    for name, key, color in (
+        ("clean", "accuracy_clean", style.CLEAN),
+        ("adversarial", "accuracy_adv", style.ADVERSARIAL),
     ):
-        epochs, values = run.train_series(key)
-        if len(values):
-            draw_series(axes, epochs, values, f"{name}, training", color)
-            last = _last(values[-max(1, len(values) // 20) :])
+        if key in run.metrics:
+            series = run.metrics[key]
+            draw_series(axes, series, f"{name}, training", color)
+            last = _last(series.values[-max(1, len(series.values) // 20) :])
             described.append(f"{name} in training ends near {percent(last)}")
-    several = len(run.eval_kinds()) > 1
-    for index, (split, model) in enumerate(run.eval_kinds()):
-        for key, name, color in zip(
-            ("clean", "pgd"), eval_keys(run), (style.CLEAN, style.ADVERSARIAL), strict=True
+    evaluated = run.evaluated()
+    for (split, model), marker in zip(evaluated, style.MARKERS, strict=False):
+        robust = f"PGD-{run.evaluations[0].num_steps}"
+        for key, name, color in (
+            ("clean", "clean", style.CLEAN),
+            ("pgd", robust, style.ADVERSARIAL),
         ):
-            epochs, values = run.eval_series(key, split, model)
-            if len(values) == 0:
-                continue
-            label = f"{name}, {split}" + (f" ({model})" if several else "")
-            axes.plot(
-                epochs,
-                values,
-                color=color,
-                linestyle=(0, (3, 2)),
-                linewidth=1.0,
-                marker=style.MARKERS[index % len(style.MARKERS)],
-                markersize=5.5,
-                markerfacecolor="white",
-                markeredgewidth=1.4,
-                clip_on=False,
-                label=style.plot_text(label),
-            )
-            described.append(f"{label} ends at {percent(_last(values))}")
+            series = evaluation_series(run, (split, model), key)
+            label = f"{name}, {split}" + (f" ({model})" if len(evaluated) > 1 else "")
+            look: dict[str, Any] = {"markerfacecolor": "white", "linewidth": 1.0}
+            draw_series(axes, series, label, color, (0, (3, 2)), marker, **look)
+            described.append(f"{label} ends at {percent(series.values[-1])}")
     if not described:
         return None
-    as_percent(axes)
+    style.as_percent(axes)
     caption = "Lines: batches as they were trained on, in training mode."
-    if run.evals:
+    if run.evaluations:
         caption += " Marks: evaluations of the whole split, in eval mode."
     return _finish(figure, axes, "Accuracy", described, caption)
 
 
 def _loss(run: Run) -> Plot | None:
-    figure, axes = style.new_axes()
-    described = []
-    series = [("loss", "total", style.INK, style.DASHES[0], run.train_series("loss"))]
-    for key, label, color, dashes in _TERMS:
-        series.append((key, label, color, dashes, run.train_series(key)))
-    layers = _layers(run)
-    if layers:
-        total = _sum_of_layers(run, layers)
-        series.append(("", "invariance", style.GREEN, style.DASHES[3], total))
-    present = [entry for entry in series if len(entry[4][1])]
-    if len(present) == 2:
-        # The only term is the total.
-        present = present[:1]
-    for _, label, color, dashes, (epochs, values) in present:
-        draw_series(axes, epochs, values, label, color, dashes)
-        described.append(f"{label} goes from {values[0]:.3g} to {_last(values):.3g}")
-    if not present:
+    if "loss" not in run.metrics:
         return None
+    figure, axes = style.new_axes()
+    parts = [
+        (run.metrics[key], label, color, dashes)
+        for key, label, color, dashes in _TERMS
+        if key in run.metrics
+    ]
+    layers = [run.metrics[name] for name in _layers(run)]
+    if layers:
+        total = Series(layers[0].epochs, np.sum([layer.values for layer in layers], axis=0))
+        parts.append((total, "invariance", style.GREEN, style.DASHES[3]))
+    if len(parts) == 1:
+        # The only term is the total.
+        parts = []
+    described = []
+    for series, label, color, dashes in [
+        (run.metrics["loss"], "total", style.INK, style.DASHES[0]),
+        *parts,
+    ]:
+        draw_series(axes, series, label, color, dashes)
+        first, last = series.values[0], _last(series.values)
+        described.append(f"{label} goes from {first:.3g} to {last:.3g}")
     axes.set_ylim(bottom=0)
     caption = "Training loss"
-    caption += " and its parts, weights applied: they add up." if len(present) > 1 else "."
+    caption += " and its parts, weights applied: they add up." if parts else "."
     return _finish(figure, axes, "Loss", described, caption)
+
+
+def _learning_rate(run: Run) -> Plot | None:
+    if "lr" not in run.metrics:
+        return None
+    figure, axes = style.new_axes(height=2.7)
+    values = run.metrics["lr"].values
+    # As it was: a running mean would round off its corners.
+    axes.plot(*run.metrics["lr"], color=style.INK, marker="o" if len(values) == 1 else None)
+    axes.set_ylim(bottom=0)
+    described = [f"from {values[0]:.3g} to {values[-1]:.3g}, at most {np.nanmax(values):.3g}"]
+    return _finish(figure, axes, "Learning rate", described, "Learning rate of each logged step.")
+
+
+def _weights(run: Run) -> Plot | None:
+    if "w_adv" not in run.metrics:
+        return None
+    figure, axes = style.new_axes(height=2.7)
+    described = []
+    for key, label, color, dashes in (
+        ("w_adv", "adversarial", style.ADVERSARIAL, style.DASHES[0]),
+        ("w_clean", "clean", style.CLEAN, style.DASHES[1]),
+    ):
+        epochs, values = run.metrics[key]
+        marker = "o" if len(values) == 1 else None
+        axes.plot(epochs, values, color=color, linestyle=dashes, marker=marker, label=label)
+        described.append(f"{label} ends at {_last(values):.3g}")
+    axes.set_ylim(bottom=0)
+    caption = "Weights of the two cross-entropies."
+    if np.ptp(run.metrics["w_adv"].values) > 0:
+        caption += " The better clean images are classified, the more the adversarial one counts."
+    return _finish(figure, axes, "Loss weights", described, caption)
 
 
 def _invariance(run: Run) -> Plot | None:
@@ -199,11 +183,11 @@ def _invariance(run: Run) -> Plot | None:
     # Layers have an order, so their colours run from dark to light in it.
     shades = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, len(layers)))
     described = []
-    for index, layer in enumerate(layers):
-        epochs, values = run.train_series(f"invariance/{layer}")
-        color = matplotlib.colors.to_hex(shades[index])
-        draw_series(axes, epochs, values, layer, color, style.DASHES[index % len(style.DASHES)])
-        described.append(f"{layer} ends at {_last(values):.3g}")
+    for index, (name, shade) in enumerate(zip(layers, shades, strict=True)):
+        layer, series = name.removeprefix(_INVARIANCE), run.metrics[name]
+        dashes = style.DASHES[index % len(style.DASHES)]
+        draw_series(axes, series, layer, matplotlib.colors.to_hex(shade), dashes)
+        described.append(f"{layer} ends at {_last(series.values):.3g}")
     axes.set_ylim(bottom=0)
     caption = (
         "Share of each regularised layer in the loss, from the first layer (dark) to the last: how "
@@ -212,90 +196,36 @@ def _invariance(run: Run) -> Plot | None:
     return _finish(figure, axes, "Invariance loss by layer", described, caption)
 
 
-def _learning_rate(run: Run) -> Plot | None:
-    epochs, values = run.train_series("lr")
-    if len(values) == 0:
-        return None
-    figure, axes = style.new_axes(height=2.7)
-    marker = "o" if len(values) == 1 else None
-    axes.plot(epochs, values, color=style.INK, marker=marker, clip_on=False)
-    axes.set_ylim(bottom=0)
-    described = [f"from {values[0]:.3g} to {values[-1]:.3g}, at most {np.nanmax(values):.3g}"]
-    return _finish(figure, axes, "Learning rate", described, "Learning rate of each logged step.")
-
-
-def _weights(run: Run) -> Plot | None:
-    figure, axes = style.new_axes(height=2.7)
-    described = []
-    for key, label, color, dashes, marker in (
-        ("w_adv", "adversarial", style.ADVERSARIAL, style.DASHES[0], "o"),
-        ("w_clean", "clean", style.CLEAN, style.DASHES[1], "s"),
-    ):
-        epochs, values = run.train_series(key)
-        if len(values):
-            axes.plot(
-                epochs,
-                values,
-                color=color,
-                linestyle=dashes,
-                marker=marker if len(values) == 1 else None,
-                clip_on=False,
-                label=label,
-            )
-            described.append(f"{label} ends at {_last(values):.3g}")
-    if not described:
-        return None
-    axes.set_ylim(bottom=0)
-    caption = "Weights of the two cross-entropies."
-    if run.setting("objective", "balance") in ("previous_epoch", "probe"):
-        caption += " The better clean images are classified, the more the adversarial one counts."
-    return _finish(figure, axes, "Loss weights", described, caption)
-
-
 def _throughput(run: Run) -> Plot | None:
-    epochs, values = run.train_series("images_per_second")
-    if len(values) < 2:
+    if "images_per_second" not in run.metrics:
         return None
     figure, axes = style.new_axes(height=2.7)
-    draw_series(axes, epochs, values, "images per second", style.INK)
+    draw_series(axes, run.metrics["images_per_second"], "images per second", style.INK)
     axes.get_lines()[-1].set_label("_")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: grouped(value))
-    middle = float(np.nanmedian(values))
-    described = [f"median {grouped(middle)} images per second"]
+    middle = float(np.nanmedian(run.metrics["images_per_second"].values))
     caption = f"Training images per second; median {grouped(middle)}."
-    seconds = run.summary.get("wall_seconds")
-    if isinstance(seconds, dict) and isinstance(seconds.get("train"), (int, float)):
-        caption += f" Training took {duration(float(seconds['train']))}."
+    if "train" in run.summary.wall_seconds:
+        caption += f" Training took {duration(run.summary.wall_seconds['train'])}."
+    described = [f"median {grouped(middle)} images per second"]
     return _finish(figure, axes, "Throughput", described, caption)
 
 
-def _finish(figure: Figure, axes: Axes, title: str, described: list[str], caption: str) -> Plot:
-    epoch_axis(axes)
+def _finish(figure: Figure, axes: Axes, title: str, described: Sequence[str], caption: str) -> Plot:
+    style.epoch_axis(axes)
     style.legend_above(axes)
-    alt = f"{title} over epochs: {'; '.join(described)}."
-    return Plot(title, style.to_svg(figure), alt, caption)
+    return Plot(title, figure, f"{title} over epochs: {'; '.join(described)}.", caption)
 
 
 def _layers(run: Run) -> list[str]:
-    keys = dict.fromkeys(key for line in run.train for key in line if key.startswith("invariance/"))
-    return [key.removeprefix("invariance/") for key in keys]
+    return [name for name in run.metrics if name.startswith(_INVARIANCE)]
 
 
-def _sum_of_layers(run: Run, layers: list[str]) -> tuple[Numbers, Numbers]:
-    series = [run.train_series(f"invariance/{layer}") for layer in layers]
-    epochs = series[0][0]
-    complete = [values for at, values in series if np.array_equal(at, epochs)]
-    return epochs, np.sum(complete, axis=0)
-
-
-def _thin(length: int) -> Numbers:
+def _thin(length: int) -> list[int]:
     # Every k-th point; the last one always.
-    stride = max(1, -(-length // _MAX_POINTS))
-    keep = np.zeros(length, dtype=bool)
-    keep[::stride] = True
-    keep[-1:] = True
-    return keep
+    stride = -(-length // _MAX_POINTS)
+    return sorted({*range(0, length, stride), length - 1})
 
 
 def _last(values: Numbers) -> float:

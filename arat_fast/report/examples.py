@@ -3,51 +3,81 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import image as matplotlib_image
 from numpy.typing import NDArray
 
-from arat_fast.report.html import Html, image, tag
-from arat_fast.report.run import Examples, Run
-from arat_fast.report.words import NARROW_SPACE, plain
+from arat_fast.report.run import Examples
 
-_MAX_SHOWN = 48
+MAX_SHOWN = 48
 
 
-def examples_html(run: Run) -> Html | None:
-    """The grid of examples, None where the run kept none."""
-    examples = run.examples
-    if examples is None:
-        return None
-    shown = min(len(examples), _MAX_SHOWN)
-    delta = examples.x_adv - examples.x
-    largest = float(np.abs(delta).max())
-    cards = [_card(examples, index, largest) for index in range(shown)]
-    right_clean = int((examples.pred_clean == examples.y)[:shown].sum())
-    right_adv = int((examples.pred_adv == examples.y)[:shown].sum())
-    intro = (
-        f"The first {shown} images of the test set, nothing was chosen: as they are, after the "
-        "attack, and what the attack added. Below each stands the network’s answer and how sure it "
-        f"is: {right_clean} are right as they are, {right_adv} after the attack. So few images say "
-        "little about the accuracy on all of them."
-    )
-    scale = "The attack changed nothing here."
-    if largest > 0:
-        scale = (
-            f"The change is magnified {_times(largest)}: mid grey is no change, black is "
-            f"{plain(-round(largest, 4)).replace('-', '−')}, white is +{plain(round(largest, 4))} "
-            "on the brightness scale from 0 to 1."
-        )
-    left_out = f" The file holds {len(examples)}."
-    return Html(
-        tag("p", intro, left_out if shown < len(examples) else None)
-        + tag("div", cards, class_="cards")
-        + tag("p", scale, class_="small")
-    )
+@dataclass(frozen=True)
+class Picture:
+    """One image of an example.
+
+    Attributes:
+        kind: "clean", "attacked" or "change".
+        png: the image file.
+        answer: the network's, None for a change.
+        right: whether that is the label.
+        confidence: in the answer, in [0, 1].
+    """
+
+    kind: str
+    png: bytes
+    answer: str | None = None
+    right: bool = False
+    confidence: float = 0.0
 
 
-def to_png(pixels: NDArray[np.float32]) -> bytes:
+@dataclass(frozen=True)
+class Card:
+    """One example: its label, and the clean image, the attacked one and the difference."""
+
+    label: str
+    pictures: tuple[Picture, Picture, Picture]
+
+
+def cards(examples: Examples) -> list[Card]:
+    """The first examples, as many as a page shows."""
+    half = magnification(examples)
+    found = []
+    for k in range(min(len(examples), MAX_SHOWN)):
+        label = int(examples.y[k])
+        delta = examples.x_adv[k] - examples.x[k]
+        read = [
+            Picture(
+                kind,
+                to_png(images[k]),
+                examples.classes[int(answers[k])],
+                int(answers[k]) == label,
+                float(confidence[k]),
+            )
+            for kind, images, answers, confidence in (
+                ("clean", examples.x, examples.pred_clean, examples.prob_clean),
+                ("attacked", examples.x_adv, examples.pred_adv, examples.prob_adv),
+            )
+        ]
+        change = Picture("change", to_png(0.5 + half * delta))
+        found.append(Card(examples.classes[label], (read[0], read[1], change)))
+    return found
+
+
+def largest_change(examples: Examples) -> float:
+    """The largest change of any pixel, >= 0."""
+    return float(np.abs(examples.x_adv - examples.x).max())
+
+
+def magnification(examples: Examples) -> float:
+    """The factor that makes the largest change half of the range from black to white."""
+    largest = largest_change(examples)
+    return 0.5 / largest if largest > 0 else 0.0
+
+
+def to_png(pixels: NDArray[np.floating]) -> bytes:
     """An image (C, H, W) in [0, 1] as a PNG file; one channel is grey, three are RGB.
 
     Another number of channels is shown as the mean over them.
@@ -59,78 +89,3 @@ def to_png(pixels: NDArray[np.float32]) -> bytes:
     buffer = io.BytesIO()
     matplotlib_image.imsave(buffer, np.ascontiguousarray(rgb), format="png")
     return buffer.getvalue()
-
-
-def _card(examples: Examples, index: int, largest: float) -> Html:
-    label = int(examples.y[index])
-    truth = examples.class_name(label)
-    x, x_adv = examples.x[index], examples.x_adv[index]
-    before, after = int(examples.pred_clean[index]), int(examples.pred_adv[index])
-    half = 0.5 / largest if largest > 0 else 0.0
-    if before != label:
-        verdict, class_ = "✗ wrong as it is", "wrong"
-    elif after != label:
-        verdict, class_ = "✗ fooled", "wrong"
-    else:
-        verdict, class_ = "✓ holds", "right"
-    change = tag(
-        "figure",
-        image(to_png(0.5 + half * (x_adv - x)), "image/png", "What the attack changed"),
-        tag("figcaption", tag("span", "change", class_="kind"), tag("span", _times(largest))),
-    )
-    return tag(
-        "article",
-        tag(
-            "header",
-            tag("span", "is ", tag("b", truth)),
-            tag("span", verdict, class_="verdict"),
-        ),
-        tag(
-            "div",
-            _picture(examples, x, "clean", before, float(examples.prob_clean[index]), label),
-            _picture(examples, x_adv, "attacked", after, float(examples.prob_adv[index]), label),
-            change,
-            class_="triple",
-        ),
-        class_=f"card {class_}",
-    )
-
-
-def _picture(
-    examples: Examples,
-    pixels: NDArray[np.float32],
-    kind: str,
-    prediction: int,
-    confidence: float,
-    label: int,
-) -> Html:
-    name = examples.class_name(prediction)
-    right = prediction == label
-    sure = f"{100 * confidence:.0f}{NARROW_SPACE}%" if np.isfinite(confidence) else ""
-    alt = (
-        f"{kind} image of {examples.class_name(label)}, read as {name}"
-        f" ({'right' if right else 'wrong'}, confidence {sure or 'unknown'})"
-    )
-    reading = tag(
-        "span",
-        "✓ " if right else "✗ ",
-        tag("b", name),
-        class_="reading" if right else "reading miss",
-    )
-    return tag(
-        "figure",
-        image(to_png(pixels), "image/png", alt),
-        tag(
-            "figcaption",
-            tag("span", kind, class_="kind"),
-            reading,
-            tag("span", f"{sure} sure", class_="kind") if sure else None,
-        ),
-    )
-
-
-def _times(largest: float) -> str:
-    if largest <= 0:
-        return "none"
-    factor = 0.5 / largest
-    return f"×{factor:.1f}" if factor < 10 else f"×{factor:.0f}"

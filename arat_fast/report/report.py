@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from arat_fast import __version__
+from arat_fast.config import Config, config_to_dict
 from arat_fast.files import write_text
-from arat_fast.report.analysis import (
-    ATTACKER_PAGE,
-    Analyses,
-    attacker_opening,
-    attacker_sections,
-    draw_analyses,
-    read_analyses,
-    training_html,
-    trust_html,
-)
-from arat_fast.report.analysis_plots import Drawing
-from arat_fast.report.comparison import comparison_html
+from arat_fast.recipes import recipe
+from arat_fast.report import analysis_words, examples, words
+from arat_fast.report.comparison import compare_runs
 from arat_fast.report.curves import run_plots
-from arat_fast.report.examples import examples_html
-from arat_fast.report.headline import headline_html, meaning_html, title_of
-from arat_fast.report.html import Html, tag
-from arat_fast.report.page import Section, page
-from arat_fast.report.run import Run, count, read_run
-from arat_fast.report.settings import (
-    again_html,
-    configuration_html,
-    environment_html,
-    evaluated_html,
-    measurements_html,
-    recipe_defaults,
-)
+from arat_fast.report.records import analysis_plots, records_of
+from arat_fast.report.run import Accuracy, Evaluation, Run, read_accuracies, read_run
+from arat_fast.report.templates import render
+from arat_fast.saved.network import read_saved
+
+_SUSPICIOUS_GAP = 0.15
+_OF_ONE_ATTACK = ("num_steps", "alpha", "autoattack")
+"""Settings of the evaluation that are not those of every attack; what was run has its own."""
+_CHECKS = {
+    "gradient": "There is a gradient",
+    "steps": "More steps",
+    "restarts": "More restarts",
+    "radius": "Larger balls",
+    "full range": "No limit",
+    "random": "Random points",
+    "black-box": "Without the gradient",
+    "transfer": "From another network",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """An accuracy in large; ``missing`` says why there is none."""
+
+    name: str
+    caption: str
+    accuracy: Accuracy | None
+    missing: str = "not measured"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting, and the recipe's own where that is another."""
+
+    name: str
+    value: Any
+    changed: bool
+    default: Any
 
 
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` into a run's folder: one file that needs nothing else.
 
-    Where the run was analysed, ``attacker.html``, what an attacker sees, is written beside it. A
-    run that was interrupted is reported as far as it got. The dataset is not needed; the weights
+    A run that was interrupted is reported as far as it got. The dataset is not needed; the weights
     are read only where ``arat-fast eval`` left a record in the folder.
 
     Args:
@@ -56,46 +74,197 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """
     this = read_run(run)
     others = [read_run(path) for path in compare]
-    analyses = read_analyses(run / "analysis", count(this.summary.get("steps")))
-    drawings = draw_analyses(analyses, this.analyses)
     path = run / "report.html"
-    sections = _sections(this, others, analyses, drawings)
-    write_text(path, page(title_of(this), headline_html(this), sections, _closing()))
-    attacker = attacker_sections(this, analyses, drawings)
-    if attacker:
-        title = f"What an attacker sees: {title_of(this)}"
-        opening = attacker_opening(this, analyses)
-        write_text(run / ATTACKER_PAGE, page(title, opening, attacker, _closing()))
-    else:
-        # One from before would go on showing what this report leaves out.
-        (run / ATTACKER_PAGE).unlink(missing_ok=True)
+    write_text(path, _page(this, others))
     return path
 
 
-def _sections(
-    run: Run, others: Sequence[Run], analyses: Analyses, drawings: Mapping[str, Drawing]
-) -> list[Section]:
-    plots = run_plots(run)
-    curves = tag("div", [plot.to_html() for plot in plots], class_="panels") if plots else None
-    candidates: list[tuple[str, str, Html | None]] = [
-        ("comparison", "Beside other runs", comparison_html(run, others) if others else None),
-        ("meaning", "What this means", meaning_html(run)),
-        ("examples", "Examples", examples_html(run)),
-        ("trust", "Can the robustness be trusted?", trust_html(analyses, drawings)),
-        ("training", "Training", curves),
-        (
-            "analyses",
-            "Gradient conflict and mixture distribution",
-            training_html(run, analyses, drawings),
-        ),
-        ("measurements", "Measurements in full", measurements_html(run)),
-        ("evaluated", "Evaluated afterwards", evaluated_html(run)),
-        ("configuration", "Configuration", configuration_html(run, recipe_defaults(run))),
-        ("environment", "Environment", environment_html(run)),
-        ("again", "Run it again", again_html(run)),
+def _page(run: Run, others: Sequence[Run]) -> str:
+    config, summary, final = run.config, run.summary, run.summary.accuracy
+    records, not_shown = _evaluated(run)
+    settings, num_changed = _settings(config)
+    return render(
+        "report.html.j2",
+        run=run,
+        summary=summary,
+        title=f"{words.objective_name(config)} on {words.dataset_name(config)}",
+        dataset=words.dataset_name(config),
+        method=words.objective_name(config),
+        threat=words.threat_words(config),
+        weights=words.weights_name(summary.model) if summary.model else None,
+        numbers=_numbers(run),
+        comparison=compare_runs([run, *others]) if others else None,
+        pgd=next((name for name in final if name.startswith("pgd")), None),
+        num_tested=max((a.num_samples for a in final.values()), default=None),
+        suspicions=_suspicions(final),
+        cards=examples.cards(run.examples) if run.examples else [],
+        largest_change=examples.largest_change(run.examples) if run.examples else 0.0,
+        plots=run_plots(run),
+        masking=run.analyses.get("masking"),
+        masking_words=analysis_words.masking_words,
+        check_names=_CHECKS,
+        analysis_plots=analysis_plots(run.analyses, run.training_analyses),
+        analysis_words=_analysis_words(run),
+        shared_settings={k: v for k, v in summary.evaluation.items() if k not in _OF_ONE_ATTACK},
+        records=records,
+        not_shown=not_shown,
+        settings=settings,
+        num_changed=num_changed,
+        facts=_facts(run),
+        closing=f"Report written by arat_fast {__version__}.",
+    )
+
+
+def _numbers(run: Run) -> list[Number]:
+    """The accuracies in large; those of the last evaluation where there are no final ones."""
+    final = run.summary.accuracy
+    if final:
+        captions = {
+            "clean": "images as they are",
+            "autoattack": "four attacks in turn; the one to report",
+        }
+        numbers = []
+        for key in ("clean", *(k for k in final if k.startswith("pgd")), "autoattack"):
+            caption = captions.get(key, "gradient attack; a quick check")
+            reason = run.summary.left_out.get(key)
+            missing = f"left out: {reason}" if reason else "not measured"
+            numbers.append(Number(words.metric_name(key), caption, final.get(key), missing))
+        return numbers
+    if not run.evaluations:
+        return []
+    last: Evaluation = run.evaluations[-1]
+    where = f"{last.split}, epoch {words.plain(last.epoch)}"
+    if last.model != "last":
+        where += f", {last.model}"
+    return [
+        Number(name, where, Accuracy(round(share * last.num_samples), last.num_samples))
+        for name, share in (("Clean", last.clean), (f"PGD-{last.num_steps}", last.pgd))
     ]
-    return [Section(anchor, title, body) for anchor, title, body in candidates if body]
 
 
-def _closing() -> str:
-    return f"Report written by arat_fast {__version__}."
+def _suspicions(final: Mapping[str, Accuracy]) -> list[str]:
+    """What of the accuracies does not fit together."""
+    clean, auto = final.get("clean"), final.get("autoattack")
+    pgd = next((a for k, a in final.items() if k.startswith("pgd")), None)
+    found = []
+    for name, attack in (("PGD", pgd), ("AutoAttack", auto)):
+        if clean and attack and _above(attack, clean):
+            found.append(
+                f"Check this: accuracy under {name} is above clean accuracy, which cannot be."
+            )
+    if pgd and auto and _above(auto, pgd):
+        found.append(
+            "Check this: AutoAttack left more answers right than PGD. That is rare; it can mean "
+            "that an attack did not run as it should."
+        )
+    elif pgd and auto and pgd.value - auto.value > _SUSPICIOUS_GAP:
+        found.append(
+            "PGD is far weaker than AutoAttack here. Often that means masked gradients: the "
+            "network hides the way uphill from PGD without being robust. Trust AutoAttack."
+        )
+    rejected = sum(a.details.get("num_rejected", 0) for a in final.values())
+    if rejected:
+        found.append(
+            f"Adversarial images outside the ball or the range, left out of the count: {rejected}."
+        )
+    return found
+
+
+def _above(one: Accuracy, other: Accuracy) -> bool:
+    return one.num_samples == other.num_samples and one.correct > other.correct
+
+
+def _analysis_words(run: Run) -> dict[str, list[str]]:
+    """Gradient conflict and mixture distribution in words, of the last state that was analysed."""
+    last = run.training_analyses[-1] if run.training_analyses else None
+    conflict = run.analyses.get("gradient-conflict") or (last and last.gradient_conflict)
+    mixture = run.analyses.get("mixture") or (last and last.mixture)
+    found = {}
+    if conflict:
+        found["Gradient conflict"] = analysis_words.conflict_words(conflict)
+    if mixture:
+        found["Mixture distribution"] = analysis_words.mixture_words(mixture)
+    return found
+
+
+def _evaluated(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
+    """Records of ``arat-fast eval`` of the run's weights, and why others are not shown."""
+    names = sorted(path.name for path in run.path.glob("*evaluation.json"))
+    if not names:
+        return {}, {}
+    try:
+        records, others = records_of(read_saved(run.path))
+    except (OSError, ValueError):
+        reason = "the weights of the run cannot be read, so that its checksum says nothing"
+        return {}, dict.fromkeys(names, reason)
+    elsewhere = "it is of another file than the run's checkpoint"
+    others |= {name: elsewhere for name in names if name not in {*records, *others}}
+    shown = {
+        name: {**record, "accuracy": read_accuracies(record["accuracy"])}
+        for name, record in records.items()
+    }
+    return shown, others
+
+
+def _settings(config: Config) -> tuple[dict[str, list[Setting]], int | None]:
+    """Every setting by section, and how many are not the recipe's; None for an unknown recipe."""
+    values = config_to_dict(config)
+    try:
+        defaults = config_to_dict(recipe(config.recipe, compat=config.compat))
+        known = True
+    except ValueError:
+        defaults, known = values, False
+    nested = {name: value for name, value in values.items() if isinstance(value, dict)}
+    of_run = {name: value for name, value in values.items() if name not in nested}
+    sections = {}
+    for section, entries in {"run": of_run, **nested}.items():
+        before = defaults[section] if section in nested else defaults
+        sections[section] = [
+            Setting(name, value, value != before.get(name), before.get(name))
+            for name, value in entries.items()
+        ]
+    num_changed = sum(setting.changed for entries in sections.values() for setting in entries)
+    return sections, num_changed if known else None
+
+
+def _facts(run: Run) -> dict[str, dict[str, Any]]:
+    """Machine, versions and times; what is not known is left out."""
+    summary = run.summary
+    seconds = {part: words.duration(s) for part, s in summary.wall_seconds.items()}
+    natural = summary.natural_model
+    facts = {
+        "Status": summary.status or "not finished",
+        "Device": summary.device,
+        "Precision": summary.precision,
+        "Kernels": summary.kernels,
+        "Weights evaluated": words.weights_name(summary.model) if summary.model else None,
+        "Training time": seconds.get("train"),
+        "Evaluation time": seconds.get("eval"),
+        "Images per second": _grouped(summary.images_per_second),
+        "Epochs": summary.epochs,
+        "Natural training before": _natural(natural) if natural else None,
+        "Steps": _grouped(summary.steps),
+        "Parameters": _grouped(summary.num_parameters),
+        "Training images": _grouped(summary.train_samples),
+        "Test images": _grouped(summary.test_samples),
+        "Commit": summary.commit,
+        "Written by": f"arat_fast {run.version}",
+    }
+    groups: dict[str, dict[str, Any]] = {
+        "Run": {name: value for name, value in facts.items() if value is not None},
+        "Versions": dict(summary.versions),
+    }
+    return {name: entries for name, entries in groups.items() if entries}
+
+
+def _natural(model: Mapping[str, Any]) -> str:
+    """The natural training that a run started from, as far as it is known."""
+    epochs, seconds = model.get("epochs"), model.get("train_seconds")
+    known = "length not known" if epochs is None else f"{epochs} epoch{'s' if epochs != 1 else ''}"
+    if seconds is not None:
+        known += f", {words.duration(seconds)}"
+    return f"{known} ({model['source']})"
+
+
+def _grouped(value: float | None) -> str | None:
+    return None if value is None else words.grouped(value)

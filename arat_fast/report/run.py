@@ -1,18 +1,18 @@
-"""Reading a run's folder, whatever state the run left it in."""
+"""A run's folder, parsed once, whatever state the run left it in."""
 
 from __future__ import annotations
 
 import json
-import math
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arat_fast.config import Config, config_from_dict
 from arat_fast.statistics import wilson_interval
 
 Numbers = NDArray[np.float64]
@@ -32,27 +32,78 @@ class Accuracy:
         return self.correct / self.num_samples
 
     @property
-    def copies(self) -> int:
-        """Corrupted copies of each image that were counted; 1 where the image itself was."""
-        levels = self.details.get("corruptions")
-        levels = levels.values() if isinstance(levels, Mapping) else ()
-        return max(1, sum(len(level) for level in levels if isinstance(level, list)))
-
-    @property
-    def num_images(self) -> int:
-        """Images, however many copies of each were counted."""
-        return max(1, self.num_samples // self.copies)
-
-    @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval: Wilson's; of corrupted copies, which are no independent samples, the
-        recorded one of the images' means."""
-        recorded = self.details.get("interval")
-        if self.copies > 1 and isinstance(recorded, list) and len(recorded) == 2:
-            low, high = map(number, recorded)
-            if low is not None and high is not None:
-                return low, high
-        return wilson_interval(self.correct // self.copies, self.num_images)
+        """Wilson's 95 % interval."""
+        return wilson_interval(self.correct, self.num_samples)
+
+
+class Series(NamedTuple):
+    """One metric along training: two arrays of one length; values may be NaN."""
+
+    epochs: Numbers
+    values: Numbers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation during training: a line of metrics.jsonl of the kind ``eval``."""
+
+    epoch: float
+    split: str
+    model: str
+    clean: float
+    pgd: float
+    num_steps: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class TrainingAnalysis:
+    """One analysis during training: a line of metrics.jsonl of the kind ``analysis``.
+
+    Attributes:
+        gradient_conflict: of :func:`arat_fast.analysis.conflict.mean_conflict`, or None.
+        mixture: of :func:`arat_fast.analysis.mixture.mean_mixture`, or None.
+    """
+
+    epoch: float
+    gradient_conflict: Mapping[str, Any] | None
+    mixture: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json; of a run that has not written one every field is at its default.
+
+    Attributes:
+        accuracy: final accuracies by name, in the order in which they are shown.
+        left_out: attacks that could not be run, and why.
+        wall_seconds: by "train" and "eval".
+        natural_model: the natural training that the run started from.
+        evaluation: settings of the final evaluation.
+    """
+
+    status: str = ""
+    reason: str = ""
+    epochs: float | None = None
+    steps: int | None = None
+    num_parameters: int | None = None
+    train_samples: int | None = None
+    test_samples: int | None = None
+    wall_seconds: Mapping[str, float] = field(default_factory=dict)
+    images_per_second: float | None = None
+    natural_model: Mapping[str, Any] | None = None
+    device: str | None = None
+    precision: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    kernels: str | None = None
+    command: str | None = None
+    commit: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    split: str | None = None
+    model: str | None = None
+    accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,10 +129,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.y)
 
-    def class_name(self, index: int) -> str:
-        """Name of a class, or its number where it has none."""
-        return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
-
 
 @dataclass(frozen=True)
 class Run:
@@ -89,49 +136,46 @@ class Run:
 
     Attributes:
         path: the folder.
-        version: of arat_fast that wrote it, or "".
-        config: the nested configuration.
-        train, evals, analyses: lines of metrics.jsonl, one per step (and split and model), by step.
-        summary: summary.json, empty where the run has not written one.
+        version: of arat_fast that wrote it.
+        config: the configuration.
+        summary: how it ended and what was measured then.
+        metrics: what was logged along training, by name.
+        evaluations: during training, in order.
+        training_analyses: during training, in order.
+        analyses: what ``arat-fast analyze`` found of this state of the training, by part.
         examples: None where there are none.
         notes: what was missing or unreadable, in words.
     """
 
     path: Path
     version: str
-    config: Mapping[str, Any]
-    train: tuple[Mapping[str, Any], ...]
-    evals: tuple[Mapping[str, Any], ...]
-    summary: Mapping[str, Any]
+    config: Config
+    summary: Summary
+    metrics: Mapping[str, Series]
+    evaluations: tuple[Evaluation, ...]
+    training_analyses: tuple[TrainingAnalysis, ...]
+    analyses: Mapping[str, Mapping[str, Any]]
     examples: Examples | None
     notes: tuple[str, ...]
-    analyses: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         """Name of the folder."""
         return self.path.resolve().name
 
-    def setting(self, *path: str) -> Any:
-        """A field of the configuration, None where it is absent."""
-        return dig(self.config, *path)
+    @property
+    def epochs(self) -> float | None:
+        """Epochs that were trained, as far as the folder tells."""
+        if self.summary.status == "finished" or "loss" not in self.metrics:
+            return self.summary.epochs
+        return float(self.metrics["loss"].epochs[-1])
 
-    def accuracies(self) -> dict[str, Accuracy]:
-        """Final accuracies by name, in the order in which they are shown."""
-        return read_accuracies(self.summary.get("accuracy"))
-
-    def train_series(self, key: str) -> tuple[Numbers, Numbers]:
-        """Epochs and values of one metric of the training lines; lines without it are left out."""
-        return _series(self.train, key)
-
-    def eval_series(self, key: str, split: str, model: str) -> tuple[Numbers, Numbers]:
-        """Epochs and values of one metric of the evaluation lines."""
-        chosen = [e for e in self.evals if (e.get("split"), e.get("model")) == (split, model)]
-        return _series(tuple(chosen), key)
-
-    def eval_kinds(self) -> list[tuple[str, str]]:
-        """Pairs (split, model) that were evaluated during training, in order of appearance."""
-        return list(dict.fromkeys((str(e.get("split")), str(e.get("model"))) for e in self.evals))
+    def evaluated(self) -> dict[tuple[str, str], tuple[Evaluation, ...]]:
+        """The evaluations during training by split and model."""
+        kinds = sorted({(e.split, e.model) for e in self.evaluations})
+        return {
+            kind: tuple(e for e in self.evaluations if (e.split, e.model) == kind) for kind in kinds
+        }
 
 
 def read_run(path: Path) -> Run:
@@ -154,182 +198,131 @@ def read_run(path: Path) -> Run:
             f"expected the folder of a run, got {path} ({what}); give the folder that "
             "`arat-fast train` printed"
         )
-    notes: list[str] = []
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        config = stored["config"]
-        if not isinstance(config, dict):
-            raise TypeError("its entry config is no object")
+        config, version = config_from_dict(stored["config"]), str(stored["version"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"expected {file} to hold a run's configuration, got something else ({error}); "
             "train the run again or restore the file"
         ) from error
-    train, evals, analyses = _read_metrics(path / "metrics.jsonl", notes)
+    notes: list[str] = []
+    missing = "There is no summary.json: the run is still going on, or it was stopped."
+    summary = _read(path / "summary.json", _parse_summary, notes, missing) or Summary()
+    metrics, evaluations, training_analyses = _read_metrics(path / "metrics.jsonl", notes)
     return Run(
-        path=path,
-        version=str(stored.get("version") or ""),
-        config=config,
-        train=train,
-        evals=evals,
-        summary=_read_summary(path / "summary.json", notes),
-        examples=_read_examples(path / "examples.npz", notes),
-        notes=tuple(notes),
-        analyses=analyses,
+        path,
+        version,
+        config,
+        summary,
+        metrics,
+        evaluations,
+        training_analyses,
+        read_analyses(path / "analysis", summary.steps, notes),
+        _read(path / "examples.npz", _parse_examples, notes),
+        tuple(notes),
     )
 
 
-def read_accuracies(record: Any) -> dict[str, Accuracy]:
+def read_analyses(
+    folder: Path, steps: int | None, notes: list[str]
+) -> dict[str, Mapping[str, Any]]:
+    """What ``arat-fast analyze`` wrote, by part.
+
+    Args:
+        folder: the folder ``analysis``; it may be absent.
+        steps: that the run has trained; None where that is no matter.
+        notes: gains what was left out, in words: records of another state of the training.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in sorted(folder.glob("*.json")):
+        record = _read(file, lambda f: json.loads(f.read_text(encoding="utf-8")), notes)
+        if record is None:
+            continue
+        before = record["steps"]
+        if None not in (before, steps) and before != steps:
+            notes.append(
+                f"analysis/{file.name} is of step {before:,}, the run has trained {steps:,} steps; "
+                "it is left out here. arat-fast analyze makes it again."
+            )
+            continue
+        found[file.stem] = record
+    return found
+
+
+def read_accuracies(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Accuracy]:
     """Accuracies by name out of a record, in the order in which they are shown."""
     found = {}
-    for name, entry in record.items() if isinstance(record, Mapping) else ():
-        accuracy = _accuracy(entry)
-        if accuracy is not None:
-            found[str(name)] = accuracy
+    for name, entry in record.items():
+        counted = ("value", "correct", "num_samples")
+        details = {key: value for key, value in entry.items() if key not in counted}
+        found[name] = Accuracy(entry["correct"], entry["num_samples"], details)
     return in_order(found)
 
 
 def in_order(accuracies: Mapping[str, Accuracy]) -> dict[str, Accuracy]:
     """Accuracies in the order in which they are shown."""
-    return dict(sorted(accuracies.items(), key=lambda item: _rank(item[0])))
+
+    def rank(name: str) -> tuple[bool, ...]:
+        return name != "clean", not name.startswith("pgd"), name != "autoattack"
+
+    return {name: accuracies[name] for name in sorted(accuracies, key=rank)}
 
 
-def dig(value: Any, *path: str) -> Any:
-    """The entry of nested mappings at ``path``, None where there is none."""
-    for key in path:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
-def number(value: Any) -> float | None:
-    """``value`` if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
+def _read(
+    file: Path, parse: Callable[[Path], Any], notes: list[str], missing: str | None = None
+) -> Any:
+    """What ``parse`` makes of a file; None, and a note, where it is not there or not whole."""
     try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
-        return None
-    return float(value) if finite else None
+        return parse(file)
+    except FileNotFoundError:
+        notes += [missing] if missing else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+        notes.append(f"{file.name} cannot be read; it is left out here.")
+    return None
 
 
-def count(value: Any) -> int | None:
-    """``value`` if it is a whole number >= 0, else None."""
-    found = number(value)
-    return int(found) if found is not None and found >= 0 and found == int(found) else None
+def _parse_summary(file: Path) -> Summary:
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored["accuracy"] = read_accuracies(stored.get("accuracy", {}))
+    return Summary(**{f.name: stored[f.name] for f in fields(Summary) if f.name in stored})
 
 
-def make_accuracy(value: Any, num_samples: Any, correct: Any = None) -> Accuracy | None:
-    """An accuracy from a share or a count, None where the numbers do not make one."""
-    samples, right, share = count(num_samples), count(correct), number(value)
-    if not samples:
-        return None
-    if right is None and share is not None:
-        right = round(share * samples)
-    return Accuracy(right, samples) if right is not None and 0 <= right <= samples else None
+def _parse_examples(file: Path) -> Examples:
+    with np.load(file, allow_pickle=False) as archive:
+        arrays = {f.name: archive[f.name] for f in fields(Examples)}
+    return Examples(**arrays | {"classes": tuple(map(str, arrays["classes"]))})
 
 
-def _accuracy(entry: Any) -> Accuracy | None:
-    if not isinstance(entry, Mapping):
-        return None
-    found = make_accuracy(entry.get("value"), entry.get("num_samples"), entry.get("correct"))
-    if found is None:
-        return None
-    details = {k: v for k, v in entry.items() if k not in ("value", "num_samples", "correct")}
-    return Accuracy(found.correct, found.num_samples, details)
-
-
-def _rank(name: str) -> int:
-    if name == "clean":
-        return 0
-    if name.startswith("pgd"):
-        return 1
-    return 2 if name == "autoattack" else 3
-
-
-def _series(lines: tuple[Mapping[str, Any], ...], key: str) -> tuple[Numbers, Numbers]:
-    points = []
-    for line in lines:
-        epoch, value = number(line.get("epoch")), line.get(key)
-        if epoch is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
-            # What is not finite stays as a gap in the curve.
-            finite = number(value)
-            points.append((epoch, math.nan if finite is None else finite))
-    array = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def _read_metrics(file: Path, notes: list[str]) -> tuple[tuple[Mapping[str, Any], ...], ...]:
+def _read_metrics(
+    file: Path, notes: list[str]
+) -> tuple[dict[str, Series], tuple[Evaluation, ...], tuple[TrainingAnalysis, ...]]:
+    points: dict[str, list[tuple[float, float]]] = {}
+    evaluations, analyses = [], []
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
         notes.append("There is no metrics.jsonl, so there are no curves.")
-        return (), (), ()
-    lines = text.split("\n")
-    # A run that was resumed goes over some steps again; the later line is what the weights saw.
-    train: dict[int, Mapping[str, Any]] = {}
-    evals: dict[tuple[int, str, str], Mapping[str, Any]] = {}
-    analyses: dict[int, Mapping[str, Any]] = {}
+        lines = []
     broken = 0
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
+    for text in lines:
         try:
-            entry = json.loads(line)
+            line = json.loads(text)
         except ValueError:
-            entry = None
-        step = count(entry.get("step")) if isinstance(entry, dict) else None
-        if step is None or number(entry.get("epoch")) is None:
-            if index < len(lines) - 1:
-                broken += 1
-            else:
-                notes.append("The last line of metrics.jsonl is cut off; it was left out.")
-        elif entry.get("kind") == "train":
-            train[step] = entry
-        elif entry.get("kind") == "analysis":
-            analyses[step] = entry
-        elif entry.get("kind") == "eval":
-            evals[step, str(entry.get("split")), str(entry.get("model"))] = entry
+            # A run that was killed leaves half a line.
+            broken += 1
+            continue
+        kind = line.pop("kind")
+        if kind == "eval":
+            evaluations.append(Evaluation(**{f.name: line[f.name] for f in fields(Evaluation)}))
+        elif kind == "analysis":
+            names = (f.name for f in fields(TrainingAnalysis))
+            analyses.append(TrainingAnalysis(**{name: line[name] for name in names}))
+        elif kind == "train":
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    points.setdefault(name, []).append((line["epoch"], value))
     if broken:
         notes.append(f"Lines of metrics.jsonl that could not be read and were left out: {broken}.")
-    return (
-        tuple(train[step] for step in sorted(train)),
-        tuple(evals[key] for key in sorted(evals)),
-        tuple(analyses[step] for step in sorted(analyses)),
-    )
-
-
-def _read_summary(file: Path, notes: list[str]) -> Mapping[str, Any]:
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        notes.append("There is no summary.json: the run is still going on, or it was stopped.")
-        return {}
-    except ValueError:
-        summary = None
-    if not isinstance(summary, dict):
-        notes.append("summary.json cannot be read; final results are missing here.")
-        return {}
-    return summary
-
-
-def _read_examples(file: Path, notes: list[str]) -> Examples | None:
-    if not file.exists():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            x, x_adv = (archive[k].astype(np.float32) for k in ("x", "x_adv"))
-            labels = [archive[k].astype(np.int64) for k in ("y", "pred_clean", "pred_adv")]
-            probabilities = [archive[k].astype(np.float64) for k in ("prob_clean", "prob_adv")]
-            classes = tuple(str(name) for name in archive["classes"])
-        wrong_shape = x.ndim != 4 or x.shape != x_adv.shape or x.size == 0
-        if wrong_shape or any(a.shape != (len(x),) for a in (*labels, *probabilities)):
-            raise ValueError("arrays of different lengths")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        notes.append("examples.npz cannot be read; the example images are missing here.")
-        return None
-    x, x_adv = (np.nan_to_num(a, nan=0.0) for a in (x, x_adv))
-    y, pred_clean, pred_adv = labels
-    prob_clean, prob_adv = probabilities
-    return Examples(x, x_adv, y, pred_clean, pred_adv, prob_clean, prob_adv, classes)
+    metrics = {name: Series(*np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}
+    return metrics, tuple(evaluations), tuple(analyses)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeAlias
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from arat_fast.report.run import Numbers
 
@@ -30,7 +31,9 @@ LINE = "#d9dde3"
 CLEAN = BLUE
 ADVERSARIAL = VERMILLION
 SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
+Dashes: TypeAlias = "str | tuple[int, tuple[int, ...]]"
+
+DASHES: tuple[Dashes, ...] = (
     "-",
     (0, (5, 2)),
     (0, (1, 1)),
@@ -100,26 +103,65 @@ def legend_above(axes: Axes, num_columns: int = 2) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A figure with what a reader needs to know of it.
+
+    Attributes:
+        title: heading.
+        figure: drawn in the style.
+        alt: what it shows, with its last values.
+        caption: how to read it.
+    """
+
+    title: str
+    figure: Figure
+    alt: str
+    caption: str
+
+    def svg(self) -> bytes:
+        """The figure as an SVG file."""
+        return to_svg(self.figure)
+
+    def write_png(self, file: BinaryIO) -> None:
+        """Write the figure as a PNG file, its title in it."""
+        self.figure.suptitle(self.title, fontsize=10.5, x=0.01, ha="left")
+        self.figure.savefig(file, format="png", dpi=150)
+
+
 def to_svg(figure: Figure) -> bytes:
     """The figure as an SVG file."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A folder's name may use letters that the font lacks; it is drawn as boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        # Outside of the style, the names inside the file would be random.
-        with plot_style():
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # Outside of the style, the names inside the file would be random.
+    with plot_style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
 def plot_text(text: str, limit: int = 28) -> str:
-    """A name for a plot: printable, and cut in the middle where it is longer than ``limit``."""
-    clean = text.encode("utf-8", "replace").decode()
-    clean = "".join(c if c.isprintable() else " " for c in clean).lstrip("_") or "?"
-    if len(clean) <= limit:
-        return clean
+    """A name for a plot, cut in the middle where it is longer than ``limit``."""
+    # Matplotlib leaves labels that begin with an underscore out of legends.
+    text = text.lstrip("_") or "?"
+    if len(text) <= limit:
+        return text
     head = limit // 2
-    return f"{clean[:head]}…{clean[len(clean) - (limit - head - 1) :]}"
+    return f"{text[:head]}…{text[len(text) - (limit - head - 1) :]}"
+
+
+def as_percent(axes: Axes) -> None:
+    """A vertical axis from 0 to 100 %."""
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def epoch_axis(axes: Axes) -> None:
+    """A horizontal axis of epochs from 0 to the last one drawn, marked at whole ones."""
+    last = float(axes.dataLim.intervalx[1])
+    # Room for a mark at the last one.
+    axes.set_xlim(0, 1.04 * last if np.isfinite(last) and last > 0 else 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
 
 
 def running_mean(values: Numbers, window: int) -> Numbers:
@@ -133,3 +175,13 @@ def running_mean(values: Numbers, window: int) -> Numbers:
     result = np.full(len(values), np.nan)
     np.divide(total, number, out=result, where=number > 0.5)
     return result
+
+
+def color(index: int) -> str:
+    """Colour of one of several; they come round again after six."""
+    return SERIES[index % len(SERIES)]
+
+
+def marker(index: int) -> str:
+    """Marker of one of several; where the colours come round again, the markers do not."""
+    return MARKERS[(index + index // len(SERIES)) % len(MARKERS)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
-from arat_fast.report.run import Run, count, dig, number
+from arat_fast.config import Config
+from arat_fast.objectives import objective_label
+from arat_fast.recipes import recipe
 
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
@@ -18,15 +21,6 @@ _DATASETS = {
     "svhn": "SVHN",
     "tiny-imagenet": "Tiny-ImageNet",
     "imagenette": "Imagenette",
-}
-_OBJECTIVES = {
-    "arat": "ARAT",
-    "at": "Plain adversarial training",
-    "trades": "TRADES",
-    "mart": "MART",
-    "lbgat": "LBGAT",
-    "arrest": "ARREST",
-    "natural": "Ordinary training",
 }
 _WEIGHTS = {
     "last": "the weights of the last step",
@@ -96,93 +90,57 @@ def metric_name(key: str) -> str:
         "clean": "Clean",
         "autoattack": "AutoAttack",
         "clean_branch": "Clean, through the clean branch",
-        "corruptions": "Common corruptions",
         "aa-torchattacks10": "AutoAttack with 10 steps (torchattacks)",
     }
     return known.get(key, key)
 
 
-def objective_name(run: Run) -> str:
-    """What was trained, in short, with every ablation that was switched on."""
-    name = str(run.setting("objective", "name"))
-    title = _OBJECTIVES.get(name, name)
-    if name == "custom":
-        return str(run.setting("objective", "label") or "an objective of its own")
-    if name == "lbgat":
-        guide = run.setting("objective", "guide")
-        by = {"": "", "clean-branch": ", guided by its clean branch"}.get(guide, f", guide {guide}")
-        return f"{title} (alpha {plain(run.setting('objective', 'alpha'))}{by})"
-    if name != "arat":
-        return title
-    changes = []
-    if run.setting("objective", "stop_gradient") is False:
-        changes.append("no stop-gradient")
-    if run.setting("objective", "predictor") is False:
-        changes.append("no predictor")
-    if run.setting("model", "norm") == "shared":
-        changes.append("one shared BatchNorm")
-    if run.setting("objective", "direction") not in (None, "adv_to_clean"):
-        changes.append(f"direction {run.setting('objective', 'direction')}")
-    return f"{title} ({', '.join(changes)})" if changes else title
+def objective_name(config: Config) -> str:
+    """The method, and in what it and its BatchNorm differ from the recipe."""
+    objective = config.objective
+    label = objective_label(objective.name)
+    try:
+        base = recipe(config.recipe, compat=config.compat)
+    except ValueError:
+        return label
+    same = base.objective.name == objective.name
+    default = base.objective if same else type(objective)(objective.name)
+    changes = [
+        _change(field.name, getattr(objective, field.name))
+        for field in dataclasses.fields(objective)
+        if field.name != "name" and getattr(objective, field.name) != getattr(default, field.name)
+    ]
+    if same and config.model.norm != base.model.norm:
+        changes.append(f"{config.model.norm} BatchNorm")
+    return f"{label} ({', '.join(changes)})" if changes else label
 
 
-def dataset_name(run: Run) -> str:
+def dataset_name(config: Config) -> str:
     """Name of the dataset."""
-    name = str(run.setting("data", "name"))
-    return _DATASETS.get(name, name)
+    return _DATASETS.get(config.data.name, config.data.name)
 
 
-def weights_name(model: Any) -> str:
+def weights_name(model: str) -> str:
     """Which weights were evaluated: "ema" in words."""
-    return _WEIGHTS.get(str(model), str(model))
+    return _WEIGHTS.get(model, model)
 
 
-def threat_words(run: Run) -> str | None:
-    """What the attacker may do; None where the configuration does not say."""
-    eps = number(run.setting("attack", "eps"))
-    if eps is None:
-        return None
-    if run.setting("attack", "norm") == "L2":
+def threat_words(config: Config) -> str:
+    """What the attacker may do."""
+    eps = plain(config.attack.eps)
+    if config.attack.norm == "L2":
         return (
-            f"may change the whole image by at most {plain(eps)} in Euclidean length (L2), "
+            f"may change the whole image by at most {eps} in Euclidean length (L2), "
             "on a brightness scale from 0 to 1"
         )
-    return (
-        f"may change every pixel by at most {plain(eps)} on a brightness scale from 0 to 1 "
-        "(L∞ norm)"
-    )
+    return f"may change every pixel by at most {eps} on a brightness scale from 0 to 1 (L∞ norm)"
 
 
-def epochs_done(run: Run) -> float | None:
-    """Epochs that were trained, as far as the folder tells."""
-    if run.train:
-        last = number(run.train[-1].get("epoch"))
-        finished = number(run.summary.get("epochs"))
-        if run.summary.get("status") != "finished":
-            return last
-        return finished if finished is not None else last
-    return number(run.summary.get("epochs"))
-
-
-def describe(run: Run) -> str:
-    """One sentence: network, objective, epochs, data."""
-    parts = [f"A {run.setting('model', 'name')}"]
-    parameters = count(run.summary.get("num_parameters"))
-    if parameters:
-        parts.append(f" with {grouped(parameters)} parameters")
-    parts.append(", trained")
-    epochs = epochs_done(run)
-    if epochs is not None:
-        parts.append(f" for {plain(round(epochs, 1))} epoch{'' if epochs == 1 else 's'}")
-    before = count(dig(run.summary, "natural_model", "epochs"))
-    if before is not None:
-        parts.append(f", after {before} of natural training,")
-    images = count(run.summary.get("train_samples"))
-    of = f"{grouped(images)} images of " if images else ""
-    parts.append(f" on {of}{dataset_name(run)}")
-    method = objective_name(run)
-    parts.append(f" with {method[0].lower() + method[1:] if method[1:2].islower() else method}.")
-    return "".join(parts)
+def _change(name: str, value: Any) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {plain(value)}"
 
 
 def _float(value: float) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_fast.analysis.conflict import gradient_conflict, mean_conflict, split_terms
-from arat_fast.attacks import PGD
+from arat_fast.analysis.conflict import gradient_conflict, mean_conflict
+from arat_fast.attacks import PGD, RandomStart
 from arat_fast.models import create_model
-from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.objectives import (
     ARAT,
     ARREST,
@@ -21,9 +21,12 @@ from arat_fast.objectives import (
     TRADES,
     AdversarialTraining,
     Objective,
+    ObjectiveOutput,
 )
 
 LAYERS = ("layer3.0.bn1", "layer3.0.bn2")
+START = RandomStart()
+TIES = ("invariance", "kl")
 
 
 def batch(n: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +39,7 @@ def batch(n: int = 12) -> tuple[Tensor, Tensor, Tensor]:
 def arat(**switches: object) -> tuple[nn.Module, ARAT]:
     torch.manual_seed(0)
     model = create_model("resnet8", 10, 1).double().train()
-    objective = ARAT(model, LAYERS, (1, 8, 8), auto_balance=False, w_adv=0.7, **switches)
+    objective = ARAT(model, LAYERS, (1, 8, 8), balance="fixed", w_adv=0.7, **switches)
     return model, objective.double().train()
 
 
@@ -60,8 +63,8 @@ def expected(model: nn.Module, classification: Tensor, invariance: Tensor) -> tu
 def test_total_equals_plain_backward_passes(stop_gradient: bool) -> None:
     model, objective = arat(stop_gradient=stop_gradient)
     x, x_adv, y = batch()
-    output = objective(model, x, x_adv, y)
-    record = gradient_conflict(model, output)
+    output = objective(model, x, x_adv, y, START)
+    record = gradient_conflict(model, output, ARAT.ties)
     assert record is not None
     invariance = output.terms[f"invariance/{LAYERS[0]}"] + output.terms[f"invariance/{LAYERS[1]}"]
     for pair, loss in {
@@ -77,7 +80,7 @@ def test_total_equals_plain_backward_passes(stop_gradient: bool) -> None:
 def test_layers_add_up_and_those_without_gradient_are_none() -> None:
     model, objective = arat()
     x, x_adv, y = batch()
-    record = gradient_conflict(model, objective(model, x, x_adv, y))
+    record = gradient_conflict(model, objective(model, x, x_adv, y, START), ARAT.ties)
     assert record is not None
     layers = record["layers"]
     # The classifier and the shortcut that is added after the last regularised layer.
@@ -105,13 +108,11 @@ class TwoLosses(nn.Module):
 
 
 def test_known_signs() -> None:
-    from arat_fast.objectives.base import ObjectiveOutput
-
     model = TwoLosses().double()
     a = torch.tensor([[1.0, -2.0, 3.0, 0.0]], dtype=torch.float64)
     b = torch.tensor([[2.0, 1.0, -1.0, 5.0]], dtype=torch.float64)
     terms = {"ce_adv": model(a).sum(), "invariance/layer": model(b).sum()}
-    record = gradient_conflict(model, ObjectiveOutput(sum(terms.values()), terms, None, None))
+    record = gradient_conflict(model, ObjectiveOutput(sum(terms.values()), terms, None, None), TIES)
     assert record is not None
     assert record["pairs"] == {
         "classification": {"share": 0.5, "cosine": pytest.approx(-3 / math.sqrt(14 * 31))}
@@ -123,81 +124,58 @@ def test_known_signs() -> None:
 
 
 def test_tiny_gradients_conflict_too() -> None:
-    from arat_fast.objectives.base import ObjectiveOutput
-
     model = TwoLosses()
     a = torch.tensor([[1e-30, 1e-30, 1e-30, 1e-30]])
     terms = {"ce_adv": model(a).sum(), "kl": -model(a).sum()}
-    record = gradient_conflict(model, ObjectiveOutput(sum(terms.values()), terms, None, None))
+    record = gradient_conflict(model, ObjectiveOutput(sum(terms.values()), terms, None, None), TIES)
     assert record is not None
     assert record["pairs"]["classification"]["share"] == 1.0
     assert record["pairs"]["classification"]["cosine"] == pytest.approx(-1)
 
 
+def network(norm: str = "shared") -> nn.Module:
+    torch.manual_seed(0)
+    return create_model("resnet8", 10, 1, norm=norm).double().train()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("objective", "names"),
+    ("make", "norm", "classification", "tie"),
     [
-        (TRADES(), ({"ce_clean"}, {"kl"})),
-        (MART(), ({"ce_adv", "margin"}, {"kl"})),
-        (AdversarialTraining(), ({"ce_adv"}, set())),
+        (lambda model: TRADES(), "shared", {"ce_clean"}, "kl"),
+        (lambda model: MART(), "shared", {"ce_adv", "margin"}, "kl"),
+        (lambda model: LBGAT(None), "split", {"ce_guide"}, "mse"),
+        (lambda model: ARREST(model, PGD(eps=0.1)), "shared", {"ce_adv"}, "distillation"),
     ],
 )
-def test_terms_of_every_objective(objective: Objective, names: tuple[set[str], set[str]]) -> None:
-    torch.manual_seed(0)
-    model = create_model("resnet8", 10, 1, norm="shared").double().train()
-    x, x_adv, y = batch()
-    with use_branch(model, "adv"):
-        output = objective(model, x, x_adv, y)
-    classification, invariance = split_terms(output.terms)
-    assert (set(classification), set(invariance)) == names
-    record = gradient_conflict(model, output)
-    if not invariance:
-        assert record is None
-        return
+def test_what_ties_is_set_against_what_classifies(
+    make: Callable[[nn.Module], Objective], norm: str, classification: set[str], tie: str
+) -> None:
+    model = network(norm)
+    objective = make(model).double().train()
+    output = objective(model, *batch(), RandomStart(torch.Generator().manual_seed(1)))
+    assert set(output.terms) == {*classification, tie}
+    record = gradient_conflict(model, output, objective.ties)
     assert record is not None
-    share, cosine = expected(
-        model, torch.stack([*classification.values()]).sum(), output.terms["kl"]
-    )
-    assert record["pairs"]["classification"]["share"] == share
-    assert math.isclose(record["pairs"]["classification"]["cosine"], cosine, rel_tol=1e-9)
-
-
-def test_lbgat_has_no_classification_loss_of_the_network_itself() -> None:
-    torch.manual_seed(0)
-    model = create_model("resnet8", 10, 1, norm="shared").double().train()
-    guide = create_model("resnet8", 10, 1, norm="shared").double().train()
-    x, x_adv, y = batch()
-    for alpha in (0.0, 6.0):
-        assert gradient_conflict(model, LBGAT(guide, alpha)(model, x, x_adv, y)) is None
-    split = create_model("resnet8", 10, 1, norm="split").double().train()
-    output = LBGAT(None)(split, x, x_adv, y)
-    record = gradient_conflict(split, output)
-    assert record is not None
-    share, cosine = expected(split, output.terms["ce_guide"], output.terms["mse"])
-    assert record["pairs"]["classification"]["share"] == share
-    assert math.isclose(record["pairs"]["classification"]["cosine"], cosine, rel_tol=1e-9)
-
-
-def test_arrests_distillation_takes_the_place_of_the_invariance_loss() -> None:
-    torch.manual_seed(0)
-    model = create_model("resnet8", 10, 1, norm="shared").double().train()
-    objective = ARREST(model, PGD(eps=0.1)).double().train()
-    x, x_adv, y = batch()
-    objective.generator = torch.Generator().manual_seed(1)
-    output = objective(model, x, x_adv, y)
-    record = gradient_conflict(model, output)
-    assert record is not None
-    share, cosine = expected(model, output.terms["ce_adv"], output.terms["distillation"])
+    loss = torch.stack([output.terms[name] for name in classification]).sum()
+    share, cosine = expected(model, loss, output.terms[tie])
     assert record["pairs"]["classification"]["share"] == share > 0
     assert math.isclose(record["pairs"]["classification"]["cosine"], cosine, rel_tol=1e-9)
-    assert record["layers"]["linear"]["share"] is None
+
+
+@pytest.mark.parametrize(
+    "objective", [AdversarialTraining(), LBGAT(network().double()), LBGAT(network().double(), 6.0)]
+)
+def test_without_a_tie_or_labels_there_is_no_conflict(objective: Objective) -> None:
+    model = network()
+    output = objective(model, *batch(), START)
+    assert gradient_conflict(model, output, objective.ties) is None
 
 
 def test_weight_zero_is_none() -> None:
     model, objective = arat()
     objective.w_clean.fill_(0.0)
     x, x_adv, y = batch()
-    record = gradient_conflict(model, objective(model, x, x_adv, y))
+    record = gradient_conflict(model, objective(model, x, x_adv, y, START), ARAT.ties)
     assert record is not None
     assert record["pairs"]["ce_clean"] == {"share": None, "cosine": None}
     assert record["pairs"]["ce_adv"] == record["pairs"]["classification"]

@@ -11,6 +11,8 @@ from distributed import drills, jobs
 from distributed.drills import Drill
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 EXTRA = ("--train.epochs", "2", "--distributed.sync-bn")
 
 
