@@ -21,9 +21,10 @@ from arat_fast.export.measured import Measured, measured
 from arat_fast.export.papers import PAPERS
 from arat_fast.export.programs import require_onnx, save_onnx, save_program
 from arat_fast.files import write_atomic, write_json, write_text
-from arat_fast.saved.naming import NORMALIZATION, NORMALIZED, to_scheme
+from arat_fast.saved.naming import to_scheme
 from arat_fast.saved.network import RECORD, SavedNetwork, Which, header, read_saved
 from arat_fast.saved.plain import save_tensors
+from arat_fast.saved.weights import NORMALIZATION
 
 Format = Literal["hub", "robustbench", "torchvision", "timm", "torch-export", "onnx"]
 TOLERANCE = 1e-5
@@ -238,7 +239,7 @@ def _write_robustbench(
         )
     if record["mean"]:
         # The keys of RobustBench's normalize_model around the network.
-        state = {f"{NORMALIZED}{key}": tensor for key, tensor in state.items()}
+        state = {f"model.{key}": tensor for key, tensor in state.items()}
         for key in ("mean", "std"):
             state[f"{NORMALIZATION}{key}"] = torch.tensor(record[key]).view(1, -1, 1, 1)
     entry = _model_info(record, found)
