@@ -8,5 +8,5 @@ setup(
         *find_packages("kernels", include=["arat_kernels", "arat_kernels.*"]),
     ],
     package_dir={"arat_kernels": "kernels/arat_kernels"},
-    package_data={"arat_fast": ["py.typed"], "arat_kernels": ["py.typed"]},
+    package_data={"arat_fast": ["py.typed", "*/templates/*"], "arat_kernels": ["py.typed"]},
 )

@@ -1,0 +1,51 @@
+"""The pages: templates that escape whatever they are given, and words for numbers in them."""
+
+from __future__ import annotations
+
+import base64
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from arat_fast.report import words
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def render(name: str, **values: Any) -> str:
+    """A template, filled in.
+
+    Values are escaped in every template but those of plain text (``*.md.j2``). The filters are
+    functions of :mod:`arat_fast.report.words` and ``data_uri`` (bytes and media type).
+
+    Args:
+        name: file in the folder ``templates`` of report, compare or export.
+        values: by the names that the template has for them.
+
+    Raises:
+        jinja2.TemplateError: no such template, or a value that it needs is missing.
+    """
+    return _environment().get_template(name).render(**values)
+
+
+@lru_cache
+def _environment() -> Environment:
+    folders = [_PACKAGE / part / "templates" for part in ("report", "compare", "export")]
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=lambda name: name is None or not name.endswith(".md.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for function in (words.duration, words.grouped, words.interval, words.percent, words.plain):
+        environment.filters[function.__name__] = function
+    environment.filters["data_uri"] = _data_uri
+    return environment
+
+
+def _data_uri(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
