@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from arat_fast.config import Config
 from arat_fast.export.measured import Measured
-from arat_fast.export.papers import PAPERS
+from arat_fast.objectives import OBJECTIVES, Paper
 from arat_fast.report.run import Accuracy
 from arat_fast.report.templates import render
 from arat_fast.report.words import metric_name
@@ -29,6 +29,12 @@ def radius(eps: float) -> str:
     """A radius as it is written in papers: whole multiples of 1/255 as a fraction."""
     steps = round(eps * 255)
     return f"{steps}/255" if steps and abs(eps * 255 - steps) < 1e-6 else f"{eps:.6g}"
+
+
+def paper_of(record: Mapping[str, Any]) -> Paper | None:
+    """The paper of a built-in objective; the name in a file is nothing to import a module by."""
+    objective = OBJECTIVES.get(str(record["objective"]))
+    return objective.paper if objective is not None else None
 
 
 def model_card(
@@ -51,7 +57,7 @@ def model_card(
         license=licence,
         example=example,
         hub_dataset=HUB_DATASETS.get(dataset, dataset),
-        paper=PAPERS.get(str(record["objective"])),
+        paper=paper_of(record),
         radius=radius(record["eps"]) if record["norm"] and record["eps"] is not None else None,
         figures=[_figure(key, accuracy) for key, accuracy in found.accuracies.items()],
         sources=found.sources,
@@ -71,8 +77,10 @@ def public_command(command: str) -> str:
 
 def _local_options() -> set[str]:
     """The options whose values are paths."""
+    sections = list(get_type_hints(Config).items())
+    sections += [("objective", objective.Settings) for objective in OBJECTIVES.values()]
     found = {"--out"}
-    for section, part in get_type_hints(Config).items():
+    for section, part in sections:
         for name, kind in get_type_hints(part).items() if is_dataclass(part) else ():
             if Path in (kind, *get_args(kind)):
                 found.add(f"--{section}.{name}".replace("_", "-"))

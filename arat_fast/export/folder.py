@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from arat_fast import __version__, load
 from arat_fast.device import versions
-from arat_fast.export.card import model_card, public_command, radius
+from arat_fast.export.card import model_card, paper_of, public_command, radius
 from arat_fast.export.measured import Measured, measured
-from arat_fast.export.papers import PAPERS
 from arat_fast.export.programs import require_onnx, save_onnx, save_program
 from arat_fast.files import write_atomic, write_json, write_text
 from arat_fast.report.templates import render
@@ -103,7 +102,7 @@ def export_checkpoint(
 
 
 def _default_name(record: Mapping[str, Any]) -> str:
-    paper = PAPERS.get(str(record["objective"]))
+    paper = paper_of(record)
     if (
         record["format"] == "robustbench"
         and paper is not None
@@ -252,7 +251,7 @@ def _write_robustbench(
 
 def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
     """RobustBench's entry; an accuracy that was not measured as it asks for stays null."""
-    paper = PAPERS.get(str(record["objective"]))
+    paper = paper_of(record)
     publication = {} if paper is None else paper._asdict()
     footnote = "Trained with arat_fast; not the weights of the paper's authors."
     if record["additional_data"]:
