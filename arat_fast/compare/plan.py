@@ -303,6 +303,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or "methods" not in record:
+    known = isinstance(record, dict) and {"methods", "cells"} <= record.keys()
+    if not known or record.get("format") != FORMAT:
         raise ValueError(f"{file} is no comparison of format {FORMAT}")
     return record

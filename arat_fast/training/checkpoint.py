@@ -182,7 +182,7 @@ class CheckpointFolder:
                     "again, or move it away to go on from the one before"
                 ) from error
             # A newest one that is damaged is not worth keeping.
-            self.newest_step = None if damaged else state["step"]
+            self.newest_step = None if damaged else state["progress"]["step"]
             self._damaged = damaged
             return Found(path, state, tuple(problems))
         if problems:
