@@ -300,7 +300,7 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{RECORD}"
         )
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     known = isinstance(record, dict) and {"methods", "cells"} <= record.keys()
