@@ -46,18 +46,23 @@ def _write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
     _sync_folder(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """:func:`write_atomic` for content that is there already."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    write_atomic(path, write)
+
+
 def write_text(path: Path, text: str) -> None:
     """:func:`write_atomic` for UTF-8 text."""
-    write_atomic(path, lambda file: _write_all(file, text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """:func:`write_atomic` for JSON; NaN is refused with a ValueError, since no reader takes it."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _write_all(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def _umask() -> int:

@@ -28,7 +28,7 @@ from arat_fast.compare.results import Results, evaluate_record
 from arat_fast.compare.runner import GridRunner
 from arat_fast.compare.tables import to_latex, to_markdown
 from arat_fast.config import Config
-from arat_fast.files import write_atomic, write_text
+from arat_fast.files import write_bytes, write_text
 from arat_fast.stop import InterruptedRun
 
 
@@ -110,8 +110,7 @@ def write_comparison(out: Path, record: dict[str, Any]) -> Results:
     write_text(out / "comparison.tex", to_latex(results))
     figure = plane(results)
     if figure is not None:
-        content = to_png(figure)
-        write_atomic(out / "comparison.png", lambda file: _write(file, content))
+        write_bytes(out / "comparison.png", to_png(figure))
     write_text(out / "comparison.html", comparison_page(results))
     return results
 
@@ -144,7 +143,3 @@ def _files(out: Path) -> list[str]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _write(file: Any, content: bytes) -> None:
-    file.write(content)

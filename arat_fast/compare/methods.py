@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arat_fast.objectives import OBJECTIVES
+from arat_fast.objectives import OBJECTIVES, Objective, objective_type
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,9 @@ class Method:
     ablation: bool = False
 
 
-_TITLES = {
-    "natural": "Natural",
-    "at": "AT",
-    "trades": "TRADES",
-    "mart": "MART",
-    "lbgat": "LBGAT",
-    "arrest": "ARREST",
-    "arat": "ARAT",
-}
-
-
-def _objective(name: str) -> Method:
-    return Method(name, _TITLES.get(name, name), ("--objective.name", name))
+def _age(objective: type[Objective]) -> str:
+    """The year of its paper; what has none comes first."""
+    return objective.paper.venue[-4:] if objective.paper is not None else ""
 
 
 def _switches(stop_gradient: bool, predictor: bool, split: bool) -> tuple[str, ...]:
@@ -53,17 +43,14 @@ def _switches(stop_gradient: bool, predictor: bool, split: bool) -> tuple[str, .
     )
 
 
-# An objective of one's own is given in Python, which no command line can.
-_NAMES = list(OBJECTIVES)
 METHODS: dict[str, Method] = {
-    **{name: _objective(name) for name in dict.fromkeys((*_TITLES, *_NAMES))},
-    "arat+swa": Method(
-        "arat+swa",
-        "ARAT + SWA",
-        ("--objective.name", "arat", "--average.kind", "swa"),
-    ),
+    kind.name: Method(kind.name, kind.label, ("--objective.name", kind.name))
+    for kind in sorted(OBJECTIVES.values(), key=_age)
 }
-"""Every objective under its own name, and ARAT with averaged weights."""
+"""Every built-in objective under its own name, and ARAT with averaged weights."""
+METHODS["arat+swa"] = Method(
+    "arat+swa", "ARAT + SWA", ("--objective.name", "arat", "--average.kind", "swa")
+)
 
 ABLATION: tuple[Method, ...] = (
     Method("naive", "Naive invariance", _switches(False, False, False), True),
@@ -76,48 +63,52 @@ alone; all of them together are ``arat``."""
 
 
 def choose_methods(
-    labels: Sequence[str], variants: Sequence[str] = (), ablation: bool = False
+    names: Sequence[str], variants: Sequence[str] = (), ablation: bool = False
 ) -> list[Method]:
     """The rows of a comparison.
 
     Args:
-        labels: of METHODS or of the variants, in the order of the table.
+        names: labels of METHODS or of the variants, or objectives of one's own by import path
+            (``mypackage.mymodule:MyObjective``), in the order of the table.
         variants: "NAME: overrides" each; one that has the name of a method replaces it.
         ablation: add the ablation's rows, and ARAT beside which they stand.
 
     Raises:
-        ValueError: a label is unknown or comes twice, or a variant cannot be read.
+        ValueError: a name is unknown or comes twice, or a variant cannot be read.
     """
+    known = {method.label: method for method in (*METHODS.values(), *ABLATION)}
     given = [_variant(text) for text in variants]
-    twice = {m.label for m in given if sum(m.label == n.label for n in given) > 1}
-    if twice:
-        raise ValueError(f"two variants are called {sorted(twice)[0]!r}: name each differently")
-    known = {**METHODS, **{m.label: m for m in ABLATION}, **{m.label: m for m in given}}
+    labels = [method.label for method in given]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"two variants have one name: {', '.join(labels)}; name each differently")
+    known.update(zip(labels, given, strict=True))
     chosen: dict[str, Method] = {}
-    for label in (*labels, *(m.label for m in given if m.label not in labels)):
-        if label not in known:
-            close = difflib.get_close_matches(label, known, n=1)
+    for name in (*names, *(label for label in labels if label not in names)):
+        method = _own(name) if ":" in name else known.get(name)
+        if method is None:
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"unknown objective {label!r}, expected one of {', '.join(METHODS)} or the name "
-                f"of a --variant{hint}"
+                f"unknown objective {name!r}, expected one of {', '.join(METHODS)}, your own as "
+                f"mypackage.mymodule:MyObjective, or the name of a --variant{hint}"
             )
-        if label in chosen and label in labels:
-            raise ValueError(f"--objectives names {label!r} twice")
-        chosen[label] = known[label]
+        if method.label in chosen:
+            raise ValueError(f"--objectives names {method.label!r} twice")
+        chosen[method.label] = method
     if ablation:
-        chosen.setdefault("arat", known["arat"])
-        for method in ABLATION:
-            chosen.setdefault(method.label, known[method.label])
+        for label in ("arat", *(method.label for method in ABLATION)):
+            chosen.setdefault(label, known[label])
     return list(chosen.values())
+
+
+def _own(name: str) -> Method:
+    kind = objective_type(name)
+    return Method(_label(kind.__name__), kind.label, ("--objective.name", name))
 
 
 def _variant(text: str) -> Method:
     title, colon, options = text.partition(":")
-    title = title.strip()
-    # Composed: an accent of its own is no letter, and two spellings would be two folders.
-    name = unicodedata.normalize("NFC", title.lower())
-    label = re.sub(r"[^\w.+]+|_+", "-", name).strip("-.")
+    title, label = title.strip(), _label(title)
     try:
         tokens = tuple(shlex.split(options))
     except ValueError as error:
@@ -129,3 +120,10 @@ def _variant(text: str) -> Method:
         )
     known = METHODS.get(label)
     return Method(label, known.title if known else title, tokens)
+
+
+def _label(title: str) -> str:
+    """A title as part of a folder's name."""
+    # Composed: an accent of its own is no letter, and two spellings would be two folders.
+    name = unicodedata.normalize("NFC", title.strip().lower())
+    return re.sub(r"[^\w.+]+|_+", "-", name).strip("-.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,34 +21,34 @@ RECORD = "comparison.json"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class PlannedMethod:
-    """A method as it is really run.
+@dataclass(frozen=True, kw_only=True)
+class PlannedMethod(Method):
+    """A method as it is really run, the number of epochs among its options.
 
     Attributes:
-        method: with the number of epochs among its options.
         epochs: of training.
-        passes: forward passes per image and step; see :class:`arat_fast.compare.cost.StepCost`.
+        passes_per_image: forward passes in a step; see :class:`arat_fast.compare.cost.StepCost`.
         natural_epochs: of natural training that come before, 0 for none.
-        natural_passes: forward passes per image and step of those.
+        natural_passes_per_image: forward passes in a step of those.
     """
 
-    method: Method
     epochs: int
-    passes: float
+    passes_per_image: float
     natural_epochs: int = 0
-    natural_passes: float = 0.0
+    natural_passes_per_image: float = 0.0
 
     @property
     def work(self) -> float:
         """Forward passes per training image over the whole run."""
-        return self.epochs * self.passes + self.natural_epochs * self.natural_passes
+        natural = self.natural_epochs * self.natural_passes_per_image
+        return self.epochs * self.passes_per_image + natural
 
     @property
     def cost(self) -> str:
         """Epochs times forward passes, in words: "23 × 26", "22 × 24 + 22 × 3"."""
-        natural = f" + {self.natural_epochs} × {self.natural_passes:.0f}"
-        return f"{self.epochs} × {self.passes:.0f}" + (natural if self.natural_epochs else "")
+        natural = f" + {self.natural_epochs} × {self.natural_passes_per_image:.0f}"
+        own = f"{self.epochs} × {self.passes_per_image:.0f}"
+        return own + (natural if self.natural_epochs else "")
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class Plan:
     def cells(self) -> list[Cell]:
         """Every run, the whole first seed before the second."""
         configs = {
-            planned.method.label: apply_overrides(self.config, planned.method.options)
-            for planned in self.methods
+            method.label: apply_overrides(self.config, method.options) for method in self.methods
         }
         return [
             Cell(label, seed, dataclasses.replace(config, seed=seed))
@@ -140,22 +139,22 @@ def make_plan(
 
 def _check_whole(config: Config, methods: Sequence[Method]) -> None:
     """Refuse an ablation whose last row, ARAT with all its parts, lacks one."""
-    for method in methods:
-        if method.label == "arat":
-            own = apply_overrides(config, method.options)
-            parts = {
-                "objective.name": (own.objective.name, "arat"),
-                "objective.stop_gradient": (getattr(own.objective, "stop_gradient", None), True),
-                "objective.predictor": (getattr(own.objective, "predictor", None), True),
-                "model.norm": (own.norm, "split"),
-            }
-            for name, (got, expected) in parts.items():
-                if got != expected:
-                    raise ValueError(
-                        f"the ablation ends with ARAT and all its parts: {name}={expected} is "
-                        f"expected for arat, got {got}; set it in a --variant of another name, or "
-                        "leave --ablation out"
-                    )
+    whole = next((method for method in methods if method.label == "arat"), None)
+    if whole is None:
+        return
+    own = apply_overrides(config, whole.options)
+    parts = {
+        "objective.name": (own.objective.name, "arat"),
+        "objective.stop_gradient": (getattr(own.objective, "stop_gradient", None), True),
+        "objective.predictor": (getattr(own.objective, "predictor", None), True),
+        "model.norm": (own.norm, "split"),
+    }
+    for name, (got, expected) in parts.items():
+        if got != expected:
+            raise ValueError(
+                f"the ablation ends with ARAT and all its parts: {name}={expected} is expected for "
+                f"arat, got {got}; set it in a --variant of another name, or leave --ablation out"
+            )
 
 
 def _planned(config: Config, method: Method, work: float | None) -> PlannedMethod:
@@ -170,26 +169,31 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
         own = apply_overrides(config, method.options)
         _check_same_test(config, own)
         cost = step_cost(own)
-        natural = None
-        if cost.starts_from_natural and getattr(own.objective, "teacher", None) is None:
-            natural = natural_config(own)
+        # Settings of one that starts from a natural network, which is trained first if not given.
+        trains_first = cost.starts_from_natural and getattr(own.objective, "teacher", None) is None
+        natural = natural_config(own) if trains_first else None
         natural_passes = step_cost(natural).passes if natural else 0.0
     except ValueError as error:
         raise ValueError(f"{method.label}: {error}") from error
-    epochs = own.train.epochs
+    epochs, options = own.train.epochs, method.options
     natural_epochs = natural.train.epochs if natural else 0
     if work is not None and cost.attacks and "--train.epochs" not in names:
-        if natural is None:
-            epochs = max(1, round(work / cost.passes))
-        elif getattr(own.objective, "teacher_epochs", None) is None:
+        if natural and getattr(own.objective, "teacher_epochs", None) is None:
             # As many natural epochs as others.
-            epochs = max(1, round(work / (cost.passes + natural_passes)))
-            natural_epochs = epochs
+            natural_epochs = epochs = max(1, round(work / (cost.passes + natural_passes)))
         else:
             epochs = max(1, round((work - natural_epochs * natural_passes) / cost.passes))
-        options = (*method.options, "--train.epochs", str(epochs))
-        method = dataclasses.replace(method, options=options)
-    return PlannedMethod(method, epochs, cost.passes, natural_epochs, natural_passes)
+        options = (*options, "--train.epochs", str(epochs))
+    return PlannedMethod(
+        method.label,
+        method.title,
+        options,
+        method.ablation,
+        epochs=epochs,
+        passes_per_image=cost.passes,
+        natural_epochs=natural_epochs,
+        natural_passes_per_image=natural_passes,
+    )
 
 
 def _check_same_test(config: Config, own: Config) -> None:
@@ -223,32 +227,25 @@ def merge_with_saved(plan: Plan, record: Path) -> Plan:
     if not record.exists():
         return plan
     saved = plan_from_record(read_record(record))
-    if saved.config.recipe != plan.config.recipe:
-        raise ValueError(
-            f"{record} compares on {saved.config.recipe}, got {plan.config.recipe}: choose another "
-            "folder with --out"
-        )
-    same_seed = dataclasses.replace(saved.config, seed=plan.config.seed)
+    methods = {method.label: method for method in plan.methods}
     try:
-        check_same_run(plan.config, same_seed, record)
+        check_same_run(
+            plan.config, dataclasses.replace(saved.config, seed=plan.config.seed), record
+        )
+        if saved.budget != plan.budget:
+            raise ValueError(f"{record} has --budget {saved.budget}, got {plan.budget}")
+        for before in saved.methods:
+            now = methods.setdefault(before.label, before)
+            if now.options != before.options:
+                raise ValueError(
+                    f"{record} has {before.label} with {shlex.join(before.options)}, got "
+                    f"{shlex.join(now.options)}"
+                )
     except ValueError as error:
         raise ValueError(f"{error}; choose another folder with --out") from error
-    if saved.budget != plan.budget:
-        raise ValueError(
-            f"{record} has --budget {saved.budget}, got {plan.budget}: give --budget "
-            f"{saved.budget}, or choose another folder with --out"
-        )
-    labels = {planned.method.label: planned for planned in plan.methods}
-    for before in saved.methods:
-        now = labels.setdefault(before.method.label, before)
-        if now.method.options != before.method.options:
-            raise ValueError(
-                f"{record} has {before.method.label} with {shlex.join(before.method.options)}, got "
-                f"{shlex.join(now.method.options)}: choose another folder with --out"
-            )
     return dataclasses.replace(
         plan,
-        methods=tuple(labels.values()),
+        methods=tuple(methods.values()),
         seeds=tuple(dict.fromkeys((*plan.seeds, *saved.seeds))),
         commands=tuple(dict.fromkeys((*saved.commands, *plan.commands))),
     )
@@ -262,54 +259,28 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "budget": plan.budget,
         "seeds": list(plan.seeds),
         "config": config_to_dict(plan.config),
-        "methods": [
-            {
-                "label": planned.method.label,
-                "title": planned.method.title,
-                "ablation": planned.method.ablation,
-                "options": list(planned.method.options),
-                "epochs": planned.epochs,
-                "passes_per_image": planned.passes,
-                "natural_epochs": planned.natural_epochs,
-                "natural_passes_per_image": planned.natural_passes,
-            }
-            for planned in plan.methods
-        ],
+        "methods": [dataclasses.asdict(method) for method in plan.methods],
     }
 
 
-def plan_from_record(record: dict[str, Any]) -> Plan:
+def plan_from_record(record: Mapping[str, Any]) -> Plan:
     """The plan of a saved comparison.
 
     Raises:
         ValueError: the record is not one of this version.
     """
     try:
-        methods = [
-            PlannedMethod(
-                Method(
-                    str(entry["label"]),
-                    str(entry["title"]),
-                    tuple(map(str, entry["options"])),
-                    bool(entry["ablation"]),
-                ),
-                int(entry["epochs"]),
-                float(entry["passes_per_image"]),
-                int(entry["natural_epochs"]),
-                float(entry["natural_passes_per_image"]),
-            )
-            for entry in record["methods"]
-        ]
         return Plan(
             config_from_dict(record["config"]),
-            tuple(methods),
-            tuple(map(int, record["seeds"])),
+            tuple(
+                PlannedMethod(**{**m, "options": tuple(m["options"])}) for m in record["methods"]
+            ),
+            tuple(record["seeds"]),
             record["budget"],
-            # Records from before have the one command that was given last.
-            tuple(map(str, record["commands"] if "commands" in record else [record["command"]])),
+            tuple(record["commands"]),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"not a comparison of this version: {error} is missing") from error
+        raise ValueError(f"not a comparison of this version: {error}") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -329,9 +300,10 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{RECORD}"
         )
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or "methods" not in record:
+    known = isinstance(record, dict) and {"methods", "cells"} <= record.keys()
+    if not known or record.get("format") != FORMAT:
         raise ValueError(f"{file} is no comparison of format {FORMAT}")
     return record

@@ -1,4 +1,4 @@
-"""Means over the seeds of a comparison, from its record alone."""
+"""Means over the seeds of a comparison, from its record alone, and the words beside them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arat_fast.command_line import apply_overrides
 from arat_fast.compare.plan import Plan, PlannedMethod, plan_from_record
-from arat_fast.config import Config, check_same_run, config_from_dict
+from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
+from arat_fast.objectives import objective_type
 
 SUM = "sum"
+ALL_PARTS = "all (ARAT)"
 
 
 @dataclass(frozen=True)
@@ -35,29 +38,26 @@ class Spread:
         """Sample standard deviation (n - 1); None for one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+
 
 @dataclass(frozen=True)
 class Row:
     """What was found of one method.
 
     Attributes:
-        planned: the method, its epochs and its cost.
+        method: with its epochs and its cost.
         spreads: by metric ("clean", "pgd20", "autoattack", "sum"); a metric that no seed measured
             is absent.
         num_seeds: finished runs.
-        weights: which weights were evaluated ("last", "swa", "ema"), None before the first run.
         train_seconds: mean training time, None before the first run.
     """
 
-    planned: PlannedMethod
+    method: PlannedMethod
     spreads: Mapping[str, Spread]
     num_seeds: int
-    weights: str | None
     train_seconds: float | None
-
-    @property
-    def title(self) -> str:
-        return self.planned.method.title
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,16 @@ class Results:
     metrics: tuple[str, ...]
     record: Mapping[str, Any]
 
+    @property
+    def groups(self) -> dict[str, list[tuple[str, Row]]]:
+        """Rows with their titles by table, "Method" and "Ablation"; one without rows is absent."""
+        ablation = [(row.method.title, row) for row in self.rows if row.method.ablation]
+        if ablation:
+            ablation += [(ALL_PARTS, row) for row in self.rows if row.method.label == "arat"]
+        methods = [(row.method.title, row) for row in self.rows if not row.method.ablation]
+        return {k: v for k, v in (("Method", methods), ("Ablation", ablation)) if v}
+
+    @property
     def num_samples(self) -> int | None:
         """Test images of the evaluations; None before the first, or where runs differ."""
         found = {
@@ -92,38 +102,37 @@ def evaluate_record(record: Mapping[str, Any]) -> Results:
     Raises:
         ValueError: the record is not one of this version.
     """
-    plan = plan_from_record(dict(record))
-    try:
-        rows = tuple(_row(planned, record["cells"]) for planned in plan.methods)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a comparison of this version: {error} is missing") from error
+    plan = plan_from_record(record)
+    rows = tuple(_row(method, record["cells"]) for method in plan.methods)
     found = {name for row in rows for name in row.spreads}
     pgd = sorted(name for name in found if name.startswith("pgd"))
     order = ["clean", *pgd, "autoattack", SUM]
     return Results(plan, rows, tuple(n for n in order if n in found), record)
 
 
-def _row(planned: PlannedMethod, cells: Sequence[Mapping[str, Any]]) -> Row:
-    own = [c for c in cells if c["label"] == planned.method.label and c["status"] == "finished"]
+def _row(method: PlannedMethod, cells: Sequence[Mapping[str, Any]]) -> Row:
+    own = [c for c in cells if c["label"] == method.label and c["status"] == "finished"]
     columns: dict[str, list[float]] = {}
     for cell in own:
-        percent = {
-            name: 100 * entry["correct"] / entry["num_samples"]
-            for name, entry in cell["accuracy"].items()
-        }
-        if "clean" in percent and "autoattack" in percent:
-            percent[SUM] = percent["clean"] + percent["autoattack"]
-        for name, value in percent.items():
+        for name, value in percentages(cell).items():
             columns.setdefault(name, []).append(value)
-    seconds = [train_seconds(cell) for cell in own]
-    weights = {str(cell["model"]) for cell in own}
     return Row(
-        planned,
+        method,
         {name: Spread(tuple(values)) for name, values in columns.items()},
         len(own),
-        " and ".join(sorted(weights)) or None,
-        statistics.fmean(seconds) if seconds else None,
+        statistics.fmean(train_seconds(cell) for cell in own) if own else None,
     )
+
+
+def percentages(cell: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracies of a finished run by metric, and the sum of clean and AutoAttack."""
+    percent = {
+        name: 100 * entry["correct"] / entry["num_samples"]
+        for name, entry in cell["accuracy"].items()
+    }
+    if "clean" in percent and "autoattack" in percent:
+        percent[SUM] = percent["clean"] + percent["autoattack"]
+    return percent
 
 
 def train_seconds(cell: Mapping[str, Any]) -> float:
@@ -131,7 +140,7 @@ def train_seconds(cell: Mapping[str, Any]) -> float:
     seconds = float(cell["wall_seconds"]["train"])
     natural = cell["natural_model"]
     # A teacher that was given is not counted in the cost either.
-    if natural is None or cell["config"]["objective"]["teacher"] is not None:
+    if natural is None or cell["config"]["objective"].get("teacher") is not None:
         return seconds
     return seconds + float(natural["train_seconds"] or 0)
 
@@ -147,21 +156,116 @@ def read_cell(folder: Path, config: Config) -> dict[str, Any] | None:
         ValueError: the run is finished and was trained with another configuration.
     """
     source = folder / "config.json"
-    found: dict[str, Any] | None = None
+    kept = (
+        *("accuracy", "evaluation", "model", "wall_seconds", "device", "precision"),
+        *("versions", "commit", "kernels", "num_parameters", "train_samples", "split"),
+        "natural_model",
+    )
+    found = saved = None
     with suppress(OSError, ValueError, KeyError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if summary["status"] != "finished":
-            return None
-        kept = (
-            *("accuracy", "evaluation", "model", "wall_seconds", "device", "precision"),
-            *("versions", "commit", "kernels", "num_parameters", "train_samples", "split"),
-            "natural_model",
-        )
-        saved = config_from_dict(json.loads(source.read_text(encoding="utf-8"))["config"])
-        found = {name: summary[name] for name in kept}
-    if found is not None:
-        try:
-            check_same_run(config, saved, source)
-        except ValueError as error:
-            raise ValueError(f"{error}; choose another folder with --out") from error
+        if summary["status"] == "finished":
+            saved = config_from_dict(json.loads(source.read_text(encoding="utf-8"))["config"])
+            found = {name: summary[name] for name in kept}
+    if saved is None or found is None:
+        return None
+    try:
+        check_same_run(config, saved, source)
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another folder with --out") from error
     return found
+
+
+def column_name(metric: str) -> str:
+    """Heading of a metric's column."""
+    names = {"clean": "Clean", "autoattack": "AutoAttack", SUM: "Clean + AutoAttack"}
+    return names.get(metric, metric.upper().replace("PGD", "PGD-"))
+
+
+def conditions(results: Results) -> str:
+    """What the numbers are, and with which settings they came about."""
+    config, seeds = results.plan.config, results.plan.seeds
+    n = results.num_samples
+    first = "the first " if config.eval.max_samples else ""
+    images = f"{first}{n:,} test images" if n else "the test images"
+    several = len(seeds) > 1
+    return (
+        f"Accuracy in percent on {images} of {config.data.name}, {config.model.name}, "
+        f"{config.attack.norm.replace('inf', '∞')} radius {config.attack.eps:.4g}"
+        f"{', mean ± standard deviation' if several else ''} over "
+        f"seed{'s' if several else ''} {', '.join(map(str, seeds))}. All methods run with the "
+        "recipe's optimiser, schedule and augmentation, whatever their papers used, unless a note "
+        "names others."
+    )
+
+
+def cost_note(results: Results) -> str:
+    """What the columns of the cost mean."""
+    equal = (
+        "all that attack have about the same"
+        if results.plan.budget == "work"
+        else "the epochs are the same"
+    )
+    return (
+        "Cost: epochs × forward passes of the network per image, counted from the convolutions and "
+        f"matrix products of one step, and those of natural training before it; {equal}, unless a "
+        "method sets its own."
+    )
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader has to know beside the numbers: settings of single methods, how far one is the
+    published one, failed, missing and unequal runs."""
+    cells = results.record["cells"]
+    found = _notes_on_methods(results)
+    found += [f"{c['run']} failed: {c['reason']}." for c in cells if c["status"] == "failed"]
+    missing = sum(cell["status"] == "pending" for cell in cells)
+    if missing:
+        found.append(f"{missing} of {len(cells)} runs are not finished.")
+    finished = [cell for cell in cells if cell["status"] == "finished"]
+    for name in ("device", "precision", "commit"):
+        values = {str(cell[name]) for cell in finished}
+        if len(values) > 1:
+            found.append(f"the runs differ in {name}: {'; '.join(sorted(values))}.")
+    # What one record does not name is no difference.
+    named = [set(cell["versions"]) for cell in finished]
+    shared = sorted(set.intersection(*named)) if named else []
+    if len({str([cell["versions"][name] for name in shared]) for cell in finished}) > 1:
+        found.append("the runs differ in the versions of what computed them.")
+    return found
+
+
+def _notes_on_methods(results: Results) -> list[str]:
+    found = []
+    for row in results.rows:
+        method = row.method
+        cells = [c for c in results.record["cells"] if c["label"] == method.label]
+        config = next((cell["config"] for cell in cells if "config" in cell), None)
+        if config is None:
+            continue
+        # The module of an objective of one's own may not be at hand.
+        plain, note = results.plan.config, ""
+        with suppress(ValueError):
+            name = config["objective"]["name"]
+            note = objective_type(name).note
+            plain = apply_overrides(plain, ("--objective.name", name))
+        settings = _own_settings(config, config_to_dict(plain), method.ablation)
+        if settings:
+            found.append(f"{method.title} has settings of its own: {', '.join(settings)}.")
+        if note:
+            found.append(note)
+    return found
+
+
+def _own_settings(config: Mapping[str, Any], plain: Mapping[str, Any], ablation: bool) -> list[str]:
+    """What a method sets beside what its title and the column of the cost say."""
+    said = {("objective", "name"), ("train", "epochs")}
+    if ablation:
+        said |= {("objective", "stop_gradient"), ("objective", "predictor"), ("model", "norm")}
+    return [
+        f"{section}.{name}={value}"
+        for section, values in config.items()
+        if isinstance(values, Mapping)
+        for name, value in values.items()
+        if (section, name) not in said and value != plain.get(section, {}).get(name, value)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,12 @@ class GridRunner:
     out: Path
     jobs: int | None
     say: Say
-    _slots: list[dict[str, str]] = field(init=False)
-    _cells: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
-    _shared: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._slots = environments(self.plan.config.train.device, self.jobs)
+        self._grid = self.plan.cells()
+        self._cells: dict[str, dict[str, Any]] = {}
+        self._shared: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
         """Run every cell that is not finished.
@@ -76,36 +77,34 @@ class GridRunner:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with _lock(self.out) as lock, stop_on_signals() as stop:
-            cells = self.plan.cells()
-            self._shared = _shared_before(self.out / RECORD)
-            pending = [cell for cell in cells if not self._take(cell)]
-            done = len(cells) - len(pending)
+            if (self.out / RECORD).exists():
+                before = read_record(self.out / RECORD)["cells"]
+                self._shared = {c["run"]: c["shared_training"] for c in before}
+            pending = [cell for cell in self._grid if not self._take(cell)]
             self._save()
-            if done:
-                self.say(f"{done} of {len(cells)} runs are finished already")
+            total, start = len(pending), time.monotonic()
+            if total < len(self._grid):
+                self.say(
+                    f"{len(self._grid) - total} of {len(self._grid)} runs are finished already"
+                )
             if pending:
                 self.say(
-                    f"{len(pending)} runs, {len(self._slots)} at a time; what they print is in "
+                    f"{total} runs, {len(self._slots)} at a time; what they print is in "
                     f"{self.out / _LOGS}"
                 )
             jobs: list[_Job] = []
-            start, total = time.monotonic(), len(pending)
             try:
                 while (pending or jobs) and not stop.signal:
-                    while len(jobs) < len(self._slots):
-                        cell = self._next(pending, jobs, cells)
-                        if cell is None:
-                            break
+                    while len(jobs) < len(self._slots) and (cell := self._next(pending, jobs)):
                         pending.remove(cell)
-                        self._share_training(cell, cells)
+                        self._share_training(cell)
                         jobs.append(self._start(cell, jobs, lock))
                     for job in [j for j in jobs if j.process.poll() is not None]:
                         jobs.remove(job)
                         left = len(pending) + len(jobs)
                         spent = time.monotonic() - start
-                        self._end(job, left, spent * left / max(total - left, 1))
-                    if jobs:
-                        time.sleep(_POLL_SECONDS)
+                        self._end(job, left, spent * left / (total - left))
+                    time.sleep(_POLL_SECONDS if jobs else 0)
             finally:
                 self._stop(jobs)
             if stop.signal:
@@ -113,23 +112,22 @@ class GridRunner:
                 self._save()
                 left = len(pending) + len(jobs) - finished
                 raise InterruptedRun(
-                    f"stopped with {left} of {len(cells)} runs left; go on with the same command",
+                    f"stopped with {left} of {len(self._grid)} runs left; go on with the same "
+                    "command",
                     stop.exit_code,
                 )
         return self._save()
 
-    def _next(
-        self, pending: Sequence[Cell], jobs: Sequence[_Job], cells: Sequence[Cell]
-    ) -> Cell | None:
+    def _next(self, pending: Sequence[Cell], jobs: Sequence[_Job]) -> Cell | None:
         """The first run that has not to wait for another's training."""
         busy = {cell.run for cell in (*pending, *(job.cell for job in jobs))}
         for cell in pending:
-            source = find_source(cell, cells)
+            source = find_source(cell, self._grid)
             if source is None or source.run not in busy:
                 return cell
         return None
 
-    def _start(self, cell: Cell, jobs: Sequence[_Job], lock: int | None) -> _Job:
+    def _start(self, cell: Cell, jobs: Sequence[_Job], lock: int) -> _Job:
         slot = next(i for i in range(len(self._slots)) if i not in {job.slot for job in jobs})
         log = self.out / _LOGS / f"{cell.run}.log"
         log.parent.mkdir(exist_ok=True)
@@ -143,12 +141,12 @@ class GridRunner:
                 # Ctrl-C reaches this process alone, which ends its children in order.
                 start_new_session=True,
                 # The folder stays locked as long as one of them lives.
-                pass_fds=() if lock is None else (lock,),
+                pass_fds=(lock,),
             )
         return _Job(cell, process, slot, time.monotonic())
 
-    def _share_training(self, cell: Cell, cells: Sequence[Cell]) -> None:
-        source = find_source(cell, cells)
+    def _share_training(self, cell: Cell) -> None:
+        source = find_source(cell, self._grid)
         if source is None or self._cells[source.run]["status"] != "finished":
             return
         try:
@@ -206,7 +204,7 @@ class GridRunner:
             "command": shlex.join(["arat-fast", *cell.arguments(self.out)]),
             "config": config,
             "shared_training": self._shared.get(cell.run),
-            **(found if finished and found else {}),
+            **(found or {} if finished else {}),
         }
         return finished
 
@@ -227,14 +225,6 @@ class GridRunner:
         }
         write_json(self.out / RECORD, record)
         return record
-
-
-def _shared_before(record: Path) -> dict[str, str]:
-    """Which runs of a saved comparison took over the training of which."""
-    if not record.exists():
-        return {}
-    cells = read_record(record)["cells"]
-    return {c["run"]: c["shared_training"] for c in cells if c["shared_training"]}
 
 
 def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
@@ -270,19 +260,13 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[int | None]:
+def _lock(out: Path) -> Iterator[int]:
     """Refuse a folder in which another comparison, or a run that it left, is at work."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield None
-        return
     # The file stays: whoever removed it could lock another one than the next process does.
     with open(out / ".lock", "ab") as file:
         try:

@@ -27,8 +27,6 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PR_SET_PDEATHSIG = 1
 
 
-
-
 class Ranks:
     """The processes of a job, seen from one of them.
 

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from arat_fast import __version__, load
 from arat_fast.device import versions
-from arat_fast.export.card import model_card, public_command, radius
+from arat_fast.export.card import model_card, paper_of, public_command, radius
 from arat_fast.export.measured import Measured, measured
-from arat_fast.export.papers import PAPERS
 from arat_fast.export.programs import require_onnx, save_onnx, save_program
 from arat_fast.files import write_atomic, write_json, write_text
-from arat_fast.saved.naming import NORMALIZATION, NORMALIZED, to_scheme
+from arat_fast.report.templates import render
+from arat_fast.saved.naming import to_scheme
 from arat_fast.saved.network import RECORD, SavedNetwork, Which, header, read_saved
 from arat_fast.saved.plain import save_tensors
+from arat_fast.saved.weights import NORMALIZATION
 
 Format = Literal["hub", "robustbench", "torchvision", "timm", "torch-export", "onnx"]
 TOLERANCE = 1e-5
@@ -101,7 +102,7 @@ def export_checkpoint(
 
 
 def _default_name(record: Mapping[str, Any]) -> str:
-    paper = PAPERS.get(str(record["objective"]))
+    paper = paper_of(record)
     if (
         record["format"] == "robustbench"
         and paper is not None
@@ -161,36 +162,35 @@ def _write(
     name: str,
     license: str,
 ) -> None:
-    format = record["format"]
-    strings = {k: v for k, v in record.items() if k in _HEADER and v is not None}
-    shape = tuple(record["image_shape"])
-    assert len(shape) == 3
-    file = {"torchvision": "model.pth", "torch-export": "model.pt2", "onnx": "model.onnx"}.get(
-        format, "model.safetensors"
-    )
-    if format == "robustbench":
-        file = _write_robustbench(folder, model, record, found, name)
-    elif format == "torch-export":
-        program = save_program(model, shape, folder / file, strings)
+    """Write everything; what was written is read back and compared with the network."""
+    format, shape = record["format"], tuple(record["image_shape"])
+    facts = {k: v for k, v in record.items() if k in _HEADER and v is not None}
+    program = None
+    if format == "torch-export":
+        file = "model.pt2"
+        program = save_program(model, shape, folder / file, facts)
     elif format == "onnx":
-        program = save_onnx(model, shape, folder / file, strings)
+        file = "model.onnx"
+        program = save_onnx(model, shape, folder / file, facts)
     else:
         state = to_scheme(model.state_dict(), record["model"], format)
-        if format == "torchvision":
+        if format == "robustbench":
+            file = _write_robustbench(folder, state, record, found, name)
+        elif format == "torchvision":
+            file = "model.pth"
             _save_state(folder / file, state)
         else:
-            save_tensors(state, folder / file, header(strings))
+            file = "model.safetensors"
+            save_tensors(state, folder / file, header(facts))
     record["weights_file"] = file
-    example = _example(record, name)
+    example = render("example.py.j2", **record)
     write_text(folder / "example.py", example)
     if format == "hub":
-        card = model_card(record, found, name, license, example)
-        write_text(folder / "README.md", card)
+        write_text(folder / "README.md", model_card(record, found, name, license, example))
     record["sha256"] = hashlib.sha256((folder / file).read_bytes()).hexdigest()
     write_json(folder / RECORD, record)
-    if format not in ("torch-export", "onnx"):
-        program = load(folder)
-    record["largest_difference"], record["largest_logit"] = _difference(model, program, shape)
+    read_back = program or load(folder)
+    record["largest_difference"], record["largest_logit"] = _difference(model, read_back, shape)
     write_json(folder / RECORD, record)
 
 
@@ -219,10 +219,9 @@ def _save_state(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _write_robustbench(
-    folder: Path, model: nn.Module, record: dict[str, Any], found: Measured, name: str
+    folder: Path, state: dict[str, Tensor], record: dict[str, Any], found: Measured, name: str
 ) -> str:
     """Weights and model_info where RobustBench looks for them; the name of the weights' file."""
-    state = to_scheme(model.state_dict(), record["model"], "robustbench")
     dataset, norm = record["dataset"], record["norm"]
     if dataset not in ("cifar10", "cifar100"):
         raise ValueError(
@@ -238,7 +237,7 @@ def _write_robustbench(
         )
     if record["mean"]:
         # The keys of RobustBench's normalize_model around the network.
-        state = {f"{NORMALIZED}{key}": tensor for key, tensor in state.items()}
+        state = {f"model.{key}": tensor for key, tensor in state.items()}
         for key in ("mean", "std"):
             state[f"{NORMALIZATION}{key}"] = torch.tensor(record[key]).view(1, -1, 1, 1)
     entry = _model_info(record, found)
@@ -252,20 +251,19 @@ def _write_robustbench(
 
 def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
     """RobustBench's entry; an accuracy that was not measured as it asks for stays null."""
-    paper = PAPERS.get(str(record["objective"]))
-    fields = ("link", "name", "authors", "venue")
-    publication = {key: getattr(paper, key) if paper is not None else None for key in fields}
+    paper = paper_of(record)
+    publication = {} if paper is None else paper._asdict()
     footnote = "Trained with arat_fast; not the weights of the paper's authors."
     if record["additional_data"]:
         footnote += " Additional images were mixed into the training batches."
     return {
-        "link": publication["link"],
-        "name": publication["name"],
-        "authors": publication["authors"],
+        "link": publication.get("link"),
+        "name": publication.get("name"),
+        "authors": publication.get("authors"),
         "additional_data": record["additional_data"],
         "number_forward_passes": 1,
         "dataset": record["dataset"],
-        "venue": publication["venue"],
+        "venue": publication.get("venue"),
         "architecture": _ARCHITECTURES[record["model"]][0],
         "eps": radius(record["eps"]),
         "clean_acc": _percent(found, "clean", record),
@@ -287,138 +285,3 @@ def _percent(found: Measured, key: str, record: Mapping[str, Any]) -> str | None
     ):
         return None
     return f"{100 * accuracy.value:.2f}"
-
-
-def _example(record: Mapping[str, Any], name: str) -> str:
-    """Python that loads the network from its folder into ``model`` and runs it."""
-    shape = ", ".join(str(size) for size in record["image_shape"])
-    lines = _EXAMPLES[record["format"]](record)
-    image = f"torch.rand(1, {shape})"
-    call = (
-        f'model.run(None, {{"image": {image}.numpy()}})[0]'
-        if record["format"] == "onnx"
-        else f"model({image})"
-    )
-    lines += [
-        f"logits = {call}  # images in [0, 1]",
-        'print("predicted class:", int(logits.argmax()))',
-    ]
-    return "\n".join([*lines, ""])
-
-
-def _hub_example(record: Mapping[str, Any]) -> list[str]:
-    return ["import torch", "", "import arat_fast", "", 'model = arat_fast.load(".")']
-
-
-def _program_example(record: Mapping[str, Any]) -> list[str]:
-    return [
-        "import warnings",
-        "",
-        "import torch",
-        "",
-        "# The weights are read from a buffer that torch finds read-only; nothing writes to them.",
-        'warnings.filterwarnings("ignore", "The given buffer is not writable")',
-        'model = torch.export.load("model.pt2").module()',
-    ]
-
-
-def _onnx_example(record: Mapping[str, Any]) -> list[str]:
-    return [
-        "import onnxruntime",
-        "import torch",
-        "",
-        'model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])',
-    ]
-
-
-def _robustbench_example(record: Mapping[str, Any]) -> list[str]:
-    classes = record["num_classes"]
-    if record["model"] == "resnet18":
-        module, names = "resnet", "BasicBlock, ResNet"
-        network = f"ResNet(BasicBlock, [2, 2, 2, 2], num_classes={classes})"
-    else:
-        module, names = "wide_resnet", "WideResNet"
-        network = f"WideResNet(depth=34, widen_factor=10, num_classes={classes})"
-    lines = [
-        "import torch",
-        f"from robustbench.model_zoo.architectures.{module} import {names}",
-    ]
-    if record["mean"]:
-        lines.append(
-            "from robustbench.model_zoo.architectures.utils_architectures import normalize_model"
-        )
-        network = f"normalize_model({network}, {record['mean']}, {record['std']})"
-    return [
-        *lines,
-        "",
-        f"model = {network}",
-        f'model.load_state_dict(torch.load("{record["weights_file"]}", weights_only=True))',
-        "model.eval()",
-    ]
-
-
-def _torchvision_example(record: Mapping[str, Any]) -> list[str]:
-    channels = record["image_shape"][0]
-    lines = [
-        "import torch",
-        "from torch import nn",
-        f"from torchvision.models import {record['model']}",
-        "from torchvision.transforms import Normalize",
-        "",
-        f"network = {record['model']}(num_classes={record['num_classes']})",
-        *_stem(record["model"], channels),
-        'network.load_state_dict(torch.load("model.pth", weights_only=True))',
-    ]
-    return _normalized(lines, record)
-
-
-def _timm_example(record: Mapping[str, Any]) -> list[str]:
-    channels = record["image_shape"][0]
-    lines = [
-        "import timm",
-        "import torch",
-        "from safetensors.torch import load_file",
-        "from torch import nn",
-        "from torchvision.transforms import Normalize",
-        "",
-        f'network = timm.create_model("{record["model"]}", num_classes={record["num_classes"]}'
-        f", in_chans={channels})",
-        *(_stem(record["model"], channels) if record["model"] == "resnet18" else []),
-        'network.load_state_dict(load_file("model.safetensors"))',
-    ]
-    return _normalized(lines, record)
-
-
-def _stem(model: str, channels: int) -> list[str]:
-    """What differs from the library's own class, if anything does."""
-    if model == "resnet18":
-        return [
-            "# The stem for small images: 3×3, no pooling.",
-            f"network.conv1 = nn.Conv2d({channels}, 64, 3, 1, 1, bias=False)",
-            "network.maxpool = nn.Identity()",
-        ]
-    if channels != 3:
-        return [f"network.conv1 = nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"]
-    return []
-
-
-def _normalized(lines: list[str], record: Mapping[str, Any]) -> list[str]:
-    if record["mean"]:
-        return [
-            *lines,
-            f"model = nn.Sequential(Normalize({record['mean']}, {record['std']}), network).eval()",
-        ]
-    unused = {"from torchvision.transforms import Normalize"}
-    if not any("nn." in line for line in lines):
-        unused.add("from torch import nn")
-    return [*(line for line in lines if line not in unused), "model = network.eval()"]
-
-
-_EXAMPLES = {
-    "hub": _hub_example,
-    "robustbench": _robustbench_example,
-    "torchvision": _torchvision_example,
-    "timm": _timm_example,
-    "torch-export": _program_example,
-    "onnx": _onnx_example,
-}

@@ -13,8 +13,7 @@ from torch import nn
 from arat_fast.config import Config
 from arat_fast.objectives.adversarial_training import NaturalTraining
 from arat_fast.run.state import Run
-from arat_fast.saved.plain import read_safetensors
-from arat_fast.saved.weights import load_weights
+from arat_fast.saved.weights import load_weights, read_safetensors
 
 FOLDER = "natural"
 """Folder, inside a run's own, of the natural run that it trains first."""

@@ -30,12 +30,6 @@ NETWORKS: dict[str, tuple[str, ...]] = {
 }
 """The built-in networks that a library has a class for."""
 
-NORMALIZED = "model."
-"""Prefix of a network's names inside RobustBench's ``normalize_model``."""
-
-NORMALIZATION = "normalize."
-"""Prefix of the mean and std beside it."""
-
 
 def to_scheme(state: Mapping[str, Tensor], model: str, scheme: str) -> dict[str, Tensor]:
     """Names of a built-in network with ordinary BatchNorm → names of another library.
@@ -58,15 +52,12 @@ def to_scheme(state: Mapping[str, Tensor], model: str, scheme: str) -> dict[str,
 
 
 def from_scheme(state: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
-    """Inverse of :func:`to_scheme`; the normalisation in front of RobustBench's is left out.
+    """Inverse of :func:`to_scheme`.
 
     Args:
         state: tensors by the names of the library; they are not copied.
         scheme: one of :data:`SCHEMES`.
     """
-    if scheme == "robustbench" and any(name.startswith(NORMALIZED) for name in state):
-        inside = (name for name in state if name.startswith(NORMALIZED))
-        state = {name[len(NORMALIZED) :]: state[name] for name in inside}
     back = [(new, old) for old, new in SCHEMES[scheme]]
     return {_replaced(name, back): tensor for name, tensor in state.items()}
 

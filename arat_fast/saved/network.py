@@ -1,11 +1,15 @@
-"""A saved network without its dataset, whoever wrote the file."""
+"""A saved network without its dataset, whoever wrote the file.
+
+A file is read in three steps: what it holds (tensors and facts, :class:`_Content`), what a recipe
+adds to that, and the network.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +21,19 @@ from arat_fast.build import build_network
 from arat_fast.config import Config, config_from_dict
 from arat_fast.datasets import DATASETS
 from arat_fast.models.registry import create_model, model_spec
-from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.recipes import recipe as recipe_by_name
-from arat_fast.saved.naming import NORMALIZATION, SCHEMES, from_scheme
-from arat_fast.saved.official import official_network
-from arat_fast.saved.plain import export_plain, read_safetensors
-from arat_fast.saved.weights import load_weights, network_size, read_tensor_file
+from arat_fast.saved.naming import SCHEMES, from_scheme
+from arat_fast.saved.official import detect, official_to_state_dict
+from arat_fast.saved.plain import export_plain
+from arat_fast.saved.weights import (
+    NORMALIZATION,
+    is_split,
+    load_weights,
+    network_size,
+    read_safetensors,
+    read_tensor_file,
+    state_dict_of,
+)
 from arat_fast.training.checkpoint import CHECKPOINT, is_training_checkpoint, training_state
 
 SAFETENSORS = "model.safetensors"
@@ -30,10 +41,6 @@ RECORD = "config.json"
 """Of a run's folder: its configuration. Of an export: what was exported."""
 
 Which = Literal["deployed", "last"]
-
-_TEXTS = ("recipe", "model", "objective", "weights", "branch", "norm")
-_NUMBERS = {"eps": float, "mean": float, "std": float, "image_shape": int}
-_FLAG = "additional_data"
 
 
 @dataclass(frozen=True)
@@ -160,34 +167,110 @@ def read_saved(
         ValueError: the file is damaged or does not fit the network it names, or a recipe is
             needed.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = _main_file(path)
+    path = _main_file(Path(path))
+    content = _read(path, weights)
+    found = content.facts
+    if weights == "last" and found.get("weights", "file") not in ("last", "file"):
+        raise ValueError(f"{path} holds the {found['weights']} weights only, got --weights last")
+    config = content.config or _config(path, found, recipe, with_config)
+    # Recipes have no additional data; the run may have had some.
+    known = {} if config is None else describe(config, "file", "adv", (0, 0, 0))
+    facts = {"branch": "adv", "weights": "file", "mean": (), "std": (), **known}
+    facts |= {"additional_data": None, **found}
+    if "model" not in facts:
+        raise _no_recipe(path)
+    name = facts["model"]
+    try:
+        classes, channels = network_size(content.tensors, name)
+        if content.config is not None:
+            model = build_network(content.config, classes, tuple(found["image_shape"]))
+        else:
+            norm: Literal["split", "shared"] = "split" if is_split(content.tensors) else "shared"
+            normalization = tuple(facts["mean"]), tuple(facts["std"])
+            model = create_model(name, classes, channels, norm, *normalization)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the network: {error}") from error
+    load_weights(model, content.tensors, str(path))
+    if "image_shape" not in found:
+        facts["image_shape"] = (channels, *[_image_size(config, name)] * 2)
+    return SavedNetwork(path, model.eval(), config, facts, **content.progress)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Of a file: tensors under the names of the built-in network, and what it says of them."""
+
+    tensors: Mapping[str, Tensor]
+    facts: dict[str, Any]
+    config: Config | None = None
+    progress: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _main_file(path: Path) -> Path:
+    """Of a folder what tells most: a run's checkpoint, an export's record, bare weights."""
+    if not path.is_dir() or (path / CHECKPOINT).is_file():
+        return path / CHECKPOINT if path.is_dir() else path
+    if (path / RECORD).is_file() and "format" in _read_json(path / RECORD):
+        return path / RECORD
+    return path / (SAFETENSORS if (path / SAFETENSORS).is_file() else CHECKPOINT)
+
+
+def _read(path: Path, weights: Which) -> _Content:
     if path.name == RECORD:
-        facts, tensors = _read_export(path)
-        found = _exported(path, tensors, facts, recipe, with_config)
-    elif path.suffix == ".safetensors":
+        return _from_export(path, _read_json(path))
+    if path.suffix == ".safetensors":
         tensors, strings = read_safetensors(path)
-        found = _exported(path, tensors, _parse(path, strings), recipe, with_config)
+        return _Content(tensors, _parse(path, strings))
+    content = read_tensor_file(path)
+    if is_training_checkpoint(content):
+        return _from_training(training_state(content, path), weights)
+    tensors = state_dict_of(content, path)
+    try:
+        state = official_to_state_dict(tensors)
+        name = detect(state)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an official checkpoint: {error}") from error
+    # The official networks do not normalise.
+    return _Content(state, {"model": name, "branch": "both", "mean": (), "std": ()})
+
+
+def _from_training(state: Mapping[str, Any], weights: Which) -> _Content:
+    config, average = config_from_dict(state["run"]["config"]), state["average"]
+    averaged = weights == "deployed" and average["model"] is not None
+    tensors = average["model"] if averaged else state["model"]
+    facts = describe(
+        config,
+        config.average.kind if averaged else "last",
+        "both" if is_split(tensors) else "shared",
+        tuple(state["run"]["image_shape"]),
+    )
+    progress = {
+        "steps": state["progress"]["step"],
+        "steps_per_epoch": state["progress"]["steps_per_epoch"],
+        "statistics_fresh": bool(average["statistics_fresh"]) if averaged else True,
+    }
+    return _Content(tensors, facts, config, progress)
+
+
+def _from_export(path: Path, record: Mapping[str, Any]) -> _Content:
+    scheme, name = str(record["format"]), str(record.get("weights_file"))
+    if scheme not in SCHEMES:
+        reader = {"torch-export": "torch.export.load", "onnx": "onnxruntime"}.get(scheme)
+        hint = f"run its {name} with {reader}" if reader else f"expected {', '.join(SCHEMES)}"
+        raise ValueError(f"{path.parent} is an export in the format {scheme}: {hint}")
+    file = path.parent / name
+    if not file.resolve().is_relative_to(path.parent.resolve()):
+        raise ValueError(f"{path} names the file {name}, expected one in its own folder")
+    if file.suffix == ".safetensors":
+        tensors, _ = read_safetensors(file)
     else:
-        content = read_tensor_file(path)
-        if is_training_checkpoint(content):
-            return _from_training(path, training_state(content, path), weights)
-        found = _from_official(path, content, recipe, with_config)
-    if weights == "last" and found.weights not in ("last", "file"):
-        raise ValueError(f"{path} holds the {found.weights} weights only, got --weights last")
-    return found
-
-
-def _main_file(folder: Path) -> Path:
-    """What tells most: a run's checkpoint, else an export's record, else bare weights."""
-    record = folder / RECORD
-    if not (folder / CHECKPOINT).is_file():
-        if record.is_file() and "format" in _read_json(record):
-            return record
-        if (folder / SAFETENSORS).is_file():
-            return folder / SAFETENSORS
-    return folder / CHECKPOINT
+        tensors = state_dict_of(read_tensor_file(file), file)
+    facts = _parse(path, record)
+    for key in ("mean", "std"):
+        # What the file itself normalises with, where it does.
+        if f"{NORMALIZATION}{key}" in tensors:
+            facts[key] = tensors.pop(f"{NORMALIZATION}{key}").flatten().tolist()
+    return _Content(from_scheme(tensors, scheme), facts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -200,144 +283,101 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts and tensors of an export, under the names of the built-in network."""
-    record = _read_json(path)
-    scheme, name = record["format"], record.get("weights_file")
-    if not isinstance(scheme, str) or scheme not in SCHEMES or not isinstance(name, str):
-        reader = {"torch-export": "torch.export.load", "onnx": "onnxruntime"}.get(str(scheme))
-        hint = f"run its {name} with {reader}" if reader else f"expected {', '.join(SCHEMES)}"
-        raise ValueError(f"{path.parent} is an export in the format {scheme}: {hint}")
-    file = path.parent / name
-    if not file.resolve().is_relative_to(path.parent.resolve()):
-        raise ValueError(f"{path} names the file {name}, expected one in its own folder")
-    if file.suffix == ".safetensors":
-        tensors, _ = read_safetensors(file)
-    else:
-        content = read_tensor_file(file)
-        if not isinstance(content, dict) or any(
-            not isinstance(value, Tensor) for value in content.values()
-        ):
-            raise ValueError(f"{file}: expected a state dict, got a {type(content).__name__}")
-        tensors = content
-    known = {key: record[key] for key in (*_TEXTS, *_NUMBERS, _FLAG) if record.get(key) is not None}
-    facts = _parse(path, known)
-    for key in ("mean", "std"):
-        # What the file itself normalises with, where it does.
-        if f"{NORMALIZATION}{key}" in tensors:
-            facts[key] = tensors[f"{NORMALIZATION}{key}"].flatten().tolist()
-    return facts, from_scheme(tensors, scheme)
-
-
 def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a header or a record, with their types; what else is there is left out."""
-    facts: dict[str, Any] = {key: str(values[key]) for key in _TEXTS if key in values}
-    for key, number in _NUMBERS.items():
-        if key not in values:
+    facts = {}
+    for key, read in _FACTS.items():
+        if values.get(key) is None:
             continue
+        value = values[key]
         try:
-            value = values[key]
-            value = json.loads(value) if isinstance(value, str) else value
-            facts[key] = number(value) if key == "eps" else [number(item) for item in value]
+            # In a header everything is a string.
+            is_text = read is str or key in ("model", "branch", "norm")
+            facts[key] = read(value if is_text or not isinstance(value, str) else json.loads(value))
         except (ValueError, TypeError) as error:
-            raise _odd(path, f"{key}={values[key]!r}") from error
-    if _FLAG in values:
-        flag = str(values[_FLAG]).lower()
-        if flag not in ("true", "false"):
-            raise _odd(path, f"{_FLAG}={values[_FLAG]!r}, expected true or false")
-        facts[_FLAG] = flag == "true"
-    if facts.get("norm", "Linf") not in ("Linf", "L2"):
-        raise _odd(path, f"norm={facts['norm']!r}, expected Linf or L2")
-    if not 0 <= facts.get("eps", 0.0) < math.inf:
-        raise _odd(path, f"eps={values['eps']!r}, expected a radius >= 0")
-    if len(facts.get("image_shape", "CHW")) != 3:
-        raise _odd(path, f"image_shape={values['image_shape']!r}, expected three numbers")
+            raise ValueError(
+                f"{path} has metadata that no run writes: {key}={value!r} ({error})"
+            ) from error
     return facts
 
 
-def _odd(path: Path, what: object) -> ValueError:
-    return ValueError(f"{path} has metadata that no run writes: {what}")
+def _model(value: str) -> str:
+    model_spec(value)
+    return value
 
 
-def _exported(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    found: dict[str, Any],
-    recipe: str | None,
-    with_config: bool,
-) -> SavedNetwork:
-    config = None
-    if recipe or with_config:
-        config = _exported_config(path, found, recipe)
-    elif "recipe" in found:
-        # The weights can be used whether or not this version has the recipe.
-        try:
-            config = _exported_config(path, found, None)
-        except ValueError:
-            config = None
-    name = found.get("model") or (config.model.name if config is not None else None)
+def _one_of(*allowed: Any) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value not in allowed:
+            raise ValueError(f"expected one of {', '.join(map(str, allowed))}")
+        return value
+
+    return read
+
+
+def _radius(value: Any) -> float:
+    if not 0 <= float(value) < math.inf:
+        raise ValueError("expected a radius >= 0")
+    return float(value)
+
+
+def _floats(value: Any) -> list[float]:
+    return [float(item) for item in value]
+
+
+def _shape(value: Any) -> list[int]:
+    channels, height, width = value
+    return [int(channels), int(height), int(width)]
+
+
+_FACTS: dict[str, Callable[[Any], Any]] = {
+    "recipe": str,
+    "model": _model,
+    "objective": str,
+    "weights": str,
+    "branch": _one_of("adv", "clean", "shared"),
+    "norm": _one_of("Linf", "L2"),
+    "eps": _radius,
+    "mean": _floats,
+    "std": _floats,
+    "image_shape": _shape,
+    "additional_data": _one_of(True, False),
+}
+"""What :func:`describe` writes, and how each is read."""
+
+
+def _config(
+    path: Path, facts: Mapping[str, Any], recipe: str | None, required: bool
+) -> Config | None:
+    """What a run wrote beside its exported weights, over the recipe's configuration."""
+    name = recipe or facts.get("recipe")
     if name is None:
-        raise ValueError(_no_recipe(path))
+        if required:
+            raise _no_recipe(path)
+        return None
     try:
-        model_spec(name)
-    except ValueError as error:
-        raise _odd(path, error) from error
-    try:
-        classes, channels = network_size(tensors, name)
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit the network: {error}") from error
-    # What the file does not say is the recipe's, where one is known.
-    known = {} if config is None else describe(config, "file", "adv", (0, 0, 0))
-    mean, std = (tuple(found.get(key, known.get(key, ()))) for key in ("mean", "std"))
-    try:
-        model = create_model(name, classes, channels, "shared", mean, std)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    load_weights(model, tensors, str(path))
-    facts = {
-        # A header without it is of the branch that is deployed.
-        **known,
-        "mean": mean,
-        "std": std,
-        "image_shape": (channels, *_image_size(config, name)),
-        # Recipes have none; the run may have had some.
-        _FLAG: None,
-        **found,
-        "model": name,
-    }
-    facts.setdefault("branch", "adv")
-    facts.setdefault("weights", "file")
-    if facts["branch"] not in ("adv", "clean", "shared"):
-        raise _odd(path, f"branch={facts['branch']!r}")
-    return SavedNetwork(path, model.eval(), config, facts)
-
-
-def _exported_config(path: Path, facts: Mapping[str, Any], recipe: str | None) -> Config:
-    """What a run wrote beside its exported weights, over the recipe's."""
-    config = _recipe_for(path, recipe or facts.get("recipe"))
-    lists = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
-    try:
+        config = recipe_by_name(name)
+        lists = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
         return dataclasses.replace(
             config,
             model=_replaced(config.model, name=facts.get("model"), **lists),
             attack=_replaced(config.attack, norm=facts.get("norm"), eps=facts.get("eps")),
         )
     except ValueError as error:
-        raise _odd(path, error) from error
+        # The weights can be used whether or not this version has the recipe that they name.
+        if recipe is None and not required:
+            return None
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _replaced(section: Any, **values: Any) -> Any:
     return dataclasses.replace(section, **{k: v for k, v in values.items() if v is not None})
 
 
-def _recipe_for(path: Path, recipe: str | None) -> Config:
-    if recipe is None:
-        raise ValueError(_no_recipe(path))
-    return recipe_by_name(recipe)
-
-
-def _no_recipe(path: Path) -> str:
-    return f"{path} holds weights only: add --recipe NAME to say which data and model they are for"
+def _no_recipe(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} holds weights only: add --recipe NAME to say which data and model they are for"
+    )
 
 
 def _contiguous(model: nn.Module) -> nn.Module:
@@ -346,53 +386,7 @@ def _contiguous(model: nn.Module) -> nn.Module:
     return model
 
 
-def _image_size(config: Config | None, name: str) -> tuple[int, int]:
+def _image_size(config: Config | None, name: str) -> int:
     if config is None:
-        size = model_spec(name).image_size
-    else:
-        size = DATASETS[config.data.name].image_size or config.data.image_size
-    return size, size
-
-
-def _from_training(path: Path, state: dict[str, Any], weights: Which) -> SavedNetwork:
-    config = config_from_dict(state["run"]["config"])
-    average = state["average"]
-    averaged = weights == "deployed" and average["model"] is not None
-    tensors = average["model"] if averaged else state["model"]
-    try:
-        classes, channels = network_size(tensors, config.model.name)
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit the network: {error}") from error
-    shape = tuple(state["run"]["image_shape"])
-    model = build_network(config, classes, shape)
-    load_weights(model, tensors, str(path))
-    split = any(isinstance(module, SplitBatchNorm2d) for module in model.modules())
-    return SavedNetwork(
-        path,
-        model.eval(),
-        config,
-        describe(
-            config,
-            config.average.kind if averaged else "last",
-            "both" if split else "shared",
-            shape,
-        ),
-        steps=state["progress"]["step"],
-        steps_per_epoch=state["progress"]["steps_per_epoch"],
-        statistics_fresh=bool(average["statistics_fresh"]) if averaged else True,
-    )
-
-
-def _from_official(
-    path: Path, content: object, recipe: str | None, with_config: bool
-) -> SavedNetwork:
-    config = _recipe_for(path, recipe) if recipe or with_config else None
-    model, name = official_network(content, path)
-    shape = (network_size(model.state_dict(), name)[1], *_image_size(config, name))
-    facts: dict[str, Any] = {"mean": (), "std": (), "image_shape": shape}
-    if config is not None:
-        facts |= describe(config, "file", "both", shape)
-    # The official networks do not normalise; what they were trained on is not in the file.
-    facts |= {"model": name, "weights": "file", "branch": "both", "mean": (), "std": ()}
-    facts[_FLAG] = None
-    return SavedNetwork(path, model, config, facts)
+        return model_spec(name).image_size
+    return DATASETS[config.data.name].image_size or config.data.image_size

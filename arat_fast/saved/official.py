@@ -7,27 +7,17 @@ rows of ``bn1.weight`` here. All other names are the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arat_fast.models.registry import MODELS, create_model
 from arat_fast.objectives.predictor import Predictors
-from arat_fast.saved.weights import (
-    difference,
-    load_weights,
-    network_size,
-    read_tensor_file,
-)
+from arat_fast.saved.weights import difference, network_size, without_wrappers
 
 BRANCHES = ("clean", "adv")
 # The default of the official --bn_names; its scripts pass clean,adv.
 OTHER_BRANCHES = ("base", "base_adv")
-# DataParallel, the feature extractor around the network, an old wrapper, torch.compile.
-WRAPPERS = ("module.", "model.", "net.", "_orig_mod.")
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PREDICTOR = {
     "weight1": "predictor_x.0.weight",
     "bn_weight": "predictor_x.1.weight",
@@ -40,60 +30,11 @@ _PREDICTOR = {
 }
 
 
-def load_official_checkpoint(path: str | Path, num_classes: int | None = None) -> nn.Module:
-    """Load a checkpoint of the official code into a built-in network.
-
-    The architecture and the number of classes are read off the tensors' names and shapes. The file
-    is read with ``weights_only=True``: no code in it runs.
-
-    Args:
-        path: a file written by ``torch.save``: a state dict, bare or under "state_dict", "model" or
-            "net".
-        num_classes: number of logits expected; None takes what the file has.
-
-    Returns:
-        The network in eval mode, float32, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or is not such a checkpoint, or has another number of
-            classes.
-    """
-    path = Path(path)
-    model, name = official_network(read_tensor_file(path), path)
-    classes, _ = network_size(model.state_dict(), name)
-    if num_classes is not None and classes != num_classes:
-        raise ValueError(f"{path} is a network of {classes} classes, expected {num_classes}")
-    return model
-
-
-def official_network(content: object, path: Path) -> tuple[nn.Module, str]:
-    """:func:`load_official_checkpoint` of a file that is read already; with the network's name.
-
-    Args:
-        content: of the file.
-        path: the file, for the errors.
-
-    Raises:
-        ValueError: the content is not such a checkpoint.
-    """
-    tensors = _tensors(content, path)
-    try:
-        state = official_to_state_dict(tensors)
-        name = _detect(state)
-    except ValueError as error:
-        raise ValueError(f"{path} is not an official checkpoint: {error}") from error
-    model = create_model(name, *network_size(state, name))
-    load_weights(model, state, str(path))
-    return model.eval(), name
-
-
 def official_to_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names → names and shapes of the built-in networks.
 
     Args:
-        official: a state dict; the prefixes of :data:`WRAPPERS` are removed where all names have
-            them.
+        official: a state dict; the wrappers around the network are taken off its names.
 
     Returns:
         New tensors; those of a BatchNorm are stacked, row 0 clean and row 1 adversarial.
@@ -101,7 +42,7 @@ def official_to_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a BatchNorm lacks a branch, or both naming schemes of the branches occur.
     """
-    official = _strip_wrappers(official)
+    official = without_wrappers(official)
     branches = _branch_names(official)
     result: dict[str, Tensor] = {}
     for name, tensor in official.items():
@@ -135,7 +76,6 @@ def state_dict_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: the network has no split BatchNorm.
     """
-    result: dict[str, Tensor] = {}
     split = {
         name.rpartition(".")[0]
         for name, tensor in state.items()
@@ -145,18 +85,13 @@ def state_dict_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(
             "a network with split BatchNorm is expected, got none: (2, C) running statistics"
         )
-    done = set()
+    result = {}
     for name, tensor in state.items():
         layer, _, last = name.rpartition(".")
-        if layer not in split:
-            result[name] = tensor.clone()
-        elif layer not in done:
-            done.add(layer)
-            own = [key for key in ("weight", "bias", *_STATISTICS) if f"{layer}.{key}" in state]
+        if layer in split:
             for row, branch in enumerate(BRANCHES):
-                for key in own:
-                    result[f"{layer}.{branch}.{key}"] = state[f"{layer}.{key}"][row].clone()
-        elif last not in ("weight", "bias", *_STATISTICS):
+                result[f"{layer}.{branch}.{last}"] = tensor[row].clone()
+        else:
             result[name] = tensor.clone()
     return result
 
@@ -203,30 +138,6 @@ def predictors_to_official(predictors: Predictors) -> list[dict[str, Tensor]]:
     return result
 
 
-def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model", "net"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path} is not a state dict: expected tensors by name, got {name!r} of type "
-                f"{type(value).__name__}"
-            )
-    return dict(content)
-
-
-def _strip_wrappers(official: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    while official:
-        prefix = next((w for w in WRAPPERS if all(k.startswith(w) for k in official)), None)
-        if prefix is None:
-            break
-        official = {name[len(prefix) :]: tensor for name, tensor in official.items()}
-    return official
-
-
 def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
     parts = {part for name in official for part in name.split(".")}
     schemes = [names for names in (BRANCHES, OTHER_BRANCHES) if parts.intersection(names)]
@@ -243,8 +154,15 @@ def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
     return schemes[0]
 
 
-def _detect(state: Mapping[str, Tensor]) -> str:
-    """Name of the built-in network that has exactly these tensors."""
+def detect(state: Mapping[str, Tensor]) -> str:
+    """Name of the built-in network with BatchNorm that has exactly these tensors.
+
+    Args:
+        state: as in ``model.state_dict()``, split BatchNorm.
+
+    Raises:
+        ValueError: there is none; says what differs from the nearest.
+    """
     problems, unlike = [], []
     for name, spec in MODELS.items():
         if not spec.has_batch_norm:

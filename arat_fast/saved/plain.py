@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from arat_fast.files import write_atomic
+from arat_fast.files import write_bytes
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import ADV, CLEAN, SplitBatchNorm2d, copy_network
-from arat_fast.saved.weights import load_weights
 
 
 def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> nn.Module:
@@ -64,53 +61,7 @@ def save_tensors(
         for name, tensor in tensors.items()
     }
     content = safetensors.torch.save(copies, dict(metadata or {}))
-    write_atomic(Path(path), partial(_write, content))
-
-
-def load_safetensors(model: nn.Module, path: str | Path) -> dict[str, str]:
-    """Load what :func:`save_safetensors` wrote into a network of the same architecture.
-
-    Args:
-        model: the network; unchanged where an error is raised.
-        path: the file.
-
-    Returns:
-        The file's metadata.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or belongs to another network.
-    """
-    path = Path(path)
-    tensors, metadata = read_safetensors(path)
-    load_weights(model, tensors, str(path))
-    return metadata
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, on the CPU.
-
-    Args:
-        path: the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                tensors[name] = file.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: expected a whole safetensors "
-            f"file, got {error}"
-        ) from error
-    return tensors, metadata
+    write_bytes(Path(path), content)
 
 
 class _BatchNormAct2d(nn.BatchNorm2d):
@@ -170,7 +121,3 @@ def _plain_layer(split: SplitBatchNorm2d, row: int) -> nn.BatchNorm2d:
         plain.bias.requires_grad_(split.bias.requires_grad)
     plain.training = split.training
     return plain
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)

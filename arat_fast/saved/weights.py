@@ -6,10 +6,18 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
 from arat_fast.models.registry import model_spec
+
+WRAPPERS = ("module.", "model.", "net.", "_orig_mod.")
+"""Prefixes of DataParallel, of RobustBench's ``normalize_model`` and the official feature
+extractor, of an old wrapper, and of torch.compile."""
+
+NORMALIZATION = "normalize."
+"""Prefix of the mean and std beside a network inside RobustBench's ``normalize_model``."""
 
 
 def difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str | None:
@@ -99,3 +107,67 @@ def read_tensor_file(path: Path) -> object:
             f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
             f"got {path.stat().st_size} bytes that cannot be read; it was cut or is of another kind"
         ) from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, on the CPU.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            # safe_open is no mapping.
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read: expected a whole safetensors "
+            f"file, got {error}"
+        ) from error
+
+
+def state_dict_of(content: object, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of ``torch.save``, without what was wrapped around its network.
+
+    Args:
+        content: of the file: a state dict, bare or under "state_dict", "model" or "net".
+        path: the file, for the errors.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    for key in ("state_dict", "model", "net"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path} is not a state dict: expected tensors by name, got {name!r} of type "
+                f"{type(value).__name__}"
+            )
+    return without_wrappers(content)
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the prefixes of :data:`WRAPPERS` removed where all names have them; the
+    normalisation beside a network keeps its names."""
+    beside = {name: value for name, value in state.items() if name.startswith(NORMALIZATION)}
+    inside = {name: value for name, value in state.items() if name not in beside}
+    for prefix in WRAPPERS * 2:
+        if all(name.startswith(prefix) for name in inside):
+            inside = {name.removeprefix(prefix): value for name, value in inside.items()}
+    return {**inside, **beside}
+
+
+def is_split(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is of a network with split BatchNorm, of two rows each."""
+    return any(t.ndim == 2 for name, t in tensors.items() if name.endswith(".running_mean"))

@@ -18,7 +18,8 @@ from arat_fast.models import (
     create_model,
     use_branch,
 )
-from arat_fast.saved import export_plain, load_safetensors, save_safetensors
+from arat_fast.saved import export_plain, save_safetensors
+from arat_fast.saved.weights import read_safetensors
 
 NETWORKS = {
     "resnet8": lambda: create_model("resnet8", 10),
@@ -82,9 +83,9 @@ def test_a_shared_layer_stays_shared_and_a_bare_layer_is_replaced() -> None:
 
 
 def test_export_errors() -> None:
-    with pytest.raises(ValueError, match="split BatchNorm is expected"):
+    with pytest.raises(ValueError, match="split"):
         export_plain(create_model("resnet8", 10, norm="shared"))
-    with pytest.raises(ValueError, match="got 'both'"):
+    with pytest.raises(ValueError, match="both"):
         export_plain(create_model("resnet8", 10), "both")  # type: ignore[arg-type]
 
 
@@ -95,26 +96,22 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     plain = plain.to(memory_format=torch.channels_last)
     plain.register_buffer("alias", plain.get_buffer("bn1.running_mean"))
     save_safetensors(plain, path, {"model": "resnet8"})
-    other = create_model("resnet8", 10, norm="shared")
-    other.register_buffer("alias", torch.zeros(32))
-    assert load_safetensors(other, path) == {"model": "resnet8"}
+    tensors, metadata = read_safetensors(path)
+    assert metadata == {"model": "resnet8"} and tensors.keys() == plain.state_dict().keys()
     for name, tensor in plain.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+        assert torch.equal(tensor, tensors[name]), name
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_safetensors_errors(tmp_path: Path) -> None:
+def test_a_safetensors_file_cut_in_half(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_safetensors(create_model("resnet8", 10), path)
-    with pytest.raises(ValueError, match=r"conv1\.weight has shape \(32, 3, 3, 3\), expected") as e:
-        load_safetensors(create_model("resnet8", 10, in_channels=1), path)
-    assert "\n" not in str(e.value)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        load_safetensors(create_model("resnet8", 10), tmp_path / "none")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="cannot be read: expected a whole safetensors") as e:
-        load_safetensors(create_model("resnet8", 10), path)
-    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="safetensors") as error:
+        read_safetensors(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        read_safetensors(tmp_path / "none")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import io
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from networks import generator, randomize
-from tiny import tiny_config, tiny_trainer
+from tiny import tiny_config
 from torch import Tensor, nn
 
 import arat_fast
@@ -33,6 +32,7 @@ from arat_fast.export.card import public_command, radius
 from arat_fast.export.folder import export_checkpoint
 from arat_fast.export.programs import ONNX_PACKAGES, save_program
 from arat_fast.models import create_model
+from arat_fast.objectives import ARAT
 from arat_fast.recipes import recipe
 from arat_fast.saved import export_plain, save_safetensors
 from arat_fast.saved.naming import SCHEMES, from_scheme, to_scheme
@@ -58,9 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config, model=dataclasses.replace(config.model, mean=(0.3,), std=(0.4,))
     )
     out = tmp_path_factory.mktemp("export") / "run"
-    trainer = tiny_trainer(out, config)
-    trainer.command = "arat-fast train digits --out /home/me/run --seed 0"
-    trainer.run()
+    arat_fast.train(config, out, command="arat-fast train digits --out /home/me/run --seed 0")
     return out
 
 
@@ -95,26 +93,14 @@ def run_example(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return names["model"]
 
 
-def record_of(out: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((out / "config.json").read_text())
-    return content
-
-
 def test_hub_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "hub"
     record = export_checkpoint(run, "hub", out, license="mit", name="robust-digits")
-    assert {p.name for p in out.iterdir()} == {
-        "README.md",
-        "config.json",
-        "example.py",
-        "model.safetensors",
-    }
-    assert record == record_of(out)
-    assert (record["branch"], record["weights"], record["classes"]) == (
-        "adv",
-        "ema",
-        list("0123456789"),
-    )
+    files = {"README.md", "config.json", "example.py", "model.safetensors"}
+    assert {p.name for p in out.iterdir()} == files
+    assert record == json.loads((out / "config.json").read_text())
+    assert (record["branch"], record["weights"]) == ("adv", "ema")
+    assert record["classes"] == list("0123456789")
     x, expected = images(7, 1, 8, 8), arat_fast.load(run)
     assert torch.equal(run_example(out, monkeypatch)(x), expected(x))
     summary = json.loads((run / "summary.json").read_text())
@@ -125,7 +111,7 @@ def test_hub_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         low, high = wilson_interval(measured["correct"], measured["num_samples"])
         interval = f"{100 * low:.2f} to {100 * high:.2f} %"
         assert f"| {label} | {100 * measured['value']:.2f} % | {interval} | 40 |" in card
-    assert "Linf, radius 0.12" in card and "not a certificate" in card
+    assert "Linf, radius 0.12" in card and ARAT.paper is not None and ARAT.paper.link in card
     assert "arat-fast train digits --seed 0" in card and "/home/me" not in card
     assert (out / "example.py").read_text() in card
     assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
@@ -148,13 +134,10 @@ def test_what_eval_found_of_a_run_is_on_its_card(run: Path, tmp_path: Path) -> N
     shutil.copytree(run, copy)
     out = copy / "evaluation.json"
     evaluate_checkpoint(copy, attacks=["pgd"], max_samples=60, device="cpu", out=out, num_steps=2)
-    record = export_checkpoint(copy, "hub", tmp_path / "hub")
-    found = record["accuracy"]
+    found = export_checkpoint(copy, "hub", tmp_path / "hub")["accuracy"]
     assert [found[name]["num_samples"] for name in ("clean", "pgd1", "pgd2")] == [60, 40, 60]
     card = (tmp_path / "hub" / "README.md").read_text()
-    front, _, body = card.removeprefix("---").partition("---")
-    assert "PGD-2" in front
-    assert "from `summary.json` and `evaluation.json`" in body
+    assert "PGD-2" in card and "`summary.json` and `evaluation.json`" in card
     # More images in another ball count for the clean accuracy, not for an attack.
     weaker = evaluate_checkpoint(
         copy, attacks=["pgd"], max_samples=80, device="cpu", out=tmp_path / "m.json", eps=0.01
@@ -164,40 +147,43 @@ def test_what_eval_found_of_a_run_is_on_its_card(run: Path, tmp_path: Path) -> N
     assert again["clean"]["num_samples"] == 80 and again["pgd1"] == found["pgd1"]
 
 
-@pytest.mark.parametrize("unsup", [Path("/home/me/generated"), None])
-def test_additional_data_are_said(unsup: Path | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "additional"),
+    [({"additional_data": "true"}, True), ({"additional_data": "false"}, False), ({}, None)],
+)
+def test_additional_data_are_said(
+    metadata: dict[str, str], additional: bool | None, tmp_path: Path
+) -> None:
     path = tmp_path / "m.safetensors"
     plain = weights(path, "resnet18", "cifar10-resnet18")
-    config = recipe("cifar10-resnet18")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=unsup))
-    save_safetensors(plain, path, header(describe(config, "ema", "adv", (3, 32, 32))))
+    save_safetensors(plain, path, {"recipe": "cifar10-resnet18", **metadata})
     record = export_checkpoint(path, "robustbench", tmp_path / "robustbench")
-    assert record["additional_data"] is (unsup is not None)
+    assert record["additional_data"] is additional
     (file,) = (tmp_path / "robustbench" / "model_info" / "cifar10" / "Linf").iterdir()
     entry = json.loads(file.read_text())
-    assert entry["additional_data"] is (unsup is not None)
-    assert ("Additional images" in entry["footnote"]) is (unsup is not None)
+    assert entry["additional_data"] is additional
+    assert ("Additional images" in entry["footnote"]) is bool(additional)
     hub = export_checkpoint(tmp_path / "robustbench", "hub", tmp_path / "hub")
-    assert hub["additional_data"] is (unsup is not None)
+    assert hub["additional_data"] is additional
     card = (tmp_path / "hub" / "README.md").read_text()
-    said = "additional images were mixed into" if unsup else "No images but those of the dataset"
-    assert said in card and "/home/me" not in card
-    save_safetensors(plain, path, {"recipe": "cifar10-resnet18"})
-    record = export_checkpoint(path, "hub", tmp_path / "unknown")
-    assert record["additional_data"] is None
-    card = (tmp_path / "unknown" / "README.md").read_text()
-    assert "Whether there were additional images is not known" in card
+    said = {True: "other additional images", False: "No images but", None: "not known"}
+    assert [text in card for text in said.values()] == [key is additional for key in said]
+
+
+def test_additional_data_of_a_run() -> None:
+    config = recipe("cifar10-resnet18")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=Path("/me")))
+    facts = describe(config, "ema", "adv", (3, 32, 32))
+    assert facts["additional_data"] is True and "/me" not in json.dumps(facts)
 
 
 def test_robustbench_takes_the_ball_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     plain = weights(path, "resnet18", "cifar10-resnet18")
-    save_safetensors(plain, path, {"norm": "Linf"})
-    with pytest.raises(ValueError, match=r"holds weights only: add --recipe NAME"):
-        export_checkpoint(path, "robustbench", tmp_path / "out")
-    save_safetensors(plain, path, {"model": "resnet18", "norm": "Linf"})
-    with pytest.raises(ValueError, match=r"network for unknown data \(add --recipe NAME\)"):
-        export_checkpoint(path, "robustbench", tmp_path / "out")
+    for metadata in ({"norm": "Linf"}, {"model": "resnet18", "norm": "Linf"}):
+        save_safetensors(plain, path, metadata)
+        with pytest.raises(ValueError, match="--recipe NAME"):
+            export_checkpoint(path, "robustbench", tmp_path / "out")
     record = export_checkpoint(path, "robustbench", tmp_path / "out", recipe="cifar10-resnet18")
     assert (record["norm"], record["eps"]) == ("Linf", 8 / 255)
     assert (record["recipe"], record["objective"]) == ("cifar10-resnet18", "arat")
@@ -222,31 +208,12 @@ def test_program(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     facts = {"facts.json": ""}
     torch.export.load(tmp_path / "program" / "model.pt2", extra_files=facts)
     assert json.loads(facts["facts.json"])["branch"] == "adv"
-    with pytest.raises(ValueError, match="run its model.pt2 with torch.export.load"):
+    with pytest.raises(ValueError, match="torch.export.load"):
         arat_fast.load(tmp_path / "program")
 
 
-def test_example_of_a_program_does_not_warn(run: Path, tmp_path: Path) -> None:
-    """In a process of its own: torch warns of the same thing once."""
-    out = tmp_path / "program"
-    export_checkpoint(run, "torch-export", out)
-    command = [sys.executable, "-W", "default", "example.py"]
-    found = subprocess.run(command, cwd=out, capture_output=True, text=True, check=True)
-    assert "UserWarning" not in found.stderr
-    assert found.stdout.startswith("predicted class: ")
-
-
-def test_differences_are_set_against_the_largest_logit(
-    run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(folder, "_difference", lambda *_: (0.31, 1e6))
-    assert main(["export", str(run), "--format", "hub", "--out", str(tmp_path / "hub")]) == 0
-    assert "differ by at most 3.1e-01, 3.1e-07 of the largest\n" in capsys.readouterr().out
-    monkeypatch.undo()
-    record = export_checkpoint(run, "hub", tmp_path / "again")
+def test_the_difference_that_was_found_is_recorded(run: Path, tmp_path: Path) -> None:
+    record = export_checkpoint(run, "hub", tmp_path / "hub")
     expected = arat_fast.load(run)
     x = [torch.rand(batch, 1, 8, 8, generator=g) for g in [generator(0)] for batch in (1, 7)]
     with torch.no_grad():
@@ -295,7 +262,7 @@ def test_onnx_that_is_not_installed(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_torchvision(
     name: str, normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -481,6 +448,7 @@ def robustbench_wrn(state: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(pooled, state["fc.weight"], state["fc.bias"])
 
 
+@pytest.mark.slow
 def test_robustbench_wrn() -> None:
     model = randomize(create_model("wrn34-10", 10, norm="shared")).eval()
     state = to_scheme(model.state_dict(), "wrn34-10", "robustbench")
@@ -565,30 +533,30 @@ def test_names_go_there_and_back(name: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "keyword"),
     [
-        (["--format", "torchvision"], "torchvision has no class for resnet8"),
-        (["--format", "robustbench"], "robustbench has no class for resnet8"),
-        (["--format", "pickle"], "invalid choice 'pickle'"),
-        (["--format", "hub", "--name", "../x"], "--name must be letters, digits"),
+        (["--format", "torchvision"], "resnet8"),
+        (["--format", "robustbench"], "resnet8"),
+        (["--format", "pickle"], "pickle"),
+        (["--format", "hub", "--name", "../x"], "--name"),
     ],
 )
 def test_what_is_refused(
     run: Path,
     tmp_path: Path,
     options: list[str],
-    message: str,
+    keyword: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["export", str(run), "--out", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+    assert error.count("\n") == 1 and keyword in error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_empty_stays(run: Path) -> None:
     before = {path.name for path in run.iterdir()}
-    with pytest.raises(FileExistsError, match="choose another folder with --out"):
+    with pytest.raises(FileExistsError, match="--out"):
         export_checkpoint(run, "hub", run)
     assert {path.name for path in run.iterdir()} == before
 
@@ -598,7 +566,7 @@ def test_other_logits_are_not_exported(
 ) -> None:
     other = create_model("resnet8", 10, 1, norm="shared").eval()
     monkeypatch.setattr(folder, "load", lambda path: other)
-    with pytest.raises(ValueError, match="gives other logits: .* nothing was exported"):
+    with pytest.raises(ValueError, match="logits"):
         export_checkpoint(run, "hub", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -606,14 +574,7 @@ def test_other_logits_are_not_exported(
 def test_command_line_without_folders() -> None:
     command = "arat-fast train cifar10-resnet18 --data.root=/data --out 'a b' --seed 3"
     assert public_command(command) == "arat-fast train cifar10-resnet18 --seed 3"
-    paths = [
-        f"--{section}.{option.name}"
-        for section, values in vars(recipe("digits")).items()
-        if dataclasses.is_dataclass(values)
-        for option in dataclasses.fields(values)
-        if "Path" in str(option.type)
-    ]
-    assert {"--data.root", "--data.unsup", "--objective.teacher"} <= set(paths)
+    paths = ("--data.root", "--data.unsup", "--objective.teacher")
     for option in paths:
         command = f"arat-fast train digits {option} /home/me --seed 3"
         assert public_command(command) == "arat-fast train digits --seed 3"

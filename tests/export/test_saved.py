@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from arat_fast.saved.network import describe, header, read_saved
 from arat_fast.saved.weights import network_size
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
+Branch = Literal["clean", "adv"]
 X = torch.rand(5, 1, 8, 8, generator=generator(3))
 
 
@@ -41,24 +42,25 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 
 def test_a_run_is_its_deployed_network(run: Path) -> None:
     """Folder, checkpoint and exported weights are one network, its normalisation included."""
-    trainer = tiny_trainer(run, read_saved(run).config, resume=True)
-    assert trainer.average.model is not None
-    with torch.no_grad(), use_branch(trainer.average.model.eval(), "adv"):
-        expected = trainer.average.model(X)
-    with torch.no_grad(), use_branch(trainer.average.model, "clean"):
-        clean = trainer.average.model(X)
-    with torch.no_grad(), use_branch(trainer.model.eval(), "adv"):
-        last = trainer.model(X)
-    logits = arat_fast.load(run)(X)
-    for path in (run / "checkpoint.pt", run / "model.safetensors"):
+    state = load_checkpoint(run / "checkpoint.pt")
+    network = create_model("resnet8", 10, 1, "split", (0.3,), (0.4,)).eval()
+
+    def logits(weights: dict[str, Tensor], branch: Branch) -> Tensor:
+        network.load_state_dict(weights)
+        with torch.no_grad(), use_branch(network, branch):
+            return network(X)  # type: ignore[no-any-return]
+
+    deployed = logits(state["average"]["model"], "adv")
+    clean, last = logits(state["average"]["model"], "clean"), logits(state["model"], "adv")
+    for path in (run, run / "checkpoint.pt", run / "model.safetensors"):
         model = arat_fast.load(path)
-        assert not model.training and torch.equal(model(X), logits)
+        assert not model.training and torch.equal(model(X), arat_fast.load(run)(X))
     # The run's own network is in another memory format.
-    assert_near(logits, expected)
+    assert_near(arat_fast.load(run)(X), deployed)
     assert_near(arat_fast.load(run, branch="clean")(X), clean)
     assert_near(arat_fast.load(str(run), weights="last")(X), last)
     for other in (clean, last):
-        assert (other - expected).abs().max() > 1e-3
+        assert (other - deployed).abs().max() > 1e-3
 
 
 def test_what_a_file_says_of_itself(run: Path) -> None:
@@ -106,7 +108,7 @@ def test_the_size_is_read_off_the_stem_and_the_classifier() -> None:
     tensors = {"network.stem.0.weight": (96, 3, 4, 4), "network.head.fc.bias": (7,)}
     state = {key: torch.empty(shape, device="meta") for key, shape in tensors.items()}
     assert network_size(state, "convnext-t") == (7, 3)
-    with pytest.raises(ValueError, match=r"has conv1\.weight and fc\.bias, got network\.stem"):
+    with pytest.raises(ValueError, match="classifier|fc"):
         network_size(state, "wrn34-10")
 
 
@@ -115,7 +117,7 @@ def test_a_network_of_one_batch_norm_has_no_branch_to_choose(tmp_path: Path) -> 
     model = randomize(create_model("resnet8", 10, 1, norm="shared"))
     save_safetensors(model, path, {"model": "resnet8", "branch": "shared"})
     assert torch.equal(arat_fast.load(path)(X), model.eval()(X))
-    with pytest.raises(ValueError, match="no adv branch to choose, its BatchNorm is shared"):
+    with pytest.raises(ValueError, match="shared"):
         arat_fast.load(path, branch="adv")
 
 
@@ -123,7 +125,7 @@ def test_an_average_whose_statistics_were_never_estimated(run: Path, tmp_path: P
     state = load_checkpoint(run / "checkpoint.pt")
     state["average"]["statistics_fresh"] = False
     save_checkpoint(tmp_path / "checkpoint.pt", state)
-    with pytest.raises(ValueError, match="stopped before .* finish it with --resume") as error:
+    with pytest.raises(ValueError, match="--resume") as error:
         arat_fast.load(tmp_path)
     assert "\n" not in str(error.value)
     assert torch.equal(
@@ -132,27 +134,27 @@ def test_an_average_whose_statistics_were_never_estimated(run: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("metadata", "message"),
+    ("metadata", "keyword"),
     [
-        ({}, "holds weights only: add --recipe NAME"),
-        ({"model": "resnet18"}, "does not fit the network"),
-        ({"model": "vgg"}, "metadata that no run writes: unknown model 'vgg'"),
-        ({"model": "resnet8", "mean": "[0.5"}, r"no run writes: mean='\[0.5'"),
-        ({"model": "resnet8", "image_shape": "[8, 8]"}, "expected three numbers"),
-        ({"model": "resnet8", "branch": "main"}, "no run writes: branch='main'"),
-        ({"model": "resnet8", "norm": "../../.."}, r"norm='\.\./\.\./\.\.', expected Linf or L2"),
-        ({"model": "resnet8", "eps": "-1"}, "eps='-1', expected a radius >= 0"),
-        ({"model": "resnet8", "eps": "NaN"}, "eps='NaN', expected a radius >= 0"),
-        ({"model": "resnet8", "additional_data": "some"}, "expected true or false"),
-        ({"model": "resnet8", "mean": "[0.5]", "std": "[0.0]"}, "positive std"),
+        ({}, "--recipe"),
+        ({"model": "resnet18"}, "fit"),
+        ({"model": "vgg"}, "model"),
+        ({"model": "resnet8", "mean": "[0.5"}, "mean"),
+        ({"model": "resnet8", "image_shape": "[8, 8]"}, "image_shape"),
+        ({"model": "resnet8", "branch": "main"}, "branch"),
+        ({"model": "resnet8", "norm": "../../.."}, "norm"),
+        ({"model": "resnet8", "eps": "-1"}, "eps"),
+        ({"model": "resnet8", "eps": "NaN"}, "eps"),
+        ({"model": "resnet8", "additional_data": "some"}, "additional_data"),
+        ({"model": "resnet8", "mean": "[0.5]", "std": "[0.0]"}, "std"),
     ],
 )
 def test_metadata_that_no_run_writes(
-    tmp_path: Path, metadata: dict[str, str], message: str
+    tmp_path: Path, metadata: dict[str, str], keyword: str
 ) -> None:
     path = tmp_path / "model.safetensors"
     save_safetensors(create_model("resnet8", 10, 1, norm="shared"), path, metadata)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=keyword) as error:
         arat_fast.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
@@ -174,27 +176,28 @@ def test_what_a_recipe_says_of_bare_weights(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        arat_fast.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        arat_fast.load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="holds the ema weights only"):
+    for path in (tmp_path, tmp_path / "none.safetensors"):
+        with pytest.raises(FileNotFoundError):
+            arat_fast.load(path)
+    with pytest.raises(ValueError, match="ema"):
         arat_fast.load(run / "model.safetensors", weights="last")
-    record = tmp_path / "config.json"
-    for content, message in (
-        ("{", "expected JSON"),
-        ("[]", "expected a JSON object, got a list"),
-        ('{"format": "pickle"}', "is an export in the format pickle: expected hub, robustbench"),
-        ('{"format": "onnx", "weights_file": "model.onnx"}', "run its model.onnx with onnxruntime"),
-        (
-            json.dumps({"format": "hub", "weights_file": "../model.safetensors"}),
-            "names the file ../model.safetensors, expected one in its own folder",
-        ),
-    ):
-        record.write_text(content)
-        with pytest.raises(ValueError, match=message) as error:
-            arat_fast.load(tmp_path)
-        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "keyword"),
+    [
+        ("{", "JSON"),
+        ("[]", "object"),
+        ('{"format": "pickle"}', "robustbench"),
+        ('{"format": "onnx", "weights_file": "model.onnx"}', "onnxruntime"),
+        ('{"format": "hub", "weights_file": "../model.safetensors"}', "own folder"),
+    ],
+)
+def test_records_that_are_no_export(content: str, keyword: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=keyword) as error:
+        arat_fast.load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_the_version_can_be_read_without_torch() -> None:
