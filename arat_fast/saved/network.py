@@ -31,10 +31,14 @@ from arat_fast.saved.weights import (
     load_weights,
     network_size,
     read_safetensors,
-    read_tensor_file,
     state_dict_of,
 )
-from arat_fast.training.checkpoint import CHECKPOINT, is_training_checkpoint, training_state
+from arat_fast.training.checkpoint import (
+    CHECKPOINT,
+    is_training_checkpoint,
+    read_tensor_file,
+    training_state,
+)
 
 SAFETENSORS = "model.safetensors"
 RECORD = "config.json"

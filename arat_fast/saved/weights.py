@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-import torch
 from torch import Tensor, nn
 
 from arat_fast.models.registry import model_spec
@@ -78,35 +76,6 @@ def network_size(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
             f"{', '.join(list(tensors)[:3])} … ({len(tensors)} tensors)"
         )
     return len(classifier), stem.shape[1]
-
-
-def read_tensor_file(path: Path) -> object:
-    """Content of a file written by ``torch.save``, on the CPU.
-
-    Only tensors and plain types are unpickled: no code in the file runs.
-
-    Args:
-        path: the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is cut, damaged or of another kind; names the file and its size.
-        OSError: the file cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
-        return content
-    # Damaged content can raise anything.
-    except Exception as error:
-        # A zip archive without its end makes torch seek before the start: EINVAL.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise ValueError(
-            f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
-            f"got {path.stat().st_size} bytes that cannot be read; it was cut or is of another kind"
-        ) from error
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

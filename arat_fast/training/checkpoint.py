@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from arat_fast.files import write_atomic
-from arat_fast.saved.weights import read_tensor_file
 
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
@@ -57,8 +56,38 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is cut, its content differs from its checksums, or it was not written
             by :func:`save_checkpoint`.
     """
-    check_archive(path)
     return training_state(read_tensor_file(path), path)
+
+
+def read_tensor_file(path: Path) -> object:
+    """Content of a file written by ``torch.save``, on the CPU.
+
+    Only tensors and plain types are unpickled: no code in the file runs. The content is compared
+    with its checksums first.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut, damaged or of another kind; names the file and its size.
+        OSError: the file cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    check_archive(path)
+    try:
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        return content
+    # Damaged content can raise anything.
+    except Exception as error:
+        # A zip archive without its end makes torch seek before the start: EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
+            f"got {path.stat().st_size} bytes that cannot be read; it was cut or is of another kind"
+        ) from error
 
 
 def training_state(content: object, path: Path) -> dict[str, Any]:

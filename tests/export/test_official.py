@@ -24,7 +24,7 @@ from arat_fast.saved import (
     state_dict_to_official,
 )
 from arat_fast.saved.network import read_saved
-from arat_fast.saved.weights import read_tensor_file
+from arat_fast.training.checkpoint import read_tensor_file
 
 DATA = Path(__file__).parents[1] / "data"
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
