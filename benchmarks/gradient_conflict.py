@@ -12,23 +12,22 @@ import argparse
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from arat_fast.command_line import overrides_of
 from arat_fast.config import config_from_dict
-from arat_fast.files import write_atomic, write_json
+from arat_fast.files import write_json
 from arat_fast.report.analysis_plots import (
-    Drawing,
     conflict_between,
     mixture_by_layer,
     mixture_over_time,
 )
 from arat_fast.report.run import Run, read_run
-
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.records import RESULTS, ROOT, unused
+from benchmarks.table import grid
 
 NO_STOP = ["--objective.no-stop-gradient"]
 NAIVE = ["--objective.no-predictor", "--model.norm", "shared"]
@@ -117,7 +116,7 @@ def cell(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
 def table(groups: Mapping[str, Sequence[Run]]) -> str:
     """The methods beside each other, as Markdown."""
     pair = ("gradient_conflict", "pairs", "classification")
-    columns = {
+    columns: dict[str, Callable[[Run], float]] = {
         "opposite signs, %": lambda r: over_training(r, *pair, "share"),
         "cosine": lambda r: over_training(r, *pair, "cosine"),
         "before BatchNorm": lambda r: r.analyses[-1]["mixture"]["mean"]["w2_relative"],
@@ -125,7 +124,7 @@ def table(groups: Mapping[str, Sequence[Run]]) -> str:
         "clean, %": lambda r: r.summary["accuracy"]["clean"]["value"],
         "PGD-20, %": lambda r: r.summary["accuracy"]["pgd20"]["value"],
     }
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    rows = []
     for method, runs in groups.items():
         cells = []
         for title, read in columns.items():
@@ -133,15 +132,8 @@ def table(groups: Mapping[str, Sequence[Run]]) -> str:
             cells.append(
                 cell([read(run) for run in runs], 100 if percent else 1, 1 if percent else 3)
             )
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def save(drawing: Drawing | None, path: Path) -> None:
-    """One plot as a PNG file."""
-    assert drawing is not None
-    content = drawing.to_png()
-    write_atomic(path, lambda file: file.write(content) and None)
+        rows.append([method, *cells])
+    return "\n".join(grid(["", *columns], rows))
 
 
 def main() -> None:
@@ -156,14 +148,9 @@ def main() -> None:
         ]
         for method in METHODS
     }
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    stem, count = f"gradient-conflict-{date.today()}", 1
-    while (results / f"{stem}.json").exists():
-        count += 1
-        stem = f"gradient-conflict-{date.today()}-{count}"
+    path = unused(RESULTS, f"gradient-conflict-{date.today()}")
     write_json(
-        results / f"{stem}.json",
+        path,
         {method: [record(run) for run in runs] for method, runs in groups.items()},
     )
     lines = {method: [run.analyses for run in runs] for method, runs in groups.items()}
@@ -176,9 +163,10 @@ def main() -> None:
         "-mixture-layers": mixture_by_layer(last),
     }
     for suffix, drawing in drawings.items():
-        save(drawing, results / f"{stem}{suffix}.png")
+        assert drawing is not None
+        path.with_name(f"{path.stem}{suffix}.png").write_bytes(drawing.to_png())
     print(table(groups))
-    print(f"\nrecord: {(results / stem).relative_to(ROOT)}.json")
+    print(f"\nrecord: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
