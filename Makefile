@@ -6,7 +6,7 @@ WORKERS ?= 2
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo compare-digits test test-slow lint format gpu clean
+.PHONY: help install demo compare-digits test test-slow lint format bench gpu clean
 
 help:
 	@echo "make demo    train scikit-learn's digits with ARAT, evaluate, write a report"
@@ -14,6 +14,7 @@ help:
 	@echo "make test    the tests for every change, four minutes; WORKERS=N processes (default 2)"
 	@echo "make test-slow  all others that need no GPU"
 	@echo "make lint    ruff and mypy"
+	@echo "make bench   speed of the step and of the loaders beside what else one would run"
 	@echo "make gpu     tests and benchmarks that need a GPU"
 	@echo "make clean   remove the environment and caches; runs/ stays"
 
@@ -32,7 +33,7 @@ demo: install
 # Goes on where it was stopped; OUT= chooses the folder of the runs.
 OUT ?= runs/compare-digits
 compare-digits: install
-	$(BIN)/python benchmarks/compare_digits.py --out $(OUT)
+	$(BIN)/python -m benchmarks.compare_digits --out $(OUT)
 
 # One thread a process: the small networks of the tests do not scale, and the processes do.
 test test-slow: export OMP_NUM_THREADS := 1
@@ -52,8 +53,13 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# OPTIONS= goes to the training step; --quick takes minutes.
+bench: install
+	$(BIN)/python -m benchmarks.step $(OPTIONS)
+	$(BIN)/python -m benchmarks.data
+
 gpu: install
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build ./*.egg-info

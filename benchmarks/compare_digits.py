@@ -29,8 +29,8 @@ from datetime import date
 from pathlib import Path
 
 from arat_fast.cli import main as arat_fast
+from benchmarks.records import RESULTS, unused
 
-ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 12
 SWA_EVERY = 3
 SAMPLES = 200
@@ -49,14 +49,11 @@ def arguments(out: Path, epochs: int, swa_every: int, samples: int) -> list[str]
     ]
 
 
-def copy_results(source: Path, folder: Path, name: str) -> list[Path]:
-    """Copy the files of a comparison to ``folder/name-DATE.*``, over none that are there."""
-    stem, count = f"{name}-{date.today()}", 1
-    while (folder / f"{stem}.json").exists():
-        count += 1
-        stem = f"{name}-{date.today()}-{count}"
-    folder.mkdir(parents=True, exist_ok=True)
-    copies = [folder / f"{stem}.{ending}" for ending in ("json", "md", "tex", "png")]
+def copy_results(source: Path, folder: Path) -> list[Path]:
+    """Copy the files of a comparison to ``folder/compare-digits-DATE.*``, over none that are
+    there."""
+    record = unused(folder, f"compare-digits-{date.today()}")
+    copies = [record.with_suffix(ending) for ending in (".json", ".md", ".tex", ".png")]
     for copy in copies:
         shutil.copyfile(source / f"comparison{copy.suffix}", copy)
     return copies
@@ -68,14 +65,12 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of ARAT")
     parser.add_argument("--swa-every", type=int, default=SWA_EVERY, help="steps")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="test images; 0 for all")
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the copies"
-    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the copies")
     options, overrides = parser.parse_known_args()
     command = arguments(options.out, options.epochs, options.swa_every, options.samples)
     code = arat_fast([*command, *overrides])
     if code == 0:
-        copies = copy_results(options.out, options.results, "compare-digits")
+        copies = copy_results(options.out, options.results)
         print("results:", *(copy.name for copy in copies), file=sys.stderr)
     return code
 

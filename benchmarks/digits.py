@@ -18,7 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.records import RESULTS, ROOT, unused
+from benchmarks.table import grid
 
 # A step of ARAT costs 26 forward passes of the batch, one of adversarial training 23: 26 epochs of
 # the one are as much work as 23 of the other.
@@ -47,10 +48,7 @@ def train(method: str, seed: int, out: Path) -> dict[str, Any]:
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Mean, standard deviation and range over the seeds, as Markdown."""
-    lines = [
-        "| | " + " | ".join([*METRICS.values(), "sum of clean and AutoAttack"]) + " |",
-        "|---|" + "---|" * (len(METRICS) + 1),
-    ]
+    rows = []
     for method, summaries in runs.items():
         columns = [
             [100 * summary["accuracy"][metric]["value"] for summary in summaries]
@@ -61,8 +59,8 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
             f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f} ({min(c):.1f} to {max(c):.1f})"
             for c in columns
         ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([method, *cells])
+    return "\n".join(grid(["", *METRICS.values(), "sum of clean and AutoAttack"], rows))
 
 
 def main() -> None:
@@ -78,12 +76,7 @@ def main() -> None:
         ]
         for method in options.methods
     }
-    path = ROOT / "benchmarks" / "results" / f"digits-{date.today()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 1
-    while path.exists():
-        count += 1
-        path = path.with_name(f"digits-{date.today()}-{count}.json")
+    path = unused(RESULTS, f"digits-{date.today()}")
     path.write_text(json.dumps(runs, indent=1) + "\n")
     print(table(runs))
     print(f"\nrecord: {path.relative_to(ROOT)}")

@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.records import RESULTS, ROOT, unused
+from benchmarks.table import grid
+
 TOTAL_SECONDS = 525
 STEP_SECONDS = 165
 """Of these, what the training step has at least."""
@@ -39,14 +41,14 @@ def pytest_run(arguments: list[str], seconds: float) -> int | None:
 
 
 def bench_step(out: Path, seconds: float) -> str | None:
-    """Run ``arat-fast bench step --quick``; what went wrong, or None. A run that is cut off leaves
+    """Run ``benchmarks.step --quick``; what went wrong, or None. A run that is cut off leaves
     the sizes that it has done in ``out``."""
-    command = [sys.executable, "-m", "arat_fast", "bench", "step", "--quick", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.step", "--quick", "--out", str(out)]
     try:
         status = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
-        return f"bench step stopped after {seconds:.0f} s"
-    return f"bench step ended with status {status}" if status else None
+        return f"benchmarks.step stopped after {seconds:.0f} s"
+    return f"benchmarks.step ended with status {status}" if status else None
 
 
 def outcomes(junit: Path) -> dict[str, dict[str, int]]:
@@ -54,7 +56,7 @@ def outcomes(junit: Path) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         # A module that could not be imported is a case without a class name.
-        module = (case.get("classname") or case.get("name", "")).split(".")[-1]
+        module = (case.get("classname") or case.get("name") or "").split(".")[-1]
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "passed"
         if "skipped" in kinds:
@@ -66,15 +68,9 @@ def outcomes(junit: Path) -> dict[str, dict[str, int]]:
 
 def table(result: dict[str, Any]) -> str:
     """The result for people to read."""
-    lines = [
-        f"# {result['gpu']}, {result['date']}",
-        "",
-        "| tests | passed | failed | skipped |",
-        "|---|---|---|---|",
-    ]
-    for module, counts in sorted(result["tests"].items()):
-        cells = [str(counts[kind]) for kind in ("passed", "failed", "skipped")]
-        lines.append(f"| {module} | {' | '.join(cells)} |")
+    kinds = ("passed", "failed", "skipped")
+    tests = [[module, *(str(n[k]) for k in kinds)] for module, n in sorted(result["tests"].items())]
+    lines = [f"# {result['gpu']}, {result['date']}", "", *grid(["tests", *kinds], tests)]
     if result["benchmarks"]:
         info = result["benchmarks"][0]["extra_info"]
         copies = [e["extra_info"]["copy_bytes_per_second"] / 1e12 for e in result["benchmarks"]]
@@ -86,18 +82,24 @@ def table(result: dict[str, Any]) -> str:
             f"commit {info['commit'][:12]}{' with local changes' if info['dirty'] else ''}, "
             f"clocks as read {info['sm_clock']}, {info['memory_clock']}.",
             "",
-            "| benchmark | µs per call | TB/s | share of copy | speed-up over |",
-            "|---|---|---|---|---|",
         ]
+    rows = []
     for entry in result["benchmarks"]:
         info = entry["extra_info"]
         over = ", ".join(f"{name} {value:.2f}×" for name, value in info["speed_up"].items())
         share = info["share_of_copy_bandwidth"]
         shown = "in the L2" if share is None else f"{share:.0%}"
-        lines.append(
-            f"| {entry['name']} | {info['seconds_per_call'] * 1e6:.1f} | "
-            f"{info['bytes_per_second'] / 1e12:.2f} | {shown} | {over} |"
+        rows.append(
+            [
+                entry["name"],
+                f"{info['seconds_per_call'] * 1e6:.1f}",
+                f"{info['bytes_per_second'] / 1e12:.2f}",
+                shown,
+                over,
+            ]
         )
+    if rows:
+        lines += grid(["benchmark", "µs per call", "TB/s", "share of copy", "speed-up over"], rows)
     notes = {e["extra_info"].get("cuDNN fused") for e in result["benchmarks"]} - {None}
     if notes:
         lines += ["", f"cuDNN's fused BatchNorm where it has no time: {'; '.join(sorted(notes))}."]
@@ -170,8 +172,7 @@ def main() -> int:
     now = datetime.datetime.now(datetime.timezone.utc)
     gpu = torch.cuda.get_device_name()
     card = re.sub(r"\W+", "-", gpu).strip("-").lower()
-    path = ROOT / "benchmarks" / "results" / f"{card}_{now:%Y%m%d-%H%M%S}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = unused(RESULTS, f"{card}_{now:%Y%m%d-%H%M%S}")
     step = path.with_name(f"step_{path.name}")
     problem = bench_step(step, max(1.0, deadline - time.monotonic()))
     if problem:

@@ -21,8 +21,8 @@ from arat_fast.command_line import overrides_of
 from arat_fast.files import write_atomic, write_json
 from arat_fast.report.analysis_plots import conflict_between, mixture_by_layer, mixture_over_time
 from arat_fast.report.run import Run, TrainingAnalysis, read_run
-
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.records import RESULTS, ROOT, unused
+from benchmarks.table import grid
 
 NO_STOP = ["--objective.no-stop-gradient"]
 NAIVE = ["--objective.no-predictor", "--model.norm", "shared"]
@@ -125,7 +125,7 @@ def table(groups: Mapping[str, Sequence[Run]]) -> str:
         "clean, %": lambda r: r.summary.accuracy["clean"].value,
         "PGD-20, %": lambda r: r.summary.accuracy["pgd20"].value,
     }
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    rows = []
     for method, runs in groups.items():
         cells = []
         for title, read in columns.items():
@@ -133,8 +133,8 @@ def table(groups: Mapping[str, Sequence[Run]]) -> str:
             cells.append(
                 cell([read(run) for run in runs], 100 if percent else 1, 1 if percent else 3)
             )
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([method, *cells])
+    return "\n".join(grid(["", *columns], rows))
 
 
 def main() -> None:
@@ -149,14 +149,9 @@ def main() -> None:
         ]
         for method in METHODS
     }
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    stem, count = f"gradient-conflict-{date.today()}", 1
-    while (results / f"{stem}.json").exists():
-        count += 1
-        stem = f"gradient-conflict-{date.today()}-{count}"
+    path = unused(RESULTS, f"gradient-conflict-{date.today()}")
     write_json(
-        results / f"{stem}.json",
+        path,
         {method: [record(run) for run in runs] for method, runs in groups.items()},
     )
     lines = {method: [run.training_analyses for run in runs] for method, runs in groups.items()}
@@ -171,9 +166,9 @@ def main() -> None:
     }
     for suffix, plot in plots.items():
         assert plot is not None
-        write_atomic(results / f"{stem}{suffix}.png", plot.write_png)
+        write_atomic(path.with_name(f"{path.stem}{suffix}.png"), plot.write_png)
     print(table(groups))
-    print(f"\nrecord: {(results / stem).relative_to(ROOT)}.json")
+    print(f"\nrecord: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from arat_fast.bench.machine import copy_bandwidth, is_changed, output
+from benchmarks.machine import copy_bandwidth
+from benchmarks.records import commit, is_changed, output
 
 Call = Callable[[], object]
 ROUNDS = 15
@@ -39,7 +40,6 @@ def environment() -> dict[str, Any]:
     query = ["--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
     card = output("nvidia-smi", *query).splitlines()[0].split(", ")
     driver, sm_clock, memory_clock = card if len(card) == 3 else ["unknown"] * 3
-    commit = output("git", "rev-parse", "HEAD")
     return {
         "gpu": torch.cuda.get_device_name(),
         "driver": driver,
@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         "dirty": is_changed(),
         "copy_bytes_per_second": copy_bandwidth(torch.device("cuda")),
     }
@@ -70,7 +70,7 @@ def seconds(call: Call) -> float:
 
 def replayable(calls: Sequence[Call]) -> Call:
     """One CUDA graph with all ``calls``, after warming them up."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's constructor
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,19 +12,15 @@ from tiny import OPTIONS
 from arat_fast.cli import main
 from arat_fast.command_line import apply_overrides
 from arat_fast.recipes import recipe
+from benchmarks import gradient_conflict
 
 pytestmark = pytest.mark.slow
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gradient_conflict.py"
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script, which trains in this process, one epoch on a few images."""
-    spec = importlib.util.spec_from_file_location("gradient_conflict", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = gradient_conflict
     monkeypatch.setattr(
         module,
         "COMMON",
@@ -56,8 +51,10 @@ def test_a_run_that_is_there_must_be_the_same(
     assert "belongs to a run with model.norm=shared" in capsys.readouterr().err
 
 
-def test_a_run_without_analyses_is_refused(script: ModuleType, tmp_path: Path) -> None:
+def test_a_run_without_analyses_is_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert script.COMMON[:2] == ["--analyze.every", "1"]
-    script.COMMON = script.COMMON[2:]
+    monkeypatch.setattr(script, "COMMON", script.COMMON[2:])
     with pytest.raises(SystemExit, match="analyses are expected, got 0"):
         script.train("ARAT", 0, tmp_path / "run")

@@ -9,18 +9,18 @@ import pytest
 import torch
 from networks import generator, randomize
 
-from arat_fast.bench.baselines import PlainStep, plain_network
-from arat_fast.bench.official import OfficialStep, check_official
-from arat_fast.bench.workload import (
+from arat_fast.objectives import ARAT
+from arat_fast.saved.official import predictors_to_official, state_dict_to_official
+from arat_fast.training.step import TrainStep
+from benchmarks.baselines import PlainStep, plain_network
+from benchmarks.official import OfficialStep, check_official
+from benchmarks.workload import (
     EPS,
     LEARNING_RATE,
     MOMENTUM,
     WEIGHT_DECAY,
     Workload,
 )
-from arat_fast.objectives import ARAT
-from arat_fast.saved.official import predictors_to_official, state_dict_to_official
-from arat_fast.training.step import make_train_step
 
 TINY = [
     Workload("resnet8", batch_size=4, image_size=8, num_steps=2),
@@ -49,7 +49,7 @@ def test_naive_computes_the_terms_of_our_step(workload: Workload) -> None:
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
     )
-    step = make_train_step(network, objective, workload.attack("batch_update"), optimizer)
+    step = TrainStep(network, objective, workload.attack("batch_update"), optimizer)
     source = generator(3)
     for _ in range(3):
         shape = (workload.batch_size, *workload.image_shape)
@@ -146,8 +146,8 @@ def test_official_code_runs_unmodified_and_leaves_nothing_behind(
 
 
 def test_official_code_must_be_there_and_have_the_network(official: Path) -> None:
-    with pytest.raises(ValueError, match="resnet18 and wrn34-10 as published, got resnet8"):
+    with pytest.raises(ValueError, match="resnet8"):
         check_official(official, Workload("resnet8"))
     (official / "loss.py").unlink()
-    with pytest.raises(FileNotFoundError, match=r"without loss\.py"):
+    with pytest.raises(FileNotFoundError, match="loss"):
         check_official(official, Workload("resnet18"))

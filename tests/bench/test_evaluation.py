@@ -2,95 +2,108 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from tiny import tiny_config, tiny_trainer
 
-from arat_fast.bench import evaluation as module
-from arat_fast.bench.evaluation import EvalBenchOptions, bench_eval
 from arat_fast.display import Display
+from arat_fast.evaluation.evaluate import ImageSet
+from arat_fast.evaluation.threat_model import ThreatModel
+from arat_fast.recipes import recipe
+from arat_fast.run.loop import train
+from benchmarks import evaluation as module
+from benchmarks.evaluation import Options
+from benchmarks.harness import Bench
+
+QUIET = Display(Console(quiet=True))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that has seen 237 digits once."""
-    out = tmp_path_factory.mktemp("bench") / "run"
-    tiny_trainer(out, tiny_config(epochs=1)).run()
-    return out
+def network() -> tuple[torch.nn.Module, ImageSet]:
+    """A linear network, right about most of twelve images."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 1, 4, 4, generator=source)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 5, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(5, 16, generator=source))
+        y = model(x).argmax(dim=1)
+    y[0] = (y[0] + 1) % 5
+    return model, ImageSet(x, y, tuple("abcde"))
 
 
-def bench(run: Path, out: Path, **options: object) -> int:
-    options = {"max_samples": 12, "device": "cpu", "out": out, **options}
-    return bench_eval(
-        EvalBenchOptions((run,), **options),  # type: ignore[arg-type]
-        Display(Console(quiet=True)),
+def measured(tmp_path: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
+    """The entry and the problems."""
+    given = Options((tmp_path,), device="cpu", out=tmp_path / "record.json", **options)
+    bench = Bench("eval", given, lambda record: "", QUIET)
+    return module.measure(bench, *network(), ThreatModel(0.05)), bench.record["problems"]
+
+
+def test_record(tmp_path: Path) -> None:
+    config = recipe("digits")
+    config = dataclasses.replace(
+        config,
+        attack=dataclasses.replace(config.attack, num_steps=1),
+        data=dataclasses.replace(config.data, num_val=1200),
+        train=dataclasses.replace(config.train, epochs=1, device="cpu"),
+        eval=dataclasses.replace(config.eval, num_steps=1, autoattack=False, max_samples=40),
     )
-
-
-def test_record(run: Path, tmp_path: Path) -> None:
+    train(config, tmp_path / "run", display=QUIET)
     out, threads = tmp_path / "record.json", torch.get_num_threads()
-    assert bench(run, out, fast_only=True, threads=1) == 0
+    options = Options(
+        (tmp_path / "run",), fast_only=True, threads=1, max_samples=12, device="cpu", out=out
+    )
+    assert module.run(options, QUIET) == 0
     assert torch.get_num_threads() == threads
     record = json.loads(out.read_text())
     (entry,) = record["results"]
     assert record["machine"]["threads"] == 1
     assert entry["num_samples"] == entry["fast"]["num_samples"] == 12
     assert "speedup" not in entry and entry["fast_seconds"] > 0
-    assert len(entry["fast_round_seconds"]) == 2
-    assert sum(entry["fast_seconds_by_attack"].values()) <= entry["fast_seconds"]
+    assert "| run | 12 |" in out.with_suffix(".md").read_text()
+
+
+def test_every_round_has_its_own_seconds_by_attack(tmp_path: Path) -> None:
+    entry, problems = measured(tmp_path, fast_only=True, rounds=3)
+    assert not problems and len(entry["fast_round_seconds"]) == 3
+    rounds = zip(entry["fast_round_seconds"], entry["fast_round_seconds_by_attack"], strict=True)
+    for seconds, by_attack in rounds:
+        assert by_attack and 0 < sum(by_attack.values()) <= seconds
 
 
 @pytest.mark.parametrize("differs", [False, True])
 def test_different_robust_sets_fail(
-    run: Path, tmp_path: Path, differs: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, differs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module.run_autoattack
-    monkeypatch.setattr(
-        module, "run_autoattack", lambda *a, **k: real(*a, **k, attacks=("apgd-ce",))
-    )
-    robust = real(*_network(run), batch_size=500, attacks=("apgd-ce",)).correct
+    model, images = network()
+    robust = module.run_autoattack(model, images, ThreatModel(0.05), batch_size=500).correct
     if differs:
         robust[3] = ~robust[3]
     monkeypatch.setattr(module, "reference_robust", lambda *_: robust)
-    out = tmp_path / "record.json"
-    assert bench(run, out) == int(differs)
-    (entry,) = json.loads(out.read_text())["results"]
-    assert entry["num_different"] == int(differs)
+    entry, problems = measured(tmp_path)
+    assert entry["num_different"] == len(problems) == int(differs)
     if differs:
         assert "speedup" not in entry
     else:
         assert entry["speedup"] == entry["plain_seconds"] / entry["fast_seconds"]
 
 
-def _network(run: Path):  # type: ignore[no-untyped-def]
-    saved = module.read_saved(run, recipe=None, with_config=True)
-    config = saved.config
-    assert config is not None
-    device = torch.device("cpu")
-    data = module.load_data(config.data, device=device, seed=0, eval_batch_size=500)
-    images = module.ImageSet.from_batches(data.test, 12)
-    model = module.place_network(saved, config, data, device)
-    return model, images, module.ThreatModel(config.attack.eps)
-
-
-def test_the_reference_code_is_pyautoattack(run: Path) -> None:
-    model, images, threat = _network(run)
-    robust = module.reference_robust(model, images, module.ThreatModel(0.6), 12, 0)
-    plain = module.run_autoattack(
-        model, images, module.ThreatModel(0.6), batch_size=12, fast=False
-    ).correct
-    assert torch.equal(robust, plain)
+def test_the_reference_code_is_pyautoattack() -> None:
+    model, images = network()
+    threat = ThreatModel(0.05)
+    robust = module.reference_robust(model, images, threat, 12, 0)
+    plain = module.run_autoattack(model, images, threat, batch_size=12, fast=False).correct
+    assert 0 < robust.sum() < 12 and torch.equal(robust, plain)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_options() -> None:
-    with pytest.raises(ValueError, match="after bench eval, got nothing"):
-        EvalBenchOptions(())
-    with pytest.raises(ValueError, match="rounds must be >= 1, got 0"):
-        EvalBenchOptions((Path("run"),), rounds=0)
-    with pytest.raises(ValueError, match="threads >= 0"):
-        EvalBenchOptions((Path("run"),), threads=-1)
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"checkpoints": ()}, "checkpoint"), ({"rounds": 0}, "rounds"), ({"threads": -1}, "threads")],
+)
+def test_bad_options_are_named(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Options(**{"checkpoints": (Path("run"),), **options})

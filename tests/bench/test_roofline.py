@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arat_fast.bench.roofline import measure_layer, network_layers, predict, roofline, totals
-from arat_fast.bench.workload import Workload, forward_flops
+from benchmarks.roofline import measure_layer, network_layers, predict, roofline, totals
+from benchmarks.workload import Workload, forward_flops
 
 H200 = (790e12, 4.3e12)
 
@@ -40,7 +40,6 @@ def test_bounds_of_an_h200(
     rows = [
         {"predicted": predict(layer, workload, *H200, 2), "measured": {"attack": 1.0, "train": 2.0}}
         for layer in network_layers(workload)
-        for _ in range(1)
     ]
     found = totals(rows)
     assert 512 / found["predicted"] == pytest.approx(batch_statistics, rel=tolerance)

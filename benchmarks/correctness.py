@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from arat_fast.bench.contestants import Contestant, build_step, fast_precision
-from arat_fast.bench.workload import EPS, Workload
 from arat_fast.device import full_float32
+from arat_fast.training.step import TrainStep
+from benchmarks.contestants import Contestant, build_step, fast_precision
+from benchmarks.workload import EPS, Workload
 
 ROUNDING = 0.01
 """Relative error of a loss after one bfloat16 forward pass: 2^-9 for each of some ten roundings."""
@@ -67,7 +66,6 @@ def compare_losses(
     contestant: Contestant,
     workload: Workload,
     device: torch.device,
-    graph: Literal["on", "off"],
     reference: Reference,
 ) -> dict[str, Any]:
     """The first losses of one of our steps beside those of the float32 eager step.
@@ -78,15 +76,15 @@ def compare_losses(
         contestant: one of ours.
         workload: the step.
         device: where it runs.
-        graph: "on" if the contestant replays a CUDA graph, else "off".
         reference: :func:`reference_losses` with the same attack on the same workload.
 
     Returns:
         "losses", "reference", "mean_relative_difference" and "largest_relative_difference", None if
         a loss is not finite, the "budget" of the former and whether it is "within".
     """
+    precision = fast_precision(device)
     step = build_step(
-        workload, device, bn=contestant.bn, precision=fast_precision(device), graph=graph
+        workload, device, bn=contestant.bn, precision=precision, graph=contestant.graph
     )
     losses = _losses(step, workload, device, len(reference.losses))
     pairs = list(zip(losses, reference.losses, strict=True))
@@ -94,7 +92,7 @@ def compare_losses(
     mean = mean_difference(losses, reference.losses) if finite else None
     return {
         "contestant": contestant.name,
-        "workload": workload.as_dict(),
+        "workload": asdict(workload),
         "losses": [_number(value) for value in losses],
         "reference": [_number(value) for value in reference.losses],
         "mean_relative_difference": mean,
@@ -112,10 +110,7 @@ def mean_difference(losses: list[float], reference: list[float]) -> float:
 
 
 def _losses(
-    step: Callable[..., dict[str, Tensor]],
-    workload: Workload,
-    device: torch.device,
-    num_steps: int,
+    step: TrainStep, workload: Workload, device: torch.device, num_steps: int
 ) -> list[float]:
     source = torch.Generator().manual_seed(1)
     losses = []

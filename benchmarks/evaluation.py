@@ -1,110 +1,89 @@
-"""``arat-fast bench eval``: AutoAttack on the fast path beside the reference code as it is."""
+"""``python -m benchmarks.evaluation``: AutoAttack on the fast path beside the reference code."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import statistics
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 from torch import Tensor, nn
 
-from arat_fast.bench.machine import describe_machine, new_record, synchronize
 from arat_fast.data import load_data
 from arat_fast.data.bad_images import BadImages
-from arat_fast.device import full_float32, resolve_device
+from arat_fast.device import full_float32
 from arat_fast.display import Display
 from arat_fast.evaluation.autoattack import NUM_TARGETS, private_random_state
 from arat_fast.evaluation.autoattack import autoattack as run_autoattack
 from arat_fast.evaluation.checkpoint import place_network
 from arat_fast.evaluation.evaluate import ImageSet, Progress, evaluation_mode, predict
 from arat_fast.evaluation.threat_model import ThreatModel
-from arat_fast.files import write_json
 from arat_fast.models.split_batch_norm import use_branch, use_statistics
 from arat_fast.saved.network import read_saved
+from arat_fast.settings import Count, Number
+from benchmarks import harness
+from benchmarks.harness import Bench, Record, alternate, command
+from benchmarks.measure import seconds, synchronize
+from benchmarks.table import grid, page
 
 
 @dataclass(frozen=True)
-class EvalBenchOptions:
+class Options(harness.Options):
     """Time AutoAttack on the fast path beside pyautoattack as it is, and compare what survives."""
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
     """Runs or checkpoints; each is attacked in its own ball."""
+    _: KW_ONLY
     recipe: str | None = None
     """Recipe whose data, model and threat model are used; needed where a file is no run's own."""
-    max_samples: int = 0
+    max_samples: Number = 0
     """Attack the first test images only; 0 for all."""
-    batch_size: int = 500
-    """Images at once; >= 1."""
+    batch_size: Count = 500
+    """Images at once."""
     fast_only: bool = False
     """Leave the reference code out: times alone, without a comparison."""
     data_root: Path | None = None
     """Folder of the datasets; default the run's."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    rounds: int = 2
-    """Evaluations of each, in turns, of which the median counts; >= 1."""
-    threads: int = 0
+    rounds: Count = 2
+    """Evaluations of each, in turns, of which the median counts."""
+    threads: Number = 0
     """PyTorch's threads on the CPU; 0 for as many as it takes by itself."""
     seed: int = 0
     """Seed of the attacks."""
-    out: Path | None = None
-    """File for the record; default benchmarks/results/eval_DEVICE_DATE.json in a checkout."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.checkpoints:
-            raise ValueError("a run or a checkpoint is expected after bench eval, got nothing")
-        if self.batch_size < 1 or self.max_samples < 0 or self.threads < 0:
-            raise ValueError(
-                "batch_size >= 1, max_samples >= 0 and threads >= 0 are expected, got "
-                f"{self.batch_size}, {self.max_samples} and {self.threads}"
-            )
-        if self.rounds < 1:
-            raise ValueError(f"--rounds must be >= 1, got {self.rounds}")
+            raise ValueError("a run or a checkpoint is expected, got nothing")
 
 
-def bench_eval(options: EvalBenchOptions, display: Display | None = None) -> int:
+def run(options: Options, display: Display | None = None) -> int:
     """Run the benchmark and write its record.
 
     Returns:
         0, or 1 where the two paths left different images standing.
     """
-    display = display or Display()
-    device = resolve_device(options.device)
     before = torch.get_num_threads()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or before)
     try:
-        now = datetime.datetime.now()
-        path = new_record("eval", options.out, device, now)
-        record: dict[str, Any] = {
-            "kind": "eval",
-            "date": now.isoformat(timespec="seconds"),
-            "machine": describe_machine(device),
-            "batch_size": options.batch_size,
-            "seed": options.seed,
-            "results": [],
-        }
+        bench = Bench("eval", options, table, display)
+        bench.record |= {"batch_size": options.batch_size, "seed": options.seed}
         for checkpoint in options.checkpoints:
-            entry = _measure(checkpoint, options, device, display)
-            record["results"].append(entry)
-            write_json(path, record)
-            display.say(_told(entry))
+            entry = _entry(bench, checkpoint)
+            bench.record["results"].append(entry)
+            bench.save()
     finally:
         torch.set_num_threads(before)
-    print(f"record: {path}")
-    return int(any(entry.get("num_different", 0) for entry in record["results"]))
+    return bench.finish()
 
 
-def _measure(
-    checkpoint: Path, options: EvalBenchOptions, device: torch.device, display: Display
-) -> dict[str, Any]:
+def _entry(bench: Bench[Options], checkpoint: Path) -> Record:
+    options = bench.options
     saved = read_saved(checkpoint, recipe=options.recipe, with_config=True)
     config = saved.config
     assert config is not None
@@ -112,34 +91,48 @@ def _measure(
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, root=options.data_root)
         )
-    with display.evaluating() as bar:
+    with bench.display.evaluating() as bar:
         data = load_data(
             config.data,
-            device=device,
+            device=bench.device,
             seed=config.seed,
             eval_batch_size=options.batch_size,
             bad_images=BadImages(saved.path.parent, progress=bar),
         )
-    model = place_network(saved, config, data, device)
+    model = place_network(saved, config, data, bench.device)
     images = ImageSet.from_batches(data.test, options.max_samples)
     threat = ThreatModel(config.attack.eps, config.attack.norm)
-    entry: dict[str, Any] = {
+    return {
         "checkpoint": saved.path.parent.name,
         "model": config.model.name,
-        "objective": config.objective.called,
+        "objective": config.objective.name,
         "num_samples": len(images.y),
         "norm": threat.norm,
         "eps": threat.eps,
+        **measure(bench, model, images, threat),
     }
+
+
+def measure(
+    bench: Bench[Options], model: nn.Module, images: ImageSet, threat: ThreatModel
+) -> Record:
+    """Attack one network by both paths, in turns.
+
+    Returns:
+        "fast", what :meth:`record` of the result says; "fast_round_seconds" and "fast_seconds", the
+        median; "fast_round_seconds_by_attack"; and likewise "plain_…" with "plain_correct", the
+        number of images "num_different" and, only if that is none, the "speedup".
+    """
+    options = bench.options
     with evaluation_mode(model):
         # What is loaded or compiled at first use is not measured.
         predict(model, images.x, options.batch_size)
+    robust: dict[str, Tensor] = {}
+    entry: Record = {"fast_round_seconds_by_attack": []}
 
-    def run_fast() -> float:
-        with display.evaluating() as bar:
-            clock = _Clock(device, partial(bar, unit="passes"))
-            synchronize(device)
-            start = time.perf_counter()
+    def fast() -> None:
+        with bench.display.evaluating() as bar:
+            clock = _Clock(bench.device, partial(bar, unit="passes"))
             result = run_autoattack(
                 model,
                 images,
@@ -148,39 +141,48 @@ def _measure(
                 seed=options.seed,
                 progress=clock,
             )
-            synchronize(device)
-            seconds = time.perf_counter() - start
-            entry["fast_seconds_by_attack"] = clock.seconds()
+            entry["fast_round_seconds_by_attack"].append(clock.seconds())
         entry["fast"] = result.record()
         robust["fast"] = result.correct
-        return seconds
 
-    def run_plain() -> float:
-        display.say("pyautoattack as it is; this takes longer and says nothing")
-        synchronize(device)
-        start = time.perf_counter()
+    def plain() -> None:
+        bench.say("pyautoattack as it is; this takes longer and says nothing")
         robust["plain"] = reference_robust(model, images, threat, options.batch_size, options.seed)
-        synchronize(device)
-        return time.perf_counter() - start
 
-    robust: dict[str, Tensor] = {}
-    calls = {"fast": run_fast}
-    if not options.fast_only:
-        calls["plain"] = run_plain
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(options.rounds):
-        for name in list(calls)[:: -1 if number % 2 else 1]:
-            seconds[name].append(calls[name]())
-    for name, values in seconds.items():
+    paths = {"fast": fast} if options.fast_only else {"fast": fast, "plain": plain}
+    calls = {name: partial(seconds, path, bench.device) for name, path in paths.items()}
+    rounds, failures = alternate(calls, options.rounds)
+    for name, failed in failures.items():
+        bench.problem(f"{name}: {failed['reason']}")
+    for name, values in rounds.items():
         entry[f"{name}_round_seconds"] = values
         entry[f"{name}_seconds"] = statistics.median(values)
-    if options.fast_only:
-        return entry
-    entry["plain_correct"] = int(robust["plain"].sum())
-    entry["num_different"] = int((robust["plain"] != robust["fast"]).sum())
-    if entry["num_different"] == 0:
-        entry["speedup"] = entry["plain_seconds"] / entry["fast_seconds"]
+    if len(rounds) == 2:
+        entry["plain_correct"] = int(robust["plain"].sum())
+        entry["num_different"] = int((robust["plain"] != robust["fast"]).sum())
+        if entry["num_different"]:
+            bench.problem(f"{entry['num_different']} images differ: the times do not count")
+        else:
+            entry["speedup"] = entry["plain_seconds"] / entry["fast_seconds"]
     return entry
+
+
+def table(record: Record) -> str:
+    """The record for people to read."""
+    head = ["network", "images", "stand", "fast, s", "pyautoattack, s", "times as fast"]
+    rows = [
+        [
+            entry["checkpoint"],
+            str(entry["num_samples"]),
+            str(entry["fast"]["correct"]) if "fast" in entry else "–",
+            *(
+                f"{entry[name]:.{digits}f}" if name in entry else "–"
+                for name, digits in (("fast_seconds", 1), ("plain_seconds", 1), ("speedup", 2))
+            ),
+        ]
+        for entry in record["results"]
+    ]
+    return page("AutoAttack", record, grid(head, rows))
 
 
 def reference_robust(
@@ -258,19 +260,5 @@ class _Clock:
         return {name: end - self.starts[name] for name, end in zip(names, ends, strict=True)}
 
 
-def _told(entry: dict[str, Any]) -> str:
-    text = (
-        f"{entry['checkpoint']}: fast path {entry['fast_seconds']:.1f} s, "
-        f"{entry['fast']['correct']}/{entry['num_samples']} stand"
-    )
-    if "plain_seconds" not in entry:
-        return text
-    verdict = (
-        f"{entry['speedup']:.2f} times as fast, the same images"
-        if "speedup" in entry
-        else f"{entry['num_different']} images differ, so that the times do not count"
-    )
-    return (
-        f"{text}; pyautoattack {entry['plain_seconds']:.1f} s, {entry['plain_correct']} stand; "
-        f"{verdict}"
-    )
+if __name__ == "__main__":
+    sys.exit(command(Options, run, "evaluation"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +42,7 @@ class Workload:
     def __post_init__(self) -> None:
         if self.model not in NETWORKS:
             raise ValueError(
-                f"the bench has baselines for {', '.join(NETWORKS)}, got model {self.model!r}"
+                f"the benchmarks have baselines for {', '.join(NETWORKS)}, got model {self.model!r}"
             )
         for name, least in (("batch_size", 2), ("image_size", 8), ("num_steps", 0)):
             if getattr(self, name) < least:
@@ -105,9 +103,6 @@ class Workload:
             )
             for _ in range(count)
         ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def forward_flops(workload: Workload) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arat_fast.bench.workload import (
+from benchmarks.workload import (
     ALPHA,
     EPS,
     LEARNING_RATE,

@@ -1,13 +1,12 @@
-"""``arat-fast bench data``: how fast each loader delivers, and how long the step waits for it."""
+"""``python -m benchmarks.data``: how fast each loader is, and how long the step waits."""
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
-from arat_fast.bench.contestants import all_contestants
-from arat_fast.bench.machine import describe_machine, new_record, synchronize
-from arat_fast.bench.measure import alternate, failure, free_memory, spread
-from arat_fast.bench.step import guarded, warm
-from arat_fast.bench.workload import Workload
 from arat_fast.data.arrays import StreamedBatches
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.data.dali import DaliBatches, has_dali
@@ -32,9 +27,14 @@ from arat_fast.data.images import LoaderBatches
 from arat_fast.data.plan import BatchPlan
 from arat_fast.datasets.encoded import FileImages, default_workers
 from arat_fast.datasets.rows import ArrayRows
-from arat_fast.device import resolve_device
-from arat_fast.display import Display
-from arat_fast.files import write_json, write_text
+from arat_fast.settings import Count, Number
+from benchmarks import harness
+from benchmarks.contestants import all_contestants
+from benchmarks.harness import Bench, Record, alternate, command, spread
+from benchmarks.measure import free_memory, seconds
+from benchmarks.table import grid, page
+from benchmarks.turns import warm
+from benchmarks.workload import Workload
 
 CLASSES = tuple("0123456789")
 PHOTO = (375, 500)
@@ -46,10 +46,10 @@ OURS = ("resident", "dali")
 REFERENCE = "dataloader"
 
 
-@dataclass(frozen=True)
-class DataOptions:
+@dataclass(frozen=True, kw_only=True)
+class Options(harness.Options):
     """Images/s of the loaders on generated files: 32 pixels in arrays, 224 pixels cut out of
-    JPEGs."""
+    JPEGs. A turn is an epoch."""
 
     batch_size: int = 128
     """Images; >= 2."""
@@ -57,23 +57,24 @@ class DataOptions:
     """Images of 32 x 32; at least one batch."""
     num_files: int = 384
     """JPEG files of 375 x 500; at least one batch."""
-    workers: tuple[int, ...] = ()
+    workers: tuple[Number, ...] = ()
     """Numbers of workers that are tried, the fastest counts; default none to one per core."""
-    rounds: int = 3
-    """Epochs of each that are timed, in turns; >= 1."""
     beside_step: bool | None = None
     """Also measure what share of the time the training step waits; default on a GPU only."""
-    steps: int = 50
-    """Training steps of that measurement; >= 1."""
+    steps: Count = 50
+    """Training steps of that measurement."""
     model: str = "resnet18"
     """Network of that step: resnet8, resnet18 or wrn34-10."""
-    attack_steps: int = 10
-    """PGD steps of that step; >= 0."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    out: Path | None = None
-    """File for the record; default benchmarks/results/ in a checkout, else the current folder,
-    named by device and date. The table lies beside it."""
+    attack_steps: Number = 10
+    """PGD steps of that step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.batch_size <= min(self.num_arrays, self.num_files):
+            raise ValueError(
+                "2 <= --batch-size <= --num-arrays and --num-files is expected, got "
+                f"{self.batch_size}, {self.num_arrays} and {self.num_files}"
+            )
 
 
 class Loader(NamedTuple):
@@ -85,83 +86,57 @@ class Loader(NamedTuple):
     """
 
     epoch: Callable[[int], Iterable[tuple[Tensor, Tensor]]]
-    stop: Callable[[], None]
+    stop: Callable[[], object]
 
 
 Make = Callable[[int], Loader]
 
 
-def bench_data(options: DataOptions) -> int:
+def run(options: Options) -> int:
     """Measure, print the table, and write JSON and Markdown.
 
     Returns:
         0, or 1 if a contestant failed.
-
-    Raises:
-        ValueError: an option is out of range.
     """
-    _check(options)
-    device = resolve_device(options.device)
-    workers = options.workers or tuple(range(default_workers() + 1))
-    display = Display()
-    now = datetime.datetime.now(datetime.timezone.utc)
-    path = new_record("data", options.out, device, now)
-    started = time.monotonic()
-    record: dict[str, Any] = {
-        "kind": "data",
-        "date": now.isoformat(timespec="seconds"),
-        "machine": describe_machine(device),
-        "settings": {
+    bench = Bench("data", options, table)
+    device = bench.device
+    beside = device.type == "cuda" if options.beside_step is None else options.beside_step
+    with tempfile.TemporaryDirectory() as folder:
+        bench.say(f"{options.num_files} JPEG files of {PHOTO[0]} x {PHOTO[1]}")
+        files = write_photos(Path(folder), options.num_files)
+        bench.record["settings"] |= {
             "batch_size": options.batch_size,
             "num_arrays": options.num_arrays,
             "num_files": options.num_files,
-            "workers": list(workers),
             "rounds": options.rounds,
-        },
-        "results": [],
-        "problems": [],
-    }
-    beside = device.type == "cuda" if options.beside_step is None else options.beside_step
-    with tempfile.TemporaryDirectory() as folder:
-        display.say(f"data: {options.num_files} JPEG files of {PHOTO[0]} x {PHOTO[1]}")
-        files = write_photos(Path(folder), options.num_files)
-        record["settings"]["bytes_per_file"] = round(
-            statistics.mean(file.stat().st_size for file in files)
-        )
-        for size, contestants in (
-            (32, array_loaders(options, device)),
-            (224, file_loaders(files, options, device)),
-        ):
-            chosen = _choose_workers(size, contestants, workers, record, display, device)
-            try:
-                _leave_out_unequal(size, chosen, record, display, device)
-                _time(size, chosen, options, record, display, device)
-                if beside:
-                    _beside_step(size, chosen, options, record, display, device)
-            finally:
-                for loader in chosen.values():
-                    loader.stop()
-            record["seconds"] = round(time.monotonic() - started, 1)
-            write_json(path, record)
-    table = data_table(record)
-    write_text(path.with_suffix(".md"), table)
-    print(table)
-    print(f"record: {path}")
-    return int(bool(record["problems"]))
+            "bytes_per_file": round(statistics.mean(file.stat().st_size for file in files)),
+        }
+        measure(bench, 32, array_loaders(options, device), beside)
+        measure(bench, 224, file_loaders(files, options, device), beside)
+    return bench.finish()
 
 
-def _check(options: DataOptions) -> None:
-    for name, least in (("batch_size", 2), ("rounds", 1), ("steps", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} must be >= {least}, got {getattr(options, name)}")
-    for name in ("num_arrays", "num_files"):
-        if getattr(options, name) < options.batch_size:
-            raise ValueError(
-                f"--{name} must be at least one batch of {options.batch_size}, got "
-                f"{getattr(options, name)}"
-            )
-    if any(number < 0 for number in options.workers):
-        raise ValueError(f"--workers must be >= 0, got {min(options.workers)}")
+def measure(
+    bench: Bench[Options], size: int, contestants: Mapping[str, Make], beside: bool
+) -> None:
+    """All loaders of images of one size; what is right takes turns.
+
+    Args:
+        bench: to whose record the results go.
+        size: pixels.
+        contestants: by name.
+        beside: measure beside the training step too.
+    """
+    chosen = _choose_workers(bench, size, contestants)
+    try:
+        _leave_out_unequal(bench, size, chosen)
+        _time(bench, size, chosen)
+        if beside:
+            _beside_step(bench, size, chosen)
+    finally:
+        for loader in chosen.values():
+            loader.stop()
+    bench.save()
 
 
 def write_photos(folder: Path, number: int, seed: int = 0) -> list[Path]:
@@ -185,7 +160,7 @@ def write_photos(folder: Path, number: int, seed: int = 0) -> list[Path]:
     return files
 
 
-def array_loaders(options: DataOptions, device: torch.device) -> dict[str, Make]:
+def array_loaders(options: Options, device: torch.device) -> dict[str, Make]:
     """The contestants for images of 32 × 32: random crop with four pixels of padding, flip."""
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (options.num_arrays, 32, 32, 3), dtype=np.uint8)
@@ -201,7 +176,7 @@ def array_loaders(options: DataOptions, device: torch.device) -> dict[str, Make]
             padding=PADDING,
             flip=True,
         )
-        return Loader(batches.epoch, _nothing)
+        return Loader(batches.epoch, bool)
 
     def streamed(loader: str, workers: int) -> Loader:
         batches = StreamedBatches(
@@ -225,7 +200,7 @@ def array_loaders(options: DataOptions, device: torch.device) -> dict[str, Make]
     return makes
 
 
-def file_loaders(files: list[Path], options: DataOptions, device: torch.device) -> dict[str, Make]:
+def file_loaders(files: list[Path], options: Options, device: torch.device) -> dict[str, Make]:
     """The contestants for JPEG files: random resized crop to 224 × 224, flip."""
     source = FileImages([(file, index % 10) for index, file in enumerate(files)])
     framing = Framing(224, "resized", random=True, flip=True)
@@ -268,37 +243,19 @@ class _PerSample(Dataset[tuple[Tensor, int]]):
 def _torchvision_arrays(
     pixels: np.ndarray[Any, np.dtype[np.uint8]],
     labels: Tensor,
-    options: DataOptions,
+    options: Options,
     device: torch.device,
     workers: int,
 ) -> Loader:
-    from torchvision import transforms
-
-    transform = transforms.Compose(
-        [
-            transforms.RandomCrop(32, PADDING),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-        ]
-    )
-    samples = _PerSample(len(labels), partial(_picture, pixels), transform)
-    return _torch_loader(samples, options, device, workers)
+    cut = transforms.RandomCrop(32, PADDING)
+    return _torch_loader(len(labels), partial(_picture, pixels), cut, options, device, workers)
 
 
 def _torchvision_files(
-    files: list[Path], options: DataOptions, device: torch.device, workers: int
+    files: list[Path], options: Options, device: torch.device, workers: int
 ) -> Loader:
-    from torchvision import transforms
-
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(224),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-        ]
-    )
-    samples = _PerSample(len(files), partial(_photo, files), transform)
-    return _torch_loader(samples, options, device, workers)
+    cut = transforms.RandomResizedCrop(224)
+    return _torch_loader(len(files), partial(_photo, files), cut, options, device, workers)
 
 
 def _picture(pixels: np.ndarray[Any, np.dtype[np.uint8]], index: int) -> Image.Image:
@@ -310,8 +267,15 @@ def _photo(files: list[Path], index: int) -> Image.Image:
 
 
 def _torch_loader(
-    samples: _PerSample, options: DataOptions, device: torch.device, workers: int
+    number: int,
+    image: Callable[[int], Image.Image],
+    cut: Callable[[Image.Image], Image.Image],
+    options: Options,
+    device: torch.device,
+    workers: int,
 ) -> Loader:
+    transform = transforms.Compose([cut, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    samples = _PerSample(number, image, transform)
     on_gpu = device.type == "cuda"
     loaders = [
         DataLoader(
@@ -332,71 +296,58 @@ def _torch_loader(
     return Loader(epoch, loaders.clear)
 
 
-def _nothing() -> None:
-    """A resident loader has nothing to stop."""
-
-
 def _choose_workers(
-    size: int,
-    contestants: dict[str, Make],
-    workers: tuple[int, ...],
-    record: dict[str, Any],
-    display: Display,
-    device: torch.device,
+    bench: Bench[Options], size: int, contestants: Mapping[str, Make]
 ) -> dict[str, Loader]:
     """Each contestant with the number of workers that is fastest in one epoch after another."""
-    chosen = {}
+    chosen: dict[str, Loader] = {}
+    workers = bench.options.workers or tuple(range(default_workers() + 1))
+    # DALI counts threads, of which it has one at least.
+    numbers = {"resident": (0,), "dali": sorted({max(n, 1) for n in workers})}
     for name, make in contestants.items():
         tried: dict[int, float] = {}
-        best: tuple[float, Loader] | None = None
-        # DALI counts threads, of which it has one at least.
-        numbers = {"resident": (0,), "dali": sorted({max(n, 1) for n in workers})}
-        try:
+        with bench.guarded(f"{name} at {size} pixels"):
             for number in numbers.get(name, workers):
                 loader = make(number)
-                _epoch_rate(loader, 0, device)
-                tried[number] = _epoch_rate(loader, 1, device)
-                if best is None or tried[number] > best[0]:
-                    if best is not None:
-                        best[1].stop()
-                    best = (tried[number], loader)
-                else:
+                _epoch_rate(loader, 0, bench.device)
+                tried[number] = _epoch_rate(loader, 1, bench.device)
+                if tried[number] < max(tried.values()):
                     loader.stop()
-        except Exception as error:
-            record["problems"].append(f"{name} at {size} pixels: {failure(error)['reason']}")
-            if best is not None:
-                best[1].stop()
+                    continue
+                if name in chosen:
+                    chosen[name].stop()
+                chosen[name] = loader
+            bench.record["results"].append(
+                {
+                    "size": size,
+                    "contestant": name,
+                    "workers": max(tried, key=lambda n: tried[n]),
+                    "tried": {str(n): round(rate, 1) for n, rate in tried.items()},
+                }
+            )
+            told = ", ".join(f"{n}: {rate:,.0f}" for n, rate in tried.items())
+            bench.say(f"{size} pixels  {name:12} images/s by workers  {told}")
             continue
-        assert best is not None
-        chosen[name] = best[1]
-        fastest = max(tried, key=lambda n: tried[n])
-        record["results"].append(
-            {
-                "size": size,
-                "contestant": name,
-                "workers": fastest,
-                "tried": {str(n): round(rate, 1) for n, rate in tried.items()},
-            }
-        )
-        told = ", ".join(f"{n}: {rate:,.0f}" for n, rate in tried.items())
-        display.say(f"  {size} pixels  {name:12} images/s by workers  {told}")
+        if name in chosen:
+            chosen.pop(name).stop()
     return chosen
 
 
 def _epoch_rate(loader: Loader, epoch: int, device: torch.device) -> float:
-    start = time.perf_counter()
-    images = sum(len(y) for _, y in loader.epoch(epoch))
-    synchronize(device)
-    return images / (time.perf_counter() - start)
+    images: list[int] = []
+    took = seconds(lambda: images.extend(len(y) for _, y in loader.epoch(epoch)), device)
+    return sum(images) / took
 
 
-def _leave_out_unequal(
-    size: int,
-    chosen: dict[str, Loader],
-    record: dict[str, Any],
-    display: Display,
-    device: torch.device,
-) -> None:
+def _entries(
+    bench: Bench[Options], size: int, chosen: Mapping[str, Loader]
+) -> Iterator[tuple[str, Record]]:
+    for entry in bench.record["results"]:
+        if entry["size"] == size and entry["contestant"] in chosen:
+            yield entry["contestant"], entry
+
+
+def _leave_out_unequal(bench: Bench[Options], size: int, chosen: dict[str, Loader]) -> None:
     """Stop the loaders of this package whose first batch is not that of its DataLoader, or cannot
     be compared with it.
 
@@ -404,16 +355,16 @@ def _leave_out_unequal(
     """
     expected: tuple[Tensor, Tensor] | None = None
     if REFERENCE in chosen:
-        with guarded(record, f"{REFERENCE} at {size} pixels, its first batch", display):
+        with bench.guarded(f"{REFERENCE} at {size} pixels, its first batch"):
             expected = next(iter(chosen[REFERENCE].epoch(0)))
     for name in [name for name in OURS if name in chosen]:
         problem = f"there is no batch of {REFERENCE} to compare its own with"
         if expected is not None:
             problem = "its first batch cannot be compared"
-            with guarded(record, f"{name} at {size} pixels, its first batch", display):
-                problem = _difference(next(iter(chosen[name].epoch(0))), expected, device)
+            with bench.guarded(f"{name} at {size} pixels, its first batch"):
+                problem = _difference(next(iter(chosen[name].epoch(0))), expected, bench.device)
         if problem:
-            record["problems"].append(f"{name} at {size} pixels: {problem}; it was not timed")
+            bench.problem(f"{name} at {size} pixels: {problem}; it was not timed")
             chosen.pop(name).stop()
 
 
@@ -431,62 +382,45 @@ def _difference(
     )
 
 
-def _time(
-    size: int,
-    chosen: dict[str, Loader],
-    options: DataOptions,
-    record: dict[str, Any],
-    display: Display,
-    device: torch.device,
-) -> None:
+def _time(bench: Bench[Options], size: int, chosen: Mapping[str, Loader]) -> None:
     epochs = {name: itertools.count(2) for name in chosen}
     calls = {
-        name: (lambda name=name, loader=loader: _epoch_rate(loader, next(epochs[name]), device))
+        name: (
+            lambda name=name, loader=loader: _epoch_rate(loader, next(epochs[name]), bench.device)
+        )
         for name, loader in chosen.items()
     }
-    values, failures = alternate(calls, options.rounds)
-    for entry in record["results"]:
-        name = entry["contestant"]
-        if entry["size"] != size or name not in chosen:
-            continue
+    values, failures = alternate(calls, bench.options.rounds)
+    for name, entry in _entries(bench, size, chosen):
         if name in failures:
-            record["problems"].append(f"{name} at {size} pixels: {failures[name]['reason']}")
+            bench.problem(f"{name} at {size} pixels: {failures[name]['reason']}")
             continue
         entry["round_images_per_second"] = [round(rate, 1) for rate in values[name]]
         entry["images_per_second"] = round(statistics.median(values[name]), 1)
         entry["spread"] = round(spread(values[name]), 3)
-        display.say(f"  {size} pixels  {name:12} {entry['images_per_second']:,.0f} images/s")
+        bench.say(f"{size} pixels  {name:12} {entry['images_per_second']:,.0f} images/s")
 
 
-def _beside_step(
-    size: int,
-    chosen: dict[str, Loader],
-    options: DataOptions,
-    record: dict[str, Any],
-    display: Display,
-    device: torch.device,
-) -> None:
+def _beside_step(bench: Bench[Options], size: int, chosen: Mapping[str, Loader]) -> None:
     """Share of the time that the step of this package waits for each loader."""
+    options, device = bench.options, bench.device
     workload = Workload(options.model, options.batch_size, size, options.attack_steps)
     contestant = all_contestants(device, None)["fast"]
-    with guarded(record, f"the step at {size} pixels", display):
+    with bench.guarded(f"the step at {size} pixels"):
         ready = workload.batches(2, device, seed=0)
-        run = warm(contestant, workload, device, ready)
-        for entry in record["results"]:
-            name = entry["contestant"]
-            if entry["size"] != size or name not in chosen:
-                continue
+        step = warm(contestant, workload, device, ready)
+        for name, entry in _entries(bench, size, chosen):
             what = f"{name} at {size} pixels, beside the step"
-            with guarded(record, what, display), contestant.settings():
-                share, rate = waited(run, chosen[name], ready[0], options.steps, device)
+            with bench.guarded(what), contestant.settings():
+                share, rate = waited(step, chosen[name], ready[0], options.steps, device)
                 entry["waited"] = round(share, 4)
                 entry["trained_images_per_second"] = round(rate, 1)
-                display.say(f"  {size} pixels  {name:12} the step waits {100 * share:.1f} %")
+                bench.say(f"{size} pixels  {name:12} the step waits {100 * share:.1f} %")
     free_memory(device)
 
 
 def waited(
-    run: Callable[[list[tuple[Tensor, Tensor]]], object],
+    step: Callable[[list[tuple[Tensor, Tensor]]], object],
     loader: Loader,
     ready: tuple[Tensor, Tensor],
     steps: int,
@@ -497,7 +431,7 @@ def waited(
     The same number of steps is timed on one batch that is there already.
 
     Args:
-        run: trains on batches.
+        step: trains on batches.
         loader: delivers them.
         ready: a batch on the device.
         steps: whole batches that are trained on, >= 1.
@@ -508,63 +442,57 @@ def waited(
     batches = (batch for batch in endless if batch[0].shape == shape)
     times = []
     for source in (itertools.repeat(ready), batches):
-        run([next(source)])
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            run([next(source)])
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+        step([next(source)])
+        times.append(_wall_seconds(step, source, steps, device))
     return max(1 - times[0] / times[1], 0.0), steps * number / times[1]
 
 
-def data_table(record: dict[str, Any]) -> str:
+def _wall_seconds(
+    step: Callable[[list[tuple[Tensor, Tensor]]], object],
+    source: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    device: torch.device,
+) -> float:
+    def train() -> None:
+        for _ in range(steps):
+            step([next(source)])
+
+    return seconds(train, device)
+
+
+def table(record: Record) -> str:
     """The record for people to read."""
-    machine, settings = record["machine"], record["settings"]
-    commit = machine["commit"][:12] + (" with local changes" if machine["dirty"] else "")
-    waits = any("waited" in entry for entry in record["results"])
-    lines = [
-        f"# Loaders: {machine['device']}",
-        "",
-        f"{record['date']}; torch {machine['versions']['torch']}, commit {commit}. Batches of "
-        f"{settings['batch_size']}, float32 on the device. 32 pixels: "
+    settings = record["settings"]
+    about = (
+        f"Batches of {settings['batch_size']}, float32 on the device. 32 pixels: "
         f"{settings['num_arrays']:,} generated images in an array, random crop and flip. 224 "
         f"pixels: {settings['num_files']} generated JPEG files of {PHOTO[0]} x {PHOTO[1]}, "
         f"{settings['bytes_per_file'] / 1e3:.0f} kB each, random resized crop and flip. Median of "
-        f"{settings['rounds']} epochs in turns, with the fastest number of workers.",
-        "",
-        "| pixels | loader | workers | images/s | spread | × dataloader | × torchvision |"
-        + (" step waits | images/s trained |" if waits else ""),
-        "|---|---|---|---|---|---|---|" + ("---|---|" if waits else ""),
-    ]
-    for entry in record["results"]:
-        rate = entry.get("images_per_second")
-        if rate is None:
-            continue
-        others = {
-            other["contestant"]: other["images_per_second"]
-            for other in record["results"]
-            if other["size"] == entry["size"] and "images_per_second" in other
-        }
-        ratios = [
-            f"{rate / others[name]:.2f}" if name in others else "–"
-            for name in ("dataloader", "torchvision")
-        ]
-        cells = [
+        f"{settings['rounds']} epochs in turns, with the fastest number of workers."
+    )
+    waits = any("waited" in entry for entry in record["results"])
+    head = ["pixels", "loader", "workers", "images/s", "spread", "× dataloader", "× torchvision"]
+    head += ["step waits", "images/s trained"] if waits else []
+    timed = [entry for entry in record["results"] if "images_per_second" in entry]
+    rates = {(entry["size"], entry["contestant"]): entry["images_per_second"] for entry in timed}
+    rows = []
+    for entry in timed:
+        row = [
             str(entry["size"]),
             entry["contestant"],
             str(entry["workers"]),
-            f"{rate:,.0f}",
+            f"{entry['images_per_second']:,.0f}",
             f"{100 * entry['spread']:.0f} %",
-            *ratios,
         ]
-        if waits:
-            cells += (
-                [f"{100 * entry['waited']:.1f} %", f"{entry['trained_images_per_second']:,.0f}"]
-                if "waited" in entry
-                else ["–", "–"]
-            )
-        lines.append(f"| {' | '.join(cells)} |")
-    if record["problems"]:
-        lines += ["", "Problems:", "", *(f"- {problem}" for problem in record["problems"])]
-    return "\n".join(lines) + "\n"
+        for name in ("dataloader", "torchvision"):
+            other = rates.get((entry["size"], name))
+            row.append(f"{entry['images_per_second'] / other:.2f}" if other else "–")
+        if "waited" in entry:
+            row.append(f"{100 * entry['waited']:.1f} %")
+            row.append(f"{entry['trained_images_per_second']:,.0f}")
+        rows.append([*row, *["–"] * (len(head) - len(row))])
+    return page("Loaders", record, [about], grid(head, rows))
+
+
+if __name__ == "__main__":
+    sys.exit(command(Options, run, "data"))

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from arat_fast.bench.baselines import CompileMode, PlainStep, plain_network
-from arat_fast.bench.measure import cudnn_settings
-from arat_fast.bench.official import OfficialStep
-from arat_fast.bench.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload
 from arat_fast.device import has_bf16
 from arat_fast.objectives import ARAT
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import TrainStep
+from benchmarks.baselines import PlainStep, plain_network
+from benchmarks.measure import cudnn_settings
+from benchmarks.official import OfficialStep
+from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload
 
 Batch = tuple[Tensor, Tensor]
 Run = Callable[[Sequence[Batch]], object]
@@ -38,6 +38,7 @@ class Contestant:
         build: network, optimiser and step, ready to train.
         bn: BatchNorm statistics of its attack, as :attr:`arat_fast.attacks.pgd.PGD.bn`.
         ours: belongs to this package; others are baselines.
+        graph: replays a CUDA graph of ours.
         compiles: takes a minute or more to warm up.
         deterministic: cudnn.deterministic instead of cudnn.benchmark.
     """
@@ -45,8 +46,9 @@ class Contestant:
     name: str
     what: str
     build: Callable[[Workload, torch.device], Run]
-    bn: str
+    bn: str = "batch_update"
     ours: bool = False
+    graph: bool = False
     compiles: bool = False
     deterministic: bool = False
 
@@ -61,17 +63,17 @@ def build_step(
     *,
     bn: str,
     precision: torch.dtype,
-    graph: Literal["on", "off"] = "off",
+    graph: bool = False,
     round_weights: bool = False,
-) -> Callable[..., dict[str, Tensor]]:
-    """Our step, ``step(x, y)`` or ``step(x, y, noise)``, with the weights of ``SEED``.
+) -> TrainStep:
+    """Our step with the weights of ``SEED``.
 
     Args:
         workload: the step.
         device: where.
         bn: statistics of the attack.
-        precision: as :func:`make_train_step` takes it.
-        graph: "on" replays a CUDA graph, "off" does not.
+        precision: as :class:`TrainStep` takes it.
+        graph: replay a CUDA graph.
         round_weights: round the initial weights to bfloat16, and keep them in float32.
     """
     with torch.random.fork_rng(devices=[]):
@@ -92,8 +94,9 @@ def build_step(
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
     )
-    return make_train_step(
-        network, objective, workload.attack(bn), optimizer, precision=precision, graph=graph
+    replay: Literal["on", "off"] = "on" if graph else "off"
+    return TrainStep(
+        network, objective, workload.attack(bn), optimizer, precision=precision, graph=replay
     )
 
 
@@ -102,20 +105,15 @@ def fast_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
-def our_step(bn: str, graph: Literal["on", "off"]) -> Callable[[Workload, torch.device], Run]:
-    """Our step as a contestant.
-
-    Args:
-        bn: statistics of the attack.
-        graph: "on" replays a CUDA graph, "off" does not.
-    """
-
+def _ours(name: str, what: str, device: torch.device, bn: str, graph: bool) -> Contestant:
     def build(workload: Workload, device: torch.device) -> Run:
         precision = fast_precision(device)
         step = build_step(workload, device, bn=bn, precision=precision, graph=graph)
         return lambda batches: [step(x, y) for x, y in batches][-1]["loss"]
 
-    return build
+    low = "bf16" if has_bf16(device) else "float32"
+    what = f"this package, {low}, {what}"
+    return Contestant(name, what, build, bn, ours=True, graph=graph)
 
 
 def _plain(workload: Workload, device: torch.device, **options: Any) -> Run:
@@ -128,8 +126,20 @@ def _plain(workload: Workload, device: torch.device, **options: Any) -> Run:
     return lambda batches: [step(x, y) for x, y in batches][-1]["ce_adv"]
 
 
-def _compiled(mode: CompileMode) -> Callable[[Workload, torch.device], Run]:
-    return partial(_plain, bf16=True, compile_mode=mode)
+def _compiled(name: str, what: str, mode: str) -> Contestant:
+    build = partial(_plain, bf16=True, compile_mode=mode)
+    return Contestant(name, f"tuned, and {what}", build, compiles=True)
+
+
+def _official(folder: Path) -> Contestant:
+    def build(workload: Workload, device: torch.device) -> Run:
+        return OfficialStep(folder, workload, device).run
+
+    return Contestant("official", "the official code's train_one_epoch", build, deterministic=True)
+
+
+ONLY_ON_A_GPU = ("compiled-graphs", "compiled-autotune", "fast-eager")
+NAMES = ("naive", "tuned", "compiled", "official", "fast", "fast-folded", *ONLY_ON_A_GPU)
 
 
 def all_contestants(device: torch.device, official: Path | None) -> dict[str, Contestant]:
@@ -140,91 +150,25 @@ def all_contestants(device: torch.device, official: Path | None) -> dict[str, Co
         official: checkout of the official code, if there is one.
     """
     on_gpu = device.type == "cuda"
-    graph: Literal["on", "off"] = "on" if on_gpu else "off"
-    low = "bf16" if has_bf16(device) else "float32"
     found = [
         Contestant(
             "naive",
             "float32, NCHW, a module per branch, cudnn.deterministic",
             partial(_plain, read_loss=True),
-            "batch_update",
             deterministic=True,
         ),
         Contestant(
-            "tuned",
-            "bf16 autocast, channels_last, cudnn.benchmark",
-            partial(_plain, bf16=True),
-            "batch_update",
+            "tuned", "bf16 autocast, channels_last, cudnn.benchmark", partial(_plain, bf16=True)
         ),
-        Contestant(
-            "compiled",
-            "tuned, and torch.compile",
-            _compiled("default"),
-            "batch_update",
-            compiles=True,
-        ),
+        _compiled("compiled", "torch.compile", "default"),
+        _compiled("compiled-graphs", 'torch.compile(mode="reduce-overhead")', "reduce-overhead"),
+        _compiled("compiled-autotune", 'torch.compile(mode="max-autotune")', "max-autotune"),
+        *([] if official is None else [_official(official)]),
+        _ours("fast-eager", "without the CUDA graph", device, "batch", False),
+        _ours("fast", "attack.bn=batch", device, "batch", on_gpu),
+        _ours("fast-folded", "attack.bn=running", device, "running", on_gpu),
     ]
-    if on_gpu:
-        found += [
-            Contestant(
-                "compiled-graphs",
-                'tuned, and torch.compile(mode="reduce-overhead")',
-                _compiled("reduce-overhead"),
-                "batch_update",
-                compiles=True,
-            ),
-            Contestant(
-                "compiled-autotune",
-                'tuned, and torch.compile(mode="max-autotune")',
-                _compiled("max-autotune"),
-                "batch_update",
-                compiles=True,
-            ),
-        ]
-    if official is not None:
-        found.append(
-            Contestant(
-                "official",
-                "the official code's train_one_epoch",
-                lambda workload, where: OfficialStep(official, workload, where).run,
-                "batch_update",
-                deterministic=True,
-            )
-        )
-    if on_gpu:
-        found.append(
-            Contestant(
-                "fast-eager",
-                f"this package, {low}, without the CUDA graph",
-                our_step("batch", "off"),
-                "batch",
-                ours=True,
-            )
-        )
-    return {
-        contestant.name: contestant
-        for contestant in (
-            *found,
-            Contestant(
-                "fast",
-                f"this package, {low}, attack.bn=batch",
-                our_step("batch", graph),
-                "batch",
-                ours=True,
-            ),
-            Contestant(
-                "fast-folded",
-                f"this package, {low}, attack.bn=running",
-                our_step("running", graph),
-                "running",
-                ours=True,
-            ),
-        )
-    }
-
-
-ONLY_ON_A_GPU = ("compiled-graphs", "compiled-autotune", "fast-eager")
-NAMES = ("naive", "tuned", "compiled", "official", "fast", "fast-folded", *ONLY_ON_A_GPU)
+    return {c.name: c for c in found if on_gpu or c.name not in ONLY_ON_A_GPU}
 
 
 def choose(
@@ -249,31 +193,10 @@ def choose(
                 "https://github.com/futakw/AR-AT"
             )
         if name in ONLY_ON_A_GPU:
-            raise ValueError(
-                f"the contestant {name} differs only in CUDA graphs or kernels and needs a GPU, "
-                f"got device {device}: leave it out of --contestants"
-            )
+            raise ValueError(f"the contestant {name} needs a GPU, got device {device}")
         close = difflib.get_close_matches(name, available, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(
             f"unknown contestant {name!r}, expected one of {', '.join(available)}{hint}"
         )
     return {name: contestant for name, contestant in available.items() if name in names}
-
-
-def best_baselines(
-    results: Sequence[dict[str, Any]], field: str = "seconds_per_step"
-) -> dict[str, float]:
-    """``field`` of each baseline of one size; of the compiled ones, the smallest.
-
-    Args:
-        results: entries with "contestant", "ours", "status" and, where measured, ``field``.
-        field: a time per step.
-    """
-    found: dict[str, float] = {}
-    for entry in results:
-        if entry["ours"] or entry["status"] != "measured":
-            continue
-        name = "compiled" if entry["contestant"].startswith("compiled") else entry["contestant"]
-        found[name] = min(entry[field], found.get(name, float("inf")))
-    return found

@@ -1,8 +1,8 @@
 """ARAT as a plain PyTorch script has it: what a user would otherwise run.
 
-Written for the bench, in the shape of the official code and independent of the rest of the package:
-two BatchNorm modules in place of each one, a forward pass for each branch, and an attack that moves
-the running statistics. State dicts have the official names.
+Written in the shape of the official code and independent of the package: two BatchNorm modules in
+place of each one, a forward pass for each branch, and an attack that moves the running statistics.
+State dicts have the official names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_fast.bench.workload import (
+from benchmarks.workload import (
     ALPHA,
     EPS,
     LEARNING_RATE,

@@ -1,12 +1,11 @@
-"""Time and memory of contestants that take turns."""
+"""Time and memory of a call."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,13 @@ def cudnn_settings(*, benchmark: bool, deterministic: bool) -> Iterator[None]:
         backend.benchmark, backend.deterministic = before
 
 
-def device_seconds(call: Callable[[], object], device: torch.device) -> float:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Seconds that ``call`` takes: between two CUDA events on a GPU, wall time on the CPU."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -40,38 +45,6 @@ def device_seconds(call: Callable[[], object], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize(device)
     return float(begin.elapsed_time(end)) / 1e3
-
-
-def alternate(
-    calls: Mapping[str, Callable[[], float]],
-    rounds: int,
-    show: Callable[[str, int, float], None] = lambda name, done, value: None,
-) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """The values of all ``calls``, which take turns: each runs once in every round.
-
-    Args:
-        calls: by name; each returns a number.
-        rounds: turns of each, >= 1.
-        show: told the name, the number of its turns so far, and the value.
-
-    Returns:
-        The values of each in the order of the rounds; and :func:`failure` of each call that raised
-        an error, which takes no further turn and has no values.
-    """
-    failures: dict[str, dict[str, Any]] = {}
-    values: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if name not in values:
-                continue
-            try:
-                values[name].append(call())
-            except Exception as error:
-                del values[name]
-                failures[name] = failure(error)
-            else:
-                show(name, len(values[name]), values[name][-1])
-    return values, failures
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -88,11 +61,6 @@ def failure(error: Exception) -> dict[str, Any]:
     """Status and reason of a contestant that raised an error."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": reason}
-
-
-def spread(values: list[float]) -> float:
-    """Distance between the largest and the smallest value, as a share of the median."""
-    return (max(values) - min(values)) / statistics.median(values)
 
 
 def free_memory(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arat_fast.bench.machine import seconds
-from arat_fast.bench.workload import RESNETS, Workload
 from arat_fast.models.layers import StemConv2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_branch, use_statistics
 from arat_fast.models.wide_resnet import PreActBlock
+from benchmarks.measure import seconds
+from benchmarks.workload import RESNETS, Workload
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,6 @@ def roofline(
     device: torch.device,
     rates: dict[str, Any],
     dtype: torch.dtype,
-    show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Predicted and measured seconds per step, layer by layer.
 
@@ -224,9 +224,8 @@ def roofline(
     Args:
         workload: the step.
         device: where.
-        rates: of this run, from :func:`arat_fast.bench.machine.rates`.
+        rates: of this run, from :func:`benchmarks.machine.rates`.
         dtype: of activations.
-        show: told each line of progress.
 
     Returns:
         "layers": name, count, and predicted and measured seconds of all of them per step;
@@ -251,9 +250,8 @@ def roofline(
                 "measured": measured,
             }
         )
-        show(layer.name)
     return {
-        "workload": workload.as_dict(),
+        "workload": dataclasses.asdict(workload),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": rows,
         **totals(rows),

@@ -1,1 +1,0 @@
-"""Speed of the training step beside what a user would otherwise run."""

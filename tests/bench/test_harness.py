@@ -1,0 +1,128 @@
+"""Turns, records and the machine: what every benchmark does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from arat_fast.display import Display
+from benchmarks import machine, records
+from benchmarks.harness import Bench, Options, alternate, command, spread
+from benchmarks.measure import PeakMemory, cudnn_settings
+
+CPU = torch.device("cpu")
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> Callable[[], float]:
+        def run() -> float:
+            order.append(name)
+            if name == "b" and order.count("b") == 2:
+                raise RuntimeError("broken")
+            return float(len(order))
+
+        return run
+
+    values, failures = alternate({name: call(name) for name in "abc"}, 3)
+    assert "".join(order) == "abcabcac"
+    assert values == {"a": [1, 4, 7], "c": [3, 6, 8]}
+    assert failures == {"b": {"status": "failed", "reason": "RuntimeError: broken"}}
+    assert spread([1.0, 2.0, 4.0]) == 1.5
+
+
+def test_settings_of_cudnn_are_put_back() -> None:
+    backend = torch.backends.cudnn
+    before = backend.benchmark, backend.deterministic
+    with cudnn_settings(benchmark=True, deterministic=True):
+        assert backend.benchmark and backend.deterministic
+    assert (backend.benchmark, backend.deterministic) == before
+
+
+def test_peak_memory_sees_what_was_freed() -> None:
+    memory = PeakMemory(CPU)
+    torch.ones(64 * 2**20, dtype=torch.uint8).sum()
+    peak = memory.read()
+    assert peak is None or 60 * 2**20 < peak < 2**30
+
+
+def test_a_record_grows_on_disk_and_an_error_is_a_problem(tmp_path: Path) -> None:
+    options = Options(device="cpu", out=tmp_path / "new" / "record.json")
+    bench = Bench("some", options, lambda r: f"{len(r['results'])}", Display(Console(quiet=True)))
+    bench.save()
+    assert bench.path.with_suffix(".md").read_text() == "0"
+    with bench.guarded("a loader"):
+        raise RuntimeError("no\nworkers")
+    bench.record["results"].append({"status": "failed"})
+    assert bench.finish(lambda record, file: None) == 1
+    record = json.loads(bench.path.read_text())
+    assert record["problems"] == ["a loader: RuntimeError: no workers"]
+    assert {"device", "driver", "clocks", "versions", "commit", "dirty"} <= set(record["machine"])
+    assert bench.path.with_suffix(".md").read_text() == "1"
+    # Nothing was measured.
+    assert not bench.path.with_suffix(".png").exists()
+
+
+def test_results_are_never_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    for name in ("step.json", "step-2.json", "step-3.json"):
+        path = records.unused(folder, "step")
+        assert path == folder / name
+        path.touch()
+
+
+def test_records_alone_do_not_change_a_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    assert not records.is_changed(tmp_path), "no checkout"
+    git("init", "--quiet")
+    source = tmp_path / "code.py"
+    source.write_text("1\n")
+    git("add", "code.py")
+    git("commit", "--quiet", "--message", "code")
+    record = tmp_path / "benchmarks" / "results" / "step.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    assert not records.is_changed(tmp_path)
+    source.write_text("2\n")
+    assert records.is_changed(tmp_path)
+
+
+def test_a_command_that_fails_gives_unknown(tmp_path: Path) -> None:
+    assert records.output("git", "rev-parse", "HEAD", folder=tmp_path) == "unknown"
+    assert records.output("no-such-command-anywhere") == "unknown"
+    assert records.output("git", "--version").startswith("git version")
+
+
+def test_rates_of_the_machine() -> None:
+    assert machine.copy_bandwidth(CPU, 2**22) > 1e8
+    assert machine.matmul_rate(CPU, torch.float32, 64) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(["--rounds", "0"], "rounds"), (["--out", "/"], "--out"), (["--device", "gpu"], "gpu")],
+)
+def test_what_cannot_be_met_exits_with_2(
+    arguments: list[str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["some", *arguments])
+
+    def run(options: Options) -> int:
+        return Bench("some", options, str).finish()
+
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(command(Options, run, "some"))
+    assert stop.value.code == 2 and name in capsys.readouterr().err
