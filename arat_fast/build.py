@@ -10,7 +10,7 @@ from arat_fast.models.layers import Norm
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.objectives import Objective, Surroundings, objective_type
-from arat_kernels.implementation import Impl
+from arat_kernels.implementation import Impl, choose
 
 
 def build_network(
@@ -71,8 +71,10 @@ def build_objective(
         lambda name: build_network(config, num_classes, image_shape, name=name, norm="shared"),
     )
     objective = objective_type(config.objective.name).build(config.objective, surroundings)
-    objective.impl = implementation(config)
-    return objective.to(next(model.parameters()).device)
+    parameter = next(model.parameters())
+    # Once, not for every operation of every step.
+    objective.impl = choose(implementation(config), parameter)
+    return objective.to(parameter.device)
 
 
 def build_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

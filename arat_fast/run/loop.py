@@ -65,9 +65,8 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
     for inputs, place in run.batches(epoch, start_batch):
         run.set_rate()
         values = step(*inputs, place=place)
-        run.vote.cast(int(run.stop.signal or 0))
+        stopping = run.vote.cast(int(run.stop.signal or 0)) > 0
         run.ranks.at_step(progress.step + 1)
-        stopping = run.is_asked_to_stop
         run.metrics.add(progress.step, values, place.total)
         run.average.update(progress.step)
         progress.step += 1
