@@ -9,7 +9,7 @@ from arat_fast.config import Config
 from arat_fast.models.layers import Norm
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
-from arat_fast.objectives import Objective, Surroundings, objective_type
+from arat_fast.objectives import ForeignSettings, Objective, Surroundings, objective_type
 from arat_kernels.implementation import Impl, choose
 
 
@@ -70,6 +70,11 @@ def build_objective(
         config.regularized_layers,
         lambda name: build_network(config, num_classes, image_shape, name=name, norm="shared"),
     )
+    if isinstance(config.objective, ForeignSettings):
+        raise ValueError(
+            f"the objective {config.objective.name} is not imported on a file's word alone: import "
+            "its module first, or go on with arat-fast train --resume --objective.name …"
+        )
     objective = objective_type(config.objective.name).build(config.objective, surroundings)
     parameter = next(model.parameters())
     # Once, not for every operation of every step.

@@ -13,7 +13,7 @@ from arat_fast import objectives
 from arat_fast.attacks.pgd import PGD, check_length
 from arat_fast.datasets import DATASETS
 from arat_fast.models.registry import model_spec
-from arat_fast.objectives import ARAT, OBJECTIVES, objective_type
+from arat_fast.objectives import ARAT, OBJECTIVES, ForeignSettings, known_objective, objective_type
 from arat_fast.settings import (
     FREE,
     Count,
@@ -301,7 +301,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_settings("", self)
-        if not isinstance(self.objective, objective_type(self.objective.name).Settings):
+        settings: type[objectives.Settings] = ForeignSettings
+        if not isinstance(self.objective, ForeignSettings):
+            settings = objective_type(self.objective.name).Settings
+        if not isinstance(self.objective, settings):
             raise ValueError(
                 f"objective.name={self.objective.name} has the settings of another objective, got "
                 f"{type(self.objective).__qualname__}"
@@ -349,6 +352,9 @@ class Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as JSON types."""
     result: dict[str, Any] = _to_json(dataclasses.asdict(config))
+    if isinstance(config.objective, ForeignSettings):
+        result["objective"] |= {k: _to_json(v) for k, v in config.objective.values}
+        del result["objective"]["values"]
     return result
 
 
@@ -366,8 +372,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
             # Runs from before have no sections for what came later.
             fields = dict(values.get(name, {}))
             if name == "objective":
-                part = objective_type(fields["name"]).Settings
-                fields = _own_fields(fields, part)
+                part, fields = _objective_fields(fields)
             types = get_type_hints(part)
             arguments[name] = part(**{k: _from_json(types.get(k), v) for k, v in fields.items()})
         return Config(**arguments)
@@ -395,11 +400,18 @@ def check_same_run(config: Config, saved: Config, source: Path) -> None:
                 )
 
 
-def _own_fields(fields: dict[str, Any], settings: type[objectives.Settings]) -> dict[str, Any]:
-    """Without the fields of other built-in objectives, which records of earlier versions hold."""
+def _objective_fields(values: dict[str, Any]) -> tuple[type[objectives.Settings], dict[str, Any]]:
+    """The class of an objective's settings, and those of its fields that a record holds."""
+    known = known_objective(values["name"])
+    if known is None and ":" in values["name"]:
+        others = tuple((k, v) for k, v in values.items() if k != "name")
+        return ForeignSettings, {"name": values["name"], "values": others}
+    settings = objective_type(values["name"]).Settings
     own = {field.name for field in dataclasses.fields(settings)}
-    others = {f.name for o in OBJECTIVES.values() for f in dataclasses.fields(o.Settings)}
-    return {k: v for k, v in fields.items() if k in own or k not in {*others, "label"}}
+    # Records of earlier versions hold the fields of all objectives.
+    foreign = {f.name for o in OBJECTIVES.values() for f in dataclasses.fields(o.Settings)}
+    foreign |= {"label"}
+    return settings, {k: v for k, v in values.items() if k in own or k not in foreign}
 
 
 def _to_json(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from arat_fast.command_line import apply_overrides
 from arat_fast.compare.plan import Plan, PlannedMethod, plan_from_record
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
-from arat_fast.objectives import objective_type
+from arat_fast.objectives import known_objective
 
 SUM = "sum"
 ALL_PARTS = "all (ARAT)"
@@ -245,9 +245,10 @@ def _notes_on_methods(results: Results) -> list[str]:
             continue
         # The module of an objective of one's own may not be at hand.
         plain, note = results.plan.config, ""
-        with suppress(ValueError):
-            name = config["objective"]["name"]
-            note = objective_type(name).note
+        name = config["objective"]["name"]
+        known = known_objective(name)
+        if known is not None:
+            note = known.note
             plain = apply_overrides(plain, ("--objective.name", name))
         settings = _own_settings(config, config_to_dict(plain), method.ablation)
         if settings:

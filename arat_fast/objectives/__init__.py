@@ -4,6 +4,7 @@ from arat_fast.objectives.adversarial_training import AdversarialTraining, Natur
 from arat_fast.objectives.arat import ARAT
 from arat_fast.objectives.arrest import ARREST
 from arat_fast.objectives.base import (
+    ForeignSettings,
     Objective,
     ObjectiveOutput,
     Paper,
@@ -13,7 +14,12 @@ from arat_fast.objectives.base import (
 )
 from arat_fast.objectives.lbgat import LBGAT
 from arat_fast.objectives.mart import MART
-from arat_fast.objectives.registry import OBJECTIVES, objective_label, objective_type
+from arat_fast.objectives.registry import (
+    OBJECTIVES,
+    known_objective,
+    objective_label,
+    objective_type,
+)
 from arat_fast.objectives.trades import TRADES
 
 __all__ = [
@@ -24,12 +30,14 @@ __all__ = [
     "OBJECTIVES",
     "TRADES",
     "AdversarialTraining",
+    "ForeignSettings",
     "NaturalTraining",
     "Objective",
     "ObjectiveOutput",
     "Paper",
     "Settings",
     "Surroundings",
+    "known_objective",
     "objective_label",
     "objective_type",
     "widen",

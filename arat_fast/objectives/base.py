@@ -60,6 +60,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class ForeignSettings(Settings):
+    """What a file says of the settings of an objective that was not imported.
+
+    A file may name any module, and importing it runs it: only what is typed on the command line or
+    imported by the caller is imported.
+    """
+
+    values: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Surroundings:
     """What an objective is built for.
 

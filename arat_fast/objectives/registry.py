@@ -8,7 +8,6 @@ import inspect
 import os
 import pkgutil
 import sys
-from functools import cache
 from pathlib import Path
 
 from arat_fast.objectives.base import Objective
@@ -28,10 +27,16 @@ def _built_in() -> dict[str, type[Objective]]:
 OBJECTIVES: dict[str, type[Objective]] = _built_in()
 """Every class of this package that has a name, by its name."""
 
+_imported: dict[str, type[Objective]] = {}
 
-@cache
+
+def known_objective(name: str) -> type[Objective] | None:
+    """A built-in objective, or one that this process has imported by its path already."""
+    return OBJECTIVES.get(name) or _imported.get(name)
+
+
 def objective_type(name: str) -> type[Objective]:
-    """The class of an objective.
+    """The class of an objective; imports its module, so that the name must come from the user.
 
     Args:
         name: one of :data:`OBJECTIVES`, or ``mypackage.mymodule:MyObjective``; the module is looked
@@ -40,8 +45,9 @@ def objective_type(name: str) -> type[Objective]:
     Raises:
         ValueError: there is none, or it is no :class:`Objective`.
     """
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
+    known = known_objective(name)
+    if known is not None:
+        return known
     module, _, attribute = name.partition(":")
     if not attribute:
         close = difflib.get_close_matches(name, OBJECTIVES, n=1)
@@ -58,12 +64,11 @@ def objective_type(name: str) -> type[Objective]:
         raise ValueError(f"objective.name={name} cannot be imported: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, Objective)):
         raise ValueError(f"{name} is no subclass of arat_fast.objectives.Objective, got {found!r}")
+    _imported[name] = found
     return found
 
 
 def objective_label(name: str) -> str:
-    """What tables and plots call an objective, also where its module is not at hand."""
-    try:
-        return objective_type(name).label
-    except ValueError:
-        return name.rpartition(":")[2]
+    """What tables and plots call an objective, also where its module was not imported."""
+    known = known_objective(name)
+    return name.rpartition(":")[2] if known is None else known.label

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from arat_fast.config import Config
-from arat_fast.objectives import objective_label
+from arat_fast.objectives import ForeignSettings, objective_label
 from arat_fast.recipes import recipe
 
 NARROW_SPACE = "\u202f"
@@ -99,6 +99,8 @@ def objective_name(config: Config) -> str:
     """The method, and in what it and its BatchNorm differ from the recipe."""
     objective = config.objective
     label = objective_label(objective.name)
+    if isinstance(objective, ForeignSettings):
+        return label
     try:
         base = recipe(config.recipe, compat=config.compat)
     except ValueError:
