@@ -183,7 +183,7 @@ def train(
             checkpoint. Raised by all processes in the same step.
         OSError: a file could not be written; the checkpoint before is whole.
     """
-    this = Run(
+    run = Run(
         config,
         out,
         resume=resume,
@@ -193,14 +193,21 @@ def train(
         ranks=ranks,
         bad_images=bad_images,
     )
+    return train_run(run)
+
+
+def train_run(this: Run) -> dict[str, Any]:
+    """Train a run that is built, evaluate, and write the summary; as :func:`train`."""
     try:
         return _run(this)
     except (NotFiniteError, OSError) as error:
         # The disk may be what failed.
         with suppress(OSError):
             this.checkpoints.wait()
-            if ranks.is_main:
-                write_json(out / "summary.json", {**facts(this, "failed"), "reason": str(error)})
+            if this.ranks.is_main:
+                write_json(
+                    this.out / "summary.json", {**facts(this, "failed"), "reason": str(error)}
+                )
         raise
     finally:
         # With collectives in them, the process group could not be closed.
