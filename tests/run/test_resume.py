@@ -1,0 +1,263 @@
+"""A run that is interrupted and resumed ends with the very tensors of one that is not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import (
+    TinyRun,
+    assert_same_end,
+    changed,
+    leaves,
+    metric_lines,
+    tiny_config,
+    tiny_trainer,
+    with_objective,
+)
+
+import arat_fast.training.checkpoint as checkpoint_module
+from arat_fast.config import Config
+from arat_fast.data.batches import Batch
+from arat_fast.models import create_model
+from arat_fast.stop import InterruptedRun
+from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.metrics import NotFiniteError
+from arat_fast.training.schedule import learning_rate
+
+STEPS_PER_EPOCH = 4
+
+
+def official() -> Config:
+    config = changed(tiny_config(epochs=2), "attack", bn="batch_update")
+    return changed(changed(config, "objective", balance="probe"), "step", noisy_clean=True)
+
+
+def second_network(kind: str, name: str, **settings: object) -> Config:
+    return with_objective(tiny_config(2, kind=kind, start=0.0, every=2), name, **settings)
+
+
+CONFIGS: dict[str, Config] = {
+    "ema": tiny_config(),
+    "swa": tiny_config(3, kind="swa", start=0.3, every=2),
+    "no average": tiny_config(3, kind="none"),
+    "official": official(),
+    "bf16": changed(tiny_config(2), "step", precision="bf16"),
+    "lbgat": second_network("swa", "lbgat"),
+    "lbgat 6": second_network("ema", "lbgat", alpha=6.0),
+    "own clean branch": second_network("swa", "lbgat", guide="clean-branch"),
+    "arrest": second_network("swa", "arrest", teacher_epochs=1),
+}
+
+
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+Whole = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The folder of a run that was not interrupted, by its configuration."""
+    folders: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("whole") / "run"
+            tiny_trainer(folders[name], CONFIGS[name]).run()
+        return folders[name]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "number", "exit_code"),
+    [
+        ("ema", 1, signal.SIGINT, 130),
+        ("ema", STEPS_PER_EPOCH + 2, signal.SIGTERM, 75),
+        ("ema", 2 * STEPS_PER_EPOCH, signal.SIGINT, 130),
+        slow("ema", 2 * STEPS_PER_EPOCH + 1, signal.SIGUSR1, 75),
+        ("swa", 9, signal.SIGINT, 130),
+        slow("no average", 9, signal.SIGINT, 130),
+        ("official", 5, signal.SIGINT, 130),
+        slow("bf16", 6, signal.SIGINT, 130),
+        ("lbgat", 6, signal.SIGINT, 130),
+        slow("lbgat 6", 6, signal.SIGINT, 130),
+        slow("own clean branch", 6, signal.SIGINT, 130),
+        ("arrest", 6, signal.SIGINT, 130),
+    ],
+)
+def test_resumed_run_equals_uninterrupted(
+    whole: Whole, tmp_path: Path, name: str, step: int, number: int, exit_code: int
+) -> None:
+    config = CONFIGS[name]
+    run = tiny_trainer(tmp_path, config)
+    run.interrupt_at(step, number)
+    with pytest.raises(InterruptedRun, match=f"step {step} of") as stopped:
+        run.run()
+    assert stopped.value.exit_code == exit_code
+    # Neither what else happens in the process matters, nor a line that a killed one has begun.
+    torch.rand(3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 999')
+    resumed = tiny_trainer(tmp_path, config, resume=True)
+    assert resumed.progress.step == step
+    resumed.run()
+    assert_same_end(whole(name), tmp_path)
+    assert metric_lines(tmp_path, "eval") == metric_lines(whole(name), "eval")
+    assert all(line["step"] < 999 for line in metric_lines(tmp_path, "train"))
+    # The deployed network alone, under its own names.
+    expected = create_model("resnet8", 10, 1, norm="shared").state_dict()
+    exported = load_file(tmp_path / "model.safetensors")
+    assert {n: t.shape for n, t in exported.items()} == {n: t.shape for n, t in expected.items()}
+
+
+def test_every_part_restores_exactly(whole: Whole, tmp_path: Path) -> None:
+    """Each part named in ``Run.parts``, by itself, in a run that was built anew."""
+    source = whole("lbgat")
+    saved = load_checkpoint(source / "checkpoint.pt")
+    run = tiny_trainer(tmp_path, dataclasses.replace(CONFIGS["lbgat"], seed=1))
+    assert saved.keys() - {"format"} == run.parts.keys()
+    for hook in run.hooks:
+        hook.begin(run)
+    for name, part in run.parts.items():
+        before = copy.deepcopy(leaves(part.state_dict()))
+        part.load_state_dict(saved[name])
+        expected, got = leaves(saved[name]), leaves(part.state_dict())
+        if name == "run":
+            assert got["/dataset/sha256"] == expected["/dataset/sha256"]
+            continue
+        assert expected.keys() == got.keys()
+        different = [path for path in got if not same(got[path], expected[path])]
+        assert different in ([], ["/metrics.jsonl/bytes"]), (name, different)
+        moved = [p for p, value in got.items() if p not in before or not same(before[p], value)]
+        # Hooks have their own test: this run evaluates nothing between its epochs.
+        assert moved or name == "hooks", name
+    for hook in run.hooks:
+        hook.close()
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def test_what_does_not_belong_to_the_run_is_refused(whole: Whole, tmp_path: Path) -> None:
+    folder, config = whole("ema"), CONFIGS["ema"]
+    content = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="--resume"):
+        tiny_trainer(folder, config)
+    other = changed(config, "optimizer", lr=0.3)
+    with pytest.raises(ValueError, match=r"optimizer\.lr=0\.1, got optimizer\.lr=0\.3"):
+        tiny_trainer(folder, other, resume=True)
+    with pytest.raises(ValueError, match=r"objective\.name=arat, got objective\.name=at"):
+        tiny_trainer(folder, with_objective(config, "at"), resume=True)
+    free = changed(changed(config, "train", log_every=50), "eval", num_steps=2)
+    resumed = tiny_trainer(folder, free, resume=True)
+    resumed.precision = torch.bfloat16
+    with pytest.raises(ValueError, match="float32 on cpu, got bfloat16 on cpu"):
+        resumed.parts["run"].load_state_dict(load_checkpoint(folder / "checkpoint.pt")["run"])
+    assert (folder / "checkpoint.pt").read_bytes() == content
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        tiny_trainer(tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.pt").stat().st_size == len(content) // 2
+
+
+def test_a_run_with_other_steps_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """Step 8, the end of the first epoch of a run with smaller batches, is step 4 of this one."""
+    config = tiny_config(epochs=2)
+    tiny_trainer(tmp_path, config).run()
+    newest = tmp_path / "checkpoint.pt"
+    state = load_checkpoint(newest)
+    state["progress"] = {**state["progress"], "step": 8, "steps_per_epoch": 8}
+    save_checkpoint(newest, state)
+    (tmp_path / "checkpoint-00000004.pt").unlink()
+    tiny_trainer(tmp_path, config, resume=True).run()
+    assert load_checkpoint(newest)["progress"]["step"] == 8
+    before = load_checkpoint(tmp_path / "checkpoint-00000004.pt")["progress"]
+    assert (before["step"], before["steps_per_epoch"]) == (8, 8)
+
+
+def interrupted_refresh(run: TinyRun, interrupt: Callable[[], object]) -> None:
+    """Call ``interrupt`` while the statistics of the average are re-estimated."""
+    batches = run.more_batches
+
+    def more() -> Iterator[Batch]:
+        for index, batch in enumerate(batches()):
+            if index == 1:
+                interrupt()
+            yield batch
+
+    run.more_batches = more  # type: ignore[method-assign]
+
+
+def test_signal_during_the_refresh_of_statistics(whole: Whole, tmp_path: Path) -> None:
+    config = CONFIGS["swa"]
+    run = tiny_trainer(tmp_path, config)
+    interrupted_refresh(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(InterruptedRun):
+        run.run()
+    assert not load_checkpoint(tmp_path / "checkpoint.pt")["average"]["statistics_fresh"]
+    tiny_trainer(tmp_path, config, resume=True).run()
+    assert_same_end(whole("swa"), tmp_path)
+
+
+def test_a_stop_is_not_confirmed_without_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_trainer(tmp_path, tiny_config(epochs=1, kind="swa", start=0.3, every=2))
+
+    def fail(path: Path, state: dict[str, Any]) -> None:
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", fail)
+    interrupted_refresh(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(OSError, match="MemoryError: no memory left"):
+        run.run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed" and "no memory left" in summary["reason"]
+
+
+def test_weights_that_are_not_finite_never_overwrite_a_checkpoint(tmp_path: Path) -> None:
+    run = tiny_trainer(tmp_path, tiny_config(epochs=3))
+    run.at_step(2 * STEPS_PER_EPOCH, lambda: run.model.linear.bias.data.fill_(float("nan")))
+    with pytest.raises(NotFiniteError, match=r"step 8: linear\.bias; the last good checkpoint is"):
+        run.run()
+    progress = load_checkpoint(tmp_path / "checkpoint.pt")["progress"]
+    assert progress["step"] == STEPS_PER_EPOCH
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed" and "linear.bias" in summary["reason"]
+
+
+def test_rollback_goes_on_from_the_checkpoint_with_a_lower_rate(tmp_path: Path) -> None:
+    config = changed(tiny_config(epochs=2), "train", rollbacks=1, rollback_factor=0.25)
+    run = tiny_trainer(tmp_path, config)
+    run.at_step(6, lambda: run.model.linear.bias.data.fill_(float("nan")))
+    run.run()
+    assert run.progress.num_rollbacks == 1 and run.progress.rate_factor == 0.25
+    rate = learning_rate(config.schedule, config.peak_lr, 7, STEPS_PER_EPOCH, 2)
+    assert run.progress.step == 8 and run.rate == 0.25 * rate
+    assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
+    assert [line["step"] for line in metric_lines(tmp_path, "train")] == [3, 4, 7, 8]
+
+
+def test_averaging_always_starts_and_seeds_differ(tmp_path: Path) -> None:
+    for epochs, step in ((1, 0), (2, 4)):
+        config = tiny_config(epochs=epochs, kind="swa", start=0.75, every=2)
+        assert tiny_trainer(tmp_path / str(epochs), config).average.start_step == step
+    weights = []
+    for seed in (0, 1):
+        config = dataclasses.replace(tiny_config(), seed=seed)
+        run = tiny_trainer(tmp_path / f"seed{seed}", config)
+        weights.append(run.model.linear.weight)
+    assert not torch.equal(*weights)
