@@ -1,31 +1,80 @@
-"""Files that are whole or not there, and refusals in one line."""
+"""Checkpoints: whole or not there, what is kept of them, and what is passed over."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
+import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+from torch import Tensor
 
+import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.files import write_atomic, write_json
-from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from arat_fast.training.metrics import MetricsFile
+from arat_fast.training.checkpoint import (
+    FORMAT,
+    CheckpointFolder,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
-def state(value: float) -> dict[str, object]:
-    return {"weights": torch.full((1000,), value), "step": 3, "note": "x", "list": [1, 2.5]}
+def state(step: int) -> dict[str, Any]:
+    return {
+        "progress": {"step": step},
+        "weights": torch.full((1000,), float(step)),
+        "list": [1, 2.5, "x"],
+    }
+
+
+def save(folder: CheckpointFolder, *steps: int) -> None:
+    for step in steps:
+        folder.save(step, state(step), lambda: None)
+        folder.wait()
+
+
+def step_in(path: Path) -> int:
+    loaded = load_checkpoint(path)
+    assert (loaded["weights"] == loaded["progress"]["step"]).all()
+    return int(loaded["progress"]["step"])
+
+
+def found_step(folder: CheckpointFolder) -> int:
+    found = folder.find()
+    assert found is not None
+    return int(found.state["progress"]["step"])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def ends(*endings: str) -> list[str]:
+    return [f"checkpoint{end}.pt" for end in endings]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def refuse(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c.pt", state(1.5))
+    save_checkpoint(tmp_path / "c.pt", state(3))
     loaded = load_checkpoint(tmp_path / "c.pt")
-    assert torch.equal(loaded["weights"], torch.full((1000,), 1.5))
-    assert loaded["step"] == 3 and loaded["list"] == [1, 2.5]
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    assert torch.equal(loaded["weights"], torch.full((1000,), 3.0))
+    assert loaded["progress"] == {"step": 3} and loaded["list"] == [1, 2.5, "x"]
+    assert names(tmp_path) == ["c.pt"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
@@ -44,43 +93,28 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {tmp_path}/exploded",)
 
-    torch.save({"format": 1, "bomb": Bomb()}, tmp_path / "c.pt")
+    torch.save({"format": FORMAT, "bomb": Bomb()}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_checkpoint(tmp_path / "c.pt")
     assert not (tmp_path / "exploded").exists()
 
 
-def test_other_formats(tmp_path: Path) -> None:
-    torch.save({"weights": torch.ones(3)}, tmp_path / "plain.pt")
-    with pytest.raises(ValueError, match="not a training checkpoint"):
-        load_checkpoint(tmp_path / "plain.pt")
-    torch.save({"format": 99}, tmp_path / "new.pt")
-    with pytest.raises(ValueError, match="format 99, expected 1"):
-        load_checkpoint(tmp_path / "new.pt")
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+def test_other_files(tmp_path: Path) -> None:
+    for content, match in (
+        ({"weights": torch.ones(3)}, "not a training checkpoint"),
+        ({"format": 99}, f"format 99, expected {FORMAT}"),
+    ):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=match):
+            load_checkpoint(tmp_path / "other.pt")
+    with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "absent.pt")
 
 
-def test_full_disk_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "c.pt"
-    save_checkpoint(path, state(1))
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as error:
-        save_checkpoint(path, state(2))
-    assert str(path) in str(error.value)
-    monkeypatch.undo()
-    assert float(load_checkpoint(path)["weights"][0]) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-
-
-def test_write_that_fails_midway_keeps_the_previous_file(tmp_path: Path) -> None:
+def test_a_write_that_fails_midway_keeps_the_previous_file(tmp_path: Path) -> None:
     """A real failing write: the process may not make files over 100 kB."""
     program = f"""
-import resource, sys, torch
+import resource, torch
 from pathlib import Path
 from arat_fast.training.checkpoint import save_checkpoint
 path = Path({str(tmp_path)!r}) / "c.pt"
@@ -93,53 +127,210 @@ except OSError as error:
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "refused: cannot write" in result.stdout and "File too large" in result.stdout
+    assert "refused" in result.stdout and "File too large" in result.stdout
     assert load_checkpoint(tmp_path / "c.pt")["weights"].shape == (10,)
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    assert names(tmp_path) == ["c.pt"]
 
 
-@pytest.mark.parametrize("keep", [0, 10, 1000])
-def test_metrics_file_is_cut_but_never_padded(tmp_path: Path, keep: int) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
-    before = path.read_bytes()
-    file = MetricsFile(path, keep=keep)
-    file.write({"step": 3})
-    file.close()
-    assert path.read_bytes() == before[:keep] + b'{"step": 3}\n'
-
-
-def test_lines_after_the_checkpoint_are_not_held(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    first = b'{"kind": "analysis", "step": 9, "epoch": 1}\n'
-    path.write_bytes(first + b'{"kind": "analysis", "step": 18, "epoch": 2}\n')
-    file = MetricsFile(path, keep=len(first))
-    assert file.holds("analysis", 1) and not file.holds("analysis", 2)
-    file.close()
-
-
-def test_full_disk_under_the_metrics() -> None:
-    """/dev/full refuses every write, as a full disk does."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
-    file = MetricsFile.__new__(MetricsFile)
-    file.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  # closed below
-    file.keep = None
-    with pytest.raises(OSError, match="cannot write /dev/full: No space left"):
-        file.write({"step": 3})
-    file.close()
-
-
-def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+def test_what_is_interrupted_or_refused_leaves_nothing(tmp_path: Path) -> None:
     def write(file: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "f", write)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(tmp_path / "f.json", {"value": float("nan")})
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_last_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    folder = CheckpointFolder(tmp_path, keep)
+    # The same step again takes no place.
+    save(folder, 3, 6, 9, 12, 15, 15)
+    folder.keep_as_best()
+    before = [f"checkpoint-{step:08}.pt" for step in (12, 9, 6)[: keep - 1]]
+    assert names(tmp_path) == sorted([*ends("", "-best"), *before])
+    assert step_in(tmp_path / "checkpoint.pt") == step_in(tmp_path / "checkpoint-best.pt") == 15
+    assert all(step_in(tmp_path / name) == int(name[11:19]) for name in before)
+
+
+def test_damage_anywhere_is_found(tmp_path: Path) -> None:
+    save(CheckpointFolder(tmp_path, 3), 3, 6, 9)
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = [archive.read(info) for info in archive.infolist() if info.file_size > 50]
+    assert len(members) >= 2
+    for member in members:
+        for place in (0, len(member) // 2, len(member) - 1):
+            damaged = bytearray(content)
+            damaged[content.index(member) + place] ^= 1
+            path.write_bytes(damaged)
+            found = CheckpointFolder(tmp_path, 3).find()
+            assert found is not None and found.state["progress"]["step"] == 6
+            assert found.path.name == "checkpoint-00000006.pt"
+            (problem,) = found.problems
+            assert "not a whole checkpoint" in problem
+
+
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_bits_of_the_directory(tmp_path: Path, every: int) -> None:
+    """Damage to the archive's directory is refused, or changes nothing that is read."""
+    save(CheckpointFolder(tmp_path, 1), 9)
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    refused = 0
+    for bit in range(8 * start, 8 * len(content), every):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert step_in(path) == 9
+        except ValueError as error:
+            assert "not a whole checkpoint" in str(error)
+            refused += 1
+    assert refused > 4 * (len(content) - start) / every
+
+
+class BadEnd(io.FileIO):
+    """A file whose last bytes the disk refuses."""
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() + len(buffer) >= os.fstat(self.fileno()).st_size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(buffer)
+
+
+def test_a_file_that_cannot_be_read_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be readable tomorrow; zipfile takes an end that cannot be read for another format."""
+    save(CheckpointFolder(tmp_path, 2), 3, 6)
+    whole = io.open
+
+    def refusing(file: Any, *mode: Any, **options: Any) -> Any:
+        if Path(file).name == "checkpoint.pt":
+            return io.BufferedReader(BadEnd(file))
+        return whole(file, *mode, **options)
+
+    folder = CheckpointFolder(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        for module in ("builtins", "io"):
+            patch.setattr(f"{module}.open", refusing)
+        with pytest.raises(OSError, match="Input/output error"):
+            folder.find()
+    found = folder.find()
+    assert found is not None and found.state["progress"]["step"] == 6 and not found.problems
+
+
+def test_steps_that_are_numbered_anew_cost_no_checkpoint(tmp_path: Path) -> None:
+    """With more processes an epoch has fewer steps; what is whole stays, by its age."""
+    save(CheckpointFolder(tmp_path, 3), 20, 40, 60)
+    cut(tmp_path / "checkpoint.pt")
+    folder = CheckpointFolder(tmp_path, 3)
+    assert found_step(folder) == 40
+    save(folder, 30)
+    assert names(tmp_path) == ends("-00000020", "-00000040", "")
+    save(folder, 35)
+    assert names(tmp_path) == ends("-00000030", "-00000040", "")
+    cut(tmp_path / "checkpoint.pt")
+    assert found_step(CheckpointFolder(tmp_path, 3)) == 30
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_damaged_files_do_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Neither the newest, nor one before it, nor one half-copied under a name still to come."""
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    save(CheckpointFolder(tmp_path, 3), 3, 6, 9)
+    for name in ends("", "-00000006"):
+        cut(tmp_path / name)
+    folder = CheckpointFolder(tmp_path, 3)
+    assert found_step(folder) == 3
+    save(folder, 4)
+    assert names(tmp_path) == ends("-00000003", "")
+    (tmp_path / "checkpoint-00000004.pt").write_bytes(b"half")
+    save(folder, 7)
+    assert names(tmp_path) == ends("-00000003", "-00000004", "")
+    assert [step_in(path) for path in sorted(tmp_path.iterdir())] == [3, 4, 7]
+
+
+def test_kept_before_the_newest_was_replaced(tmp_path: Path) -> None:
+    """A process killed in between leaves one file with two names; and files half-made."""
+    save(CheckpointFolder(tmp_path, 2), 3)
+    os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-00000003.pt")
+    for name in (".checkpoint.pt.a1", ".checkpoint-00000003.pt.new", ".checkpoint-best.pt.b2"):
+        (tmp_path / name).touch()
+    folder = CheckpointFolder(tmp_path, 2)
+    folder.remove_leftovers()
+    assert found_step(folder) == 3
+    save(folder, 6)
+    assert names(tmp_path) == ends("-00000003", "")
+    assert step_in(tmp_path / "checkpoint-00000003.pt") == 3
+
+
+def test_all_damaged(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, 2)
+    assert folder.find() is None and not folder.exists()
+    save(folder, 3, 6)
+    for path in tmp_path.iterdir():
+        cut(path)
+    assert folder.exists()
+    with pytest.raises(ValueError, match="not a whole checkpoint") as error:
+        folder.find()
+    assert "\n" not in str(error.value)
+
+
+def test_saving_does_not_wait_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on, and changes the weights, while the disk is slow."""
+    disk = threading.Event()
+    whole = checkpoint_module.write_atomic
+
+    def slow(path: Path, write: Callable[[BinaryIO], None]) -> None:
+        disk.wait(10)
+        whole(path, write)
+
+    monkeypatch.setattr(checkpoint_module, "write_atomic", slow)
+    folder = CheckpointFolder(tmp_path, 1)
+    weights: dict[str, Tensor] = {"weights": torch.ones(1000)}
+    folder.save(1, {"model": weights, "list": [weights["weights"]]}, lambda: None)
+    weights["weights"].fill_(5)
+    assert not folder.exists()
+    disk.set()
+    folder.wait()
+    loaded = load_checkpoint(folder.newest)
+    assert (loaded["model"]["weights"] == 1).all() and (loaded["list"][0] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), MemoryError("of host"), RuntimeError("CUDA")]
+)
+def test_a_failed_write_is_told_later_and_keeps_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = CheckpointFolder(tmp_path, 2)
+    save(folder, 1)
+
+    def fail(descriptor: int) -> None:
+        raise error
+
+    for tell in (folder.wait, lambda: save(folder, 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            folder.save(2, state(2), lambda: None)
+            with pytest.raises(OSError, match=str(error.args[-1])):
+                tell()
+        folder.check()
+        assert step_in(folder.newest) == 1
+    save(folder, 3)
+    assert names(tmp_path) == ends("-00000001", "")
