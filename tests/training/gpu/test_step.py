@@ -17,7 +17,7 @@ from arat_fast.models import MODELS, create_model, use_branch, use_statistics
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.objectives import ARAT, ARREST, LBGAT
 from arat_fast.training.graph import NUM_WARMUP
-from arat_fast.training.step import TrainStep, make_train_step
+from arat_fast.training.step import TrainStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +57,7 @@ def make_step(
     objective = ARAT(model, MODELS["resnet18"].regularized_layers, (3, 32, 32)).cuda()
     objective.start_epoch(0.5)
     parameters = [*model.parameters(), *objective.parameters()]
-    return make_train_step(
+    return TrainStep(
         model,
         objective,
         PGD(num_steps=num_steps, bn=bn),
@@ -66,6 +66,13 @@ def make_step(
         generator=torch.Generator("cuda").manual_seed(3),
         **options,  # type: ignore[arg-type]  # forwarded
     )
+
+
+def captured_sizes(step: TrainStep) -> list[int]:
+    """Batch sizes that the step has captured."""
+    graphs = step._graphs
+    assert graphs is not None
+    return sorted(len(captured.inputs[0]) for captured in graphs.captured.values())
 
 
 def losses(step: TrainStep, data: ResidentBatches, num: int) -> list[float]:
@@ -126,7 +133,7 @@ def test_replay_sees_learning_rate_weights_data_and_new_starts() -> None:
     index, draws = next(iter(data.epoch_indices(0)))
     for _ in range(NUM_WARMUP + 1):
         step.from_indices(index, draws)
-    assert step._graphs is not None and len(step._graphs.captured) == 1
+    assert captured_sizes(step) == [BATCH]
     weight = step.model.get_parameter("linear.weight")
     before = weight.clone()
     first, second = (step.from_indices(index, draws) for _ in range(2))
@@ -167,9 +174,7 @@ def test_last_partial_batch_and_evaluation_in_between() -> None:
 
     graph, step = run("on")
     eager, _ = run("off")
-    assert step._graphs is not None
-    sizes = sorted(captured.inputs[0].shape[0] for captured in step._graphs.captured.values())
-    assert sizes == [7, BATCH]
+    assert captured_sizes(step) == [7, BATCH]
     assert graph[:8] == pytest.approx(eager[:8], rel=1e-3)
     assert sum(graph) / len(graph) == pytest.approx(sum(eager) / len(eager), rel=0.05)
 
@@ -190,7 +195,7 @@ def test_a_loaded_state_is_captured_anew() -> None:
 
     graph, step = run("on")
     eager, _ = run("off")
-    assert step._graphs is not None and len(step._graphs.captured) >= 1
+    assert captured_sizes(step)
     assert graph == pytest.approx(eager, rel=0.02)
 
 
@@ -202,7 +207,7 @@ def test_batches_from_anywhere_and_another_optimiser(given_noise: bool) -> None:
 
     def run(graph: Literal["on", "off"]) -> list[float]:
         step = make_step(graph=graph, precision=torch.float32)
-        step = make_train_step(
+        step = TrainStep(
             step.model,
             step.objective,
             step.attack,
@@ -214,7 +219,7 @@ def test_batches_from_anywhere_and_another_optimiser(given_noise: bool) -> None:
         with full_float32():
             found = [float(step(*arguments)["loss"]) for _ in range(8)]
         if graph == "on":
-            assert step._graphs is not None and len(step._graphs.captured) == 1
+            assert captured_sizes(step) == [BATCH]
         return found
 
     assert run("on") == pytest.approx(run("off"), rel=0.02)
@@ -287,7 +292,7 @@ def test_a_second_network_in_the_graph(name: Literal["lbgat", "arrest"]) -> None
         model, attack = network(), PGD(num_steps=2)
         objective = LBGAT(network(), 6.0) if name == "lbgat" else ARREST(model, attack, replay=0.01)
         trained = [p for m in (model, objective) for p in m.parameters() if p.requires_grad]
-        return make_train_step(
+        return TrainStep(
             model,
             objective,
             attack,
@@ -302,7 +307,7 @@ def test_a_second_network_in_the_graph(name: Literal["lbgat", "arrest"]) -> None
     (second,) = graph.objective.networks()
     start = copy.deepcopy(second.state_dict())
     got = losses(graph, data, 12)
-    assert graph._graphs is not None and graph._graphs.captured
+    assert captured_sizes(graph)
     expected = losses(make("off"), data, NUM_WARMUP + 1)
     assert got[: NUM_WARMUP + 1] == pytest.approx(expected, rel=0.02)
     assert torch.tensor(got).isfinite().all()

@@ -1,0 +1,404 @@
+"""The training step in a loop of one's own: what it computes, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from networks import generator
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from arat_fast.attacks import PGD
+from arat_fast.data.batches import ResidentBatches
+from arat_fast.models import MODELS, convert_split_batch_norm, create_model, use_statistics
+from arat_fast.models.layers import StemConv2d, protect_stem
+from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
+from arat_fast.training.graph import make_capturable
+from arat_fast.training.step import TrainStep
+from arat_fast.training.values import Values
+
+BOTH_STATISTICS = pytest.mark.parametrize("bn", ["batch", "running"])
+LAYERS = MODELS["resnet8"].regularized_layers
+
+
+def resident(num_samples: int = 24) -> ResidentBatches:
+    images = torch.randint(256, (num_samples, 3, 8, 8), generator=generator(1), dtype=torch.uint8)
+    labels = torch.randint(4, (num_samples,), generator=generator(2))
+    return ResidentBatches(
+        images, labels, tuple("abcd"), batch_size=8, shuffle=True, padding=1, flip=True
+    )
+
+
+def batches(num: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    found = [batch for epoch in range(num) for batch in resident().epoch(epoch)]
+    return [(x.to(dtype), y) for x, y in found[:num]]
+
+
+def batch(samples: int = 8, size: int = 8) -> tuple[Tensor, Tensor]:
+    source = generator(1)
+    x = torch.rand(samples, 3, size, size, generator=source)
+    return x, torch.randint(0, 4, (samples,), generator=source)
+
+
+def step_of(
+    model: nn.Module, objective: Objective, attack: PGD, lr: float = 0.05, **options: Any
+) -> TrainStep:
+    parameters = [*model.parameters(), *objective.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+    options = {"generator": generator(3), **options}
+    return TrainStep(model, objective, attack, optimizer, **options)
+
+
+def make_step(
+    bn: Any = "batch", dtype: torch.dtype = torch.float32, num_steps: int = 2, **options: Any
+) -> TrainStep:
+    """ARAT on resnet8."""
+    torch.manual_seed(0)
+    model = create_model("resnet8", 4).to(dtype)
+    objective = ARAT(model, LAYERS, (3, 8, 8)).to(dtype)
+    objective.start_epoch(0.5)
+    return step_of(model, objective, PGD(num_steps=num_steps, bn=bn), **options)
+
+
+def assert_same(values: Values, expected: Values) -> None:
+    assert list(values) == list(expected)
+    assert all(torch.equal(values[name], expected[name]) for name in values)
+
+
+def test_metrics_and_learning() -> None:
+    step = make_step()
+    x, y = batch()
+    step.model.eval()
+    for parameter in step.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    first = step(x, y)
+    assert all(module.training for module in step.model.modules())
+    assert all(p.grad is not None and p.grad.abs().max() < 1e5 for p in step.model.parameters())
+    # Whatever the attack does, batch statistics move once a step, on either branch.
+    assert step.model.get_buffer("bn1.num_batches_tracked").tolist() == [1, 1]
+    terms = ["ce_adv", "ce_clean", *(f"invariance/{name}" for name in LAYERS)]
+    assert list(first) == ["loss", *terms, "accuracy_clean", "accuracy_adv"]
+    assert all(value.ndim == 0 and not value.requires_grad for value in first.values())
+    torch.testing.assert_close(first["loss"], torch.stack([first[n] for n in terms]).sum())
+    kept = {name: float(value) for name, value in first.items()}
+    for _ in range(8):
+        last = step(x, y)
+    assert last["loss"] < first["loss"] and last["accuracy_clean"] >= first["accuracy_clean"]
+    assert kept == {name: float(value) for name, value in first.items()}
+
+
+def test_same_seed_same_numbers() -> None:
+    states = []
+    for seed in (5, 5, 6):
+        step = make_step(generator=generator(seed))
+        for _ in range(2):
+            step(*batch())
+        states.append(step.model.state_dict())
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+@BOTH_STATISTICS
+def test_from_indices_is_the_step_on_the_assembled_batch(bn: str) -> None:
+    data = resident()
+    by_index, by_batch = make_step(bn, assemble=data.assemble), make_step(bn)
+    for epoch in range(2):
+        pairs = zip(data.epoch_indices(epoch), data.epoch(epoch), strict=True)
+        for (index, draws), (x, y) in pairs:
+            assert_same(by_index.from_indices(index, draws), by_batch(x, y))
+    expected = by_batch.model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in by_index.model.state_dict().items())
+
+
+def test_folding_changes_no_step() -> None:
+    folded, plain = (make_step("running", torch.float64, fold=fold) for fold in (True, False))
+    for x, y in batches(4, torch.float64):
+        values, expected = folded(x, y), plain(x, y)
+        for name, value in expected.items():
+            assert abs(float(values[name] - value)) <= 1e-9 * max(1.0, abs(float(value))), name
+    assert folded.folded_network is not None and plain.folded_network is None
+    state = plain.model.state_dict()
+    for name, tensor in folded.model.state_dict().items():
+        assert torch.allclose(tensor, state[name], rtol=1e-9, atol=1e-10), name
+    other = make_step("batch")
+    other(*batch())
+    assert other.folded_network is None
+
+
+@pytest.mark.parametrize("noisy_clean", [False, True])
+def test_noisy_clean_moves_the_clean_images_and_the_centre(noisy_clean: bool) -> None:
+    step = make_step(noisy_clean=noisy_clean)
+    x, y = batch()
+    seen: list[Tensor] = []
+    step.model.register_forward_hook(lambda _m, args, _out: seen.append(args[0].detach().clone()))
+    step(x, y)
+    clean, adv = seen[-1].chunk(2)
+    eps = step.attack.eps
+    assert ((clean - x).abs().max() > 0) == noisy_clean
+    assert (clean - x).abs().max() <= eps * (1 + 1e-6)
+    inside = (x > 2 * eps) & (x < 1 - 2 * eps)
+    assert (adv - clean)[inside].abs().max() <= eps * 1.00001
+    assert ((adv - x).abs().max() > eps * 1.01) == noisy_clean
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_objective_may_leave_the_start_to_the_attack(accumulate: int) -> None:
+    """In the steps in which it has none of its own; it is asked once for the whole batch."""
+
+    class Sometimes(AdversarialTraining):
+        asked = 0
+
+        def start_noise(
+            self, x: Tensor, num_samples: int, generator: torch.Generator | None
+        ) -> None:
+            assert num_samples == 8 and x.shape[1:] == (3, 8, 8)
+            self.asked += 1
+
+    weights = []
+    for objective in (AdversarialTraining(), Sometimes()):
+        torch.manual_seed(1)
+        model = create_model("resnet8", 4, norm="shared")
+        step_of(model, objective, PGD(num_steps=1), accumulate=accumulate)(*batch())
+        weights.append(model.state_dict())
+    assert isinstance(objective, Sometimes) and objective.asked == 1
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_natural_training_needs_no_attack() -> None:
+    model = create_model("resnet8", 4, norm="shared")
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    natural = step_of(model, NaturalTraining(), PGD(num_steps=3))
+    assert set(natural(*batch())) == {"loss", "ce_clean", "accuracy_clean"} and len(calls) == 1
+    adversarial = step_of(model, AdversarialTraining(), PGD(num_steps=3))
+    assert set(adversarial(*batch())) == {"loss", "ce_adv", "accuracy_adv"} and len(calls) == 5
+
+
+def test_bf16_keeps_losses_and_images_float32() -> None:
+    step = make_step(precision=torch.bfloat16)
+    dtypes: list[tuple[torch.dtype, torch.dtype]] = []
+    step.model.register_forward_hook(
+        lambda _m, args, out: dtypes.append((args[0].dtype, out.dtype))
+    )
+    values = step(*batch())
+    assert set(dtypes) == {(torch.float32, torch.bfloat16)}
+    assert all(v.dtype == torch.float32 and v.isfinite() for v in values.values())
+    state = step.model.state_dict().values()
+    assert all(t.dtype == torch.float32 for t in state if t.is_floating_point())
+
+
+@pytest.mark.parametrize("bn", ["batch", pytest.param("running", marks=pytest.mark.slow)])
+def test_bf16_follows_float32(bn: str) -> None:
+    """Losses over 50 steps, same seeds.
+
+    A bf16 forward pass is wrong by about 2^-9 per rounding; the loss, after some ten layers, by
+    1e-2 relative. Training moves both runs apart, as two float32 runs from weights that differ by
+    that rounding do: those set the budget.
+    """
+    plain, rounded = make_step(bn, num_steps=3), make_step(bn, num_steps=3)
+    fast = make_step(bn, num_steps=3, precision=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in rounded.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    losses: dict[str, list[float]] = {"plain": [], "rounded": [], "fast": []}
+    for x, y in batches(50):
+        for name, step in (("plain", plain), ("rounded", rounded), ("fast", fast)):
+            losses[name].append(float(step(x, y)["loss"]))
+    difference = {
+        name: [abs(a - b) for a, b in zip(losses[name], losses["plain"], strict=True)]
+        for name in ("rounded", "fast")
+    }
+    assert difference["fast"][0] <= 0.01 * losses["plain"][0]
+    mean = {name: sum(values) / len(values) for name, values in difference.items()}
+    level = sum(losses["plain"]) / len(losses["plain"])
+    assert mean["fast"] <= 2 * mean["rounded"] + 0.01 * level
+    assert losses["fast"][-1] < losses["fast"][0]
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of what is cast to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func.name() == "aten::_to_copy" and kwargs.get("dtype") == torch.bfloat16:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **kwargs)
+
+
+@BOTH_STATISTICS
+def test_weights_are_cast_once_a_step(bn: str) -> None:
+    step = make_step(bn, precision=torch.bfloat16)
+    step(*batch())
+    with Casts() as casts:
+        step(*batch())
+    # All but the stem's; with folding, once for the attack and once for the training pass.
+    weights = [
+        tuple(module.weight.shape)
+        for module in step.model.modules()
+        if isinstance(module, nn.Conv2d) and not isinstance(module, StemConv2d)
+    ]
+    assert len(weights) == 8
+    for shape in set(weights):
+        expected = weights.count(shape) * (2 if bn == "running" else 1)
+        assert casts.shapes.count(shape) == expected, shape
+
+
+def test_the_stem_of_any_network_keeps_the_perturbation() -> None:
+    torch.manual_seed(0)
+    model = convert_split_batch_norm(torchvision.models.mobilenet_v3_small(num_classes=4))
+    keys = list(model.state_dict())
+    objective = ARAT(model, ["avgpool"], (3, 32, 32))
+    step = step_of(model, objective, PGD(num_steps=1), precision=torch.bfloat16)
+    x = torch.rand(4, 3, 32, 32, generator=generator(1))
+    step(x, torch.arange(4))
+    stems = [name for name, m in model.named_modules() if isinstance(m, StemConv2d)]
+    assert stems == ["features.0.0"] and list(model.state_dict()) == keys
+    seen: list[Tensor] = []
+    stem = model.get_submodule(stems[0])
+    stem.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    step(x, torch.arange(4))
+    # [x; x_adv] of the training pass: the image itself, not its rounding.
+    assert seen[-1].dtype == torch.float32 and torch.equal(seen[-1][:4], x)
+
+
+class OwnConv2d(nn.Conv2d):
+    pass
+
+
+class TwoStems(nn.Module):
+    """The image enters two convolutions; what follows them does not see it."""
+
+    def __init__(self, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
+        super().__init__()
+        self.one = conv(3, 8, 3, padding=1)
+        self.two = nn.Conv2d(3, 8, 1)
+        self.three = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - 0.5
+        y: Tensor = self.three(self.one(x) + self.two(x))
+        return y
+
+
+def test_every_stem_is_protected_and_others_are_refused() -> None:
+    model, x = TwoStems(), batch()[0]
+    protect_stem(model, x, torch.bfloat16)
+    stems = [name for name, m in model.named_modules() if isinstance(m, StemConv2d)]
+    assert stems == ["one", "two"]
+    with pytest.raises(ValueError, match=r"OwnConv2d.*--step\.precision float32"):
+        protect_stem(TwoStems(OwnConv2d), x, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("layers", "bn", "optimizer"),
+    [
+        (("layer4.0.bn2", "layer4.1", "avgpool"), "batch", lambda p: torch.optim.AdamW(p, lr=1e-3)),
+        (("layer4.1.bn1", "layer4.1.bn2"), "running", lambda p: torch.optim.SGD(p, lr=0.02)),
+    ],
+)
+def test_a_torchvision_network(
+    layers: tuple[str, ...], bn: Any, optimizer: Callable[..., torch.optim.Optimizer]
+) -> None:
+    torch.manual_seed(0)
+    model = convert_split_batch_norm(torchvision.models.resnet18(num_classes=4))
+    objective = ARAT(model, layers, (3, 32, 32), gamma=1.0)
+    parameters = [*model.parameters(), *objective.parameters()]
+    step = TrainStep(model, objective, PGD(num_steps=1, bn=bn), optimizer(parameters))
+    objective.start_epoch(0.5)
+    x, y = batch(size=32)
+    before = copy.deepcopy(model.state_dict())
+    losses = [float(step(x, y)["loss"]) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert tensor.double().isfinite().all() and not torch.equal(tensor, before[name]), name
+    if bn == "running":
+        assert step.folded_network is not None and len(step.folded_network.folded) == 20
+    with torch.no_grad(), use_statistics(model, "running"):
+        assert model(x).shape == (8, 4)
+
+
+def test_dropout_and_batch_norm_1d_train_in_the_first_step_too() -> None:
+    """Folding shares them with the network; a resumed run folds in its first step."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(8 * 36, 4), nn.BatchNorm1d(4))
+    body = convert_split_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    model = nn.Sequential(body, head)
+    step = step_of(model, ARAT(model, ["0.1"], (3, 8, 8)), PGD(num_steps=1, bn="running"))
+    modes: list[bool] = []
+    head[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    step(*batch(4))
+    assert modes[-1] and modes.count(True) == 1
+    assert int(head[3].num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [(float("nan"), "1 NaN"), (1.01, "1.01"), (-0.5, "-0.5"), (float("inf"), "inf")],
+)
+def test_a_bad_image_changes_nothing(value: float, match: str) -> None:
+    step = make_step()
+    before = copy.deepcopy(step.model.state_dict())
+    x, y = batch()
+    x[3, 1, 2, 2] = value
+    with pytest.raises(ValueError, match=match) as error:
+        step(x, y)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(t, before[name]) for name, t in step.model.state_dict().items())
+
+
+def test_requests_that_cannot_be_met_name_the_switch() -> None:
+    with pytest.raises(ValueError, match=r"--step\.graph off"):
+        make_step(graph="on")
+    with pytest.raises(ValueError, match="float16"):
+        make_step(precision=torch.float16)
+    with pytest.raises(ValueError, match="accumulate must be >= 1"):
+        make_step(accumulate=0)
+    assert make_step(graph="auto")(*batch())["loss"] > 0
+
+
+def test_out_of_memory_changes_no_weight() -> None:
+    class Limited(AdversarialTraining):
+        def forward(self, model: nn.Module, x: Tensor, *rest: Any) -> Any:
+            output = super().forward(model, x, *rest)
+            if len(x) > 5:
+                raise torch.OutOfMemoryError("out of memory")
+            return output
+
+    model = create_model("resnet8", 4, norm="shared")
+    step = step_of(model, Limited(), PGD(num_steps=2))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 8; the largest .* fits is 5 "):
+        step(*batch())
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    split = step_of(model, Limited(), PGD(num_steps=2), accumulate=2)
+    assert split(*batch())["loss"].isfinite()
+
+
+def test_learning_rates_become_tensors_where_a_graph_reads_them() -> None:
+    weights = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    groups = [{"params": weights[:1], "lr": 0.5}, {"params": weights[1:], "lr": 0.25}]
+    sgd = torch.optim.SGD(groups, momentum=0.9)
+    rates = make_capturable(sgd, torch.device("cpu"))
+    assert [group["lr"] for group in sgd.param_groups] == rates
+    for rate, value in zip(rates, (0.125, 1.0), strict=True):
+        rate.fill_(value)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    sgd.step()
+    assert weights[0].tolist() == [0.875] * 3 and weights[1].tolist() == [0.0] * 2
+    adam = torch.optim.Adam(weights)
+    make_capturable(adam, torch.device("cpu"))
+    assert adam.param_groups[0]["capturable"] is True
+    with pytest.raises(ValueError, match=r"LBFGS.*--step\.graph off"):
+        make_capturable(torch.optim.LBFGS(weights), torch.device("cpu"))
