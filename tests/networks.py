@@ -66,3 +66,30 @@ class TinyNet(nn.Module):
         x = self.bn2(self.conv2(x))
         logits: Tensor = self.head(x.mean(dim=(2, 3)))
         return logits
+
+
+def tiny_network(seed: int = 3) -> nn.Module:
+    """:class:`TinyNet` in float64, with BatchNorm layers that do something."""
+    torch.manual_seed(seed)
+    return randomize(TinyNet(), seed).double()
+
+
+def triples(samples: int = 6, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, what could be adversarial ones, and labels of four classes; float64."""
+    source = generator(1)
+    x = torch.rand(samples, 3, size, size, generator=source, dtype=torch.float64)
+    noise = 0.1 * torch.randn(x.shape, generator=source, dtype=torch.float64)
+    return x, (x + noise).clamp(0, 1), torch.randint(0, 4, (samples,), generator=source)
+
+
+def assert_same_gradients(got: nn.Module, expected: nn.Module) -> None:
+    """Of parameters, to 1e-10 of the largest; running statistics, to 1e-12."""
+    for (name, a), b in zip(got.named_parameters(), expected.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is None or b.grad is None:
+            continue
+        # A bias before a BatchNorm has no gradient but rounding.
+        bound = 1e-10 * max(1e-3, float(b.grad.abs().max()))
+        assert (a.grad - b.grad).abs().max() <= bound, name
+    for (name, a), b in zip(got.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)

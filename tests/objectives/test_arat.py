@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import TinyNet, generator, randomize
+from networks import TinyNet, generator, randomize, triples
 from torch import Tensor, nn
 
+from arat_fast.attacks import RandomStart
 from arat_fast.models import convert_split_batch_norm, create_model
 from arat_fast.objectives import ARAT
 from arat_fast.objectives.predictor import Predictors
@@ -22,13 +23,7 @@ from arat_fast.saved import (
 
 LAYERS = ("layer2.0.bn2", "layer3.0.bn1", "layer3.0.bn2")
 SHAPE = (3, 8, 8)
-
-
-def batch(samples: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    source = generator(1)
-    x = torch.rand(samples, *SHAPE, generator=source, dtype=torch.float64)
-    x_adv = (x + 0.1 * torch.randn(x.shape, generator=source, dtype=torch.float64)).clamp(0, 1)
-    return x, x_adv, torch.randint(0, 4, (samples,), generator=source)
+START = RandomStart()
 
 
 def network(norm: str = "split") -> nn.Module:
@@ -135,7 +130,7 @@ def test_every_switch_equals_the_transcription(
     objective = objective_for(
         model, direction=direction, stop_gradient=stop_gradient, predictor=predictor
     )
-    x, x_adv, y = batch()
+    x, x_adv, y = triples(5)
     clean, adv = export_plain(model, "clean"), export_plain(model, "adv")
     predictors: list[nn.Sequential] = []
     if objective.predictors is not None:
@@ -147,7 +142,7 @@ def test_every_switch_equals_the_transcription(
     )
     torch.stack(list(terms.values())).sum().backward()
 
-    output = objective(model, x, x_adv, y)
+    output = objective(model, x, x_adv, y, START)
     output.loss.backward()
 
     assert output.terms.keys() == terms.keys()
@@ -191,7 +186,7 @@ def test_shared_batch_norm_normalises_the_mixture_or_each_half(
     model = network("shared")
     objective = objective_for(model, predictor=predictor, separate_passes=separate)
     plain = copy.deepcopy(model)
-    x, x_adv, y = batch()
+    x, x_adv, y = triples(5)
     if separate:
         halves = [run_with_features(plain, images) for images in (x, x_adv)]
         logits = torch.cat([half[0] for half in halves])
@@ -210,7 +205,7 @@ def test_shared_batch_norm_normalises_the_mixture_or_each_half(
         True,
     )
     torch.stack(list(terms.values())).sum().backward()
-    output = objective(model, x, x_adv, y)
+    output = objective(model, x, x_adv, y, START)
     output.loss.backward()
     for name, term in terms.items():
         torch.testing.assert_close(output.terms[name], term, rtol=1e-10, atol=1e-12, msg=name)
@@ -221,11 +216,11 @@ def test_shared_batch_norm_normalises_the_mixture_or_each_half(
 
 
 def test_separate_passes_change_nothing_with_split_batch_norm() -> None:
-    x, x_adv, y = batch()
+    x, x_adv, y = triples(5)
     results = []
     for separate in (False, True):
         model = network()
-        output = objective_for(model, separate_passes=separate)(model, x, x_adv, y)
+        output = objective_for(model, separate_passes=separate)(model, x, x_adv, y, START)
         output.loss.backward()
         grads = {f"grad {n}": p.grad for n, p in model.named_parameters()}
         results.append({**output.terms, **model.state_dict(), **grads})
@@ -239,10 +234,10 @@ def test_stop_gradient_keeps_the_invariance_loss_off_the_clean_features(
 ) -> None:
     model = network()
     objective = objective_for(model, stop_gradient=stop_gradient)
-    x, x_adv, y = batch()
+    x, x_adv, y = triples(5)
     x.requires_grad_()
     x_adv.requires_grad_()
-    terms = objective(model, x, x_adv, y).terms
+    terms = objective(model, x, x_adv, y, START).terms
     invariance = sum(v for name, v in terms.items() if name.startswith("invariance/"))
     assert isinstance(invariance, Tensor)
     clean, adv = torch.autograd.grad(invariance, (x, x_adv))
@@ -259,7 +254,7 @@ def test_the_invariance_loss_distils_from_a_frozen_copy_of_the_clean_branch(
     objective = objective_for(model, predictor=predictor)
     teacher = export_plain(model, "clean").requires_grad_(False)
     student = export_plain(model, "adv")
-    x, x_adv, y = batch()
+    x, x_adv, y = triples(5)
     target = run_with_features(teacher, x)[1]
     features = run_with_features(student, x_adv)[1]
     if objective.predictors is not None:
@@ -267,7 +262,7 @@ def test_the_invariance_loss_distils_from_a_frozen_copy_of_the_clean_branch(
         features = [h(z) for h, z in zip(separate, features, strict=True)]
     torch.stack([distance(p, z) for p, z in zip(features, target, strict=True)]).sum().backward()
 
-    terms = objective(model, x, x_adv, y).terms
+    terms = objective(model, x, x_adv, y, START).terms
     torch.stack([v for name, v in terms.items() if name.startswith("invariance/")]).sum().backward()
     for name, expected in student.named_parameters():
         got = model.get_parameter(name).grad
@@ -285,19 +280,19 @@ def test_the_invariance_loss_distils_from_a_frozen_copy_of_the_clean_branch(
 
 def test_auto_balance() -> None:
     model = network()
-    x, x_adv, y = batch()
+    x, x_adv, y = triples(5)
     objective = objective_for(model)
-    output = objective(model, x, x_adv, y)
+    output = objective(model, x, x_adv, y, START)
     for accuracy in (0.0, 0.37, 1.0):
         objective.start_epoch(accuracy)
         assert float(objective.w_adv) == accuracy and float(objective.w_clean) == 1 - accuracy
-        changed = objective(model, x, x_adv, y)
+        changed = objective(model, x, x_adv, y, START)
         ce = [float(output.terms[n].detach()) / w for n, w in (("ce_adv", 0.3), ("ce_clean", 0.7))]
         assert float(changed.terms["ce_adv"].detach()) == pytest.approx(accuracy * ce[0], rel=1e-12)
         assert float(changed.terms["ce_clean"].detach()) == pytest.approx(
             (1 - accuracy) * ce[1], rel=1e-12
         )
-    fixed = ARAT(model, LAYERS, SHAPE, auto_balance=False, w_adv=2.0, w_clean=0.5)
+    fixed = ARAT(model, LAYERS, SHAPE, balance="fixed", w_adv=2.0, w_clean=0.5)
     fixed.start_epoch(0.9)
     assert (float(fixed.w_adv), float(fixed.w_clean)) == (2.0, 0.5)
 
@@ -305,8 +300,8 @@ def test_auto_balance() -> None:
 def test_gamma_zero_leaves_classification_only() -> None:
     model = network()
     objective = ARAT(model, LAYERS, SHAPE, gamma=0.0).double()
-    x, x_adv, y = batch()
-    output = objective(model, x, x_adv, y)
+    x, x_adv, y = triples(5)
+    output = objective(model, x, x_adv, y, START)
     assert float(output.loss.detach()) == pytest.approx(
         float((output.terms["ce_adv"] + output.terms["ce_clean"]).detach()), rel=1e-12
     )
@@ -373,8 +368,8 @@ def test_layers_of_any_network_by_path() -> None:
     objective = ARAT(model, ("conv1", "bn2", "head"), SHAPE)
     assert objective.predictors is not None
     assert [len(g) for g in objective.predictors.groups] == [1, 1, 1]
-    x, x_adv, y = batch()
-    output = objective(model, x.float(), x_adv.float(), y)
+    x, x_adv, y = triples(5)
+    output = objective(model, x.float(), x_adv.float(), y, START)
     output.loss.backward()
     names = ["ce_adv", "ce_clean", "invariance/conv1", "invariance/bn2", "invariance/head"]
     assert list(output.terms) == names
