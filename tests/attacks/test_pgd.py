@@ -14,7 +14,7 @@ from networks import TinyNet, generator, randomize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arat_fast.attacks import PGD, check_images, perturbation_norm
+from arat_fast.attacks import PGD, RandomStart, check_images, perturbation_norm
 from arat_fast.models import (
     SplitBatchNorm2d,
     convert_split_batch_norm,
@@ -75,7 +75,7 @@ def test_ball_and_range(
     if norm == "Linf":
         eps, alpha = min(eps, 1.0), min(alpha, 1.0)
     attack = PGD(eps, alpha, num_steps, norm, random_start, num_restarts, bn)
-    x_adv = attack(model, x, y, generator=source)
+    x_adv = attack(model, x, y, RandomStart(source))
     assert x_adv.shape == x.shape and x_adv.dtype == dtype and not x_adv.requires_grad
     check_images(x_adv)
     # Rounding: one unit in the last place per pixel.
@@ -120,7 +120,7 @@ def test_equals_a_direct_transcription(
     noise = 0.05 * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
     plain = export_plain(model, "adv").train(bn != "running")
     expected = transcription(plain, x, y, noise, attack)
-    x_adv = attack(model.train(bn == "running"), x, y, noise=noise)
+    x_adv = attack(model.train(bn == "running"), x, y, RandomStart(noise=noise))
     assert (x_adv - expected).abs().max() <= 1e-12
     assert (x_adv - x).abs().max() > 0.01
 
@@ -131,9 +131,9 @@ def test_random_start_and_generator(norm: Norm) -> None:
     x = 0.5 + 0 * x
     attack = PGD(eps=0.25, num_steps=0, norm=norm)
     model = tiny_net().double()
-    first = attack(model, x, y, generator=generator(5))
-    assert torch.equal(first, attack(model, x, y, generator=generator(5)))
-    assert not torch.equal(first, attack(model, x, y, generator=generator(6)))
+    first = attack(model, x, y, RandomStart(generator(5)))
+    assert torch.equal(first, attack(model, x, y, RandomStart(generator(5))))
+    assert not torch.equal(first, attack(model, x, y, RandomStart(generator(6))))
     radius = perturbation_norm(x, first, norm)
     if norm == "Linf":
         delta = first - x
@@ -155,7 +155,7 @@ def test_the_attack_raises_the_loss_and_restarts_never_lower_it(norm: Norm) -> N
         attack = PGD(
             eps=eps, alpha=eps / 4, num_steps=5, norm=norm, bn="running", num_restarts=restarts
         )
-        losses.append(cross_entropy(model, attack(model, x, y, generator=generator(7)), y))
+        losses.append(cross_entropy(model, attack(model, x, y, RandomStart(generator(7))), y))
     assert losses[1].sum() > losses[0].sum()
     for fewer, more in zip(losses[1:], losses[2:], strict=False):
         assert (more >= fewer - 1e-12).all()
@@ -174,7 +174,7 @@ def test_restarts_maximise_the_given_loss() -> None:
             return loss_fn(model(x_adv))
 
     attack = PGD(eps=0.1, alpha=0.03, num_steps=3, bn="running", num_restarts=3)
-    x_adv = attack(model, x, y, loss_fn=loss_fn, generator=generator(1))
+    x_adv = attack(model, x, y, RandomStart(generator(1)), loss_fn=loss_fn)
     assert (loss_of(x_adv) > loss_of(x)).all()
 
 
@@ -303,27 +303,6 @@ def test_attack_runs_under_no_grad() -> None:
     assert not torch.equal(x_adv, x.float())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eps": -0.1}, "attack.eps must be >= 0, got -0.1"),
-        ({"eps": float("nan")}, "attack.eps must be >= 0, got nan"),
-        ({"alpha": -1}, "attack.alpha must be >= 0, got -1"),
-        ({"eps": 8}, r"attack.eps must be in \[0, 1\] with Linf, .* got 8; did you mean 8/255\?"),
-        ({"alpha": 2.5}, r"attack.alpha must be in \[0, 1\] .* got 2.5; did you mean 2.5/255\?"),
-        ({"eps": 256}, "since images lie in .*, got 256$"),
-        ({"num_steps": -1}, "attack.num_steps must be >= 0, got -1"),
-        ({"num_restarts": 0}, "attack.num_restarts must be >= 1, got 0"),
-        ({"norm": "L1"}, 'attack.norm must be "Linf" or "L2", got \'L1\''),
-        ({"bn": "train"}, "attack.bn must be .*, got 'train'"),
-    ],
-)
-def test_bad_options(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        PGD(**options)  # type: ignore[arg-type]  # on purpose
-    assert "\n" not in str(error.value)
-
-
 def test_check_images() -> None:
     x, _ = batch()
     check_images(x)
@@ -333,3 +312,41 @@ def test_check_images() -> None:
         bad[2, 1, 3, 3] = value
         with pytest.raises(ValueError, match=message):
             check_images(bad)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_start_of_parts_is_that_of_the_whole(norm: Norm, given: bool) -> None:
+    """Whatever the parts, and wherever the process's samples lie in the batch of all."""
+    x, _ = batch(samples=9)
+    attack = PGD(eps=0.2, norm=norm, num_restarts=3)
+    noise = 0.1 * torch.randn(x.shape, generator=generator(2)).double() if given else None
+    keys = attack.draw_keys(generator(3), x.device, first_given=given)
+    assert keys is not None and keys.shape == (3, 2)
+    whole = RandomStart(noise=noise, keys=keys)
+    for restart in range(3):
+        expected = attack.start(x, whole, restart)
+        for cuts in ([4, 9], [1, 2, 9], [9]):
+            begins = [0, *cuts[:-1]]
+            pieces = [
+                attack.start(x[a:b], whole.part(slice(a, b)), restart)
+                for a, b in zip(begins, cuts, strict=True)
+            ]
+            assert torch.equal(torch.cat(pieces), expected)
+        own = None if noise is None else noise[5:]
+        later = RandomStart(first=5, noise=own, keys=keys).part(slice(1, 3))
+        assert later.first == 6
+        assert torch.equal(attack.start(x[6:8], later, restart), expected[6:8])
+    # Drawn as they are needed, the keys are the same.
+    if not given:
+        assert torch.equal(
+            attack.start(x, RandomStart(generator(3))), attack.start(x, RandomStart(keys=keys))
+        )
+
+
+def test_keys_are_drawn_only_where_they_are_needed() -> None:
+    before = generator(3).get_state()
+    for attack, noise in ((PGD(random_start=False), False), (PGD(), True)):
+        source = generator(3)
+        assert attack.draw_keys(source, torch.device("cpu"), first_given=noise) is None
+        assert torch.equal(source.get_state(), before)

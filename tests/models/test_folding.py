@@ -12,7 +12,7 @@ from networks import BatchNormAct2d, generator, randomize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arat_fast.attacks import PGD
+from arat_fast.attacks import PGD, RandomStart
 from arat_fast.models import (
     SplitBatchNorm2d,
     convert_split_batch_norm,
@@ -172,8 +172,8 @@ def test_the_folded_attack_is_the_unfolded_one(name: str, constant: bool) -> Non
     noise = 0.02 * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
     for norm, eps in (("Linf", 8 / 255), ("L2", 0.5)):
         attack = PGD(eps, eps / 4, 4, norm, bn="running")  # type: ignore[arg-type]
-        expected = attack(model, x, y, noise=noise)
-        assert (attack(folded, x, y, noise=noise) - expected).abs().max() <= 1e-10
+        expected = attack(model, x, y, RandomStart(noise=noise))
+        assert (attack(folded, x, y, RandomStart(noise=noise)) - expected).abs().max() <= 1e-10
         assert (expected - x).abs().max() > 0.01
     with use_branch(model, "adv"), use_statistics(model, "running"):
         logits = model(x)

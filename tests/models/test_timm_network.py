@@ -9,7 +9,8 @@ import pytest
 import torch
 from networks import generator
 
-from arat_fast.config import Config, ModelConfig, ObjectiveConfig
+from arat_fast.attacks import RandomStart
+from arat_fast.config import Config, ModelConfig
 from arat_fast.models import create_model
 from arat_fast.models.layers import StemConv2d
 from arat_fast.models.registry import model_spec
@@ -21,7 +22,7 @@ has_timm = pytest.mark.skipif(
 
 
 def test_there_is_nothing_to_split() -> None:
-    config = Config("x", model=ModelConfig("convnext-t"), objective=ObjectiveConfig("arat"))
+    config = Config("x", model=ModelConfig("convnext-t"))
     assert config.norm == "shared"
     with pytest.raises(ValueError, match="LayerNorm and no BatchNorm that could be split") as error:
         create_model("convnext-t", 5, norm="split")
@@ -41,7 +42,7 @@ def test_invariance_loss_and_predictor_train_it() -> None:
     layers = model_spec("convnext-t").regularized_layers
     objective = ARAT(model, layers, (3, 64, 64))
     x = torch.rand(2, 3, 64, 64, generator=generator(1))
-    output = objective(model, x, x + 0.01, torch.tensor([0, 1]))
+    output = objective(model, x, x + 0.01, torch.tensor([0, 1]), RandomStart())
     assert len(output.terms) == 2 + len(layers)
     output.loss.backward()
     used = [*model.parameters(), *objective.parameters()]

@@ -36,7 +36,7 @@ from arat_fast.saved import (
     predictors_to_official,
     state_dict_to_official,
 )
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import TrainStep
 
 DATA = Path(__file__).parents[1] / "data"
 LAYERS = MODELS["resnet18"].regularized_layers
@@ -146,7 +146,7 @@ class Run:
     eval_features: dict[str, Tensor]
     inputs: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    metrics: list[Mapping[str, Tensor]] = field(default_factory=list)
     tensors: list[dict[str, Tensor]] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
@@ -194,7 +194,7 @@ def train(compat: str) -> Run:
         momentum=0.9,
         weight_decay=5e-4,
     )
-    step = make_train_step(
+    step = TrainStep(
         model,
         objective,
         PGD(bn="batch_update"),

@@ -14,20 +14,19 @@ from networks import generator, randomize
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
-from arat_fast.build import build_model, build_objective
+from arat_fast.build import build_network, build_objective
 from arat_fast.config import Config
 from arat_fast.objectives import ARAT
 from arat_fast.recipes import recipe
 from arat_fast.saved import predictors_to_official
-from arat_fast.training.step import make_train_step
+from arat_fast.training.step import TrainStep
 
 LAYERS = ("layer2.0.bn2", "layer3.0.bn2")
 EPS, ALPHA, NUM_STEPS = 0.12, 0.03, 3
 
 
-class Data:
-    num_classes = 4
-    image_shape = (1, 8, 8)
+DATA = 4, (1, 8, 8)
+"""Classes and shape of the images."""
 
 
 def shared(compat: str, **objective: Any) -> Config:
@@ -42,8 +41,8 @@ def shared(compat: str, **objective: Any) -> Config:
 
 def built(config: Config) -> tuple[nn.Module, ARAT]:
     torch.manual_seed(3)
-    model = randomize(build_model(config, Data())).double()
-    objective = build_objective(config, model, Data()).double()
+    model = randomize(build_network(config, *DATA)).double()
+    objective = build_objective(config, model, *DATA).double()
     assert isinstance(objective, ARAT)
     objective.start_epoch(0.3)
     return model, objective
@@ -116,7 +115,7 @@ def test_three_steps_of_the_official_code(separate: bool) -> None:
     config = shared("official", separate_passes=separate)
     model, objective = built(config)
     theirs = Transcription(model, objective)
-    step = make_train_step(
+    step = TrainStep(
         model,
         objective,
         config.attack,
