@@ -303,17 +303,6 @@ def test_attack_runs_under_no_grad() -> None:
     assert not torch.equal(x_adv, x.float())
 
 
-def test_check_images() -> None:
-    x, _ = batch()
-    check_images(x)
-    check_images(torch.tensor([0.0, 1.0]))
-    for value, message in ((float("nan"), "got 1 NaN"), (1.5, "from .* to 1.5"), (-0.1, "-0.1")):
-        bad = x.clone()
-        bad[2, 1, 3, 3] = value
-        with pytest.raises(ValueError, match=message):
-            check_images(bad)
-
-
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("given", [False, True])
 def test_the_start_of_parts_is_that_of_the_whole(norm: Norm, given: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-from networks import BatchNormAct2d, TinyNet, generator, randomize
+from networks import TinyNet, generator, randomize
 from torch import Tensor, nn
 
 from arat_fast.models import (
@@ -118,14 +118,6 @@ def test_training_equals_two_separate_networks(pair: tuple[nn.Module, nn.Module]
         assert close(parameter.grad, whole, relative, floor=1e-3 * largest), name
         if name.rpartition(".")[0] in layers:
             assert parameter.grad.abs().amax(dim=1).gt(0).all(), name
-
-
-def test_activated_layer_keeps_its_activation() -> None:
-    layer = randomize(BatchNormAct2d(6)).eval()
-    split = convert_split_batch_norm(copy.deepcopy(layer))
-    x = torch.randn(3, 6, 5, 4, generator=generator(1))
-    assert isinstance(split, SplitBatchNorm2d)
-    assert torch.equal(split(x), layer(x))
 
 
 def test_sync_batch_norm_is_converted() -> None:

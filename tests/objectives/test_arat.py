@@ -21,7 +21,8 @@ from arat_fast.saved import (
     predictors_to_official,
 )
 
-LAYERS = ("layer2.0.bn2", "layer3.0.bn1", "layer3.0.bn2")
+# Two widths, out of order.
+LAYERS = ("layer3.0.bn1", "layer2.0.bn2", "layer3.0.bn2")
 SHAPE = (3, 8, 8)
 START = RandomStart()
 
@@ -176,6 +177,24 @@ def test_every_switch_equals_the_transcription(
                 torch.testing.assert_close(
                     state[f"predictor_x.{key}"], weight.grad, rtol=1e-10, atol=1e-13
                 )
+        assert len(objective.predictors.stacks) == 2
+        assert_predictors_are(objective.predictors, predictors, z_adv)
+
+
+def assert_predictors_are(
+    ours: Predictors, separate: list[nn.Sequential], features: list[Tensor]
+) -> None:
+    """State, running statistics included, and what they compute in eval mode."""
+    official = [
+        {f"predictor_x.{k}": v for k, v in module.state_dict().items()} for module in separate
+    ]
+    state = official_predictors_to_state_dict(official)
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-12, msg=name)
+    with torch.no_grad():
+        outputs = ours.eval()(features)
+        for output, module, z in zip(outputs, separate, features, strict=True):
+            torch.testing.assert_close(output, module.eval()(z), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -295,71 +314,6 @@ def test_auto_balance() -> None:
     fixed = ARAT(model, LAYERS, SHAPE, balance="fixed", w_adv=2.0, w_clean=0.5)
     fixed.start_epoch(0.9)
     assert (float(fixed.w_adv), float(fixed.w_clean)) == (2.0, 0.5)
-
-
-def test_gamma_zero_leaves_classification_only() -> None:
-    model = network()
-    objective = ARAT(model, LAYERS, SHAPE, gamma=0.0).double()
-    x, x_adv, y = triples(5)
-    output = objective(model, x, x_adv, y, START)
-    assert float(output.loss.detach()) == pytest.approx(
-        float((output.terms["ce_adv"] + output.terms["ce_clean"]).detach()), rel=1e-12
-    )
-    output.loss.backward()
-    for parameter in objective.parameters():
-        assert parameter.grad is None or parameter.grad.abs().max() == 0
-
-
-def test_predictors_equal_separate_modules() -> None:
-    """Two widths, out of order: outputs, gradients and running statistics, train and eval."""
-    torch.manual_seed(0)
-    widths = [16, 24, 16, 16, 24]
-    predictors = Predictors(widths).double()
-    for state in predictors.state_dict().values():
-        if state.is_floating_point():
-            noise = torch.rand(state.shape, generator=generator(int(state.numel())))
-            state.add_(0.3 * noise)
-    separate = [sequential(s) for s in predictors_to_official(predictors)]
-    source = generator(2)
-
-    def features(samples: int) -> list[Tensor]:
-        return [
-            torch.randn(samples, w, generator=source, dtype=torch.float64).requires_grad_()
-            for w in widths
-        ]
-
-    for training in (True, True, False):
-        predictors.train(training)
-        z = features(7)
-        copies = [f.detach().clone().requires_grad_() for f in z]
-        outputs = predictors(z)
-        expected = [m.train(training)(f) for m, f in zip(separate, copies, strict=True)]
-        upstream = [torch.randn(o.shape, generator=source, dtype=torch.float64) for o in outputs]
-        torch.autograd.backward(outputs, upstream)
-        torch.autograd.backward(expected, upstream)
-        for ours, theirs in zip(outputs, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-        for a, b in zip(z, copies, strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
-    state = official_predictors_to_state_dict(
-        [{f"predictor_x.{k}": v for k, v in m.state_dict().items()} for m in separate]
-    )
-    for name, tensor in predictors.state_dict().items():
-        torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-12)
-    grads = official_predictors_to_state_dict(
-        [
-            {
-                f"predictor_x.{k}": dict(m.named_parameters())[k].grad
-                if k in dict(m.named_parameters())
-                else v
-                for k, v in m.state_dict().items()
-            }
-            for m in separate
-        ]
-    )
-    for name, parameter in predictors.named_parameters():
-        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-10, atol=1e-12)
-    assert len(predictors.stacks) == 2
 
 
 def test_layers_of_any_network_by_path() -> None:
