@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_fast.models import SplitBatchNorm2d
+from arat_fast.saved import predictors_to_official
 
 
 def generator(seed: int) -> torch.Generator:
@@ -93,3 +94,19 @@ def assert_same_gradients(got: nn.Module, expected: nn.Module) -> None:
         assert (a.grad - b.grad).abs().max() <= bound, name
     for (name, a), b in zip(got.named_buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def published_predictors(predictors: nn.Module) -> list[nn.Sequential]:
+    """ARAT's predictors as the separate modules that they are in the official code."""
+    modules = []
+    for state in predictors_to_official(predictors):
+        hidden, width = state["predictor_x.0.weight"].shape
+        module = nn.Sequential(
+            nn.Linear(width, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, width),
+        ).double()
+        module.load_state_dict({k.removeprefix("predictor_x."): v for k, v in state.items()})
+        modules.append(module)
+    return modules

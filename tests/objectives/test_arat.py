@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import TinyNet, generator, randomize, triples
+from networks import TinyNet, generator, published_predictors, randomize, triples
 from torch import Tensor, nn
 
 from arat_fast.attacks import RandomStart
@@ -44,19 +44,6 @@ def objective_for(model: nn.Module, **options: Any) -> ARAT:
                 noise = torch.randn(tensor.shape, generator=source, dtype=torch.float64)
                 tensor.data.add_(0.2 * noise)
     return objective
-
-
-def sequential(state: dict[str, Tensor]) -> nn.Sequential:
-    """The published predictor as separate layers."""
-    hidden, width = state["predictor_x.0.weight"].shape
-    module = nn.Sequential(
-        nn.Linear(width, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, width),
-    ).double()
-    module.load_state_dict({k.removeprefix("predictor_x."): v for k, v in state.items()})
-    return module
 
 
 def run_with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -133,9 +120,7 @@ def test_every_switch_equals_the_transcription(
     )
     x, x_adv, y = triples(5)
     clean, adv = export_plain(model, "clean"), export_plain(model, "adv")
-    predictors: list[nn.Sequential] = []
-    if objective.predictors is not None:
-        predictors = [sequential(s) for s in predictors_to_official(objective.predictors)]
+    predictors = published_predictors(objective.predictors) if objective.predictors else []
     logits_clean, z_clean = run_with_features(clean, x)
     logits_adv, z_adv = run_with_features(adv, x_adv)
     terms = transcription(
@@ -212,9 +197,7 @@ def test_shared_batch_norm_normalises_the_mixture_or_each_half(
         features = [torch.cat(pair) for pair in zip(*(half[1] for half in halves), strict=True)]
     else:
         logits, features = run_with_features(plain, torch.cat([x, x_adv]))
-    predictors: list[nn.Sequential] = []
-    if objective.predictors is not None:
-        predictors = [sequential(s) for s in predictors_to_official(objective.predictors)]
+    predictors = published_predictors(objective.predictors) if objective.predictors else []
     terms = transcription(
         (logits[:5], logits[5:]),
         ([z[:5] for z in features], [z[5:] for z in features]),
@@ -277,7 +260,7 @@ def test_the_invariance_loss_distils_from_a_frozen_copy_of_the_clean_branch(
     target = run_with_features(teacher, x)[1]
     features = run_with_features(student, x_adv)[1]
     if objective.predictors is not None:
-        separate = [sequential(s) for s in predictors_to_official(objective.predictors)]
+        separate = published_predictors(objective.predictors)
         features = [h(z) for h, z in zip(separate, features, strict=True)]
     torch.stack([distance(p, z) for p, z in zip(features, target, strict=True)]).sum().backward()
 

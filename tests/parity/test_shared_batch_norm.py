@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import generator, randomize
+from networks import generator, published_predictors, randomize
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
@@ -18,7 +18,6 @@ from arat_fast.build import build_network, build_objective
 from arat_fast.config import Config
 from arat_fast.objectives import ARAT
 from arat_fast.recipes import recipe
-from arat_fast.saved import predictors_to_official
 from arat_fast.training.step import TrainStep
 
 LAYERS = ("layer2.0.bn2", "layer3.0.bn2")
@@ -48,18 +47,6 @@ def built(config: Config) -> tuple[nn.Module, ARAT]:
     return model, objective
 
 
-def predictor(state: dict[str, Tensor]) -> nn.Sequential:
-    hidden, width = state["predictor_x.0.weight"].shape
-    module = nn.Sequential(
-        nn.Linear(width, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, width),
-    ).double()
-    module.load_state_dict({k.removeprefix("predictor_x."): v for k, v in state.items()})
-    return module
-
-
 class Transcription:
     """The official epoch: attack in training mode around the noised images, clean pass, adversarial
     pass, loss, SGD; one BatchNorm for all of them."""
@@ -67,7 +54,7 @@ class Transcription:
     def __init__(self, model: nn.Module, objective: ARAT) -> None:
         assert objective.predictors is not None
         self.model = copy.deepcopy(model)
-        self.predictors = [predictor(s) for s in predictors_to_official(objective.predictors)]
+        self.predictors = published_predictors(objective.predictors)
         self.features: dict[str, Tensor] = {}
         for path in LAYERS:
             self.model.get_submodule(path).register_forward_hook(
