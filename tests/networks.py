@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.models import SplitBatchNorm2d
 from arat_fast.saved import predictors_to_official
@@ -36,6 +39,27 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
                 shape = module.num_batches_tracked.shape
                 module.num_batches_tracked.copy_(torch.randint(1, 9, shape, generator=source))
     return model
+
+
+class Operations(TorchDispatchMode):
+    """Name, arguments and keywords of every operation of PyTorch, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.name().removeprefix("aten::").split(".")[0]
+        self.seen.append((name, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def arguments(self, name: str) -> list[Any]:
+        """Those of every call of one operation."""
+        return [args for seen, args, _ in self.seen if seen == name]
+
+    def masks(self, name: str = "convolution_backward") -> list[list[bool]]:
+        """Which gradients were asked of every call."""
+        return [list(args[-1]) for args in self.arguments(name)]
 
 
 class BatchNormAct2d(nn.BatchNorm2d):

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import TinyNet, generator, randomize
+from networks import Operations, TinyNet, generator, randomize
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.attacks import PGD, RandomStart, check_images, perturbation_norm
 from arat_fast.models import (
@@ -178,22 +177,6 @@ def test_restarts_maximise_the_given_loss() -> None:
     assert (loss_of(x_adv) > loss_of(x)).all()
 
 
-class _Masks(TorchDispatchMode):
-    """Which gradients every convolution and BatchNorm is asked for, and the matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.masks: dict[str, list[list[bool]]] = {}
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.name().removeprefix("aten::")
-        if name in ("convolution_backward", "native_batch_norm_backward"):
-            self.masks.setdefault(name, []).append(list(args[-1]))
-        self.products += name in ("mm", "addmm")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("bn", ["batch", "running", "batch_update"])
 def test_only_image_gradients_are_computed(
     bn: Literal["batch", "running", "batch_update"],
@@ -203,16 +186,15 @@ def test_only_image_gradients_are_computed(
     for parameter in parameters[::2]:
         parameter.grad = torch.full_like(parameter, 3.0)
     x, y = batch()
-    with _Masks() as mode:
+    with Operations() as operations:
         PGD(num_steps=2, bn=bn)(model, x.float(), y)
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     norms = sum(isinstance(m, SplitBatchNorm2d) for m in model.modules())
-    assert len(mode.masks["convolution_backward"]) == 2 * convolutions
-    assert len(mode.masks["native_batch_norm_backward"]) == 2 * norms
-    for masks in mode.masks.values():
-        assert all(mask == [True, False, False] for mask in masks)
+    masks = operations.masks(), operations.masks("native_batch_norm_backward")
+    assert len(masks[0]) == 2 * convolutions and len(masks[1]) == 2 * norms
+    assert all(mask == [True, False, False] for mask in [*masks[0], *masks[1]])
     # The classifier: one product forward and one backward in each step.
-    assert mode.products == 4
+    assert len(operations.arguments("mm")) + len(operations.arguments("addmm")) == 4
     for index, parameter in enumerate(parameters):
         assert parameter.requires_grad
         if index % 2:
@@ -258,25 +240,6 @@ def test_batch_update_moves_the_adversarial_statistics_only() -> None:
             assert (tensor - before[name]).tolist() == [0, 3], name
         else:
             assert torch.equal(tensor, before[name]), name
-
-
-def test_modes_are_restored_after_an_exception() -> None:
-    model = mixed_network().train()
-    modes = [m.training for m in model.modules()]
-    x, y = batch()
-
-    def fail(logits: Tensor) -> Tensor:
-        raise KeyError
-
-    for bn in ("batch", "running", "batch_update"):
-        with pytest.raises(KeyError):
-            PGD(bn=bn)(model, x.float(), y, loss_fn=fail)  # type: ignore[arg-type]  # a name
-        assert [m.training for m in model.modules()] == modes
-        for module in model.modules():
-            if isinstance(module, SplitBatchNorm2d):
-                assert module.statistics is None and module.branch == "adv"
-            elif isinstance(module, nn.BatchNorm2d):
-                assert module.track_running_stats
 
 
 @pytest.mark.parametrize("alpha", [0.01, 100.0])

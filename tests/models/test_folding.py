@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import BatchNormAct2d, generator, randomize
+from networks import BatchNormAct2d, Operations, generator, randomize
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.attacks import PGD, RandomStart
 from arat_fast.models import (
@@ -212,28 +211,14 @@ def test_the_folded_attack_is_the_unfolded_one(name: str, constant: bool) -> Non
         assert (folded(x) - logits).abs().max() <= 1e-10 * logits.abs().max()
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.masks: list[list[bool]] = []
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.name().removeprefix("aten::").split(".")[0]
-        self.names.append(name)
-        if name == "convolution_backward":
-            self.masks.append(list(args[-1]))
-        return func(*args, **(kwargs or {}))
-
-
 def test_only_image_gradients_and_no_batch_norm() -> None:
     model, x, y = make("resnet8")
     folded = FoldedNetwork(model, x)
-    with _Operations() as operations:
+    with Operations() as operations:
         PGD(num_steps=2, bn="running")(folded, x, y)
-    assert len(operations.masks) == 2 * len(folded.folded)
-    assert all(mask == [True, False, False] for mask in operations.masks)
-    assert not any("batch_norm" in name for name in operations.names)
+    assert len(operations.masks()) == 2 * len(folded.folded)
+    assert all(mask == [True, False, False] for mask in operations.masks())
+    assert not any("batch_norm" in name for name, *_ in operations.seen)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -255,10 +240,10 @@ def test_refresh_follows_the_network() -> None:
 def test_constant_weights_make_small_images_one_matrix_product() -> None:
     model, x, y = make("resnet8")
     folded = FoldedNetwork(model, x, constant=True)
-    with _Operations() as operations:
+    with Operations() as operations:
         PGD(num_steps=2, bn="running")(folded, x, y)
     # layer3.0.conv2 sees 2x2 pixels, fewer than its window has.
-    assert len(operations.masks) == 2 * (len(folded.folded) - 1)
+    assert len(operations.masks()) == 2 * (len(folded.folded) - 1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import generator, randomize
+from networks import Operations, generator, randomize
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.models import (
     MODELS,
@@ -14,12 +13,10 @@ from arat_fast.models import (
     collect_features,
     create_model,
     model_spec,
-    use_branch,
 )
 from arat_fast.models.layers import Normalize
 from arat_fast.models.wide_resnet import WideResNet
 from arat_fast.objectives.arat import feature_widths
-from arat_fast.saved import export_plain
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -109,29 +106,6 @@ def test_wide_resnet_feature_at_bn_is_the_one_at_relu() -> None:
         torch.testing.assert_close(features[name], activation.mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18"])
-def test_features_are_those_of_a_plain_network(name: str) -> None:
-    """At an ordinary BatchNorm, a hook sees the value before the residual."""
-    layers = model_spec(name).regularized_layers
-    model = randomize(create_model(name, 10)).eval()
-    x = torch.rand(2, 3, 8, 8, generator=generator(1))
-    for branch in ("clean", "adv"):
-        plain = export_plain(model, branch)  # type: ignore[arg-type]  # one of the two
-        seen: dict[str, Tensor] = {}
-        for path in layers:
-            plain.get_submodule(path).register_forward_hook(
-                lambda _m, _args, out, seen=seen, path=path: seen.__setitem__(path, out)
-            )
-        plain(x)
-        with (
-            use_branch(model, branch),  # type: ignore[arg-type]  # one of the two
-            collect_features(model, layers) as features,
-        ):
-            model(x)
-        for path in layers:
-            torch.testing.assert_close(features[path], seen[path].relu().mean(dim=(2, 3)))
-
-
 def test_features_of_any_shape() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -172,17 +146,6 @@ def test_unknown_layer_and_clean_up() -> None:
         assert not isinstance(module, SplitBatchNorm2d) or module.pooled_sink is None
 
 
-class _FirstConvolution(TorchDispatchMode):
-    """Records the input of the first convolution."""
-
-    seen: Tensor | None = None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if self.seen is None and func is torch.ops.aten.convolution.default:
-            self.seen = args[0].clone()
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("stem", ["resnet8", "resnet50", "wide"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_stem_sees_the_image(stem: str, dtype: torch.dtype) -> None:
@@ -191,10 +154,10 @@ def test_the_stem_sees_the_image(stem: str, dtype: torch.dtype) -> None:
     model.eval()
     # Near 1, where bfloat16 is coarsest: its spacing is 2^-8, half an alpha of 2/255.
     x = 1 - torch.rand(2, 3, 32, 32, generator=generator(1)) / 8
-    with torch.no_grad(), torch.autocast("cpu", dtype=dtype), _FirstConvolution() as mode:
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype), Operations() as operations:
         logits = model(x)
-    assert mode.seen is not None
-    assert (mode.seen.double() - x.double()).abs().max() <= 2**-12
+    seen = operations.arguments("convolution")[0][0]
+    assert (seen.double() - x.double()).abs().max() <= 2**-12
     if dtype == torch.bfloat16:
         assert (x.to(dtype).double() - x.double()).abs().max() > 2**-10
     assert logits.dtype == dtype

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from networks import generator
+from networks import Operations, generator
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.attacks import PGD
 from arat_fast.data.batches import ResidentBatches
@@ -220,26 +219,17 @@ def test_bf16_follows_float32(bn: str) -> None:
     assert losses["fast"][-1] < losses["fast"][0]
 
 
-class Casts(TorchDispatchMode):
-    """Shapes of what is cast to bfloat16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if func.name() == "aten::_to_copy" and kwargs.get("dtype") == torch.bfloat16:
-            self.shapes.append(tuple(args[0].shape))
-        return func(*args, **kwargs)
-
-
 @BOTH_STATISTICS
 def test_weights_are_cast_once_a_step(bn: str) -> None:
     step = make_step(bn, precision=torch.bfloat16)
     step(*batch())
-    with Casts() as casts:
+    with Operations() as operations:
         step(*batch())
+    casts = [
+        tuple(args[0].shape)
+        for name, args, options in operations.seen
+        if name == "_to_copy" and options.get("dtype") == torch.bfloat16
+    ]
     # All but the stem's; with folding, once for the attack and once for the training pass.
     weights = [
         tuple(module.weight.shape)
@@ -249,7 +239,7 @@ def test_weights_are_cast_once_a_step(bn: str) -> None:
     assert len(weights) == 8
     for shape in set(weights):
         expected = weights.count(shape) * (2 if bn == "running" else 1)
-        assert casts.shapes.count(shape) == expected, shape
+        assert casts.count(shape) == expected, shape
 
 
 def test_the_stem_of_any_network_keeps_the_perturbation() -> None:
