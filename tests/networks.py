@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.models import SplitBatchNorm2d
+from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.saved import predictors_to_official
 
 
@@ -73,6 +75,32 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = self.act(self.drop(super().forward(input)))
         return y
+
+
+class SeenBatchNorm2d(PlainBatchNorm2d):
+    """Keeps what it normalises, before the residual; a plain layer can become one."""
+
+    seen: Tensor
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        y = self.seen = nn.BatchNorm2d.forward(self, input)
+        if residual is not None:
+            y = y + residual
+        return y.relu() if relu else y
+
+    @classmethod
+    def feature(cls, model: nn.Module, path: str) -> Tensor:
+        """The pooled feature of the pass before."""
+        layer = model.get_submodule(path)
+        assert isinstance(layer, cls)
+        return layer.seen.relu().mean(dim=(2, 3))
+
+    @classmethod
+    def put(cls, model: nn.Module, paths: Sequence[str]) -> nn.Module:
+        """Watch layers of a network, in place."""
+        for path in paths:
+            model.get_submodule(path).__class__ = cls
+        return model
 
 
 class TinyNet(nn.Module):

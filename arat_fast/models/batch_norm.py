@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ class PlainBatchNorm2d(nn.BatchNorm2d):
     Attributes:
         group: the processes whose batches give the statistics together, on any device; None: this
             process alone. PyTorch's SyncBatchNorm is for GPUs only.
+        sink: gets what is normalised, before the residual: a hook would see the sum.
     """
 
     group: ProcessGroup | None = None
+    sink: Callable[[Tensor], None] | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """``[relu](norm(input) [+ residual])``, (N, C, H, W)."""
@@ -28,6 +31,8 @@ class PlainBatchNorm2d(nn.BatchNorm2d):
             y = super().forward(input)
         else:
             y = self._over_group(input, self.group)
+        if self.sink is not None:
+            self.sink(y)
         if residual is not None:
             y = y + residual
         return y.relu() if relu else y

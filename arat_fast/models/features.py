@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 
 
@@ -18,7 +19,7 @@ def collect_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[s
     """Collect the features of ``layers`` during the forward passes inside the context.
 
     The feature of a layer is the mean over positions of the ReLU of its output, (N, d) in float32
-    (float64 for a float64 network). For a split BatchNorm it is taken before the residual is added.
+    (float64 for a float64 network). For a BatchNorm it is taken before the residual is added.
 
     Args:
         model: any network.
@@ -40,18 +41,24 @@ def collect_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[s
     features: dict[str, Tensor] = {}
     handles: list[RemovableHandle] = []
     taps: list[SplitBatchNorm2d] = []
+    plain_taps: list[PlainBatchNorm2d] = []
     try:
         for path in layers:
             module = modules[path]
             if isinstance(module, SplitBatchNorm2d):
                 module.pooled_sink = partial(features.__setitem__, path)
                 taps.append(module)
+            elif isinstance(module, PlainBatchNorm2d):
+                module.sink = partial(_pool, features, path)
+                plain_taps.append(module)
             else:
                 handles.append(module.register_forward_hook(_hook(features, path)))
         yield features
     finally:
         for tap in taps:
             tap.pooled_sink = None
+        for plain in plain_taps:
+            plain.sink = None
         for handle in handles:
             handle.remove()
 
@@ -59,18 +66,19 @@ def collect_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[s
 def _hook(
     features: dict[str, Tensor], path: str
 ) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
-    def hook(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
-        wide = output.double() if output.element_size() == 8 else output.float()
-        wide = wide.relu()
-        if wide.ndim == 4:
-            wide = wide.mean(dim=(2, 3))
-        elif wide.ndim == 3:
-            wide = wide.mean(dim=1)
-        elif wide.ndim != 2:
-            raise ValueError(
-                f"the output of {path} must be (N, d, H, W), (N, tokens, d) or (N, d), "
-                f"got {tuple(output.shape)}"
-            )
-        features[path] = wide
+    return lambda module, inputs, output: _pool(features, path, output)
 
-    return hook
+
+def _pool(features: dict[str, Tensor], path: str, output: Tensor) -> None:
+    wide = output.double() if output.element_size() == 8 else output.float()
+    wide = wide.relu()
+    if wide.ndim == 4:
+        wide = wide.mean(dim=(2, 3))
+    elif wide.ndim == 3:
+        wide = wide.mean(dim=1)
+    elif wide.ndim != 2:
+        raise ValueError(
+            f"the output of {path} must be (N, d, H, W), (N, tokens, d) or (N, d), "
+            f"got {tuple(output.shape)}"
+        )
+    features[path] = wide

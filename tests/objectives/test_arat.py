@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import TinyNet, generator, published_predictors, randomize, triples
+from networks import SeenBatchNorm2d, TinyNet, generator, published_predictors, randomize, triples
 from torch import Tensor, nn
 
 from arat_fast.attacks import RandomStart
@@ -47,18 +47,9 @@ def objective_for(model: nn.Module, **options: Any) -> ARAT:
 
 
 def run_with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits and features of a network with ordinary BatchNorm, by plain hooks."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(path).register_forward_hook(
-            lambda _m, _args, out, path=path: seen.__setitem__(path, out)
-        )
-        for path in LAYERS
-    ]
-    logits = model(x)
-    for hook in hooks:
-        hook.remove()
-    return logits, [seen[path].relu().mean(dim=(2, 3)) for path in LAYERS]
+    """Logits and features of a network with ordinary BatchNorm."""
+    logits = SeenBatchNorm2d.put(model, LAYERS)(x)
+    return logits, [SeenBatchNorm2d.feature(model, path) for path in LAYERS]
 
 
 def distance(p: Tensor, z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import generator, published_predictors, randomize
+from networks import SeenBatchNorm2d, generator, published_predictors, randomize
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
@@ -55,17 +55,14 @@ class Transcription:
         assert objective.predictors is not None
         self.model = copy.deepcopy(model)
         self.predictors = published_predictors(objective.predictors)
-        self.features: dict[str, Tensor] = {}
-        for path in LAYERS:
-            self.model.get_submodule(path).register_forward_hook(
-                lambda _m, _args, out, path=path: self.features.__setitem__(
-                    path, out.relu().mean(dim=(2, 3))
-                )
-            )
+        SeenBatchNorm2d.put(self.model, LAYERS)
         parameters = [*self.model.parameters()]
         for module in self.predictors:
             parameters += module.parameters()
         self.optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=5e-4)
+
+    def features(self) -> dict[str, Tensor]:
+        return {path: SeenBatchNorm2d.feature(self.model, path) for path in LAYERS}
 
     def __call__(self, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         self.model.train()
@@ -77,8 +74,8 @@ class Transcription:
             (grad,) = torch.autograd.grad(loss, x_adv)
             x_adv = x_adv.detach() + ALPHA * grad.sign()
             x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
-        clean, z_clean = self.model(x), dict(self.features)
-        adv, z_adv = self.model(x_adv), dict(self.features)
+        clean, z_clean = self.model(x), self.features()
+        adv, z_adv = self.model(x_adv), self.features()
         loss = 0.3 * F.cross_entropy(adv, y) + 0.7 * F.cross_entropy(clean, y)
         for path, head in zip(LAYERS, self.predictors, strict=True):
             cosine = F.cosine_similarity(head(z_adv[path]), z_clean[path].detach(), dim=1)
