@@ -58,10 +58,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     # The current folder is appended where an objective is looked for.
     monkeypatch.setattr("sys.path", [*sys.path])
-    objective_type.cache_clear()
     yield "mine_too"
     sys.modules.pop("mine_too", None)
-    objective_type.cache_clear()
 
 
 def test_it_is_trained_resumed_and_evaluated(module: str, tmp_path: Path) -> None:
