@@ -52,6 +52,8 @@ CASES: dict[str, str] = {
     "restarts": "--attack.num-restarts 2 --train.epochs 1",
     "accumulate": "--train.accumulate 3",
     "analyze": "--analyze.every 1",
+    "shared": "--model.norm shared --objective.no-predictor",
+    "shared-official": "--model.norm shared --compat official --train.epochs 1",
     "two-ranks": "",
     "autoattack": "--eval.autoattack --eval.max-samples 32 --train.epochs 4",
     "resumed": "",
