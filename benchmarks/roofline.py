@@ -120,7 +120,7 @@ def network_layers(workload: Workload) -> list[Layer]:
     kinds = (nn.Conv2d, nn.Linear, nn.AdaptiveAvgPool2d, SplitBatchNorm2d, PreActBlock)
     for path, module in network.named_modules():
         if isinstance(module, kinds):
-            handles.append(module.register_forward_hook(_recorder(found, path)))
+            handles.append(module.register_forward_hook(_recorder(found, path), with_kwargs=True))
     with torch.no_grad():
         network(images)
     for handle in handles:
@@ -130,8 +130,13 @@ def network_layers(workload: Workload) -> list[Layer]:
 
 def _recorder(
     found: dict[tuple[str, bool], Layer], path: str
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+    def record(
+        module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+    ) -> None:
+        if isinstance(module, SplitBatchNorm2d):
+            given = dict(zip(("x", "residual", "relu"), inputs, strict=False)) | keywords
+            inputs = given["x"], given.get("residual"), given.get("relu", False)
         arguments = tuple(a.shape if isinstance(a, Tensor) else a for a in inputs)
         if isinstance(module, PreActBlock):
             module, arguments = _Addition(), (output.shape, output.shape)

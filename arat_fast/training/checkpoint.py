@@ -144,8 +144,8 @@ def check_archive(path: Path) -> None:
         ) from error
     if damaged is not None:
         raise ValueError(
-            f"{path} is not a whole checkpoint: {damaged} differs from its checksum; the file was "
-            "damaged after it was written"
+            f"{path} is not a whole checkpoint: {damaged!r} differs from its checksum; the file "
+            "was damaged after it was written"
         )
 
 

@@ -78,7 +78,7 @@ def test_a_shared_layer_stays_shared_and_a_bare_layer_is_replaced() -> None:
     plain = export_plain(nn.Sequential(layer, nn.ReLU(), nn.Sequential(layer)))
     assert isinstance(plain, nn.Sequential) and plain[0] is plain[2][0]
     bare = export_plain(layer)
-    assert type(bare) is nn.BatchNorm2d
+    assert isinstance(bare, nn.BatchNorm2d)
     assert (bare.eps, bare.momentum, bare.affine) == (1e-3, 0.2, False)
 
 

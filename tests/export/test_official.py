@@ -158,7 +158,7 @@ def test_an_empty_file_and_no_file(tmp_path: Path) -> None:
 def test_damage_of_any_kind_is_one_line(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Bytes changed anywhere, in both of torch's formats: read, or refused by name and size."""
+    """Bytes changed anywhere, in both of torch's formats: read, or refused by name."""
     buffer = io.BytesIO()
     torch.save(
         {"a": torch.arange(6.0), "b": {"c": [1, 2.5]}},
@@ -175,7 +175,6 @@ def test_damage_of_any_kind_is_one_line(
     except ValueError as error:
         assert "\n" not in str(error)
         assert f"{path} is not a whole checkpoint" in str(error)
-        assert f"{len(content)} bytes" in str(error)
 
 
 class _Code:
