@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -131,13 +130,6 @@ def _compiled(name: str, what: str, mode: str) -> Contestant:
     return Contestant(name, f"tuned, and {what}", build, compiles=True)
 
 
-def _official(folder: Path) -> Contestant:
-    def build(workload: Workload, device: torch.device) -> Run:
-        return OfficialStep(folder, workload, device).run
-
-    return Contestant("official", "the official code's train_one_epoch", build, deterministic=True)
-
-
 ONLY_ON_A_GPU = ("compiled-graphs", "compiled-autotune", "fast-eager")
 NAMES = ("naive", "tuned", "compiled", "official", "fast", "fast-folded", *ONLY_ON_A_GPU)
 
@@ -163,12 +155,18 @@ def all_contestants(device: torch.device, official: Path | None) -> dict[str, Co
         _compiled("compiled", "torch.compile", "default"),
         _compiled("compiled-graphs", 'torch.compile(mode="reduce-overhead")', "reduce-overhead"),
         _compiled("compiled-autotune", 'torch.compile(mode="max-autotune")', "max-autotune"),
-        *([] if official is None else [_official(official)]),
+        Contestant(
+            "official",
+            "the official code's train_one_epoch",
+            lambda workload, device: OfficialStep(official or Path(), workload, device).run,
+            deterministic=True,
+        ),
         _ours("fast-eager", "without the CUDA graph", device, "batch", False),
         _ours("fast", "attack.bn=batch", device, "batch", on_gpu),
         _ours("fast-folded", "attack.bn=running", device, "running", on_gpu),
     ]
-    return {c.name: c for c in found if on_gpu or c.name not in ONLY_ON_A_GPU}
+    absent = [*([] if on_gpu else ONLY_ON_A_GPU), *([] if official else ["official"])]
+    return {c.name: c for c in found if c.name not in absent}
 
 
 def choose(
@@ -194,9 +192,5 @@ def choose(
             )
         if name in ONLY_ON_A_GPU:
             raise ValueError(f"the contestant {name} needs a GPU, got device {device}")
-        close = difflib.get_close_matches(name, available, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(
-            f"unknown contestant {name!r}, expected one of {', '.join(available)}{hint}"
-        )
+        raise ValueError(f"unknown contestant {name!r}, expected some of {', '.join(available)}")
     return {name: contestant for name, contestant in available.items() if name in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ from arat_fast.report.style import (
     VERMILLION,
     plot_style,
 )
+from benchmarks.table import AXES, Record, rate, varied
 
 LOOK = {
     "naive": (GREY, 0),
@@ -36,72 +37,49 @@ LOOK = {
 DPI = 160
 
 
-def plot_step(record: dict[str, Any], file: BinaryIO) -> None:
-    """Images/s and memory of ``benchmarks.step`` as PNG: bars for one batch size, else lines.
+def plot_step(record: Record, file: BinaryIO) -> None:
+    """Images/s and memory of ``benchmarks.step`` as PNG: bars for one size, lines for several, a
+    column for each size that varies.
 
     Args:
         record: of the bench.
         file: where the picture goes.
     """
     measured = [entry for entry in record["results"] if entry["status"] == "measured"]
-    sizes = {entry["batch_size"] for entry in measured}
-    settings = record["settings"]
-    size = f", batch {sizes.pop()}" if len(sizes) == 1 else ""
+    settings, axes = record["settings"], varied(measured)
     title = (
-        f"{settings['model']}, PGD-{settings['num_steps']}, {settings['image_size']}×"
-        f"{settings['image_size']}{size}\n{record['machine']['device']}"
+        f"{settings['model']}, batch {settings['batch_size']}, PGD-{settings['num_steps']}, "
+        f"{settings['image_size']}×{settings['image_size']}\n{record['machine']['device']}"
     )
     with plot_style():
-        if size:
+        if axes:
+            figure = _lines(measured, axes, settings)
+        else:
             figure = Figure(figsize=(7.6, 1.3 + 0.34 * len(measured)), layout="constrained")
             left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.25, 1))
             _bars(left, right, measured)
-        else:
-            points = [{"axis": "", "value": entry["batch_size"], **entry} for entry in measured]
-            figure = _lines(points, {"": "batch size"})
-        _save(figure, title, file)
+        figure.suptitle(title, fontsize=10, color=INK)
+        figure.savefig(file, format="png", dpi=DPI)
 
 
-def plot_scaling(record: dict[str, Any], file: BinaryIO) -> None:
-    """Images/s (above) and memory (below) of ``benchmarks.scaling`` as PNG, a column for each axis.
-
-    Args:
-        record: of the bench.
-        file: where the picture goes.
-    """
-    base = record["settings"]["base"]
-    title = (
-        f"{base['model']} from batch {base['batch_size']}, {base['image_size']}×"
-        f"{base['image_size']}, PGD-{base['num_steps']}\n{record['machine']['device']}"
-    )
-    measured = [entry for entry in record["results"] if entry["status"] == "measured"]
-    with plot_style():
-        _save(_lines(measured, record["settings"]["axes"]), title, file)
-
-
-def _save(figure: Figure, title: str, file: BinaryIO) -> None:
-    figure.suptitle(title, fontsize=10, color=INK)
-    figure.savefig(file, format="png", dpi=DPI)
-
-
-def _lines(measured: list[dict[str, Any]], labels: dict[str, str]) -> Figure:
-    """Speed above and memory below, a column for each axis that has points."""
-    columns = [axis for axis in labels if any(entry["axis"] == axis for entry in measured)]
-    figure = Figure(figsize=(max(5.0, 1 + 2.75 * len(columns)), 5.4), layout="constrained")
-    grid = figure.subplots(2, len(columns), squeeze=False, sharex="col")
+def _lines(measured: list[Record], axes: list[str], base: Record) -> Figure:
+    """Speed above and memory below, a column for each axis along which ``base`` is left."""
+    figure = Figure(figsize=(max(5.0, 1 + 2.75 * len(axes)), 5.4), layout="constrained")
+    grid = figure.subplots(2, len(axes), squeeze=False, sharex="col")
     names = list(dict.fromkeys(entry["contestant"] for entry in measured))
     scale, unit = _memory_unit(measured)
-    for column, axis in enumerate(columns):
-        here = [entry for entry in measured if entry["axis"] == axis]
-        values = sorted({entry["value"] for entry in here})
-        for axes, field, divisor, label in (
+    for column, axis in enumerate(axes):
+        others = [other for other in AXES if other != axis]
+        here = [e for e in measured if all(e[other] == base[other] for other in others)]
+        values = sorted({entry[axis] for entry in here})
+        for plane, field, divisor, label in (
             (grid[0][column], "images_per_second", 1, "images/s"),
             (grid[1][column], "peak_memory_bytes", scale, f"peak memory, {unit}"),
         ):
             for name in names:
-                points = [(e["value"], e[field]) for e in here if e["contestant"] == name]
+                points = [(e[axis], e[field]) for e in here if e["contestant"] == name]
                 colour, style = LOOK.get(name, (GREY, 0))
-                axes.plot(
+                plane.plot(
                     [value for value, found in points if found],
                     [found / divisor for _, found in points if found],
                     label=name,
@@ -110,24 +88,24 @@ def _lines(measured: list[dict[str, Any]], labels: dict[str, str]) -> Figure:
                     marker=MARKERS[style],
                     markersize=4,
                 )
-            axes.set_xscale("log", base=2)
+            plane.set_xscale("log", base=2)
             small = 7 if len(values) > 5 else None
-            axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=small)
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            plane.set_xticks(values, [f"{value:g}" for value in values], fontsize=small)
+            plane.xaxis.set_minor_locator(NullLocator())
+            plane.set_yscale("log")
+            plane.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            plane.yaxis.set_minor_locator(NullLocator())
+            plane.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             if not column:
-                axes.set_ylabel(label)
-        grid[1][column].set_xlabel(labels[axis])
+                plane.set_ylabel(label)
+        grid[1][column].set_xlabel(AXES[axis])
     figure.legend(
         *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=min(4, len(names))
     )
     return figure
 
 
-def _bars(left: Axes, right: Axes, measured: list[dict[str, Any]]) -> None:
+def _bars(left: Axes, right: Axes, measured: list[Record]) -> None:
     measured = measured[::-1]
     rows = list(range(len(measured)))
     colours = [LOOK.get(entry["contestant"], (GREY, 0))[0] for entry in measured]
@@ -143,9 +121,8 @@ def _bars(left: Axes, right: Axes, measured: list[dict[str, Any]]) -> None:
     ):
         axes.barh(rows, values, color=colours, height=0.62)
         for row, value, end in zip(rows, values, ends, strict=True):
-            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
             axes.annotate(
-                text,
+                rate(value),
                 (end, row),
                 (5, 0),
                 textcoords="offset points",
@@ -162,6 +139,6 @@ def _bars(left: Axes, right: Axes, measured: list[dict[str, Any]]) -> None:
     )
 
 
-def _memory_unit(measured: list[dict[str, Any]]) -> tuple[int, str]:
+def _memory_unit(measured: list[Record]) -> tuple[int, str]:
     most = max((entry["peak_memory_bytes"] or 0 for entry in measured), default=0)
     return (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")

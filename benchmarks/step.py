@@ -4,40 +4,52 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import NAMES, fast_precision
+from arat_fast.settings import Count
+from benchmarks import harness
+from benchmarks.contestants import NAMES, Contestant, choose
 from benchmarks.correctness import Reference, compare_losses, reference_losses
 from benchmarks.harness import Bench, Record, command
 from benchmarks.launches import profile_run
-from benchmarks.measure import cudnn_settings, free_memory
+from benchmarks.measure import free_memory, load_libraries
+from benchmarks.official import check_official
 from benchmarks.plot import plot_step
-from benchmarks.roofline import roofline
 from benchmarks.table import step_tables
-from benchmarks.turns import NUM_BATCHES, StepOptions, Turns, best_baselines, warm
+from benchmarks.turns import NUM_BATCHES, best_baselines, take_turns, warm
 from benchmarks.workload import Workload, forward_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StepOptions):
+class Options(harness.Options):
     """Time one training step of ARAT against what a user would otherwise run.
 
-    All contestants take part but for compiled-autotune, and on the CPU compiled.
+    The first of each of the sizes is where they start; the others are taken one at a time.
     """
 
+    model: str = "resnet18"
+    """resnet18, wrn34-10, or resnet8."""
+    contestants: tuple[str, ...] = ()
+    """naive, tuned, compiled, official, fast, fast-folded; on a GPU also compiled-graphs,
+    compiled-autotune and fast-eager. Default all but compiled-autotune, and on the CPU compiled."""
     batch_sizes: tuple[int, ...] = ()
     """Default 128 256 512 1024 on a GPU, 64 on the CPU."""
-    num_steps: int = 10
-    """Steps of the attack; >= 0."""
-    image_size: int = 32
+    image_sizes: tuple[int, ...] = (32,)
     """Height and width in pixels; >= 8."""
+    num_steps: tuple[int, ...] = (10,)
+    """Steps of the attack; >= 0."""
+    widths: tuple[float, ...] = (1.0,)
+    """Channels as multiples of the published ones; > 0."""
+    steps: Count | None = None
+    """Training steps in a turn."""
+    official: Path | None = None
+    """Checkout of the official AR-AT code, which then takes part, unmodified. Its code runs."""
     profile: tuple[str, ...] = ("fast", "fast-folded")
     """Contestants whose launches and time by class are counted, if they take part; at the largest
     batch size."""
-    roofline: bool = True
-    """Measure layer by layer beside the predicted time."""
     correctness: bool = True
     """Compare our first losses with those of the float32 eager step."""
     quick: bool = False
@@ -48,6 +60,23 @@ class Options(StepOptions):
         for name in self.profile:
             if name not in NAMES:
                 raise ValueError(f"unknown --profile {name!r}, expected some of {', '.join(NAMES)}")
+
+
+def workloads(options: Options, batch_sizes: tuple[int, ...]) -> list[Workload]:
+    """The workload from which one size at a time departs, and those that do.
+
+    Raises:
+        ValueError: a size that no network has.
+    """
+    axes: dict[str, tuple[Any, ...]] = {
+        "batch_size": batch_sizes,
+        "image_size": options.image_sizes,
+        "num_steps": options.num_steps,
+        "width": options.widths,
+    }
+    base = Workload(options.model, **{axis: values[0] for axis, values in axes.items()})
+    departing = [replace(base, **{a: value}) for a, values in axes.items() for value in values[1:]]
+    return list(dict.fromkeys([base, *departing]))
 
 
 def run(options: Options) -> int:
@@ -69,44 +98,43 @@ def run(options: Options) -> int:
         sizes = (128, 512) if on_gpu else (16,)
         names = ("naive", "tuned", "compiled") if on_gpu else ("naive",)
         names += ("fast", "fast-folded", *(["official"] if options.official else []))
-    workloads = [
-        Workload(options.model, size, options.image_size, options.num_steps)
-        for size in options.batch_sizes or sizes
-    ]
-    first, last = workloads[0], workloads[-1]
+    todo = workloads(options, options.batch_sizes or sizes)
+    if options.official is not None:
+        for workload in todo:
+            check_official(options.official, workload)
+    contestants = choose(options.contestants or names, bench.device, options.official)
+    load_libraries(bench.device)
     steps = options.steps or ((10 if options.quick else 20) if on_gpu else 1)
-    turns = Turns.chosen(bench, options.contestants or names, steps, first)
-    flops = forward_flops(first)
-    bench.record["settings"] |= {
-        "model": first.model,
-        "image_size": first.image_size,
-        "num_steps": first.num_steps,
-        "batch_sizes": [workload.batch_size for workload in workloads],
+    bench.record["settings"] = {
+        **asdict(todo[0]),
+        "contestants": {name: c.what for name, c in contestants.items()},
+        "rounds": options.rounds,
+        "steps": steps,
     }
-    bench.record["flops"] = {
-        "forward_per_image": flops,
-        "forward_equivalents": first.forward_equivalents,
-        "step_per_image": flops * first.forward_equivalents,
-    }
-    bench.record |= {"correctness": [], "profile": [], "roofline": None}
+    bench.record |= {"correctness": [], "profile": []}
     bench.measure_rates()
-    largest = max(workloads, key=lambda workload: workload.batch_size)
-    # torch.compile takes longest: in a quick run it is the last that is lost if time runs out.
-    stages: list[Callable[[], None]] = [
-        partial(_speeds, turns, workload, not options.quick) for workload in workloads[:-1]
-    ]
+    largest = max(todo, key=lambda workload: workload.batch_size)
+
+    stages: list[Callable[[], None]] = []
+    for workload in todo[:-1]:
+        # torch.compile takes longest: a quick run has it once.
+        chosen = {n: c for n, c in contestants.items() if not (options.quick and c.compiles)}
+        stages.append(partial(_speeds, bench, chosen, workload, steps))
+    speeds_of_last = partial(_speeds, bench, contestants, todo[-1], steps)
+    if not options.quick:
+        stages.append(speeds_of_last)
     if options.correctness:
-        stages.append(partial(_check_losses, turns, min(w.batch_size for w in workloads), first))
+        smallest = min(workload.batch_size for workload in todo)
+        small = replace(todo[0], batch_size=min(128 if on_gpu else 16, smallest))
+        stages.append(partial(_check_losses, bench, contestants, small))
     stages += [
-        partial(_profile, turns, name, largest)
+        partial(_profile, bench, contestants[name], largest)
         for name in options.profile
-        if name in turns.contestants
+        if name in contestants
     ]
-    if options.roofline:
-        stages.append(partial(_roofline, bench, largest))
-    stages.insert(
-        len(stages) if options.quick else len(workloads) - 1, partial(_speeds, turns, last)
-    )
+    if options.quick:
+        # It is the last that is lost if time runs out.
+        stages.append(speeds_of_last)
     for stage in stages:
         stage()
         free_memory(bench.device)
@@ -114,21 +142,25 @@ def run(options: Options) -> int:
     return bench.finish(plot_step)
 
 
-def _speeds(turns: Turns, workload: Workload, compiles: bool = True) -> None:
-    found = turns.measure(workload, compiles)
+def _speeds(
+    bench: Bench[Options], contestants: dict[str, Contestant], workload: Workload, steps: int
+) -> None:
+    found = take_turns(bench, contestants, workload, steps)
+    flops = forward_flops(workload) * workload.forward_equivalents
     for entry in found:
-        relate(entry, found, turns.bench.record)
-    turns.bench.record["results"] += found
+        entry["flops_per_image"] = flops
+        relate(entry, found, bench.record["rates"])
+    bench.record["results"] += found
 
 
-def relate(entry: dict[str, Any], found: list[dict[str, Any]], record: Record) -> None:
+def relate(entry: Record, found: list[Record], rates: Record) -> None:
     """Add what the speed is a share or a multiple of, among all ``found`` at its size."""
     if entry["status"] != "measured":
         return
-    flops_per_second = entry["images_per_second"] * record["flops"]["step_per_image"]
-    peak = record["rates"]["peak_flops_per_second"]
+    flops_per_second = entry["images_per_second"] * entry["flops_per_image"]
+    peak = rates["peak_flops_per_second"]
     entry["mfu"] = None if peak is None else flops_per_second / peak
-    entry["share_of_matmul"] = flops_per_second / record["rates"]["matmul_flops_per_second"]
+    entry["share_of_matmul"] = flops_per_second / rates["matmul_flops_per_second"]
     for result, field in (
         ("speed_up", "seconds_per_step"),
         ("speed_up_in_processor_time", "processor_seconds_per_step"),
@@ -138,58 +170,40 @@ def relate(entry: dict[str, Any], found: list[dict[str, Any]], record: Record) -
             entry[result] = {name: value / entry[field] for name, value in baselines.items()}
 
 
-def _check_losses(turns: Turns, smallest: int, workload: Workload) -> None:
-    bench, on_gpu = turns.bench, turns.bench.device.type == "cuda"
-    workload = replace(workload, batch_size=min(128 if on_gpu else 16, smallest))
+def _check_losses(
+    bench: Bench[Options], contestants: dict[str, Contestant], workload: Workload
+) -> None:
+    """Losses outside of their budget are a problem: a speed counts only beside its correctness."""
     references: dict[str, Reference] = {}
-    for contestant in turns.contestants.values():
+    num_steps = 20 if bench.device.type == "cuda" else 3
+    for name, contestant in contestants.items():
         if not contestant.ours:
             continue
-        bench.say(f"losses of {contestant.name} beside the float32 step's")
-        with bench.guarded(f"losses of {contestant.name}"):
-            if contestant.bn not in references:
-                references[contestant.bn] = reference_losses(
-                    contestant.bn, workload, bench.device, 20 if on_gpu else 3
-                )
-            entry = compare_losses(contestant, workload, bench.device, references[contestant.bn])
+        bench.say(f"losses of {name} beside the float32 step's")
+        with bench.guarded(f"losses of {name}"):
+            bn = contestant.bn
+            if bn not in references:
+                references[bn] = reference_losses(bn, workload, bench.device, num_steps)
+            entry = compare_losses(contestant, workload, bench.device, references[bn])
             bench.record["correctness"].append(entry)
-            judge(entry, bench)
+            if not entry["within"]:
+                difference, budget = entry["mean_relative_difference"], entry["budget"]
+                bench.problem(
+                    f"the losses of {name} differ from the float32 step's by "
+                    + (f"{difference:.1%}, budget {budget:.1%}" if budget else "what is not finite")
+                )
         free_memory(bench.device)
 
 
-def judge(entry: dict[str, Any], bench: Bench[Any]) -> None:
-    """Losses outside of their budget are a problem: a speed counts only beside its correctness."""
-    difference, budget = entry["mean_relative_difference"], entry["budget"]
-    if difference is None or budget is None:
-        bench.problem(f"the losses of {entry['contestant']} or its float32 step are not finite")
-    elif not entry["within"]:
-        bench.problem(
-            f"the losses of {entry['contestant']} differ by {difference:.1%} from the float32 "
-            f"step's, budget {budget:.1%}"
-        )
-
-
-def _profile(turns: Turns, name: str, workload: Workload) -> None:
-    bench, contestant = turns.bench, turns.contestants[name]
-    bench.say(f"profile of {name}")
-    with bench.guarded(f"profile of {name}"), contestant.settings():
+def _profile(bench: Bench[Options], contestant: Contestant, workload: Workload) -> None:
+    bench.say(f"profile of {contestant.name}")
+    with bench.guarded(f"profile of {contestant.name}"), contestant.settings():
         batches = workload.batches(NUM_BATCHES, bench.device, seed=0)
         step = warm(contestant, workload, bench.device, batches)
         num_steps = 3 if bench.device.type == "cuda" else 1
         found = profile_run(partial(step, batches[:num_steps]), bench.device, num_steps)
         bench.record["profile"].append(
-            {"contestant": name, "batch_size": workload.batch_size, **found}
-        )
-
-
-def _roofline(bench: Bench[Any], workload: Workload) -> None:
-    bench.say(f"layer by layer at batch {workload.batch_size}")
-    with (
-        bench.guarded("layer by layer"),
-        cudnn_settings(benchmark=True, deterministic=False),
-    ):
-        bench.record["roofline"] = roofline(
-            workload, bench.device, bench.record["rates"], fast_precision(bench.device)
+            {"contestant": contestant.name, "batch_size": workload.batch_size, **found}
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 BASELINES = ("naive", "tuned", "compiled", "official")
+AXES = {"batch_size": "batch", "image_size": "pixels", "num_steps": "PGD steps", "width": "width"}
+"""Names of the sizes, for people."""
 Record = dict[str, Any]
 
 
@@ -44,12 +46,10 @@ def step_tables(record: Record) -> str:
     """The record of ``benchmarks.step`` for people to read."""
     settings = record["settings"]
     about = (
-        f"One step of ARAT with PGD-{settings['num_steps']} is "
-        f"{record['flops']['forward_equivalents']} forward passes, "
-        f"{record['flops']['step_per_image'] / 1e9:.1f} GFLOP for an image of "
-        f"{settings['image_size']}×{settings['image_size']}. The contestants take turns; each time "
-        f"is the median of {settings['rounds']} turns of {_plural(settings['steps'], 'step')}, the "
-        "spread is from the shortest to the longest."
+        f"{settings['image_size']}×{settings['image_size']} pixels, PGD-{settings['num_steps']}, "
+        f"{settings['width']:g} times the published width, but for what the table varies. The "
+        f"contestants take turns; each time is the median of {settings['rounds']} turns of "
+        f"{settings['steps']} steps, the spread is from the shortest to the longest."
     )
     return page(
         f"Training step: {settings['model']}",
@@ -57,47 +57,35 @@ def step_tables(record: Record) -> str:
         [about],
         _speeds(record),
         [f"- {name}: {what}" for name, what in settings["contestants"].items()],
-        _processor_time(record),
         _correctness(record),
         *(_profile(entry, record["machine"]["type"]) for entry in record["profile"]),
-        _roofline(record),
     )
 
 
-def scaling_tables(record: Record) -> str:
-    """The record of ``benchmarks.scaling`` for people to read."""
-    base, names = record["settings"]["base"], list(record["settings"]["contestants"])
-    about = (
-        f"Batch {base['batch_size']}, {base['image_size']}×{base['image_size']} pixels, "
-        f"{_plural(base['num_steps'], 'attack step')} and the published width, but for what a "
-        "table varies."
-    )
-    tables = []
-    for axis, label in record["settings"]["axes"].items():
-        rows: dict[float, list[str]] = {}
-        for entry in record["results"]:
-            if entry["axis"] != axis:
-                continue
-            cells = [entry["status"], "–"]
-            if entry["status"] == "measured":
-                cells = [rate(entry["images_per_second"]), _memory(entry["peak_memory_bytes"])]
-            rows.setdefault(entry["value"], [f"{entry['value']:g}"]).extend(cells)
-        head = [label, *(text for n in names for text in (f"{n}: images/s", "memory"))]
-        tables.append(grid(head, rows.values()) if rows else [])
-    return page(f"Step cost as work grows: {base['model']}", record, [about], *tables)
+def varied(results: Sequence[Record]) -> list[str]:
+    """Those of the :data:`AXES` that have more than one value."""
+    return [axis for axis in AXES if len({entry[axis] for entry in results}) > 1]
 
 
 def _speeds(record: Record) -> list[str]:
     losses = {entry["contestant"]: entry for entry in record["correctness"]}
-    known = {name for entry in record["results"] for name in entry.get("speed_up", {})}
-    baselines = [name for name in BASELINES if name in known]
-    head = ["batch", "contestant", "images/s", "spread", "MFU", "of matrix product", "memory"]
-    head += [f"× {name}" for name in baselines] + ["loss against float32"]
+    # Other jobs on the machine disturb processor time less.
+    times = {"speed_up": "", "speed_up_in_processor_time": ", processor time"}
+    ratios = {
+        (field, name): f"× {name}{of}"
+        for field, of in times.items()
+        for name in BASELINES
+        if any(name in entry.get(field, {}) for entry in record["results"])
+    }
+    axes = list(dict.fromkeys(["batch_size", *varied(record["results"])]))
+    head = [*(AXES[axis] for axis in axes), "contestant", "images/s", "spread", "MFU"]
+    head += ["of matrix product", "memory", *ratios.values()]
+    head += ["loss against float32"]
     rows = []
     for entry in record["results"]:
-        cells = [str(entry["batch_size"]), entry["contestant"]]
+        cells = [*(f"{entry[axis]:g}" for axis in axes), entry["contestant"]]
         if entry["status"] != "measured":
-            cells += [entry["status"], *["–"] * (len(head) - 3)]
+            cells += [entry["status"], *["–"] * (len(head) - len(axes) - 2)]
         else:
             cells += [
                 rate(entry["images_per_second"]),
@@ -105,27 +93,11 @@ def _speeds(record: Record) -> list[str]:
                 "–" if entry["mfu"] is None else f"{entry['mfu']:.1%}",
                 f"{entry['share_of_matmul']:.1%}",
                 _memory(entry["peak_memory_bytes"]),
-                *(_times(entry["speed_up"].get(name)) for name in baselines),
+                *(_times(entry[field].get(name)) for field, name in ratios),
                 _loss(losses.get(entry["contestant"])) if entry["ours"] else "–",
             ]
         rows.append(cells)
     return grid(head, rows)
-
-
-def _processor_time(record: Record) -> list[str]:
-    """Speed-ups that other work on the machine disturbs less, for the CPU."""
-    told = [
-        f"{entry['contestant']} at batch {entry['batch_size']} "
-        + ", ".join(
-            f"{_times(value)} × {name}"
-            for name, value in entry["speed_up_in_processor_time"].items()
-        )
-        for entry in record["results"]
-        if entry["ours"] and entry.get("speed_up_in_processor_time")
-    ]
-    if not told:
-        return []
-    return [f"In processor time, which other jobs on the machine disturb less: {'; '.join(told)}."]
 
 
 def _loss(entry: Record | None) -> str:
@@ -166,56 +138,9 @@ def _profile(entry: Record, device_type: str) -> list[str]:
     ]
 
 
-def _roofline(record: Record) -> list[str]:
-    found = record["roofline"]
-    if not found:
-        return []
-    batch = found["workload"]["batch_size"]
-    about = (
-        f"Layer by layer, batch {batch}, {found['dtype']}: the time that the layers of a step "
-        "would take at the rates of this run, each the longer of computing and of moving its "
-        "bytes, and the time that they take by themselves. Longest excess first."
-    )
-    head = ["layers", "number", "attack ms", "measured", "training ms", "measured", "excess ms"]
-    rows = [
-        [
-            row["name"],
-            str(row["count"]),
-            *(
-                f"{1e3 * row[source][part]:.3g}"
-                for part in ("attack", "train")
-                for source in ("predicted", "measured")
-            ),
-            f"{1e3 * _excess(row):.3g}",
-        ]
-        for row in sorted(found["layers"], key=lambda row: -_excess(row))
-    ]
-    bound, folded = found["predicted"], found["predicted_folded"]
-    summary = (
-        f"All layers: predicted {_milliseconds(bound)} ({rate(batch / bound)} images/s), measured "
-        f"{_milliseconds(found['measured'])}; with the folded attack, predicted "
-        f"{_milliseconds(folded)} ({rate(batch / folded)} images/s)."
-    )
-    for entry in record["results"]:
-        if entry["batch_size"] == batch and entry["ours"] and entry["status"] == "measured":
-            took = _milliseconds(entry["seconds_per_step"])
-            summary += f" The step of {entry['contestant']} took {took}."
-    return [about, "", *grid(head, rows), "", summary]
-
-
-def _excess(row: Record) -> float:
-    return float(
-        sum(row["measured"][part] - row["predicted"][part] for part in ("attack", "train"))
-    )
-
-
 def rate(value: float) -> str:
     """Of images, for people."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.1f} ms"
 
 
 def _times(value: float | None) -> str:
@@ -234,7 +159,3 @@ def _bandwidth(value: float) -> str:
 
 def _flops(value: float) -> str:
     return f"{value / 1e12:.0f} TFLOP/s" if value >= 1e13 else f"{value / 1e12:.2f} TFLOP/s"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

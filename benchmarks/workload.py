@@ -39,6 +39,13 @@ class Workload:
     width: float = 1.0
     """Channels as a multiple of the published ones; > 0."""
 
+    def __str__(self) -> str:
+        width = "" if self.width == 1 else f" × {self.width:g}"
+        return (
+            f"{self.model}{width}, batch {self.batch_size}, {self.image_size} pixels, "
+            f"PGD-{self.num_steps}"
+        )
+
     def __post_init__(self) -> None:
         if self.model not in NETWORKS:
             raise ValueError(
