@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -127,12 +129,25 @@ def measure(
         contestants: by name.
         beside: measure beside the training step too.
     """
-    chosen = _choose_workers(bench, size, contestants)
+    chosen: dict[str, Loader] = {}
+    entries: dict[str, Record] = {}
     try:
+        for name, make in contestants.items():
+            with bench.guarded(f"{name} at {size} pixels"):
+                chosen[name], tried = _fastest(bench, name, make)
+                entries[name] = {
+                    "size": size,
+                    "contestant": name,
+                    "workers": max(tried, key=lambda n: tried[n]),
+                    "tried": {str(n): round(rate, 1) for n, rate in tried.items()},
+                }
+                told = ", ".join(f"{n}: {rate:,.0f}" for n, rate in tried.items())
+                bench.say(f"{size} pixels  {name:12} images/s by workers  {told}")
+        bench.record["results"] += entries.values()
         _leave_out_unequal(bench, size, chosen)
-        _time(bench, size, chosen)
+        _time(bench, size, chosen, entries)
         if beside:
-            _beside_step(bench, size, chosen)
+            _beside_step(bench, size, chosen, entries)
     finally:
         for loader in chosen.values():
             loader.stop()
@@ -196,7 +211,9 @@ def array_loaders(options: Options, device: torch.device) -> dict[str, Make]:
     if has_dali():
         makes["dali"] = partial(streamed, "dali")
     makes["dataloader"] = partial(streamed, "dataloader")
-    makes["torchvision"] = partial(_torchvision_arrays, pixels, labels, options, device)
+    cut = transforms.RandomCrop(32, PADDING)
+    samples = _PerSample(len(labels), lambda index: Image.fromarray(pixels[index]), cut)
+    makes["torchvision"] = partial(_usual, samples, options, device)
     return makes
 
 
@@ -221,7 +238,9 @@ def file_loaders(files: list[Path], options: Options, device: torch.device) -> d
     if has_dali():
         makes["dali"] = partial(ours, DaliBatches)
     makes["dataloader"] = partial(ours, LoaderBatches)
-    makes["torchvision"] = partial(_torchvision_files, files, options, device)
+    cut = transforms.RandomResizedCrop(224)
+    samples = _PerSample(len(files), lambda index: Image.open(files[index]).convert("RGB"), cut)
+    makes["torchvision"] = partial(_usual, samples, options, device)
     return makes
 
 
@@ -229,9 +248,14 @@ class _PerSample(Dataset[tuple[Tensor, int]]):
     """Images one by one through torchvision's transforms, as most training scripts have it."""
 
     def __init__(
-        self, number: int, image: Callable[[int], Image.Image], transform: Callable[..., Tensor]
+        self,
+        number: int,
+        image: Callable[[int], Image.Image],
+        cut: Callable[[Image.Image], Image.Image],
     ) -> None:
-        self.number, self.image, self.transform = number, image, transform
+        self.number, self.image = number, image
+        flip = transforms.RandomHorizontalFlip()
+        self.transform = transforms.Compose([cut, flip, transforms.ToTensor()])
 
     def __len__(self) -> int:
         return self.number
@@ -240,42 +264,7 @@ class _PerSample(Dataset[tuple[Tensor, int]]):
         return self.transform(self.image(index)), index % 10
 
 
-def _torchvision_arrays(
-    pixels: np.ndarray[Any, np.dtype[np.uint8]],
-    labels: Tensor,
-    options: Options,
-    device: torch.device,
-    workers: int,
-) -> Loader:
-    cut = transforms.RandomCrop(32, PADDING)
-    return _torch_loader(len(labels), partial(_picture, pixels), cut, options, device, workers)
-
-
-def _torchvision_files(
-    files: list[Path], options: Options, device: torch.device, workers: int
-) -> Loader:
-    cut = transforms.RandomResizedCrop(224)
-    return _torch_loader(len(files), partial(_photo, files), cut, options, device, workers)
-
-
-def _picture(pixels: np.ndarray[Any, np.dtype[np.uint8]], index: int) -> Image.Image:
-    return Image.fromarray(pixels[index])
-
-
-def _photo(files: list[Path], index: int) -> Image.Image:
-    return Image.open(files[index]).convert("RGB")
-
-
-def _torch_loader(
-    number: int,
-    image: Callable[[int], Image.Image],
-    cut: Callable[[Image.Image], Image.Image],
-    options: Options,
-    device: torch.device,
-    workers: int,
-) -> Loader:
-    transform = transforms.Compose([cut, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-    samples = _PerSample(number, image, transform)
+def _usual(samples: _PerSample, options: Options, device: torch.device, workers: int) -> Loader:
     on_gpu = device.type == "cuda"
     loaders = [
         DataLoader(
@@ -296,55 +285,32 @@ def _torch_loader(
     return Loader(epoch, loaders.clear)
 
 
-def _choose_workers(
-    bench: Bench[Options], size: int, contestants: Mapping[str, Make]
-) -> dict[str, Loader]:
-    """Each contestant with the number of workers that is fastest in one epoch after another."""
-    chosen: dict[str, Loader] = {}
+def _fastest(bench: Bench[Options], name: str, make: Make) -> tuple[Loader, dict[int, float]]:
+    """The loader with the number of workers that is fastest in the second epoch, and the images/s
+    of each number."""
     workers = bench.options.workers or tuple(range(default_workers() + 1))
     # DALI counts threads, of which it has one at least.
     numbers = {"resident": (0,), "dali": sorted({max(n, 1) for n in workers})}
-    for name, make in contestants.items():
-        tried: dict[int, float] = {}
-        with bench.guarded(f"{name} at {size} pixels"):
-            for number in numbers.get(name, workers):
-                loader = make(number)
+    tried: dict[int, float] = {}
+    with ExitStack() as stack:
+        for number in numbers.get(name, workers):
+            loader = make(number)
+            with ExitStack() as trial:
+                trial.callback(loader.stop)
                 _epoch_rate(loader, 0, bench.device)
                 tried[number] = _epoch_rate(loader, 1, bench.device)
-                if tried[number] < max(tried.values()):
-                    loader.stop()
-                    continue
-                if name in chosen:
-                    chosen[name].stop()
-                chosen[name] = loader
-            bench.record["results"].append(
-                {
-                    "size": size,
-                    "contestant": name,
-                    "workers": max(tried, key=lambda n: tried[n]),
-                    "tried": {str(n): round(rate, 1) for n, rate in tried.items()},
-                }
-            )
-            told = ", ".join(f"{n}: {rate:,.0f}" for n, rate in tried.items())
-            bench.say(f"{size} pixels  {name:12} images/s by workers  {told}")
-            continue
-        if name in chosen:
-            chosen.pop(name).stop()
-    return chosen
+                if tried[number] >= max(tried.values()):
+                    stack.close()
+                    best = loader
+                    stack.push(trial.pop_all())
+        stack.pop_all()
+    return best, tried
 
 
 def _epoch_rate(loader: Loader, epoch: int, device: torch.device) -> float:
     images: list[int] = []
     took = seconds(lambda: images.extend(len(y) for _, y in loader.epoch(epoch)), device)
     return sum(images) / took
-
-
-def _entries(
-    bench: Bench[Options], size: int, chosen: Mapping[str, Loader]
-) -> Iterator[tuple[str, Record]]:
-    for entry in bench.record["results"]:
-        if entry["size"] == size and entry["contestant"] in chosen:
-            yield entry["contestant"], entry
 
 
 def _leave_out_unequal(bench: Bench[Options], size: int, chosen: dict[str, Loader]) -> None:
@@ -357,32 +323,24 @@ def _leave_out_unequal(bench: Bench[Options], size: int, chosen: dict[str, Loade
     if REFERENCE in chosen:
         with bench.guarded(f"{REFERENCE} at {size} pixels, its first batch"):
             expected = next(iter(chosen[REFERENCE].epoch(0)))
+    limit = 1 if bench.device.type == "cuda" else 0
     for name in [name for name in OURS if name in chosen]:
-        problem = f"there is no batch of {REFERENCE} to compare its own with"
-        if expected is not None:
-            problem = "its first batch cannot be compared"
-            with bench.guarded(f"{name} at {size} pixels, its first batch"):
-                problem = _difference(next(iter(chosen[name].epoch(0))), expected, bench.device)
-        if problem:
-            bench.problem(f"{name} at {size} pixels: {problem}; it was not timed")
+        levels = math.inf
+        with bench.guarded(f"{name} at {size} pixels, its first batch"):
+            x, y = next(iter(chosen[name].epoch(0)))
+            if expected is not None and torch.equal(y, expected[1]):
+                levels = 255 * float((x - expected[0]).abs().mean())
+        if levels > limit:
+            bench.problem(
+                f"{name} at {size} pixels: its first batch is not that of {REFERENCE}, the mean "
+                f"difference is {levels:.3g} levels of 255; it was not timed"
+            )
             chosen.pop(name).stop()
 
 
-def _difference(
-    batch: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], device: torch.device
-) -> str:
-    """What tells a batch from the one that is expected; empty for nothing."""
-    (x, y), (other_x, other_y) = batch, expected
-    levels = 255 * float((x - other_x).abs().mean()) if x.shape == other_x.shape else 255
-    if levels <= (1 if device.type == "cuda" else 0) and torch.equal(y, other_y):
-        return ""
-    return (
-        f"its first batch is not that of {REFERENCE}, the mean difference is {levels:.3g} levels "
-        "of 255"
-    )
-
-
-def _time(bench: Bench[Options], size: int, chosen: Mapping[str, Loader]) -> None:
+def _time(
+    bench: Bench[Options], size: int, chosen: Mapping[str, Loader], entries: Mapping[str, Record]
+) -> None:
     epochs = {name: itertools.count(2) for name in chosen}
     calls = {
         name: (
@@ -391,17 +349,20 @@ def _time(bench: Bench[Options], size: int, chosen: Mapping[str, Loader]) -> Non
         for name, loader in chosen.items()
     }
     values, failures = alternate(calls, bench.options.rounds)
-    for name, entry in _entries(bench, size, chosen):
-        if name in failures:
-            bench.problem(f"{name} at {size} pixels: {failures[name]['reason']}")
-            continue
-        entry["round_images_per_second"] = [round(rate, 1) for rate in values[name]]
-        entry["images_per_second"] = round(statistics.median(values[name]), 1)
-        entry["spread"] = round(spread(values[name]), 3)
-        bench.say(f"{size} pixels  {name:12} {entry['images_per_second']:,.0f} images/s")
+    for name, failed in failures.items():
+        bench.problem(f"{name} at {size} pixels: {failed['reason']}")
+    for name, rates in values.items():
+        entries[name] |= {
+            "round_images_per_second": [round(rate, 1) for rate in rates],
+            "images_per_second": round(statistics.median(rates), 1),
+            "spread": round(spread(rates), 3),
+        }
+        bench.say(f"{size} pixels  {name:12} {entries[name]['images_per_second']:,.0f} images/s")
 
 
-def _beside_step(bench: Bench[Options], size: int, chosen: Mapping[str, Loader]) -> None:
+def _beside_step(
+    bench: Bench[Options], size: int, chosen: Mapping[str, Loader], entries: Mapping[str, Record]
+) -> None:
     """Share of the time that the step of this package waits for each loader."""
     options, device = bench.options, bench.device
     workload = Workload(options.model, options.batch_size, size, options.attack_steps)
@@ -409,12 +370,12 @@ def _beside_step(bench: Bench[Options], size: int, chosen: Mapping[str, Loader])
     with bench.guarded(f"the step at {size} pixels"):
         ready = workload.batches(2, device, seed=0)
         step = warm(contestant, workload, device, ready)
-        for name, entry in _entries(bench, size, chosen):
+        for name, loader in chosen.items():
             what = f"{name} at {size} pixels, beside the step"
             with bench.guarded(what), contestant.settings():
-                share, rate = waited(step, chosen[name], ready[0], options.steps, device)
-                entry["waited"] = round(share, 4)
-                entry["trained_images_per_second"] = round(rate, 1)
+                share, rate = waited(step, loader, ready[0], options.steps, device)
+                entries[name]["waited"] = round(share, 4)
+                entries[name]["trained_images_per_second"] = round(rate, 1)
                 bench.say(f"{size} pixels  {name:12} the step waits {100 * share:.1f} %")
     free_memory(device)
 
@@ -440,24 +401,16 @@ def waited(
     number, shape = len(ready[1]), ready[0].shape
     endless = (batch for epoch in itertools.count(100) for batch in loader.epoch(epoch))
     batches = (batch for batch in endless if batch[0].shape == shape)
-    times = []
-    for source in (itertools.repeat(ready), batches):
-        step([next(source)])
-        times.append(_wall_seconds(step, source, steps, device))
-    return max(1 - times[0] / times[1], 0.0), steps * number / times[1]
 
-
-def _wall_seconds(
-    step: Callable[[list[tuple[Tensor, Tensor]]], object],
-    source: Iterator[tuple[Tensor, Tensor]],
-    steps: int,
-    device: torch.device,
-) -> float:
-    def train() -> None:
+    def train(source: Iterator[tuple[Tensor, Tensor]]) -> None:
         for _ in range(steps):
             step([next(source)])
 
-    return seconds(train, device)
+    times = []
+    for source in (itertools.repeat(ready), batches):
+        step([next(source)])
+        times.append(seconds(partial(train, source), device))
+    return max(1 - times[0] / times[1], 0.0), steps * number / times[1]
 
 
 def table(record: Record) -> str:

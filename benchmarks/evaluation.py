@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -47,12 +46,8 @@ class Options(harness.Options):
     """Images at once."""
     fast_only: bool = False
     """Leave the reference code out: times alone, without a comparison."""
-    data_root: Path | None = None
-    """Folder of the datasets; default the run's."""
     rounds: Count = 2
     """Evaluations of each, in turns, of which the median counts."""
-    threads: Number = 0
-    """PyTorch's threads on the CPU; 0 for as many as it takes by itself."""
     seed: int = 0
     """Seed of the attacks."""
 
@@ -68,17 +63,11 @@ def run(options: Options, display: Display | None = None) -> int:
     Returns:
         0, or 1 where the two paths left different images standing.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads or before)
-    try:
-        bench = Bench("eval", options, table, display)
-        bench.record |= {"batch_size": options.batch_size, "seed": options.seed}
-        for checkpoint in options.checkpoints:
-            entry = _entry(bench, checkpoint)
-            bench.record["results"].append(entry)
-            bench.save()
-    finally:
-        torch.set_num_threads(before)
+    bench = Bench("eval", options, table, display)
+    bench.record |= {"batch_size": options.batch_size, "seed": options.seed}
+    for checkpoint in options.checkpoints:
+        bench.record["results"].append(_entry(bench, checkpoint))
+        bench.save()
     return bench.finish()
 
 
@@ -87,10 +76,6 @@ def _entry(bench: Bench[Options], checkpoint: Path) -> Record:
     saved = read_saved(checkpoint, recipe=options.recipe, with_config=True)
     config = saved.config
     assert config is not None
-    if options.data_root is not None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, root=options.data_root)
-        )
     with bench.display.evaluating() as bar:
         data = load_data(
             config.data,
@@ -208,8 +193,11 @@ def reference_robust(
         use_statistics(model, "running"),
         full_float32(),
     ):
+        # Says that it is in eval mode, which the reference code expects.
+        network = nn.Sequential(model)
+        network.training = False
         adversary = AutoAttack(
-            _Eval(model),
+            network,
             norm=threat.norm,
             eps=threat.eps,
             seed=seed,
@@ -223,19 +211,6 @@ def reference_robust(
         robust = predict(model, x_adv, batch_size).argmax(dim=1) == images.y
     model.zero_grad(set_to_none=True)
     return robust
-
-
-class _Eval(nn.Module):
-    """A network that says it is in eval mode, which the reference code expects."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)
-        return logits
 
 
 class _Clock:

@@ -19,23 +19,16 @@ from benchmarks.data import Loader, Options, waited
 from benchmarks.harness import Bench
 
 
+def tiny(tmp_path: Path, **options: Any) -> Options:
+    common = {"batch_size": 2, "steps": 1, "model": "resnet8", "attack_steps": 0}
+    return Options(**{**common, **options}, device="cpu", out=tmp_path / "data.json")
+
+
 def test_every_loader_is_measured_and_the_step_beside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = Options(
-        batch_size=4,
-        num_arrays=16,
-        num_files=8,
-        workers=(0, 1),
-        rounds=2,
-        beside_step=True,
-        steps=1,
-        model="resnet8",
-        attack_steps=0,
-        device="cpu",
-        out=tmp_path / "data.json",
-    )
-    assert data.run(options) == 0
+    options = {"num_arrays": 16, "num_files": 8, "workers": (0, 1), "rounds": 2}
+    assert data.run(tiny(tmp_path, batch_size=4, beside_step=True, **options)) == 0
     record = json.loads((tmp_path / "data.json").read_text())
     found = {(entry["size"], entry["contestant"]) for entry in record["results"]}
     dali = {(32, "dali"), (224, "dali")} if has_dali() else set()
@@ -91,18 +84,7 @@ def measured(
     tmp_path: Path, loaders: dict[str, Any], beside: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Results and problems."""
-    options = Options(
-        batch_size=2,
-        num_arrays=2,
-        num_files=2,
-        workers=(0,),
-        rounds=1,
-        steps=1,
-        model="resnet8",
-        attack_steps=0,
-        device="cpu",
-        out=tmp_path / "data.json",
-    )
+    options = tiny(tmp_path, num_arrays=2, num_files=2, workers=(0,), rounds=1)
     bench = Bench("data", options, lambda record: "", Display(Console(quiet=True)))
     data.measure(bench, 32, loaders, beside)
     return bench.record["results"], bench.record["problems"]
@@ -118,8 +100,7 @@ def test_a_loader_with_other_batches_is_not_timed(tmp_path: Path) -> None:
     loaders = fake.loaders(resident=(x + 0.01, y), dali=(x, y.flip(0)), dataloader=(x, y))
     results, problems = measured(tmp_path, loaders)
     assert fake.stopped == ["resident", "dali", "dataloader"] and timed(results) == ["dataloader"]
-    assert [problem.partition(" at")[0] for problem in problems] == ["resident", "dali"]
-    assert "2.55 levels" in problems[0]
+    assert "resident" in problems[0] and "2.55" in problems[0] and "dali" in problems[1]
 
 
 def test_without_the_reference_nothing_of_ours_is_timed(tmp_path: Path) -> None:
@@ -150,7 +131,7 @@ def test_a_loader_that_breaks_later_is_left_out(tmp_path: Path) -> None:
     loaders = {**fake.loaders(dataloader=fake.batch), "dali": breaks}
     results, problems = measured(tmp_path, loaders)
     assert timed(results) == ["dataloader"] and fake.stopped == ["dali", "dataloader"]
-    assert problems[0] == "dali at 32 pixels, its first batch: RuntimeError: the pipeline broke"
+    assert "dali" in problems[0] and "the pipeline broke" in problems[0]
 
 
 @pytest.mark.parametrize("fails", ["step", "loader"])

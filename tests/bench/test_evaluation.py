@@ -52,15 +52,12 @@ def test_record(tmp_path: Path) -> None:
         eval=dataclasses.replace(config.eval, num_steps=1, autoattack=False, max_samples=40),
     )
     train(config, tmp_path / "run", display=QUIET)
-    out, threads = tmp_path / "record.json", torch.get_num_threads()
-    options = Options(
-        (tmp_path / "run",), fast_only=True, threads=1, max_samples=12, device="cpu", out=out
-    )
+    out = tmp_path / "record.json"
+    options = Options((tmp_path / "run",), fast_only=True, max_samples=12, device="cpu", out=out)
     assert module.run(options, QUIET) == 0
-    assert torch.get_num_threads() == threads
     record = json.loads(out.read_text())
     (entry,) = record["results"]
-    assert record["machine"]["threads"] == 1
+    assert record["machine"]["threads"] == torch.get_num_threads()
     assert entry["num_samples"] == entry["fast"]["num_samples"] == 12
     assert "speedup" not in entry and entry["fast_seconds"] > 0
     assert "| run | 12 |" in out.with_suffix(".md").read_text()
@@ -100,10 +97,6 @@ def test_the_reference_code_is_pyautoattack() -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [({"checkpoints": ()}, "checkpoint"), ({"rounds": 0}, "rounds"), ({"threads": -1}, "threads")],
-)
-def test_bad_options_are_named(options: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        Options(**{"checkpoints": (Path("run"),), **options})
+def test_a_run_is_expected() -> None:
+    with pytest.raises(ValueError, match="checkpoint"):
+        Options(())
