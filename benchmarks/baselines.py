@@ -8,8 +8,7 @@ State dicts have the official names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -195,7 +194,6 @@ class PlainStep:
         bf16: run under bfloat16 autocast.
         compile_mode: compile the network with torch.compile, in this mode.
         read_loss: fetch the loss to the host each step, as a script with a running mean does.
-        w_adv, w_clean: weights of the two classification losses.
     """
 
     def __init__(
@@ -207,8 +205,6 @@ class PlainStep:
         bf16: bool = False,
         compile_mode: CompileMode | None = None,
         read_loss: bool = False,
-        w_adv: float = 0.5,
-        w_clean: float = 0.5,
     ) -> None:
         self.network = network
         reference = next(network.parameters())
@@ -223,7 +219,6 @@ class PlainStep:
         self.bf16 = bf16
         self.compiled = compile_mode is not None
         self.read_loss = read_loss
-        self.w_adv, self.w_clean = w_adv, w_clean
         self.forward = (
             torch.compile(network, mode=compile_mode, dynamic=False) if self.compiled else network
         )
@@ -248,15 +243,19 @@ class PlainStep:
 
     def _attack(self, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         x_adv = x + noise
-        with self._frozen_where_compiled():
-            for _ in range(self.num_steps):
-                self._mark_step()
-                x_adv.requires_grad_()
-                logits, _ = self.forward(x_adv, "adv")
-                loss = F.cross_entropy(logits, y, reduction="sum")
-                (gradient,) = torch.autograd.grad(loss, x_adv)
-                x_adv = x_adv.detach() + ALPHA * gradient.sign()
-                x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
+        # A compiled backward pass computes every weight's gradient unless they are frozen.
+        for parameter in self.parameters:
+            parameter.requires_grad_(not self.compiled)
+        for _ in range(self.num_steps):
+            self._mark_step()
+            x_adv.requires_grad_()
+            logits, _ = self.forward(x_adv, "adv")
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+            x_adv = x_adv.detach() + ALPHA * gradient.sign()
+            x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
+        for parameter in self.parameters:
+            parameter.requires_grad_()
         return x_adv
 
     def _terms(self, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -264,8 +263,8 @@ class PlainStep:
         logits_clean, features_clean = self.forward(x, "clean", True)
         logits_adv, features_adv = self.forward(x_adv, "adv", True)
         terms = {
-            "ce_adv": self.w_adv * F.cross_entropy(logits_adv, y),
-            "ce_clean": self.w_clean * F.cross_entropy(logits_clean, y),
+            "ce_adv": 0.5 * F.cross_entropy(logits_adv, y),
+            "ce_clean": 0.5 * F.cross_entropy(logits_clean, y),
         }
         weight = self.gamma / len(features_adv)
         pairs = zip(self.predictors, features_adv, features_clean, strict=True)
@@ -277,17 +276,3 @@ class PlainStep:
     def _mark_step(self) -> None:
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
-
-    @contextmanager
-    def _frozen_where_compiled(self) -> Iterator[None]:
-        """A compiled backward pass computes every weight's gradient unless they are frozen."""
-        if not self.compiled:
-            yield
-            return
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in self.parameters:
-                parameter.requires_grad_(True)

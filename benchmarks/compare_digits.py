@@ -36,42 +36,29 @@ SWA_EVERY = 3
 SAMPLES = 200
 
 
-def arguments(out: Path, epochs: int, swa_every: int, samples: int) -> list[str]:
-    """The command line after ``arat-fast``."""
-    swa = f"--objective.name arat --average.kind swa --average.every {swa_every}"
-    methods = ["natural", "at", "trades", "mart", "lbgat", "arrest", "arat", "arat+swa"]
-    return [
-        *("compare", "digits", "--objectives", *methods, "--seeds", "0", "1", "2", "--ablation"),
-        *("--variant", f"arat+swa: {swa}", "--budget", "work"),
-        *("--train.epochs", str(epochs), "--train.eval-every", "0", "--average.kind", "none"),
-        *("--eval.max-samples", str(samples)),
-        *("--out", str(out), "--jobs", "2"),
-    ]
-
-
-def copy_results(source: Path, folder: Path) -> list[Path]:
-    """Copy the files of a comparison to ``folder/compare-digits-DATE.*``, over none that are
-    there."""
-    record = unused(folder, f"compare-digits-{date.today()}")
-    copies = [record.with_suffix(ending) for ending in (".json", ".md", ".tex", ".png")]
-    for copy in copies:
-        shutil.copyfile(source / f"comparison{copy.suffix}", copy)
-    return copies
+METHODS = ["natural", "at", "trades", "mart", "lbgat", "arrest", "arat", "arat+swa"]
+ARGUMENTS = [
+    *("compare", "digits", "--objectives", *METHODS, "--seeds", "0", "1", "2", "--ablation"),
+    *(
+        "--variant",
+        f"arat+swa: --objective.name arat --average.kind swa --average.every {SWA_EVERY}",
+    ),
+    *("--budget", "work", "--train.epochs", str(EPOCHS), "--train.eval-every", "0"),
+    *("--average.kind", "none", "--eval.max-samples", str(SAMPLES), "--jobs", "2"),
+]
 
 
 def main() -> int:
+    """Compare, and copy the results over none that are there; further options go to ``compare``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs") / "compare-digits")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of ARAT")
-    parser.add_argument("--swa-every", type=int, default=SWA_EVERY, help="steps")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="test images; 0 for all")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the copies")
     options, overrides = parser.parse_known_args()
-    command = arguments(options.out, options.epochs, options.swa_every, options.samples)
-    code = arat_fast([*command, *overrides])
+    code = arat_fast([*ARGUMENTS, "--out", str(options.out), *overrides])
     if code == 0:
-        copies = copy_results(options.out, options.results)
-        print("results:", *(copy.name for copy in copies), file=sys.stderr)
+        record = unused(RESULTS, f"compare-digits-{date.today()}")
+        for ending in (".json", ".md", ".tex", ".png"):
+            shutil.copyfile(options.out / f"comparison{ending}", record.with_suffix(ending))
+        print("results:", record, file=sys.stderr)
     return code
 
 

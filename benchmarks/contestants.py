@@ -183,14 +183,10 @@ def choose(
         left_out = {"compiled-autotune"} | (set() if device.type == "cuda" else {"compiled"})
         return {name: c for name, c in available.items() if name not in left_out}
     for name in names:
-        if name in available:
-            continue
-        if name == "official":
+        if name not in available:
             raise ValueError(
-                "the contestant official needs its code: --official DIR, a checkout of "
-                "https://github.com/futakw/AR-AT"
+                f"the contestant {name!r} cannot take part here, expected some of "
+                f"{', '.join(available)}; official needs --official DIR, a checkout of "
+                f"https://github.com/futakw/AR-AT, and {', '.join(ONLY_ON_A_GPU)} a GPU"
             )
-        if name in ONLY_ON_A_GPU:
-            raise ValueError(f"the contestant {name} needs a GPU, got device {device}")
-        raise ValueError(f"unknown contestant {name!r}, expected some of {', '.join(available)}")
     return {name: contestant for name, contestant in available.items() if name in names}

@@ -79,28 +79,23 @@ def compare_losses(
         reference: :func:`reference_losses` with the same attack on the same workload.
 
     Returns:
-        "losses", "reference", "mean_relative_difference" and "largest_relative_difference", None if
-        a loss is not finite, the "budget" of the former and whether it is "within".
+        "losses", "reference", "mean_relative_difference", its "budget", None for what is not
+        finite, and whether it is "within".
     """
     precision = fast_precision(device)
-    step = build_step(
-        workload, device, bn=contestant.bn, precision=precision, graph=contestant.graph
-    )
+    bn, graph = contestant.bn, contestant.graph
+    step = build_step(workload, device, bn=bn, precision=precision, graph=graph)
     losses = _losses(step, workload, device, len(reference.losses))
-    pairs = list(zip(losses, reference.losses, strict=True))
-    finite = all(map(math.isfinite, (*losses, *reference.losses, *reference.rounded)))
-    mean = mean_difference(losses, reference.losses) if finite else None
+    mean = mean_difference(losses, reference.losses)
     return {
         "contestant": contestant.name,
         "workload": asdict(workload),
         "losses": [_number(value) for value in losses],
         "reference": [_number(value) for value in reference.losses],
-        "mean_relative_difference": mean,
-        "largest_relative_difference": max(abs(a - b) / abs(b) for a, b in pairs)
-        if finite
-        else None,
+        "mean_relative_difference": _number(mean),
         "budget": _number(reference.budget),
-        "within": mean is not None and mean <= reference.budget,
+        # Not where one is no number.
+        "within": mean <= reference.budget < math.inf,
     }
 
 

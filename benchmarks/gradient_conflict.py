@@ -9,6 +9,7 @@ of ``docs/analysis.md``.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -58,8 +59,7 @@ def train(method: str, seed: int, out: Path) -> Run:
 
 def folder_name(method: str, seed: int) -> str:
     """Name of a run's folder."""
-    words = method.lower().replace("+", " ").replace(",", " ").split()
-    return f"{'-'.join(words)}-seed{seed}"
+    return f"{re.sub(r'[ +,]+', '-', method.lower())}-seed{seed}"
 
 
 def record(run: Run) -> dict[str, Any]:

@@ -93,9 +93,9 @@ class Draw:
         x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         return x.requires_grad_(grad)
 
-    def images(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Uniform in [0, 1], contiguous."""
-        return torch.rand(shape, generator=self.numbers, device=self.device).to(dtype)
+    def images(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1], float32, contiguous."""
+        return torch.rand(shape, generator=self.numbers, device=self.device)
 
     def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Below ``high``."""
@@ -256,10 +256,8 @@ def attack_step(device: torch.device, shape: tuple[int, ...], norm: Norm) -> Wor
         return x_adv.copy_(moved.clamp(0, 1))
 
     elements = torch.Size(shape).numel()
-    float32 = partial(draw.images, *shape, dtype=torch.float32)
-    inputs = [
-        (float32(), float32() - 0.5, float32()) for _ in range(number_of_calls(12 * elements))
-    ]
+    images = partial(draw.images, *shape)
+    inputs = [(images(), images() - 0.5, images()) for _ in range(number_of_calls(12 * elements))]
     ours = partial(pgd_step, eps=EPS, alpha=ALPHA, norm=norm)
     return Work(contestants(ours, eager), inputs, 4 * 4 * elements, 1e-5, exact=True)
 
@@ -276,9 +274,7 @@ def start(device: torch.device, shape: tuple[int, ...], norm: Norm) -> Work:
         return x + delta * (EPS * torch.rand_like(lengths) / lengths)
 
     elements = torch.Size(shape).numel()
-    inputs = [
-        (draw.images(*shape, dtype=torch.float32),) for _ in range(number_of_calls(4 * elements))
-    ]
+    inputs = [(draw.images(*shape),) for _ in range(number_of_calls(4 * elements))]
     ours = partial(random_start, rng=rng, eps=EPS, norm=norm)
     functions: dict[str, Function] = {"ours": ours, "PyTorch eager": eager}
     reference = partial(ours, impl="reference")

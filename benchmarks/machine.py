@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from arat_fast.device import describe_device, has_bf16, versions
-from benchmarks.measure import seconds
+from benchmarks.measure import free_memory, seconds
 from benchmarks.records import commit, is_changed, output
 
 # Dense bfloat16 with float32 sums, from the makers' data sheets. The first name found in the
@@ -75,21 +76,20 @@ def rates(device: torch.device) -> dict[str, Any]:
         "matmul_dtype": str(dtype).removeprefix("torch."),
         "peak_flops_per_second": next((r for card, r in PEAK_BF16.items() if card in name), None),
     }
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
     return measured
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Device, driver, clocks as read, versions and commit; the clocks are left as they are."""
-    driver, clocks = card(device) if device.type == "cuda" else (None, _cpu_clock())
+    driver, clocks = _card(device) if device.type == "cuda" else (None, _cpu_clock())
     return {
         "device": describe_device(device),
         "type": device.type,
         "driver": driver,
         "clocks": clocks,
         "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": os.getloadavg(),
         "platform": platform.platform(),
         "versions": versions(),
         "commit": commit(),
@@ -97,20 +97,18 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def card(device: torch.device) -> tuple[str, str]:
+def _card(device: torch.device) -> tuple[str, str]:
     """Driver and clocks of a GPU, as ``nvidia-smi`` reads them."""
     query = ["--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    chosen = [] if uuid is None else ["-i", f"GPU-{uuid}"]
-    driver, _, clocks = output("nvidia-smi", *chosen, *query).partition(", ")
-    sm, _, memory = clocks.partition(", ")
-    return (driver, f"SM {sm}, memory {memory}") if memory else ("unknown", "unknown")
+    uuid = torch.cuda.get_device_properties(device).uuid
+    found = output("nvidia-smi", "-i", f"GPU-{uuid}", *query).split(", ")
+    if len(found) != 3:
+        return "unknown", "unknown"
+    return found[0], f"SM {found[1]}, memory {found[2]}"
 
 
 def _cpu_clock() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return "unknown"
-    lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("cpu MHz")]
-    clocks = [float(line.partition(":")[2]) for line in lines]
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    clocks = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", text)]
     return f"{statistics.mean(clocks):.0f} MHz" if clocks else "unknown"

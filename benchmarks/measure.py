@@ -97,8 +97,12 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before: int | None = torch.cuda.memory_allocated(device)
-        else:
-            self.before = _process_memory("VmRSS") if _reset_process_peak() else None
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _process_memory("VmRSS")
+        except OSError:
+            self.before = None
 
     def read(self) -> int | None:
         """Bytes."""
@@ -106,22 +110,9 @@ class PeakMemory:
             return None
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        peak = _process_memory("VmHWM")
-        return None if peak is None else peak - self.before
+        return _process_memory("VmHWM") - self.before
 
 
-def _reset_process_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _process_memory(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith(f"{field}:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+def _process_memory(field: str) -> int:
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024

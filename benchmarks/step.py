@@ -189,8 +189,8 @@ def _check_losses(
             if not entry["within"]:
                 difference, budget = entry["mean_relative_difference"], entry["budget"]
                 bench.problem(
-                    f"the losses of {name} differ from the float32 step's by "
-                    + (f"{difference:.1%}, budget {budget:.1%}" if budget else "what is not finite")
+                    f"the losses of {name} differ by {difference} from the float32 step's, budget "
+                    f"{budget}; None is not finite"
                 )
         free_memory(bench.device)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from arat_fast.display import Display
 from benchmarks import machine, records
 from benchmarks.harness import Bench, Options, alternate, command, spread
-from benchmarks.measure import PeakMemory, cudnn_settings
+from benchmarks.measure import PeakMemory
 
 CPU = torch.device("cpu")
 
@@ -38,14 +38,6 @@ def test_contestants_take_turns() -> None:
     assert spread([1.0, 2.0, 4.0]) == 1.5
 
 
-def test_settings_of_cudnn_are_put_back() -> None:
-    backend = torch.backends.cudnn
-    before = backend.benchmark, backend.deterministic
-    with cudnn_settings(benchmark=True, deterministic=True):
-        assert backend.benchmark and backend.deterministic
-    assert (backend.benchmark, backend.deterministic) == before
-
-
 def test_peak_memory_sees_what_was_freed() -> None:
     memory = PeakMemory(CPU)
     torch.ones(64 * 2**20, dtype=torch.uint8).sum()
@@ -63,7 +55,7 @@ def test_a_record_grows_on_disk_and_an_error_is_a_problem(tmp_path: Path) -> Non
     bench.record["results"].append({"status": "failed"})
     assert bench.finish(lambda record, file: None) == 1
     record = json.loads(bench.path.read_text())
-    assert record["problems"] == ["a loader: RuntimeError: no workers"]
+    assert "no workers" in record["problems"][0]
     assert {"device", "driver", "clocks", "versions", "commit", "dirty"} <= set(record["machine"])
     assert bench.path.with_suffix(".md").read_text() == "1"
     # Nothing was measured.
@@ -83,6 +75,7 @@ def test_records_alone_do_not_change_a_checkout(tmp_path: Path) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
 
+    assert records.output("git", "rev-parse", "HEAD", folder=tmp_path) == "unknown"
     assert not records.is_changed(tmp_path), "no checkout"
     git("init", "--quiet")
     source = tmp_path / "code.py"
@@ -95,12 +88,6 @@ def test_records_alone_do_not_change_a_checkout(tmp_path: Path) -> None:
     assert not records.is_changed(tmp_path)
     source.write_text("2\n")
     assert records.is_changed(tmp_path)
-
-
-def test_a_command_that_fails_gives_unknown(tmp_path: Path) -> None:
-    assert records.output("git", "rev-parse", "HEAD", folder=tmp_path) == "unknown"
-    assert records.output("no-such-command-anywhere") == "unknown"
-    assert records.output("git", "--version").startswith("git version")
 
 
 def test_rates_of_the_machine() -> None:

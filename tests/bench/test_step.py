@@ -137,7 +137,7 @@ def test_losses_over_budget_are_a_problem(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(step, "reference_losses", lambda *_: far)
     out = tmp_path / "step.json"
     assert step.run(tiny(out, contestants=("fast",), rounds=1, profile=())) == 1
-    assert "budget 11.0%" in json.loads(out.read_text())["problems"][0]
+    assert "budget 0.11" in json.loads(out.read_text())["problems"][0]
     assert "**over budget**" in out.with_suffix(".md").read_text()
 
 
