@@ -77,7 +77,7 @@ def record(run: Run) -> dict[str, Any]:
             }
         )
     conflict, mixture = found(run.training_analyses[-1])
-    keys = ("versions", "device", "precision", "commit", "wall_seconds")
+    keys = "versions", "device", "precision", "commit", "wall_seconds"
     return {
         "options": overrides_of(run.config),
         "seed": run.config.seed,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,11 +80,7 @@ class OfficialStep:
             is_swa=False,
         )
         silence = io.StringIO()
-        with (
-            contextlib.redirect_stdout(silence),
-            contextlib.redirect_stderr(silence),
-            _imported(folder) as load,
-        ):
+        with redirect_stdout(silence), redirect_stderr(silence), _imported(folder) as load:
             self.training = load("train_ARAT")
             network = self.training.load_model(
                 self.args, name, NUM_CLASSES, extract_layers=layers, is_avg_pool=True, is_relu=True
@@ -111,15 +105,10 @@ class OfficialStep:
 
     def run(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
         """Train on the batches; the mean loss."""
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        network, data = self.network, _Copies(batches)
+        with redirect_stderr(io.StringIO()):
             loss: float = self.training.train_one_epoch(
-                self.args,
-                1,
-                self.network,
-                _Copies(batches),
-                self.optimizer,
-                self.attack,
-                self.losses,
+                *(self.args, 1, network, data, self.optimizer, self.attack, self.losses),
                 0.5,
                 self.device,
             )

@@ -115,28 +115,17 @@ def _bars(left: Axes, right: Axes, measured: list[Record]) -> None:
     above = [max(rates) - speed for speed, rates in zip(speeds, turns, strict=True)]
     scale, unit = _memory_unit(measured)
     memories = [(entry["peak_memory_bytes"] or 0) / scale for entry in measured]
-    for axes, values, ends, label in (
-        (left, speeds, [max(rates) for rates in turns], "images/s"),
-        (right, memories, memories, f"peak memory, {unit}"),
+    for axes, values, errors, label in (
+        (left, speeds, [below, above], "images/s"),
+        (right, memories, None, f"peak memory, {unit}"),
     ):
-        axes.barh(rows, values, color=colours, height=0.62)
-        for row, value, end in zip(rows, values, ends, strict=True):
-            axes.annotate(
-                rate(value),
-                (end, row),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-                fontsize=8.5,
-            )
-        axes.set_xlim(0, 1.17 * max(ends) or 1)
+        style = {"ecolor": INK, "elinewidth": 1, "capsize": 2.5}
+        bars = axes.barh(rows, values, xerr=errors, color=colours, height=0.62, error_kw=style)
+        axes.bar_label(bars, [rate(value) for value in values], padding=5, color=INK, fontsize=8.5)
+        axes.margins(x=0.17)
         axes.set_xlabel(label)
         axes.grid(axis="y", visible=False)
     left.set_yticks(rows, [entry["contestant"] for entry in measured])
-    left.errorbar(
-        speeds, rows, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5
-    )
 
 
 def _memory_unit(measured: list[Record]) -> tuple[int, str]:
