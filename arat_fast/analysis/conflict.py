@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,9 @@ TOTAL = "classification"
 
 def shared_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of every convolution and linear layer by module path, biases left out."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            found[name] = module.weight
-    return found
+    layers = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    named = model.named_parameters()
+    return {name.removesuffix(".weight"): weight for name, weight in named if id(weight) in layers}
 
 
 def gradient_conflict(
@@ -65,114 +60,61 @@ def gradient_conflict(
         return None
     weights = shared_weights(model)
     losses = {TOTAL: torch.stack(list(classification.values())).sum()}
-    if not _reaches(losses[TOTAL], weights):
-        return None
-    inner = _gradients(torch.stack(list(invariance.values())).sum(), weights)
     if len(classification) > 1:
         losses |= classification
-    pairs: dict[str, dict[str, float | None]] = {}
-    layers: dict[str, dict[str, float | None]] = {}
-    norms = {"invariance": _norm(inner)}
+    inner = _gradients(torch.stack(list(invariance.values())).sum(), weights)
+    sums: dict[str, list[_Sums]] = {}
     for name, loss in losses.items():
         outer = _gradients(loss, weights)
-        compared = {path: _Sums(outer[path], inner[path]) for path in weights}
-        pairs[name] = _Sums.total(compared.values()).record()
-        if name == TOTAL:
-            norms[TOTAL] = _norm(outer)
-            layers = {
-                path: {**sums.record(), "entries": sums.entries} for path, sums in compared.items()
-            }
-    entries = sum(weight.numel() for weight in weights.values())
-    compared_entries = sum(
-        weights[path].numel() for path, layer in layers.items() if layer["share"] is not None
-    )
+        if name == TOTAL and all(gradient is None for gradient in outer):
+            return None
+        sums[name] = [
+            _compare(*three) for three in zip(weights.values(), outer, inner, strict=True)
+        ]
+    total = _total(sums[TOTAL])
+    compared = sum(part.entries for part in sums[TOTAL] if part.outer and part.inner)
     return {
-        "pairs": pairs,
-        "layers": layers,
-        "norms": norms,
-        "entries": entries,
-        "unrelated": 0.5 * compared_entries / entries,
+        "pairs": {name: _record(_total(parts)) for name, parts in sums.items()},
+        "layers": {
+            path: {**_record(part), "entries": part.entries}
+            for path, part in zip(weights, sums[TOTAL], strict=True)
+        },
+        "norms": {TOTAL: total.outer**0.5, "invariance": total.inner**0.5},
+        "entries": total.entries,
+        "unrelated": 0.5 * compared / total.entries,
     }
 
 
-def mean_conflict(batches: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over batches of what :func:`gradient_conflict` returned, and the spread of the totals.
-
-    Args:
-        batches: one record or more, of one network.
-
-    Returns:
-        The same structure with means of what is not None; the pairs gain "share_std" and
-        "cosine_std", standard deviations over the batches, None for one batch; "num_batches".
-    """
-    first = batches[0]
-    pairs: dict[str, dict[str, float | None]] = {}
-    for name in first["pairs"]:
-        pairs[name] = {}
-        for key in ("share", "cosine"):
-            values = [b["pairs"][name][key] for b in batches if b["pairs"][name][key] is not None]
-            pairs[name][key] = statistics.fmean(values) if values else None
-            pairs[name][f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-    layers = {}
-    for path, record in first["layers"].items():
-        layers[path] = {"entries": record["entries"]}
-        for key in ("share", "cosine"):
-            values = [b["layers"][path][key] for b in batches if b["layers"][path][key] is not None]
-            layers[path][key] = statistics.fmean(values) if values else None
-    norms = {name: statistics.fmean(b["norms"][name] for b in batches) for name in first["norms"]}
-    return {
-        "pairs": pairs,
-        "layers": layers,
-        "norms": norms,
-        "entries": first["entries"],
-        "unrelated": statistics.fmean(b["unrelated"] for b in batches),
-        "num_batches": len(batches),
-    }
-
-
-class _Sums:
+class _Sums(NamedTuple):
     """What share and cosine of two gradients are made of; sums over layers give the total."""
 
-    def __init__(self, outer: Tensor | None = None, inner: Tensor | None = None) -> None:
-        self.entries = self.opposite = 0
-        self.dot = self.outer = self.inner = 0.0
-        if outer is not None and inner is not None:
-            self.entries = outer.numel()
-            self.opposite = int((outer.sign() * inner.sign() < 0).sum())
-            a, b = outer.double(), inner.double()
-            self.dot, self.outer, self.inner = (
-                float(value) for value in ((a * b).sum(), a.square().sum(), b.square().sum())
-            )
-
-    @classmethod
-    def total(cls, parts: Any) -> _Sums:
-        result = cls()
-        for part in parts:
-            for name, value in vars(part).items():
-                setattr(result, name, getattr(result, name) + value)
-        return result
-
-    def record(self) -> dict[str, float | None]:
-        if self.outer == 0 or self.inner == 0:
-            return {"share": None, "cosine": None}
-        return {
-            "share": self.opposite / self.entries,
-            "cosine": self.dot / (self.outer**0.5 * self.inner**0.5),
-        }
+    entries: int
+    opposite: int
+    dot: float
+    outer: float
+    inner: float
 
 
-def _reaches(loss: Tensor, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the loss depends on any of the weights."""
-    found = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
-    return any(gradient is not None for gradient in found)
+def _gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
 
 
-def _gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    gradients = torch.autograd.grad(
-        loss, list(weights.values()), retain_graph=True, materialize_grads=True
-    )
-    return dict(zip(weights, gradients, strict=True))
+def _compare(weight: Tensor, outer: Tensor | None, inner: Tensor | None) -> _Sums:
+    a, b = (torch.zeros_like(weight) if g is None else g for g in (outer, inner))
+    opposite = int((a.sign() * b.sign() < 0).sum())
+    a, b = a.double(), b.double()
+    products = (float(product.sum()) for product in (a * b, a.square(), b.square()))
+    return _Sums(weight.numel(), opposite, *products)
 
 
-def _norm(gradients: Mapping[str, Tensor]) -> float:
-    return float(sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5)
+def _total(parts: Iterable[_Sums]) -> _Sums:
+    return _Sums(*map(sum, zip(*parts, strict=True)))
+
+
+def _record(sums: _Sums) -> dict[str, float | None]:
+    if sums.outer == 0 or sums.inner == 0:
+        return {"share": None, "cosine": None}
+    return {
+        "share": sums.opposite / sums.entries,
+        "cosine": sums.dot / (sums.outer**0.5 * sums.inner**0.5),
+    }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +26,33 @@ from arat_fast.evaluation.threat_model import ThreatModel
 
 SIGNIFICANCE = 0.01
 """A weaker attack counts as stronger below this p-value of the one-sided sign test."""
-ZERO_GRADIENTS = 0.05
-"""Largest share of images without any gradient that is no warning."""
-RESTART_GAIN = 0.1
-"""Largest share of images broken by restarts alone that is no warning."""
-LEFT_AT_FULL_RANGE = 0.02
-"""Largest share of images left right by an attack without limit that is no warning."""
 
 _RANDOM_DRAWS = 100
-_STRONGER = {
+_SHARES = {
+    "gradient": (0.05, "zero", ": an attack that follows it stands still there."),
+    "restarts": (
+        0.1,
+        "gained",
+        ". The outcome hangs on where the attack starts: the surface is rough.",
+    ),
+    "full range": (
+        0.02,
+        "left",
+        ", and any image can be made of any other: it does not find the way.",
+    ),
+}
+"""Largest share of images that is no warning, the name of their number, and what the warning is."""
+_RIVALS = {
+    "steps": "Fewer steps break more: the way uphill does not lead on.",
+    "radius": "A larger ball leaves more right.",
     "random": "It takes no gradient to find what the gradient does not.",
     "black-box": "An attack that sees no gradient is the stronger one.",
     "transfer": "The other network’s gradient is the better guide.",
 }
-"""What is said where an attack of a kind breaks more than PGD with restarts."""
+"""The warning where an attack breaks more than the one that must be the stronger."""
 
 
-@dataclass(frozen=True)
-class Tried:
+class Tried(NamedTuple):
     """One attack on all images.
 
     Attributes:
@@ -58,15 +67,15 @@ class Tried:
     correct: Tensor
     settings: dict[str, Any]
 
+    @property
+    def left(self) -> int:
+        """How many images it left right."""
+        return int(self.correct.sum())
+
     def record(self) -> dict[str, Any]:
         """Name, counts and settings, as JSON types."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "correct": int(self.correct.sum()),
-            "num_samples": len(self.correct),
-            **self.settings,
-        }
+        counts = {"correct": self.left, "num_samples": len(self.correct)}
+        return {"kind": self.kind, "name": self.name, **counts, **self.settings}
 
 
 def masking_check(
@@ -122,53 +131,54 @@ def masking_check(
     Source: the signs of Athalye, Carlini and Wagner, ICML 2018 (arXiv 1802.00420), section 3.1, and
     of Carlini et al., "On Evaluating Adversarial Robustness" (arXiv 1902.06705).
     """
-    if not threat.eps > 0:
-        raise ValueError(f"the masking check needs a radius > 0, got eps {threat.eps}")
-    if num_steps < 2 or num_restarts < 2 or num_queries < 0:
+    if not (threat.eps > 0 and num_steps >= 2 and num_restarts >= 2 and num_queries >= 0):
         raise ValueError(
-            "num_steps >= 2, num_restarts >= 2 and num_queries >= 0 are expected, got "
-            f"{num_steps}, {num_restarts} and {num_queries}"
+            "a radius > 0, num_steps >= 2, num_restarts >= 2 and num_queries >= 0 are expected, "
+            f"got {threat.eps}, {num_steps}, {num_restarts} and {num_queries}"
         )
     check_images(images.x)
-    check = _Check(model, images, threat, batch_size, seed, progress)
-    checks = [check.gradient()]
-
-    single = check.single_step()
-    fewer = [check.pgd(steps) for steps in (1, 2, 5, 10, 20, 50, 100) if steps < num_steps]
-    many = check.pgd(num_steps)
-    restarted = check.pgd(num_steps, num_restarts)
-    checks.append(
-        _not_beaten(
-            "steps",
-            [(weak, many) for weak in (single, *fewer)],
-            "Fewer steps break more: the way uphill does not lead on.",
-        )
-    )
-    checks.append(_compare_restarts(many, restarted))
+    attacks = _Attacks(model, images, threat, batch_size, seed, progress)
+    zero = attacks.without_gradient()
+    single = attacks.single_step()
+    fewer = [attacks.pgd(steps) for steps in (1, 2, 5, 10, 20, 50, 100) if steps < num_steps]
+    many = attacks.pgd(num_steps)
+    restarted = attacks.pgd(num_steps, num_restarts)
+    gained = int((many.correct & ~restarted.correct).sum())
 
     ladder = {threat.eps: many}
     for eps in radii(threat, images.x[0].numel()):
         if eps not in ladder:
-            ladder[eps] = check.pgd(num_steps, threat=ThreatModel(eps, threat.norm))
+            ladder[eps] = attacks.pgd(num_steps, threat=ThreatModel(eps, threat.norm))
     ladder = dict(sorted(ladder.items()))
-    balls = [dataclasses.replace(tried, name=f"radius {eps:.3g}") for eps, tried in ladder.items()]
-    pairs = list(itertools.pairwise(balls))
-    checks.append(_not_beaten("radius", pairs, "A larger ball leaves more right."))
-    checks.append(_full_range(balls[-1]))
+    balls = [tried._replace(name=f"radius {eps:.3g}") for eps, tried in ladder.items()]
+    full = balls[-1]
 
-    rivals = [check.random()]
+    rivals = [attacks.random()]
     if num_queries:
-        rivals.append(check.square(num_queries))
-    rivals += [check.transfer(name, source, num_steps) for name, source in (sources or {}).items()]
-    checks += [_not_beaten(r.kind, [(r, restarted)], _STRONGER[r.kind]) for r in rivals]
-    tried = [single, *fewer, many, restarted, *rivals]
+        rivals.append(attacks.square(num_queries))
+    rivals += [attacks.transfer(*source, num_steps) for source in (sources or {}).items()]
+
+    n = len(images.y)
+    checks = [
+        at_most("gradient", zero, n, f"The loss has no gradient at {zero} of {n} images"),
+        not_beaten("steps", [(weak, many) for weak in (single, *fewer)]),
+        at_most("restarts", gained, n, f"{restarted.name} break {gained} images more than one run"),
+        not_beaten("radius", list(itertools.pairwise(balls))),
+        at_most(
+            "full range",
+            full.left,
+            n,
+            f"With no limit but [0, 1] the attack leaves {full.left} of {n} right",
+        ),
+        *(not_beaten(rival.kind, [(rival, restarted)]) for rival in rivals),
+    ]
     return {
         "norm": threat.norm,
         "eps": threat.eps,
-        "num_samples": len(images.y),
-        "clean_correct": int(check.clean.sum()),
-        "attacks": [attack.record() for attack in tried],
-        "radii": [{"eps": eps, "correct": int(t.correct.sum())} for eps, t in ladder.items()],
+        "num_samples": n,
+        "clean_correct": int(attacks.clean.sum()),
+        "attacks": [each.record() for each in (single, *fewer, many, restarted, *rivals)],
+        "radii": [{"eps": eps, "correct": tried.left} for eps, tried in ladder.items()],
         "checks": checks,
         "passed": all(entry["passed"] for entry in checks),
     }
@@ -200,28 +210,66 @@ def sign_test(only_weak: int, only_strong: int) -> float:
     return float(binomtest(only_weak, n, alternative="greater").pvalue) if n else 1.0
 
 
-class _Check:
+def at_most(name: str, count: int, num_samples: int, text: str) -> dict[str, Any]:
+    """The check that no more than a share of the images has a property.
+
+    Args:
+        name: "gradient", "restarts" or "full range".
+        count: images with the property.
+        num_samples: all images.
+        text: says the count, without a full stop.
+    """
+    limit, number, warning = _SHARES[name]
+    passed = count / num_samples <= limit
+    text += "." if passed else warning
+    return {"name": name, "passed": passed, "text": text, number: count}
+
+
+def not_beaten(name: str, pairs: Sequence[tuple[Tried, Tried]]) -> dict[str, Any]:
+    """The check that no rival breaks more than the attack that must be the stronger one.
+
+    Args:
+        name: "steps", "radius", "random", "black-box" or "transfer".
+        pairs: rival and stronger attack; the one least likely by chance is told of.
+    """
+    counted = [
+        (int((a.correct & ~r.correct).sum()), int((r.correct & ~a.correct).sum()), r, a)
+        for r, a in pairs
+    ]
+    only_rival, only_white, rival, white = min(counted, key=lambda c: sign_test(*c[:2]))
+    passed = sign_test(only_rival, only_white) >= SIGNIFICANCE
+    left = (
+        f"{each.left} of {len(each.correct)} right after {each.name}" for each in (rival, white)
+    )
+    text = (
+        f"{', '.join(left)}; {only_rival} and {only_white} images are broken by one of them alone."
+    )
+    if not passed:
+        text += f" {_RIVALS[name]}"
+    numbers = {"only_rival": only_rival, "only_white": only_white}
+    return {"name": name, "passed": passed, "text": text, **numbers}
+
+
+@dataclass(frozen=True)
+class _Attacks:
     """The attacks on one set of images."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: ImageSet,
-        threat: ThreatModel,
-        batch_size: int,
-        seed: int,
-        progress: Progress | None,
-    ) -> None:
-        self.model = model
-        self.images = images
-        self.threat = threat
-        self.batch_size = batch_size
-        self.seed = seed
-        self.progress = progress
-        with evaluation_mode(model):
-            self.clean = predict(model, images.x, batch_size).argmax(dim=1) == images.y
+    model: nn.Module
+    images: ImageSet
+    threat: ThreatModel
+    batch_size: int
+    seed: int
+    progress: Progress | None
 
-    def gradient(self) -> dict[str, Any]:
+    @cached_property
+    def clean(self) -> Tensor:
+        """(N,) bool, what is right as it is."""
+        with evaluation_mode(self.model):
+            found = predict(self.model, self.images.x, self.batch_size).argmax(dim=1)
+        return found == self.images.y
+
+    def without_gradient(self) -> int:
+        """The number of images at which the loss has no gradient."""
         zero = 0
         with evaluation_mode(self.model):
             for x, y in self._batches():
@@ -229,68 +277,51 @@ class _Check:
                 loss = F.cross_entropy(self.model(x), y, reduction="sum")
                 (grad,) = torch.autograd.grad(loss, x)
                 zero += int((grad.flatten(1) == 0).all(dim=1).sum())
-        share = zero / len(self.images.y)
-        text = f"The loss has no gradient at {zero} of {len(self.images.y)} images"
-        if share > ZERO_GRADIENTS:
-            text += ": an attack that follows it stands still there."
-        else:
-            text += "."
-        return _result("gradient", share <= ZERO_GRADIENTS, text, zero=zero)
+        return zero
 
     def single_step(self) -> Tried:
         """One step of length eps from the image itself."""
-        attack = PGD(
-            self.threat.eps,
-            self.threat.eps,
-            1,
-            self.threat.norm,
-            random_start=False,
-            bn="running",
+        eps = self.threat.eps
+        attack = PGD(eps, eps, 1, self.threat.norm, random_start=False, bn="running")
+        settings = {"num_steps": 1, "alpha": eps}
+        return self._tried(
+            "gradient", "one step of length eps", settings, lambda x, y: [attack(self.model, x, y)]
         )
-        correct = []
-        with evaluation_mode(self.model):
-            for x, y in self._batches():
-                correct.append(self._still(x, y, attack(self.model, x, y)))
-        settings = {"num_steps": 1, "alpha": self.threat.eps}
-        return self._tried("gradient", "one step of length eps", correct, settings)
 
     def pgd(
         self, num_steps: int, num_restarts: int = 1, threat: ThreatModel | None = None
     ) -> Tried:
         threat = threat or self.threat
+        settings: dict[str, Any] = {"num_steps": num_steps, "num_restarts": num_restarts}
+        settings["alpha"] = threat.eps / 4
         result = pgd_accuracy(
             self.model,
             self.images,
             threat,
-            num_steps=num_steps,
-            alpha=threat.eps / 4,
-            num_restarts=num_restarts,
+            **settings,
             batch_size=self.batch_size,
             seed=self.seed,
             progress=self.progress,
         )
         name = f"PGD-{num_steps}" + (f", {num_restarts} restarts" if num_restarts > 1 else "")
-        settings = {"num_steps": num_steps, "num_restarts": num_restarts, "alpha": threat.eps / 4}
         return Tried("gradient", name, result.correct, settings)
 
     def random(self) -> Tried:
         """Random points of the ball: its corners in L∞, its surface in L2."""
-        generator = torch.Generator(self.images.x.device).manual_seed(self.seed)
+        generator = self._generator()
         eps = self.threat.eps
-        correct = []
-        with evaluation_mode(self.model):
-            for x, y in self._batches():
-                left = torch.ones_like(y, dtype=torch.bool)
-                for _ in range(_RANDOM_DRAWS):
-                    draw = torch.randn(x.shape, generator=generator, device=x.device)
-                    if self.threat.norm == "Linf":
-                        delta = eps * draw.sign()
-                    else:
-                        delta = eps * draw / draw.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                    left &= self._still(x, y, (x + delta).clamp(0, 1))
-                correct.append(left)
+
+        def draws(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+            for _ in range(_RANDOM_DRAWS):
+                draw = torch.randn(x.shape, generator=generator, device=x.device)
+                if self.threat.norm == "Linf":
+                    delta = eps * draw.sign()
+                else:
+                    delta = eps * draw / draw.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                yield (x + delta).clamp(0, 1)
+
         name = f"{_RANDOM_DRAWS} random points"
-        return self._tried("random", name, correct, {"num_draws": _RANDOM_DRAWS})
+        return self._tried("random", name, {"num_draws": _RANDOM_DRAWS}, draws)
 
     def square(self, num_queries: int) -> Tried:
         from pyautoattack.square import SquareAttack
@@ -313,79 +344,42 @@ class _Check:
                     device=device,
                 )
                 x, y = self.images.x[chunk], self.images.y[chunk]
-                left[chunk] = self._still(x, y, attack.perturb(x, y))
+                left[chunk] = accept(self.model, x, y, attack.perturb(x, y), self.threat)[0]
         return Tried("black-box", f"Square, {num_queries} queries", left, {"queries": num_queries})
 
     def transfer(self, name: str, source: nn.Module, num_steps: int) -> Tried:
-        attack = PGD(
-            self.threat.eps, self.threat.eps / 4, num_steps, self.threat.norm, bn="running"
-        )
-        generator = torch.Generator(self.images.x.device).manual_seed(self.seed)
-        correct = []
-        for x, y in self._batches():
+        """Adversarial examples made for another network."""
+        eps = self.threat.eps
+        attack = PGD(eps, eps / 4, num_steps, self.threat.norm, bn="running")
+        start = RandomStart(self._generator())
+
+        def examples(x: Tensor, y: Tensor) -> list[Tensor]:
             with evaluation_mode(source):
-                candidate = attack(source, x, y, RandomStart(generator))
-            with evaluation_mode(self.model):
-                correct.append(self._still(x, y, candidate))
+                return [attack(source, x, y, start)]
+
         settings = {"source": name, "num_steps": num_steps}
-        return self._tried("transfer", f"examples made for {name}", correct, settings)
+        return self._tried("transfer", f"examples made for {name}", settings, examples)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.images.x.device).manual_seed(self.seed)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = self.batch_size
         return zip(torch.split(self.images.x, size), torch.split(self.images.y, size), strict=True)
 
-    def _still(self, x: Tensor, y: Tensor, candidate: Tensor) -> Tensor:
-        """What is right as the candidate, which counts inside the ball only."""
-        return accept(self.model, x, y, candidate, self.threat)[0]
-
-    def _tried(self, kind: str, name: str, still: list[Tensor], settings: dict[str, Any]) -> Tried:
-        """An attack on all images, of which those count as left that are right as they are too."""
-        return Tried(kind, name, torch.cat(still) & self.clean, settings)
-
-
-def _result(name: str, passed: bool, text: str, **numbers: Any) -> dict[str, Any]:
-    return {"name": name, "passed": passed, "text": text, **numbers}
-
-
-def _not_beaten(name: str, pairs: Sequence[tuple[Tried, Tried]], warning: str) -> dict[str, Any]:
-    """The check that no rival breaks more than the attack that must be the stronger one.
-
-    Args:
-        name: of the check.
-        pairs: rival and stronger attack; the one least likely by chance is told of.
-        warning: said where a rival is the stronger one.
-    """
-    counted = [
-        (int((a.correct & ~r.correct).sum()), int((r.correct & ~a.correct).sum()), r, a)
-        for r, a in pairs
-    ]
-    only_rival, only_white, rival, white = min(counted, key=lambda c: sign_test(*c[:2]))
-    passed = sign_test(only_rival, only_white) >= SIGNIFICANCE
-    text = (
-        f"{_left_words(rival)} after {rival.name}, {_left_words(white)} after {white.name}; "
-        f"{only_rival} and {only_white} images are broken by one of them alone."
-    )
-    if not passed:
-        text += f" {warning}"
-    return _result(name, passed, text, only_rival=only_rival, only_white=only_white)
-
-
-def _compare_restarts(once: Tried, restarted: Tried) -> dict[str, Any]:
-    gained = int((once.correct & ~restarted.correct).sum())
-    share = gained / len(once.correct)
-    text = f"{restarted.name} break {gained} images more than one run."
-    if share > RESTART_GAIN:
-        text += " The outcome hangs on where the attack starts: the surface is rough."
-    return _result("restarts", share <= RESTART_GAIN, text, gained=gained)
-
-
-def _full_range(tried: Tried) -> dict[str, Any]:
-    left = int(tried.correct.sum())
-    passed = left <= LEFT_AT_FULL_RANGE * len(tried.correct)
-    text = f"With no limit but [0, 1] the attack leaves {_left_words(tried)}"
-    text += "." if passed else ", and any image can be made of any other: it does not find the way."
-    return _result("full range", passed, text, left=left)
-
-
-def _left_words(tried: Tried) -> str:
-    return f"{int(tried.correct.sum())} of {len(tried.correct)} right"
+    def _tried(
+        self,
+        kind: str,
+        name: str,
+        settings: dict[str, Any],
+        candidates: Callable[[Tensor, Tensor], Iterable[Tensor]],
+    ) -> Tried:
+        """What is right as it is and as every candidate, which count inside the ball only."""
+        correct = []
+        with evaluation_mode(self.model):
+            for x, y in self._batches():
+                left = torch.ones_like(y, dtype=torch.bool)
+                for candidate in candidates(x, y):
+                    left &= accept(self.model, x, y, candidate, self.threat)[0]
+                correct.append(left)
+        return Tried(kind, name, torch.cat(correct) & self.clean, settings)

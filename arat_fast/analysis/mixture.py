@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -53,49 +51,20 @@ def mixture_distance(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, di
     paper shows them, the distances are ours.
     """
     inputs: dict[str, Tensor] = {}
-    handles = []
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (SplitBatchNorm2d, _BatchNorm))
     }
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[name] = _moments(args[0])
-
-        return hook
-
-    for name, module in layers.items():
-        handles.append(module.register_forward_pre_hook(watch(name)))
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(
+                lambda _, args, name=name: inputs.__setitem__(name, _moments(args[0]))
+            )
+            hooks.callback(handle.remove)
         with use_branch(model, "both"), use_statistics(model, "batch"):
             model(torch.cat([x, x_adv]))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: _distances(layers[name], moments) for name, moments in inputs.items()}
-
-
-def mean_mixture(batches: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Means over batches of what :func:`mixture_distance` returned.
-
-    Args:
-        batches: one record or more, of one network.
-
-    Returns:
-        ``{"layers": {PATH: {NUMBER: …}}, "mean": {NUMBER: …}, "num_batches": …}``; "mean" is over
-        the layers, each counting once.
-    """
-    layers = {
-        path: {key: statistics.fmean(batch[path][key] for batch in batches) for key in NUMBERS}
-        for path in batches[0]
-    }
-    mean = {
-        key: statistics.fmean(layer[key] for layer in layers.values()) if layers else None
-        for key in NUMBERS
-    }
-    return {"layers": layers, "mean": mean, "num_batches": len(batches)}
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -107,30 +76,23 @@ def _moments(x: Tensor) -> Tensor:
     )
 
 
-def _distances(layer: nn.Module, moments: Tensor) -> dict[str, float]:
+def _distances(layer: SplitBatchNorm2d | _BatchNorm, moments: Tensor) -> dict[str, float]:
     mean, var = moments.unbind(dim=1)
     std = var.sqrt()
-    mixed_mean, mixed_std = mean[2], std[2]
+    split = isinstance(layer, SplitBatchNorm2d)
+    out_mean, out_std = torch.empty_like(mean[:2]), torch.empty_like(std[:2])
+    for half in (CLEAN, ADV):
+        by = half if split else 2  # What it is normalised with: its own moments or the mixture's.
+        weight, bias = torch.tensor(1.0), torch.tensor(0.0)
+        if layer.weight is not None and layer.bias is not None:
+            rows = layer.weight, layer.bias
+            weight, bias = ((row[half] if split else row).double() for row in rows)
+        scale = (var[by] + layer.eps).rsqrt()
+        out_mean[half] = (mean[half] - mean[by]) * scale * weight + bias
+        out_std[half] = (std[half] * scale * weight).abs()
     gaps = mean[ADV] - mean[CLEAN], std[ADV] - std[CLEAN]
     w2 = torch.hypot(*gaps)
-    relative = torch.where(mixed_std > 0, w2 / mixed_std, 0.0)
-    assert isinstance(layer, (SplitBatchNorm2d, _BatchNorm))
-    outputs = []
-    for half in (CLEAN, ADV):
-        split = isinstance(layer, SplitBatchNorm2d)
-        scale = ((var[half] if split else var[2]) + layer.eps).rsqrt()
-        shift = mean[half] if split else mixed_mean
-        weight, bias = _affine(layer, half)
-        outputs.append(((mean[half] - shift) * scale * weight + bias, std[half] * scale * weight))
-    (clean_mean, clean_std), (adv_mean, adv_std) = outputs
-    output_w2 = torch.hypot(adv_mean - clean_mean, adv_std.abs() - clean_std.abs())
+    relative = torch.where(std[2] > 0, w2 / std[2], 0.0)
+    output_w2 = torch.hypot(out_mean[ADV] - out_mean[CLEAN], out_std[ADV] - out_std[CLEAN])
     values = (gaps[0].abs(), gaps[1].abs(), w2, relative, output_w2)
     return {name: float(value.mean()) for name, value in zip(NUMBERS, values, strict=True)}
-
-
-def _affine(layer: SplitBatchNorm2d | _BatchNorm, half: int) -> tuple[Tensor, Tensor]:
-    if layer.weight is None or layer.bias is None:
-        return torch.tensor(1.0), torch.tensor(0.0)
-    rows = (layer.weight, layer.bias)
-    weight, bias = (row[half] for row in rows) if isinstance(layer, SplitBatchNorm2d) else rows
-    return weight.double(), bias.double()

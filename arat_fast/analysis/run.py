@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
+import torch
 import tyro
 from torch import nn
 
@@ -27,8 +29,6 @@ from arat_fast.training.checkpoint import load_checkpoint
 
 Part = Literal["gradient-conflict", "mixture", "masking"]
 PARTS: tuple[Part, ...] = get_args(Part)
-
-_TRAINING_PARTS = {"gradient-conflict": "gradient_conflict", "mixture": "mixture"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,10 @@ class AnalyzeSettings:
     """Seed of the attacks."""
 
     def __post_init__(self) -> None:
-        for name, low in (("num_batches", 1), ("num_images", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        for name, low in (("num_batches", 1), ("num_images", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be >= {low}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +101,7 @@ class Analysis(NamedTuple):
 
 
 class _Opened(NamedTuple):
+    name: str
     path: Path
     saved: SavedNetwork
     config: Config
@@ -132,12 +132,17 @@ def analyze_networks(
             is out of range.
     """
     display = display or Display()
-    opener = _Opener(settings, display)
+    device = resolve_device(settings.device)
     paths = list(dict.fromkeys((*checkpoints, *settings.source)))
-    names = short_names(paths)
-    networks = {name: opener.open(path) for name, path in zip(names, paths, strict=True)}
-    opened = [networks[names[paths.index(path)]] for path in dict.fromkeys(checkpoints)]
-    return [_analyze(each, networks, settings, display) for each in opened]
+    loaded: dict[tuple[DataConfig, int], DataSplits] = {}
+    networks = {
+        path: _open(path, name, settings, display, device, loaded)
+        for name, path in zip(short_names(paths), paths, strict=True)
+    }
+    return [
+        _analyze(networks[path], networks.values(), settings, display)
+        for path in dict.fromkeys(checkpoints)
+    ]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -146,77 +151,62 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     Args:
         paths: no two of them the same.
     """
-    names = []
+    names: list[str] = []
     for path in paths:
         whole = path.resolve()
         name = whole.name if path.is_dir() else f"{whole.parent.name}/{whole.stem}"
-        number = 2
-        unique = name
-        while unique in names:
-            unique, number = f"{name} ({number})", number + 1
-        names.append(unique)
+        others = (f"{name} ({number})" for number in itertools.count(2))
+        names.append(
+            next(unique for unique in itertools.chain([name], others) if unique not in names)
+        )
     return names
 
 
-def analysis_folder(checkpoint: Path) -> Path:
-    """Where the analysis of a checkpoint or of a run's folder is."""
-    if checkpoint.is_dir():
-        return checkpoint / "analysis"
-    return checkpoint.with_name(f"{checkpoint.stem}.analysis")
-
-
-class _Opener:
-    """Opens networks; those of one dataset share it."""
-
-    def __init__(self, settings: AnalyzeSettings, display: Display) -> None:
-        self.settings = settings
-        self.display = display
-        self.device = resolve_device(settings.device)
-        self.loaded: dict[tuple[DataConfig, int], DataSplits] = {}
-
-    def open(self, checkpoint: Path) -> _Opened:
-        saved = read_saved(checkpoint, recipe=self.settings.recipe, with_config=True)
-        config = saved.config
-        assert config is not None
-        data_config = config.data
-        if self.settings.data_root is not None:
-            data_config = dataclasses.replace(data_config, root=self.settings.data_root)
-        key = (data_config, config.seed)
-        if key not in self.loaded:
-            with self.display.evaluating() as bar:
-                self.loaded[key] = load_data(
-                    data_config,
-                    device=self.device,
-                    seed=config.seed,
-                    eval_batch_size=config.eval.batch_size,
-                    bad_images=BadImages(saved.path.parent, progress=bar),
-                )
-        data = self.loaded[key]
-        model = place_network(saved, config, data, self.device)
-        return _Opened(checkpoint, saved, config, data, model)
+def _open(
+    path: Path,
+    name: str,
+    settings: AnalyzeSettings,
+    display: Display,
+    device: torch.device,
+    loaded: dict[tuple[DataConfig, int], DataSplits],
+) -> _Opened:
+    """A network with its data, which those of one dataset share."""
+    saved = read_saved(path, recipe=settings.recipe, with_config=True)
+    config = saved.config
+    assert config is not None
+    data_config = config.data
+    if settings.data_root is not None:
+        data_config = dataclasses.replace(data_config, root=settings.data_root)
+    key = (data_config, config.seed)
+    if key not in loaded:
+        with display.evaluating() as bar:
+            loaded[key] = load_data(
+                data_config,
+                device=device,
+                seed=config.seed,
+                eval_batch_size=config.eval.batch_size,
+                bad_images=BadImages(saved.path.parent, progress=bar),
+            )
+    model = place_network(saved, config, loaded[key], device)
+    return _Opened(name, path, saved, config, loaded[key], model)
 
 
 def _analyze(
-    opened: _Opened,
-    networks: Mapping[str, _Opened],
-    settings: AnalyzeSettings,
-    display: Display,
+    opened: _Opened, networks: Iterable[_Opened], settings: AnalyzeSettings, display: Display
 ) -> Analysis:
-    folder = analysis_folder(opened.path)
+    path, saved, config, test = opened.path, opened.saved, opened.config, opened.data.test
+    folder = path / "analysis" if path.is_dir() else path.with_name(f"{path.stem}.analysis")
     folder.mkdir(exist_ok=True)
-    config = opened.config
-    images = ImageSet.from_batches(opened.data.test, settings.num_images)
-    device = images.x.device
-    about = {
-        "checkpoint": str(opened.path),
-        "recipe": config.recipe,
-        "device": describe_device(device),
-        "versions": versions(),
-        "commit": source_commit(),
-        "steps": opened.saved.steps,
-    }
+    images = ImageSet.from_batches(test, settings.num_images)
     records, left_out = _of_training(opened, settings)
     if "masking" in settings.parts:
+        rivals = {
+            other.name: other.model
+            for other in networks
+            if other is not opened
+            and other.data.test.image_shape == test.image_shape
+            and other.data.test.classes == test.classes
+        }
         with display.evaluating() as bar:
             found = masking_check(
                 opened.model,
@@ -225,64 +215,57 @@ def _analyze(
                 num_steps=settings.num_steps,
                 num_restarts=settings.num_restarts,
                 num_queries=settings.num_queries,
-                sources=_rivals(opened, networks),
+                sources=rivals,
                 batch_size=settings.batch_size or config.eval.batch_size,
                 seed=settings.seed,
                 progress=bar,
             )
-        deployed = {"model": opened.saved.weights, "split": "test", "seed": settings.seed}
+        deployed = {"model": saved.weights, "split": "test", "seed": settings.seed}
         records["masking"] = {**deployed, **found}
+    about = {
+        "checkpoint": str(path),
+        "recipe": config.recipe,
+        "device": describe_device(images.x.device),
+        "versions": versions(),
+        "commit": source_commit(),
+        "steps": saved.steps,
+    }
     for part, record in records.items():
         write_json(folder / f"{part}.json", {**about, **record})
-    name = next(name for name, network in networks.items() if network is opened)
-    return Analysis(name, opened.path, folder, opened.saved.steps, records, left_out)
+    return Analysis(opened.name, path, folder, saved.steps, records, left_out)
 
 
 def _of_training(
     opened: _Opened, settings: AnalyzeSettings
 ) -> tuple[dict[Part, dict[str, Any]], dict[Part, str]]:
     """Gradient conflict and mixture distribution, and why one of them is left out."""
-    wanted = [part for part in settings.parts if part in _TRAINING_PARTS]
+    wanted: list[Part] = [part for part in settings.parts if part != "masking"]
     if not wanted:
         return {}, {}
-    config, data = opened.config, opened.data
+    config, data = opened.config, opened.data.train
     if opened.saved.steps is None:
         reason = "the file holds no predictors and no training state; give a run's checkpoint"
         return {}, dict.fromkeys(wanted, reason)
     state = load_checkpoint(opened.saved.path)
     device = next(opened.model.parameters()).device
-    model = build_network(config, data.train.num_classes, data.train.image_shape).to(device)
-    objective = build_objective(config, model, data.train.num_classes, data.train.image_shape)
+    model = build_network(config, data.num_classes, data.image_shape).to(device)
+    objective = build_objective(config, model, data.num_classes, data.image_shape)
     load_weights(model, state["model"], str(opened.path))
     load_weights(objective, state["objective"], str(opened.path))
-    batches = first_batches(data.train, settings.num_batches)
+    batches = first_batches(data, settings.num_batches)
     found = analyze_training(config, model, objective, batches)
-    records: dict[Part, dict[str, Any]] = {}
-    left_out: dict[Part, str] = {}
-    for part in wanted:
-        record = found[_TRAINING_PARTS[part]]
-        if record is not None:
-            epochs = state["progress"]["step"] / len(data.train)
-            records[part] = {"model": "last", "split": "train", "epoch": epochs, **record}
-        elif part == "mixture":
-            left_out[part] = "nothing is attacked in training, or there is no BatchNorm"
-        elif objective.ties:
-            left_out[part] = f"the labels of {objective.label} do not reach the network itself"
-        else:
-            left_out[part] = (
-                f"the loss of {objective.label} has no part that ties clean and adversarial images "
-                "together"
-            )
-    return records, left_out
-
-
-def _rivals(opened: _Opened, networks: Mapping[str, _Opened]) -> dict[str, nn.Module]:
-    """The other networks that see the same images and know the same classes."""
-    shape, classes = opened.data.test.image_shape, opened.data.test.classes
-    return {
-        name: other.model
-        for name, other in networks.items()
-        if other is not opened
-        and other.data.test.image_shape == shape
-        and other.data.test.classes == classes
+    about = {"model": "last", "split": "train", "epoch": state["progress"]["step"] / len(data)}
+    if objective.ties:
+        why = f"the labels of {objective.label} do not reach the network itself"
+    else:
+        why = f"the loss of {objective.label} has no part that ties clean to adversarial images"
+    reasons: dict[Part, str] = {
+        "gradient-conflict": why,
+        "mixture": "nothing is attacked in training, or there is no BatchNorm",
     }
+    records: dict[Part, dict[str, Any]] = {
+        part: {**about, **record}
+        for part in wanted
+        if (record := found[part.replace("-", "_")]) is not None
+    }
+    return records, {part: reasons[part] for part in wanted if part not in records}

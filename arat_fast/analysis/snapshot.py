@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from arat_fast.analysis.conflict import gradient_conflict, mean_conflict
-from arat_fast.analysis.mixture import mean_mixture, mixture_distance
+from arat_fast.analysis.conflict import gradient_conflict
+from arat_fast.analysis.mixture import mixture_distance
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch, Batches, stream_generator
 from arat_fast.device import full_float32
@@ -48,12 +48,19 @@ def analyze_training(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), full_float32():
         generator = stream_generator(config.seed, "analysis", device)
-        model, objective = _private_copy(model, objective)
+        # Without its group, a copy normalises with the statistics of its own batch.
+        groups = {
+            id(layer.group): None
+            for root in (model, objective)
+            for layer in root.modules()
+            if getattr(layer, "group", None) is not None
+        }
+        # Together: an objective may hold on to the network.
+        model, objective = copy.deepcopy((model, objective), groups)
         model.train()
         objective.train()
-        conflicts, mixtures, seen = [], [], 0
+        conflicts, mixtures = [], []
         for x, y in batches:
-            seen += 1
             parts = num_parts(config.train.accumulate, len(x))
             x, y = x.tensor_split(parts)[0], y.tensor_split(parts)[0]
             # The share of one process is a batch of its own here.
@@ -65,13 +72,12 @@ def analyze_training(
             if objective.needs_attack:
                 mixtures.append(mixture_distance(model, x, x_adv))
             output = objective(model, x, x_adv, y, start)
-            conflict = gradient_conflict(model, output, objective.ties)
-            if conflict is not None:
-                conflicts.append(conflict)
-    if not seen:
+            conflicts.append(gradient_conflict(model, output, objective.ties))
+    if not conflicts:
         raise ValueError("at least one batch is expected for the analysis, got none")
+    known = [conflict for conflict in conflicts if conflict is not None]
     return {
-        "gradient_conflict": mean_conflict(conflicts) if conflicts else None,
+        "gradient_conflict": mean_conflict(known) if known else None,
         "mixture": mean_mixture(mixtures) if mixtures and mixtures[0] else None,
     }
 
@@ -98,26 +104,46 @@ def headline_numbers(record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value is not None}
 
 
-def _private_copy(model: nn.Module, objective: Objective) -> tuple[nn.Module, Objective]:
-    with _without_what_cannot_be_copied(model, objective):
-        # Together: an objective may hold on to the network.
-        return copy.deepcopy((model, objective))
+def mean_conflict(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over batches of what :func:`gradient_conflict` returned, and the spread of the totals.
+
+    Args:
+        batches: one record or more, of one network.
+
+    Returns:
+        The same structure with means of what is not None; the pairs gain "share_std" and
+        "cosine_std", standard deviations over the batches, None for one batch; "num_batches".
+    """
+    mean: dict[str, Any] = _mean(batches)
+    for name, pair in mean["pairs"].items():
+        for key in ("share", "cosine"):
+            values = [batch["pairs"][name][key] for batch in batches]
+            known = [value for value in values if value is not None]
+            pair[f"{key}_std"] = statistics.stdev(known) if len(known) > 1 else None
+    return {**mean, "num_batches": len(batches)}
 
 
-@contextmanager
-def _without_what_cannot_be_copied(model: nn.Module, objective: Objective) -> Iterator[None]:
-    """Without its group, a copy normalises with the statistics of its own batch."""
-    layers = [
-        layer
-        for root in (model, objective)
-        for layer in root.modules()
-        if getattr(layer, "group", None) is not None
-    ]
-    groups = [layer.group for layer in layers]
-    for layer in layers:
-        layer.group = None  # type: ignore[assignment]  # of no type that nn.Module knows
-    try:
-        yield
-    finally:
-        for layer, group in zip(layers, groups, strict=True):
-            layer.group = group
+def mean_mixture(batches: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Means over batches of what :func:`mixture_distance` returned.
+
+    Args:
+        batches: one record or more, of one network.
+
+    Returns:
+        ``{"layers": {PATH: {NUMBER: …}}, "mean": {NUMBER: …}, "num_batches": …}``; "mean" is over
+        the layers, each counting once.
+    """
+    layers = _mean(batches)
+    mean = _mean(list(layers.values()))
+    return {"layers": layers, "mean": mean, "num_batches": len(batches)}
+
+
+def _mean(records: Sequence[Any]) -> Any:
+    """One record of the means of many of one structure, of what is not None."""
+    first = records[0]
+    if isinstance(first, dict):
+        return {key: _mean([record[key] for record in records]) for key in first}
+    if isinstance(first, int):  # A count, the same in all.
+        return first
+    known = [value for value in records if value is not None]
+    return statistics.fmean(known) if known else None

@@ -62,8 +62,8 @@ class TrainingAnalysis:
     """One analysis during training: a line of metrics.jsonl of the kind ``analysis``.
 
     Attributes:
-        gradient_conflict: of :func:`arat_fast.analysis.conflict.mean_conflict`, or None.
-        mixture: of :func:`arat_fast.analysis.mixture.mean_mixture`, or None.
+        gradient_conflict: of :func:`arat_fast.analysis.snapshot.mean_conflict`, or None.
+        mixture: of :func:`arat_fast.analysis.snapshot.mean_mixture`, or None.
     """
 
     epoch: float

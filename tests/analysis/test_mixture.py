@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arat_fast.analysis.mixture import NUMBERS, mean_mixture, mixture_distance
+from arat_fast.analysis.mixture import NUMBERS, mixture_distance
+from arat_fast.analysis.snapshot import mean_mixture
 from arat_fast.models import create_model
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_branch, use_statistics
 
@@ -96,22 +97,17 @@ def test_nothing_moves() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_no_batch_norm() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3)).double()
-    x, x_adv = images()
-    assert mixture_distance(model, x, x_adv) == {}
-
-
-def test_constant_channel_counts_as_zero() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(1)).double()
+def test_constant_channel_counts_as_zero_and_no_batch_norm_as_nothing() -> None:
     x = torch.full((4, 1, 2, 2), 0.5, dtype=torch.float64)
-    (found,) = mixture_distance(model, x, x).values()
+    (found,) = mixture_distance(nn.Sequential(nn.BatchNorm2d(1)).double(), x, x).values()
     assert all(value == 0 for value in found.values())
+    assert mixture_distance(nn.Sequential(nn.Conv2d(1, 2, 1)).double(), x, x) == {}
 
 
 def test_means() -> None:
     batches = [
-        {"a": dict.fromkeys(NUMBERS, value), "b": dict.fromkeys(NUMBERS, 3.0)} for value in (0, 2)
+        {"a": dict.fromkeys(NUMBERS, value), "b": dict.fromkeys(NUMBERS, 3.0)}
+        for value in (0.0, 2.0)
     ]
     mean = mean_mixture(batches)
     assert mean["layers"]["a"] == dict.fromkeys(NUMBERS, 1.0)
