@@ -76,15 +76,21 @@ def mixture_over_time(groups: Mapping[str, Sequence[Lines]]) -> Plot | None:
         groups: the analyses of one run or more, by name of the method.
     """
     curves = {
-        name: {key: [_mixture_series(lines, key) for lines in runs] for key in _DISTANCES}
+        name: {
+            key: [
+                _series([(a.epoch, a.mixture["mean"][key]) for a in lines if a.mixture])
+                for lines in runs
+            ]
+            for key in _DISTANCES
+        }
         for name, runs in groups.items()
     }
     with style.plot_style():
         figure, panels, described = _panels(curves, _DISTANCES)
-        if not described:
-            return None
         for axes in panels:
             axes.set_ylim(bottom=0)
+    if not described:
+        return None
     return Plot(
         "Clean against adversarial batch statistics along training",
         figure,
@@ -135,7 +141,8 @@ def mixture_by_layer(groups: Mapping[str, Sequence[Record]]) -> Plot | None:
         figure, panels = _layer_panels(layers, _DISTANCES)
         for axes, key in zip(panels, _DISTANCES, strict=True):
             for index, (name, runs) in enumerate(groups.items()):
-                values = np.array([_mean_of(runs, path, key) for path in layers])
+                found = [[r["layers"][p][key] for r in runs if p in r["layers"]] for p in layers]
+                values = np.array([np.mean(each) if each else np.nan for each in found])
                 color = style.INK if len(groups) == 1 else style.color(index)
                 _dots(axes, values, name, color, style.marker(index))
                 described.append(f"{key} of {name}: mean {np.nanmean(values):.3f}")
@@ -161,22 +168,21 @@ def masking_curves(record: Record) -> Plot:
     with style.plot_style():
         figure = Figure(figsize=(10.4, 3.3), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
+        for axes, found, key, label in (
+            (left, plain, "num_steps", "steps of PGD"),
+            (middle, record["radii"], "eps", "radius of the ball"),
+        ):
+            shares = [a["correct"] / samples for a in found]
+            axes.plot([a[key] for a in found], shares, color=style.ADVERSARIAL, marker="o")
+            axes.set_xlabel(label)
+            as_percent(axes)
         steps = [a["num_steps"] for a in plain]
-        shares = [a["correct"] / samples for a in plain]
-        left.plot(steps, shares, color=style.ADVERSARIAL, marker="o")
         left.set_xscale("log")
         left.set_xticks(steps, [str(s) for s in steps])
         left.minorticks_off()
-        left.set_xlabel("steps of PGD")
         left.set_ylabel("right")
-        radii = [r["eps"] for r in record["radii"]]
-        shares = [r["correct"] / samples for r in record["radii"]]
-        middle.plot(radii, shares, color=style.ADVERSARIAL, marker="o")
         middle.axvline(record["eps"], color=style.GREY, linewidth=1.0)
         middle.set_xlim(left=0)
-        middle.set_xlabel("radius of the ball")
-        for axes in (left, middle):
-            as_percent(axes)
         drawn = right.barh(
             [style.plot_text(a["name"], 30) for a in bars],
             [a["correct"] / samples for a in bars],
@@ -244,7 +250,7 @@ def _panels(
 
 def _band(axes: Axes, runs: Sequence[Series], name: str, index: int, color: str) -> float | None:
     """Mean and range over runs at the epochs that all of them have; the last mean."""
-    points = [dict(zip(s.epochs.tolist(), s.values.tolist(), strict=True)) for s in runs]
+    points = [dict(zip(*map(np.ndarray.tolist, each), strict=True)) for each in runs]
     points = [point for point in points if point]
     shared = sorted(set.intersection(*map(set, points))) if points else []
     if not shared:
@@ -277,19 +283,9 @@ def _dots(axes: Axes, values: Numbers, label: str, color: str, marker: str = "o"
     axes.plot(values, range(len(values)), color=color, label=label, clip_on=False, **look)
 
 
-def _mean_of(runs: Sequence[Record], path: str, key: str) -> float:
-    """Mean of a layer's number over the runs that have the layer, NaN without any."""
-    found = [r["layers"][path][key] for r in runs if path in r["layers"]]
-    return float(np.mean(found)) if found else float("nan")
-
-
 def _conflict_series(lines: Lines, pair: str, key: str) -> Series:
     pairs = [(a.epoch, a.gradient_conflict["pairs"]) for a in lines if a.gradient_conflict]
     return _series([(epoch, found[pair][key]) for epoch, found in pairs if pair in found])
-
-
-def _mixture_series(lines: Lines, key: str) -> Series:
-    return _series([(a.epoch, a.mixture["mean"][key]) for a in lines if a.mixture])
 
 
 def _series(points: Sequence[tuple[float, float | None]]) -> Series:

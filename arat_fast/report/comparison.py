@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from arat_fast.config import OWN_IMAGES
 from arat_fast.report import style
@@ -25,8 +24,7 @@ from arat_fast.report.words import (
 from arat_fast.statistics import difference_interval
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Contestant(NamedTuple):
     """A run and the letter it goes by."""
 
     letter: str
@@ -38,8 +36,7 @@ class Contestant:
         return f"{self.letter} · {objective_name(self.run.config)}, seed {self.run.config.seed}"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A number in a table, what stands below it, and the first run's difference from it."""
 
     value: str = DASH
@@ -48,8 +45,7 @@ class Cell:
     change_interval: str = ""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A run beside the first one.
 
     Attributes:
@@ -67,8 +63,7 @@ class Row:
     same_device: bool
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Everything that the section on other runs shows.
 
     Attributes:
@@ -97,26 +92,24 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     names = dict.fromkeys(name for run in runs for name in run.summary.accuracy)
     metrics = [n for n in names if n in ("clean", "autoattack") or n.startswith("pgd")]
     metrics.sort(key=lambda n: (n != "clean", n == "autoattack", n))
-    with_sum = ["Sum"] if "autoattack" in metrics else []
+    headings = [*map(metric_name, metrics), *(["Sum"] if "autoattack" in metrics else [])]
     with style.plot_style():
         plots = [_trade_off(contestants, metrics), _over_epochs(contestants)]
     return Comparison(
-        [*map(metric_name, metrics), *with_sum, "Training"],
+        [*headings, "Training"],
         [_row(contestant, runs[0], metrics) for contestant in contestants],
-        _seeds(contestants, metrics),
+        _seeds(contestants, headings),
         [plot for plot in plots if plot is not None],
     )
 
 
-def _sum(run: Run) -> float | None:
+def _shares(run: Run) -> dict[str, float]:
+    """What was measured of a run, by heading."""
     final = run.summary.accuracy
-    if "clean" not in final or "autoattack" not in final:
-        return None
-    return final["clean"].value + final["autoattack"].value
-
-
-def _seconds(run: Run) -> float | None:
-    return run.summary.wall_seconds.get("train")
+    found = {metric_name(key): accuracy.value for key, accuracy in final.items()}
+    if "clean" in final and "autoattack" in final:
+        found["Sum"] = final["clean"].value + final["autoattack"].value
+    return found
 
 
 def _same_data(run: Run, other: Run) -> bool:
@@ -136,21 +129,24 @@ def _row(contestant: Contestant, first: Run, metrics: Sequence[str]) -> Row:
             cells.append(Cell())
             continue
         n = accuracy.num_samples
-        value, small = percent(accuracy.value, n), interval(*accuracy.interval, n)
-        if ours is None:
-            cells.append(Cell(value, small))
-            continue
-        low, high = difference_interval((ours.correct, accuracy.correct), (ours.num_samples, n))
-        around = f"({signed_points(low)} to {signed_points(high)})"
-        cells.append(Cell(value, small, signed_points(ours.value - accuracy.value), around))
-        if low > 0 or high < 0:
-            clear.append(metric_name(key))
+        cell = Cell(percent(accuracy.value, n), interval(*accuracy.interval, n))
+        if ours is not None:
+            low, high = difference_interval((ours.correct, accuracy.correct), (ours.num_samples, n))
+            around = f"({signed_points(low)} to {signed_points(high)})"
+            cell = cell._replace(
+                change=signed_points(ours.value - accuracy.value), change_interval=around
+            )
+            if low > 0 or high < 0:
+                clear.append(metric_name(key))
+        cells.append(cell)
     if "autoattack" in metrics:
-        total, our_total = _sum(run), _sum(versus) if versus else None
+        total, our_total = (_shares(r).get("Sum") if r else None for r in (run, versus))
         both = total is not None and our_total is not None
         change = signed_points(our_total - total) if both else ""  # type: ignore[operator]
         cells.append(Cell(f"{100 * total:.1f}", change=change) if total is not None else Cell())
-    seconds, our_seconds = _seconds(run), _seconds(versus) if versus else None
+    seconds, our_seconds = (
+        r.summary.wall_seconds.get("train") if r else None for r in (run, versus)
+    )
     change = f"×{our_seconds / seconds:.2f}" if our_seconds and seconds else ""
     device = run.summary.device or ""
     cells.append(Cell(duration(seconds), device, change) if seconds is not None else Cell())
@@ -181,30 +177,23 @@ def _mismatches(first: Run, other: Run) -> list[str]:
 
 
 def _seeds(
-    contestants: Sequence[Contestant], metrics: Sequence[str]
+    contestants: Sequence[Contestant], headings: Sequence[str]
 ) -> list[tuple[list[Contestant], list[Cell]]]:
-    groups: list[list[Contestant]] = []
+    groups: dict[str, list[Contestant]] = {}
     for contestant in contestants:
         config = dataclasses.replace(contestant.run.config, seed=0)
-        for members in groups:
-            if dataclasses.replace(members[0].run.config, seed=0) == config:
-                members.append(contestant)
-                break
-        else:
-            groups.append([contestant])
+        groups.setdefault(repr(config), []).append(contestant)
     if len(groups) == len(contestants):
         return []
     found = []
-    for members in groups:
-        runs = [member.run for member in members]
-        columns = [
-            [run.summary.accuracy[key].value for run in runs if key in run.summary.accuracy]
-            for key in metrics
+    for members in groups.values():
+        shares = [_shares(member.run) for member in members]
+        cells = [
+            _mean_cell([each[heading] for each in shares if heading in each], len(members))
+            for heading in headings
         ]
-        if "autoattack" in metrics:
-            columns.append([total for run in runs if (total := _sum(run)) is not None])
-        cells = [_mean_cell(column, len(runs)) for column in columns]
-        times = [seconds for run in runs if (seconds := _seconds(run)) is not None]
+        seconds = [member.run.summary.wall_seconds.get("train") for member in members]
+        times = [each for each in seconds if each is not None]
         cells.append(Cell(duration(sum(times) / len(times))) if times else Cell())
         found.append((members, cells))
     return found
@@ -231,34 +220,23 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
     figure, axes = style.new_axes(height=3.6)
     described = []
     for index, contestant, final in shown:
-        clean, robust = final["clean"], final[key]
-        whiskers = [
-            [[100 * (a.value - a.interval[0])], [100 * (a.interval[1] - a.value)]]
+        robust, clean = (final[k] for k in (key, "clean"))
+        (x, xerr), (y, yerr) = (
+            (100 * a.value, [[100 * (a.value - a.interval[0])], [100 * (a.interval[1] - a.value)]])
             for a in (robust, clean)
-        ]
-        axes.errorbar(
-            [100 * robust.value],
-            [100 * clean.value],
-            xerr=whiskers[0],
-            yerr=whiskers[1],
-            color=style.color(index),
-            marker=style.marker(index),
-            markersize=8,
-            linewidth=1.1,
-            capsize=3,
-            label=style.plot_text(contestant.short, 40),
         )
+        look: dict[str, Any] = {"color": style.color(index), "marker": style.marker(index)}
+        look |= {"markersize": 8, "linewidth": 1.1, "capsize": 3}
+        label = style.plot_text(contestant.short, 40)
+        axes.errorbar([x], [y], xerr=xerr, yerr=yerr, label=label, **look)
         described.append(
             f"{contestant.short}: clean {percent(clean.value)}, {name} {percent(robust.value)}"
         )
     axes.set_xlabel(f"{name} accuracy, %")
     axes.set_ylabel("clean accuracy, %")
-    for limits, set_limits in (
-        (axes.get_xlim(), axes.set_xlim),
-        (axes.get_ylim(), axes.set_ylim),
-    ):
-        # A little room for a marker at 0 or at 100, and no more.
-        set_limits(max(limits[0], -2), min(limits[1], 102))
+    # A little room for a marker at 0 or at 100, and no more.
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set(xlim=(max(left, -2), min(right, 102)), ylim=(max(bottom, -2), min(top, 102)))
     style.legend_above(axes, 1)
     return Plot(
         "The trade-off",
@@ -268,21 +246,16 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
     )
 
 
-def _longest(run: Run) -> tuple[str, str] | None:
-    """The split and model that were evaluated most often; on a tie the average of the weights."""
-    evaluated = run.evaluated()
-    return max(
-        evaluated,
-        key=lambda kind: (len(evaluated[kind]), kind[1] == run.summary.model),
-        default=None,
-    )
-
-
 def _over_epochs(contestants: Sequence[Contestant]) -> Plot | None:
     figure, axes = style.new_axes(height=3.6)
     described, sources = [], set()
     for index, contestant in enumerate(contestants):
-        run, kind = contestant.run, _longest(contestant.run)
+        run = contestant.run
+        # Evaluated most often; on a tie the average of the weights.
+        evaluated = {
+            k: (len(found), k[1] == run.summary.model) for k, found in run.evaluated().items()
+        }
+        kind = max(evaluated, key=lambda k: evaluated[k], default=None)
         robust = f"PGD-{run.evaluations[0].num_steps}" if kind else "PGD"
         for key, logged, name, dashes in (
             ("clean", "accuracy_clean", "clean", style.DASHES[1]),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from arat_fast.report import style
-from arat_fast.report.run import Numbers, Run, Series
+from arat_fast.report.run import Run, Series
 from arat_fast.report.style import Plot
 from arat_fast.report.words import duration, grouped, percent
 
@@ -45,17 +47,21 @@ def draw_series(
     color: str,
     dashes: style.Dashes = "-",
     marker: str = "",
+    smooth: bool = True,
     **options: Any,
 ) -> None:
     """One line; a long one without marks as its running mean, the single values faint behind it.
 
-    A single value is marked, since no line is drawn through it.
+    A single value is marked, since no line is drawn through it. A line without a label is not in
+    the legend.
     """
     epochs, values = series
-    window = len(values) // 30 if len(values) > _SMOOTH_ABOVE and not marker else 1
-    mean = style.running_mean(values, window)
-    keep = _thin(len(values))
-    if window > 1:
+    long = smooth and len(values) > _SMOOTH_ABOVE and not marker
+    mean = style.running_mean(values, len(values) // 30) if long else values
+    # Every k-th point; the last one always.
+    stride = -(-len(values) // _MAX_POINTS)
+    keep = sorted({*range(0, len(values), stride), len(values) - 1})
+    if long:
         axes.plot(epochs[keep], values[keep], color=color, alpha=0.2, linewidth=0.7)
     if np.isfinite(mean[keep]).sum() == 1:
         marker = marker or "o"
@@ -69,7 +75,7 @@ def draw_series(
         markeredgewidth=1.4,
         # A mark at 0 or at 100 % is drawn whole.
         clip_on=not marker,
-        label=style.plot_text(label),
+        label=style.plot_text(label) if label else None,
         **options,
     )
 
@@ -80,6 +86,21 @@ def evaluation_series(run: Run, kind: tuple[str, str], key: str) -> Series:
     return Series(np.array([e.epoch for e in lines]), np.array([getattr(e, key) for e in lines]))
 
 
+class _Line(NamedTuple):
+    """What :func:`draw_series` draws."""
+
+    series: Series
+    label: str
+    color: str
+    dashes: style.Dashes = "-"
+
+    @property
+    def last(self) -> float:
+        """The last finite value, NaN without one."""
+        finite = self.series.values[np.isfinite(self.series.values)]
+        return float(finite[-1]) if len(finite) else float("nan")
+
+
 def _accuracy(run: Run) -> Plot | None:
     figure, axes = style.new_axes()
     described = []
@@ -88,10 +109,9 @@ def _accuracy(run: Run) -> Plot | None:
         ("adversarial", "accuracy_adv", style.ADVERSARIAL),
     ):
         if key in run.metrics:
-            series = run.metrics[key]
-            draw_series(axes, series, f"{name}, training", color)
-            last = _last(series.values[-max(1, len(series.values) // 20) :])
-            described.append(f"{name} in training ends near {percent(last)}")
+            line = _Line(run.metrics[key], f"{name}, training", color)
+            draw_series(axes, *line)
+            described.append(f"{name} in training ends near {percent(line.last)}")
     evaluated = run.evaluated()
     for (split, model), marker in zip(evaluated, style.MARKERS, strict=False):
         robust = f"PGD-{run.evaluations[0].num_steps}"
@@ -116,100 +136,93 @@ def _accuracy(run: Run) -> Plot | None:
 def _loss(run: Run) -> Plot | None:
     if "loss" not in run.metrics:
         return None
-    figure, axes = style.new_axes()
-    parts = [
-        (run.metrics[key], label, color, dashes)
-        for key, label, color, dashes in _TERMS
-        if key in run.metrics
-    ]
+    known = [term for term in _TERMS if term[0] in run.metrics]
+    parts = [_Line(run.metrics[key], label, color, dash) for key, label, color, dash in known]
     layers = [run.metrics[name] for name in _layers(run)]
     if layers:
         total = Series(layers[0].epochs, np.sum([layer.values for layer in layers], axis=0))
-        parts.append((total, "invariance", style.GREEN, style.DASHES[3]))
+        parts.append(_Line(total, "invariance", style.GREEN, style.DASHES[3]))
     if len(parts) == 1:
         # The only term is the total.
         parts = []
-    described = []
-    for series, label, color, dashes in [
-        (run.metrics["loss"], "total", style.INK, style.DASHES[0]),
-        *parts,
-    ]:
-        draw_series(axes, series, label, color, dashes)
-        first, last = series.values[0], _last(series.values)
-        described.append(f"{label} goes from {first:.3g} to {last:.3g}")
-    axes.set_ylim(bottom=0)
-    caption = "Training loss"
-    caption += " and its parts, weights applied: they add up." if parts else "."
-    return _finish(figure, axes, "Loss", described, caption)
+    lines = [_Line(run.metrics["loss"], "total", style.INK), *parts]
+    described = [f"{x.label} goes from {x.series.values[0]:.3g} to {x.last:.3g}" for x in lines]
+    caption = "Training loss" + (" and its parts, weights applied: they add up." if parts else ".")
+    return _plot("Loss", lines, caption, described, height=3.1)
 
 
 def _learning_rate(run: Run) -> Plot | None:
     if "lr" not in run.metrics:
         return None
-    figure, axes = style.new_axes(height=2.7)
     values = run.metrics["lr"].values
-    # As it was: a running mean would round off its corners.
-    axes.plot(*run.metrics["lr"], color=style.INK, marker="o" if len(values) == 1 else None)
-    axes.set_ylim(bottom=0)
     described = [f"from {values[0]:.3g} to {values[-1]:.3g}, at most {np.nanmax(values):.3g}"]
-    return _finish(figure, axes, "Learning rate", described, "Learning rate of each logged step.")
+    line = _Line(run.metrics["lr"], "", style.INK)
+    # As it was: a running mean would round off its corners.
+    caption = "Learning rate of each logged step."
+    return _plot("Learning rate", [line], caption, described, smooth=False)
 
 
 def _weights(run: Run) -> Plot | None:
     if "w_adv" not in run.metrics:
         return None
-    figure, axes = style.new_axes(height=2.7)
-    described = []
-    for key, label, color, dashes in (
-        ("w_adv", "adversarial", style.ADVERSARIAL, style.DASHES[0]),
-        ("w_clean", "clean", style.CLEAN, style.DASHES[1]),
-    ):
-        epochs, values = run.metrics[key]
-        marker = "o" if len(values) == 1 else None
-        axes.plot(epochs, values, color=color, linestyle=dashes, marker=marker, label=label)
-        described.append(f"{label} ends at {_last(values):.3g}")
-    axes.set_ylim(bottom=0)
+    lines = [
+        _Line(run.metrics["w_adv"], "adversarial", style.ADVERSARIAL),
+        _Line(run.metrics["w_clean"], "clean", style.CLEAN, style.DASHES[1]),
+    ]
     caption = "Weights of the two cross-entropies."
     if np.ptp(run.metrics["w_adv"].values) > 0:
         caption += " The better clean images are classified, the more the adversarial one counts."
-    return _finish(figure, axes, "Loss weights", described, caption)
+    return _plot("Loss weights", lines, caption, smooth=False)
 
 
 def _invariance(run: Run) -> Plot | None:
     layers = _layers(run)
     if len(layers) < 2:
         return None
-    figure, axes = style.new_axes(height=2.7 + 0.09 * len(layers))
     # Layers have an order, so their colours run from dark to light in it.
     shades = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, len(layers)))
-    described = []
-    for index, (name, shade) in enumerate(zip(layers, shades, strict=True)):
-        layer, series = name.removeprefix(_INVARIANCE), run.metrics[name]
-        dashes = style.DASHES[index % len(style.DASHES)]
-        draw_series(axes, series, layer, matplotlib.colors.to_hex(shade), dashes)
-        described.append(f"{layer} ends at {_last(series.values):.3g}")
-    axes.set_ylim(bottom=0)
+    dashes = itertools.cycle(style.DASHES)
+    lines = [
+        _Line(run.metrics[name], name.removeprefix(_INVARIANCE), to_hex(shade), dash)
+        for name, shade, dash in zip(layers, shades, dashes, strict=False)
+    ]
     caption = (
         "Share of each regularised layer in the loss, from the first layer (dark) to the last: how "
         "far its adversarial features point away from the clean ones."
     )
-    return _finish(figure, axes, "Invariance loss by layer", described, caption)
+    return _plot("Invariance loss by layer", lines, caption, height=2.7 + 0.09 * len(layers))
 
 
 def _throughput(run: Run) -> Plot | None:
     if "images_per_second" not in run.metrics:
         return None
-    figure, axes = style.new_axes(height=2.7)
-    draw_series(axes, run.metrics["images_per_second"], "images per second", style.INK)
-    axes.get_lines()[-1].set_label("_")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: grouped(value))
-    middle = float(np.nanmedian(run.metrics["images_per_second"].values))
-    caption = f"Training images per second; median {grouped(middle)}."
+    series = run.metrics["images_per_second"]
+    middle = grouped(float(np.nanmedian(series.values)))
+    caption = f"Training images per second; median {middle}."
     if "train" in run.summary.wall_seconds:
         caption += f" Training took {duration(run.summary.wall_seconds['train'])}."
-    described = [f"median {grouped(middle)} images per second"]
-    return _finish(figure, axes, "Throughput", described, caption)
+    described = [f"median {middle} images per second"]
+    plot = _plot("Throughput", [_Line(series, "", style.INK)], caption, described)
+    plot.figure.axes[0].yaxis.set_major_formatter(lambda value, _: grouped(value))
+    return plot
+
+
+def _plot(
+    title: str,
+    lines: Sequence[_Line],
+    caption: str,
+    described: Sequence[str] | None = None,
+    *,
+    height: float = 2.7,
+    smooth: bool = True,
+) -> Plot:
+    """Lines from 0 on; without a description, the last value of each is told."""
+    figure, axes = style.new_axes(height=height)
+    for line in lines:
+        draw_series(axes, *line, smooth=smooth)
+    axes.set_ylim(bottom=0)
+    described = described or [f"{line.label} ends at {line.last:.3g}" for line in lines]
+    return _finish(figure, axes, title, described, caption)
 
 
 def _finish(figure: Figure, axes: Axes, title: str, described: Sequence[str], caption: str) -> Plot:
@@ -220,14 +233,3 @@ def _finish(figure: Figure, axes: Axes, title: str, described: Sequence[str], ca
 
 def _layers(run: Run) -> list[str]:
     return [name for name in run.metrics if name.startswith(_INVARIANCE)]
-
-
-def _thin(length: int) -> list[int]:
-    # Every k-th point; the last one always.
-    stride = -(-length // _MAX_POINTS)
-    return sorted({*range(0, length, stride), length - 1})
-
-
-def _last(values: Numbers) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if len(finite) else float("nan")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import image as matplotlib_image
@@ -14,8 +14,7 @@ from arat_fast.report.run import Examples
 MAX_SHOWN = 48
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One image of an example.
 
     Attributes:
@@ -33,48 +32,38 @@ class Picture:
     confidence: float = 0.0
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """One example: its label, and the clean image, the attacked one and the difference."""
 
     label: str
-    pictures: tuple[Picture, Picture, Picture]
+    pictures: list[Picture]
 
 
 def cards(examples: Examples) -> list[Card]:
-    """The first examples, as many as a page shows."""
-    half = magnification(examples)
+    """The first examples, as many as a page shows.
+
+    The change is magnified so that the largest one is half of the range from black to white.
+    """
+    largest = largest_change(examples)
+    factor = 0.5 / largest if largest > 0 else 0.0
+    answers = (
+        ("clean", examples.x, examples.pred_clean, examples.prob_clean),
+        ("attacked", examples.x_adv, examples.pred_adv, examples.prob_adv),
+    )
     found = []
-    for k in range(min(len(examples), MAX_SHOWN)):
-        label = int(examples.y[k])
-        delta = examples.x_adv[k] - examples.x[k]
-        read = [
-            Picture(
-                kind,
-                to_png(images[k]),
-                examples.classes[int(answers[k])],
-                int(answers[k]) == label,
-                float(confidence[k]),
-            )
-            for kind, images, answers, confidence in (
-                ("clean", examples.x, examples.pred_clean, examples.prob_clean),
-                ("attacked", examples.x_adv, examples.pred_adv, examples.prob_adv),
-            )
+    for k, label in enumerate(examples.y[:MAX_SHOWN]):
+        pictures = [
+            Picture(kind, to_png(x[k]), examples.classes[p[k]], bool(p[k] == label), float(prob[k]))
+            for kind, x, p, prob in answers
         ]
-        change = Picture("change", to_png(0.5 + half * delta))
-        found.append(Card(examples.classes[label], (read[0], read[1], change)))
+        change = to_png(0.5 + factor * (examples.x_adv[k] - examples.x[k]))
+        found.append(Card(examples.classes[label], [*pictures, Picture("change", change)]))
     return found
 
 
 def largest_change(examples: Examples) -> float:
     """The largest change of any pixel, >= 0."""
     return float(np.abs(examples.x_adv - examples.x).max())
-
-
-def magnification(examples: Examples) -> float:
-    """The factor that makes the largest change half of the range from black to white."""
-    largest = largest_change(examples)
-    return 0.5 / largest if largest > 0 else 0.0
 
 
 def to_png(pixels: NDArray[np.floating]) -> bytes:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from arat_fast import __version__
 from arat_fast.config import Config, config_to_dict
@@ -34,8 +33,7 @@ _CHECKS = {
 }
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """An accuracy in large; ``missing`` says why there is none."""
 
     name: str
@@ -44,8 +42,7 @@ class Number:
     missing: str = "not measured"
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A setting, and the recipe's own where that is another."""
 
     name: str
@@ -72,11 +69,9 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
         ValueError: the configuration of a run is unreadable.
         OSError: the report cannot be written; an older one stays.
     """
-    this = read_run(run)
-    others = [read_run(path) for path in compare]
-    path = run / "report.html"
-    write_text(path, _page(this, others))
-    return path
+    page = _page(read_run(run), [read_run(path) for path in compare])
+    write_text(run / "report.html", page)
+    return run / "report.html"
 
 
 def _page(run: Run, others: Sequence[Run]) -> str:
@@ -91,7 +86,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         dataset=words.dataset_name(config),
         method=words.objective_name(config),
         threat=words.threat_words(config),
-        weights=words.weights_name(summary.model) if summary.model else None,
+        weights=words.weights_name(summary.model),
         numbers=_numbers(run),
         comparison=compare_runs([run, *others]) if others else None,
         pgd=next((name for name in final if name.startswith("pgd")), None),
@@ -118,21 +113,22 @@ def _page(run: Run, others: Sequence[Run]) -> str:
 def _numbers(run: Run) -> list[Number]:
     """The accuracies in large; those of the last evaluation where there are no final ones."""
     final = run.summary.accuracy
-    if final:
-        captions = {
-            "clean": "images as they are",
-            "autoattack": "four attacks in turn; the one to report",
-        }
-        numbers = []
-        for key in ("clean", *(k for k in final if k.startswith("pgd")), "autoattack"):
-            caption = captions.get(key, "gradient attack; a quick check")
-            reason = run.summary.left_out.get(key)
-            missing = f"left out: {reason}" if reason else "not measured"
-            numbers.append(Number(words.metric_name(key), caption, final.get(key), missing))
-        return numbers
-    if not run.evaluations:
-        return []
-    last: Evaluation = run.evaluations[-1]
+    if not final:
+        return _last_numbers(run.evaluations[-1]) if run.evaluations else []
+    captions = {
+        "clean": "images as they are",
+        "autoattack": "four attacks in turn; the one to report",
+    }
+    numbers = []
+    for key in ("clean", *(k for k in final if k.startswith("pgd")), "autoattack"):
+        caption = captions.get(key, "gradient attack; a quick check")
+        reason = run.summary.left_out.get(key)
+        missing = f"left out: {reason}" if reason else "not measured"
+        numbers.append(Number(words.metric_name(key), caption, final.get(key), missing))
+    return numbers
+
+
+def _last_numbers(last: Evaluation) -> list[Number]:
     where = f"{last.split}, epoch {words.plain(last.epoch)}"
     if last.model != "last":
         where += f", {last.model}"
@@ -146,13 +142,12 @@ def _suspicions(final: Mapping[str, Accuracy]) -> list[str]:
     """What of the accuracies does not fit together."""
     clean, auto = final.get("clean"), final.get("autoattack")
     pgd = next((a for k, a in final.items() if k.startswith("pgd")), None)
-    found = []
-    for name, attack in (("PGD", pgd), ("AutoAttack", auto)):
-        if clean and attack and _above(attack, clean):
-            found.append(
-                f"Check this: accuracy under {name} is above clean accuracy, which cannot be."
-            )
-    if pgd and auto and _above(auto, pgd):
+    found = [
+        f"Check this: accuracy under {name} is above clean accuracy, which cannot be."
+        for name, attack in (("PGD", pgd), ("AutoAttack", auto))
+        if _above(attack, clean)
+    ]
+    if _above(auto, pgd):
         found.append(
             "Check this: AutoAttack left more answers right than PGD. That is rare; it can mean "
             "that an attack did not run as it should."
@@ -170,7 +165,9 @@ def _suspicions(final: Mapping[str, Accuracy]) -> list[str]:
     return found
 
 
-def _above(one: Accuracy, other: Accuracy) -> bool:
+def _above(one: Accuracy | None, other: Accuracy | None) -> bool:
+    if one is None or other is None:
+        return False
     return one.num_samples == other.num_samples and one.correct > other.correct
 
 
@@ -211,60 +208,61 @@ def _settings(config: Config) -> tuple[dict[str, list[Setting]], int | None]:
     values = config_to_dict(config)
     try:
         defaults = config_to_dict(recipe(config.recipe, compat=config.compat))
-        known = True
     except ValueError:
-        defaults, known = values, False
+        defaults = None
     nested = {name: value for name, value in values.items() if isinstance(value, dict)}
     of_run = {name: value for name, value in values.items() if name not in nested}
     sections = {}
     for section, entries in {"run": of_run, **nested}.items():
-        before = defaults[section] if section in nested else defaults
+        before = entries if defaults is None else defaults.get(section, defaults)
         sections[section] = [
             Setting(name, value, value != before.get(name), before.get(name))
             for name, value in entries.items()
         ]
     num_changed = sum(setting.changed for entries in sections.values() for setting in entries)
-    return sections, num_changed if known else None
+    return sections, None if defaults is None else num_changed
 
 
 def _facts(run: Run) -> dict[str, dict[str, Any]]:
     """Machine, versions and times; what is not known is left out."""
     summary = run.summary
     seconds = {part: words.duration(s) for part, s in summary.wall_seconds.items()}
-    natural = summary.natural_model
+    counts = {
+        name: None if count is None else words.grouped(count)
+        for name, count in (
+            ("Steps", summary.steps),
+            ("Parameters", summary.num_parameters),
+            ("Training images", summary.train_samples),
+            ("Test images", summary.test_samples),
+        )
+    }
+    speed = summary.images_per_second
     facts = {
         "Status": summary.status or "not finished",
         "Device": summary.device,
         "Precision": summary.precision,
         "Kernels": summary.kernels,
-        "Weights evaluated": words.weights_name(summary.model) if summary.model else None,
+        "Weights evaluated": words.weights_name(summary.model),
         "Training time": seconds.get("train"),
         "Evaluation time": seconds.get("eval"),
-        "Images per second": _grouped(summary.images_per_second),
+        "Images per second": None if speed is None else words.grouped(speed),
         "Epochs": summary.epochs,
-        "Natural training before": _natural(natural) if natural else None,
-        "Steps": _grouped(summary.steps),
-        "Parameters": _grouped(summary.num_parameters),
-        "Training images": _grouped(summary.train_samples),
-        "Test images": _grouped(summary.test_samples),
+        "Natural training before": _natural(summary.natural_model),
+        **counts,
         "Commit": summary.commit,
         "Written by": f"arat_fast {run.version}",
     }
-    groups: dict[str, dict[str, Any]] = {
-        "Run": {name: value for name, value in facts.items() if value is not None},
-        "Versions": dict(summary.versions),
-    }
-    return {name: entries for name, entries in groups.items() if entries}
+    known = {name: value for name, value in facts.items() if value is not None}
+    versions = {"Versions": dict(summary.versions)} if summary.versions else {}
+    return {"Run": known, **versions}
 
 
-def _natural(model: Mapping[str, Any]) -> str:
+def _natural(model: Mapping[str, Any] | None) -> str | None:
     """The natural training that a run started from, as far as it is known."""
+    if not model:
+        return None
     epochs, seconds = model.get("epochs"), model.get("train_seconds")
     known = "length not known" if epochs is None else f"{epochs} epoch{'s' if epochs != 1 else ''}"
     if seconds is not None:
         known += f", {words.duration(seconds)}"
     return f"{known} ({model['source']})"
-
-
-def _grouped(value: float | None) -> str | None:
-    return None if value is None else words.grouped(value)

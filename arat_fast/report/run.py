@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from arat_fast.config import Config, config_from_dict
 from arat_fast.statistics import wilson_interval
 
 Numbers = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -193,19 +194,15 @@ def read_run(path: Path) -> Run:
     """
     file = path / "config.json"
     if not file.is_file():
-        what = "a folder without config.json" if path.is_dir() else "no such folder"
         raise FileNotFoundError(
-            f"expected the folder of a run, got {path} ({what}); give the folder that "
-            "`arat-fast train` printed"
+            f"expected the folder of a run, with config.json in it, got {path}; give the folder "
+            "that `arat-fast train` printed"
         )
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         config, version = config_from_dict(stored["config"]), str(stored["version"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"expected {file} to hold a run's configuration, got something else ({error}); "
-            "train the run again or restore the file"
-        ) from error
+        raise ValueError(f"{file} does not hold a run's configuration ({error})") from error
     notes: list[str] = []
     missing = "There is no summary.json: the run is still going on, or it was stopped."
     summary = _read(path / "summary.json", _parse_summary, notes, missing) or Summary()
@@ -254,19 +251,19 @@ def read_accuracies(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Accura
     """Accuracies by name out of a record, in the order in which they are shown."""
     found = {}
     for name, entry in record.items():
-        counted = ("value", "correct", "num_samples")
-        details = {key: value for key, value in entry.items() if key not in counted}
+        details = {k: v for k, v in entry.items() if k not in ("value", "correct", "num_samples")}
         found[name] = Accuracy(entry["correct"], entry["num_samples"], details)
     return in_order(found)
 
 
 def in_order(accuracies: Mapping[str, Accuracy]) -> dict[str, Accuracy]:
     """Accuracies in the order in which they are shown."""
-
-    def rank(name: str) -> tuple[bool, ...]:
-        return name != "clean", not name.startswith("pgd"), name != "autoattack"
-
-    return {name: accuracies[name] for name in sorted(accuracies, key=rank)}
+    return dict(
+        sorted(
+            accuracies.items(),
+            key=lambda a: (a[0] != "clean", not a[0].startswith("pgd"), a[0] != "autoattack"),
+        )
+    )
 
 
 def _read(
@@ -285,7 +282,13 @@ def _read(
 def _parse_summary(file: Path) -> Summary:
     stored = json.loads(file.read_text(encoding="utf-8"))
     stored["accuracy"] = read_accuracies(stored.get("accuracy", {}))
-    return Summary(**{f.name: stored[f.name] for f in fields(Summary) if f.name in stored})
+    return _from_fields(Summary, stored)
+
+
+def _from_fields(kind: type[T], stored: Mapping[str, Any]) -> T:
+    """A dataclass out of a record, which may hold more."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: stored[name] for name in names if name in stored})
 
 
 def _parse_examples(file: Path) -> Examples:
@@ -314,10 +317,9 @@ def _read_metrics(
             continue
         kind = line.pop("kind")
         if kind == "eval":
-            evaluations.append(Evaluation(**{f.name: line[f.name] for f in fields(Evaluation)}))
+            evaluations.append(_from_fields(Evaluation, line))
         elif kind == "analysis":
-            names = (f.name for f in fields(TrainingAnalysis))
-            analyses.append(TrainingAnalysis(**{name: line[name] for name in names}))
+            analyses.append(_from_fields(TrainingAnalysis, line))
         elif kind == "train":
             for name, value in line.items():
                 if name not in ("step", "epoch"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from arat_fast.config import Config
@@ -22,6 +21,12 @@ _DATASETS = {
     "tiny-imagenet": "Tiny-ImageNet",
     "imagenette": "Imagenette",
 }
+_METRICS = {
+    "clean": "Clean",
+    "autoattack": "AutoAttack",
+    "clean_branch": "Clean, through the clean branch",
+    "aa-torchattacks10": "AutoAttack with 10 steps (torchattacks)",
+}
 _WEIGHTS = {
     "last": "the weights of the last step",
     "ema": "the exponential moving average (EMA) of the weights",
@@ -31,8 +36,7 @@ _WEIGHTS = {
 
 def percent(value: float, num_samples: int | None = None) -> str:
     """A share in [0, 1] as percent, with the decimals that ``num_samples`` can carry."""
-    decimals = 2 if num_samples is not None and num_samples >= 2000 else 1
-    return f"{100 * value:.{decimals}f}{NARROW_SPACE}%"
+    return f"{100 * value:.{_decimals(num_samples)}f}{NARROW_SPACE}%"
 
 
 def signed_points(difference: float) -> str:
@@ -45,8 +49,12 @@ def signed_points(difference: float) -> str:
 
 def interval(low: float, high: float, num_samples: int | None = None) -> str:
     """Two shares as a range in percent."""
-    decimals = 2 if num_samples is not None and num_samples >= 2000 else 1
+    decimals = _decimals(num_samples)
     return f"{100 * low:.{decimals}f}{DASH}{100 * high:.{decimals}f}{NARROW_SPACE}%"
+
+
+def _decimals(num_samples: int | None) -> int:
+    return 2 if num_samples is not None and num_samples >= 2000 else 1
 
 
 def plain(value: Any) -> str:
@@ -86,13 +94,7 @@ def metric_name(key: str) -> str:
     """Name of a final accuracy: "pgd20" is PGD-20."""
     if key.startswith("pgd") and key[3:].isdigit():
         return f"PGD-{key[3:]}"
-    known = {
-        "clean": "Clean",
-        "autoattack": "AutoAttack",
-        "clean_branch": "Clean, through the clean branch",
-        "aa-torchattacks10": "AutoAttack with 10 steps (torchattacks)",
-    }
-    return known.get(key, key)
+    return _METRICS.get(key, key)
 
 
 def objective_name(config: Config) -> str:
@@ -122,9 +124,9 @@ def dataset_name(config: Config) -> str:
     return _DATASETS.get(config.data.name, config.data.name)
 
 
-def weights_name(model: str) -> str:
-    """Which weights were evaluated: "ema" in words."""
-    return _WEIGHTS.get(model, model)
+def weights_name(model: str | None) -> str | None:
+    """Which weights were evaluated: "ema" in words; None where that is not known."""
+    return _WEIGHTS.get(model, model) if model else None
 
 
 def threat_words(config: Config) -> str:
@@ -146,13 +148,8 @@ def _change(name: str, value: Any) -> str:
 
 
 def _float(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
+    """At most six digits; what is a multiple of 1/255 and not a short decimal as a fraction."""
     scaled = value * 255
-    if 0 < abs(value) < 1 and abs(scaled - round(scaled)) < 1e-9 and not _is_short(value):
+    if 0 < abs(value) < 1 and abs(scaled - round(scaled)) < 1e-9 and len(repr(value)) > 6:
         return f"{round(scaled)}/255"
     return f"{value:.6g}"
-
-
-def _is_short(value: float) -> bool:
-    return len(repr(value)) <= 6

