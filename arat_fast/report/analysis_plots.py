@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from arat_fast.report import style
-from arat_fast.report.run import Numbers, Series, TrainingAnalysis
+from arat_fast.report.run import Numbers, TrainingAnalysis
 from arat_fast.report.style import Plot, as_percent, epoch_axis
 from arat_fast.report.words import percent
 
@@ -35,17 +35,12 @@ _CONFLICT = {"share": "weights pulled in opposite directions", "cosine": "cosine
 
 def conflict_over_time(lines: Lines) -> Plot | None:
     """Share and cosine along training, for both cross-entropies and for each."""
-    curves = {
-        label: {key: [_conflict_series(lines, pair, key)] for key in _CONFLICT}
-        for pair, (label, _) in _PAIRS.items()
-    }
     return _conflict_plot(
         "Gradient conflict along training",
         "Left: share of the convolution and linear weights that the invariance loss pulls one way "
         "and the cross-entropy the other. Right: cosine of the two gradients, 1 for the same "
         "direction. Grey: gradients of random signs.",
-        curves,
-        lines,
+        {label: ([lines], pair) for pair, (label, _) in _PAIRS.items()},
         [color for _, color in _PAIRS.values()],
     )
 
@@ -56,16 +51,11 @@ def conflict_between(groups: Mapping[str, Sequence[Lines]]) -> Plot | None:
     Args:
         groups: the analyses of one run or more, by name of the method.
     """
-    curves = {
-        name: {key: [_conflict_series(lines, _TOTAL, key) for lines in runs] for key in _CONFLICT}
-        for name, runs in groups.items()
-    }
     return _conflict_plot(
         "Gradient conflict between classification and invariance loss",
         "Left: share of weights pulled in opposite directions. Right: cosine of the gradients. "
         "Lines: mean over seeds; bands: from the smallest to the largest.",
-        curves,
-        [line for runs in groups.values() for lines in runs for line in lines],
+        {name: (runs, _TOTAL) for name, runs in groups.items()},
     )
 
 
@@ -75,18 +65,10 @@ def mixture_over_time(groups: Mapping[str, Sequence[Lines]]) -> Plot | None:
     Args:
         groups: the analyses of one run or more, by name of the method.
     """
-    curves = {
-        name: {
-            key: [
-                _series([(a.epoch, a.mixture["mean"][key]) for a in lines if a.mixture])
-                for lines in runs
-            ]
-            for key in _DISTANCES
-        }
-        for name, runs in groups.items()
-    }
     with style.plot_style():
-        figure, panels, described = _panels(curves, _DISTANCES)
+        figure, panels, described = _panels(
+            {name: (runs, None) for name, runs in groups.items()}, _DISTANCES
+        )
         for axes in panels:
             axes.set_ylim(bottom=0)
     if not described:
@@ -94,7 +76,7 @@ def mixture_over_time(groups: Mapping[str, Sequence[Lines]]) -> Plot | None:
     return Plot(
         "Clean against adversarial batch statistics along training",
         figure,
-        f"Mean over layers of the Wasserstein-2 distance: {'; '.join(described)}.",
+        f"Mean over layers of the Wasserstein-2 distance: {described}.",
         "Wasserstein-2 distance of clean and adversarial batch statistics, mean over channels and "
         "layers.",
     )
@@ -208,63 +190,73 @@ def masking_curves(record: Record) -> Plot:
     )
 
 
-_Curves: TypeAlias = Mapping[str, Mapping[str, Sequence[Series]]]
-"""Series of every run, by name of the group and by panel."""
+_Groups: TypeAlias = Mapping[str, tuple[Sequence[Lines], str | None]]
+"""Runs by name, and the pair of gradients; the mixture for None."""
 
 
 def _conflict_plot(
-    title: str, caption: str, curves: _Curves, lines: Lines, colors: Sequence[str] = style.SERIES
+    title: str, caption: str, groups: _Groups, colors: Sequence[str] = style.SERIES
 ) -> Plot | None:
-    unrelated = next(
-        (a.gradient_conflict["unrelated"] for a in reversed(lines) if a.gradient_conflict), 0.5
-    )
+    unrelated = 0.5
     with style.plot_style():
-        figure, (left, right), described = _panels(curves, _CONFLICT, colors)
+        figure, (left, right), described = _panels(groups, _CONFLICT, colors)
         if not described:
             return None
+        for line in (line for runs, _ in groups.values() for lines in runs for line in lines):
+            unrelated = (line.gradient_conflict or {}).get("unrelated", unrelated)
         for axes, level, room in ((left, unrelated, 0.03), (right, 0.0, 0.1)):
             axes.axhline(level, color=style.GREY, linewidth=1.0, zorder=1)
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, level - room), max(high, level + room))
         left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    return Plot(title, figure, f"Gradient conflict over epochs: {'; '.join(described)}.", caption)
+    return Plot(title, figure, f"Gradient conflict over epochs: {described}.", caption)
 
 
 def _panels(
-    curves: _Curves, titles: Mapping[str, str], colors: Sequence[str] = style.SERIES
-) -> tuple[Figure, Sequence[Axes], list[str]]:
+    groups: _Groups, titles: Mapping[str, str], colors: Sequence[str] = style.SERIES
+) -> tuple[Figure, Sequence[Axes], str]:
     """Two panels over epochs: mean and range over the runs of each group, and it in words."""
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     described = []
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        for index, (name, by_key) in enumerate(curves.items()):
-            mean = _band(axes, by_key[key], name, index, colors[index % len(colors)])
-            if mean is not None:
-                described.append(f"{key} of {name} ends at {mean:.3f}")
+        for index, (name, (runs, pair)) in enumerate(groups.items()):
+            points = [found for lines in runs if (found := _points(lines, key, pair))]
+            # At the epochs that all of them have.
+            shared = sorted(set.intersection(*map(set, points))) if points else []
+            if not shared:
+                continue
+            rows = np.array([[point[epoch] for epoch in shared] for point in points])
+            color, mean = colors[index % len(colors)], rows.mean(axis=0)
+            if len(rows) > 1:
+                low, high = rows.min(axis=0), rows.max(axis=0)
+                axes.fill_between(shared, low, high, color=color, alpha=0.18, linewidth=0)
+            axes.plot(
+                shared,
+                mean,
+                color=color,
+                linestyle=style.DASHES[index % len(style.DASHES)],
+                marker="o" if len(mean) == 1 else None,
+                label=style.plot_text(name, 40),
+            )
+            described.append(f"{key} of {name} ends at {mean[-1]:.3f}")
         epoch_axis(axes)
         axes.set_title(title, fontsize=9, color=style.GREY, loc="left")
     _legend_below(figure, panels[0])
-    return figure, panels, described
+    return figure, panels, "; ".join(described)
 
 
-def _band(axes: Axes, runs: Sequence[Series], name: str, index: int, color: str) -> float | None:
-    """Mean and range over runs at the epochs that all of them have; the last mean."""
-    points = [dict(zip(*map(np.ndarray.tolist, each), strict=True)) for each in runs]
-    points = [point for point in points if point]
-    shared = sorted(set.intersection(*map(set, points))) if points else []
-    if not shared:
-        return None
-    rows = np.array([[point[epoch] for epoch in shared] for point in points])
-    if len(rows) > 1:
-        low, high = rows.min(axis=0), rows.max(axis=0)
-        axes.fill_between(shared, low, high, color=color, alpha=0.18, linewidth=0)
-    mean = rows.mean(axis=0)
-    dashes = style.DASHES[index % len(style.DASHES)]
-    marker = "o" if len(mean) == 1 else None
-    label = style.plot_text(name, 40)
-    axes.plot(shared, mean, color=color, linestyle=dashes, marker=marker, label=label)
-    return float(mean[-1])
+def _points(lines: Lines, key: str, pair: str | None) -> dict[float, float]:
+    """A number of the analyses by epoch, where it is defined."""
+    found = {}
+    for line in lines:
+        if pair is None:
+            record = line.mixture and line.mixture["mean"]
+        else:
+            record = line.gradient_conflict and line.gradient_conflict["pairs"].get(pair)
+        if record and record[key] is not None:
+            found[line.epoch] = record[key]
+    return found
 
 
 def _layer_panels(names: Sequence[str], titles: Mapping[str, str]) -> tuple[Figure, Sequence[Axes]]:
@@ -281,16 +273,6 @@ def _layer_panels(names: Sequence[str], titles: Mapping[str, str]) -> tuple[Figu
 def _dots(axes: Axes, values: Numbers, label: str, color: str, marker: str = "o") -> None:
     look: dict[str, Any] = {"linestyle": "none", "marker": marker, "markersize": 5.5}
     axes.plot(values, range(len(values)), color=color, label=label, clip_on=False, **look)
-
-
-def _conflict_series(lines: Lines, pair: str, key: str) -> Series:
-    pairs = [(a.epoch, a.gradient_conflict["pairs"]) for a in lines if a.gradient_conflict]
-    return _series([(epoch, found[pair][key]) for epoch, found in pairs if pair in found])
-
-
-def _series(points: Sequence[tuple[float, float | None]]) -> Series:
-    known = [point for point in points if point[1] is not None]
-    return Series(*np.array(known, dtype=np.float64).reshape(-1, 2).T)
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:

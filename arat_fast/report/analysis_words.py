@@ -17,14 +17,12 @@ def analysis_sentences(records: Mapping[Any, Mapping[str, Any]]) -> list[str]:
     Args:
         records: JSON types by part, as ``arat-fast analyze`` writes them.
     """
-    makers = {
-        "gradient-conflict": conflict_words,
-        "mixture": mixture_words,
-        "masking": masking_words,
-    }
-    return [
-        words for part, make in makers.items() if part in records for words in make(records[part])
-    ]
+    makers = (
+        ("gradient-conflict", conflict_words),
+        ("mixture", mixture_words),
+        ("masking", masking_words),
+    )
+    return [words for part, make in makers if part in records for words in make(records[part])]
 
 
 def conflict_words(record: Mapping[str, Any]) -> list[str]:

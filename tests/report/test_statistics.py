@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,35 +12,24 @@ from arat_fast.statistics import difference_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
-    ("correct", "num_samples", "expected"),
+    ("function", "correct", "num_samples", "expected"),
     [
         # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
-        (81, 263, (0.2553, 0.3662)),
-        (15, 148, (0.0624, 0.1605)),
-        (0, 20, (0.0, 0.1611)),
-        (1, 29, (0.0061, 0.1718)),
+        (wilson_interval, 81, 263, (0.2553, 0.3662)),
+        (wilson_interval, 15, 148, (0.0624, 0.1605)),
+        (wilson_interval, 0, 20, (0.0, 0.1611)),
+        (wilson_interval, 1, 29, (0.0061, 0.1718)),
+        # The same, 873-890, table II, method 10.
+        (difference_interval, (56, 48), (70, 80), (0.0524, 0.3339)),
+        (difference_interval, (9, 3), (10, 10), (0.1705, 0.8090)),
+        (difference_interval, (5, 0), (56, 29), (-0.0381, 0.1926)),
+        (difference_interval, (10, 0), (10, 10), (0.6075, 1.0)),
     ],
 )
-def test_wilson_interval_is_the_published_one(
-    correct: int, num_samples: int, expected: tuple[float, float]
+def test_intervals_are_the_published_ones(
+    function: Any, correct: Any, num_samples: Any, expected: tuple[float, float]
 ) -> None:
-    assert wilson_interval(correct, num_samples) == pytest.approx(expected, abs=5e-5)
-
-
-@pytest.mark.parametrize(
-    ("correct", "num_samples", "expected"),
-    [
-        # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II, method 10.
-        ((56, 48), (70, 80), (0.0524, 0.3339)),
-        ((9, 3), (10, 10), (0.1705, 0.8090)),
-        ((5, 0), (56, 29), (-0.0381, 0.1926)),
-        ((10, 0), (10, 10), (0.6075, 1.0)),
-    ],
-)
-def test_difference_interval_is_the_published_one(
-    correct: tuple[int, int], num_samples: tuple[int, int], expected: tuple[float, float]
-) -> None:
-    assert difference_interval(correct, num_samples) == pytest.approx(expected, abs=5e-5)
+    assert function(correct, num_samples) == pytest.approx(expected, abs=5e-5)
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
