@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -34,9 +34,16 @@ _TERMS = (
 
 def run_plots(run: Run) -> list[Plot]:
     """Every plot that the run's metrics allow."""
-    makers = (_accuracy, _loss, _learning_rate, _weights, _invariance, _throughput)
+    makers: list[tuple[str | None, Callable[[Run], Plot | None]]] = [
+        (None, _accuracy),
+        ("loss", _loss),
+        ("lr", _learning_rate),
+        ("w_adv", _weights),
+        (None, _invariance),
+        ("images_per_second", _throughput),
+    ]
     with style.plot_style():
-        plots = [maker(run) for maker in makers]
+        plots = [make(run) for needs, make in makers if needs is None or needs in run.metrics]
     return [plot for plot in plots if plot is not None]
 
 
@@ -133,9 +140,7 @@ def _accuracy(run: Run) -> Plot | None:
     return _finish(figure, axes, "Accuracy", described, caption)
 
 
-def _loss(run: Run) -> Plot | None:
-    if "loss" not in run.metrics:
-        return None
+def _loss(run: Run) -> Plot:
     known = [term for term in _TERMS if term[0] in run.metrics]
     parts = [_Line(run.metrics[key], label, color, dash) for key, label, color, dash in known]
     layers = [run.metrics[name] for name in _layers(run)]
@@ -151,9 +156,7 @@ def _loss(run: Run) -> Plot | None:
     return _plot("Loss", lines, caption, described, height=3.1)
 
 
-def _learning_rate(run: Run) -> Plot | None:
-    if "lr" not in run.metrics:
-        return None
+def _learning_rate(run: Run) -> Plot:
     values = run.metrics["lr"].values
     described = [f"from {values[0]:.3g} to {values[-1]:.3g}, at most {np.nanmax(values):.3g}"]
     line = _Line(run.metrics["lr"], "", style.INK)
@@ -162,9 +165,7 @@ def _learning_rate(run: Run) -> Plot | None:
     return _plot("Learning rate", [line], caption, described, smooth=False)
 
 
-def _weights(run: Run) -> Plot | None:
-    if "w_adv" not in run.metrics:
-        return None
+def _weights(run: Run) -> Plot:
     lines = [
         _Line(run.metrics["w_adv"], "adversarial", style.ADVERSARIAL),
         _Line(run.metrics["w_clean"], "clean", style.CLEAN, style.DASHES[1]),
@@ -193,9 +194,7 @@ def _invariance(run: Run) -> Plot | None:
     return _plot("Invariance loss by layer", lines, caption, height=2.7 + 0.09 * len(layers))
 
 
-def _throughput(run: Run) -> Plot | None:
-    if "images_per_second" not in run.metrics:
-        return None
+def _throughput(run: Run) -> Plot:
     series = run.metrics["images_per_second"]
     middle = grouped(float(np.nanmedian(series.values)))
     caption = f"Training images per second; median {middle}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,20 +17,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which trains in this process, one epoch on a few images."""
-    module = gradient_conflict
-    monkeypatch.setattr(
-        module,
-        "COMMON",
-        [*module.COMMON, *OPTIONS, "--train.epochs", "1", "--average.kind", "none"],
-    )
-    monkeypatch.setattr(
-        module,
-        "subprocess",
-        SimpleNamespace(run=lambda command, cwd: SimpleNamespace(returncode=main(command[3:]))),
-    )
-    yield module
+    options = [*OPTIONS, "--train.epochs", "1", "--average.kind", "none"]
+    here = SimpleNamespace(run=lambda command, cwd: SimpleNamespace(returncode=main(command[3:])))
+    monkeypatch.setattr(gradient_conflict, "COMMON", [*gradient_conflict.COMMON, *options])
+    monkeypatch.setattr(gradient_conflict, "subprocess", here)
+    return gradient_conflict
 
 
 def test_a_run_that_is_there_must_be_the_same(
