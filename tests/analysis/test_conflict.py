@@ -27,7 +27,8 @@ from arat_fast.objectives import (
 )
 
 LAYERS = ("layer3.0.bn1", "layer3.0.bn2")
-START = RandomStart()
+INVARIANCE = {f"invariance/{layer}" for layer in LAYERS}
+START = RandomStart(torch.Generator().manual_seed(1))
 
 
 def batch(n: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,11 +38,14 @@ def batch(n: int = 12) -> tuple[Tensor, Tensor, Tensor]:
     return x, x_adv, torch.randint(10, (n,), generator=generator)
 
 
-def arat(**switches: object) -> tuple[nn.Module, ARAT]:
+def network(norm: str = "shared") -> nn.Module:
     torch.manual_seed(0)
-    model = create_model("resnet8", 10, 1).double().train()
+    return create_model("resnet8", 10, 1, norm=norm).double().train()
+
+
+def arat(model: nn.Module, **switches: object) -> Objective:
     objective = ARAT(model, LAYERS, (1, 8, 8), balance="fixed", w_adv=0.7, **switches)
-    return model, objective.double().train()
+    return objective.double().train()
 
 
 def expected(model: nn.Module, classification: Tensor, invariance: Tensor) -> tuple[float, float]:
@@ -60,23 +64,9 @@ def expected(model: nn.Module, classification: Tensor, invariance: Tensor) -> tu
     return float((a * b < 0).double().mean()), float(F.cosine_similarity(a, b, dim=0))
 
 
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_total_equals_plain_backward_passes(stop_gradient: bool) -> None:
-    model, objective = arat(stop_gradient=stop_gradient)
-    output = objective(model, *batch(), START)
-    record = gradient_conflict(model, output, ARAT.ties)
-    assert record is not None
-    terms = output.terms
-    invariance = terms[f"invariance/{LAYERS[0]}"] + terms[f"invariance/{LAYERS[1]}"]
-    losses = {name: terms[name] for name in ("ce_adv", "ce_clean")}
-    for pair, loss in {"classification": sum(losses.values()), **losses}.items():
-        share, cosine = expected(model, loss, invariance)
-        assert record["pairs"][pair]["share"] == share
-        assert math.isclose(record["pairs"][pair]["cosine"], cosine, rel_tol=1e-9)
-
-
 def test_layers_add_up_and_those_without_gradient_are_none() -> None:
-    model, objective = arat()
+    model = network("split")
+    objective = arat(model)
     record = gradient_conflict(model, objective(model, *batch(), START), ARAT.ties)
     assert record is not None
     layers = record["layers"]
@@ -111,33 +101,40 @@ def test_known_signs(a: list[float], b: list[float], share: float, cosine: float
     assert record["norms"] == pytest.approx(norms)
 
 
-def network(norm: str = "shared") -> nn.Module:
-    torch.manual_seed(0)
-    return create_model("resnet8", 10, 1, norm=norm).double().train()
-
-
 @pytest.mark.parametrize(
-    ("make", "norm", "classification", "tie"),
+    ("make", "norm", "classification", "ties"),
     [
-        (lambda model: TRADES(), "shared", {"ce_clean"}, "kl"),
-        (lambda model: MART(), "shared", {"ce_adv", "margin"}, "kl"),
-        (lambda model: LBGAT(None), "split", {"ce_guide"}, "mse"),
-        (lambda model: ARREST(model, PGD(eps=0.1)), "shared", {"ce_adv"}, "distillation"),
+        (arat, "split", {"ce_adv", "ce_clean"}, INVARIANCE),
+        (
+            lambda model: arat(model, stop_gradient=False),
+            "split",
+            {"ce_adv", "ce_clean"},
+            INVARIANCE,
+        ),
+        (lambda model: TRADES(), "shared", {"ce_clean"}, {"kl"}),
+        (lambda model: MART(), "shared", {"ce_adv", "margin"}, {"kl"}),
+        (lambda model: LBGAT(None), "split", {"ce_guide"}, {"mse"}),
+        (lambda model: ARREST(model, PGD(eps=0.1)), "shared", {"ce_adv"}, {"distillation"}),
     ],
 )
-def test_what_ties_is_set_against_what_classifies(
-    make: Callable[[nn.Module], Objective], norm: str, classification: set[str], tie: str
+def test_totals_equal_plain_backward_passes(
+    make: Callable[[nn.Module], Objective], norm: str, classification: set[str], ties: set[str]
 ) -> None:
     model = network(norm)
     objective = make(model).double().train()
-    output = objective(model, *batch(), RandomStart(torch.Generator().manual_seed(1)))
-    assert set(output.terms) == {*classification, tie}
+    terms = (output := objective(model, *batch(), START)).terms
+    assert set(terms) == classification | ties
     record = gradient_conflict(model, output, objective.ties)
     assert record is not None
-    loss = torch.stack([output.terms[name] for name in classification]).sum()
-    share, cosine = expected(model, loss, output.terms[tie])
-    assert record["pairs"]["classification"]["share"] == share > 0
-    assert math.isclose(record["pairs"]["classification"]["cosine"], cosine, rel_tol=1e-9)
+    pairs = {"classification": classification}
+    if len(classification) > 1:
+        pairs |= {name: {name} for name in classification}
+    assert record["pairs"].keys() == pairs.keys()
+    tie = torch.stack([terms[name] for name in ties]).sum()
+    for pair, names in pairs.items():
+        share, cosine = expected(model, torch.stack([terms[n] for n in names]).sum(), tie)
+        assert record["pairs"][pair]["share"] == share > 0
+        assert math.isclose(record["pairs"][pair]["cosine"], cosine, rel_tol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +147,8 @@ def test_without_a_tie_or_labels_there_is_no_conflict(objective: Objective) -> N
 
 
 def test_weight_zero_is_none() -> None:
-    model, objective = arat()
+    model = network("split")
+    objective = arat(model)
     objective.w_clean.fill_(0.0)
     record = gradient_conflict(model, objective(model, *batch(), START), ARAT.ties)
     assert record is not None
