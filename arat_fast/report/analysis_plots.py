@@ -87,15 +87,14 @@ def conflict_by_layer(record: Record) -> Plot | None:
     found = {path: e for path, e in record["layers"].items() if e["share"] is not None}
     if not found:
         return None
+    values = {key: np.array([entry[key] for entry in found.values()]) for key in _CONFLICT}
     with style.plot_style():
-        figure, panels = _layer_panels(list(found), _CONFLICT)
+        figure, panels = _layer_panels(list(found), _CONFLICT, {"": values})
         for axes, key, middle, least in zip(
             panels, _CONFLICT, (0.5, 0.0), (0.05, 0.1), strict=True
         ):
-            values = np.array([entry[key] for entry in found.values()])
-            _dots(axes, values, "", style.INK)
             axes.axvline(middle, color=style.GREY, linewidth=1.0, zorder=1)
-            reach = max(least, 1.08 * np.abs(values - middle).max())
+            reach = max(least, 1.08 * np.abs(values[key] - middle).max())
             axes.set_xlim(middle - reach, middle + reach)
         panels[0].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     worst = max(found, key=lambda path: found[path]["share"])
@@ -118,16 +117,20 @@ def mixture_by_layer(groups: Mapping[str, Sequence[Record]]) -> Plot | None:
     layers = list(dict.fromkeys(p for runs in groups.values() for r in runs for p in r["layers"]))
     if not layers:
         return None
-    described = []
+    numbers: dict[str, dict[str, Numbers]] = {name: {} for name in groups}
+    for name, runs in groups.items():
+        for key in _DISTANCES:
+            found = [[r["layers"][p][key] for r in runs if p in r["layers"]] for p in layers]
+            values = np.array([np.mean(each) if each else np.nan for each in found])
+            numbers[name][key] = values
+    described = [
+        f"{key} of {name}: mean {np.nanmean(values[key]):.3f}"
+        for key in _DISTANCES
+        for name, values in numbers.items()
+    ]
     with style.plot_style():
-        figure, panels = _layer_panels(layers, _DISTANCES)
-        for axes, key in zip(panels, _DISTANCES, strict=True):
-            for index, (name, runs) in enumerate(groups.items()):
-                found = [[r["layers"][p][key] for r in runs if p in r["layers"]] for p in layers]
-                values = np.array([np.mean(each) if each else np.nan for each in found])
-                color = style.INK if len(groups) == 1 else style.color(index)
-                _dots(axes, values, name, color, style.marker(index))
-                described.append(f"{key} of {name}: mean {np.nanmean(values):.3f}")
+        figure, panels = _layer_panels(layers, _DISTANCES, numbers)
+        for axes in panels:
             axes.set_xlim(left=0)
         _legend_below(figure, panels[0])
     return Plot(
@@ -259,20 +262,22 @@ def _points(lines: Lines, key: str, pair: str | None) -> dict[float, float]:
     return found
 
 
-def _layer_panels(names: Sequence[str], titles: Mapping[str, str]) -> tuple[Figure, Sequence[Axes]]:
+def _layer_panels(
+    layers: Sequence[str], titles: Mapping[str, str], groups: Mapping[str, Mapping[str, Numbers]]
+) -> tuple[Figure, Sequence[Axes]]:
     """Two panels with a row for each layer, the first on top."""
-    figure = Figure(figsize=(8.6, 1.5 + 0.21 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8.6, 1.5 + 0.21 * len(layers)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, title in zip(panels, titles.values(), strict=True):
+    look: dict[str, Any] = {"linestyle": "none", "markersize": 5.5, "clip_on": False}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
         axes.set_xlabel(title)
-        axes.set_yticks(range(len(names)), [style.plot_text(name) for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(layers)), [style.plot_text(layer) for layer in layers])
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        for index, (name, values) in enumerate(groups.items()):
+            look["color"] = style.INK if len(groups) == 1 else style.color(index)
+            look["marker"] = style.marker(index)
+            axes.plot(values[key], range(len(layers)), label=name, **look)
     return figure, panels
-
-
-def _dots(axes: Axes, values: Numbers, label: str, color: str, marker: str = "o") -> None:
-    look: dict[str, Any] = {"linestyle": "none", "marker": marker, "markersize": 5.5}
-    axes.plot(values, range(len(values)), color=color, label=label, clip_on=False, **look)
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
