@@ -206,7 +206,10 @@ def relu(**options: Any) -> Operation:
 
 
 def distance(
-    num: int = 5, widths: tuple[int, ...] = (32, 16, 7), targets: torch.dtype | None = None
+    num: int = 5,
+    widths: tuple[int, ...] = (32, 16, 7),
+    targets: torch.dtype | None = None,
+    eps: float = 1e-8,
 ) -> Operation:
     names = [f"p{i}" for i in range(len(widths))]
 
@@ -221,7 +224,7 @@ def distance(
 
     def call(t: Tensors, impl: Impl | None) -> Tensor:
         stopped = [t["t" + name[1:]] for name in names]
-        return cosine_invariance([t[name] for name in names], stopped, impl=impl)
+        return cosine_invariance([t[name] for name in names], stopped, eps=eps, impl=impl)
 
     return Operation(call, make, tuple(names))
 
@@ -281,7 +284,7 @@ def crops(shape: tuple[int, ...] = (7, 3, 10, 12), num: int = 5, **options: Any)
 
     def call(t: Tensors, impl: Impl | None) -> Tensor:
         given = {"padding": 3, "flip": True, "rng": t["rng"], **options}
-        return crop_flip(t["images"], t["index"], impl=impl, **given)
+        return crop_flip(t["images"], t["index"], offsets=t.get("offsets"), impl=impl, **given)
 
     return Operation(call, make, exact=True)
 

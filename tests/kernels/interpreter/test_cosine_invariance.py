@@ -52,52 +52,6 @@ def test_any_shape(num: int, widths: list[int], seed: int) -> None:
     assert (got["0"] > -1e-6).all() and (got["0"] < 2 + 1e-6).all()
 
 
-def both(p: Tensor, t: Tensor, eps: float = 1e-8) -> list[list[Tensor]]:
-    """Distance and gradient, of Triton and of PyTorch."""
-    found = []
-    for impl in ("triton", "reference"):
-        leaf = p.clone().requires_grad_()
-        out = cosine_invariance([leaf], [t], eps=eps, impl=impl)
-        found.append([out.detach(), *torch.autograd.grad(out, leaf, torch.tensor([0.7]))])
-    return found
-
-
-@pytest.mark.parametrize("width", [20, 2100])
-def test_norms_below_eps_and_zero_vectors_as_torch(width: int) -> None:
-    p, t = distance(6, (width,)).make(2, torch.float32).values()
-    p[0] = 0
-    t[1] = 0
-    p[2] = t[2] = 0
-    p[3] *= 1e-3
-    t[4] *= 1e-3
-    got, expected = both(p, t, eps=0.1 * width**0.5)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
-    assert got[1][0].abs().max() > 0 and got[1][1].abs().max() == 0
-
-
-@pytest.mark.parametrize("scale", [1e18, 1e-12])
-def test_huge_and_tiny_vectors_as_torch(scale: float) -> None:
-    p, t = distance(4, (24,)).make(3, torch.float32).values()
-    (out, grad), (expected_out, expected) = both(p * scale, t * scale)
-    torch.testing.assert_close(out, expected_out)
-    torch.testing.assert_close(grad * scale, expected * scale, rtol=1e-4, atol=1e-7)
-
-
-def test_nan_reaches_the_layer_it_is_in() -> None:
-    operation = distance()
-    tensors = operation.make(4, torch.float32)
-    tensors["p1"][2, 3] = torch.nan
-    assert operation.results(tensors, "triton")["0"].isnan().tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_empty_batch_is_the_mean_over_nothing(impl: str) -> None:
-    operation = distance(0, (8, 9))
-    results = operation.results(operation.make(5, torch.float32), impl)
-    assert results["0"].isnan().all()
-    assert (results["dp0"].shape, results["dp1"].shape) == ((0, 8), (0, 9))
-
-
 def test_gradcheck_of_the_loop_over_a_long_row() -> None:
     p, t = distance(2, (2049,)).make(6, torch.float64).values()
 

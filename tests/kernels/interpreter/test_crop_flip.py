@@ -63,20 +63,3 @@ def test_strided_images_and_narrow_indices() -> None:
     images, index, rng = crops((6, 4, 9, 8)).make(1, torch.float32).values()
     images, index = images[::2, 1:, :, ::2], (index.int() % 3).repeat_interleave(2)[::2]
     assert_same((images, index), padding=2, flip=True, rng=rng)
-
-
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("output", [OUTPUTS[0], OUTPUTS[-1]], ids=str)
-def test_unknown_index_gives_nan(impl: Any, output: dict[str, Any]) -> None:
-    images, _, rng = crops((4, 3, 5, 5)).make(2, torch.float32).values()
-    index = torch.tensor([0, 4, -1, 3])
-    bad = crop_flip(images, index, padding=1, rng=rng, impl=impl, **output)[:, :3].isnan()
-    assert bad[[1, 2]].all() and not bad[[0, 3]].any()
-
-
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_offsets_beyond_the_padding_show_zeros(impl: Any) -> None:
-    images, index, _ = crops((2, 3, 4, 4), 2).make(3, torch.float32).values()
-    offsets = torch.tensor([[100, 0, 0], [1, -50, 1]], dtype=torch.int32)
-    got = crop_flip(images, index, padding=1, offsets=offsets, impl=impl)
-    assert torch.equal(got, torch.zeros(2, 3, 4, 4))

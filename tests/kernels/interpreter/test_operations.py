@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.edges import EDGES, Run
 from kernels.operations import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal
 from kernels.support import at_an_odd_place
 from torch import Tensor
@@ -196,3 +197,8 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
 def test_opcheck(name: str) -> None:
     operator, arguments = OPERATORS[name]
     torch.library.opcheck(operator, arguments())
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
+def test_edges(edge: Callable[[Run], None]) -> None:
+    edge(lambda operation, tensors: operation.results(tensors, "triton"))
