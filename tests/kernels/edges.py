@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from kernels.operations import (
+    SLACK,
     Norm,
     Operation,
     Tensors,
@@ -28,8 +29,6 @@ from kernels.support import upstream
 
 Run = Callable[[Operation, Tensors], Tensors]
 NORMS = ("Linf", "L2")
-# Rounding of x ± eps in float32, for values up to 1.
-SLACK = 2.0**-23
 
 
 def nan_in_split_batch_norm(run: Run) -> None:

@@ -7,7 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernels.operations import ALPHA, EPS, Operation, Tensors, affine, classes, crops, start, step
+from kernels.operations import (
+    ALPHA,
+    EPS,
+    SLACK,
+    Operation,
+    Tensors,
+    affine,
+    classes,
+    crops,
+    start,
+    step,
+)
 from kernels.support import EPS_OF, randn
 from torch import Tensor
 
@@ -17,7 +28,6 @@ from arat_kernels.split_batch_norm import split_batch_norm
 pytestmark = pytest.mark.gpu
 
 ROUNDING = EPS_OF[torch.bfloat16] / 2
-SLACK = 2.0**-23
 
 
 @pytest.fixture(autouse=True)

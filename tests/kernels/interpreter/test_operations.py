@@ -27,16 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     operation = OPERATIONS[name]
-    tensors = operation.make(0, dtype)
-    if operation.exact:
-        expected = operation.results(tensors, "reference")
-        assert_equal(operation.results(tensors, "triton"), expected)
-    elif name not in ("pgd_step-L2", "random_start-L2"):
-        operation.check(tensors)
-    else:
-        # Three sums, a division and a product, each relative to numbers below 1.
-        got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
-        torch.testing.assert_close(got, expected, rtol=0, atol=8 * 2.0**-23)
+    operation.check(operation.make(0, dtype))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
