@@ -313,3 +313,7 @@ OPERATIONS: dict[str, Operation] = {
     "crop_flip-split": crops(dtype=torch.bfloat16, split=True),
 }
 DIFFERENTIABLE = [name for name, operation in OPERATIONS.items() if operation.leaves]
+
+
+def on_gpu(operation: Operation, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    return {name: t.to("cuda") for name, t in operation.make(seed, dtype).items()}

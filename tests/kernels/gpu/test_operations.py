@@ -9,29 +9,12 @@ from typing import Any
 import pytest
 import torch
 from kernels.edges import EDGES, Run
-from kernels.operations import OPERATIONS, Operation, Tensors, assert_equal
+from kernels.graphs import capture
+from kernels.operations import OPERATIONS, Operation, Tensors, assert_equal, on_gpu
 from kernels.support import at_an_odd_place
 
 pytestmark = pytest.mark.gpu
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
-
-
-def capture(function: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
-    """A graph of one call of ``function``, after warm-up, and the static result."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
-
-
-def on_gpu(operation: Operation, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
-    return {name: t.to("cuda") for name, t in operation.make(seed, dtype).items()}
 
 
 @every_operation

@@ -14,6 +14,7 @@ from kernels.operations import (
     ALPHA,
     EPS,
     SLACK,
+    Norm,
     Operation,
     Tensors,
     affine,
@@ -45,7 +46,14 @@ OUTPUTS: list[dict[str, Any]] = [
 ] + [{"dtype": torch.bfloat16, "split": True}]
 WIDTHS = [(33, (100, 7)), (3, (600,)), (2, (2100, 30)), (2, tuple(range(8, 21)))]
 
+OPTIONS = ("residual", "relu", "pooled", "affine", "training")
+
 CASES: dict[str, list[Operation]] = {
+    "split_batch_norm": [
+        Norm(sizes, training=training, channels_last=channels_last).operation
+        for sizes in ((3, 2), (4, 0), (0, 3), (1, 5))
+        for training, channels_last in product([True, False], repeat=2)
+    ],
     "frozen_affine": [
         affine(last, layout=layout, scaled=scaled, residual=residual)
         for layout in LAYOUTS
@@ -72,9 +80,43 @@ def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     for operation in CASES[name]:
         tensors = operation.make(0, dtype)
         operation.check(tensors)
-        if "x" in tensors and tensors["x"].ndim == 4:
-            for result in operation.results(tensors, "triton").values():
+        for result in operation.results(tensors, "triton").values():
+            if "x" in tensors and result.shape == tensors["x"].shape:
                 assert result.stride() == tensors["x"].stride()
+
+
+@pytest.mark.parametrize("flags", list(product([True, False], repeat=5)), ids=str)
+def test_every_combination_of_options(flags: tuple[bool, ...]) -> None:
+    norm = Norm(channels=16).changed(**dict(zip(OPTIONS, flags, strict=True)))
+    norm.operation.check(norm.make(0, torch.bfloat16))
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda sizes: sum(sizes) > 0),
+    channels=st.sampled_from([1, 2, 7, 16, 33, 64, 65, 130]),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    pooled=st.booleans(),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@few(10)
+def test_any_batch_norm(dtype: torch.dtype, seed: int, **options: Any) -> None:
+    norm = Norm(**options)
+    counts = [size * norm.height * norm.width for size in norm.sizes if size]
+    # Of few values the gradient is a difference of nearly equal numbers, whose rounding a budget
+    # relative to the result does not know.
+    norm = norm.changed(training=min(counts) >= 8)
+    norm.operation.check(norm.make(seed, dtype))
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (7, 2)], ids=str)
+def test_batch_norm_of_few_values(sizes: tuple[int, int]) -> None:
+    operation = Norm(sizes, height=1, width=1, relu=False, pooled=False).operation
+    tensors = operation.make(0, torch.float32)
+    got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 ANY: dict[str, tuple[st.SearchStrategy[Operation], float]] = {

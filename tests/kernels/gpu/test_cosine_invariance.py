@@ -1,4 +1,4 @@
-"""Graphs, eager calls and compiled ones of the cosine distance at once, whose kernels count."""
+"""The cosine kernels on real hardware, beside what all operations promise."""
 
 from __future__ import annotations
 
@@ -6,12 +6,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernels.gpu.test_operations import capture, on_gpu
-from kernels.operations import assert_equal, distance
+from kernels.graphs import capture
+from kernels.operations import SLACK, assert_equal, distance, on_gpu
+from kernels.support import to_float64
 
 from arat_kernels.cosine_invariance import triton as kernels
 
 pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = [(128, (512,) * 4), (512, (320,) + (640,) * 10), (33, (7, 100, 31)), (64, (2048,))]
+WIDTHS += [(9, (5000, 16)), (2, (3,))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("targets", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num", "widths"), WIDTHS, ids=str)
+def test_matches_the_float64_reference(
+    dtype: torch.dtype, targets: torch.dtype, num: int, widths: tuple[int, ...]
+) -> None:
+    operation = distance(num, widths, targets)
+    tensors = on_gpu(operation, 0, dtype)
+    # Triton's division and root are approximations of 2 ulp, PyTorch's are rounded.
+    operation.check(tensors, factor=5.0)
+    got, truth = operation.results(tensors, None), operation.results(to_float64(tensors), None)
+    torch.testing.assert_close(got["0"].double(), truth["0"], rtol=0, atol=4 * SLACK)
+    for _ in range(20):
+        assert_equal(operation.results(tensors, None), got)
+
 
 OPERATION = distance(512, (512,) * 4, torch.float32)
 
