@@ -1,17 +1,14 @@
-"""CUDA graphs and memory for the tests on real hardware."""
+"""CUDA graphs for the tests on real hardware."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
-import pytest
 import torch
+from kernels.operations import Tensors
 
-Result = TypeVar("Result")
 
-
-def capture(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+def capture(function: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
     """A graph of one call of ``function``, after warm-up, and the static result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -23,10 +20,3 @@ def capture(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Resul
     with torch.cuda.graph(graph):
         result = function()
     return graph, result
-
-
-def need_gib(gib: float) -> None:
-    """Skip the test unless the card has that much free memory."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < gib * 2**30:
-        pytest.skip(f"needs {gib} GiB of free GPU memory, got {free / 2**30:.0f}")

@@ -1,56 +1,91 @@
-"""Two processes against one that has both their batches."""
+"""Two processes against one that has both their batches.
+
+Called as ``python split_batch_norm_group.py RANK FOLDER IMPL`` it is one of the processes, and
+writes its results to ``FOLDER/RANK.pt``. Rank 1 has no clean sample.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from kernels.operations import Norm, Tensors
+from kernels.support import randn
 
-from arat_kernels.implementation import Impl
-from kernels import split_batch_norm_worker as worker
+from arat_kernels.split_batch_norm import SplitBatchNorm2d, split_batch_norm, use_branch
+
+WHOLE = Norm((3, 5), channels=4, height=3, width=2)
+PARTS = [(slice(0, 4), (3, 1)), (slice(4, 8), (0, 4))]
+SHARED = ("weight", "bias", "running_mean", "running_var")
 
 
-def check_two_processes(folder: Path, impl: Impl) -> None:
-    """Run both workers, then one process on the concatenated branches, and compare."""
+def results(part: slice, sizes: tuple[int, int], impl: Any, group: Any) -> Tensors:
+    """Outputs, gradients and moved running statistics of the function; outputs and statistics of
+    the layer."""
+    given = WHOLE.make(9, torch.float64)
+    dout = [randn((8, 4, 3, 2), 20, torch.float64)[part], randn((8, 4), 21, torch.float64)[part]]
+    given |= {name: given[name][part] for name in ("x", "residual")}
+    layer = SplitBatchNorm2d(4, dtype=torch.float64)
+    layer.load_state_dict({**layer.state_dict(), **{name: given[name] for name in SHARED}})
+    layer.group, layer.impl = group, impl
+    sunk: list[torch.Tensor] = []
+    layer.pooled_sink = sunk.append
+    with use_branch(layer, "both", num_clean=sizes[0]):
+        layer_y = layer(given["x"], given["residual"], relu=True)
+    leaves = {name: given[name].requires_grad_() for name in ("x", "residual", "weight", "bias")}
+    y, pooled = split_batch_norm(
+        given["x"],
+        *(given[name] for name in SHARED),
+        sizes,
+        training=True,
+        residual=given["residual"],
+        relu=True,
+        return_pooled=True,
+        group=group,
+        impl=impl,
+    )
+    gradients = torch.autograd.grad([y, pooled], list(leaves.values()), dout)
+    found = {"y": y, "pooled": pooled, **{name: given[name] for name in SHARED[2:]}}
+    by_layer = {"y": layer_y, "pooled": sunk[0]} | {n: getattr(layer, n) for n in SHARED[2:]}
+    for name, value in by_layer.items():
+        assert torch.equal(value, found[name]), name
+    found |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return {name: t.detach() for name, t in found.items()}
+
+
+def check_two_processes(folder: Path, impl: str) -> None:
+    """Run both, then one process on the whole batch, and compare."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), "2", str(folder / "store"), folder, impl]
-        )
-        for rank in range(2)
+        subprocess.Popen([sys.executable, __file__, rank, str(folder), impl], env=environment)
+        for rank in ("0", "1")
     ]
     try:
         assert [process.wait(timeout=280) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
-    got = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, expected in results(slice(None), WHOLE.sizes, "reference", None).items():
+        if name in ("dweight", "dbias"):
+            got = [first[name] + second[name]]
+        elif name in SHARED:
+            got = [first[name], second[name]]
+        else:
+            got = [torch.cat([first[name], second[name]])]
+        for value in got:
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8, msg=name)
 
-    (clean0, adv0), (clean1, adv1) = worker.SIZES
-    parts = [worker.tensors(rank) for rank in range(2)]
-    per_sample = ("x", "residual", "dy", "dpooled", "y", "pooled")
 
-    def both(name: str, values: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        first, second = (value[name] for value in values)
-        branches = [first[:clean0], second[:clean1], first[clean0:], second[clean1:]]
-        return torch.cat(branches)
-
-    whole = {
-        name: both(name, parts) if name in per_sample else parts[0][name].clone()
-        for name in parts[0]
-    }
-    sizes = (clean0 + clean1, adv0 + adv1)
-    expected = worker.results(whole, sizes, "reference", None)
-    for name in ("y", "pooled", "gradient of x", "gradient of residual"):
-        torch.testing.assert_close(both(name, got), expected[name], rtol=1e-6, atol=1e-8)
-    for values in got:
-        for name in ("y", "pooled", "running_mean", "running_var"):
-            assert torch.equal(values[f"{name} of the layer"], values[name]), name
-    for name in ("gradient of weight", "gradient of bias"):
-        torch.testing.assert_close(
-            got[0][name] + got[1][name], expected[name], rtol=1e-6, atol=1e-8
-        )
-    for name in ("running_mean", "running_var"):
-        for rank in range(2):
-            torch.testing.assert_close(got[rank][name], expected[name], rtol=1e-6, atol=1e-8)
+if __name__ == "__main__":
+    given_rank, given_folder, given_impl = sys.argv[1:]
+    store = f"file://{given_folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=int(given_rank), world_size=2)
+    own = results(*PARTS[int(given_rank)], given_impl, dist.group.WORLD)
+    torch.save(own, Path(given_folder, f"{given_rank}.pt"))
+    dist.destroy_process_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -66,35 +65,3 @@ def test_without_flip_nothing_is_mirrored() -> None:
     without = draw_crop_flip(RNG, 50, padding=3, flip=False)
     assert torch.equal(with_flip[:, :2], without[:, :2])
     assert without[:, 2].sum() == 0 < with_flip[:, 2].sum()
-
-
-BAD: list[tuple[str, dict[str, Any]]] = [
-    ("images", {"images": IMAGES.float()}),
-    ("images", {"images": IMAGES[0]}),
-    ("index", {"index": INDEX.float()}),
-    ("index", {"index": INDEX[None]}),
-    ("padding", {"padding": -1}),
-    ("either", {"offsets": torch.zeros(4, 3, dtype=torch.int32)}),
-    ("rng", {"rng": RNG.float()}),
-    ("rng", {"rng": None}),
-    ("rng", {"rng": None, "padding": 0, "flip": True}),
-    ("offsets", {"rng": None, "offsets": torch.zeros(4, 3)}),
-    ("offsets", {"rng": None, "offsets": torch.zeros(3, 3, dtype=torch.int32)}),
-    ("max_value", {"max_value": 0}),
-    ("dtype", {"dtype": torch.float64}),
-    ("memory_format", {"memory_format": torch.preserve_format}),
-    ("split", {"split": True}),
-]
-
-
-@pytest.mark.parametrize(("keyword", "change"), BAD)
-def test_bad_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
-        crop_flip(**{"images": IMAGES, "index": INDEX, "padding": 2, "rng": RNG, **change})
-
-
-def test_bad_draws_are_refused() -> None:
-    with pytest.raises(ValueError, match="num must be >= 0, got -1"):
-        draw_crop_flip(RNG, -1, padding=2, flip=True)
-    with pytest.raises(ValueError, match="padding must be"):
-        draw_crop_flip(RNG, 3, padding=-2, flip=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from kernels.support import randn
 
-from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.frozen_affine import frozen_affine
 
 X = randn((2, 3, 4, 4), 0)
 SCALE, SHIFT = randn((3,), 1), randn((3,), 2)
@@ -47,43 +44,7 @@ def test_gradient_is_masked_by_the_saved_output() -> None:
     assert torch.equal(dx, torch.zeros_like(dx))
 
 
-BAD: list[tuple[str, dict[str, Any]]] = [
-    ("x", {"x": SCALE}),
-    ("x", {"x": X.int()}),
-    ("x", {"x": X.to(torch.float8_e5m2)}),
-    ("scale", {"scale": SCALE.to(torch.float8_e5m2)}),
-    ("scale", {"scale": SCALE[:2]}),
-    ("shift", {"shift": SHIFT[:, None]}),
-    ("shift", {"shift": SHIFT.int()}),
-    ("scale", {"scale": SCALE.clone().requires_grad_()}),
-    ("shift", {"shift": SHIFT.clone().requires_grad_()}),
-    ("residual", {"residual": X.half()}),
-    ("residual", {"residual": X[:1]}),
-]
-
-
-@pytest.mark.parametrize(("keyword", "change"), BAD)
-def test_bad_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
-        frozen_affine(**{"x": X, "scale": SCALE, "shift": SHIFT, **change})
-
-
 def test_constants_that_require_a_gradient_are_fine_without_grad_mode() -> None:
     with torch.no_grad():
         y = frozen_affine(X, SCALE.clone().requires_grad_(), SHIFT)
     torch.testing.assert_close(y, (X * SCALE.view(3, 1, 1) + SHIFT.view(3, 1, 1)).relu())
-
-
-BAD_BACKWARD: list[tuple[str, dict[str, Any]]] = [
-    ("y", {"y": SCALE}),
-    ("y", {"y": X.int()}),
-    ("y", {"y": X.to(torch.float8_e5m2)}),
-    ("dy", {"dy": X[:1]}),
-    ("dy_skip", {"dy_skip": X.double()}),
-]
-
-
-@pytest.mark.parametrize(("keyword", "change"), BAD_BACKWARD)
-def test_bad_backward_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^{keyword}\b"):
-        relu_backward(**{"dy": X, "y": X, **change})

@@ -115,42 +115,6 @@ def test_running_statistics_of_a_group() -> None:
     assert torch.equal(running_var[1], torch.ones(3))
 
 
-HALF = {"x": torch.ones(5, 5, 4, 3).half(), "residual": None}
-BAD: list[tuple[str, dict[str, Any]]] = [
-    ("x must", {"x": torch.randn(5, 5)}),
-    ("x must", {"x": torch.randn(0, 5, 2, 2), "sizes": (0, 0)}),
-    ("x must", {"x": torch.ones(5, 5, 4, 3, dtype=torch.int32)}),
-    ("sizes", {"sizes": (3, 3)}),
-    ("sizes", {"sizes": (6, -1)}),
-    ("weight", {"weight": torch.randn(2, 4)}),
-    ("bias", {"bias": torch.randn(5)}),
-    ("bias", {"bias": torch.ones(2, 5, dtype=torch.int64)}),
-    ("weight", {"weight": torch.ones(2, 5).double()}),
-    ("bias", {"bias": torch.zeros(2, 5).half()}),
-    ("running_var", {"running_var": torch.ones(2, 5).double()}),
-    ("weight", {"x": torch.ones(5, 5, 4, 3).double()}),
-    ("running_var", {**HALF, "running_var": torch.ones(2, 5).bfloat16()}),
-    ("bias", {**HALF, "bias": torch.ones(2, 5).half()}),
-    ("running_var", {**HALF, "running_var": torch.ones(2, 5).half()}),
-    ("running_mean", {"running_mean": torch.zeros(1, 5)}),
-    ("contiguous", {"running_var": torch.ones(5, 2).t()}),
-    ("residual", {"residual": torch.randn(5, 5, 3, 4)}),
-    ("residual", {"residual": torch.randn(5, 5, 4, 3).double()}),
-    ("device", {"residual": torch.randn(5, 5, 4, 3, device="meta")}),
-    ("device", {"running_var": torch.ones(2, 5, device="meta")}),
-    ("momentum", {"momentum": 1.5}),
-    ("eps", {"eps": 0.0}),
-    ("adv branch", {"x": torch.randn(3, 5, 1, 1), "residual": None, "sizes": (2, 1)}),
-]
-
-
-@pytest.mark.parametrize(("keyword", "change"), BAD)
-def test_bad_input_is_refused(keyword: str, change: dict[str, Any]) -> None:
-    given = {**Norm().make(0, torch.float32), "sizes": (3, 2), "training": True, **change}
-    with pytest.raises(ValueError, match=keyword):
-        split_batch_norm(**given)
-
-
 @pytest.mark.parametrize("flags", list(product([True, False], repeat=4)), ids=str)
 def test_fullgraph_compile_of_the_reference(flags: tuple[bool, ...]) -> None:
     residual, relu, pooled, training = flags
@@ -160,14 +124,6 @@ def test_fullgraph_compile_of_the_reference(flags: tuple[bool, ...]) -> None:
     eager, inputs = norm.make(0, torch.float32), norm.make(0, torch.float32)
     torch.testing.assert_close(compiled(inputs, None), norm.call(eager, None), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(inputs, eager)
-
-
-@pytest.mark.parametrize("still", [{"training": False}, {"update": False}], ids=str)
-def test_buffers_are_left_alone(still: dict[str, bool]) -> None:
-    tensors = Norm().make(0, torch.float32)
-    results = Norm().changed(**still).operation.results(tensors, None)
-    for name in ("running_mean", "running_var"):
-        assert torch.equal(results[name], tensors[name])
 
 
 def test_layer_in_a_network_without_the_trainer() -> None:
@@ -191,53 +147,6 @@ def test_layer_in_a_network_without_the_trainer() -> None:
     attacked = norm.changed(sizes=(0, 5)).operation.results(tensors, "reference")
     assert torch.equal(y, attacked["0"])
     assert torch.equal(layer.running_mean, expected["running_mean"])
-
-
-@pytest.mark.parametrize(("branch", "num_clean"), [("avd", None), ("adv", 2), ("both", -1)])
-def test_bad_branch_is_refused(branch: Any, num_clean: int | None) -> None:
-    layer = SplitBatchNorm2d(5)
-    with pytest.raises(ValueError, match="branch"), use_branch(layer, branch, num_clean):
-        pass
-    assert (layer.branch, layer.num_clean) == ("adv", None)
-
-
-def test_bad_statistics_are_refused() -> None:
-    layer = SplitBatchNorm2d(5)
-    wrong: Any = "runing"
-    with pytest.raises(ValueError, match="statistics"), use_statistics(layer, wrong):
-        pass
-    assert layer.statistics is None and layer.training
-
-
-@pytest.mark.parametrize(
-    ("keyword", "shape", "residual", "num_clean"),
-    [
-        ("x must", (2, 4, 3, 3), None, None),
-        ("x must", (2, 5), None, None),
-        ("x must", (0, 5, 3, 3), None, None),
-        ("residual", (2, 5, 3, 3), (2, 5, 1, 1), None),
-        ("clean branch", (3, 5, 1, 1), None, 1),
-        ("adv branch", (3, 5, 1, 1), None, 2),
-        ("even", (3, 5, 3, 3), None, None),
-        ("num_clean", (3, 5, 3, 3), None, 4),
-    ],
-)
-def test_the_layer_refuses_a_batch_and_does_not_count_it(
-    keyword: str, shape: tuple[int, ...], residual: tuple[int, ...] | None, num_clean: int | None
-) -> None:
-    layer = SplitBatchNorm2d(5)
-    before = {name: t.clone() for name, t in layer.state_dict().items()}
-    extra = None if residual is None else torch.randn(residual)
-    with pytest.raises(ValueError, match=keyword), use_branch(layer, "both", num_clean):
-        layer(torch.randn(shape), extra)
-    torch.testing.assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
-
-
-def test_the_layer_refuses_an_unknown_implementation() -> None:
-    layer = SplitBatchNorm2d(5)
-    layer.impl = "cuda"  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="impl"):
-        layer(torch.randn(2, 5, 3, 3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the kernels themselves")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from kernels.edges import EDGES, Run
 from kernels.graphs import capture
-from kernels.operations import OPERATIONS, Operation, Tensors, assert_equal
+from kernels.operations import OPERATIONS, Operation, Tensors, assert_equal, on_gpu
 from kernels.support import at_an_odd_place
 
-pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("name", OPERATIONS)]
+pytestmark = pytest.mark.gpu
+every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
-def on_gpu(operation: Operation, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
-    return {name: t.to("cuda") for name, t in operation.make(seed, dtype).items()}
-
-
+@every_operation
 def test_tensors_at_odd_places(name: str) -> None:
     operation = OPERATIONS[name]
     tensors = on_gpu(operation, 0)
@@ -25,6 +25,7 @@ def test_tensors_at_odd_places(name: str) -> None:
     assert_equal(operation.results(moved, None), operation.results(tensors, None))
 
 
+@every_operation
 def test_graph_replay_with_changed_inputs(name: str) -> None:
     operation = OPERATIONS[name]
     static = on_gpu(operation, 1)
@@ -38,6 +39,33 @@ def test_graph_replay_with_changed_inputs(name: str) -> None:
         assert_equal(outputs, operation.results(fresh, None))
 
 
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "start" in name or "crop" in name])
+def test_graph_replay_draws_new_numbers(name: str) -> None:
+    operation = OPERATIONS[name]
+    static = on_gpu(operation, 1)
+
+    def draw() -> Tensors:
+        drawn = operation.results(static, None)
+        static["rng"][1].add_(1)
+        return drawn
+
+    graph, outputs = capture(draw)
+    seen = []
+    for seed, offset in ((7, 0), (7, 1), (8, 0)):
+        key = torch.tensor([seed, offset], device="cuda")
+        static["rng"].copy_(key)
+        for _ in range(2):
+            expected = operation.results({**static, "rng": key}, None)
+            graph.replay()
+            key[1] += 1
+            assert torch.equal(static["rng"], key)
+            assert_equal(outputs, expected)
+            seen.append(outputs["0"].clone())
+    for i, j in ((0, 1), (0, 4), (1, 3)):
+        assert (seen[i] != seen[j]).float().mean() > 0.3
+
+
+@every_operation
 def test_side_stream(name: str) -> None:
     """Inputs are written only after a while: a kernel that ran on another stream would see what was
     there before."""
@@ -55,6 +83,7 @@ def test_side_stream(name: str) -> None:
     assert_equal(results, operation.results(tensors, None))
 
 
+@every_operation
 def test_compiled_with_inductor_is_bit_identical(name: str) -> None:
     operation = OPERATIONS[name]
     tensors = on_gpu(operation, 3)
@@ -68,6 +97,7 @@ def test_compiled_with_inductor_is_bit_identical(name: str) -> None:
     assert_equal(one.results(tensors, None), operation.results(tensors, None))
 
 
+@every_operation
 def test_mixed_devices_are_refused(name: str) -> None:
     operation = OPERATIONS[name]
     tensors = on_gpu(operation, 4)
@@ -76,6 +106,7 @@ def test_mixed_devices_are_refused(name: str) -> None:
         operation.call({**tensors, key: tensors[key].cpu()}, None)
 
 
+@every_operation
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_a_card_that_is_not_current(name: str) -> None:
     operation = OPERATIONS[name]
@@ -86,3 +117,12 @@ def test_on_a_card_that_is_not_current(name: str) -> None:
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-4, msg=key)
         assert got[key].device == value.device == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
+def test_edges(edge: Callable[[Run], None]) -> None:
+    def run(operation: Operation, tensors: Tensors) -> Tensors:
+        given = {key: t.to("cuda") for key, t in tensors.items()}
+        return {key: t.cpu() for key, t in operation.results(given, "triton").items()}
+
+    edge(run)

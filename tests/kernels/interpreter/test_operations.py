@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.edges import EDGES, Run
 from kernels.operations import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal
 from kernels.support import at_an_odd_place
 from torch import Tensor
@@ -26,16 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     operation = OPERATIONS[name]
-    tensors = operation.make(0, dtype)
-    if operation.exact:
-        expected = operation.results(tensors, "reference")
-        assert_equal(operation.results(tensors, "triton"), expected)
-    elif name not in ("pgd_step-L2", "random_start-L2"):
-        operation.check(tensors)
-    else:
-        # Three sums, a division and a product, each relative to numbers below 1.
-        got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
-        torch.testing.assert_close(got, expected, rtol=0, atol=8 * 2.0**-23)
+    operation.check(operation.make(0, dtype))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -196,3 +188,8 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
 def test_opcheck(name: str) -> None:
     operator, arguments = OPERATORS[name]
     torch.library.opcheck(operator, arguments())
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
+def test_edges(edge: Callable[[Run], None]) -> None:
+    edge(lambda operation, tensors: operation.results(tensors, "triton"))
