@@ -171,7 +171,9 @@ def _splits(
     if loader == "auto":
         # On a CPU PyTorch copies and crops arrays faster than DALI.
         streamed = "dali" if device.type == "cuda" and has_dali() else "dataloader"
-        loader = "resident" if _num_bytes(content) <= _room(device) else streamed
+        arrays = [part for part in content.parts.values() if isinstance(part, Images)]
+        num_bytes = sum(math.prod(part.rows.shape) for part in arrays)
+        loader = "resident" if num_bytes <= _room(device) else streamed
 
     def plan(training_seed: int) -> BatchPlan:
         if config.unsup is None:
@@ -310,11 +312,6 @@ def _mixed(samples: Samples | None) -> Samples | None:
         return None
     generator = seeded_generator(_EVALUATION_SEED)
     return samples.subset(torch.randperm(len(samples), generator=generator))
-
-
-def _num_bytes(content: Content) -> int:
-    parts = content.parts.values()
-    return sum(math.prod(part.rows.shape) for part in parts if isinstance(part, Images))
 
 
 def _on_device(images: Images, device: torch.device, memory_format: torch.memory_format) -> Tensor:

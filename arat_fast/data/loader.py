@@ -234,13 +234,12 @@ def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Ten
     size = out.shape[1]
     square = out.numpy()
     if (height, width) == (size, size):
-        rows, columns = _overlap(top, size, image.shape[0]), _overlap(left, size, image.shape[1])
-        inside = image[rows.start : rows.stop, columns.start : columns.stop].transpose(2, 0, 1)
-        target_rows = slice(rows.start - top, rows.stop - top)
-        target_columns = slice(columns.start - left, columns.stop - left)
+        inside = image[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)]
+        inside = inside.transpose(2, 0, 1)
         if inside.shape != square.shape:
             square.fill(0)
-        square[:, target_rows, target_columns] = inside
+        first, left = max(-top, 0), max(-left, 0)
+        square[:, first : first + inside.shape[1], left : left + inside.shape[2]] = inside
         if mirror:
             square[:] = square[:, :, ::-1].copy()
     else:
@@ -249,12 +248,6 @@ def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Ten
             part.permute(2, 0, 1)[None], size=(size, size), mode="bilinear", antialias=True
         )
         square[:] = scaled[0].numpy()[:, :, :: -1 if mirror else 1]
-
-
-def _overlap(offset: int, size: int, length: int) -> range:
-    """The places of ``range(offset, offset + size)`` that lie in the image; empty if none does."""
-    start = max(offset, 0)
-    return range(start, max(min(offset + size, length), start))
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
