@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from arat_fast.data.arrays import StreamedBatches
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.data.dali import DaliBatches, has_dali
-from arat_fast.data.framing import Framing
-from arat_fast.data.images import LoaderBatches
+from arat_fast.data.framing import Framing, Shift
+from arat_fast.data.loader import LoaderBatches
 from arat_fast.data.plan import BatchPlan
+from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import FileImages, default_workers
-from arat_fast.datasets.rows import ArrayRows
+from arat_fast.datasets.rows import Images
 from arat_fast.settings import Count, Number
 from benchmarks import harness
 from benchmarks.contestants import all_contestants
@@ -180,37 +180,20 @@ def array_loaders(options: Options, device: torch.device) -> dict[str, Make]:
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (options.num_arrays, 32, 32, 3), dtype=np.uint8)
     labels = torch.from_numpy(rng.integers(0, 10, options.num_arrays))
+    framing = Shift(PADDING, flip=True)
 
     def resident(workers: int) -> Loader:
         batches = ResidentBatches(
             torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device),
             labels.to(device),
             CLASSES,
-            batch_size=options.batch_size,
-            shuffle=True,
-            padding=PADDING,
-            flip=True,
+            BatchPlan(options.num_arrays, options.batch_size, shuffle=True),
+            framing,
         )
         return Loader(batches.epoch, bool)
 
-    def streamed(loader: str, workers: int) -> Loader:
-        batches = StreamedBatches(
-            ArrayRows(pixels),
-            labels,
-            CLASSES,
-            BatchPlan(options.num_arrays, options.batch_size, shuffle=True),
-            device=device,
-            loader=loader,
-            padding=PADDING,
-            flip=True,
-            num_workers=workers,
-        )
-        return Loader(batches.epoch, batches.close)
-
     makes: dict[str, Make] = {"resident": resident}
-    if has_dali():
-        makes["dali"] = partial(streamed, "dali")
-    makes["dataloader"] = partial(streamed, "dataloader")
+    makes |= _streamed(Images.of_pixels(pixels, labels), framing, options, device)
     cut = transforms.RandomCrop(32, PADDING)
     samples = _PerSample(len(labels), lambda index: Image.fromarray(pixels[index]), cut)
     makes["torchvision"] = partial(_usual, samples, options, device)
@@ -221,27 +204,24 @@ def file_loaders(files: list[Path], options: Options, device: torch.device) -> d
     """The contestants for JPEG files: random resized crop to 224 × 224, flip."""
     source = FileImages([(file, index % 10) for index, file in enumerate(files)])
     framing = Framing(224, "resized", random=True, flip=True)
-
-    def ours(kind: type[DaliBatches] | type[LoaderBatches], workers: int) -> Loader:
-        batches = kind(
-            source,
-            CLASSES,
-            framing,
-            batch_size=options.batch_size,
-            device=device,
-            shuffle=True,
-            num_workers=workers,
-        )
-        return Loader(batches.epoch, batches.close)
-
-    makes: dict[str, Make] = {}
-    if has_dali():
-        makes["dali"] = partial(ours, DaliBatches)
-    makes["dataloader"] = partial(ours, LoaderBatches)
+    makes = _streamed(source, framing, options, device)
     cut = transforms.RandomResizedCrop(224)
     samples = _PerSample(len(files), lambda index: Image.open(files[index]).convert("RGB"), cut)
     makes["torchvision"] = partial(_usual, samples, options, device)
     return makes
+
+
+def _streamed(
+    samples: Samples, framing: Shift | Framing, options: Options, device: torch.device
+) -> dict[str, Make]:
+    plan = BatchPlan(len(samples), options.batch_size, shuffle=True)
+
+    def make(kind: type[DaliBatches] | type[LoaderBatches], workers: int) -> Loader:
+        batches = kind(samples, CLASSES, plan, framing, device=device, num_workers=workers)
+        return Loader(batches.epoch, batches.close)
+
+    makes: dict[str, Make] = {"dali": partial(make, DaliBatches)} if has_dali() else {}
+    return {**makes, "dataloader": partial(make, LoaderBatches)}
 
 
 class _PerSample(Dataset[tuple[Tensor, int]]):

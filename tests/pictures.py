@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -65,3 +66,13 @@ def tar_shard(path: Path, first: int, number: int, suffix: str = ".jpg") -> Path
             add_member(tar, f"sample/{index:05}{suffix}", encoded(picture(index), suffix))
             add_member(tar, f"sample/{index:05}.cls", str(index % len(CLASSES)).encode())
     return path
+
+
+class Planted:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)

@@ -22,9 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arat_fast.data.framing import Framing
-from arat_fast.data.images import EncodedBatches, cut_out, read_ahead
-from arat_fast.datasets.encoded import decode_image, image_size
+from arat_fast.data.batches import Batch
+from arat_fast.data.crops import to_unit_range
+from arat_fast.data.framing import Boxes, Framing, Shift
+from arat_fast.data.loader import StreamedBatches, cut_out, read_ahead
+from arat_fast.datasets.encoded import EncodedImages, decode_image, image_size
 from arat_fast.extras import install_command
 
 QUEUE_DEPTH = 2
@@ -50,139 +52,141 @@ def require_dali() -> None:
         )
 
 
+NO_BOXES: Boxes = np.zeros((0, 4), np.int64)
 Label = TypeVar("Label")
 Inputs = dict[str, Any]
 
 
-class _Encoded(NamedTuple):
-    """One batch on its way to the decoder: contents of the files, boxes (N, 4) and mirror (N,)."""
+class _Fed(NamedTuple):
+    """One batch on its way through DALI; of files also their contents, boxes (N, 4), the part
+    (N, 4) of each image that is decoded, and mirror (N,)."""
 
     samples: list[int]
-    contents: list[bytes]
-    boxes: npt.NDArray[np.int64]
-    mirror: npt.NDArray[np.bool_]
-    # (N, 4): the part of each image that is decoded.
-    regions: npt.NDArray[np.int64]
+    contents: tuple[bytes, ...] = ()
+    boxes: Boxes = NO_BOXES
+    regions: Boxes = NO_BOXES
+    mirror: npt.NDArray[np.bool_] = NO_BOXES[:, 0] > 0
 
 
-class DaliBatches(EncodedBatches):
-    """:class:`EncodedBatches` by DALI; arguments as there.
+class DaliBatches(StreamedBatches):
+    """:class:`StreamedBatches` by DALI; arguments as there.
 
     On a CPU, DALI decodes no more than what is cut out, in ``num_workers`` threads (at least one),
     and PyTorch scales it: pixels are those of :class:`LoaderBatches`. On a GPU everything is done
     there; PNG and other files that the GPU cannot decode are decoded by the CPU first.
 
     Raises:
-        ValueError: as for :class:`EncodedBatches`; DALI is not installed.
+        ValueError: as for :class:`StreamedBatches`; DALI is not installed.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         require_dali()
-        self._pipeline: DaliStream | None = None
+        _, height, width = self.image_shape
+        make: Callable[..., Any] = partial(array_pipeline, (height, width))
+        if isinstance(self.framing, Framing):
+            make = partial(image_pipeline, self.framing)
+        build = partial(make, num_threads=max(self.num_workers, 1), device=self.device)
+        self._alone = partial(build, batch_size=1)
+        self._stream = DaliStream(partial(build, batch_size=self.plan.largest_share), self.device)
 
     def close(self) -> None:
         """Give up DALI's threads and memory; the next epoch takes others."""
-        if self._pipeline is not None:
-            self._pipeline.close()
+        self._stream.close()
 
-    def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
-        if self._pipeline is None:
-            self._pipeline = DaliStream(
-                partial(
-                    image_pipeline,
-                    self.framing,
-                    batch_size=self.plan.largest_share,
-                    num_threads=max(self.num_workers, 1),
-                    device=self.device,
-                ),
-                self.device,
-            )
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """As :meth:`Batches.epoch`."""
         on_gpu = self.device.type == "cuda"
         with ThreadPoolExecutor(max(self.num_workers, 1)) as readers:
-            feed = partial(self.feed, epoch, read=readers.map)
+            feed = partial(self._feed, readers, epoch)
             with closing(read_ahead(feed, range(start_batch, len(self)))) as fed:
-                for encoded, outputs in self._pipeline.run(fed):
+                for batch, outputs in self._stream.run(fed):
                     if isinstance(outputs, RuntimeError):
-                        raise self._explain(encoded, outputs) from outputs
-                    images = as_tensor(outputs) if on_gpu else self._finish(encoded, outputs)
-                    labels = self.source.labels[torch.tensor(encoded.samples)]
-                    yield images, labels.to(self.device, non_blocking=True)
+                        raise self._explain(batch, outputs) from outputs
+                    whole = on_gpu or isinstance(self.framing, Shift)
+                    pixels = as_tensor(outputs) if whole else self._finish(batch, outputs)
+                    x = to_unit_range(pixels, self.max_value, self._buffers)
+                    labels = self.samples.labels[torch.tensor(batch.samples)]
+                    # A copy from other memory than this can wait for the steps before it.
+                    labels = labels.pin_memory() if on_gpu else labels
+                    yield Batch(
+                        x.contiguous(memory_format=self.memory_format),
+                        labels.to(self.device, non_blocking=True),
+                    )
 
-    def feed(
-        self, epoch: int, number: int, *, read: Callable[..., Iterable[Any]] = map
-    ) -> tuple[_Encoded, Inputs]:
-        """One batch, and what :func:`image_pipeline` is fed for it.
-
-        Args:
-            epoch: >= 0.
-            number: of the batch.
-            read: applies a function to every sample, as :func:`map`; that of a pool of threads
-                reads several files at a time.
-        """
-        index = self.plan.samples(epoch, number).tolist()
-        contents, sizes = zip(*read(self._read, index), strict=True)
+    def _feed(self, readers: ThreadPoolExecutor, epoch: int, number: int) -> tuple[_Fed, Inputs]:
+        """One batch, and what its pipeline is fed for it."""
+        chosen = self.plan.samples(epoch, number)
+        index = chosen.tolist()
+        if not isinstance(self.samples, EncodedImages):
+            offsets = self.framing.offsets(self.plan, epoch, number).numpy()
+            return _Fed(index), {
+                "images": np.ascontiguousarray(self.samples.rows.take(chosen.numpy())),
+                "start": offsets[:, :2] - np.int32(self.framing.padding),
+                "mirror": offsets[:, 2].copy(),
+            }
+        assert isinstance(self.framing, Framing)
+        read = partial(_read, self.samples)
+        contents, sizes = zip(*readers.map(read, index), strict=True)
         heights, widths = np.array(sizes).T
         draws = self.framing.draw(self.plan, epoch, number)
         boxes, mirror = self.framing.place(heights, widths, draws)
-        encoded = _Encoded(index, list(contents), boxes, mirror, inside(boxes, heights, widths))
-        return encoded, {
+        batch = _Fed(index, contents, boxes, inside(boxes, heights, widths), mirror)
+        return batch, {
             "encoded": [np.frombuffer(content, np.uint8) for content in contents],
-            "region": list(encoded.regions.astype(np.int32)),
-            "shift": list((boxes - encoded.regions)[:, :2].astype(np.int32)),
+            "region": list(batch.regions.astype(np.int32)),
+            "shift": list((boxes - batch.regions)[:, :2].astype(np.int32)),
             "mirror": list(mirror.astype(np.int32)),
         }
 
-    def _read(self, index: int) -> tuple[bytes, tuple[int, int]]:
-        """A file, and the height and width of its image."""
-        content, name = self.source.read(index), self.source.name(index)
-        if may_be_cut(content):
-            decode_image(content, name)
-        return content, image_size(content, name)
-
-    def _finish(self, encoded: _Encoded, outputs: Any) -> Tensor:
-        size = self.framing.size
-        images = self._buffers.empty((len(encoded.samples), 3, size, size), torch.uint8)
-        boxes = encoded.boxes.copy()
-        boxes[:, :2] -= encoded.regions[:, :2]
-        for place, (box, mirror) in enumerate(zip(boxes.tolist(), encoded.mirror, strict=True)):
+    def _finish(self, batch: _Fed, outputs: Any) -> Tensor:
+        images = self._buffers.empty((len(batch.samples), *self.image_shape), torch.uint8)
+        boxes = batch.boxes.copy()
+        boxes[:, :2] -= batch.regions[:, :2]
+        for place, (box, mirror) in enumerate(zip(boxes.tolist(), batch.mirror, strict=True)):
             cut_out(np.asarray(outputs[0][place]), box, bool(mirror), images[place])
         return images
 
-    def _explain(self, encoded: _Encoded, error: RuntimeError) -> Exception:
+    def _explain(self, batch: _Fed, error: RuntimeError) -> Exception:
         """Which file of a batch DALI could not decode, or what else is wrong."""
-        for index, content in zip(encoded.samples, encoded.contents, strict=True):
-            try:
-                decode_image(content, self.source.name(index))
-            except ValueError as found:
-                return found
+        source = self.samples
         reason = told(error)
-        refused = next((i for i in encoded.samples if not self._decodes(i)), None)
-        # Where no file can be decoded, it is not the file: memory is short, or the device fails.
-        if refused is not None and any(map(self._decodes, encoded.samples)):
-            return ValueError(
-                f"{self.source.name(refused)}: DALI cannot decode it, though Pillow can; "
-                f"--data.loader dataloader reads it; DALI says: {reason}"
-            )
+        if isinstance(source, EncodedImages):
+            for index, content in zip(batch.samples, batch.contents, strict=True):
+                try:
+                    decode_image(content, source.name(index))
+                except ValueError as found:
+                    return found
+            decodes = partial(self._decodes, source)
+            refused = next((i for i in batch.samples if not decodes(i)), None)
+            # Where none can be decoded, it is not the file: memory is short, or the device fails.
+            if refused is not None and any(map(decodes, batch.samples)):
+                return ValueError(
+                    f"{source.name(refused)}: DALI cannot decode it, though Pillow can; "
+                    f"--data.loader dataloader reads it; DALI says: {reason}"
+                )
         kind = torch.OutOfMemoryError if "out of memory" in str(error) else RuntimeError
-        return kind(f"DALI cannot make a batch of {len(encoded.samples)} images: {reason}")
+        return kind(f"DALI cannot make a batch of {len(batch.samples)} images: {reason}")
 
-    def _decodes(self, index: int) -> bool:
+    def _decodes(self, source: EncodedImages, index: int) -> bool:
         """Whether DALI can decode a file alone."""
-        content = self.source.read(index)
-        height, width = image_size(content, self.source.name(index))
-        pipeline = image_pipeline(self.framing, batch_size=1, num_threads=1, device=self.device)
+        content, (height, width) = _read(source, index)
         inputs: Inputs = {
             "encoded": [np.frombuffer(content, np.uint8)],
             "region": [np.array([0, 0, height, width], np.int32)],
             "shift": [np.zeros(2, np.int32)],
             "mirror": [np.int32(0)],
         }
-        for _, outputs in DaliStream(lambda: pipeline, self.device).run([(None, inputs)]):
-            if isinstance(outputs, RuntimeError):
-                return False
-        return True
+        ((_, outputs),) = DaliStream(self._alone, self.device).run([(None, inputs)])
+        return not isinstance(outputs, RuntimeError)
+
+
+def _read(source: EncodedImages, index: int) -> tuple[bytes, tuple[int, int]]:
+    """A file, and the height and width of its image."""
+    content, name = source.read(index), source.name(index)
+    if may_be_cut(content):
+        decode_image(content, name)
+    return content, image_size(content, name)
 
 
 def may_be_cut(content: bytes) -> bool:
@@ -237,8 +241,7 @@ def image_pipeline(
     from nvidia.dali import fn, types
 
     on_gpu = device.type == "cuda"
-    pipeline = _pipeline(batch_size, num_threads, device)
-    with pipeline:
+    with _pipeline(batch_size, num_threads, device) as pipeline:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         region = fn.external_source(name="region", dtype=types.INT32, ndim=1)
         shift = fn.external_source(name="shift", dtype=types.INT32, ndim=1)
@@ -255,21 +258,14 @@ def image_pipeline(
             adjust_orientation=False,
         )
         if on_gpu if whole is None else whole:
-            size = [framing.size, framing.size]
+            size = (framing.size, framing.size)
             if framing.kind == "resized":
                 images = fn.resize(
                     images, size=size, interp_type=types.INTERP_LINEAR, antialias=True
                 )
             else:
-                images = fn.slice(
-                    images,
-                    start=shift,
-                    shape=size,
-                    axis_names="HW",
-                    out_of_bounds_policy="pad",
-                    fill_values=0,
-                )
-            images = fn.transpose(fn.flip(images, horizontal=mirror), perm=[2, 0, 1])
+                images = _cropped(images, shift, size)
+            images = _turned(images, mirror)
         # An input that nothing depends on could not be fed.
         pipeline.set_outputs(images, shift, mirror)
     pipeline.build()
@@ -277,38 +273,41 @@ def image_pipeline(
 
 
 def array_pipeline(
-    *, batch_size: int, num_threads: int, size: tuple[int, int], device: torch.device
+    size: tuple[int, int], *, batch_size: int, num_threads: int, device: torch.device
 ) -> Any:
     """A DALI pipeline with the inputs "images" (height, width, channels), "start" (first row and
     column of the crop, beyond the image there are zeros) and "mirror" (0 or 1); what comes out is
-    (channels, height, width), uint8.
-
-    Args:
-        batch_size: the largest batch.
-        num_threads: of the CPU, >= 1.
-        size: height and width of the images.
-        device: which crops and mirrors.
-    """
+    (channels, height, width), uint8. Arguments as of :func:`image_pipeline`; ``size`` is the height
+    and width of the images."""
     from nvidia.dali import fn, types
 
-    on_gpu = device.type == "cuda"
-    pipeline = _pipeline(batch_size, num_threads, device)
-    with pipeline:
-        images = fn.external_source(name="images", dtype=types.UINT8, ndim=3)
+    with _pipeline(batch_size, num_threads, device) as pipeline:
+        images = fn.external_source(name="images", dtype=types.UINT8, ndim=3, layout="HWC")
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
         mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
-        cropped = fn.slice(
-            images.gpu() if on_gpu else images,
-            start=start,
-            shape=list(size),
-            axes=[0, 1],
-            out_of_bounds_policy="pad",
-            fill_values=0,
-        )
-        flipped = fn.flip(fn.reinterpret(cropped, layout="HWC"), horizontal=mirror)
-        pipeline.set_outputs(fn.transpose(flipped, perm=[2, 0, 1]))
+        images = images.gpu() if device.type == "cuda" else images
+        pipeline.set_outputs(_turned(_cropped(images, start, size), mirror))
     pipeline.build()
     return pipeline
+
+
+def _cropped(images: Any, start: Any, size: tuple[int, int]) -> Any:
+    from nvidia.dali import fn
+
+    return fn.slice(
+        images,
+        start=start,
+        shape=size,
+        axis_names="HW",
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+
+
+def _turned(images: Any, mirror: Any) -> Any:
+    from nvidia.dali import fn
+
+    return fn.transpose(fn.flip(images, horizontal=mirror), perm=[2, 0, 1])
 
 
 def _pipeline(batch_size: int, num_threads: int, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""How an image of any size becomes a square: crop, scale, mirror; the same for every loader."""
+"""How images are cropped, scaled and mirrored; the same for every loader."""
 
 from __future__ import annotations
 
@@ -29,8 +29,60 @@ Boxes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Shift:
+    """What is cut out of images that keep their size, which are arrays already.
+
+    Args:
+        padding: pixels of zeros around the image before a random crop of its own size; 0: no crop.
+        flip: mirror half of the images horizontally.
+    """
+
+    padding: int = 0
+    flip: bool = False
+
+    def offsets(self, plan: BatchPlan, epoch: int, number: int) -> Tensor:
+        """Where to crop and what to mirror in this rank's share of a batch, for
+        :func:`arat_kernels.crop_flip.crop_flip`.
+
+        The draws belong to the places of the whole batch, whatever the number of ranks.
+
+        Returns:
+            (N, 3), int32, on the CPU: first row and column of the crop in the padded image, and 1
+            to mirror it.
+        """
+        share, batch = plan.share(number), plan.batch(number)
+        if not self.padding and not self.flip:
+            return torch.zeros(share.stop - share.start, 3, dtype=torch.int32)
+        generator = seeded_generator(plan.seed, epoch, number)
+        draws = draw_crop_flip(batch.stop - batch.start, self.padding, generator)[share]
+        draws[:, 2] *= self.flip
+        return draws
+
+
+NO_SHIFT = Shift()
+"""Images as they are."""
+
+
+def draw_crop_flip(num_samples: int, padding: int, generator: torch.Generator) -> Tensor:
+    """Where to crop and what to mirror, for :func:`arat_kernels.crop_flip.crop_flip`.
+
+    Args:
+        num_samples: images.
+        padding: pixels on each side.
+        generator: on the CPU, so that every device sees the same draws.
+
+    Returns:
+        (num_samples, 3), int32: first row and column of the crop in the padded image, uniform in
+        [0, 2 * padding], and 1 to mirror it, with probability 1/2, else 0.
+    """
+    corner = torch.randint(2 * padding + 1, (2, num_samples), generator=generator)
+    mirror = torch.rand(num_samples, generator=generator) < 0.5
+    return torch.stack([*corner, mirror.to(torch.int64)], dim=1).int()
+
+
+@dataclass(frozen=True)
 class Framing:
-    """What is cut out of an image.
+    """What is cut out of an image of any size: a square.
 
     Args:
         size: height and width of the result, in pixels, >= 1.
@@ -59,11 +111,6 @@ class Framing:
         if self.padding < 0:
             raise ValueError(f"padding must be >= 0, got {self.padding}")
 
-    @property
-    def draws(self) -> bool:
-        """Whether anything is left to chance."""
-        return self.random or self.flip
-
     def draw(self, plan: BatchPlan, epoch: int, number: int) -> Tensor:
         """Random numbers of this rank's share of a batch, (N, 3 + 2 ATTEMPTS), float64, in [0, 1).
 
@@ -71,18 +118,14 @@ class Framing:
         """
         batch = plan.batch(number)
         shape = (batch.stop - batch.start, 3 + 2 * ATTEMPTS)
-        if not self.draws:
+        if not (self.random or self.flip):
             return torch.zeros(shape, dtype=torch.float64)[plan.share(number)]
         generator = seeded_generator(plan.seed, epoch, number)
         return torch.rand(shape, generator=generator, dtype=torch.float64)[plan.share(number)]
 
     def offsets(self, plan: BatchPlan, epoch: int, number: int) -> Tensor:
-        """This rank's share of a batch of images of ``size`` pixels for
-        :func:`arat_kernels.crop_flip.crop_flip`: the same crops as of their files, kind "pad".
-
-        Returns:
-            (N, 3), int32: first row and column of the crop in the padded image, and 1 to mirror it.
-        """
+        """As :meth:`Shift.offsets`, of images of ``size`` pixels: the same crops as of their files,
+        kind "pad"."""
         draws = self.draw(plan, epoch, number)
         sizes = [self.size] * len(draws)
         boxes, mirror = self.place(sizes, sizes, draws)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,26 +47,6 @@ SHEET = (6, 8)
 _CAPTION = 16
 _GAP = 8
 _PIXELS = 2**20
-
-
-class _Opened(NamedTuple):
-    """A dataset.
-
-    Attributes:
-        kind: in words.
-        use: the command that trains on it; empty if none does.
-        classes: class names, one per label; empty where there are no labels.
-        parts: the splits; of some only the first images can be looked at, as their length says.
-        bad: files in its class folders that are no images, and why.
-        note: on the splits; empty for none.
-    """
-
-    kind: str
-    use: str
-    classes: tuple[str, ...]
-    parts: Mapping[str, Samples]
-    bad: tuple[str, ...] = ()
-    note: str = ""
 
 
 @dataclass
@@ -153,12 +133,9 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
         raise ValueError(f"max_samples must be >= 1, got {max_samples}")
     if not path.exists():
         raise FileNotFoundError(f"nothing at {path}, expected a dataset's file or folder")
-    opened = _open(path)
-    parts, classes = list(opened.parts.values()), opened.classes
-    found = Inspection(
-        path, opened.kind, opened.use, classes, note=opened.note, bad=list(opened.bad)
-    )
-    for split, part in opened.parts.items():
+    found, splits = _open(path)
+    parts, classes = list(splits.values()), found.classes
+    for split, part in splits.items():
         found.counts[split] = len(part.labels)
         counted = torch.bincount(part.labels, minlength=len(classes))
         for name, count in zip(classes, counted.tolist(), strict=False):
@@ -200,36 +177,41 @@ def _places(parts: list[Samples], numbers: npt.NDArray[np.int64]) -> list[tuple[
     return [(parts[w], n - starts[w]) for w, n in zip(which, numbers.tolist(), strict=True)]
 
 
-def _open(path: Path) -> _Opened:
+def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
+    """What a dataset is, not yet looked at, and its splits; of some only the first images can be
+    looked at, as their length says."""
     if path.is_file():
         return _open_file(path)
     if (path / "images.npy").is_file():
         arrays = array_folder(path)
         classes, labels = _numbered(arrays.labels)
         parts = {"images": dataclasses.replace(arrays, labels=labels)}
-        return _Opened(OWN["arrays"], _command("arrays", path), classes, parts, (), ALL_OR_A_TENTH)
+        use = _command("arrays", path)
+        return Inspection(path, OWN["arrays"], use, classes, note=ALL_OR_A_TENTH), parts
     for dataset in DATASETS.values():
         for place, kind in dataset.places.items():
             root = path.parent if path.name == place else path
             if (root / place).exists():
                 content = dataset.read(root)
-                return _Opened(kind, _command(dataset.name, root), content.classes, content.parts)
+                use = _command(dataset.name, root)
+                return Inspection(path, kind, use, content.classes), content.parts
     dataset = own_dataset(path)
     if dataset.name == "folder" and not has_class_folders(path):
         files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         flat = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
         if flat:
             unlabelled = FileImages([(file, 0) for file in flat])
-            return _Opened("images without classes", "", (), {"images": unlabelled})
+            return Inspection(path, "images without classes"), {"images": unlabelled}
     content, use, note = dataset.read(path), _command(dataset.name, path), ""
     try:
         content, note = with_test_images(content), "" if content.test is not None else HELD_OUT
     except ValueError as error:
         use, note = "", str(error)
-    return _Opened(OWN[dataset.name], use, content.classes, content.parts, content.bad, note)
+    kind, bad = OWN[dataset.name], list(content.bad)
+    return Inspection(path, kind, use, content.classes, note=note, bad=bad), content.parts
 
 
-def _open_file(path: Path) -> _Opened:
+def _open_file(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
     if path.suffix == ".npz":
         shape, all_labels = open_npz(path)
         classes, labels = _numbered(all_labels)
@@ -239,11 +221,11 @@ def _open_file(path: Path) -> _Opened:
         )
         # An archive is read from its start: a part of it is enough to look at.
         first = Images(ArrayRows(first_images(path, 2048)), labels)
-        return _Opened(kind, "", classes, {"images": first})
+        return Inspection(path, kind, classes=classes), {"images": first}
     if path.suffix == ".tar":
         shard = index_shards([path])
         classes, shard.labels = _numbered(shard.labels)
-        return _Opened("a tar shard", "", classes, {"images": shard})
+        return Inspection(path, "a tar shard", classes=classes), {"images": shard}
     raise ValueError(
         f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
     )

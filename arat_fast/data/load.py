@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from arat_fast.config import DataConfig
-from arat_fast.data.arrays import StreamedBatches
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.fingerprint import Fingerprint, fingerprint, names_below
-from arat_fast.data.framing import Framing
+from arat_fast.data.framing import NO_SHIFT, Framing, Shift
 from arat_fast.data.holdout import with_test_images, with_validation_images
-from arat_fast.data.images import LoaderBatches
+from arat_fast.data.loader import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
 from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.base import Samples
@@ -146,7 +145,7 @@ def _splits(
     content = with_validation_images(with_test_images(content), config.num_val)
     identity = fingerprint(content.train.labels, names_below(content.train, root))
     loader: str = config.loader
-    framing = None
+    framing: Shift | Framing = Shift(config.padding, config.flip)
     if isinstance(content.train, EncodedImages):
         if config.unsup is not None:
             raise ValueError(
@@ -172,7 +171,9 @@ def _splits(
     if loader == "auto":
         # On a CPU PyTorch copies and crops arrays faster than DALI.
         streamed = "dali" if device.type == "cuda" and has_dali() else "dataloader"
-        loader = "resident" if _num_bytes(content) <= _room(device) else streamed
+        arrays = [part for part in content.parts.values() if isinstance(part, Images)]
+        num_bytes = sum(math.prod(part.rows.shape) for part in arrays)
+        loader = "resident" if num_bytes <= _room(device) else streamed
 
     def plan(training_seed: int) -> BatchPlan:
         if config.unsup is None:
@@ -188,114 +189,60 @@ def _splits(
             shard=shard,
         )
 
-    make = _Batches(config, content, device, loader, framing, memory_format)
-    train, probe = make.training(plan(seed), plan(_probe_seed(seed)))
+    def evaluated(samples: Samples) -> Batches:
+        still = Framing(framing.size, framing.kind) if isinstance(framing, Framing) else NO_SHIFT
+        return make(samples, [BatchPlan(len(samples), eval_batch_size)], still)[0]
+
+    make = partial(_batches, config, content, loader, device)
+    plans = [plan(seed), plan(seeded_generator(seed, _PROBE_STREAM).initial_seed())]
+    train, probe = make(content.train, plans, framing, memory_format)
     assert content.test is not None
-    return DataSplits(
-        train=train,
-        probe=probe,
-        val=None if content.val is None else make.evaluated(content.val, eval_batch_size),
-        test=make.evaluated(content.test, eval_batch_size),
-        fingerprint=identity,
-        skipped=skipped,
-    )
+    val = None if content.val is None else evaluated(content.val)
+    return DataSplits(train, probe, val, evaluated(content.test), identity, skipped)
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """Batches of a dataset by one loader.
-
-    Attributes:
-        config: how many at a time, and how training augments them.
-        content: of the dataset.
-        device: where they go.
-        loader: "resident", "dali" or "dataloader".
-        framing: what training cuts out of image files; None for images that were arrays already.
-        memory_format: of the training images that stay on the device.
-    """
-
-    config: DataConfig
-    content: Content
-    device: torch.device
-    loader: str
-    framing: Framing | None
-    memory_format: torch.memory_format
-
-    def training(self, *plans: BatchPlan) -> list[Batches]:
-        """The training images, as often as there are plans; they lie on the device once."""
-        padding, flip = self.config.padding, self.config.flip
-        return self._make(
-            self.content.train, plans, self.framing, padding, flip, self.memory_format
-        )
-
-    def evaluated(self, samples: Samples, batch_size: int) -> Batches:
-        """Images in their order, not augmented."""
-        framing = None if self.framing is None else Framing(self.framing.size, self.framing.kind)
-        plan = BatchPlan(len(samples), batch_size)
-        return self._make(samples, (plan,), framing, 0, False, torch.contiguous_format)[0]
-
-    def _make(
-        self,
-        samples: Samples,
-        plans: tuple[BatchPlan, ...],
-        framing: Framing | None,
-        padding: int,
-        flip: bool,
-        memory_format: torch.memory_format,
-    ) -> list[Batches]:
-        classes, device, num_workers = self.content.classes, self.device, self.config.num_workers
-        if isinstance(samples, EncodedImages):
-            assert framing is not None
-            kind = DaliBatches if self.loader == "dali" else LoaderBatches
-            return [
-                kind(
-                    samples,
-                    classes,
-                    framing,
-                    batch_size=plan.batch_size,
-                    device=device,
-                    shuffle=plan.shuffle,
-                    seed=plan.seed,
-                    shard=plan.shard,
-                    num_workers=num_workers,
-                )
-                for plan in plans
-            ]
-        if self.loader != "resident":
-            return [
-                StreamedBatches(
-                    samples.rows,
-                    samples.labels,
-                    classes,
-                    plan,
-                    device=device,
-                    loader=self.loader,
-                    max_value=self.content.max_value,
-                    padding=padding,
-                    flip=flip,
-                    memory_format=memory_format,
-                    num_workers=num_workers,
-                )
-                for plan in plans
-            ]
-        # Once for all: on a CPU in the format of the batches, as ResidentBatches keeps it.
-        stored = memory_format if device.type == "cpu" else torch.contiguous_format
-        x, y = _on_device(samples, device, stored), samples.labels.to(device)
+def _batches(
+    config: DataConfig,
+    content: Content,
+    loader: str,
+    device: torch.device,
+    samples: Samples,
+    plans: list[BatchPlan],
+    framing: Shift | Framing,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> list[Batches]:
+    """The samples by one loader, as often as there are plans; they lie on the device once."""
+    if loader != "resident":
+        kind = DaliBatches if loader == "dali" else LoaderBatches
         return [
-            ResidentBatches(
-                x,
-                y,
-                classes,
-                batch_size=plan.batch_size,
-                max_value=self.content.max_value,
-                padding=padding,
-                flip=flip,
+            kind(
+                samples,
+                content.classes,
+                plan,
+                framing,
+                device=device,
+                max_value=content.max_value,
                 memory_format=memory_format,
-                plan=plan,
-                framing=framing,
+                num_workers=config.num_workers,
             )
             for plan in plans
         ]
+    assert isinstance(samples, Images)
+    # On a CPU in the format of the batches, as ResidentBatches keeps it.
+    stored = memory_format if device.type == "cpu" else torch.contiguous_format
+    x, y = _on_device(samples, device, stored), samples.labels.to(device)
+    return [
+        ResidentBatches(
+            x,
+            y,
+            content.classes,
+            plan,
+            framing,
+            max_value=content.max_value,
+            memory_format=memory_format,
+        )
+        for plan in plans
+    ]
 
 
 def _in_arrays(content: Content, size: int, expected: str) -> Content:
@@ -367,11 +314,6 @@ def _mixed(samples: Samples | None) -> Samples | None:
     return samples.subset(torch.randperm(len(samples), generator=generator))
 
 
-def _num_bytes(content: Content) -> int:
-    parts = content.parts.values()
-    return sum(math.prod(part.rows.shape) for part in parts if isinstance(part, Images))
-
-
 def _on_device(images: Images, device: torch.device, memory_format: torch.memory_format) -> Tensor:
     """All images on the device, (num_samples, C, H, W), uint8; a memory map is copied in parts, so
     that it is never in the memory of the host as a whole beside its copy."""
@@ -400,7 +342,3 @@ def _room(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):
         return 2**32
-
-
-def _probe_seed(seed: int) -> int:
-    return seeded_generator(seed, _PROBE_STREAM).initial_seed()

@@ -65,16 +65,14 @@ def _read_binary(name: str, folder: Path) -> Content:
 
 def _binary_images(paths: list[Path], num_labels: int) -> Images:
     record = num_labels + 3 * 32 * 32
-    contents = []
-    for path in paths:
-        content = np.fromfile(path, np.uint8)
+    contents = [np.fromfile(path, np.uint8) for path in paths]
+    for path, content in zip(paths, contents, strict=True):
         if not len(content) or len(content) % record:
             raise ValueError(
                 f"{path}: expected records of {record} bytes, got {len(content)} bytes: it is "
                 "damaged"
             )
-        contents.append(content.reshape(-1, record))
-    records = np.concatenate(contents)
+    records = np.concatenate(contents).reshape(-1, record)
     images = np.ascontiguousarray(records[:, num_labels:]).reshape(-1, 3, 32, 32)
     # CIFAR-100 has the coarse label first.
     labels = torch.from_numpy(records[:, num_labels - 1].astype(np.int64))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
@@ -64,24 +63,18 @@ def class_folders(root: Path) -> Content:
                 raise ValueError(
                     f"{folder}: expected the classes of {train}, got {held_out.name} too"
                 )
-        samples, others = _files(folder, classes)
+        samples = []
+        for label, name in enumerate(classes):
+            files, others = image_files(folder / name)
+            if not files:
+                raise ValueError(
+                    f"{folder / name}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none; "
+                    "remove the class from every split, or add images"
+                )
+            samples += [(file, label) for file in files]
+            bad += others
         parts[split] = FileImages(samples)
-        bad += others
     return Content.of_splits(parts, classes, tuple(bad))
-
-
-def _files(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]], list[str]]:
-    samples, bad = [], []
-    for label, name in enumerate(classes):
-        files, others = image_files(folder / name)
-        if not files:
-            raise ValueError(
-                f"{folder / name}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none; "
-                "remove the class from every split, or add images"
-            )
-        samples += [(file, label) for file in files]
-        bad += others
-    return samples, bad
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:

@@ -65,8 +65,7 @@ class MappedRows:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if hasattr(mmap, "MADV_RANDOM"):
                 self._map.madvise(mmap.MADV_RANDOM)
-        num_bytes = int(np.prod(self.shape))
-        pixels = np.frombuffer(self._map, np.uint8, num_bytes, self._offset).reshape(self.shape)
+        pixels: Pixels = np.ndarray(self.shape, np.uint8, self._map, self._offset)
         taken = pixels[index]
         del pixels
         if hasattr(mmap, "MADV_DONTNEED"):
@@ -108,10 +107,8 @@ class JoinedRows:
     def __init__(self, parts: Sequence[Rows]) -> None:
         for part in parts:
             if part.shape[1:] != parts[0].shape[1:]:
-                raise ValueError(
-                    f"images of {_size(parts[0])} and of {_size(part)} cannot be mixed, expected "
-                    "one size"
-                )
+                sizes = ("x".join(map(str, rows.shape[1:])) for rows in (parts[0], part))
+                raise ValueError(f"images of {' and of '.join(sizes)} cannot be mixed")
         self.parts = tuple(parts)
         self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
         self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
@@ -248,7 +245,3 @@ def read_labels(file: IO[bytes], path: Path, number: int) -> Tensor:
     if low < 0 or high > HIGHEST_LABEL:
         raise ValueError(f"{path}: expected labels in [0, 2^63), got {low} to {high}")
     return torch.from_numpy(y.astype(np.int64))
-
-
-def _size(rows: Rows) -> str:
-    return "x".join(map(str, rows.shape[1:]))

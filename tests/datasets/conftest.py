@@ -14,6 +14,7 @@ import scipy.io
 from PIL import Image
 from torchvision import datasets
 
+from arat_fast.datasets.cifar import BINARY as CIFAR_BINARY
 from arat_fast.datasets.imagenette import CLASSES as IMAGENETTE_CLASSES
 
 
@@ -77,6 +78,22 @@ class PublishedFiles:
             self.monkeypatch.setattr(dataset, attribute, files)
         meta = {**dataset.meta, "md5": _md5(folder / dataset.meta["filename"])}
         self.monkeypatch.setattr(dataset, "meta", meta)
+
+    def cifar_binary(self, name: str) -> Path:
+        """The binary version of the Python files that are there, in a folder of its own."""
+        dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        folder_name, train, test, meta, num_labels = CIFAR_BINARY[name]
+        folder = self.root / "binary" / folder_name
+        folder.mkdir(parents=True)
+        pickles = [file for file, _ in [*dataset.train_list, *dataset.test_list]]
+        for file, target in zip(pickles, [*train, *test], strict=True):
+            content = pickle.loads((self.root / dataset.base_folder / file).read_bytes())
+            keys = ["coarse_labels", "fine_labels"] if num_labels == 2 else ["labels"]
+            columns = [np.array(content[key], np.uint8)[:, None] for key in keys]
+            (folder / target).write_bytes(np.hstack([*columns, content["data"]]).tobytes())
+        names = "".join(f"class {i}\n" for i in range(10 if name == "cifar10" else 100))
+        (folder / meta).write_text(f"{names}\n")
+        return folder
 
     def svhn(
         self, labels: list[int] | None = None, size: int = 32, num_test: int = 11

@@ -6,22 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from loading import load, refused
 from pictures import CLASSES, encoded, image_folder, picture, tar_shard
 from PIL import Image
 
 from arat_fast.cli import main
-from arat_fast.config import DataConfig
 from arat_fast.data.inspect import TILE, inspect
-from arat_fast.data.load import load_data
 from arat_fast.data.prepare import convert_npz, verify
-from arat_fast.datasets.webdataset import tar_shards
 
 
-def npz(path: Path) -> Path:
+def npz(path: Path, **changes: Any) -> Path:
     rng = np.random.default_rng(4)
     images = rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
-    np.savez(path, image=images, label=np.arange(30) % 3)
+    np.savez(path, **{"image": images, "label": np.arange(30) % 3, **changes})
     return path
 
 
@@ -33,7 +30,6 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert found.counts == {"train": 15, "test": 15}
     assert found.per_class["dog"] == {"train": 5, "test": 5}
     assert sum(found.sizes.values()) == found.looked_at == 30 and not found.bad
-    assert found.use == f"arat-fast train folder-resnet18 --data.root {root}"
     pixels = []
     for path in sorted(root.rglob("*.png")):
         with Image.open(path) as file:
@@ -73,7 +69,7 @@ def test_other_kinds(tmp_path: Path) -> None:
     convert_npz(source, tmp_path / "edm")
     arrays = inspect(tmp_path / "edm")
     assert arrays.kind == "prepared arrays" and arrays.counts == {"images": 30}
-    assert "alone holds out a tenth" in arrays.note
+    assert "tenth" in arrays.note
     assert np.allclose(arrays.mean, found.mean)
     shard = tar_shard(tmp_path / "shards" / "train-0.tar", 0, 6)
     assert inspect(shard).counts == {"images": 6}
@@ -85,31 +81,18 @@ def test_other_kinds(tmp_path: Path) -> None:
     assert inspect(flat, tmp_path / "flat.png").kind == "images without classes"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "nothing at"), ("notes.txt", "npz"), ("empty", "each class")],
+)
 def test_what_cannot_be_inspected_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
 ) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
-    for path, message in (
-        (tmp_path / "nowhere", "nothing at"),
-        (tmp_path / "notes.txt", "expected an .npz file, a .tar shard or a folder"),
-        (tmp_path / "empty", "expected a folder for each class"),
-    ):
-        assert main(["data", "inspect", str(path)]) == 2
-        text = capsys.readouterr().err
-        assert message in text and text.count("\n") == 1
-
-
-def test_command_inspect(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    root = image_folder(tmp_path / "pets")
-    assert main(["data", "inspect", str(root), "--max-samples", "10"]) == 0
-    text = capsys.readouterr().out
-    assert "images in folders by class" in text and "looked at    10 images" in text
-    assert "owl  train 5  test 5" in text
-    assert (tmp_path / "pets-sheet.png").is_file()
+    assert main(["data", "inspect", str(tmp_path / name)]) == 2
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1
 
 
 def test_command_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,33 +101,32 @@ def test_command_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"--data.unsup {out}" in capsys.readouterr().out
     assert main(["data", "prepare", str(source), str(out)]) == 2
     assert main(["data", "prepare", str(source)]) == 2
-    assert "a folder to write is expected" in capsys.readouterr().err
+    capsys.readouterr()
     root = image_folder(tmp_path / "set")
     assert main(["data", "prepare", str(root)]) == 0
     assert "30 of 30 files can be decoded" in capsys.readouterr().out
     (root / "val" / "cat" / "0_1.png").write_bytes(b"")
     assert main(["data", "prepare", str(root)]) == 2
     text = capsys.readouterr().out
-    assert "unreadable" in text and "29 of 30" in text and "--data.bad-images skip" in text
+    assert "29 of 30" in text and "--data.bad-images skip" in text
     assert main(["data"]) == 2 and main(["data", "--help"]) == 0
 
 
 def test_an_npz_is_counted_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "many.npz"
-    labels = np.array([0] * 2050 + [7] * 950)
-    np.savez(path, image=np.full((3000, 2, 2, 3), 51, np.uint8), label=labels)
+    images = np.full((3000, 2, 2, 3), 51, np.uint8)
+    path = npz(tmp_path / "many.npz", image=images, label=np.array([0] * 2050 + [7] * 950))
     found = inspect(path, tmp_path / "sheet.png")
     assert found.counts == {"images": 3000}
     assert found.per_class == {"0": {"images": 2050}, "7": {"images": 950}}
-    assert "looked at    2,000 images, evenly spread over the first 2,048" in found.lines()
+    assert (found.looked_at, found.out_of) == (2000, 2048)
     assert found.mean == pytest.approx([0.2] * 3) and found.std == pytest.approx([0] * 3)
 
 
 def test_huge_labels_are_shown_not_counted_through(tmp_path: Path) -> None:
     labels = np.array([0, 1_440_764, 10**12])
-    np.savez(tmp_path / "a.npz", image=np.zeros((3, 2, 2, 3), np.uint8), label=labels)
-    convert_npz(tmp_path / "a.npz", tmp_path / "a")
-    for path in (tmp_path / "a.npz", tmp_path / "a"):
+    source = npz(tmp_path / "a.npz", image=np.zeros((3, 2, 2, 3), np.uint8), label=labels)
+    convert_npz(source, tmp_path / "a")
+    for path in (source, tmp_path / "a"):
         found = inspect(path, tmp_path / "sheet.png")
         assert found.classes == ("0", "1440764", "1000000000000")
         assert found.per_class["1440764"] == {"images": 1}
@@ -165,8 +147,13 @@ def test_class_folders_win_over_stray_archives_and_images(tmp_path: Path) -> Non
     assert verify(root) == (30, [])
     flat = image_folder(tmp_path / "flat", splits=(".",))
     tar_shard(flat / "backup" / "old.tar", 0, 3)
-    with pytest.raises(ValueError, match="backup: expected images"):
+    with refused("backup: expected images"):
         inspect(flat)
+    two = image_folder(tmp_path / "two", splits=("train", "training"))
+    tar_shard(two / "backup.tar", 0, 3)
+    for look in (inspect, verify):
+        with refused("train and training"):
+            look(two)
 
 
 @pytest.mark.parametrize(
@@ -183,21 +170,12 @@ def test_shards_whose_split_folders_alone_would_be_wrong(
     root = tmp_path / "set"
     for name in names:
         tar_shard(root / name, 0, 6)
-    assert tar_shards(root).test is not None
     found = inspect(root)
     assert found.kind == "WebDataset shards"
     assert found.counts == {"train": 6 * (len(names) - 1), "test": 6}
     assert main(["data", "prepare", str(root)]) == 0
     number = 6 * len(names)
     assert f"{number} of {number} files can be decoded" in capsys.readouterr().out
-
-
-def test_split_folders_of_classes_that_do_not_go_together(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "set", splits=("train", "training"))
-    tar_shard(root / "backup.tar", 0, 3)
-    for look in (inspect, verify):
-        with pytest.raises(ValueError, match="one folder for a split, got train and training"):
-            look(root)
 
 
 def test_the_sheet_never_joins_the_dataset(
@@ -208,7 +186,7 @@ def test_the_sheet_never_joins_the_dataset(
         monkeypatch.chdir(folder)
         assert main(["data", "inspect", "." if folder == root else ".."]) == 0
         text = capsys.readouterr().out
-        assert "images       train 14, test 1 (a tenth held out)" in text
+        assert "train 14, test 1" in text and "15 images" in text and "owl  train 5" in text
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["pets-sheet.png"]
     assert len(list(root.rglob("*.png"))) == 15
 
@@ -216,8 +194,7 @@ def test_the_sheet_never_joins_the_dataset(
 def test_splits_are_those_of_training(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "my pets", per_class=10, splits=(".",))
     found = inspect(root)
-    config = DataConfig("folder", root=root, image_size=16, num_workers=0)
-    data = load_data(config, device=torch.device("cpu"), seed=0, eval_batch_size=5)
+    data = load("folder", root)
     number = {"train": data.train.num_samples, "test": data.test.num_samples}
     assert found.counts == number == {"train": 27, "test": 3}
     assert found.use == f"arat-fast train folder-resnet18 --data.root '{root}'"
@@ -231,12 +208,8 @@ def test_splits_are_those_of_training(tmp_path: Path) -> None:
 def test_memory_is_in_proportion(tmp_path: Path) -> None:
     """To the labels, and to the largest image: a byte a value, not sixteen."""
     number = 400_000
-    np.savez(
-        tmp_path / "a.npz",
-        image=np.zeros((number, 1, 1, 3), np.uint8),
-        label=np.arange(number) % 10,
-    )
-    convert_npz(tmp_path / "a.npz", tmp_path / "a")
+    images = np.zeros((number, 1, 1, 3), np.uint8)
+    convert_npz(npz(tmp_path / "a.npz", image=images, label=np.arange(number) % 10), tmp_path / "a")
     (tmp_path / "large").mkdir()
     Image.new("RGB", (3000, 2000), (9, 8, 7)).save(tmp_path / "large" / "a.png")
     for path, limit in ((tmp_path / "a", 60 * number), (tmp_path / "large", 4 * 18_000_000)):

@@ -1,9 +1,12 @@
+"""Published datasets: read as published, refused otherwise, fetched where they are absent."""
+
 from __future__ import annotations
 
 import hashlib
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,45 +14,121 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import add_member
+from loading import collect, levels, load, refused, same
+from pictures import Planted, add_member
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets import utils as torchvision_utils
+from torchvision.transforms.v2 import functional as F
 
-from arat_fast.config import DataConfig
-from arat_fast.data import Batches, DataSplits, ResidentBatches, dali, load_data
 from arat_fast.datasets import tiny_imagenet
+from arat_fast.datasets.imagenette import CLASSES as IMAGENETTE_CLASSES
 from arat_fast.datasets.published import unpack
 
-CPU = torch.device("cpu")
+PLAIN: dict[str, Any] = {"padding": 0, "flip": False}
+TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+PLACES = {
+    "cifar10": ("cifar-10-batches-py", datasets.CIFAR10.url),
+    "cifar100": ("cifar-100-python", datasets.CIFAR100.url),
+    "svhn": ("train_32x32.mat", datasets.SVHN.split_list["train"][0]),
+    "imagenette": ("imagenette2-160", datasets.Imagenette._ARCHIVES["160px"][0]),
+    "tiny-imagenet": ("tiny-imagenet-200", TINY),
+}
 
 
-def load(name: str, root: Path = Path("unused"), seed: int = 0, **options: Any) -> DataSplits:
-    options = {"batch_size": 16, "num_workers": 0, **options}
-    config = DataConfig(name=name, root=root, **options)  # type: ignore[arg-type]
-    return load_data(config, device=CPU, seed=seed, eval_batch_size=7)
+def rows(x: Tensor, *more: Tensor) -> set[tuple[float, ...]]:
+    return {tuple(row) for row in torch.cat([x.flatten(1), *more], 1).tolist()}
 
 
-def collect(batches: Batches, epoch: int = 0) -> tuple[Tensor, Tensor]:
-    parts = list(batches.epoch(epoch))
-    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+def test_digits_are_the_real_ones_split_once_and_for_all() -> None:
+    splits = load("digits", batch_size=100, **PLAIN)
+    (x, y), test = collect(splits.train), collect(splits.test)
+    assert splits.val is None and splits.train.image_shape == (1, 8, 8)
+    assert len(y) == splits.train.num_samples == 1437
+    assert len(test[1]) == 360 and torch.bincount(test[1]).min() >= 34
+    images, labels = sklearn_digits(return_X_y=True)
+    real = rows(torch.tensor(images / 16).float(), torch.tensor(labels)[:, None])
+    assert rows(x, y[:, None]) | rows(test[0], test[1][:, None]) == real
+    assert same([test], [collect(load("digits", seed=5).test)])
 
 
-def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
+def test_only_train_and_probe_are_shuffled_and_augmented() -> None:
+    """By the seed, which the held-out images do not depend on."""
+    options: dict[str, Any] = {"padding": 1, "num_val": 287}
+    splits, again, other = (load("digits", seed=seed, **options) for seed in (0, 0, 1))
+    for split, augmented in (("train", True), ("probe", True), ("val", False), ("test", False)):
+        batches = getattr(splits, split)
+        first = list(batches.epoch(0))
+        assert same(first, batches.epoch(1)) is not augmented
+        assert same(first, getattr(again, split).epoch(0))
+        assert same(first, getattr(other, split).epoch(0)) is not augmented
+    assert not same(splits.train.epoch(0), splits.probe.epoch(0))
 
 
-def rows(x: Tensor) -> set[tuple[float, ...]]:
-    return {tuple(row) for row in x.flatten(1).tolist()}
+def test_held_out_images_are_disjoint_from_training_and_stratified() -> None:
+    whole = load("digits", batch_size=479, **PLAIN)
+    splits = load("digits", num_val=287, batch_size=50, **PLAIN)
+    assert splits.val is not None
+    val_x, val_y = collect(splits.val)
+    train_x, _ = collect(splits.train)
+    x, y = collect(whole.train)
+    assert len(val_y) == 287 and len(train_x) == splits.train.num_samples == 1437 - 287
+    assert not rows(val_x) & rows(train_x) and rows(val_x) | rows(train_x) == rows(x)
+    assert same([collect(splits.test)], [collect(whole.test)])
+    assert (torch.bincount(val_y) - torch.bincount(y) * 287 / 1437).abs().max() < 1
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """No download gets anywhere; the addresses asked for."""
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_in_both_versions(published: Any, tmp_path: Path, name: str) -> None:
+    published.cifar(name)
+    expected = load(name, tmp_path, **PLAIN)
+    splits = load(name, published.cifar_binary(name).parent, **PLAIN)
+    train = getattr(datasets, name.upper())(tmp_path)
+    assert sorted(collect(expected.train)[1].tolist()) == sorted(train.targets)
+    assert splits.train.classes == expected.train.classes == tuple(train.classes)
+    for split in ("train", "test"):
+        assert same(getattr(expected, split).epoch(0), getattr(splits, split).epoch(0))
+
+
+def test_official_augmentation_is_four_pixels_of_zeros(published: Any, tmp_path: Path) -> None:
+    published.cifar(num_train=300, edit=lambda content: content["data"].fill(255))
+    x, _ = collect(load("cifar10", tmp_path, batch_size=100).train)
+    white_images = (x == 1).flatten(1).float().mean(1) > 0.7
+    borders = (x[white_images] == 0).all(1)
+    rows_out, columns_out = borders.all(2).sum(1), borders.all(1).sum(1)
+    assert int(rows_out.max()) == 4 and int(columns_out.max()) == 4
+    assert int(rows_out.min()) == 0
+
+
+@pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("planted", [False, True])
+def test_nothing_but_the_published_files_is_unpickled(
+    published: Any, tmp_path: Path, file: str, planted: bool
+) -> None:
+    path, mark = published.cifar() / file, tmp_path / "ran"
+    expected = hashlib.md5(path.read_bytes()).hexdigest()
+    content = pickle.dumps(Planted(mark)) if planted else path.read_bytes()[:-7]
+    path.write_bytes(content)
+    with refused(f"{path}.*{hashlib.md5(content).hexdigest()}.*{expected}"):
+        load("cifar10", tmp_path)
+    assert not mark.exists()
+    if planted:
+        pickle.loads(content)
+        assert mark.exists(), "the planted pickle is harmless, so the test shows nothing"
+    published.monkeypatch.undo()
+    with refused("expected c99cafc152244af753f735de768cd75f"):
+        load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name", list(PLACES))
+def test_absent_dataset_names_the_path_and_a_failed_download_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    place, address = PLACES[name]
+    with refused(f"{tmp_path}/nowhere/{place}.*--data.download.*--data.root"):
+        load(name, tmp_path / "nowhere")
     asked: list[str] = []
 
     def refuse(url: str, *_: object, **__: object) -> None:
@@ -58,396 +137,248 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(torchvision_utils, "_get_redirect_url", refuse)
     monkeypatch.setattr(torchvision_utils, "_urlretrieve", refuse)
-    return asked
+    with refused("Name or service not known"):
+        load(name, tmp_path, download=True)
+    assert asked[0] == address
 
 
-def test_digits_are_the_real_ones_split_once_and_for_all() -> None:
-    splits = load("digits", padding=0, flip=False, batch_size=100)
-    test_x, test_y = collect(splits.test)
-    assert splits.val is None
-    assert splits.train.num_samples == 1437 and len(test_y) == 360
-    assert splits.train.image_shape == (1, 8, 8)
-    assert torch.bincount(test_y).min() >= 34
-    train_x, train_y = collect(splits.train)
-    images, labels = sklearn_digits(return_X_y=True)
-    expected = {(*row, label) for row, label in zip((images / 16).tolist(), labels, strict=True)}
-    seen = [
-        {(*row, label) for row, label in zip(x.flatten(1).tolist(), y.tolist(), strict=True)}
-        for x, y in ((train_x, train_y), (test_x, test_y))
-    ]
-    assert seen[0] | seen[1] == expected
-    again_x, again_y = collect(load("digits", seed=5).test)
-    assert torch.equal(test_x, again_x) and torch.equal(test_y, again_y)
+def labelled(label: int) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["labels"].__setitem__(2, label)
 
 
-def test_only_train_and_probe_are_shuffled_and_augmented() -> None:
-    splits = load("digits", padding=1, flip=True, num_val=287)
-    assert splits.val is not None
-    for batches, augmented in (
-        (splits.train, True),
-        (splits.probe, True),
-        (splits.val, False),
-        (splits.test, False),
-    ):
-        first, second = collect(batches), collect(batches, epoch=1)
-        assert torch.equal(first[0], second[0]) is not augmented
-    assert [len(y) for _, y in splits.val.epoch(0)] == [7] * 41
-    assert [len(y) for _, y in splits.train.epoch(0)][:2] == [16, 16]
-
-
-def test_seed_decides_the_draw_and_not_the_held_out_images() -> None:
-    options: dict[str, Any] = {"num_val": 287, "padding": 1}
-    a, again, b = (load("digits", seed=seed, **options) for seed in (0, 0, 1))
-    assert a.val is not None and b.val is not None
-    assert torch.equal(collect(a.train)[0], collect(again.train)[0])
-    assert not torch.equal(collect(a.train)[0], collect(b.train)[0])
-    assert torch.equal(collect(a.val)[0], collect(b.val)[0])
-
-
-def test_held_out_images_are_disjoint_from_training_and_stratified() -> None:
-    plain: dict[str, Any] = {"padding": 0, "flip": False, "batch_size": 50}
-    whole = load("digits", **plain)
-    splits = load("digits", num_val=287, **plain)
-    assert splits.val is not None
-    val_x, val_y = collect(splits.val)
-    train_x, _ = collect(splits.train)
-    assert len(val_y) == 287 and splits.train.num_samples == 1437 - 287
-    assert not rows(val_x) & rows(train_x)
-    assert rows(val_x) | rows(train_x) == rows(collect(whole.train)[0])
-    assert torch.equal(collect(splits.test)[0], collect(whole.test)[0])
-    share = torch.bincount(collect(whole.train)[1]) * 287 / 1437
-    assert (torch.bincount(val_y) - share).abs().max() < 1
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_as_torchvision_reads_it(published: Any, name: str, tmp_path: Path) -> None:
-    published.cifar(name)
-    splits = load(name, tmp_path, padding=0, flip=False)
-    x, y = collect(splits.test)
-    dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    expected = dataset(tmp_path, train=False)
-    assert splits.test.num_classes == (10 if name == "cifar10" else 100)
-    assert splits.test.classes[9] == "class 9"
-    assert y.tolist() == expected.targets
-    for i in range(12):
-        image = torch.from_numpy(np.array(expected[i][0]).copy()).permute(2, 0, 1)
-        assert torch.equal(x[i], image.float() / 255)
-    train_x, train_y = collect(splits.train)
-    assert train_x.shape == (60, 3, 32, 32)
-    assert sorted(train_y.tolist()) == sorted(dataset(tmp_path, train=True).targets)
-
-
-def test_official_augmentation_is_four_pixels_of_zeros(published: Any, tmp_path: Path) -> None:
-    def white(content: dict[str, Any]) -> None:
-        content["data"][:] = 255
-
-    published.cifar(num_train=300, edit=white)
-    x, _ = collect(load("cifar10", tmp_path).train)
-    white_images = (x == 1).flatten(1).float().mean(1) > 0.7
-    borders = (x[white_images] == 0).all(1)
-    rows_out, columns_out = borders.all(2).sum(1), borders.all(1).sum(1)
-    assert int(rows_out.max()) == 4 and int(columns_out.max()) == 4
-    assert int(rows_out.min()) == 0
-
-
-@pytest.mark.parametrize("damaged", ["data_batch_3", "test_batch", "batches.meta"])
-def test_truncated_cifar_file_is_named_and_nothing_is_unpickled(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
-) -> None:
-    path = published.cifar() / damaged
-    expected = hashlib.md5(path.read_bytes()).hexdigest()
-    path.write_bytes(path.read_bytes()[:-7])
-    found = hashlib.md5(path.read_bytes()).hexdigest()
-
-    def unpickle(*_: object, **__: object) -> None:
-        raise AssertionError("a file was unpickled")
-
-    monkeypatch.setattr(pickle, "load", unpickle)
-    with pytest.raises(ValueError) as error:
-        load("cifar10", tmp_path)
-    text = one_line(error)
-    for part in (str(path), found, expected, "--data.download"):
-        assert part in text
-
-
-class _Planted:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("replaced", ["data_batch_1", "batches.meta"])
-def test_a_planted_pickle_never_runs(published: Any, tmp_path: Path, replaced: str) -> None:
-    folder, mark = published.cifar(), tmp_path / "ran"
-    (folder / replaced).write_bytes(pickle.dumps(_Planted(mark)))
-    with pytest.raises(ValueError, match="md5"):
-        load("cifar10", tmp_path)
-    assert not mark.exists()
-    pickle.loads((folder / replaced).read_bytes())
-    assert mark.exists(), "the planted pickle is harmless, so the test shows nothing"
-
-
-def test_published_checksums_are_demanded(published: Any, tmp_path: Path) -> None:
-    published.cifar()
-    published.monkeypatch.undo()
-    with pytest.raises(ValueError, match="expected c99cafc152244af753f735de768cd75f"):
-        load("cifar10", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("cifar10", "cifar-10-batches-py"),
-        ("cifar100", "cifar-100-python"),
-        ("svhn", "train_32x32.mat"),
-        ("imagenette", "imagenette2-160"),
-        ("tiny-imagenet", "tiny-imagenet-200"),
-    ],
-)
-def test_absent_dataset_names_the_path_and_the_way_out(
-    tmp_path: Path, name: str, place: str
-) -> None:
-    with pytest.raises(FileNotFoundError) as error:
-        load(name, tmp_path / "nowhere")
-    text = one_line(error)
-    assert str(tmp_path / "nowhere" / place) in text
-    assert "--data.download" in text and "--data.root" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "message"),
-    [
-        ("cifar10", 24, "cifar-10-batches-py: expected cifar10 as published, got"),
-        ("cifar10", 64, "cifar-10-batches-py: expected cifar10 as published, got"),
-        ("cifar100", 64, r"\(60,\) labels .* 240 images"),
-    ],
-)
-def test_cifar_image_of_another_size_is_an_error(
-    published: Any, tmp_path: Path, name: str, size: int, message: str
-) -> None:
-    def wrong(content: dict[str, Any]) -> None:
+def sized(size: int) -> Callable[[dict[str, Any]], None]:
+    def edit(content: dict[str, Any]) -> None:
         content["data"] = np.zeros((len(content["data"]), 3 * size * size), np.uint8)
 
-    published.cifar(name, edit=wrong)
-    with pytest.raises(ValueError, match=message) as error:
-        load(name, tmp_path)
-    one_line(error)
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cifar10", {"edit": sized(24)}, "cifar10 as published"),
+        ("cifar10", {"edit": sized(64)}, "cifar10 as published"),
+        ("cifar100", {"name": "cifar100", "edit": sized(64)}, "240 images"),
+        ("cifar10", {"edit": labelled(10)}, "0 to 10"),
+        ("cifar10", {"edit": labelled(-1)}, "-1 to 9"),
+        ("svhn", {"labels": [1, 2, 11]}, "from 1 to 11"),
+        ("svhn", {"size": 28}, "28x28x3"),
+        ("svhn", {"labels": [4]}, "at least 2"),
+    ],
+)
+def test_content_that_does_not_fit_is_named(
+    published: Any, tmp_path: Path, name: str, options: dict[str, Any], message: str
+) -> None:
+    (published.svhn if name == "svhn" else published.cifar)(**options)
+    with refused(message):
+        load(name, tmp_path, num_val=5 if "edit" in options else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "records of 3073"),
+        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]), "0 to 255"),
+        (lambda path: path.unlink(), "data_batch_2.bin"),
+    ],
+)
+def test_damaged_cifar_binary_is_named(
+    published: Any, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    published.cifar()
+    folder = published.cifar_binary("cifar10")
+    change(folder / "data_batch_2.bin")
+    with refused(message):
+        load("cifar10", folder.parent)
 
 
 def test_svhn_digit_zero_is_label_zero(published: Any, tmp_path: Path) -> None:
     pixels = published.svhn()
-    splits = load("svhn", tmp_path, padding=0, flip=False)
+    splits = load("svhn", tmp_path, **PLAIN)
     x, y = collect(splits.test)
     assert y.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    expected = torch.from_numpy(pixels["test"].transpose(3, 2, 0, 1).copy()).float() / 255
-    assert torch.equal(x, expected)
+    assert torch.equal(x, torch.tensor(pixels["test"].transpose(3, 2, 0, 1)).float() / 255)
     assert splits.train.num_samples == 40 and splits.train.image_shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"labels": [1, 2, 11]}, r"svhn: labels must lie in \[0, 9\], got values from 1 to 11"),
-        ({"size": 28}, "images of 32x32x3, got 28x28x3"),
-        ({"labels": [4]}, "at least 2 images to train on are expected, got 1"),
-    ],
-)
-def test_bad_svhn_content_is_named(
-    published: Any, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    published.svhn(**options)
-    with pytest.raises(ValueError, match=message) as error:
-        load("svhn", tmp_path)
-    one_line(error)
+def decoded(path: Path) -> Tensor:
+    with Image.open(path) as file:
+        return F.pil_to_tensor(file.convert("RGB"))
+
+
+def test_imagenette_as_published(published: Any, tmp_path: Path) -> None:
+    folder = published.imagenette(per_class=6)
+    (folder / "val" / ".cache").mkdir()
+    splits = load("imagenette", tmp_path, image_size=16, num_val=10, seed=4)
+    parts: dict[str, Any] = {name: getattr(splits, name) for name in ("train", "val", "test")}
+    paths = {name: [p for p, _ in part.samples.samples] for name, part in parts.items()}
+    assert sorted(paths["test"]) == sorted((folder / "val").rglob("*.JPEG"))
+    assert sorted(paths["train"] + paths["val"]) == sorted((folder / "train").rglob("*.JPEG"))
+    x, y = collect(splits.test)
+    for image, label, path in zip(x, y.tolist(), paths["test"], strict=True):
+        assert torch.equal(levels(image), F.center_crop(decoded(path), [16, 16]))
+        assert list(IMAGENETTE_CLASSES)[label] == path.parent.name
+    assert splits.test.classes == tuple(IMAGENETTE_CLASSES.values())
+    # The first images to evaluate are of all classes, and the same for every seed.
+    assert len(set(y[:16].tolist())) > 5
+    assert sorted(parts["val"].samples.labels.tolist()) == list(range(10))
+    again: Any = load("imagenette", tmp_path, image_size=16, num_val=10, seed=5).val
+    assert [p for p, _ in again.samples.samples] == paths["val"]
 
 
 @pytest.mark.parametrize(
-    ("name", "address"),
+    ("change", "options", "message"),
     [
-        ("cifar10", datasets.CIFAR10.url),
-        ("cifar100", datasets.CIFAR100.url),
-        ("svhn", datasets.SVHN.split_list["train"][0]),
-        ("imagenette", datasets.Imagenette._ARCHIVES["160px"][0]),
-        ("tiny-imagenet", "http://cs231n.stanford.edu/tiny-imagenet-200.zip"),
+        (lambda root: None, {"num_val": 11}, "at most 10 .* got 11"),
+        (lambda root: (root / "train").rename(root / "t"), {}, "train.*--data.download"),
+        (lambda root: (root / "train/n03000684").rename(root / "t"), {}, "n03000684.*got none"),
+        (lambda root: (root / "val/n99999999").mkdir(), {}, "got n99999999"),
+        (lambda root: None, {"image_size": 0}, "image_size"),
     ],
 )
-def test_failed_download_is_one_sentence(
-    tmp_path: Path, no_network: list[str], name: str, address: str
+def test_imagenette_that_is_not_as_published_is_named(
+    published: Any,
+    tmp_path: Path,
+    change: Callable[[Path], object],
+    options: dict[str, Any],
+    message: str,
 ) -> None:
-    with pytest.raises(FileNotFoundError) as error:
-        load(name, tmp_path, download=True)
-    text = one_line(error)
-    assert no_network[0] == address and address in text
-    assert "Name or service not known" in text and str(tmp_path) in text
-
-
-def test_download_of_another_file_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torchvision_utils, "_get_redirect_url", lambda url, **_: url)
-    monkeypatch.setattr(
-        torchvision_utils,
-        "_urlretrieve",
-        lambda url, path: Path(path).write_bytes(b"an error page"),
-    )
-    with pytest.raises(FileNotFoundError, match="corrupted") as error:
-        load("cifar10", tmp_path, download=True)
-    one_line(error)
-    assert not (tmp_path / "cifar-10-batches-py").exists()
+    change(published.imagenette())
+    with refused(message):
+        load("imagenette", tmp_path, **options)
 
 
 def test_tiny_imagenet_as_published(published: Any, tmp_path: Path) -> None:
     folder = published.tiny_imagenet()
-    splits = load("tiny-imagenet", tmp_path, padding=0, flip=False, num_val=4)
-    assert isinstance(splits.train, ResidentBatches) and splits.val is not None
+    splits = load("tiny-imagenet", tmp_path, num_val=4, **PLAIN)
+    assert splits.val is not None
     assert splits.train.classes == ("goldfish", "Egyptian cat", "go-kart", "reel")
     assert splits.train.num_samples == 8 and splits.val.num_samples == 4
     x, y = collect(splits.test)
     assert y.tolist() == [1, 0, 3, 2] and x.shape == (4, 3, 64, 64)
     for index, image in enumerate(x):
-        with Image.open(folder / "val" / "images" / f"val_{index}.JPEG") as file:
-            expected = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-        assert torch.equal(image, expected.float() / 255)
-    train_x, train_y = (
-        torch.cat(parts) for parts in zip(collect(splits.train), collect(splits.val), strict=True)
-    )
-    found = {
-        (image_bytes(image), label) for image, label in zip(train_x, train_y.tolist(), strict=True)
+        expected = decoded(folder / "val" / "images" / f"val_{index}.JPEG")
+        assert torch.equal(levels(image), expected)
+    found = [
+        (levels(image).numpy().tobytes(), int(label))
+        for part in (splits.train, splits.val)
+        for image, label in zip(*collect(part), strict=True)
+    ]
+    there = sorted((folder / "train").iterdir())
+    assert len(found) == 12 and set(found) == {
+        (decoded(path).numpy().tobytes(), label)
+        for label, wnid in enumerate(there)
+        for path in (wnid / "images").iterdir()
     }
-    for label, wnid in enumerate(sorted(path.name for path in (folder / "train").iterdir())):
-        for path in (folder / "train" / wnid / "images").iterdir():
-            with Image.open(path) as file:
-                pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-            assert (image_bytes(pixels.float() / 255), label) in found
 
 
-def image_bytes(image: Tensor) -> bytes:
-    return image.contiguous().numpy().tobytes()
+def edited(old: str, new: str) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        path = folder / "val" / "val_annotations.txt"
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return edit
+
+
+FIRST = "val_0.JPEG\tn02124075\t0\t32\t44\t62\n"
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("change", "message"),
     [
-        ("class", "val_annotations.txt: line 1: expected a file name and a class of wnids.txt"),
-        ("outside", "val_annotations.txt: line 1: expected a file name"),
-        ("line", "expected each image of .*images once, got 3 lines for 4 images"),
-        ("twice", "expected each image of .*images once, got 5 lines for 4 images"),
-        ("empty", "n01443537/images: expected .JPEG images, got none"),
-        ("words", "no dataset file at .*words.txt"),
-        ("size", "val_2.JPEG: tiny-imagenet has images of 64 x 64 pixels, got 32 x 64"),
-        ("image", "val_2.JPEG: expected an image file"),
+        (edited("n02124075", "n02124076"), "line 1"),
+        (edited("val_0.JPEG", "../val_0.JPEG"), "line 1"),
+        (edited(FIRST, ""), "3 lines for 4"),
+        (edited(FIRST, 2 * FIRST), "5 lines for 4"),
+        (lambda root: (root / "train/n01443537/images").rename(root / "i"), "n01443537/images"),
+        (lambda root: (root / "words.txt").unlink(), "words.txt"),
+        (lambda root: Image.new("RGB", (64, 32)).save(root / "val/images/val_2.JPEG"), "32 x 64"),
+        (lambda root: (root / "val/images/val_2.JPEG").write_bytes(b""), "val_2.JPEG"),
     ],
 )
 def test_damaged_tiny_imagenet_is_named(
-    published: Any, tmp_path: Path, damage: str, message: str
+    published: Any, tmp_path: Path, change: Callable[[Path], object], message: str
 ) -> None:
-    folder = published.tiny_imagenet()
-    annotations = folder / "val" / "val_annotations.txt"
-    text = annotations.read_text()
-    if damage == "class":
-        annotations.write_text(text.replace("n02124075", "n02124076"))
-    elif damage == "outside":
-        annotations.write_text(text.replace("val_0.JPEG", "../val_0.JPEG"))
-    elif damage == "line":
-        annotations.write_text(text.partition("\n")[2])
-    elif damage == "twice":
-        annotations.write_text(text + text.partition("\n")[0] + "\n")
-    elif damage == "empty":
-        for file in (folder / "train" / "n01443537" / "images").iterdir():
-            file.unlink()
-    elif damage == "words":
-        (folder / "words.txt").unlink()
-    elif damage == "size":
-        Image.new("RGB", (64, 32)).save(folder / "val" / "images" / "val_2.JPEG")
-    else:
-        (folder / "val" / "images" / "val_2.JPEG").write_bytes(b"")
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    change(published.tiny_imagenet())
+    with refused(message):
         load("tiny-imagenet", tmp_path)
-    one_line(error)
-
-
-def test_download_of_tiny_imagenet(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = published.tiny_imagenet()
-    source = tmp_path / "mirror.zip"
-    with zipfile.ZipFile(source, "w") as file:
-        for path in sorted(folder.parent.rglob("*")):
-            if folder in (path, *path.parents):
-                file.write(path, path.relative_to(tmp_path))
-    address, _ = tiny_imagenet.ARCHIVE
-    md5 = hashlib.md5(source.read_bytes()).hexdigest()
-    monkeypatch.setattr(tiny_imagenet, "ARCHIVE", (address, md5))
-    folder.rename(tmp_path / "elsewhere")
-    monkeypatch.setattr(torchvision_utils, "_get_redirect_url", lambda url, **_: url)
-    monkeypatch.setattr(
-        torchvision_utils,
-        "_urlretrieve",
-        lambda url, path: Path(path).write_bytes(source.read_bytes()),
-    )
-    assert load("tiny-imagenet", tmp_path, download=True).train.num_samples == 12
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def pack(folder: Path, archive: Path) -> str:
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, folder.name)
+    """Its MD5."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in (folder, *sorted(folder.rglob("*"))):
+                file.write(path, path.relative_to(folder.parent))
+    else:
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(folder, folder.name)
     return hashlib.md5(archive.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("before", ["absent", "truncated", "truncated meta", "file missing"])
-def test_download_fetches_and_repairs_cifar(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
-) -> None:
-    folder = published.cifar()
-    source = tmp_path / "mirror.tar.gz"
-    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", pack(folder, source))
-    target = {"truncated meta": "batches.meta"}.get(before, "data_batch_2")
-    if before == "absent":
-        folder.rename(tmp_path / "elsewhere")
-    elif before == "file missing":
-        (folder / target).unlink()
-    else:
-        (folder / target).write_bytes(b"")
-    asked = []
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, bytes], list[str]]:
+    """What can be downloaded, by address, and the addresses asked for."""
+    files: dict[str, bytes] = {}
+    asked: list[str] = []
 
     def retrieve(url: str, path: str) -> None:
         asked.append(url)
-        Path(path).write_bytes(source.read_bytes())
+        Path(path).write_bytes(files.get(url, b"an error page"))
 
     monkeypatch.setattr(torchvision_utils, "_get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr(torchvision_utils, "_urlretrieve", retrieve)
-    splits = load("cifar10", tmp_path, download=True)
-    assert asked == [datasets.CIFAR10.url]
-    assert splits.train.num_samples == 60
-    load("cifar10", tmp_path, download=True)
-    assert len(asked) == 1, "an intact dataset was downloaded again"
+    return files, asked
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "absent": lambda path: path.parent.rename(path.parent.parent / "elsewhere"),
+    "truncated": lambda path: path.write_bytes(b""),
+    "file missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "before", "number"),
+    [
+        *(("cifar10", "data_batch_2", before, 60) for before in CHANGES),
+        ("cifar10", "batches.meta", "truncated", 60),
+        ("imagenette", "val", "absent", 20),
+        ("tiny-imagenet", "words.txt", "absent", 12),
+        ("svhn", "", "truncated", 40),
+    ],
+)
+def test_download_fetches_and_repairs(
+    published: Any, tmp_path: Path, mirror: Any, name: str, file: str, before: str, number: int
+) -> None:
+    files, asked = mirror
+    folder = getattr(published, name.replace("-", "_").removesuffix("10"))()
+    place, address = PLACES[name]
+    if name == "svhn":
+        for url, part, _ in map(datasets.SVHN.split_list.get, ("train", "test")):
+            files[url] = (tmp_path / part).read_bytes()
+            CHANGES[before](tmp_path / part)
+    else:
+        archive = tmp_path / ("mirror.zip" if name == "tiny-imagenet" else "mirror.tar.gz")
+        md5 = pack(folder, archive)
+        patch = published.monkeypatch.setattr
+        patch(datasets.CIFAR10, "tgz_md5", md5)
+        patch(datasets.Imagenette, "_ARCHIVES", {"160px": (address, md5)})
+        patch(tiny_imagenet, "ARCHIVE", (TINY, md5))
+        files[address] = archive.read_bytes()
+        CHANGES[before](folder / file)
+    assert load(name, tmp_path, download=True).train.num_samples == number
+    assert asked[0] == address and (tmp_path / place).exists()
+    asked.clear()
+    load(name, tmp_path, download=True)
+    assert not asked, "an intact dataset was downloaded again"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_download_of_svhn_and_imagenette(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    published.svhn()
-    folder = published.imagenette()
-    archive = tmp_path / "mirror.tgz"
-    url = datasets.Imagenette._ARCHIVES["160px"][0]
-    archives = {"160px": (url, pack(folder, archive))}
-    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", archives)
-    folder.rename(tmp_path / "elsewhere")
-    files = {url: archive.read_bytes()}
-    for split in ("train", "test"):
-        address, name, _ = datasets.SVHN.split_list[split]
-        files[address] = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(b"cut")
-    monkeypatch.setattr(torchvision_utils, "_get_redirect_url", lambda url, **_: url)
-    monkeypatch.setattr(
-        torchvision_utils, "_urlretrieve", lambda url, path: Path(path).write_bytes(files[url])
-    )
-    assert load("svhn", tmp_path, download=True).train.num_samples == 40
-    assert load("imagenette", tmp_path, download=True, image_size=8).train.num_samples == 20
+def test_download_of_another_file_is_refused(tmp_path: Path, mirror: Any) -> None:
+    with refused("corrupted"):
+        load("cifar10", tmp_path, download=True)
+    assert not (tmp_path / "cifar-10-batches-py").exists()
 
 
 @pytest.mark.parametrize("kind", ["parent", "absolute", "sibling", "link", "hard link", "cut"])
@@ -481,23 +412,3 @@ def test_an_archive_writes_nothing_outside_its_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
     assert {path.name for path in root.iterdir()} <= {archive.name, "data"}
     assert not any(path.is_symlink() for path in root.rglob("*"))
-
-
-def test_the_way_to_dali_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "has_dali", lambda: False)
-    expected = r"pip install -e '\.\[dali\]' in the checkout .*, or --data.loader dataloader"
-    with pytest.raises(ValueError, match=expected):
-        dali.require_dali()
-
-
-@pytest.mark.parametrize(("label", "found"), [(10, "0 to 10"), (-1, "-1 to 9")])
-def test_label_out_of_range_is_named(
-    published: Any, tmp_path: Path, label: int, found: str
-) -> None:
-    def wrong(content: dict[str, Any]) -> None:
-        content["labels"][2] = label
-
-    published.cifar(edit=wrong)
-    with pytest.raises(ValueError, match=rf"cifar10: labels must lie in \[0, 9\], .* {found}") as e:
-        load("cifar10", tmp_path, num_val=5)
-    one_line(e)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arat_fast.attacks import PGD, RandomStart
 from arat_fast.config import AverageConfig
-from arat_fast.data.batches import ResidentBatches
+from arat_fast.data import BatchPlan, ResidentBatches, Shift
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.models import convert_split_batch_norm
@@ -97,11 +97,8 @@ def data_of(case: Case, ranks: Ranks) -> ResidentBatches:
         torch.randint(256, shape, generator=generator, dtype=torch.uint8),
         torch.randint(NUM_CLASSES, (shape[0],), generator=generator),
         tuple("abcd"),
-        batch_size=BATCH,
-        shuffle=True,
-        padding=1,
-        flip=True,
-        shard=ranks.shard,
+        BatchPlan(shape[0], BATCH, shuffle=True, shard=ranks.shard),
+        Shift(1, flip=True),
     )
 
 

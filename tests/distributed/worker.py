@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from distributed import cases
 
-from arat_fast.data.batches import ResidentBatches
+from arat_fast.data import BatchPlan, ResidentBatches
 from arat_fast.distributed import Ranks, join
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.autoattack import autoattack
@@ -33,7 +33,7 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
         torch.randint(256, (23, *case.image), generator=generator, dtype=torch.uint8),
         torch.randint(cases.NUM_CLASSES, (23,), generator=generator),
         tuple("abcd"),
-        batch_size=7,
+        BatchPlan(23, 7),
     )
     images = ImageSet.from_batches(batches, 20, ranks.shard)
     threat = ThreatModel(0.02, "Linf")

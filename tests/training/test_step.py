@@ -13,7 +13,7 @@ from networks import Operations, generator
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
-from arat_fast.data.batches import ResidentBatches
+from arat_fast.data import BatchPlan, ResidentBatches, Shift
 from arat_fast.models import MODELS, convert_split_batch_norm, create_model, use_statistics
 from arat_fast.models.layers import StemConv2d, protect_stem
 from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
@@ -28,9 +28,8 @@ LAYERS = MODELS["resnet8"].regularized_layers
 def resident(num_samples: int = 24) -> ResidentBatches:
     images = torch.randint(256, (num_samples, 3, 8, 8), generator=generator(1), dtype=torch.uint8)
     labels = torch.randint(4, (num_samples,), generator=generator(2))
-    return ResidentBatches(
-        images, labels, tuple("abcd"), batch_size=8, shuffle=True, padding=1, flip=True
-    )
+    plan = BatchPlan(num_samples, 8, shuffle=True)
+    return ResidentBatches(images, labels, tuple("abcd"), plan, Shift(1, flip=True))
 
 
 def batches(num: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:

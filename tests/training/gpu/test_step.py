@@ -11,7 +11,7 @@ from networks import generator, randomize
 from torch import Tensor
 
 from arat_fast.attacks import PGD
-from arat_fast.data.batches import ResidentBatches
+from arat_fast.data import BatchPlan, ResidentBatches, Shift
 from arat_fast.device import full_float32
 from arat_fast.models import MODELS, create_model, use_branch, use_statistics
 from arat_fast.models.folding import FoldedNetwork
@@ -36,10 +36,8 @@ def resident(num_samples: int = 5 * BATCH + 7) -> ResidentBatches:
         images.cuda(),
         labels.cuda(),
         tuple("0123456789"),
-        batch_size=BATCH,
-        shuffle=True,
-        padding=4,
-        flip=True,
+        BatchPlan(num_samples, BATCH, shuffle=True),
+        Shift(4, flip=True),
         memory_format=torch.channels_last,
     )
 

@@ -1,4 +1,4 @@
-"""Encoded images as batches: what the loaders of files have in common, and PyTorch's DataLoader."""
+"""Batches that are read while they are used: what the loaders have in common, and PyTorch's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,33 +19,30 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from arat_fast.data.batches import Batch
-from arat_fast.data.crops import Buffers, to_unit_range
-from arat_fast.data.framing import Framing
-from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
+from arat_fast.data.batches import Batch, Batches, check_labels
+from arat_fast.data.crops import Buffers, CropFlip, to_unit_range
+from arat_fast.data.framing import Framing, Shift
+from arat_fast.data.plan import BatchPlan, seeded_generator
+from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import EncodedImages
 
 Made = TypeVar("Made")
 
 
-class EncodedBatches(ABC):
-    """A dataset of encoded images, decoded batch by batch as RGB; how is a subclass's.
-
-    The order depends on the seed and the epoch, what is cut out and mirrored on the seed, the epoch
-    and the place in the whole batch: neither depends on the loader, on ``num_workers`` or on the
-    number of ranks.
+class StreamedBatches(Batches):
+    """A dataset that is read batch by batch: images in arrays, or encoded ones, decoded as RGB.
 
     Args:
-        source: the images; labels in [0, number of classes).
+        samples: the images; labels in [0, number of classes).
         classes: class names, one per label.
-        framing: how an image becomes a square.
-        batch_size: samples in a batch, over all ranks; the last one of an epoch can differ
-            (:class:`arat_fast.data.plan.BatchPlan`).
+        plan: which samples make which batch.
+        framing: how images are cropped and mirrored: :class:`Shift` those in arrays, which give the
+            same batches as :class:`arat_fast.data.batches.ResidentBatches`, :class:`Framing`
+            encoded ones.
         device: where the batches go.
-        shuffle: new order in each epoch.
-        seed: of order and augmentation.
-        shard: this process.
-        num_workers: processes or threads that decode, >= 0.
+        max_value: the uint8 value that stands for 1.0.
+        memory_format: of the batches, channels_last or contiguous.
+        num_workers: processes or threads that read, >= 0.
 
     Raises:
         ValueError: an argument out of range, now; a file that is no readable image, when its batch
@@ -54,77 +51,97 @@ class EncodedBatches(ABC):
 
     def __init__(
         self,
-        source: EncodedImages,
+        samples: Samples,
         classes: tuple[str, ...],
-        framing: Framing,
+        plan: BatchPlan,
+        framing: Shift | Framing,
         *,
-        batch_size: int,
         device: torch.device,
-        shuffle: bool = False,
-        seed: int = 0,
-        shard: Shard = WHOLE,
+        max_value: int = 255,
+        memory_format: torch.memory_format = torch.contiguous_format,
         num_workers: int = 0,
     ) -> None:
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be >= 0, got {num_workers}")
-        self.plan = BatchPlan(len(source), batch_size, shuffle=shuffle, seed=seed, shard=shard)
-        wrong = (source.labels < 0) | (source.labels >= len(classes))
-        if wrong.any():
-            first = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"labels must lie in [0, {len(classes) - 1}], got {int(source.labels[first])} for "
-                f"{source.name(first)}"
-            )
-        self.source = source
-        self.num_samples = len(source)
-        self.classes = classes
-        self.num_classes = len(classes)
-        self.image_shape = (3, framing.size, framing.size)
+        check_labels(samples.labels, len(samples), len(classes))
+        if isinstance(framing, Framing):
+            height, width, channels = framing.size, framing.size, 3
+        else:
+            assert not isinstance(samples, EncodedImages)
+            _, height, width, channels = samples.rows.shape
+        super().__init__(plan, classes, (channels, height, width))
+        self.samples = samples
         self.framing = framing
         self.device = device
+        self.max_value = max_value
+        self.memory_format = memory_format
         self.num_workers = num_workers
         self._buffers = Buffers()
 
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """This rank's share of the batches of epoch ``epoch`` (>= 0), from ``start_batch`` on."""
-        for images, labels in self.pixels(epoch, start_batch):
-            yield Batch(to_unit_range(images, 255, self._buffers), labels)
-
     @abstractmethod
-    def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
+    def close(self) -> None:
+        """Stop what reads ahead; the next epoch starts it anew."""
 
 
-class LoaderBatches(EncodedBatches):
-    """:class:`EncodedBatches` by PyTorch's DataLoader and Pillow; arguments as there.
+class LoaderBatches(StreamedBatches):
+    """:class:`StreamedBatches` by PyTorch's DataLoader, and by Pillow; arguments as there.
 
-    ``num_workers`` processes decode, and stay from one epoch to the next; 0 decodes in this one.
+    ``num_workers`` processes read, and stay from one epoch to the next; 0 reads in this one.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        samples = _Samples(self.source, self.framing, self.plan)
-        self._workers = Workers(samples, self.plan, self.num_workers, self.device)
+        self._crop_flip = CropFlip(self.framing.padding, self.max_value, self.memory_format)
+        read = _Read(self.samples, self.framing, self.plan)
+        self._workers = Workers(read, self.plan, self.num_workers, self.device)
 
     def close(self) -> None:
         """Stop the workers; the next epoch starts others."""
         self._workers.close()
 
-    def pixels(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches as (N, 3, size, size), uint8, and labels (N,), int64, on the device."""
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """As :meth:`Batches.epoch`."""
         on_gpu = self.device.type == "cuda"
-        for images, labels, error in self._workers.run(epoch, start_batch):
+        for *tensors, error in self._workers.run(epoch, start_batch):
             if error:
                 # Left to the garbage collector, the workers would be waited for in vain.
                 self.close()
                 raise ValueError(error)
-            yield (
-                images.to(self.device, non_blocking=on_gpu),
-                labels.to(self.device, non_blocking=on_gpu),
+            pixels, labels, draws = (t.to(self.device, non_blocking=on_gpu) for t in tensors)
+            if isinstance(self.framing, Shift):
+                every = torch.arange(len(pixels), device=self.device)
+                x = self._crop_flip(pixels.permute(0, 3, 1, 2), every, draws)
+            else:
+                x = to_unit_range(pixels, 255, self._buffers)
+            yield Batch(x.contiguous(memory_format=self.memory_format), labels)
+
+
+class _Read(Dataset[tuple[Tensor, Tensor, Tensor, str]]):
+    """Batches by their epoch and number: images, labels, where to crop images in arrays (N, H, W,
+    C), which is done on the device, and the error, if there was one: from a worker an exception
+    would reach the user as a traceback of many lines."""
+
+    def __init__(self, samples: Samples, framing: Shift | Framing, plan: BatchPlan) -> None:
+        self.samples, self.framing, self.plan = samples, framing, plan
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, str]:
+        chosen = self.plan.samples(*place)
+        labels = self.samples.labels[chosen]
+        if not isinstance(self.samples, EncodedImages):
+            pixels = torch.from_numpy(self.samples.rows.take(chosen.numpy()))
+            return pixels, labels, self.framing.offsets(self.plan, *place), ""
+        assert isinstance(self.framing, Framing)
+        draws = self.framing.draw(self.plan, *place)
+        size = self.framing.size
+        images = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8)
+        for number, index in enumerate(chosen.tolist()):
+            try:
+                image = self.samples.image(index)
+            except ValueError as error:
+                return torch.empty(0), labels, draws, str(error)
+            boxes, mirror = self.framing.place(
+                [image.shape[0]], [image.shape[1]], draws[number : number + 1]
             )
+            cut_out(image, boxes[0].tolist(), bool(mirror[0]), images[number])
+        return images, labels, torch.empty(0), ""
 
 
 class Workers:
@@ -201,32 +218,6 @@ def read_ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Generator
             yield ahead.popleft().result()
 
 
-class _Samples(Dataset[tuple[Tensor, Tensor, str]]):
-    """Batches by their epoch and number: images, labels and the error, if there was one.
-
-    An exception in a worker would reach the user as a traceback of many lines.
-    """
-
-    def __init__(self, source: EncodedImages, framing: Framing, plan: BatchPlan) -> None:
-        self.source, self.framing, self.plan = source, framing, plan
-
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
-        chosen = self.plan.samples(*place)
-        labels = self.source.labels[chosen]
-        draws = self.framing.draw(self.plan, *place)
-        size = self.framing.size
-        images = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8)
-        for place_in_batch, index in enumerate(chosen.tolist()):
-            try:
-                image = self.source.image(index)
-            except ValueError as error:
-                return torch.empty(0), labels, str(error)
-            one = slice(place_in_batch, place_in_batch + 1)
-            boxes, mirror = self.framing.place([image.shape[0]], [image.shape[1]], draws[one])
-            cut_out(image, boxes[0].tolist(), bool(mirror[0]), images[place_in_batch])
-        return images, labels, ""
-
-
 def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Tensor) -> None:
     """Write a part of an image, scaled where its size is another one, into a square.
 
@@ -243,13 +234,12 @@ def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Ten
     size = out.shape[1]
     square = out.numpy()
     if (height, width) == (size, size):
-        rows, columns = _overlap(top, size, image.shape[0]), _overlap(left, size, image.shape[1])
-        inside = image[rows.start : rows.stop, columns.start : columns.stop].transpose(2, 0, 1)
-        target_rows = slice(rows.start - top, rows.stop - top)
-        target_columns = slice(columns.start - left, columns.stop - left)
+        inside = image[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)]
+        inside = inside.transpose(2, 0, 1)
         if inside.shape != square.shape:
             square.fill(0)
-        square[:, target_rows, target_columns] = inside
+        first, left = max(-top, 0), max(-left, 0)
+        square[:, first : first + inside.shape[1], left : left + inside.shape[2]] = inside
         if mirror:
             square[:] = square[:, :, ::-1].copy()
     else:
@@ -258,12 +248,6 @@ def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Ten
             part.permute(2, 0, 1)[None], size=(size, size), mode="bilinear", antialias=True
         )
         square[:] = scaled[0].numpy()[:, :, :: -1 if mirror else 1]
-
-
-def _overlap(offset: int, size: int, length: int) -> range:
-    """The places of ``range(offset, offset + size)`` that lie in the image; empty if none does."""
-    start = max(offset, 0)
-    return range(start, max(min(offset + size, length), start))
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
