@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -43,9 +42,6 @@ class SquareLinf:
         rescale_schedule: shrink the squares as fast as 10,000 proposals would, whatever their
             number.
 
-    Attributes:
-        num_evaluated: images that the network has seen in all.
-
     Source: Andriushchenko et al., ECCV 2020 (arXiv 1912.00049), algorithms 1 and 2, in the version
     that AutoAttack runs: margin loss, one restart.
     """
@@ -69,8 +65,6 @@ class SquareLinf:
         self.seed = seed
         self.batch_size = batch_size
         self.rescale_schedule = rescale_schedule
-        self.num_evaluated = 0
-        self._lock = threading.Lock()
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, share: Share = _whole) -> Tensor:
@@ -142,8 +136,6 @@ class SquareLinf:
             # Few different batch sizes: a library prepares itself for each of them.
             missing = -count % min(_BATCH_STEP, self.batch_size)
             logits = model(torch.cat([images, images[:1].expand(missing, -1, -1, -1)]))[:count]
-            with self._lock:
-                self.num_evaluated += count
             true = logits.gather(1, labels[:, None]).flatten()
             others = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
             margins.append(true - others)
