@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +12,6 @@ P_INIT = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _LOOK_AHEAD = 256
 _BATCH_STEP = 16
-
-
-class Share(Protocol):
-    """Calls a function on parts of tensors of equal length and concatenates the results."""
-
-    def __call__(self, call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor: ...
-
-
-def _whole(call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor:
-    return call(*tensors)
 
 
 class SquareLinf:
@@ -67,7 +56,14 @@ class SquareLinf:
         self.rescale_schedule = rescale_schedule
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, share: Share = _whole) -> Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        share: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
         """Attack images that the model classifies correctly.
 
         Args:
@@ -90,7 +86,8 @@ class SquareLinf:
         def search(x: Tensor, y: Tensor, start: Tensor) -> Tensor:
             return self._search(model, proposals, x, y, start)
 
-        return share(search, x, y, start.to(x.device))
+        start = start.to(x.device)
+        return search(x, y, start) if share is None else share(search, x, y, start)
 
     @torch.no_grad()  # which each thread sets for itself
     def _search(

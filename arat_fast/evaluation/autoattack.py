@@ -221,8 +221,7 @@ class _Attacks:
                 batch_size=self.batch_size,
                 rescale_schedule=self.short,
             )
-            options = {} if shared is None else {"share": shared.map_parts}
-            return square(ticking, x, y, **options)
+            return square(ticking, x, y, share=None if shared is None else shared.map_parts)
         reference = partial(self._reference, name, ticking)
         return reference(x, y) if shared is None else shared.map_parts(reference, x, y)
 
