@@ -133,13 +133,13 @@ def test_rollback_goes_on_with_a_lower_rate(tmp_path: Path) -> None:
 
 def test_resume_with_another_number_of_ranks(tmp_path: Path) -> None:
     """With synchronised BatchNorm the runs agree up to rounding, wherever the ranks change."""
-    # In L2: signs of gradients near zero would turn over.
+    # In L2, where no sign turns over, and for few steps: rounding grows a hundredfold in each.
     ball = ("--attack.norm", "L2", "--attack.eps", "0.5", "--attack.alpha", "0.5")
-    extra = (*EPOCHS, "--distributed.sync-bn", *ball)
-    codes, text = go(tmp_path / "logs", 3, Drill("SIGTERM", 5, 0, str(tmp_path / "a"), extra))
+    extra = ("--train.epochs", "1", "--distributed.sync-bn", *ball)
+    codes, text = go(tmp_path / "logs", 3, Drill("SIGTERM", 0, 0, str(tmp_path / "a"), extra))
     assert set(codes) == {75}, text
     text = finish(tmp_path / "logs", tmp_path / "a", 2, extra)
-    assert "from step 7" in text
+    assert "from step 2" in text
     codes, text = go(tmp_path / "logs", 1, Drill(out=str(tmp_path / "b"), extra=extra))
     assert set(codes) == {0}, text
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
