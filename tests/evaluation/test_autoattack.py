@@ -49,7 +49,9 @@ def digits(count: int, num_classes: int = 10) -> ImageSet:
     )
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.04), ("L2", 0.25)])
+@pytest.mark.parametrize(
+    ("norm", "eps"), [("Linf", 0.04), pytest.param("L2", 0.25, marks=pytest.mark.slow)]
+)
 def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps: float) -> None:
     images, threat = digits(40), ThreatModel(eps, norm)  # type: ignore[arg-type]
     seen: list[str] = []
