@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -68,24 +69,43 @@ class Display:
             yield bar
 
 
-class TrainingBar:
+class _Bar:
+    """Progress on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, display: Display, *columns: ProgressColumn, period: float = 30) -> None:
+        self.say = display.say
+        self.is_terminal = display.console.is_terminal
+        self.name = ""
+        self.spoke = time.monotonic()
+        self.progress = Progress(
+            *columns,
+            TextColumn("{task.fields[status]}"),
+            console=display.console,
+            disable=not self.is_terminal,
+            speed_estimate_period=period,
+        )
+
+    def line(self, text: str, quiet: float = 0.0) -> None:
+        """Print a line where there is no bar, unless one came less than ``quiet`` seconds ago."""
+        now = time.monotonic()
+        if not self.is_terminal and now - self.spoke >= quiet:
+            self.spoke = now
+            self.say(text)
+
+
+class TrainingBar(_Bar):
     """Steps done, images/s, remaining time, loss, clean and robust accuracy of the batches."""
 
     def __init__(self, display: Display, total_steps: int, done: int) -> None:
-        self.display = display
-        self.is_terminal = display.console.is_terminal
-        self.name = "training"
-        self.spoke = time.monotonic()
-        self.progress = Progress(
+        super().__init__(
+            display,
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[status]}"),
-            console=display.console,
-            disable=not self.is_terminal,
-            speed_estimate_period=300,
+            period=300,
         )
+        self.name = "training"
         self.task = self.progress.add_task("training", total=total_steps, completed=done, status="")
 
     def advance(self) -> None:
@@ -99,10 +119,7 @@ class TrainingBar:
     def show(self, status: str) -> None:
         """Set the text beside the bar; where there is none, a line now and then."""
         self.progress.update(self.task, status=status)
-        now = time.monotonic()
-        if not self.is_terminal and now - self.spoke >= QUIET_SECONDS:
-            self.spoke = now
-            self.display.say(f"  {self.name}  {status}")
+        self.line(f"  {self.name}  {status}", QUIET_SECONDS)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Name the epoch that begins, counted from 1."""
@@ -111,28 +128,16 @@ class TrainingBar:
 
     def end_epoch(self, epoch: int, epochs: int, status: str) -> None:
         """Print a line for the epoch that is done, where there is no bar."""
-        if not self.is_terminal:
-            self.spoke = time.monotonic()
-            self.display.say(f"epoch {epoch}/{epochs}  {status}")
+        self.line(f"epoch {epoch}/{epochs}  {status}")
 
 
-class EvaluationBar:
+class EvaluationBar(_Bar):
     """Callable as the ``progress`` argument of the evaluation functions."""
 
     def __init__(self, display: Display) -> None:
-        self.display = display
-        self.is_terminal = display.console.is_terminal
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=display.console,
-            disable=not self.is_terminal,
-        )
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        super().__init__(display, *columns)
         self.task: TaskID | None = None
-        self.name = ""
-        self.spoke = 0.0
 
     def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
         """As :class:`SuiteProgress`."""
@@ -140,17 +145,12 @@ class EvaluationBar:
             status = f"{total} images standing, {done:,} forward passes"
         else:
             status = f"{done} of {total} images"
-        now = time.monotonic()
         if name != self.name:
             self.name = name
             if self.task is not None:
                 self.progress.update(self.task, total=1, completed=1)
             self.task = self.progress.add_task(name, total=None, status=status)
-            self.spoke = now
-            if not self.is_terminal:
-                self.display.say(f"{name}: {total} images")
+            self.line(f"{name}: {total} images")
         elif self.task is not None:
             self.progress.update(self.task, status=status)
-            if not self.is_terminal and now - self.spoke >= QUIET_SECONDS:
-                self.spoke = now
-                self.display.say(f"{name}: {status}")
+            self.line(f"{name}: {status}", QUIET_SECONDS)

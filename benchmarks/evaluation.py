@@ -20,8 +20,13 @@ from arat_fast.display import Display
 from arat_fast.evaluation.autoattack import NUM_TARGETS, private_random_state
 from arat_fast.evaluation.autoattack import autoattack as run_autoattack
 from arat_fast.evaluation.checkpoint import place_network
-from arat_fast.evaluation.evaluate import ImageSet, Progress, evaluation_mode, predict
-from arat_fast.evaluation.threat_model import ThreatModel
+from arat_fast.evaluation.evaluate import (
+    ImageSet,
+    Progress,
+    ThreatModel,
+    evaluation_mode,
+    predict,
+)
 from arat_fast.models.split_batch_norm import use_branch, use_statistics
 from arat_fast.saved.network import read_saved
 from arat_fast.settings import Count, Number

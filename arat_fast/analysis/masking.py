@@ -17,12 +17,12 @@ from arat_fast.attacks.pgd import PGD, RandomStart, check_images
 from arat_fast.evaluation.evaluate import (
     ImageSet,
     Progress,
+    ThreatModel,
     accept,
     evaluation_mode,
     pgd_accuracy,
     predict,
 )
-from arat_fast.evaluation.threat_model import ThreatModel
 
 SIGNIFICANCE = 0.01
 """A weaker attack counts as stronger below this p-value of the one-sided sign test."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +12,6 @@ P_INIT = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _LOOK_AHEAD = 256
 _BATCH_STEP = 16
-
-
-class Share(Protocol):
-    """Calls a function on parts of tensors of equal length and concatenates the results."""
-
-    def __call__(self, call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor: ...
-
-
-def _whole(call: Callable[..., Tensor], /, *tensors: Tensor) -> Tensor:
-    return call(*tensors)
 
 
 class SquareLinf:
@@ -42,9 +30,6 @@ class SquareLinf:
         batch_size: images at once, >= 1.
         rescale_schedule: shrink the squares as fast as 10,000 proposals would, whatever their
             number.
-
-    Attributes:
-        num_evaluated: images that the network has seen in all.
 
     Source: Andriushchenko et al., ECCV 2020 (arXiv 1912.00049), algorithms 1 and 2, in the version
     that AutoAttack runs: margin loss, one restart.
@@ -69,11 +54,16 @@ class SquareLinf:
         self.seed = seed
         self.batch_size = batch_size
         self.rescale_schedule = rescale_schedule
-        self.num_evaluated = 0
-        self._lock = threading.Lock()
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, share: Share = _whole) -> Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        share: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
         """Attack images that the model classifies correctly.
 
         Args:
@@ -96,7 +86,8 @@ class SquareLinf:
         def search(x: Tensor, y: Tensor, start: Tensor) -> Tensor:
             return self._search(model, proposals, x, y, start)
 
-        return share(search, x, y, start.to(x.device))
+        start = start.to(x.device)
+        return search(x, y, start) if share is None else share(search, x, y, start)
 
     @torch.no_grad()  # which each thread sets for itself
     def _search(
@@ -142,8 +133,6 @@ class SquareLinf:
             # Few different batch sizes: a library prepares itself for each of them.
             missing = -count % min(_BATCH_STEP, self.batch_size)
             logits = model(torch.cat([images, images[:1].expand(missing, -1, -1, -1)]))[:count]
-            with self._lock:
-                self.num_evaluated += count
             true = logits.gather(1, labels[:, None]).flatten()
             others = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
             margins.append(true - others)

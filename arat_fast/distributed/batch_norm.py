@@ -45,13 +45,11 @@ def synchronize_batch_norm(module: nn.Module, group: ProcessGroup) -> None:
 def running_statistics(*modules: nn.Module) -> list[Tensor]:
     """Running means and variances that each process moves by its own samples: those of layers in
     training mode that belong to no group."""
-    found: list[Tensor] = []
-    for module in modules:
-        for layer in module.modules():
-            if not layer.training or getattr(layer, "group", None) is not None:
-                continue
-            for name in ("running_mean", "running_var"):
-                buffer = getattr(layer, name, None)
-                if isinstance(buffer, Tensor):
-                    found.append(buffer)
-    return found
+    return [
+        buffer
+        for module in modules
+        for layer in module.modules()
+        if layer.training and getattr(layer, "group", None) is None
+        for name in ("running_mean", "running_var")
+        if isinstance(buffer := getattr(layer, name, None), Tensor)
+    ]

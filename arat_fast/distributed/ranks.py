@@ -120,10 +120,6 @@ class Ranks:
         if self.group is not None:
             dist.broadcast(value, 0, group=self.group)
 
-    def all(self, value: bool) -> bool:
-        """Whether ``value`` is true on every process."""
-        return not self.largest(int(not value))
-
     def meet(self) -> None:
         """Wait for all processes, however long the others still work.
 
@@ -256,7 +252,7 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
             with suppress(RuntimeError):
                 watch.stop()
             raise
-        if is_collective_failure(error):
+        if _is_collective_failure(error):
             raise LeftBehindError(watch.explain(error)) from error
         if not watch.claim():
             raise LeftBehindError("") from error
@@ -286,12 +282,10 @@ def _local_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def is_collective_failure(error: Exception) -> bool:
+def _is_collective_failure(error: Exception) -> bool:
     """Whether talking to another process failed, rather than something of this one."""
-    if isinstance(error, dist.DistError):
-        return True
     # gloo's errors have no type of their own.
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        mark in text for mark in ("gloo", "Connection closed by peer", "NCCL", "Connection reset")
+    marks = ("gloo", "Connection closed by peer", "NCCL", "Connection reset")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
     )

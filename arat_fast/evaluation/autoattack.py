@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +21,13 @@ from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
     Progress,
+    ThreatModel,
     accept,
     evaluation_mode,
     predict,
 )
 from arat_fast.evaluation.parallel import SharedNetwork, Stopped, shared_batches
 from arat_fast.evaluation.pieces import Pieces, Tensors
-from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.folding import FoldedNetwork
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -204,13 +204,15 @@ class _Attacks:
         # through all steps on its own images.
         by_parts = name == "fab-t" or own_square
         shared = network if by_parts and isinstance(network, SharedNetwork) else None
-        ticking = _Ticking(
-            network if shared is None else shared.network,
-            f"{self.title} {name}",
-            self.survivors,
-            self.progress,
-            *(() if shared is None else (shared.count(x), shared.stopped)),
-        )
+        passes, parts = itertools.count(1), 1 if shared is None else shared.count(x)
+
+        def tick() -> None:
+            if shared is not None and shared.stopped.is_set():
+                raise Stopped
+            if self.progress is not None:
+                self.progress(f"{self.title} {name}", -(-next(passes) // parts), self.survivors)
+
+        ticking = _Ticking(network if shared is None else shared.network, tick)
         if own_square:
             square = SquareLinf(
                 self.threat.eps,
@@ -219,9 +221,7 @@ class _Attacks:
                 batch_size=self.batch_size,
                 rescale_schedule=self.short,
             )
-            if shared is None:
-                return square(ticking, x, y)
-            return square(ticking, x, y, share=shared.map_parts)
+            return square(ticking, x, y, share=None if shared is None else shared.map_parts)
         reference = partial(self._reference, name, ticking)
         return reference(x, y) if shared is None else shared.map_parts(reference, x, y)
 
@@ -283,34 +283,16 @@ def _shorten(adversary: Any) -> None:
 
 
 class _Ticking(nn.Module):
-    """The model, reporting its forward passes; called from ``parts`` threads, each of which has
-    its part of the batch and gives up once ``stopped`` is set."""
+    """The model, calling ``tick`` before each forward pass."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        survivors: int,
-        progress: Progress | None,
-        parts: int = 1,
-        stopped: threading.Event | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, tick: Callable[[], None]) -> None:
         super().__init__()
         self.model = model
-        self.name = name
-        self.survivors = survivors
-        self.progress = progress
-        self.passes = 0
-        self.parts = parts
-        self.stopped = stopped
+        self.tick = tick
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.passes += 1
-        if self.stopped is not None and self.stopped.is_set():
-            raise Stopped
-        if self.progress is not None:
-            self.progress(self.name, -(-self.passes // self.parts), self.survivors)
+        self.tick()
         logits: Tensor = self.model(x)
         return logits
 

@@ -6,14 +6,14 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from arat_fast.build import build_objective
-from arat_fast.config import Config
+from arat_fast.config import Config, DataConfig, EvalConfig
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import stream_generator
@@ -21,7 +21,7 @@ from arat_fast.data.load import download_data
 from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
-from arat_fast.evaluation.evaluate import ImageSet
+from arat_fast.evaluation.evaluate import ImageSet, ThreatModel
 from arat_fast.evaluation.pieces import checksum
 from arat_fast.evaluation.record import (
     earlier_record,
@@ -30,11 +30,12 @@ from arat_fast.evaluation.record import (
     writing,
 )
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_example
-from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
 from arat_fast.saved.weights import network_size
 from arat_fast.training.averaging import refresh_batch_norm
+
+Section = TypeVar("Section", DataConfig, EvalConfig)
 
 
 def evaluate_checkpoint(
@@ -108,15 +109,11 @@ def evaluate_checkpoint(
         attack = dataclasses.replace(trained.attack, norm=ball[0], eps=ball[1], alpha=ball[1] / 4)
         evaluation = dataclasses.replace(trained.eval, alpha=None)
         config = dataclasses.replace(trained, attack=attack, eval=evaluation)
-    config = _with_overrides(
+    given = {"num_steps": num_steps, "alpha": alpha, "batch_size": batch_size}
+    config = dataclasses.replace(
         config,
-        data={"root": data_root},
-        eval={
-            "num_steps": num_steps,
-            "alpha": alpha,
-            "batch_size": batch_size,
-            "max_samples": max_samples,
-        },
+        data=_replaced(config.data, root=data_root),
+        eval=_replaced(config.eval, max_samples=max_samples, **given),
     )
     if saved.statistics_fresh:
         # Generated images are for training.
@@ -261,10 +258,7 @@ def _added(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_overrides(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with the values that are not None put in."""
-    changes = {}
-    for name, values in sections.items():
-        given = {key: value for key, value in values.items() if value is not None}
-        changes[name] = dataclasses.replace(getattr(config, name), **given)
-    return dataclasses.replace(config, **changes)
+def _replaced(section: Section, **values: Any) -> Section:
+    """A part of a configuration with the values that are not None put in."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return dataclasses.replace(section, **given)

@@ -1,4 +1,4 @@
-"""Accuracy on clean images and under PGD."""
+"""Accuracy on clean images and under PGD, by one process or by several, on the stated ball."""
 
 from __future__ import annotations
 
@@ -6,22 +6,59 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from arat_fast.attacks.pgd import PGD, RandomStart, check_images
+from arat_fast.attacks.pgd import (
+    PGD,
+    RandomStart,
+    check_images,
+    check_length,
+    perturbation_norm,
+)
 from arat_fast.data.batches import Batches
 from arat_fast.data.plan import WHOLE, Shard
 from arat_fast.device import full_float32
+from arat_fast.distributed import Ranks
 from arat_fast.evaluation.pieces import Pieces
-from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
 from arat_fast.statistics import wilson_interval
+from arat_fast.stop import EvaluationStopped
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""
+
+
+ROUNDING = 1e-6
+"""Allowance for float32 rounding: relative to eps, plus as much absolutely."""
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Perturbations of norm at most ``eps`` that keep the image in [0, 1].
+
+    Attributes:
+        eps: radius in units of the image range, >= 0; in Linf at most 1.
+        norm: "Linf" or "L2".
+    """
+
+    eps: float
+    norm: Literal["Linf", "L2"] = "Linf"
+
+    def __post_init__(self) -> None:
+        check_length("eps", self.eps, self.norm)
+
+    def allows(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Whether each adversarial image is one, (N,) bool; NaN never is.
+
+        Args:
+            x, x_adv: images (N, C, H, W).
+        """
+        near = perturbation_norm(x, x_adv, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
+        flat = x_adv.flatten(1)
+        return near & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
 
 
 @dataclass(frozen=True)
@@ -245,3 +282,51 @@ def accept(
     adversarial = torch.where(inside.view(-1, 1, 1, 1), candidate, x)
     still = model(adversarial).argmax(dim=1) == y
     return still, adversarial, int((~inside).sum())
+
+
+def share_evaluation(
+    ranks: Ranks, evaluate: Callable[[ImageSet], AttackResult], images: ImageSet
+) -> AttackResult:
+    """The result of ``evaluate`` on all images, of which each process does its share.
+
+    Counts are exact. Random starts depend on the number of processes.
+
+    Args:
+        ranks: the processes.
+        evaluate: attacks some of the images.
+        images: those of this process, as :meth:`ImageSet.from_batches` shares them; rank 0 has one
+            at least.
+
+    Returns:
+        Results of all images, in the order of the ranks; ``x_adv`` of this process's own, since all
+        of them may not fit into the memory of one.
+
+    Raises:
+        EvaluationStopped: a process was told to stop; raised on all of them.
+    """
+    if ranks.alone:
+        return evaluate(images)
+    stopped = 0
+    result = AttackResult(images.y == images.y, images.x, {})
+    if len(images.y):
+        try:
+            result = evaluate(images)
+        except EvaluationStopped:
+            stopped = 1
+    ranks.meet()
+    if ranks.largest(stopped):
+        raise EvaluationStopped
+    # A process without images has no attacks to tell of; rank 0 has, in their order.
+    num_attacks = ranks.largest(len(result.after))
+    masks = [*result.after.values()] or [result.correct] * num_attacks
+    joined = [ranks.gather_rows(mask) for mask in masks]
+    after = dict(zip(result.after, joined, strict=False))
+    correct = ranks.gather_rows(result.correct)
+    details = dict(result.details)
+    for name in ("num_rejected", "num_disputed"):
+        total = int(ranks.sum_(torch.tensor(details.get(name, 0))))
+        if name in details:
+            details[name] = total
+    if "attacks" in details:
+        details["attacks"] = {name: float(mask.double().mean()) for name, mask in after.items()}
+    return AttackResult(correct, result.x_adv, details, after)

@@ -83,13 +83,7 @@ class SharedNetwork(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             y: Tensor = _Shared.apply(x, self)  # type: ignore[no-untyped-call]
             return y
-        return torch.cat(self.map(self.answer, list(torch.tensor_split(x, count))))
-
-    @torch.no_grad()
-    def answer(self, x: Tensor) -> Tensor:
-        """The output of one part."""
-        y: Tensor = self.network(x)
-        return y
+        return self.map_parts(torch.no_grad()(self.network.__call__), x)
 
     def record(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One part and its output, with the graph between them."""

@@ -20,14 +20,14 @@ from arat_fast.evaluation.autoattack import MIN_CLASSES, autoattack
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
+    ThreatModel,
     clean_accuracy,
     evaluation_mode,
     pgd_accuracy,
     predict,
+    share_evaluation,
 )
 from arat_fast.evaluation.pieces import Pieces, checksum
-from arat_fast.evaluation.sharing import share_evaluation
-from arat_fast.evaluation.threat_model import ThreatModel
 from arat_fast.files import write_atomic
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d
 

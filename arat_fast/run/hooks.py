@@ -15,8 +15,7 @@ from torch import nn
 from arat_fast.analysis.snapshot import analyze_training, first_batches, headline_numbers
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
-from arat_fast.evaluation.evaluate import ImageSet
-from arat_fast.evaluation.sharing import share_evaluation
+from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.models.registry import MODELS
 from arat_fast.training.memory import is_out_of_memory
 

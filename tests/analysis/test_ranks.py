@@ -22,7 +22,7 @@ def test_synchronised_batch_norm(tmp_path: Path, norm: str) -> None:
         extra = (*EXTRA, "--model.norm", norm, "--analyze.every", every)
         log = tmp_path / f"log-{name}"
         log.mkdir()
-        drill = Drill(str(tmp_path / name), extra=extra)
+        drill = Drill(out=str(tmp_path / name), extra=extra)
         codes = jobs.wait(jobs.start(drills.as_rank, (drill,), 2, log))
         assert set(codes) == {0}, jobs.printed(log)
     lines = [json.loads(x) for x in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]

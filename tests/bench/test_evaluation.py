@@ -12,8 +12,7 @@ import torch
 from rich.console import Console
 
 from arat_fast.display import Display
-from arat_fast.evaluation.evaluate import ImageSet
-from arat_fast.evaluation.threat_model import ThreatModel
+from arat_fast.evaluation import ImageSet, ThreatModel
 from arat_fast.recipes import recipe
 from arat_fast.run.loop import train
 from benchmarks import evaluation as module

@@ -1,8 +1,10 @@
-"""Training steps in float64, alone or as one of several processes: the cases of the tests."""
+"""What one process computes alone and several together: steps in float64, evaluations, metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,20 @@ from torch import Tensor, nn
 from arat_fast.attacks import PGD, RandomStart
 from arat_fast.config import AverageConfig
 from arat_fast.data import BatchPlan, ResidentBatches, Shift
-from arat_fast.distributed import ALONE, Ranks
+from arat_fast.distributed import ALONE, Ranks, join
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
+from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, clean_accuracy, pgd_accuracy
+from arat_fast.evaluation.evaluate import share_evaluation
+from arat_fast.evaluation.record import save_per_example
+from arat_fast.evaluation.suite import SuiteResult, per_example
 from arat_fast.models import convert_split_batch_norm
-from arat_fast.objectives import ARAT, MART, TRADES, Objective
+from arat_fast.objectives import ARAT, MART, TRADES, NaturalTraining, Objective
+from arat_fast.run.state import Progress, Run
 from arat_fast.training.averaging import WeightAverage, refresh_batch_norm
+from arat_fast.training.checkpoint import CheckpointFolder
+from arat_fast.training.metrics import NotFiniteError, StepMetrics
 from arat_fast.training.step import TrainStep
+from arat_fast.training.values import Values
 
 NUM_STEPS = 5
 BATCH = 13
@@ -210,3 +220,95 @@ def shard_by_shard(case: Case, num_ranks: int) -> dict[str, Tensor]:
         **{f"model.{k}": v for k, v in model.state_dict().items()},
         **{f"objective.{k}": v for k, v in objective.state_dict().items()},
     }
+
+
+def evaluations(ranks: Ranks, folder: Path) -> dict[str, object]:
+    """The network of a case on 23 images, of which 20 are asked for; image by image into
+    ``folder``."""
+    case = CASES["arat"]
+    model = network(case).float()
+    generator = torch.Generator().manual_seed(7)
+    batches = ResidentBatches(
+        torch.randint(256, (23, *case.image), generator=generator, dtype=torch.uint8),
+        torch.randint(NUM_CLASSES, (23,), generator=generator),
+        tuple("abcd"),
+        BatchPlan(23, 7),
+    )
+    images = ImageSet.from_batches(batches, 20, ranks.shard)
+    threat = ThreatModel(0.02, "Linf")
+    clean = partial(clean_accuracy, model, batch_size=4)
+    pgd = partial(pgd_accuracy, model, threat=threat, num_steps=2, alpha=0.01, batch_size=4)
+    full = partial(autoattack, model, threat=threat, batch_size=8, version="torchattacks10")
+    evaluate = {"clean": clean, "pgd": pgd, "autoattack": full}
+    results = {name: share_evaluation(ranks, call, images) for name, call in evaluate.items()}
+    # Fewer images than processes.
+    one = ImageSet.from_batches(batches, 1, ranks.shard)
+    few = {"clean": share_evaluation(ranks, clean, one)}
+    for name, part, found in (("all", images, results), ("few", one, few)):
+        arrays = per_example(model, part, SuiteResult(found), 4, ranks)
+        if ranks.is_main:
+            save_per_example(folder / f"{name}.npz", arrays)
+    return {
+        "x": images.x,
+        "y": images.y,
+        "few": few["clean"].correct,
+        **{name: result.record() for name, result in results.items()},
+        **{f"{name} correct": result.correct for name, result in results.items()},
+        **{f"{name} x_adv": result.x_adv for name, result in results.items()},
+    }
+
+
+def metrics(ranks: Ranks) -> dict[str, object]:
+    """Means over unequal parts, and a loss that is not finite on the last rank alone."""
+    found = StepMetrics(ranks)
+    total = 5 * ranks.world_size - 1
+    for step in range(3):
+        value = torch.tensor(float(10 * step + ranks.rank))
+        found.add(step, Values.pack({"loss": value, "accuracy_clean": value / 100}), total)
+    means = found.read()
+    last = ranks.rank == ranks.world_size - 1
+    for step in (3, 4):
+        value = torch.tensor(float("nan") if last and step == 4 else 1.0)
+        found.add(step, Values.pack({"loss": value, "accuracy_clean": value}), total)
+    try:
+        found.read()
+    except NotFiniteError as error:
+        return {"means": means, "total": total, "error": str(error)}
+    raise AssertionError("nothing was noticed")
+
+
+def own_disks(ranks: Ranks, folder: Path) -> dict[str, object]:
+    """What each rank says of the last checkpoint, where only rank 0 sees it, and of weights that
+    are not finite on the last rank alone."""
+    run = Run.__new__(Run)
+    run.ranks = ranks
+    run.progress = Progress(8, 10)
+    run.checkpoints = CheckpointFolder(folder / f"disk{ranks.rank}", 2)
+    run.model, run.objective = torch.nn.Linear(2, 2), NaturalTraining()
+    if ranks.rank == ranks.world_size - 1:
+        run.model.bias.data.fill_(float("nan"))
+    before = run.last_checkpoint()
+    if ranks.is_main:
+        run.checkpoints.folder.mkdir()
+        run.checkpoints.save(4, {"step": 4}, lambda: None)
+    try:
+        run.save()
+    except NotFiniteError as error:
+        return {"before": before, "error": str(error)}
+    raise AssertionError("nothing was noticed")
+
+
+def as_rank(folder: Path) -> None:
+    """One rank of a job: runs every case and leaves its results in ``folder/RANK.pt``."""
+    with join("cpu") as ranks:
+        content = b"abc" if ranks.is_main else None
+        results: dict[str, object] = {
+            "broadcast": list(ranks.broadcast_bytes(content)),
+            "rows": ranks.gather_rows(torch.full((ranks.rank, 2), float(ranks.rank))),
+            "largest": ranks.largest(ranks.rank),
+            "evaluations": evaluations(ranks, folder),
+            "metrics": metrics(ranks),
+            "own disks": own_disks(ranks, folder),
+            **{name: train(case, ranks) for name, case in CASES.items()},
+        }
+        torch.save(results, folder / f"{ranks.rank}.pt")

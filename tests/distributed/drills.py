@@ -39,21 +39,21 @@ class Drill:
     """One start of a run.
 
     Attributes:
-        out: folder of the run.
         accident: "none"; a signal's name; "kill" (SIGKILL) or "nan" in a step; "nan once", of which
             a second attempt is spared; "kill in write" or "full disk" in writing a checkpoint;
             "launcher" (SIGTERM to torchrun's, before a step); "evaluation" (SIGTERM in it, while
             the other ranks still evaluate).
         step: in which it happens, or after which a checkpoint is written.
         rank: to which it happens; None: to all.
+        out: folder of the run.
         extra: further arguments of the command line.
         first_attempt_only: torchrun's restarts are spared.
     """
 
-    out: str
     accident: str = "none"
     step: int = 0
     rank: int | None = None
+    out: str = ""
     extra: tuple[str, ...] = ()
     first_attempt_only: bool = False
 
@@ -124,9 +124,6 @@ class Accident(Hook):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 file.truncate(file.tell() // 2)
                 file.flush()
-                (Path(self.drill.out) / "writing").touch()
-                # The test kills all ranks meanwhile; this one would end by itself otherwise.
-                time.sleep(20)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             whole(path, half)
@@ -136,7 +133,6 @@ class Accident(Hook):
 
 def run(drill: Drill) -> int:
     """Run ``arat-fast train`` in this process; its exit code."""
-    torch.set_num_threads(1)
     # The report would be most of the time.
     arat_fast.report.write_report = lambda out: Path(out) / "report.html"
     # A process is lost sooner than outside of tests.
@@ -147,12 +143,8 @@ def run(drill: Drill) -> int:
     return command_line([*BASE, *drill.extra, "--out", drill.out, "--resume"])
 
 
-def as_rank(drill: Drill, environment: dict[str, str], log: str) -> None:
-    """Body of a forked process: one rank, its output in a file."""
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def as_rank(drill: Drill) -> None:
+    """One rank of a job."""
     sys.exit(run(drill))
 
 

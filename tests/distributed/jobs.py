@@ -12,12 +12,24 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a public name of torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["distributed.drills", "distributed.endings", "distributed.worker"])
+_CONTEXT.set_forkserver_preload(["distributed.drills", "distributed.endings", "distributed.cases"])
 _STORES: list[TCPStore] = []
 """Those that jobs share, as torchrun has them."""
+
+
+def _as_rank(
+    body: Callable[..., None], arguments: Sequence[Any], environment: dict[str, str], log: Path
+) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    body(*arguments)
 
 
 def start(
@@ -28,7 +40,7 @@ def start(
     per_machine: int = 8,
     own_store: bool = False,
 ) -> list[BaseProcess]:
-    """Processes that call ``body(*arguments, environment, log)``, rank r with ``folder/r.log``.
+    """Processes that call ``body(*arguments)``; rank r writes what it prints into ``folder/r.log``.
 
     With ``num_ranks`` 0 it is one process without torchrun's variables. ``per_machine`` of them
     believe that they share a machine. With ``own_store`` rank 0 has the store, as without torchrun.
@@ -36,26 +48,22 @@ def start(
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
+    shared = {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(not own_store),
+    }
     if not own_store:
         _STORES.append(store)
     # Gone, so that rank 0 can listen there.
     del store
     processes: list[BaseProcess] = []
     for rank in range(max(num_ranks, 1)):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank % per_machine),
-            "WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": str(not own_store),
-        }
-        log = str(folder / f"{rank}.log")
-        given = environment if num_ranks else {}
-        process = _CONTEXT.Process(target=body, args=(*arguments, given, log), daemon=True)
-        process.start()
-        processes.append(process)
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % per_machine)}
+        given = (body, arguments, own if num_ranks else {}, folder / f"{rank}.log")
+        processes.append(_CONTEXT.Process(target=_as_rank, args=given, daemon=True))
+        processes[-1].start()
     return processes
 
 

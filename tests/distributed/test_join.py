@@ -11,11 +11,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import endings, jobs
+from distributed.endings import LATE
 
 from arat_fast.config import DataConfig
 from arat_fast.data import load
@@ -69,41 +71,50 @@ def test_a_gpu_by_number_or_too_few(
     assert two_gpus == []
 
 
+LOST = r"rank {} \(.* lost"
+
+
 @pytest.mark.parametrize(
-    ("ending", "codes", "words", "own_store"),
+    ("actions", "codes", "words", "options"),
     [
-        ("late", [0, 0, 0], None, False),
-        ("late_stop", [75, 75, 75], None, True),
-        ("error_at_the_end", [2, 1, 1], "cannot be written", False),
-        ("error_at_the_end", [2, 1, 1], "cannot be written", True),
-        ("error_in_collective", [1, 2, 1], "cannot be read", False),
-        ("error_elsewhere", [1, 2, 1], "cannot be read", False),
-        ("lost_in_meeting", [1, -9, 1], r"rank 1 \(.* lost", False),
-        ("lost_in_collective", [-9, 1, 1], r"rank 0 \(.* lost", False),
-        ("lost_in_collective", [-9, 1, 1], r"rank 0 \(.* lost", True),
-        ("hang", [1, None, 1], "step 0", False),
-        ("stopped", [1, None, 1], r"rank 1 \(.* lost", False),
+        # Rank 0 writes for long, before a collective or after a stop that all have agreed on.
+        ((f"{LATE} meet sum", *2 * ["meet sum"]), [0, 0, 0], None, {}),
+        ((f"{LATE} agreed", *2 * ["agreed"]), [75, 75, 75], None, {"own_store": True}),
+        # An error, while the others are done, or wait in a collective, or work by themselves.
+        (("1 fail", "", ""), [2, 1, 1], "disk", {}),
+        (("1 fail", "", ""), [2, 1, 1], "disk", {"own_store": True}),
+        (("sum", "fail", "sum"), [1, 2, 1], "disk", {}),
+        (("60", "fail", "60"), [1, 2, 1], "disk", {}),
+        # A death.
+        (("meet", "SIGKILL", "meet"), [1, -9, 1], LOST.format(1), {}),
+        (("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {}),
+        (("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {"own_store": True}),
+        # Of a machine that has the store: the first process of another one says it.
+        (
+            ("meet 1 SIGKILL", "meet SIGKILL", "meet meet"),
+            [-9, -9, 1],
+            LOST.format(0),
+            {"own_store": True, "per_machine": 2},
+        ),
+        # Alive and late for a collective; standing still.
+        (("sum", "60", "sum"), [1, None, 1], "step 0", {}),
+        (("meet", "SIGSTOP", "meet"), [1, None, 1], LOST.format(1), {}),
     ],
 )
 def test_one_says_why_and_all_end(
-    tmp_path: Path, ending: str, codes: list[int | None], words: str | None, own_store: bool
+    tmp_path: Path,
+    actions: tuple[str, ...],
+    codes: list[int | None],
+    words: str | None,
+    options: dict[str, Any],
 ) -> None:
-    processes = jobs.start(endings.as_rank, (ending,), 3, tmp_path, own_store=own_store)
+    processes = jobs.start(endings.as_rank, (actions,), 3, tmp_path, **options)
     ended = [process for process, code in zip(processes, codes, strict=True) if code is not None]
     assert jobs.wait(ended, 40) == [code for code in codes if code is not None]
     jobs.wait(processes, 0)
     messages = [m for m in jobs.printed(tmp_path).splitlines() if m.startswith("error: ")]
     assert len(messages) == (words is not None), messages
-    if words is not None:
-        assert re.search(words, messages[0])
-
-
-def test_the_machine_of_rank_0_is_lost(tmp_path: Path) -> None:
-    """And the store with it: the first process of another machine says it."""
-    processes = jobs.start(endings.as_rank, ("machine_lost",), 3, tmp_path, 2, own_store=True)
-    assert jobs.wait(processes) == [-9, -9, 1]
-    (message,) = [m for m in jobs.printed(tmp_path).splitlines() if m.startswith("error: ")]
-    assert "rank 0 (" in message
+    assert words is None or re.search(words, messages[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of the death of a parent")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import cases, jobs, worker
+from distributed import cases, jobs
 
 from arat_fast.distributed import ALONE
 
@@ -26,8 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def results(folders: dict[int, Path]) -> dict[int, list[dict[str, Any]]]:
     """What every rank of a job of 2 and of one of 3 found, case by case."""
     started = {
-        size: jobs.start(worker.as_rank, (str(folder),), size, folder)
-        for size, folder in folders.items()
+        size: jobs.start(cases.as_rank, (folder,), size, folder) for size, folder in folders.items()
     }
     for size, folder in folders.items():
         assert jobs.wait(started[size], 280) == [0] * size, jobs.printed(folder)
@@ -35,6 +34,13 @@ def results(folders: dict[int, Path]) -> dict[int, list[dict[str, Any]]]:
         size: [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
         for size, folder in folders.items()
     }
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What one process finds, and its folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, cases.evaluations(ALONE, folder)
 
 
 @functools.cache
@@ -103,8 +109,10 @@ def test_accumulation_equals_the_whole_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_evaluations_count_every_image_once(results: Results, size: int, tmp_path: Path) -> None:
-    expected: dict[str, Any] = worker.evaluations(ALONE, tmp_path)
+def test_evaluations_count_every_image_once(
+    results: Results, size: int, evaluated: tuple[Path, dict[str, Any]]
+) -> None:
+    _, expected = evaluated
     for name in ("x", "y"):
         parts = [rank["evaluations"][name] for rank in results[size]]
         assert torch.equal(torch.cat(parts), expected[name])
@@ -130,12 +138,14 @@ def test_evaluations_count_every_image_once(results: Results, size: int, tmp_pat
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rank_0_writes_every_image(
-    results: Results, size: int, tmp_path: Path, folders: dict[int, Path]
+    results: Results,
+    size: int,
+    folders: dict[int, Path],
+    evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
-    worker.evaluations(ALONE, tmp_path)
     found = results[size][0]["evaluations"]
     for name, count in (("all", 20), ("few", 1)):
-        expected = np.load(tmp_path / f"{name}.npz")
+        expected = np.load(evaluated[0] / f"{name}.npz")
         with np.load(folders[size] / f"{name}.npz") as got:
             assert set(got.files) == set(expected.files)
             for key in got.files:
@@ -173,4 +183,4 @@ def test_what_ranks_tell_each_other(results: Results, size: int) -> None:
     for rank in results[size]:
         assert rank["broadcast"] == list(b"abc")
         assert rank["rows"].tolist() == [[r, r] for r in range(size) for _ in range(r)]
-        assert rank["all"] == [True, False]
+        assert rank["largest"] == size - 1

@@ -10,75 +10,74 @@ from torch import Tensor, nn
 
 from arat_fast.evaluation.pieces import Pieces, checksum
 
-CPU = torch.device("cpu")
+
+class Folder:
+    """Asks for pieces whose value is the number of the question, and knows which were computed."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.calls: list[int] = []
+
+    def evaluation(self, checksum: str = "one") -> Pieces:
+        return Pieces(self.path, checksum)
+
+    def ask(self, pieces: Pieces, name: str, number: int) -> float:
+        def compute() -> dict[str, Tensor]:
+            self.calls.append(number)
+            return {"value": torch.tensor([float(number)]), "mask": torch.tensor([True, False])}
+
+        found = pieces.get(name, compute, torch.device("cpu"))
+        assert found["mask"].tolist() == [True, False]
+        return found["value"].item()
 
 
-def piece(value: float, calls: list[float]) -> dict[str, Tensor]:
-    calls.append(value)
-    return {"value": torch.tensor([value]), "mask": torch.tensor([True, False])}
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "p")
 
 
-def test_a_piece_is_computed_once(tmp_path: Path) -> None:
-    calls: list[float] = []
-    first = Pieces(tmp_path / "p", "one")
-    first.get("a-1", lambda: piece(1.0, calls), CPU)
-    again = Pieces(tmp_path / "p", "one")
-    found = again.get("a-1", lambda: piece(2.0, calls), CPU)
-    assert calls == [1.0] and again.num_reused == 1
-    assert found["value"].item() == 1.0 and found["mask"].tolist() == [True, False]
-    again.get("b", lambda: piece(3.0, calls), CPU)
-    assert calls == [1.0, 3.0]
-    again.get("a-1", lambda: piece(4.0, calls), CPU)
-    again.remove()
-    assert not (tmp_path / "p").exists()
-
-
-def test_another_evaluation_starts_afresh_and_leaves_the_first_alone(tmp_path: Path) -> None:
-    calls: list[float] = []
-    first = Pieces(tmp_path / "p", "one")
-    first.get("a", lambda: piece(1.0, calls), CPU)
-    other = Pieces(tmp_path / "p", "two")
-    assert other.get("a", lambda: piece(2.0, calls), CPU)["value"].item() == 2.0
-    assert other.num_reused == 0
+def test_a_piece_is_computed_once_in_an_evaluation(folder: Folder) -> None:
+    assert folder.ask(folder.evaluation(), "a", 1) == 1
+    again = folder.evaluation()
+    assert [folder.ask(again, "a", 2), folder.ask(again, "b", 3)] == [1, 3]
+    assert again.num_reused == 1
+    # Another one starts afresh and leaves the first alone.
+    other = folder.evaluation("two")
+    assert folder.ask(other, "a", 4) == 4 and other.num_reused == 0
     other.remove()
-    assert Pieces(tmp_path / "p", "one").get("a", lambda: piece(3.0, calls), CPU)["value"] == 1.0
-    first.remove()
-    assert not (tmp_path / "p").exists()
+    assert folder.ask(folder.evaluation(), "a", 5) == 1
+    assert folder.calls == [1, 3, 4]
+    again.remove()
+    assert folder.path is not None and not folder.path.exists()
 
 
-def test_two_of_the_same_evaluation_at_once(tmp_path: Path) -> None:
+def test_two_of_the_same_evaluation_at_once(folder: Folder) -> None:
     """One comes to its end while the other still works; each removes what it asked for."""
-    calls: list[float] = []
-    long, short = (Pieces(tmp_path / "p", "one") for _ in range(2))
-    long.get("hours", lambda: piece(1.0, calls), CPU)
-    short.get("look", lambda: piece(2.0, calls), CPU)
+    long, short = folder.evaluation(), folder.evaluation()
+    folder.ask(long, "hours", 1)
+    folder.ask(short, "look", 2)
     short.remove()
-    resumed = Pieces(tmp_path / "p", "one")
-    resumed.get("hours", lambda: piece(3.0, calls), CPU)
-    assert resumed.num_reused == 1
+    resumed = folder.evaluation()
+    assert folder.ask(resumed, "hours", 3) == 1
     resumed.remove()
     # The folder is gone and the first still writes to it.
-    long.get("more", lambda: piece(4.0, calls), CPU)
-    assert Pieces(tmp_path / "p", "one").get("more", lambda: piece(5.0, calls), CPU)["value"] == 4
-    assert calls == [1.0, 2.0, 4.0]
+    folder.ask(long, "more", 4)
+    assert folder.ask(folder.evaluation(), "more", 5) == 4
+    assert folder.calls == [1, 2, 4]
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_cut_piece_is_computed_again(tmp_path: Path, size: int) -> None:
-    calls: list[float] = []
-    Pieces(tmp_path / "p", "one").get("a", lambda: piece(1.0, calls), CPU)
+def test_a_cut_piece_is_computed_again(folder: Folder, tmp_path: Path, size: int) -> None:
+    folder.ask(folder.evaluation(), "a", 1)
     path = tmp_path / "p" / "one" / "a.npz"
     path.write_bytes(path.read_bytes()[:size])
-    Pieces(tmp_path / "p", "one").get("a", lambda: piece(2.0, calls), CPU)
-    assert calls == [1.0, 2.0]
+    assert folder.ask(folder.evaluation(), "a", 2) == 2
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    calls: list[float] = []
-    pieces = Pieces()
-    for _ in range(2):
-        pieces.get("a", lambda: piece(1.0, calls), CPU)
-    assert len(calls) == 2
+    folder = Folder(None)
+    pieces = folder.evaluation()
+    assert [folder.ask(pieces, "a", number) for number in (1, 2)] == [1, 2]
     pieces.remove()
 
 
