@@ -13,7 +13,6 @@ import tyro
 
 from arat_fast.command_line import UsageError, parse
 from arat_fast.compare.methods import METHODS, choose_methods
-from arat_fast.compare.page import comparison_page
 from arat_fast.compare.plan import (
     RECORD,
     Budget,
@@ -26,7 +25,7 @@ from arat_fast.compare.plan import (
 from arat_fast.compare.plane import plane, to_png
 from arat_fast.compare.results import Results, evaluate_record
 from arat_fast.compare.runner import GridRunner
-from arat_fast.compare.tables import to_latex, to_markdown
+from arat_fast.compare.tables import comparison_page, to_latex, to_markdown
 from arat_fast.config import Config
 from arat_fast.files import write_bytes, write_text
 from arat_fast.stop import InterruptedRun
@@ -84,10 +83,13 @@ def compare_command(arguments: Sequence[str], base: Config | None) -> int:
     """
     if base is None:
         options = parse(FromOptions, arguments, "arat-fast compare")
-        if options.out is None:
-            return _show(options.source)
-        plan = plan_from_record(read_record(options.source))
-        return _run(plan, options.out, options.jobs)
+        record, source = read_record(options.source), options.source
+        if options.out is not None:
+            return _run(plan_from_record(record), options.out, options.jobs)
+        folder = source.is_dir()
+        results = write_comparison(source, record) if folder else evaluate_record(record)
+        print(to_markdown(results), end="")
+        return 0
     if any(argument.partition("=")[0] == "--seed" for argument in arguments):
         raise UsageError("--seeds is expected, one or more, got --seed")
     program = f"arat-fast compare {base.recipe}"
@@ -123,22 +125,10 @@ def _run(plan: Plan, out: Path, jobs: int | None) -> int:
     except InterruptedRun as stopped:
         print(f"arat-fast: {stopped}", file=sys.stderr)
         return stopped.exit_code
-    results = write_comparison(out, record)
-    print(to_markdown(results), end="")
-    _say(f"comparison: {out / 'comparison.html'}, {', '.join(_files(out))}")
+    print(to_markdown(write_comparison(out, record)), end="")
+    others = sorted(path.name for path in out.glob("comparison.[!h]*"))
+    _say(f"comparison: {out / 'comparison.html'}, {', '.join(others)}")
     return 1 if any(cell["status"] == "failed" for cell in record["cells"]) else 0
-
-
-def _show(source: Path) -> int:
-    record = read_record(source)
-    results = write_comparison(source, record) if source.is_dir() else evaluate_record(record)
-    print(to_markdown(results), end="")
-    return 0
-
-
-def _files(out: Path) -> list[str]:
-    names = (f"comparison.{ending}" for ending in ("md", "tex", "png", "json"))
-    return [name for name in names if (out / name).exists()]
 
 
 def _say(line: str) -> None:

@@ -17,13 +17,8 @@ from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.training.step import TrainStep
 
 _BATCH = 2
-
-
-@dataclass
-class _Shape:
-    image_shape: tuple[int, int, int]
-    # How many hardly matters: only the last layer is wider for more.
-    num_classes: int = 10
+# How many hardly matters: only the last layer is wider for more.
+_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,13 @@ def step_cost(config: Config) -> StepCost:
     Raises:
         ValueError: the configuration does not fit the network.
     """
+    dataset = DATASETS[config.data.name]
+    size = dataset.image_size or (32 if dataset.own else config.data.image_size)
+    shape = dataset.channels, size, size
     with torch.random.fork_rng(devices=[]):
-        data = _Shape(_image_shape(config))
-        model = build_network(config, data.num_classes, data.image_shape)
+        model = build_network(config, _CLASSES, shape)
         plain = copy.deepcopy(model)
-        objective = build_objective(config, model, data.num_classes, data.image_shape)
+        objective = build_objective(config, model, _CLASSES, shape)
         step = TrainStep(
             model,
             objective,
@@ -71,7 +68,7 @@ def step_cost(config: Config) -> StepCost:
             graph="off",
             generator=torch.Generator().manual_seed(0),
         )
-        x = torch.zeros(_BATCH, *data.image_shape)
+        x = torch.zeros(_BATCH, *shape)
         with _Multiplications() as whole:
             step(x, torch.arange(_BATCH))
         with use_branch(plain, "adv"), torch.no_grad(), _Multiplications() as forward:
@@ -79,12 +76,6 @@ def step_cost(config: Config) -> StepCost:
     return StepCost(
         whole.count / forward.count, objective.needs_attack, objective.starts_from_natural
     )
-
-
-def _image_shape(config: Config) -> tuple[int, int, int]:
-    dataset = DATASETS[config.data.name]
-    size = dataset.image_size or (32 if dataset.own else config.data.image_size)
-    return dataset.channels, size, size
 
 
 class _Multiplications(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

@@ -58,6 +58,7 @@ ABLATION: tuple[Method, ...] = (
     Method("naive+predictor", "+ predictor", _switches(False, True, False), True),
     Method("naive+split-bn", "+ split BN", _switches(False, False, True), True),
 )
+ALL_PARTS = _switches(True, True, True)
 """Naive invariance (one BatchNorm, gradient to both sides, no predictor) and each part added to it
 alone; all of them together are ``arat``."""
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from arat_fast.command_line import apply_overrides, overrides_of
 from arat_fast.compare.cost import step_cost
-from arat_fast.compare.methods import Method
+from arat_fast.compare.methods import ALL_PARTS, Method
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.run.natural import natural_config
 
@@ -139,21 +140,14 @@ def make_plan(
 
 def _check_whole(config: Config, methods: Sequence[Method]) -> None:
     """Refuse an ablation whose last row, ARAT with all its parts, lacks one."""
-    whole = next((method for method in methods if method.label == "arat"), None)
-    if whole is None:
-        return
-    own = apply_overrides(config, whole.options)
-    parts = {
-        "objective.name": (own.objective.name, "arat"),
-        "objective.stop_gradient": (getattr(own.objective, "stop_gradient", None), True),
-        "objective.predictor": (getattr(own.objective, "predictor", None), True),
-        "model.norm": (own.norm, "split"),
-    }
-    for name, (got, expected) in parts.items():
-        if got != expected:
+    for method in methods:
+        own = apply_overrides(config, method.options)
+        whole = apply_overrides(own, ALL_PARTS)
+        if method.label == "arat" and (own.objective, own.norm) != (whole.objective, whole.norm):
             raise ValueError(
-                f"the ablation ends with ARAT and all its parts: {name}={expected} is expected for "
-                f"arat, got {got}; set it in a --variant of another name, or leave --ablation out"
+                f"the ablation ends with ARAT and all its parts, {shlex.join(ALL_PARTS)}, got "
+                f"{own.objective} and model.norm={own.norm}; set others in a --variant of another "
+                "name, or leave --ablation out"
             )
 
 
@@ -185,10 +179,7 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
             epochs = max(1, round((work - natural_epochs * natural_passes) / cost.passes))
         options = (*options, "--train.epochs", str(epochs))
     return PlannedMethod(
-        method.label,
-        method.title,
-        options,
-        method.ablation,
+        **{**vars(method), "options": options},
         epochs=epochs,
         passes_per_image=cost.passes,
         natural_epochs=natural_epochs,
@@ -199,16 +190,13 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
 def _check_same_test(config: Config, own: Config) -> None:
     """Refuse a method that is attacked, or fed, in another way than the others."""
     shared, given = config_to_dict(config), config_to_dict(own)
-    for section, names in (
-        ("attack", ("eps", "norm")),
-        ("eval", tuple(shared["eval"])),
-        ("data", tuple(shared["data"])),
-    ):
-        for name in names:
-            if given[section][name] != shared[section][name]:
+    for section in ("attack", "eval", "data"):
+        for name, value in shared[section].items():
+            free = section == "attack" and name not in ("eps", "norm")
+            if not free and given[section][name] != value:
                 raise ValueError(
-                    f"{section}.{name}={shared[section][name]} is that of the whole comparison, "
-                    f"got {given[section][name]}: all rows of a table have one threat model, one "
+                    f"{section}.{name}={value} is that of the whole comparison, got "
+                    f"{given[section][name]}: all rows of a table have one threat model, one "
                     "evaluation and one dataset; compare others in a folder of their own"
                 )
 
@@ -228,10 +216,9 @@ def merge_with_saved(plan: Plan, record: Path) -> Plan:
         return plan
     saved = plan_from_record(read_record(record))
     methods = {method.label: method for method in plan.methods}
-    try:
-        check_same_run(
-            plan.config, dataclasses.replace(saved.config, seed=plan.config.seed), record
-        )
+    shared = dataclasses.replace(saved.config, seed=plan.config.seed)
+    with other_folder():
+        check_same_run(plan.config, shared, record)
         if saved.budget != plan.budget:
             raise ValueError(f"{record} has --budget {saved.budget}, got {plan.budget}")
         for before in saved.methods:
@@ -241,14 +228,21 @@ def merge_with_saved(plan: Plan, record: Path) -> Plan:
                     f"{record} has {before.label} with {shlex.join(before.options)}, got "
                     f"{shlex.join(now.options)}"
                 )
-    except ValueError as error:
-        raise ValueError(f"{error}; choose another folder with --out") from error
     return dataclasses.replace(
         plan,
         methods=tuple(methods.values()),
         seeds=tuple(dict.fromkeys((*plan.seeds, *saved.seeds))),
         commands=tuple(dict.fromkeys((*saved.commands, *plan.commands))),
     )
+
+
+@contextmanager
+def other_folder() -> Iterator[None]:
+    """Add the way out to the ValueError of a folder that holds something else."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another folder with --out") from error
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -299,10 +293,9 @@ def read_record(path: Path) -> dict[str, Any]:
             f"no comparison at {file}: expected the folder that arat-fast compare wrote, or its "
             f"{RECORD}"
         )
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    record: dict[str, Any] = {}
+    with suppress(ValueError):
+        record = json.loads(file.read_text(encoding="utf-8"))
     known = isinstance(record, dict) and {"methods", "cells"} <= record.keys()
     if not known or record.get("format") != FORMAT:
         raise ValueError(f"{file} is no comparison of format {FORMAT}")

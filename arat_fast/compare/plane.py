@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from arat_fast.compare.results import Results, Row, column_name
+from arat_fast.compare.results import Results, Row, Spread, column_name
 from arat_fast.report import style
 
 _FAR = 1.5
@@ -24,18 +24,16 @@ class _Point:
     row: Row
     color: str
     marker: str
-    robust: tuple[float, ...]
-    clean: tuple[float, ...]
+    robust: Spread
+    clean: Spread
 
     @property
     def centre(self) -> tuple[float, float]:
-        return float(np.mean(self.robust)), float(np.mean(self.clean))
+        return self.robust.mean, self.clean.mean
 
     @property
     def spread(self) -> tuple[float, float]:
-        if len(self.robust) < 2:
-            return 0.0, 0.0
-        return float(np.std(self.robust, ddof=1)), float(np.std(self.clean, ddof=1))
+        return self.robust.std or 0.0, self.clean.std or 0.0
 
     @property
     def mark(self) -> dict[str, Any]:
@@ -101,11 +99,9 @@ def robust_metric(results: Results) -> str | None:
 
 def describe_plane(results: Results) -> str:
     """The plane in words, for those who cannot see it."""
-    metric = robust_metric(results)
-    if metric is None:
-        return "No accuracies yet."
+    metric = robust_metric(results) or ""
     described = [
-        f"{point.row.method.title} clean {point.centre[1]:.1f}, robust {point.centre[0]:.1f}"
+        f"{point.row.method.title} clean {point.clean.mean:.1f}, robust {point.robust.mean:.1f}"
         for point in _points(results, metric)
     ]
     return f"Clean over {column_name(metric)} accuracy in percent: {'; '.join(described)}."
@@ -125,9 +121,7 @@ def _points(results: Results, metric: str) -> list[_Point]:
         # A seed that measured only one of them has no point.
         if clean is None or robust is None or len(clean.values) != len(robust.values):
             continue
-        color = style.SERIES[index % len(style.SERIES)]
-        marker = style.MARKERS[(index + index // len(style.SERIES)) % len(style.MARKERS)]
-        points.append(_Point(row, color, marker, robust.values, clean.values))
+        points.append(_Point(row, style.color(index), style.marker(index), robust, clean))
     return points
 
 
@@ -143,38 +137,22 @@ def _near(points: Sequence[_Point]) -> list[_Point]:
 
 
 def _draw(axes: Axes, point: _Point) -> None:
-    axes.plot(
-        point.robust,
-        point.clean,
-        linestyle="",
-        marker=point.marker,
-        markersize=3.2,
-        color=point.color,
-        alpha=0.45,
-        markeredgewidth=0,
-        zorder=3,
-    )
-    (x, y), (x_std, y_std) = point.centre, point.spread
-    axes.errorbar(
-        [x],
-        [y],
-        xerr=[x_std] if x_std else None,
-        yerr=[y_std] if y_std else None,
-        **point.mark,
-        linewidth=1.0,
-        linestyle="",
-        capsize=2.5,
-        zorder=4,
-    )
+    seeds: dict[str, Any] = {"linestyle": "", "color": point.color, "alpha": 0.45, "zorder": 3}
+    small: dict[str, Any] = {"marker": point.marker, "markersize": 3.2, "markeredgewidth": 0}
+    axes.plot(point.robust.values, point.clean.values, **seeds, **small)
+    # No bar of length 0 where there is one seed.
+    x, y = point.robust, point.clean
+    bars: dict[str, Any] = {"linewidth": 1.0, "linestyle": "", "capsize": 2.5, "zorder": 4}
+    axes.errorbar([x.mean], [y.mean], xerr=x.std or None, yerr=y.std or None, **point.mark, **bars)
 
 
 def _limits(axes: Axes, points: Sequence[_Point]) -> None:
     """Room around the marks, hardly beyond 0 and 100, and at least a point of accuracy."""
     centres = np.array([point.centre for point in points])
     spreads = np.array([point.spread for point in points])
-    seeds = np.array([pair for p in points for pair in zip(p.robust, p.clean, strict=True)])
-    lows = np.minimum((centres - spreads).min(0), seeds.min(0))
-    highs = np.maximum((centres + spreads).max(0), seeds.max(0))
+    seeds = np.hstack([(p.robust.values, p.clean.values) for p in points]).T
+    marks = np.vstack([centres - spreads, centres + spreads, seeds])
+    lows, highs = marks.min(0), marks.max(0)
     margins = np.maximum(0.1 * (highs - lows), 0.5)
     edges = np.minimum(margins / 4, 2.0)
     left, bottom = np.maximum(lows - margins, -edges)

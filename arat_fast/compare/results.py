@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arat_fast.command_line import apply_overrides
-from arat_fast.compare.plan import Plan, PlannedMethod, plan_from_record
+from arat_fast.compare.plan import Plan, PlannedMethod, other_folder, plan_from_record
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.objectives import known_objective
 
@@ -161,18 +160,16 @@ def read_cell(folder: Path, config: Config) -> dict[str, Any] | None:
         *("versions", "commit", "kernels", "num_parameters", "train_samples", "split"),
         "natural_model",
     )
-    found = saved = None
-    with suppress(OSError, ValueError, KeyError):
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if summary["status"] == "finished":
-            saved = config_from_dict(json.loads(source.read_text(encoding="utf-8"))["config"])
-            found = {name: summary[name] for name in kept}
-    if saved is None or found is None:
-        return None
     try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        saved = config_from_dict(json.loads(source.read_text(encoding="utf-8"))["config"])
+        found = {name: summary[name] for name in kept}
+    except (OSError, ValueError, KeyError):
+        return None
+    if summary["status"] != "finished":
+        return None
+    with other_folder():
         check_same_run(config, saved, source)
-    except ValueError as error:
-        raise ValueError(f"{error}; choose another folder with --out") from error
     return found
 
 
@@ -188,12 +185,11 @@ def conditions(results: Results) -> str:
     n = results.num_samples
     first = "the first " if config.eval.max_samples else ""
     images = f"{first}{n:,} test images" if n else "the test images"
-    several = len(seeds) > 1
+    over = ", mean ± standard deviation over seeds" if len(seeds) > 1 else " over seed"
     return (
         f"Accuracy in percent on {images} of {config.data.name}, {config.model.name}, "
-        f"{config.attack.norm.replace('inf', '∞')} radius {config.attack.eps:.4g}"
-        f"{', mean ± standard deviation' if several else ''} over "
-        f"seed{'s' if several else ''} {', '.join(map(str, seeds))}. All methods run with the "
+        f"{config.attack.norm.replace('inf', '∞')} radius {config.attack.eps:.4g}{over} "
+        f"{', '.join(map(str, seeds))}. All methods run with the "
         "recipe's optimiser, schedule and augmentation, whatever their papers used, unless a note "
         "names others."
     )
@@ -217,7 +213,7 @@ def notes(results: Results) -> list[str]:
     """What a reader has to know beside the numbers: settings of single methods, how far one is the
     published one, failed, missing and unequal runs."""
     cells = results.record["cells"]
-    found = _notes_on_methods(results)
+    found = [note for row in results.rows for note in _notes_on(row.method, results)]
     found += [f"{c['run']} failed: {c['reason']}." for c in cells if c["status"] == "failed"]
     missing = sum(cell["status"] == "pending" for cell in cells)
     if missing:
@@ -235,27 +231,19 @@ def notes(results: Results) -> list[str]:
     return found
 
 
-def _notes_on_methods(results: Results) -> list[str]:
-    found = []
-    for row in results.rows:
-        method = row.method
-        cells = [c for c in results.record["cells"] if c["label"] == method.label]
-        config = next((cell["config"] for cell in cells if "config" in cell), None)
-        if config is None:
-            continue
-        # The module of an objective of one's own may not be at hand.
-        plain, note = results.plan.config, ""
-        name = config["objective"]["name"]
-        known = known_objective(name)
-        if known is not None:
-            note = known.note
-            plain = apply_overrides(plain, ("--objective.name", name))
-        settings = _own_settings(config, config_to_dict(plain), method.ablation)
-        if settings:
-            found.append(f"{method.title} has settings of its own: {', '.join(settings)}.")
-        if note:
-            found.append(note)
-    return found
+def _notes_on(method: PlannedMethod, results: Results) -> list[str]:
+    cells = [c for c in results.record["cells"] if c["label"] == method.label and "config" in c]
+    if not cells:
+        return []
+    config, plain = cells[0]["config"], results.plan.config
+    name = config["objective"]["name"]
+    # The module of an objective of one's own may not be at hand.
+    known = known_objective(name)
+    if known is not None:
+        plain = apply_overrides(plain, ("--objective.name", name))
+    settings = ", ".join(_own_settings(config, config_to_dict(plain), method.ablation))
+    own = f"{method.title} has settings of its own: {settings}." if settings else ""
+    return [note for note in (own, known.note if known is not None else "") if note]
 
 
 def _own_settings(config: Mapping[str, Any], plain: Mapping[str, Any], ablation: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import shlex
@@ -18,14 +19,15 @@ import torch
 
 from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict, read_record
 from arat_fast.compare.results import read_cell
-from arat_fast.compare.sharing import find_source, share_training
-from arat_fast.config import config_to_dict
+from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.device import source_commit, versions
-from arat_fast.files import write_json
+from arat_fast.files import write_json, write_text
 from arat_fast.stop import InterruptedRun, stop_on_signals
+from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 _POLL_SECONDS = 0.2
 _LOGS = "logs"
+_METRICS = "metrics.jsonl"
 _PATIENCE_SECONDS = 30.0
 
 Say = Callable[[str], None]
@@ -84,14 +86,11 @@ class GridRunner:
             self._save()
             total, start = len(pending), time.monotonic()
             if total < len(self._grid):
-                self.say(
-                    f"{len(self._grid) - total} of {len(self._grid)} runs are finished already"
-                )
+                done = len(self._grid) - total
+                self.say(f"{done} of {len(self._grid)} runs are finished already")
             if pending:
-                self.say(
-                    f"{total} runs, {len(self._slots)} at a time; what they print is in "
-                    f"{self.out / _LOGS}"
-                )
+                parallel, logs = len(self._slots), self.out / _LOGS
+                self.say(f"{total} runs, {parallel} at a time; what they print is in {logs}")
             jobs: list[_Job] = []
             try:
                 while (pending or jobs) and not stop.signal:
@@ -159,12 +158,9 @@ class GridRunner:
         cell, seconds = job.cell, time.monotonic() - job.started
         rest = f"{left} left, about {seconds_left / 60:.0f} min" if left else "all done"
         if job.process.returncode == 0 and self._take(cell):
-            accuracy = self._cells[cell.run]["accuracy"]
-            values = ", ".join(
-                f"{name} {100 * entry['value']:.1f}"
-                for name, entry in accuracy.items()
-                if name != "clean_branch"
-            )
+            accuracy = {**self._cells[cell.run]["accuracy"]}
+            accuracy.pop("clean_branch", None)
+            values = ", ".join(f"{n} {100 * e['value']:.1f}" for n, e in accuracy.items())
             self.say(f"{cell.run}: {values} ({seconds:.0f} s; {rest})")
         else:
             reason = self._reason(cell, job.process.returncode)
@@ -242,13 +238,12 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs must be >= 1, got {jobs}")
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if device.startswith("cuda:"):
-        gpus = 1
+    one = device.startswith("cuda:")
+    gpus = 1 if one else torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if gpus:
         if jobs is not None and jobs > gpus:
             raise ValueError(f"--jobs must be at most the {gpus} GPUs, one run on each, got {jobs}")
-        if device.startswith("cuda:") or gpus == 1:
+        if gpus == 1:
             return [{}]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(gpus)]
@@ -256,12 +251,9 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
     count = jobs or 1
     if os.environ.get("OMP_NUM_THREADS"):
         return [{}] * count
-    return [{"OMP_NUM_THREADS": str(max(1, _cores() // count))}] * count
-
-
-def _cores() -> int:
     has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
 
 
 @contextmanager
@@ -277,3 +269,49 @@ def _lock(out: Path) -> Iterator[int]:
                 "with --out"
             ) from error
         yield file.fileno()
+
+
+def same_training(averaging: Config, plain: Config) -> bool:
+    """Whether the raw weights of ``averaging`` are, bit for bit, those that ``plain`` trains.
+
+    SWA copies the weights after a step and never touches them, nor the random generators.
+    """
+    return (
+        averaging.average.kind == "swa"
+        and plain.average.kind == "none"
+        and dataclasses.replace(averaging, average=plain.average) == plain
+    )
+
+
+def find_source(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
+    """The run of ``cells`` whose training ``cell`` can take over; None where there is none."""
+    return next((other for other in cells if same_training(other.config, cell.config)), None)
+
+
+def share_training(source: Path, target: Path, config: Config) -> bool:
+    """Write the checkpoint that a run of ``config`` would have written at the end of its training.
+
+    Args:
+        source: folder of a run whose training is over, of a configuration for which
+            :func:`same_training` holds.
+        target: folder to make; left alone where it holds a checkpoint already.
+        config: of the run.
+
+    Returns:
+        Whether the checkpoint was written.
+
+    Raises:
+        ValueError: the checkpoint of ``source`` is damaged, or was trained in another way.
+    """
+    if (target / CHECKPOINT).exists() or not (source / CHECKPOINT).exists():
+        return False
+    state = load_checkpoint(source / CHECKPOINT)
+    saved = dataclasses.replace(config_from_dict(state["run"]["config"]), average=config.average)
+    check_same_run(config, saved, source / CHECKPOINT)
+    lines = (source / _METRICS).read_bytes()[: state["hooks"]["metrics.jsonl"]["bytes"]]
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / _METRICS, lines.decode())
+    state["run"]["config"] = config_to_dict(config)
+    state["average"] = {"num_averaged": 0, "statistics_fresh": True, "model": None}
+    save_checkpoint(target / CHECKPOINT, state)
+    return True

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from arat_fast.config import Config
-from arat_fast.export.measured import Measured
+from arat_fast.evaluation.record import read_record
 from arat_fast.objectives import OBJECTIVES, Paper
-from arat_fast.report.run import Accuracy
+from arat_fast.report.records import records_of
+from arat_fast.report.run import Accuracy, in_order, read_accuracies, read_run
 from arat_fast.report.templates import render
 from arat_fast.report.words import metric_name
+from arat_fast.saved.network import SAFETENSORS, SavedNetwork
+from arat_fast.training.checkpoint import CHECKPOINT
 
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
@@ -23,6 +26,76 @@ HUB_DATASETS = {
     "imagenette": "frgfm/imagenette",
 }
 """Names that the hub knows the datasets by."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracies and how the network came about, as far as its records tell.
+
+    Attributes:
+        accuracies: by name; empty where nothing was measured of these weights and this branch.
+        summary: of the run; {} where there is none.
+        classes: names of the classes; () where unknown.
+        sources: names of the files that the accuracies come from.
+    """
+
+    accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+
+def measured(saved: SavedNetwork, branch: str) -> Measured:
+    """What the run's own summary and ``arat-fast eval`` say of a saved network.
+
+    A figure is taken only if it is of these weights, this dataset and this branch: from the summary
+    of a finished run, with as many steps as the checkpoint, and of the average if that is what was
+    read; from a record of ``arat-fast eval`` with the checksum of the weights. Of two for one
+    attack, that in the ball of the training is taken, then that on more images.
+
+    Args:
+        saved: the network.
+        branch: that is exported.
+    """
+    folder = saved.path.parent
+    summary: Mapping[str, Any] = {}
+    classes: tuple[str, ...] = ()
+    records: dict[str, Mapping[str, Any]] = {}
+    if saved.path.name in (CHECKPOINT, SAFETENSORS) and (folder / "metrics.jsonl").is_file():
+        run = read_run(folder)
+        summary = read_record(folder / "summary.json")
+        classes = run.examples.classes if run.examples is not None else ()
+        if (
+            summary.get("status") == "finished"
+            and summary.get("model") == saved.weights
+            and saved.steps in (None, summary.get("steps"))
+        ):
+            records["summary.json"] = summary
+    records |= records_of(saved)[0]
+    chosen: dict[str, tuple[Accuracy, str]] = {}
+    for source, record in records.items():
+        accuracies = read_accuracies(record.get("accuracy", {}))
+        other = accuracies.pop("clean_branch", None)
+        if branch == "clean":
+            # Attacks are run on the deployed branch.
+            accuracies = {"clean": other} if other is not None else {}
+        for name, accuracy in accuracies.items():
+            before = chosen.get(name)
+            if before is None or _rank(accuracy, saved) > _rank(before[0], saved):
+                chosen[name] = accuracy, source
+    sources = {source for _, source in chosen.values()}
+    return Measured(
+        in_order({name: accuracy for name, (accuracy, _) in chosen.items()}),
+        summary,
+        classes,
+        tuple(source for source in records if source in sources),
+    )
+
+
+def _rank(accuracy: Accuracy, saved: SavedNetwork) -> tuple[bool, int]:
+    ball = {key: accuracy.details[key] for key in ("norm", "eps") if key in accuracy.details}
+    own = all(saved.facts.get(key) in (None, value) for key, value in ball.items())
+    return own, accuracy.num_samples
 
 
 def radius(eps: float) -> str:
@@ -72,7 +145,14 @@ def public_command(command: str) -> str:
         words = iter(shlex.split(command))
     except ValueError:
         return ""
-    return shlex.join(_without_folders(words))
+    local, kept = _local_options(), []
+    for word in words:
+        option, has_value, _ = word.partition("=")
+        if option.replace("_", "-") not in local:
+            kept.append(word)
+        elif not has_value:
+            next(words, None)
+    return shlex.join(kept)
 
 
 def _local_options() -> set[str]:
@@ -87,23 +167,10 @@ def _local_options() -> set[str]:
     return found
 
 
-def _without_folders(words: Iterator[str]) -> Iterator[str]:
-    local = _local_options()
-    for word in words:
-        option, has_value, _ = word.partition("=")
-        if option.replace("_", "-") not in local:
-            yield word
-        elif not has_value:
-            next(words, None)
-
-
 def _figure(key: str, accuracy: Accuracy) -> dict[str, Any]:
-    details = accuracy.details
-    ball = (
-        f"{details['norm']} radius {radius(details['eps'])}"
-        if {"eps", "norm"} <= details.keys()
-        else ""
-    )
+    details, ball = accuracy.details, ""
+    if {"eps", "norm"} <= details.keys():
+        ball = f"{details['norm']} radius {radius(details['eps'])}"
     how = [ball, details.get("implementation")]
     if "version" in details:
         how.append(f"version {details['version']}")

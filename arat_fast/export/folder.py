@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from arat_fast import __version__, load
 from arat_fast.device import versions
-from arat_fast.export.card import model_card, paper_of, public_command, radius
-from arat_fast.export.measured import Measured, measured
+from arat_fast.export.card import Measured, measured, model_card, paper_of, public_command, radius
 from arat_fast.export.programs import require_onnx, save_onnx, save_program
 from arat_fast.files import write_atomic, write_json, write_text
 from arat_fast.report.templates import render
@@ -37,6 +36,7 @@ _HEADER = (
     *("recipe", "model", "objective", "weights", "branch"),
     *("norm", "eps", "mean", "std", "image_shape", "additional_data"),
 )
+_TRAINING = ("epochs", "steps", "seed", "precision", "device", "versions", "commit")
 _ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
 
 
@@ -102,20 +102,17 @@ def export_checkpoint(
 
 
 def _default_name(record: Mapping[str, Any]) -> str:
-    paper = paper_of(record)
-    if (
-        record["format"] == "robustbench"
-        and paper is not None
-        and record["model"] in _ARCHITECTURES
-    ):
-        return f"{paper.key}_{_ARCHITECTURES[record['model']][1]}"
+    paper, architecture = paper_of(record), _ARCHITECTURES.get(record["model"])
+    if record["format"] == "robustbench" and paper is not None and architecture is not None:
+        return f"{paper.key}_{architecture[1]}"
     parts = (record["dataset"], record["model"], record["objective"])
     return "-".join("".join(c if c in _NAME else "-" for c in str(part)) for part in parts if part)
 
 
 def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -> dict[str, Any]:
-    facts = saved.facts
-    summary = found.summary
+    facts, summary = saved.facts, found.summary
+    given = summary.get("command")
+    command = {"command": public_command(given)} if given else {}
     return {
         "format": format,
         "weights_file": None,
@@ -143,12 +140,7 @@ def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -
             }
             for key, value in found.accuracies.items()
         },
-        "training": {
-            key: summary.get(key)
-            for key in ("epochs", "steps", "seed", "precision", "device", "versions", "commit")
-            if key in summary
-        }
-        | ({"command": public_command(str(summary["command"]))} if "command" in summary else {}),
+        "training": {key: summary[key] for key in _TRAINING if key in summary} | command,
         "source": saved.path.name,
         "exported_with": {"arat_fast": __version__, **versions()},
     }
@@ -165,22 +157,24 @@ def _write(
     """Write everything; what was written is read back and compared with the network."""
     format, shape = record["format"], tuple(record["image_shape"])
     facts = {k: v for k, v in record.items() if k in _HEADER and v is not None}
+    file = {
+        "torch-export": "model.pt2",
+        "onnx": "model.onnx",
+        "torchvision": "model.pth",
+        "robustbench": f"models/{record['dataset']}/{record['norm']}/{name}.pt",
+    }.get(format, "model.safetensors")
     program = None
-    if format == "torch-export":
-        file = "model.pt2"
-        program = save_program(model, shape, folder / file, facts)
-    elif format == "onnx":
-        file = "model.onnx"
-        program = save_onnx(model, shape, folder / file, facts)
+    if format in ("torch-export", "onnx"):
+        save = save_program if format == "torch-export" else save_onnx
+        program = save(model, shape, folder / file, facts)
     else:
         state = to_scheme(model.state_dict(), record["model"], format)
         if format == "robustbench":
-            file = _write_robustbench(folder, state, record, found, name)
-        elif format == "torchvision":
-            file = "model.pth"
-            _save_state(folder / file, state)
+            state = _robustbench(folder, state, record, found, name)
+        if format in ("torchvision", "robustbench"):
+            content = {key: tensor.detach().clone() for key, tensor in state.items()}
+            write_atomic(folder / file, lambda opened: torch.save(content, opened))
         else:
-            file = "model.safetensors"
             save_tensors(state, folder / file, header(facts))
     record["weights_file"] = file
     example = render("example.py.j2", **record)
@@ -213,15 +207,10 @@ def _difference(model: nn.Module, program: Any, shape: tuple[int, ...]) -> tuple
     return difference, largest
 
 
-def _save_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    content = {name: tensor.detach().clone() for name, tensor in state.items()}
-    write_atomic(path, lambda file: torch.save(content, file))
-
-
-def _write_robustbench(
+def _robustbench(
     folder: Path, state: dict[str, Tensor], record: dict[str, Any], found: Measured, name: str
-) -> str:
-    """Weights and model_info where RobustBench looks for them; the name of the weights' file."""
+) -> dict[str, Tensor]:
+    """Write model_info where RobustBench looks for it; the weights as its classes name them."""
     dataset, norm = record["dataset"], record["norm"]
     if dataset not in ("cifar10", "cifar100"):
         raise ValueError(
@@ -231,39 +220,32 @@ def _write_robustbench(
         )
     # What names the dataset, a run or a recipe, names the ball too.
     assert norm is not None and record["eps"] is not None
-    if record["image_shape"] != [3, 32, 32]:
-        raise ValueError(
-            f"RobustBench's classes take images of 3×32×32, got {record['image_shape']}"
-        )
     if record["mean"]:
         # The keys of RobustBench's normalize_model around the network.
         state = {f"model.{key}": tensor for key, tensor in state.items()}
         for key in ("mean", "std"):
             state[f"{NORMALIZATION}{key}"] = torch.tensor(record[key]).view(1, -1, 1, 1)
-    entry = _model_info(record, found)
     for kind in ("models", "model_info"):
         (folder / kind / dataset / norm).mkdir(parents=True)
-    file = f"models/{dataset}/{norm}/{name}.pt"
-    _save_state(folder / file, state)
+    entry = _model_info(record, found)
     write_json(folder / "model_info" / dataset / norm / f"{name}.json", entry)
-    return file
+    return state
 
 
 def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
     """RobustBench's entry; an accuracy that was not measured as it asks for stays null."""
     paper = paper_of(record)
-    publication = {} if paper is None else paper._asdict()
     footnote = "Trained with arat_fast; not the weights of the paper's authors."
     if record["additional_data"]:
         footnote += " Additional images were mixed into the training batches."
     return {
-        "link": publication.get("link"),
-        "name": publication.get("name"),
-        "authors": publication.get("authors"),
+        "link": getattr(paper, "link", None),
+        "name": getattr(paper, "name", None),
+        "authors": getattr(paper, "authors", None),
         "additional_data": record["additional_data"],
         "number_forward_passes": 1,
         "dataset": record["dataset"],
-        "venue": publication.get("venue"),
+        "venue": getattr(paper, "venue", None),
         "architecture": _ARCHITECTURES[record["model"]][0],
         "eps": radius(record["eps"]),
         "clean_acc": _percent(found, "clean", record),
@@ -275,13 +257,11 @@ def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
 
 def _percent(found: Measured, key: str, record: Mapping[str, Any]) -> str | None:
     accuracy = found.accuracies.get(key)
-    if accuracy is None or accuracy.num_samples != ROBUSTBENCH_SAMPLES:
-        return None
-    details = accuracy.details
-    if key == "autoattack" and (
-        details.get("version") != "standard"
-        or details.get("norm") != record["norm"]
-        or details.get("eps") != record["eps"]
+    asked = {"version": "standard", "norm": record["norm"], "eps": record["eps"]}
+    if (
+        accuracy is None
+        or accuracy.num_samples != ROBUSTBENCH_SAMPLES
+        or (key == "autoattack" and not asked.items() <= accuracy.details.items())
     ):
         return None
     return f"{100 * accuracy.value:.2f}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.extras import install_command
+from arat_fast.saved.network import header
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "facts.json"
@@ -36,13 +38,9 @@ def save_program(
     Returns:
         What the file holds, read back: images (N, C, H, W) → logits (N, num_classes).
     """
-    with warnings.catch_warnings():
-        # About torch's own deprecated calls.
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        program = torch.export.export(
-            model, (_example(model, image_shape),), dynamic_shapes=(_batch(),)
-        )
+    example, shapes = _batches(model, image_shape)
+    with _quiet():
+        program = torch.export.export(model, example, dynamic_shapes=shapes)
         content = {FACTS: json.dumps(dict(facts or {}))}
         torch.export.save(program, path, extra_files=content)
         read: Callable[[Tensor], Tensor] = torch.export.load(path).module()
@@ -72,23 +70,19 @@ def save_onnx(
     require_onnx()
     import onnxruntime
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+    example, shapes = _batches(model, image_shape)
+    with _quiet():
         program = torch.onnx.export(
             model,
-            (_example(model, image_shape),),
+            example,
             dynamo=True,
-            dynamic_shapes=(_batch(),),
+            dynamic_shapes=shapes,
             input_names=["image"],
             output_names=["logits"],
             verbose=False,
         )
     assert program is not None
-    for key, value in (facts or {}).items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        program.model.metadata_props[key] = text
+    program.model.metadata_props.update(header(facts or {}))
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -112,11 +106,16 @@ def require_onnx() -> None:
         )
 
 
-def _example(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    # Two images: torch.export takes a batch of one for a constant.
-    return torch.zeros(2, *image_shape, dtype=dtype)
+def _batches(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """Two images, since torch.export takes a batch of one for a constant; any size after that."""
+    images = torch.zeros(2, *image_shape, dtype=next(model.parameters()).dtype)
+    return (images,), ({0: torch.export.Dim("batch", min=1)},)
 
 
-def _batch() -> dict[int, Any]:
-    return {0: torch.export.Dim("batch", min=1)}
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings about torch's own deprecated calls."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, UserWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,7 @@ RECORD = "config.json"
 """Of a run's folder: its configuration. Of an export: what was exported."""
 
 Which = Literal["deployed", "last"]
+_NO_RECIPE = "holds weights only: add --recipe NAME to say which data and model they are for"
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def read_saved(
     facts = {"branch": "adv", "weights": "file", "mean": (), "std": (), **known}
     facts |= {"additional_data": None, **found}
     if "model" not in facts:
-        raise _no_recipe(path)
+        raise ValueError(f"{path} {_NO_RECIPE}")
     name = facts["model"]
     try:
         classes, channels = network_size(content.tensors, name)
@@ -196,7 +198,10 @@ def read_saved(
         raise ValueError(f"{path} does not fit the network: {error}") from error
     load_weights(model, content.tensors, str(path))
     if "image_shape" not in found:
-        facts["image_shape"] = (channels, *[_image_size(config, name)] * 2)
+        size = model_spec(name).image_size
+        if config is not None:
+            size = DATASETS[config.data.name].image_size or config.data.image_size
+        facts["image_shape"] = (channels, size, size)
     return SavedNetwork(path, model.eval(), config, facts, **content.progress)
 
 
@@ -278,26 +283,27 @@ def _from_export(path: Path, record: Mapping[str, Any]) -> _Content:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    content = None
+    with suppress(ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got something else ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got something else")
     return content
 
 
 def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a header or a record, with their types; what else is there is left out."""
     facts = {}
-    for key, read in _FACTS.items():
-        if values.get(key) is None:
+    for key, (read, fits) in _FACTS.items():
+        value = values.get(key)
+        if value is None:
             continue
-        value = values[key]
         try:
             # In a header everything is a string.
-            is_text = read is str or key in ("model", "branch", "norm")
-            facts[key] = read(value if is_text or not isinstance(value, str) else json.loads(value))
+            is_json = isinstance(value, str) and read is not str
+            facts[key] = read(json.loads(value) if is_json else value)
+            if not fits(facts[key]):
+                raise ValueError("not a value of it")
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} has metadata that no run writes: {key}={value!r} ({error})"
@@ -305,49 +311,17 @@ def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _model(value: str) -> str:
-    model_spec(value)
-    return value
-
-
-def _one_of(*allowed: Any) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if value not in allowed:
-            raise ValueError(f"expected one of {', '.join(map(str, allowed))}")
-        return value
-
-    return read
-
-
-def _radius(value: Any) -> float:
-    if not 0 <= float(value) < math.inf:
-        raise ValueError("expected a radius >= 0")
-    return float(value)
-
-
-def _floats(value: Any) -> list[float]:
-    return [float(item) for item in value]
-
-
-def _shape(value: Any) -> list[int]:
-    channels, height, width = value
-    return [int(channels), int(height), int(width)]
-
-
-_FACTS: dict[str, Callable[[Any], Any]] = {
-    "recipe": str,
-    "model": _model,
-    "objective": str,
-    "weights": str,
-    "branch": _one_of("adv", "clean", "shared"),
-    "norm": _one_of("Linf", "L2"),
-    "eps": _radius,
-    "mean": _floats,
-    "std": _floats,
-    "image_shape": _shape,
-    "additional_data": _one_of(True, False),
+_FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
+    **{key: (str, bool) for key in ("recipe", "model", "objective", "weights")},
+    "branch": (str, ("adv", "clean", "shared").__contains__),
+    "norm": (str, ("Linf", "L2").__contains__),
+    "eps": (float, lambda eps: 0 <= eps < math.inf),
+    "mean": (lambda values: [float(value) for value in values], lambda _: True),
+    "std": (lambda values: [float(value) for value in values], lambda _: True),
+    "image_shape": (lambda values: [int(value) for value in values], lambda s: len(s) == 3),
+    "additional_data": (lambda value: value, (True, False).__contains__),
 }
-"""What :func:`describe` writes, and how each is read."""
+"""What :func:`describe` writes: how each is read, and whether it can be."""
 
 
 def _config(
@@ -357,15 +331,17 @@ def _config(
     name = recipe or facts.get("recipe")
     if name is None:
         if required:
-            raise _no_recipe(path)
+            raise ValueError(f"{path} {_NO_RECIPE}")
         return None
+    model: dict[str, Any] = {k: tuple(facts[k]) for k in ("mean", "std") if k in facts}
+    model |= {"name": facts["model"]} if "model" in facts else {}
+    attack = {key: facts[key] for key in ("norm", "eps") if key in facts}
     try:
         config = recipe_by_name(name)
-        lists = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
         return dataclasses.replace(
             config,
-            model=_replaced(config.model, name=facts.get("model"), **lists),
-            attack=_replaced(config.attack, norm=facts.get("norm"), eps=facts.get("eps")),
+            model=dataclasses.replace(config.model, **model),
+            attack=dataclasses.replace(config.attack, **attack),
         )
     except ValueError as error:
         # The weights can be used whether or not this version has the recipe that they name.
@@ -374,23 +350,7 @@ def _config(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _replaced(section: Any, **values: Any) -> Any:
-    return dataclasses.replace(section, **{k: v for k, v in values.items() if v is not None})
-
-
-def _no_recipe(path: Path) -> ValueError:
-    return ValueError(
-        f"{path} holds weights only: add --recipe NAME to say which data and model they are for"
-    )
-
-
 def _contiguous(model: nn.Module) -> nn.Module:
     """The same logits, bit for bit, wherever a network was read from."""
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's stub
     return model
-
-
-def _image_size(config: Config | None, name: str) -> int:
-    if config is None:
-        return model_spec(name).image_size
-    return DATASETS[config.data.name].image_size or config.data.image_size

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arat_fast.models.registry import MODELS, create_model
 from arat_fast.objectives.predictor import Predictors
-from arat_fast.saved.weights import difference, network_size, without_wrappers
+from arat_fast.saved.weights import difference, is_split, network_size, without_wrappers
 
 BRANCHES = ("clean", "adv")
 # The default of the official --bn_names; its scripts pass clean,adv.
@@ -51,16 +51,11 @@ def official_to_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if branch not in branches:
             result[name] = tensor.clone()
             continue
-        pair = [f"{layer}.{b}.{last}" for b in branches]
-        for other in pair:
-            if other not in official:
-                raise ValueError(f"{name} needs both branches, got no {other}")
-        if official[pair[0]].shape != official[pair[1]].shape:
-            raise ValueError(
-                f"{pair[0]} and {pair[1]} must have one shape, got "
-                f"{tuple(official[pair[0]].shape)} and {tuple(official[pair[1]].shape)}"
-            )
-        result[f"{layer}.{last}"] = torch.stack([official[key] for key in pair])
+        names = [f"{layer}.{b}.{last}" for b in branches]
+        pair = [official[key] for key in names if key in official]
+        if len(pair) < 2 or pair[0].shape != pair[1].shape:
+            raise ValueError(f"{' and '.join(names)} are expected, both and of one shape")
+        result[f"{layer}.{last}"] = torch.stack(pair)
     return result
 
 
@@ -76,19 +71,15 @@ def state_dict_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: the network has no split BatchNorm.
     """
-    split = {
-        name.rpartition(".")[0]
-        for name, tensor in state.items()
-        if name.endswith(".running_mean") and tensor.ndim == 2
-    }
-    if not split:
+    if not is_split(state):
         raise ValueError(
             "a network with split BatchNorm is expected, got none: (2, C) running statistics"
         )
     result = {}
     for name, tensor in state.items():
         layer, _, last = name.rpartition(".")
-        if layer in split:
+        statistics = state.get(f"{layer}.running_mean")
+        if statistics is not None and statistics.ndim == 2:
             for row, branch in enumerate(BRANCHES):
                 result[f"{layer}.{branch}.{last}"] = tensor[row].clone()
         else:
@@ -110,11 +101,8 @@ def official_predictors_to_state_dict(
     """
     groups: dict[int, list[Mapping[str, Tensor]]] = {}
     for index, state in enumerate(official):
-        missing = [name for name in _PREDICTOR.values() if name not in state]
-        if missing:
-            raise ValueError(
-                f"predictor {index} lacks {missing[0]}, expected {', '.join(_PREDICTOR.values())}"
-            )
+        if not state.keys() >= set(_PREDICTOR.values()):
+            raise ValueError(f"predictor {index} lacks one of {', '.join(_PREDICTOR.values())}")
         groups.setdefault(state["predictor_x.0.weight"].shape[1], []).append(state)
     result = {}
     for stack, members in enumerate(groups.values()):
@@ -141,15 +129,11 @@ def predictors_to_official(predictors: Predictors) -> list[dict[str, Tensor]]:
 def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
     parts = {part for name in official for part in name.split(".")}
     schemes = [names for names in (BRANCHES, OTHER_BRANCHES) if parts.intersection(names)]
-    if len(schemes) > 1:
+    if len(schemes) != 1:
+        got = "both" if schemes else f"{next(iter(official), 'no tensor')} and no such name"
         raise ValueError(
             f"BatchNorm branches named {', '.join(BRANCHES)} or {', '.join(OTHER_BRANCHES)} are "
-            "expected, got both"
-        )
-    if not schemes:
-        raise ValueError(
-            f"two BatchNorm branches, {' and '.join(BRANCHES)}, are expected under names such as "
-            f"bn1.clean.weight, got {next(iter(official), 'no tensor')} and no such name"
+            f"expected, as in bn1.clean.weight, got {got}"
         )
     return schemes[0]
 

@@ -33,7 +33,19 @@ def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> n
         raise ValueError(f'branch must be "clean" or "adv", got {branch!r}')
     if not any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
         raise ValueError("a network with split BatchNorm is expected, got one without")
-    return _plain(copy_network(model), ADV if branch == "adv" else CLEAN, {})
+    plain, row = copy_network(model), ADV if branch == "adv" else CLEAN
+    # A layer of two names must stay one.
+    done: dict[SplitBatchNorm2d, nn.BatchNorm2d] = {}
+    for path, module in list(plain.named_modules(remove_duplicate=False)):
+        if not isinstance(module, SplitBatchNorm2d):
+            continue
+        if module not in done:
+            done[module] = _plain_layer(module, row)
+        if not path:
+            return done[module]
+        parent, _, name = path.rpartition(".")
+        setattr(plain.get_submodule(parent), name, done[module])
+    return plain
 
 
 def save_safetensors(
@@ -77,25 +89,6 @@ class _BatchNormAct2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = self.act(self.drop(super().forward(input)))
         return y
-
-
-def _plain(module: nn.Module, row: int, done: dict[int, nn.Module]) -> nn.Module:
-    # A layer shared by two parents must stay shared.
-    if id(module) in done:
-        return done[id(module)]
-    result = module
-    if isinstance(module, SplitBatchNorm2d):
-        result = _plain_layer(module, row)
-    else:
-        # Not named_children, which leaves out the second name of a layer.
-        for name, child in list(module._modules.items()):
-            if child is None:
-                continue
-            replaced = _plain(child, row, done)
-            if replaced is not child:
-                setattr(module, name, replaced)
-    done[id(module)] = result
-    return result
 
 
 def _plain_layer(split: SplitBatchNorm2d, row: int) -> nn.BatchNorm2d:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from torch import Tensor, nn
@@ -27,12 +28,9 @@ def difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str
     """
     problems = []
     for name, tensor in expected.items():
-        if name not in got:
-            problems.append(f"{name} is missing, expected shape {tuple(tensor.shape)}")
-        elif got[name].shape != tensor.shape:
-            problems.append(
-                f"{name} has shape {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
-            )
+        found = tuple(got[name].shape) if name in got else "none"
+        if found != tuple(tensor.shape):
+            problems.append(f"{name} has shape {found}, expected {tuple(tensor.shape)}")
     problems += [f"{name} is not expected" for name in got if name not in expected]
     if not problems:
         return None
@@ -115,15 +113,14 @@ def state_dict_of(content: object, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    for name, value in content.items():
+    items: Any = content.items() if isinstance(content, Mapping) else [("all", content)]
+    for name, value in items:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
                 f"{path} is not a state dict: expected tensors by name, got {name!r} of type "
                 f"{type(value).__name__}"
             )
-    return without_wrappers(content)
+    return without_wrappers(dict(items))
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ import pytest
 
 from arat_fast.compare.command import write_comparison
 from arat_fast.compare.methods import choose_methods
-from arat_fast.compare.page import comparison_page
 from arat_fast.compare.plan import Plan, PlannedMethod, plan_to_dict, read_record
 from arat_fast.compare.plane import describe_plane, plane
 from arat_fast.compare.results import evaluate_record, notes
-from arat_fast.compare.tables import latex_text, to_latex, to_markdown
+from arat_fast.compare.tables import comparison_page, latex_text, to_latex, to_markdown
 from arat_fast.config import config_to_dict
 from arat_fast.objectives import ARREST
 from arat_fast.recipes import recipe
@@ -103,13 +100,6 @@ def test_mean_and_deviation_over_seeds(record: dict[str, Any]) -> None:
         assert rows[label].spreads["sum"].std == pytest.approx(statistics.stdev(sums))
 
 
-def test_one_seed_has_no_deviation() -> None:
-    results = evaluate_record(make_record({"at": [(354, 325, 320)]}))
-    assert results.rows[0].spreads["clean"].std is None
-    assert "| AT | 98.33 | 90.28 | 88.89 | 187.22 | 1 |" in to_markdown(results)
-    assert plane(results) is not None
-
-
 def test_markdown(record: dict[str, Any]) -> None:
     lines = to_markdown(evaluate_record(record)).splitlines()
     tables = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
@@ -154,15 +144,13 @@ def test_settings_of_single_methods_are_said() -> None:
 
 
 def test_the_reservation_of_an_objective_is_said() -> None:
-    results = evaluate_record(make_record({"at": [(1, 1, 1)], "arrest": [(354, 325, 320)]}))
-    assert notes(results) == [ARREST.note]
-    assert notes(evaluate_record(make_record({"at": [(1, 1, 1)]}))) == []
-
-
-def test_an_objective_whose_module_is_not_at_hand() -> None:
+    record = make_record({"at": [(1, 1, 1)], "arrest": [(354, 325, 320)]})
+    assert notes(evaluate_record(record)) == [ARREST.note]
+    # One's own, whose module is not at hand.
     record = make_record({"at": [(354, 325, 320)]})
     record["cells"][0]["config"]["objective"] = {"name": "no.such.module:Mine", "strength": 2.0}
     assert notes(evaluate_record(record)) == []
+    assert evaluate_record(record).rows[0].spreads["clean"].std is None
 
 
 def test_the_uncertainty_is_that_of_the_widest_row() -> None:
@@ -194,6 +182,9 @@ def test_nothing_finished() -> None:
 def test_latex(record: dict[str, Any]) -> None:
     text = to_latex(evaluate_record(record))
     assert text.isascii()
+    assert latex_text(r"[*] 50% & #1 a_b {x} $y$ ~^\ ") == (
+        r"{[}{*}] 50\% \& \#1 a\_b \{x\} \$y\$ \textasciitilde{}\textasciicircum{}\textbackslash{} "
+    )
     lines = text.splitlines()
     assert [line for line in lines if line.startswith("\\")] == [
         "\\begin{tabular}{lrrrrr}", "\\toprule", "\\midrule", "\\midrule", "\\bottomrule",
@@ -208,29 +199,6 @@ def test_latex(record: dict[str, Any]) -> None:
     body = "\n".join(line for line in lines if not line.startswith("%"))
     assert body.count("{") == body.count("}")
     assert body.count("$") % 2 == 0
-
-
-def test_latex_escapes() -> None:
-    assert latex_text(r"[*] 50% & #1 a_b {x} $y$ ~^\ ") == (
-        r"{[}{*}] 50\% \& \#1 a\_b \{x\} \$y\$ \textasciitilde{}\textasciicircum{}\textbackslash{} "
-    )
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
-def test_latex_compiles(record: dict[str, Any], tmp_path: Path) -> None:
-    record["methods"][0]["title"] = r"[*] 50% & #1 a_b {x} $y$ ~^\ "
-    (tmp_path / "table.tex").write_text(to_latex(evaluate_record(record)))
-    (tmp_path / "main.tex").write_text(
-        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{table}\\end{document}"
-    )
-    done = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert "Output written on main.pdf (1 page" in done.stdout
 
 
 def test_every_mark_of_the_plane_is_named(record: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ import torchvision
 from networks import TinyNet, generator, randomize
 from torch import nn
 
-from arat_fast import files
 from arat_fast.models import (
     SplitBatchNorm2d,
     convert_split_batch_norm,
@@ -112,20 +111,3 @@ def test_a_safetensors_file_cut_in_half(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError):
         read_safetensors(tmp_path / "none")
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.safetensors"
-    model = create_model("resnet8", 10)
-    save_safetensors(model, path)
-    before = path.read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    randomize(model)
-    with pytest.raises(OSError, match="No space left"):
-        save_safetensors(model, path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

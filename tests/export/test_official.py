@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -126,33 +125,6 @@ def test_load_wide_resnet(tmp_path: Path) -> None:
     assert bool((model.get_parameter("fc.weight") == 1).all())
 
 
-def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_file_cut_in_half_is_one_line(
-    legacy: bool, small: dict[str, Tensor], tmp_path: Path
-) -> None:
-    path = tmp_path / "half.pt"
-    torch.save(small, path, _use_new_zipfile_serialization=not legacy)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError) as error:
-        read_saved(path)
-    message = one_line(error)
-    assert "half.pt" in message and "expected" in message
-
-
-def test_an_empty_file_and_no_file(tmp_path: Path) -> None:
-    (tmp_path / "empty.pt").touch()
-    with pytest.raises(ValueError, match="0 bytes"):
-        read_saved(tmp_path / "empty.pt")
-    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
-        read_saved(tmp_path / "none.pt")
-
-
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_damage_of_any_kind_is_one_line(
@@ -177,23 +149,6 @@ def test_damage_of_any_kind_is_one_line(
         assert f"{path} is not a whole checkpoint" in str(error)
 
 
-class _Code:
-    def __reduce__(self) -> tuple[object, ...]:
-        return (exec, ("raise SystemExit('code of the file ran')",))
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_code_in_a_file_does_not_run(zipped: bool, tmp_path: Path) -> None:
-    path = tmp_path / "evil.pt"
-    if zipped:
-        torch.save({"conv1.weight": _Code()}, path)
-    else:
-        path.write_bytes(pickle.dumps(_Code(), protocol=2))
-    with pytest.raises(ValueError) as error:
-        read_saved(path)
-    assert "evil.pt" in one_line(error)
-
-
 @pytest.mark.parametrize(
     ("change", "keyword"),
     [
@@ -216,7 +171,7 @@ def test_other_content_is_refused_in_one_sentence(
     path = save(tmp_path / "other.pt", change(small) if callable(change) else change)
     with pytest.raises(ValueError, match=keyword) as error:
         read_saved(path)
-    assert str(path) in one_line(error)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_only_split_networks_have_official_names() -> None:
