@@ -51,11 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("arat-fast: interrupted", file=sys.stderr)
         return 130
-    except UsageError as error:
-        # Every process has the same command line.
-        if _is_first():
-            _complain(error)
-        return 2
     except Exception as error:
         return _failed(error)
 
@@ -83,7 +78,9 @@ def _failed(error: Exception) -> int:
     if isinstance(error, (ValueError, OSError)):
         if os.environ.get("ARAT_FAST_TRACEBACK") == "1":
             raise error
-        _complain(error)
+        # Every process has the same command line.
+        if _is_first() or not isinstance(error, UsageError):
+            _complain(error)
         return 2
     import torch
 
@@ -99,12 +96,11 @@ def _failed(error: Exception) -> int:
         os._exit(error.exit_code)
     if not isinstance(error, torch.OutOfMemoryError):
         raise error
-    if isinstance(error, BatchTooLargeError):
-        _complain(error)
-    else:
-        first, _, _ = " ".join(str(error).split()).partition(". ")
+    message = str(error)
+    if not isinstance(error, BatchTooLargeError):
         advice = "lower --data.batch-size for training, --eval.batch-size for evaluation"
-        _complain(f"out of memory: {first}; {advice}")
+        message = f"out of memory: {message.partition('. ')[0]}; {advice}"
+    _complain(message)
     return 2
 
 
@@ -127,11 +123,9 @@ def _recipe(program: str, arguments: list[str]) -> tuple[Config, list[str]]:
     purposes = {}
     for name, make in RECIPES.items():
         config = make()
-        purposes[name] = (
-            f"{config.model.name} on {config.data.name}, {config.attack.norm} "
-            f"{shown(config.attack.eps)}, {config.train.epochs} epochs of batch "
-            f"{config.data.batch_size}"
-        )
+        ball = f"{config.attack.norm} {shown(config.attack.eps)}"
+        course = f"{config.train.epochs} epochs of batch {config.data.batch_size}"
+        purposes[name] = f"{config.model.name} on {config.data.name}, {ball}, {course}"
     name, rest = choose(program, arguments, purposes)
     return base_config(name, rest), rest
 
@@ -187,12 +181,9 @@ class Train(Command):
 
 
 def _run_name(config: Config) -> str:
-    parts = [config.recipe]
-    if config.objective.name != "arat":
-        parts.append(config.objective.name)
-    if config.compat != "paper":
-        parts.append(config.compat)
-    return "-".join([*parts, f"seed{config.seed}"])
+    usual = ("arat", "paper")
+    parts = [p for p in (config.objective.name, config.compat) if p not in usual]
+    return "-".join([config.recipe, *parts, f"seed{config.seed}"])
 
 
 @dataclass(frozen=True)
@@ -256,19 +247,13 @@ class Eval(Command):
             if not partial.is_dir():
                 raise
             if _is_first():
-                again = shlex.join(["arat-fast", "eval", *arguments])
-                print(
-                    f"arat-fast: interrupted; what is finished is kept in {partial}, and the same "
-                    f"command goes on from there:\n    {again}",
-                    file=sys.stderr,
-                )
+                kept = f"what is finished is kept in {partial}, and the same command goes on from"
+                print(f"arat-fast: interrupted; {kept} there:", file=sys.stderr)
+                print(f"    {shlex.join(['arat-fast', 'eval', *arguments])}", file=sys.stderr)
             return 130
         if "interrupted" in record:
-            steps = record["interrupted"]
-            print(
-                f"an interrupted run: {steps['steps']:,} of {steps['of']:,} steps are trained; "
-                "arat-fast train with --resume goes on with it"
-            )
+            trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
+            print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")
         _print_accuracy(record["accuracy"])
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
@@ -470,18 +455,16 @@ class Info(Command):
 
         from arat_fast.device import describe_device, has_bf16, source_commit, versions
 
-        for name, version in versions().items():
-            print(f"{name:14} {version}")
-        commit = source_commit()
-        if commit:
-            print(f"{'commit':14} {commit}")
-        devices = [torch.device("cpu")]
-        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-        for device in devices:
+        facts = {**versions(), "commit": source_commit()}
+        for name in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+            device = torch.device(name)
             arithmetic = "bf16" if has_bf16(device) else "no bf16"
-            print(f"{device!s:14} {describe_device(device)}, {arithmetic}")
+            facts[name] = f"{describe_device(device)}, {arithmetic}"
         gpu = torch.cuda.is_available()
-        print(f"{'kernels':14} {'Triton (interpreter or GPU)' if gpu else 'reference (no GPU)'}")
+        facts["kernels"] = "Triton (interpreter or GPU)" if gpu else "reference (no GPU)"
+        for name, fact in facts.items():
+            if fact:
+                print(f"{name:14} {fact}")
         return 0
 
 

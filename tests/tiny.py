@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,21 +26,10 @@ from arat_fast.run.state import Run
 from arat_fast.training.checkpoint import load_checkpoint
 
 # 1,200 of the 1,437 training images are held out: 237 are left, 4 batches of 64.
-OPTIONS = [
-    "--data.num-val",
-    "1200",
-    "--attack.num-steps",
-    "1",
-    "--train.log-every",
-    "3",
-    "--eval.num-steps",
-    "1",
-    "--eval.no-autoattack",
-    "--eval.max-samples",
-    "40",
-    "--train.device",
-    "cpu",
-]
+OPTIONS = shlex.split(
+    "--data.num-val 1200 --attack.num-steps 1 --train.log-every 3 --train.device cpu "
+    "--eval.num-steps 1 --eval.no-autoattack --eval.max-samples 40"
+)
 
 
 def tiny_config(epochs: int = 4, **average: object) -> Config:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
@@ -39,34 +38,19 @@ def collect_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[s
             hint = f"; close: {', '.join(close)}" if close else ""
             raise ValueError(f"the network has no layer {path!r}{hint}")
     features: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
-    taps: list[SplitBatchNorm2d] = []
-    plain_taps: list[PlainBatchNorm2d] = []
-    try:
+    with ExitStack() as stack:
         for path in layers:
-            module = modules[path]
+            module, pool = modules[path], partial(_pool, features, path)
             if isinstance(module, SplitBatchNorm2d):
                 module.pooled_sink = partial(features.__setitem__, path)
-                taps.append(module)
+                stack.callback(setattr, module, "pooled_sink", None)
             elif isinstance(module, PlainBatchNorm2d):
-                module.sink = partial(_pool, features, path)
-                plain_taps.append(module)
+                module.sink = pool
+                stack.callback(setattr, module, "sink", None)
             else:
-                handles.append(module.register_forward_hook(_hook(features, path)))
+                handle = module.register_forward_hook(lambda _m, _x, y, pool=pool: pool(y))
+                stack.callback(handle.remove)
         yield features
-    finally:
-        for tap in taps:
-            tap.pooled_sink = None
-        for plain in plain_taps:
-            plain.sink = None
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(
-    features: dict[str, Tensor], path: str
-) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
-    return lambda module, inputs, output: _pool(features, path, output)
 
 
 def _pool(features: dict[str, Tensor], path: str, output: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Literal
 
 import torch
@@ -57,25 +58,17 @@ def protect_stem(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
         return
     entered: dict[str, nn.Conv2d] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].element_size() > dtype.itemsize:
-                assert isinstance(module, nn.Conv2d)
-                entered[name] = module
+    def watch(name: str, module: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].element_size() > dtype.itemsize:
+            entered[name] = module
 
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(watch(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                handle = module.register_forward_pre_hook(partial(watch, name))
+                stack.callback(handle.remove)
         with use_statistics(model, "running"), torch.autocast(x.device.type, dtype=dtype):
             model(x[:2])
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, conv in entered.items():
         if type(conv) is not nn.Conv2d:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 from torch import Tensor, nn
 
@@ -28,19 +29,10 @@ class PreActBlock(nn.Module):
         return out + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
-class _Stage(nn.Module):
-    def __init__(self, blocks: int, in_channels: int, width: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(
-            *(
-                PreActBlock(in_channels if i == 0 else width, width, stride if i == 0 else 1, norm)
-                for i in range(blocks)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
+def _stage(num: int, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
+    blocks = [PreActBlock(in_channels, width, stride, norm)]
+    blocks += [PreActBlock(width, width, 1, norm) for _ in range(num - 1)]
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
 
 
 class WideResNet(nn.Module):
@@ -77,9 +69,9 @@ class WideResNet(nn.Module):
         width = 16 * widen_factor
         self.normalize = Normalize(mean, std) if mean else nn.Identity()
         self.conv1 = StemConv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.block1 = _Stage(blocks, 16, width, 1, norm)
-        self.block2 = _Stage(blocks, width, 2 * width, 2, norm)
-        self.block3 = _Stage(blocks, 2 * width, 4 * width, 2, norm)
+        self.block1 = _stage(blocks, 16, width, 1, norm)
+        self.block2 = _stage(blocks, width, 2 * width, 2, norm)
+        self.block3 = _stage(blocks, 2 * width, 4 * width, 2, norm)
         self.bn1 = make_norm(norm, 4 * width)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(4 * width, num_classes)

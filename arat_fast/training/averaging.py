@@ -77,11 +77,10 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
-        model = None if self.model is None else self.model.state_dict()
         return {
             "num_averaged": self.num_averaged,
             "statistics_fresh": self.statistics_fresh,
-            "model": model,
+            "model": None if self.model is None else self.model.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,12 +142,10 @@ def refresh_batch_norm(
                 attack, x, generator, first=place.first, num_samples=place.total
             ).part(slice(0, len(x)))
             x, x_adv = adversarial_batch(model, objective, attack, x, y, begin, bn="batch")
-            branches: list[tuple[Branch, list[Tensor]]] = [
-                ("adv", objective.passes(model, x, x_adv))
-            ]
+            branches: dict[Branch, list[Tensor]] = {"adv": objective.passes(model, x, x_adv)}
             if split:
-                branches.append(("clean", [x]))
-            for branch, passes in branches:
+                branches["clean"] = [x]
+            for branch, passes in branches.items():
                 for done, images in enumerate(passes, start=1):
                     for layer in layers:
                         # Of all processes where they normalise together, else of this one.

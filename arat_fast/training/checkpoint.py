@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import io
 import os
-import re
 import shutil
 import threading
 import zipfile
@@ -20,7 +20,6 @@ from arat_fast.files import write_atomic
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
 BEST = "checkpoint-best.pt"
-_CHUNK = 2**24
 _FOLDER = 0x10
 """The attribute of a folder in a zip archive."""
 
@@ -55,6 +54,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: the file is cut, its content differs from its checksums, or it was not written
             by :func:`save_checkpoint`.
+        OSError: the file cannot be read, whatever is in it.
     """
     return training_state(read_tensor_file(path), path)
 
@@ -63,7 +63,7 @@ def read_tensor_file(path: Path) -> object:
     """Content of a file written by ``torch.save``, on the CPU.
 
     Only tensors and plain types are unpickled: no code in the file runs. The content is compared
-    with its checksums first.
+    with its checksums first, which torch does not do.
 
     Args:
         path: the file.
@@ -75,18 +75,22 @@ def read_tensor_file(path: Path) -> object:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    check_archive(path)
+    # In memory: whatever goes wrong from here on lies in the content, not in the disk.
+    file = io.BytesIO(path.read_bytes())
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            # torch leaves the memory of what is marked as a folder as it finds it.
+            folders = any(info.external_attr & _FOLDER for info in archive.infolist())
+            if folders or archive.testzip() is not None:
+                raise ValueError("the content differs from its checksums")
+        file.seek(0)
+        content: object = torch.load(file, map_location="cpu", weights_only=True)
         return content
     # Damaged content can raise anything.
     except Exception as error:
-        # A zip archive without its end makes torch seek before the start: EINVAL.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
         raise ValueError(
             f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
-            f"got {path.stat().st_size} bytes that cannot be read; it was cut or is of another kind"
+            f"got {len(file.getbuffer())} bytes that were cut, damaged or are of another kind"
         ) from error
 
 
@@ -113,40 +117,6 @@ def training_state(content: object, path: Path) -> dict[str, Any]:
 def is_training_checkpoint(content: object) -> bool:
     """Whether what a file holds was written by :func:`save_checkpoint`."""
     return isinstance(content, dict) and "format" in content
-
-
-def check_archive(path: Path) -> None:
-    """Compare the content of a file of ``torch.save`` with the checksums in it; torch does not.
-
-    Args:
-        path: the file; one that is no such archive at all passes, and is for the reader to refuse.
-
-    Raises:
-        ValueError: a part of the file differs from its CRC-32, or its headers are damaged.
-        OSError: the file cannot be read.
-    """
-    if not path.is_file():
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            # torch leaves the memory of what is marked as a folder as it finds it.
-            if any(info.external_attr & _FOLDER for info in archive.infolist()):
-                raise ValueError("a tensor is marked as a folder")
-    except zipfile.BadZipFile:
-        return
-    # Damaged headers can raise anything; one that points beyond what a file can be, EINVAL.
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise ValueError(
-            f"{path} is not a whole checkpoint: its headers were damaged after it was written"
-        ) from error
-    if damaged is not None:
-        raise ValueError(
-            f"{path} is not a whole checkpoint: {damaged!r} differs from its checksum; the file "
-            "was damaged after it was written"
-        )
 
 
 class Found(NamedTuple):
@@ -195,15 +165,12 @@ class CheckpointFolder:
             ValueError: none of them is whole; says why, of each.
             OSError: one cannot be read, which may pass: it is no reason to give it up.
         """
-        problems: list[str] = []
-        damaged: list[Path] = []
+        damaged: dict[Path, str] = {}
         for path in self._candidates():
             try:
-                _read_through(path)
                 state = load_checkpoint(path)
             except ValueError as error:
-                problems.append(str(error))
-                damaged.append(path)
+                damaged[path] = str(error)
                 continue
             except OSError as error:
                 raise OSError(
@@ -212,10 +179,10 @@ class CheckpointFolder:
                 ) from error
             # A newest one that is damaged is not worth keeping.
             self.newest_step = None if damaged else state["progress"]["step"]
-            self._damaged = damaged
-            return Found(path, state, tuple(problems))
-        if problems:
-            raise ValueError("; ".join(problems))
+            self._damaged = list(damaged)
+            return Found(path, state, tuple(damaged.values()))
+        if damaged:
+            raise ValueError("; ".join(damaged.values()))
         return None
 
     def save(self, step: int, state: dict[str, Any], before: Callable[[], object]) -> None:
@@ -230,22 +197,22 @@ class CheckpointFolder:
             OSError: the checkpoint before could not be written.
         """
         self.wait()
-        copied = _Copy(state)
+        on_host = _copy(state)
 
         def write() -> None:
             try:
                 before()
-                self._keep_the_one_before(step)
-                save_checkpoint(self.newest, copied.on_host())
+                keep = self.keep_last > 1 and self.newest_step not in (None, step)
+                if keep and self.newest.exists():
+                    _link(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
+                save_checkpoint(self.newest, on_host())
                 self.newest_step = step
                 self._remove_old()
-            except OSError as error:
-                self._error = error
             # Whatever it is: training must not go on without checkpoints.
             except Exception as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self._error = OSError(f"cannot write {self.newest}: {reason}")
-                self._error.__cause__ = error
+                wrapped = OSError(f"cannot write {self.newest}: {reason}")
+                self._error = error if isinstance(error, OSError) else wrapped
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
@@ -279,62 +246,52 @@ class CheckpointFolder:
 
     def _candidates(self) -> list[Path]:
         newest = [self.newest] if self.newest.exists() else []
-        return newest + self._before()[::-1]
+        return [*newest, *self._before()]
 
     def _before(self) -> list[Path]:
-        """The checkpoints before the newest, in the order in which they were written.
+        """The checkpoints before the newest, the last one that was written first.
 
         Another number of processes can number the steps anew: the names do not tell the order.
         """
-        found = []
-        for path in self.folder.glob("checkpoint-*.pt"):
-            match = re.fullmatch(r"checkpoint-(\d+)\.pt", path.name)
-            if match:
-                found.append((path.stat().st_mtime_ns, int(match[1]), path))
-        return [path for *_, path in sorted(found)]
-
-    def _keep_the_one_before(self, step: int) -> None:
-        if self.keep_last == 1 or self.newest_step in (None, step) or not self.newest.exists():
-            return
-        _link(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
+        found = [p for p in self.folder.glob("checkpoint-*.pt") if p.stem[11:].isdecimal()]
+        return sorted(found, key=lambda p: (p.stat().st_mtime_ns, int(p.stem[11:])), reverse=True)
 
     def _remove_old(self) -> None:
-        damaged, self._damaged = self._damaged, []
-        for path in damaged:
+        while self._damaged:
+            path = self._damaged.pop()
             if path != self.newest:
                 path.unlink(missing_ok=True)
-        before = self._before()
-        for path in before[: max(0, len(before) - (self.keep_last - 1))]:
+        for path in self._before()[self.keep_last - 1 :]:
             path.unlink(missing_ok=True)
 
 
-class _Copy:
-    """A copy of a state, made on its device at once and brought to the host later."""
+def _copy(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Copy a state on its device, at once; what is returned brings it to the host, in any thread.
 
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._device: torch.device | None = None
-        self._copy: dict[str, Any] = _map_tensors(state, self._clone)
-        self._made: Any = None
-        if self._device is not None:
-            self._made = torch.cuda.current_stream(self._device).record_event()
+    Called once: the copy on the device is then gone.
+    """
+    devices: set[torch.device] = set()
 
-    def _clone(self, tensor: Tensor) -> Tensor:
+    def clone(tensor: Tensor) -> Tensor:
         if tensor.is_cuda:
-            self._device = tensor.device
+            devices.add(tensor.device)
         return tensor.detach().clone()
 
-    def on_host(self) -> dict[str, Any]:
-        """The state on the CPU, once, from any thread."""
-        copy = self._copy
-        self._copy = {}
-        if self._device is not None:
+    copy: dict[str, Any] = _map_tensors(state, clone)
+    made = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+
+    def on_host() -> dict[str, Any]:
+        nonlocal copy
+        for device, event in made.items():
             # On a stream of its own: the training's does not wait for the bus.
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            stream.wait_event(self._made)
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_event(event)
             with torch.cuda.stream(stream):
                 copy = _map_tensors(copy, Tensor.cpu)
             stream.synchronize()
         return copy
+
+    return on_host
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -347,13 +304,6 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_map_tensors(item, change) for item in value)
     return value
-
-
-def _read_through(path: Path) -> None:
-    """OSError where a file cannot be read to its end: zipfile and torch take that for damage."""
-    with open(path, "rb") as file:
-        while file.read(_CHUNK):
-            pass
 
 
 def _link(source: Path, target: Path) -> None:

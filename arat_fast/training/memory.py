@@ -40,14 +40,26 @@ def advise(
             "lower --data.batch-size, which all processes share, or raise --train.accumulate "
             f"above {sharing.accumulate}"
         )
+    buffers = [buffer for module in modules for buffer in module.buffers()]
     # BatchNorm cannot train on one sample.
     fits, fails = 1, len(inputs[0])
     while fails - fits > 1:
         middle = (fits + fails) // 2
-        if _fits(gradients, tuple(tensor[:middle] for tensor in inputs), modules):
+        if inputs[0].is_cuda:
+            torch.cuda.empty_cache()
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            gradients(tuple(tensor[:middle] for tensor in inputs))
             fits = middle
-        else:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fails = middle
+        finally:
+            for module in modules:
+                module.zero_grad(set_to_none=True)
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
     if fits == 1:
         return "no smaller batch fits either: a smaller network or image is needed"
     parts = sharing.accumulate * -(-len(inputs[0]) // fits)
@@ -55,25 +67,3 @@ def advise(
         f"the largest batch that fits is {fits} (--data.batch-size {fits}, or "
         f"--train.accumulate {parts} for the same batch in parts)"
     )
-
-
-def _fits(
-    gradients: Callable[[tuple[Tensor, ...]], object],
-    inputs: tuple[Tensor, ...],
-    modules: Sequence[nn.Module],
-) -> bool:
-    if inputs[0].is_cuda:
-        torch.cuda.empty_cache()
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    try:
-        gradients(inputs)
-        return True
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    finally:
-        for module in modules:
-            module.zero_grad(set_to_none=True)
-        for buffer, old in before:
-            buffer.copy_(old)

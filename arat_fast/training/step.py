@@ -269,11 +269,9 @@ class TrainStep:
             else:
                 key = place, load is _as_it_is
                 values = self._graphs.run(function, inputs, self._settings(), key)
-        except BatchTooLargeError:
-            raise
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
-            if not is_out_of_memory(error):
+            if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
                 raise
         else:
             self.num_calls += 1

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny import OPTIONS
 from torch import Tensor, nn
 
-from arat_fast import __version__
+from arat_fast import __version__ as VERSION
 from arat_fast.attacks.pgd import PGD
 from arat_fast.cli import COMMANDS, main
 from arat_fast.command_line import UsageError, apply_overrides, number, overrides_of, shown
@@ -29,6 +29,7 @@ from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
 from arat_fast.objectives.base import ObjectiveOutput
 from arat_fast.recipes import RECIPES, recipe
+from arat_fast.saved import save_safetensors, state_dict_to_official
 
 TRAIN = ["train", "digits", *OPTIONS, "--train.epochs", "2"]
 
@@ -51,16 +52,8 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 def test_run_folder(run: Path) -> None:
-    names = {path.name for path in run.iterdir()}
-    assert {
-        "config.json",
-        "metrics.jsonl",
-        "summary.json",
-        "checkpoint.pt",
-        "model.safetensors",
-        "examples.npz",
-        "report.html",
-    } <= names
+    names = "config.json metrics.jsonl summary.json checkpoint.pt model.safetensors examples.npz"
+    assert {*names.split(), "report.html"} <= {path.name for path in run.iterdir()}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps"] == 8
     assert summary["accuracy"]["clean"]["num_samples"] == 40
@@ -69,11 +62,10 @@ def test_run_folder(run: Path) -> None:
     assert summary["command"].startswith("arat-fast train digits")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 4, 7, 8]
-
-
-def test_exported_weights_are_a_plain_network(run: Path) -> None:
+    # The exported weights are those of a plain network.
     model = create_model("resnet8", 10, 1, norm="shared")
     model.load_state_dict(load_file(run / "model.safetensors"))
+    assert main(["report", str(run), "--compare", str(run)]) == 0
 
 
 def test_eval_of_every_kind_of_file_agrees(
@@ -96,28 +88,10 @@ def test_eval_of_every_kind_of_file_agrees(
 
 def test_eval_with_another_ball(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
-    arguments = [
-        "--attacks",
-        "pgd",
-        "--norm",
-        "L2",
-        "--eps",
-        "0.5",
-        "--alpha",
-        "0.1",
-        "--num-steps",
-        "3",
-    ]
-    assert main(["eval", str(run), *arguments, "--out", str(out)]) == 0
+    arguments = f"eval {run} --attacks pgd --norm L2 --eps 0.5 --alpha 0.1 --num-steps 3"
+    assert main([*arguments.split(), "--out", str(out)]) == 0
     attack = json.loads(out.read_text())["accuracy"]["pgd3"]
     assert (attack["norm"], attack["eps"], attack["num_samples"]) == ("L2", 0.5, 360)
-
-
-def test_eval_in_levels_of_a_pixel(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option in ("eps", "alpha"):
-        message = refused(capsys, ["eval", str(run), f"--{option}", "8"])
-        assert message.endswith("got 8; did you mean 8/255?") and "[0, 1]" in message
-    assert not (run / "evaluation.json").exists()
 
 
 def test_an_interrupted_eval_goes_on(
@@ -140,7 +114,7 @@ def test_an_interrupted_eval_goes_on(
     assert capsys.readouterr().err.endswith("arat-fast: interrupted\n")
     assert main(arguments) == 130
     error = capsys.readouterr().err
-    assert f"what is finished is kept in {tmp_path / 'record.partial'}, and the same" in error
+    assert str(tmp_path / "record.partial") in error
     assert error.endswith(f"    arat-fast {shlex.join(arguments)}\n")
     assert main(arguments) == 0 and calls == 4
     assert not (tmp_path / "record.partial").exists()
@@ -184,18 +158,17 @@ def test_a_run_of_three_classes_has_no_autoattack(
 ) -> None:
     image_folder(tmp_path / "data", per_class=4)
     out = tmp_path / "run"
-    arguments = ["--data.root", str(tmp_path / "data"), "--data.image-size", "32"]
-    arguments += ["--data.batch-size", "4", "--data.num-workers", "0", "--train.epochs", "1"]
-    arguments += ["--model.name", "resnet8", "--attack.num-steps", "1", "--eval.num-steps", "1"]
-    arguments += ["--train.device", "cpu", "--train.eval-every", "0", "--out", str(out)]
-    assert main(["train", "folder-resnet18", *arguments]) == 0
+    arguments = (
+        f"train folder-resnet18 --data.root {tmp_path}/data --data.image-size 32 --out {out}"
+    )
+    arguments += " --data.batch-size 4 --data.num-workers 0 --train.epochs 1 --model.name resnet8"
+    arguments += " --attack.num-steps 1 --eval.num-steps 1 --train.device cpu --train.eval-every 0"
+    assert main(arguments.split()) == 0
     reason = "AutoAttack's targeted loss needs at least 4 classes, got 3"
-    first = capsys.readouterr().err
-    assert f"autoattack is left out of the evaluation: {reason}" in first
+    assert reason in capsys.readouterr().err
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished" and "autoattack" not in summary["accuracy"]
     assert summary["left_out"] == {"autoattack": reason}
-    assert "left out: AutoAttack" in (out / "report.html").read_text()
     assert main(["eval", str(out), "--attacks", "pgd", "autoattack", "square"]) == 0
     record = json.loads((out / "evaluation.json").read_text())
     assert record["left_out"] == dict.fromkeys(("autoattack", "square"), reason)
@@ -204,8 +177,6 @@ def test_a_run_of_three_classes_has_no_autoattack(
 
 def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An official ResNet-18 on CIFAR needs the data; what is missing is said in one line."""
-    from arat_fast.saved import state_dict_to_official
-
     model = create_model("resnet18", 10)
     torch.save(state_dict_to_official(model.state_dict()), tmp_path / "last.pt")
     assert "--recipe" in refused(capsys, ["eval", str(tmp_path / "last.pt")])
@@ -215,12 +186,6 @@ def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         + ["--data-root", str(tmp_path / "nowhere")],
     )
     assert str(tmp_path / "nowhere") in message and "--data.download" in message
-
-
-def test_report_beside_another_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(run), "--compare", str(run)]) == 0
-    assert "report.html" in capsys.readouterr().out
-    assert (run / "report.html").read_text().startswith("<!")
 
 
 def test_baselines_run(tmp_path: Path) -> None:
@@ -247,10 +212,10 @@ def test_settings_between_arat_and_distillation_run(tmp_path: Path) -> None:
     assert terms[1]["mse"] > 0 and terms[1]["ce_guide"] > 0
 
 
-def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info"]) == 0
-    output = capsys.readouterr().out
-    assert torch.__version__ in output and "cpu" in output
+@pytest.mark.parametrize(("command", "said"), [("info", torch.__version__), ("--version", VERSION)])
+def test_versions(capsys: pytest.CaptureFixture[str], command: str, said: str) -> None:
+    assert main([command]) == 0
+    assert said in capsys.readouterr().out
 
 
 def printed_help(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
@@ -292,11 +257,6 @@ def test_a_finished_run_is_not_evaluated_again(
     assert main([*arguments, "--eval.num-steps", "2"]) == 0
     captured = capsys.readouterr()
     assert "is finished already" not in captured.err and "PGD-2" in captured.out
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"arat-fast {__version__}\n"
 
 
 def test_fractions() -> None:
@@ -358,12 +318,9 @@ def test_out_of_memory_elsewhere_names_the_switches(
         ("train digits --optimizr.lr 1", "--optimizr.lr, 1; did you mean --optimizer.lr"),
         ("train digits --optimizer.lr x", "--optimizer.lr: a number.*got 'x'"),
         ("train digits --eval.alpha x", "--eval.alpha: a number.*got 'x'"),
-        ("train digits --seed 1.5", "--seed: a whole number.*got '1.5'"),
         ("eval runs --num-steps x", "--num-steps: a whole number.*got 'x'"),
         ("eval", "PATH"),
-        ("train digits --attack.epss 1/255", "--attack.epss, 1/255"),
         ("train digits --optimizer.lr 0", "^optimizer.lr must be > 0, got 0"),
-        ("train digits --attack.eps -1", "attack.eps must be >= 0, got -1"),
         ("train digits --attack.eps 8", "eps must be in .0, 1. .*, got 8; did you mean 8/255"),
         ("train digits --attack.alpha 2", "alpha must be in .0, 1. .*did you mean 2/255"),
         ("train digits --eval.alpha 2", "eval.alpha must be in .0, 1. .*did you mean 2/255"),
@@ -371,29 +328,28 @@ def test_out_of_memory_elsewhere_names_the_switches(
         ("train digits --objective.name foo", "foo.*arat"),
         ("train digits --objective.direction symmetric", "neither stop-gradient nor predictor"),
         ("train digits --objective.layers layer9", "no layer 'layer9'"),
-        ("train digits --objective.gamma -2", "gamma.*>= 0, got -2"),
         ("train digits --compat strange", "compat must be .*got 'strange'"),
-        ("train digits --train.epochs 0", "train.epochs must be >= 1, got 0"),
         ("train digits --train.device tpu", "expected auto, cpu, cuda"),
         ("train digits --train.device cuda:9", "no such GPU"),
         ("train digits --data.num-val 1437", "num_val"),
         ("train digits --model.name resnet50", "32×32 pixels, got 8×8"),
-        ("train digits --model.name resnet9", "unknown model 'resnet9'"),
         ("train cifar10-resnet18 --data.root /nowhere", "/nowhere.*--data.download"),
         ("eval /nowhere.pt", "no checkpoint at /nowhere.pt"),
         ("report /nowhere", "/nowhere"),
         ("eval runs --norm L1", "L1.*L2"),
+        ("eval RUN --eps 8", "got 8; did you mean 8/255"),
+        ("eval RUN --alpha 8", "got 8; did you mean 8/255"),
         ("info now", "now"),
     ],
 )
 def test_bad_input(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, expected: str
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, expected: str
 ) -> None:
-    words = arguments.split()
+    words = arguments.replace("RUN", str(run)).split()
     if words[:1] == ["train"] and len(words) > 1:
         words += ["--out", str(tmp_path / "run")]
     assert re.search(expected, refused(capsys, words))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (run / "evaluation.json").exists()
 
 
 def test_errors_can_be_raised_instead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,17 +365,9 @@ def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "not a whole checkpoint" in refused(capsys, ["eval", str(cut)])
 
     wider = create_model("resnet18", 10, 1, norm="shared")
-    from arat_fast.saved import save_safetensors
-
     save_safetensors(wider, tmp_path / "other.safetensors")
     message = refused(capsys, ["eval", str(tmp_path / "other.safetensors"), "--recipe", "digits"])
     assert "other.safetensors" in message and "expected" in message
-
-    message = refused(capsys, [*TRAIN, "--out", str(run)])
-    assert "holds a run already" in message and "--resume" in message
-    message = refused(capsys, [*TRAIN, "--out", str(run), "--resume", "--model.name", "resnet18"])
-    assert "model.name=resnet8, got model.name=resnet18" in message
-    assert (run / "checkpoint.pt").read_bytes() == content
 
 
 def test_diverging_loss_names_step_term_and_checkpoint(
@@ -439,16 +387,10 @@ def test_diverging_loss_names_step_term_and_checkpoint(
     monkeypatch.setattr(ARAT, "forward", poisoned)
     message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
     assert "at step 6: invariance/layer3.0.bn1 is nan" in message
-    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint.pt'}" in message
+    assert str(tmp_path / "run" / "checkpoint.pt") in message
     monkeypatch.undo()
     assert main([*TRAIN, "--out", str(tmp_path / "run"), "--resume"]) == 0
-
-
-def test_huge_learning_rate_stops_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [*TRAIN, "--optimizer.lr", "1e30", "--out", str(tmp_path / "run")]
-    message = refused(capsys, arguments)
+    message = refused(capsys, [*TRAIN, "--optimizer.lr", "1e30", "--out", str(tmp_path / "huge")])
     assert "stopped being finite at step" in message and "no checkpoint yet" in message
 
 
@@ -472,29 +414,3 @@ def test_signals_save_and_end(tmp_path: Path, number: int, code: int) -> None:
     assert again.strip().startswith("arat-fast train digits") and f"--out {out} --resume" in again
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
     assert main(["report", str(out)]) == 0
-
-
-def test_full_disk_while_saving(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from arat_fast.training import checkpoint
-
-    out = tmp_path / "run"
-    saves = 0
-    save = checkpoint.save_checkpoint
-
-    def filling(path: Path, state: dict[str, object]) -> None:
-        nonlocal saves
-        saves += 1
-        if saves == 2:
-            shutil.copy(path, tmp_path / "before.pt")
-            monkeypatch.setattr(os, "fsync", full)
-        save(path, state)
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_checkpoint", filling)
-    message = refused(capsys, [*TRAIN, "--out", str(out)])
-    assert "No space left on device" in message and str(out) in message
-    assert (out / "checkpoint.pt").read_bytes() == (tmp_path / "before.pt").read_bytes()

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from networks import BatchNormAct2d, Operations, generator, randomize
 from torch import Tensor, nn
+from torchvision import models
 
 from arat_fast.attacks import PGD, RandomStart
 from arat_fast.models import (
@@ -141,24 +141,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int, in
     "resnet50": (lambda: create_model("resnet50", 4), (3, 32, 32), 53, 0),
     "wrn16-2": (lambda: WideResNet(16, 2, 4), (3, 16, 16), 7, 6),
     "wrn16-2 shared": (lambda: WideResNet(16, 2, 4, norm="shared"), (3, 16, 16), 7, 6),
-    "torchvision resnet18": (
-        lambda: torchvision.models.resnet18(num_classes=4),
-        (3, 32, 32),
-        20,
-        0,
-    ),
-    "mobilenet_v3_small": (
-        lambda: torchvision.models.mobilenet_v3_small(num_classes=4),
-        (3, 32, 32),
-        34,
-        0,
-    ),
-    "efficientnet_b0": (
-        lambda: torchvision.models.efficientnet_b0(num_classes=4),
-        (3, 32, 32),
-        49,
-        0,
-    ),
+    "torchvision resnet18": (lambda: models.resnet18(num_classes=4), (3, 32, 32), 20, 0),
+    "mobilenet_v3_small": (lambda: models.mobilenet_v3_small(num_classes=4), (3, 32, 32), 34, 0),
+    "efficientnet_b0": (lambda: models.efficientnet_b0(num_classes=4), (3, 32, 32), 49, 0),
     "activated": (Activated, (3, 9, 9), 1, 1),
     "awkward": (Awkward, (3, 8, 8), 1, 3),
     "three branches": (ThreeBranches, (3, 8, 8), 3, 0),
@@ -205,8 +190,7 @@ def test_the_folded_attack_is_the_unfolded_one(name: str, constant: bool) -> Non
         expected = attack(model, x, y, RandomStart(noise=noise))
         assert (attack(folded, x, y, RandomStart(noise=noise)) - expected).abs().max() <= 1e-10
         assert (expected - x).abs().max() > 0.01
-    with use_branch(model, "adv"), use_statistics(model, "running"):
-        logits = model(x)
+    logits = robust(model, x)
     with use_statistics(folded, "running"):
         assert (folded(x) - logits).abs().max() <= 1e-10 * logits.abs().max()
 
@@ -222,17 +206,24 @@ def test_only_image_gradients_and_no_batch_norm() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_refresh_follows_the_network() -> None:
-    model, x, _ = make("wrn16-2")
-    folded = FoldedNetwork(model, x)
+def robust(model: nn.Module, x: Tensor) -> Tensor:
+    """What a folded network computes."""
+    with use_branch(model, "adv"), use_statistics(model, "running"):
+        logits: Tensor = model(x)
+    return logits
+
+
+@pytest.mark.parametrize(("name", "constant"), [("wrn16-2", False), ("resnet8", True)])
+def test_refresh_follows_the_network(name: str, constant: bool) -> None:
+    model, x, _ = make(name)
+    folded = FoldedNetwork(model, x, constant=constant)
     before = folded(x)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.mul_(1.1)
     folded.refresh()
-    with use_branch(model, "adv"), use_statistics(model, "running"):
-        expected = model(x)
+    expected = robust(model, x)
     assert (folded(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert (before - expected).abs().max() > 1e-3 * expected.abs().max()
 
@@ -244,13 +235,6 @@ def test_constant_weights_make_small_images_one_matrix_product() -> None:
         PGD(num_steps=2, bn="running")(folded, x, y)
     # layer3.0.conv2 sees 2x2 pixels, fewer than its window has.
     assert len(operations.masks()) == 2 * (len(folded.folded) - 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-    folded.refresh()
-    with use_branch(model, "adv"), use_statistics(model, "running"):
-        expected = model(x)
-    assert (folded(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 def test_the_clean_branch_plays_no_part() -> None:
@@ -320,9 +304,8 @@ class Branching(nn.Module):
 
 
 def test_a_network_that_cannot_be_traced_says_so() -> None:
-    with pytest.raises(ValueError, match=r"Branching cannot be traced.*--step\.no-fold") as error:
+    with pytest.raises(ValueError, match=r"Branching cannot be traced.*--step\.no-fold"):
         FoldedNetwork(Branching(), torch.rand(2, 3, 4, 4))
-    assert "\n" not in str(error.value)
 
 
 class Stateful(nn.Module):

@@ -126,21 +126,16 @@ def test_sync_batch_norm_is_converted() -> None:
     assert isinstance(convert_split_batch_norm(network).bn1, SplitBatchNorm2d)
 
 
-def test_a_shared_layer_stays_shared() -> None:
+def test_a_shared_layer_stays_shared_and_frozen_parameters_frozen() -> None:
     bn = nn.BatchNorm2d(4)
+    bn.weight.requires_grad_(False)
     parent = nn.Module()
     parent.first, parent.second = bn, bn
     converted = convert_split_batch_norm(nn.ModuleDict({"a": parent, "b": nn.Sequential(bn)}))
     assert isinstance(parent.first, SplitBatchNorm2d)
     assert parent.first is parent.second is converted.get_submodule("b.0")
-
-
-def test_frozen_parameters_stay_frozen() -> None:
-    network = TinyNet()
-    network.bn1.weight.requires_grad_(False)
-    split = convert_split_batch_norm(network)
-    assert not split.get_parameter("bn1.weight").requires_grad
-    assert split.get_parameter("bn1.bias").requires_grad
+    assert parent.first.weight is not None and not parent.first.weight.requires_grad
+    assert parent.first.bias is not None and parent.first.bias.requires_grad
 
 
 def test_layer_without_affine() -> None:
@@ -165,30 +160,8 @@ class _OwnForward(nn.BatchNorm2d):
     ],
 )
 def test_layers_that_cannot_be_split(layer: nn.Module, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         convert_split_batch_norm(nn.ModuleDict({"head": nn.Sequential(layer)}))
-    assert "\n" not in str(error.value)
-
-
-def test_odd_batch_needs_the_number_of_clean_samples() -> None:
-    layer = SplitBatchNorm2d(3)
-    with use_branch(layer, "both"), pytest.raises(ValueError, match="got 5 samples"):
-        layer(images(5))
-
-
-def test_unequal_halves() -> None:
-    layer = SplitBatchNorm2d(3)
-    randomize(layer)
-    single = [copy.deepcopy(layer) for _ in range(2)]
-    x = images(7)
-    with use_branch(layer, "both", num_clean=2):
-        y = layer(x)
-    with use_branch(single[0], "clean"):
-        clean = single[0](x[:2])
-    adv = single[1](x[2:])
-    assert torch.equal(y, torch.cat([clean, adv]))
-    assert torch.equal(layer.running_mean[0], single[0].running_mean[0])
-    assert torch.equal(layer.running_mean[1], single[1].running_mean[1])
 
 
 @pytest.mark.parametrize("branch", ["clean", "adv"])
@@ -232,7 +205,7 @@ def mixed_network() -> nn.Module:
     return network
 
 
-def test_contexts_end_even_after_an_exception() -> None:
+def test_contexts_nest_and_end_even_after_an_exception() -> None:
     network = mixed_network()
     before = modes(network)
     for statistics in ("batch", "running", "batch_update"):
@@ -241,20 +214,12 @@ def test_contexts_end_even_after_an_exception() -> None:
             use_branch(network, "both", num_clean=1),
             use_statistics(network, statistics),  # type: ignore[arg-type]  # one of the three
         ):
-            assert modes(network) != before
+            inside = modes(network)
+            with use_branch(network, "clean"):
+                assert modes(network) != inside != before
+            assert modes(network) == inside
             raise KeyError
         assert modes(network) == before
-
-
-def test_contexts_nest() -> None:
-    network = mixed_network()
-    layer = split_layers(network)[0]
-    assert layer.branch == "adv" and layer.num_clean is None
-    with use_branch(network, "both", num_clean=3):
-        with use_branch(network, "clean"):
-            assert layer.branch == "clean"
-        assert layer.branch == "both" and layer.num_clean == 3
-    assert layer.branch == "adv" and layer.num_clean is None
 
 
 def test_statistics_batch_and_running() -> None:
@@ -276,16 +241,3 @@ def test_statistics_batch_and_running() -> None:
     # `trained` has seen the same batch once.
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, trained.state_dict()[name]), name
-
-
-def test_pooled_feature_is_taken_before_the_residual() -> None:
-    layer = randomize(SplitBatchNorm2d(3)).eval()
-    assert isinstance(layer, SplitBatchNorm2d)
-    x, residual = images(4), images(4, seed=9)
-    pooled: list[Tensor] = []
-    layer.pooled_sink = pooled.append
-    y = layer(x, residual, relu=True)
-    layer.pooled_sink = None
-    bare = layer(x)
-    assert torch.equal(pooled[0], bare.relu().mean(dim=(2, 3)))
-    assert torch.equal(y, (bare + residual).relu())

@@ -221,56 +221,6 @@ def test_separate_passes_change_nothing_with_split_batch_norm() -> None:
         torch.testing.assert_close(results[1][name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_stop_gradient_keeps_the_invariance_loss_off_the_clean_features(
-    stop_gradient: bool,
-) -> None:
-    model = network()
-    objective = objective_for(model, stop_gradient=stop_gradient)
-    x, x_adv, y = triples(5)
-    x.requires_grad_()
-    x_adv.requires_grad_()
-    terms = objective(model, x, x_adv, y, START).terms
-    invariance = sum(v for name, v in terms.items() if name.startswith("invariance/"))
-    assert isinstance(invariance, Tensor)
-    clean, adv = torch.autograd.grad(invariance, (x, x_adv))
-    assert adv.abs().max() > 0
-    # The clean images reach the invariance loss through the clean features only.
-    assert (clean.abs().max() == 0) == stop_gradient
-
-
-@pytest.mark.parametrize("predictor", [True, False])
-def test_the_invariance_loss_distils_from_a_frozen_copy_of_the_clean_branch(
-    predictor: bool,
-) -> None:
-    model = network()
-    objective = objective_for(model, predictor=predictor)
-    teacher = export_plain(model, "clean").requires_grad_(False)
-    student = export_plain(model, "adv")
-    x, x_adv, y = triples(5)
-    target = run_with_features(teacher, x)[1]
-    features = run_with_features(student, x_adv)[1]
-    if objective.predictors is not None:
-        separate = published_predictors(objective.predictors)
-        features = [h(z) for h, z in zip(separate, features, strict=True)]
-    torch.stack([distance(p, z) for p, z in zip(features, target, strict=True)]).sum().backward()
-
-    terms = objective(model, x, x_adv, y, START).terms
-    torch.stack([v for name, v in terms.items() if name.startswith("invariance/")]).sum().backward()
-    for name, expected in student.named_parameters():
-        got = model.get_parameter(name).grad
-        if expected.grad is None:
-            assert got is None, name
-            continue
-        assert got is not None, name
-        if got.shape != expected.shape:
-            # The clean branch's own BatchNorm: nothing at all.
-            assert got[0].count_nonzero() == 0, name
-            got = got[1]
-        bound = 1e-10 * max(1e-6, float(expected.grad.abs().max()))
-        assert (got - expected.grad).abs().max() <= bound, name
-
-
 def test_auto_balance() -> None:
     model = network()
     x, x_adv, y = triples(5)
@@ -280,11 +230,9 @@ def test_auto_balance() -> None:
         objective.start_epoch(accuracy)
         assert float(objective.w_adv) == accuracy and float(objective.w_clean) == 1 - accuracy
         changed = objective(model, x, x_adv, y, START)
-        ce = [float(output.terms[n].detach()) / w for n, w in (("ce_adv", 0.3), ("ce_clean", 0.7))]
-        assert float(changed.terms["ce_adv"].detach()) == pytest.approx(accuracy * ce[0], rel=1e-12)
-        assert float(changed.terms["ce_clean"].detach()) == pytest.approx(
-            (1 - accuracy) * ce[1], rel=1e-12
-        )
+        for name, ratio in (("ce_adv", accuracy / 0.3), ("ce_clean", (1 - accuracy) / 0.7)):
+            got, before = (float(o.terms[name].detach()) for o in (changed, output))
+            assert got == pytest.approx(ratio * before, rel=1e-12)
     fixed = ARAT(model, LAYERS, SHAPE, balance="fixed", w_adv=2.0, w_clean=0.5)
     fixed.start_epoch(0.9)
     assert (float(fixed.w_adv), float(fixed.w_clean)) == (2.0, 0.5)
@@ -325,11 +273,7 @@ def test_making_an_objective_changes_nothing_in_the_model() -> None:
     ],
 )
 def test_bad_options(layers: tuple[str, ...], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         ARAT(network(), layers, SHAPE, **options)
-    assert "\n" not in str(error.value)
-
-
-def test_a_predictor_needs_a_hidden_unit() -> None:
-    with pytest.raises(ValueError, match="got width 3: expected >= 4"):
+    with pytest.raises(ValueError, match="got width 3"):
         Predictors([3])

@@ -224,16 +224,6 @@ def test_the_normal_start() -> None:
     assert float(noise.std()) == pytest.approx(START_STD, rel=5 / math.sqrt(2 * noise.numel()))
 
 
-@pytest.mark.parametrize("name", ["at", "arrest"])
-def test_no_attack_of_its_own(name: str) -> None:
-    model = tiny_network()
-    objective = BUILDERS[name](model)
-    x, _, y = triples()
-    assert objective.own_attack(ATTACK) is ATTACK
-    assert objective.start_noise(x, len(x), None) is None
-    assert objective.attack_loss(model, x, y) is None
-
-
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_attack_leaves_the_networks_as_they_are(name: str) -> None:
     model = tiny_network()
@@ -378,17 +368,6 @@ def test_arrest_is_its_formula(replay: str) -> None:
     assert all(p.grad is None for p in objective.natural.parameters())
     objective.adopt(model)
     assert torch.equal(objective.natural.conv1.weight, model.conv1.weight)
-
-
-def test_no_gradient_reaches_the_natural_representation() -> None:
-    natural, model = moved_networks()
-    x, x_adv, y = triples()
-    x.requires_grad_()
-    x_adv.requires_grad_()
-    output = ARREST(natural, ATTACK, ("bn2",), replay=1.0)(model, x, x_adv, y, START)
-    clean, adv = torch.autograd.grad(output.loss, (x, x_adv), allow_unused=True)
-    # The clean images reach the loss through the natural representation only.
-    assert clean is None and adv is not None and adv.abs().max() > 0
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -19,8 +19,6 @@ from arat_fast.config import Config, DataConfig
 from arat_fast.data.fingerprint import fingerprint, names_below
 from arat_fast.datasets.encoded import FileImages
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
-from arat_fast.models.registry import model_spec
-from arat_fast.recipes import recipe
 from arat_fast.training.checkpoint import load_checkpoint
 
 
@@ -120,19 +118,3 @@ def test_sizes_follow_the_epochs(tmp_path: Path) -> None:
 def test_a_dataset_on_the_device_keeps_its_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.progressive"):
         tiny_trainer(tmp_path / "run", changed(tiny_config(), "data", progressive=(4, 8)))
-
-
-def test_recipes_for_imagenet() -> None:
-    names = ("imagenet-resnet50", "imagenet-resnet50-fgsm", "imagenet-convnext-t")
-    pgd, fgsm, convnext = (recipe(name) for name in names)
-    for name, config in zip(names, (pgd, fgsm, convnext), strict=True):
-        assert config.recipe == name and config.attack.eps == 4 / 255
-        assert config.data.name == "folder" and config.data.image_size == 224
-        assert config.peak_lr == config.optimizer.lr
-        assert model_spec(config.model.name).image_size == 224
-        assert config.average.kind == "ema"
-    assert (pgd.attack.num_steps, fgsm.attack.num_steps) == (3, 1)
-    assert fgsm.attack.random_start and fgsm.attack.alpha == pytest.approx(5 / 255)
-    assert pgd.norm == "split" and convnext.norm == "shared"
-    assert all(layer.startswith("layer4.") for layer in pgd.regularized_layers)
-    assert convnext.optimizer.name == "adamw"

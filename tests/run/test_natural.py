@@ -103,20 +103,15 @@ def test_natural_training_is_resumed(
 
 @pytest.mark.parametrize("name", ["lbgat", "arrest"])
 def test_the_optimiser_has_the_parameters_that_are_trained_once(tmp_path: Path, name: str) -> None:
-    run = tiny_trainer(tmp_path, config_for(name))
+    settings = {"guide": "resnet18"} if name == "lbgat" else {}
+    run = tiny_trainer(tmp_path, config_for(name, **settings))
     listed = [id(p) for group in run.optimizer.param_groups for p in group["params"]]
     wanted = [*run.model.parameters()]
     if isinstance(run.objective, LBGAT):
         assert run.objective.guide is not None
+        assert "layer4.1.bn2" in dict(run.objective.guide.named_modules())
         wanted += run.objective.guide.parameters()
     assert sorted(listed) == sorted(map(id, wanted)) and len(set(listed)) == len(listed)
-
-
-def test_the_guide_is_chosen_by_name(tmp_path: Path) -> None:
-    run = tiny_trainer(tmp_path, config_for("lbgat", guide="resnet18"))
-    assert isinstance(run.objective, LBGAT) and run.objective.guide is not None
-    names = dict(run.objective.guide.named_modules())
-    assert "layer4.1.bn2" in names and "layer4" not in dict(run.model.named_modules())
 
 
 @pytest.mark.parametrize("name", ["lbgat", "arrest"])
@@ -150,19 +145,10 @@ def test_bad_teachers(arrest: Path, tmp_path: Path) -> None:
     [
         ("arrest", {"teacher_epochs": 0}, "teacher_epochs must be >= 1"),
         ("arrest", {"teacher_epochs": 3, "teacher": Path("x")}, "got both"),
+        ("lbgat", {"guide": "resnet19"}, "unknown model 'resnet19'"),
+        ("lbgat", {"guide": "clean-branch"}, r"model\.norm"),
     ],
 )
-def test_bad_settings(name: str, settings: dict[str, Any], match: str) -> None:
+def test_bad_settings(tmp_path: Path, name: str, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        config_for(name, **settings)
-
-
-@pytest.mark.parametrize(
-    ("guide", "norm", "match"),
-    [("resnet19", "auto", "unknown model 'resnet19'"), ("clean-branch", "shared", r"model\.norm")],
-)
-def test_bad_guides(tmp_path: Path, guide: str, norm: str, match: str) -> None:
-    config = config_for("lbgat", guide=guide)
-    assert config.norm == ("split" if guide == "clean-branch" else "shared")
-    with pytest.raises(ValueError, match=match):
-        tiny_trainer(tmp_path, changed(config, "model", norm=norm))
+        tiny_trainer(tmp_path, changed(config_for(name, **settings), "model", norm="shared"))

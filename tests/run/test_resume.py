@@ -251,13 +251,7 @@ def test_rollback_goes_on_from_the_checkpoint_with_a_lower_rate(tmp_path: Path) 
     assert [line["step"] for line in metric_lines(tmp_path, "train")] == [3, 4, 7, 8]
 
 
-def test_averaging_always_starts_and_seeds_differ(tmp_path: Path) -> None:
-    for epochs, step in ((1, 0), (2, 4)):
-        config = tiny_config(epochs=epochs, kind="swa", start=0.75, every=2)
-        assert tiny_trainer(tmp_path / str(epochs), config).average.start_step == step
-    weights = []
-    for seed in (0, 1):
-        config = dataclasses.replace(tiny_config(), seed=seed)
-        run = tiny_trainer(tmp_path / f"seed{seed}", config)
-        weights.append(run.model.linear.weight)
-    assert not torch.equal(*weights)
+@pytest.mark.parametrize(("epochs", "step"), [(1, 0), (2, 4)])
+def test_averaging_always_starts(tmp_path: Path, epochs: int, step: int) -> None:
+    config = tiny_config(epochs=epochs, kind="swa", start=0.75, every=2)
+    assert tiny_trainer(tmp_path, config).average.start_step == step

@@ -338,9 +338,8 @@ def test_a_bad_image_changes_nothing(value: float, match: str) -> None:
     before = copy.deepcopy(step.model.state_dict())
     x, y = batch()
     x[3, 1, 2, 2] = value
-    with pytest.raises(ValueError, match=match) as error:
+    with pytest.raises(ValueError, match=match):
         step(x, y)
-    assert "\n" not in str(error.value)
     assert all(torch.equal(t, before[name]) for name, t in step.model.state_dict().items())
 
 
