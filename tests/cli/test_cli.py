@@ -348,8 +348,9 @@ def test_bad_input(
     words = arguments.replace("RUN", str(run)).split()
     if words[:1] == ["train"] and len(words) > 1:
         words += ["--out", str(tmp_path / "run")]
+    before = set(run.iterdir())
     assert re.search(expected, refused(capsys, words))
-    assert not (tmp_path / "run").exists() and not (run / "evaluation.json").exists()
+    assert not (tmp_path / "run").exists() and set(run.iterdir()) == before
 
 
 def test_errors_can_be_raised_instead(monkeypatch: pytest.MonkeyPatch) -> None:
