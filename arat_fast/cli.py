@@ -448,14 +448,15 @@ class Prepare(Command):
 
 @dataclass(frozen=True)
 class Info(Command):
-    """Versions, devices and arithmetic of this machine."""
+    """Versions, objectives, devices and arithmetic of this machine."""
 
     def __call__(self, arguments: list[str]) -> int:
         import torch
 
         from arat_fast.device import describe_device, has_bf16, source_commit, versions
+        from arat_fast.objectives import OBJECTIVES
 
-        facts = {**versions(), "commit": source_commit()}
+        facts = {**versions(), "commit": source_commit(), "objectives": ", ".join(OBJECTIVES)}
         for name in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
             device = torch.device(name)
             arithmetic = "bf16" if has_bf16(device) else "no bf16"

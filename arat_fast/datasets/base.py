@@ -69,6 +69,7 @@ class Dataset:
         crop: what image files are cut to by default.
         own: images of one's own, which differ with the place where they lie.
         places: what lies in its root, and what the dataset is then, in words.
+        label: what a report calls it; the name by default.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Dataset:
     crop: Literal["pad", "resized"] = "resized"
     own: bool = False
     places: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
 
     def load(self, root: Path, download: bool = False) -> Content:
         """What its files hold, fetched first where they are absent or damaged.

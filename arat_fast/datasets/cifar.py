@@ -96,6 +96,7 @@ for _name, _title, _python, _num_classes in (
             partial(_fetch, _name),
             image_size=32,
             num_classes=_num_classes,
+            label=_title,
             places={
                 _python: f"{_title}, Python version",
                 BINARY[_name][0]: f"{_title}, binary version",

@@ -47,4 +47,13 @@ def _read(root: Path) -> Content:
     return Content(train, test, tuple("0123456789"), max_value=MAX_VALUE)
 
 
-register(Dataset("digits", _read, image_size=8, channels=1, num_classes=10))
+register(
+    Dataset(
+        "digits",
+        _read,
+        image_size=8,
+        channels=1,
+        num_classes=10,
+        label="scikit-learn’s handwritten digits",
+    )
+)

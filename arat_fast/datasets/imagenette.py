@@ -64,5 +64,6 @@ register(
         num_classes=len(CLASSES),
         crop="pad",
         places={FOLDER: "Imagenette, 160 pixels"},
+        label="Imagenette",
     )
 )

@@ -39,6 +39,12 @@ def _fetch(root: Path) -> None:
 
 register(
     Dataset(
-        "svhn", _read, _fetch, image_size=32, num_classes=10, places={"train_32x32.mat": "SVHN"}
+        "svhn",
+        _read,
+        _fetch,
+        image_size=32,
+        num_classes=10,
+        places={"train_32x32.mat": "SVHN"},
+        label="SVHN",
     )
 )

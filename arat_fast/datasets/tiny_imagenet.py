@@ -74,5 +74,6 @@ register(
         image_size=64,
         num_classes=200,
         places={FOLDER: "Tiny-ImageNet"},
+        label="Tiny-ImageNet",
     )
 )

@@ -35,8 +35,8 @@ class Settings:
     """
 
     name: str
-    """arat, at (plain adversarial training), trades, mart, lbgat, arrest, natural (no attack), or
-    mypackage.mymodule:MyObjective, a class of your own."""
+    """One of those that arat-fast info lists, or mypackage.mymodule:MyObjective, a class of your
+    own."""
 
     def __post_init__(self) -> None:
         check_settings("objective.", self)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from arat_fast.config import Config
+from arat_fast.datasets import DATASETS
 from arat_fast.objectives import ForeignSettings, objective_label
 from arat_fast.recipes import recipe
 
@@ -13,14 +14,6 @@ NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
 DASH = "\u2013"
 
-_DATASETS = {
-    "digits": "scikit-learn’s handwritten digits",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "svhn": "SVHN",
-    "tiny-imagenet": "Tiny-ImageNet",
-    "imagenette": "Imagenette",
-}
 _METRICS = {
     "clean": "Clean",
     "autoattack": "AutoAttack",
@@ -121,7 +114,7 @@ def objective_name(config: Config) -> str:
 
 def dataset_name(config: Config) -> str:
     """Name of the dataset."""
-    return _DATASETS.get(config.data.name, config.data.name)
+    return DATASETS[config.data.name].label or config.data.name
 
 
 def weights_name(model: str | None) -> str | None:

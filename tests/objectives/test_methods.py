@@ -27,6 +27,7 @@ from arat_fast.objectives import (
     ARREST,
     LBGAT,
     MART,
+    OBJECTIVES,
     TRADES,
     AdversarialTraining,
     NaturalTraining,
@@ -53,6 +54,11 @@ BUILDERS: dict[str, Callable[[nn.Module], Objective]] = {
     "arrest": lambda model: ARREST(model, ATTACK, ("bn2",)),
 }
 NORMAL_START = ("trades", "mart", "lbgat")
+
+
+def test_every_objective_is_tested() -> None:
+    """A new one is added to ``BUILDERS``, and meets what every method promises."""
+    assert set(BUILDERS) | {"arat", "natural"} == set(OBJECTIVES)
 
 
 def softmax(logits: Tensor) -> Tensor:
