@@ -24,6 +24,7 @@ def tiny(tmp_path: Path, **options: Any) -> Options:
     return Options(**{**common, **options}, device="cpu", out=tmp_path / "data.json")
 
 
+@pytest.mark.slow
 def test_every_loader_is_measured_and_the_step_beside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

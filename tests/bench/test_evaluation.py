@@ -41,6 +41,7 @@ def measured(tmp_path: Path, **options: Any) -> tuple[dict[str, Any], list[str]]
     return module.measure(bench, *network(), ThreatModel(0.05)), bench.record["problems"]
 
 
+@pytest.mark.slow
 def test_record(tmp_path: Path) -> None:
     config = recipe("digits")
     config = dataclasses.replace(

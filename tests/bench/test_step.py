@@ -51,6 +51,7 @@ def measured(tmp_path: Path, **builds: Build) -> tuple[list[dict[str, Any]], Ben
     return take_turns(bench, contestants, workload, steps=1), bench
 
 
+@pytest.mark.slow
 def test_who_does_not_fit_beside_the_others_runs_alone(tmp_path: Path) -> None:
     alive: set[str] = set()
 
@@ -90,6 +91,7 @@ def test_a_failing_contestant_costs_the_others_nothing(tmp_path: Path) -> None:
     assert problem.startswith("slow") and "no such kernel" in problem
 
 
+@pytest.mark.slow
 def test_record_table_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

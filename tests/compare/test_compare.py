@@ -114,6 +114,7 @@ def test_the_record_holds_what_every_cell_did(compared: Path) -> None:
         assert config == config_from_dict(cell["config"])
 
 
+@pytest.mark.slow
 def test_a_shared_training_is_what_a_run_of_its_own_gives(
     compared: Path, tmp_path: Path, one_thread: None
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_saved_comparison_runs_again_in_another_folder(compared: Path, tmp_pat
     assert cell["accuracy"] == before["accuracy"]
 
 
+@pytest.mark.slow
 def test_another_evaluation_is_made_without_training(compared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(compared / "natural-seed3", out / "natural-seed3")
@@ -224,6 +226,7 @@ class Smoothed(Objective):
 """
 
 
+@pytest.mark.slow
 def test_an_objective_of_ones_own_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -693,6 +693,7 @@ print(json.dumps([splits.train.num_samples, growth, memory("Pss", "smaps_rollup"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("mixed", "num_workers"), [(False, 0), (True, 2)])
 def test_twenty_million_images_train_in_less_than_two_gigabytes(

@@ -60,6 +60,7 @@ def finish(folder: Path, out: Path, num_ranks: int, extra: tuple[str, ...] = EPO
     return text
 
 
+@pytest.mark.slow
 def test_one_process_under_torchrun_equals_one_without(whole: Callable[[int], Path]) -> None:
     assert_same_end(whole(0), whole(1), numbers=False)
 

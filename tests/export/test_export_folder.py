@@ -432,6 +432,7 @@ def test_robustbenchs_own_classes(name: str, tmp_path: Path) -> None:
         assert difference <= 1e-6 * expected(x).abs().max().clamp(min=1)
 
 
+@pytest.mark.slow
 def test_model_info(tmp_path: Path) -> None:
     """Only what RobustBench would accept as measured is filled in."""
     path = tmp_path / "m.safetensors"
