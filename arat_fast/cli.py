@@ -11,6 +11,7 @@ import inspect
 import os
 import shlex
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error)
 
 
-class Command:
+class Command(ABC):
     """A sub-command: a dataclass of its options, described by its docstring."""
 
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
         return parse(cls, arguments, program)(arguments)
 
+    @abstractmethod
     def __call__(self, arguments: list[str]) -> int:
         """Do it; ``arguments`` as they were typed. Returns the exit code."""
-        raise NotImplementedError
 
 
 def _run(program: str, arguments: list[str], commands: Mapping[str, type[Command]]) -> int:

@@ -52,7 +52,7 @@ def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
         ValueError: ``impl`` is unknown, the tensors are on more than one device, or "triton" is
             asked for where it cannot run (no triton installed; CPU tensors outside the
             interpreter).
-        NotImplementedError: "triton" is asked for under forward-mode differentiation.
+        RuntimeError: "triton" is asked for under forward-mode differentiation.
     """
     if impl not in (None, "triton", "reference"):
         raise ValueError(f'impl must be "triton", "reference" or None, got {impl!r}')
@@ -79,7 +79,7 @@ def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
     # An operator that knows nothing of tangents would drop them, and the derivative would be 0.
     for tensor in tensors:
         if tensor is not None and _tangent(tensor) is not None:
-            raise NotImplementedError(
+            raise RuntimeError(
                 "the kernels have no forward-mode derivative (torch.func.jvp, "
                 'torch.autograd.forward_ad); pass impl="reference"'
             )
@@ -95,6 +95,6 @@ def refuse_second_derivative(operator: CustomOpDef) -> None:
     """Let the operator of a backward pass raise where it is itself differentiated."""
 
     def refuse(ctx: Any, *upstream: Any) -> None:
-        raise NotImplementedError('the kernels have no second derivative; pass impl="reference"')
+        raise RuntimeError('the kernels have no second derivative; pass impl="reference"')
 
     operator.register_autograd(refuse)
