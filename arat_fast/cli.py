@@ -11,7 +11,6 @@ import inspect
 import os
 import shlex
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,16 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error)
 
 
-class Command(ABC):
-    """A sub-command: a dataclass of its options, described by its docstring."""
+class Command:
+    """A sub-command: a dataclass of its options, described by its docstring; called with the
+    arguments as they were typed, it does its work and returns the exit code."""
 
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
-        return parse(cls, arguments, program)(arguments)
-
-    @abstractmethod
-    def __call__(self, arguments: list[str]) -> int:
-        """Do it; ``arguments`` as they were typed. Returns the exit code."""
+        options: Any = parse(cls, arguments, program)
+        return int(options(arguments))
 
 
 def _run(program: str, arguments: list[str], commands: Mapping[str, type[Command]]) -> int:
