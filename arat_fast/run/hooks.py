@@ -133,7 +133,7 @@ class TensorBoard(Hook):
     def log(self, run: Run, line: dict[str, Any]) -> None:
         if self.writer is None:
             return
-        numbers = {k: v for k, v in line.items() if k not in ("kind", "step")}
+        numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
         prefix = line["kind"]
         if line["kind"] == "eval":
             prefix = f"{line['split']}/{line['model']}"

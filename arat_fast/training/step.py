@@ -257,8 +257,10 @@ class TrainStep:
         num = len(inputs[0])
         if place is None:
             place = Place(self.ranks.rank * num, self.ranks.world_size * num)
-        if self.num_calls == 0:
-            self._prepare(load(*inputs[:2])[0])
+        if self.num_calls == 0 and self.precision != torch.float32:
+            x, _ = load(*inputs[:2])
+            for network in (self.model, *self.objective.networks()):
+                protect_stem(network, x, self.precision)
         if not (self.model.training and self.objective.training):
             self.model.train()
             self.objective.train()
@@ -285,12 +287,6 @@ class TrainStep:
             self.sharing,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
-
-    def _prepare(self, x: Tensor) -> None:
-        """What the first images of the run tell."""
-        if self.precision != torch.float32:
-            for network in (self.model, *self.objective.networks()):
-                protect_stem(network, x, self.precision)
 
     def _settings(self) -> tuple[object, ...]:
         """What a captured step holds fast beside tensors."""
