@@ -138,7 +138,8 @@ def test_ranks_hear_of_the_death_of_torchrun(tmp_path: Path) -> None:
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == "joined\n"
     launcher.send_signal(signal.SIGKILL)
-    assert launcher.stdout.readline() == "told\n"
+    # Once for each thread of the launcher that dies: the handler may run in the middle of itself.
+    assert launcher.stdout.readline().startswith("told")
     launcher.wait()
 
 
