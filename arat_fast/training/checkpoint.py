@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arat_fast.files import write_atomic
+from arat_fast.files import Lock, write_atomic
 
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
@@ -144,11 +144,14 @@ class CheckpointFolder:
     Args:
         folder: of the run.
         keep_last: checkpoints kept, the newest included; >= 1.
+        lock: of the folder; nothing is written once another process has it. None: nobody else is
+            there.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, lock: Lock | None = None) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.lock = lock
         self.newest_step: int | None = None
         self._damaged: list[Path] = []
         self._thread: threading.Thread | None = None
@@ -209,6 +212,7 @@ class CheckpointFolder:
         def write() -> None:
             try:
                 before()
+                self._check_lock()
                 if self.keep_last > 1 and self.newest_step not in (None, step):
                     self._keep_newest()
                 save_checkpoint(self.newest, on_host())
@@ -235,7 +239,12 @@ class CheckpointFolder:
         self.check()
 
     def check(self) -> None:
-        """Raise the OSError of a write that has failed, for whatever reason; does not wait."""
+        """Raise the OSError of a write that has failed, for whatever reason; does not wait.
+
+        Raises:
+            OvertakenError: another process goes on with the run: nothing may be written any more.
+        """
+        self._check_lock()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -249,6 +258,10 @@ class CheckpointFolder:
         """Remove what a process that was killed in the middle of writing has left."""
         for path in self.folder.glob(".checkpoint*.pt.*"):
             path.unlink()
+
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
 
     def _candidates(self) -> list[Path]:
         newest = [self.newest] if self.newest.exists() else []

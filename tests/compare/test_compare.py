@@ -25,6 +25,7 @@ from arat_fast.compare.methods import choose_methods
 from arat_fast.compare.plan import RECORD, make_plan
 from arat_fast.compare.runner import GridRunner, environments
 from arat_fast.config import config_from_dict
+from arat_fast.files import LOCK, Lock
 from arat_fast.recipes import recipe
 from arat_fast.training.checkpoint import load_checkpoint
 
@@ -343,12 +344,9 @@ def test_ctrl_c_stops_the_children_and_the_same_command_goes_on(
 
 
 def test_a_folder_at_work_is_refused(tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
     plan = make_plan(tiny_config(), choose_methods(["natural"]), (0,))
-    with open(tmp_path / ".lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another comparison is at work in"):
-            GridRunner(plan, tmp_path, 1, print).run()
+    with Lock(tmp_path / LOCK), pytest.raises(BlockingIOError, match="at work in"):
+        GridRunner(plan, tmp_path, 1, print).run()
     assert not (tmp_path / RECORD).exists()
 
 
