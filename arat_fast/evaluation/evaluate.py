@@ -169,7 +169,7 @@ def interruptible(model: nn.Module, x: Tensor, check: Callable[[], None]) -> Ite
     def after(module: nn.Module, arguments: object, output: object) -> None:
         check()
         if every_layer and isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda _: check())
+            output.register_hook(lambda _: check())  # type: ignore[no-untyped-call]  # in torch
 
     every_layer = x.device.type == "cpu" and x.numel() >= LARGE_BATCH
     modules = model.modules() if every_layer else [model]
