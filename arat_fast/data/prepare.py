@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from arat_fast.datasets.prepared import array_folder
 from arat_fast.datasets.rows import read_header, read_labels
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
+from arat_fast.files import folder_atomic
 
 CHUNK = 2**24
 """Bytes that are copied at a time."""
@@ -101,24 +100,16 @@ def convert_npz(path: Path, folder: Path) -> int:
     if folder.exists():
         raise FileExistsError(f"{folder} is there already, expected a folder to make")
     shape, labels = open_npz(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        made = work / folder.name
-        made.mkdir()
-        with (
-            _opened(path) as archive,
-            archive.open("image.npy") as source,
-            (made / "images.npy").open("wb") as target,
-        ):
+    with (
+        folder_atomic(folder) as made,
+        _opened(path) as archive,
+        archive.open("image.npy") as source,
+    ):
+        with (made / "images.npy").open("wb") as target:
             shutil.copyfileobj(source, target, CHUNK)
-            target.flush()
-            os.fsync(target.fileno())
-        np.save(made / "labels.npy", labels.numpy())
+        with (made / "labels.npy").open("wb") as target:
+            np.save(target, labels.numpy())
         array_folder(made)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return shape[0]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import shutil
 import threading
 import zipfile
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arat_fast.files import write_atomic
+from arat_fast.files import link_atomic, write_atomic
 
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
@@ -185,13 +183,16 @@ class CheckpointFolder:
             raise ValueError("; ".join(damaged.values()))
         return None
 
-    def save(self, step: int, state: dict[str, Any], before: Callable[[], object]) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], before: Callable[[], object], best: bool = False
+    ) -> None:
         """Copy ``state`` and write it in the background, after the one before it is written.
 
         Args:
             step: of the state.
             state: as for :func:`save_checkpoint`; may change once this has returned.
             before: called by the thread first, to bring other files to disk.
+            best: keep it as the best one too.
 
         Raises:
             OSError: the checkpoint before could not be written.
@@ -204,8 +205,12 @@ class CheckpointFolder:
                 before()
                 keep = self.keep_last > 1 and self.newest_step not in (None, step)
                 if keep and self.newest.exists():
-                    _link(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
-                save_checkpoint(self.newest, on_host())
+                    link_atomic(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
+                # The best one first: a run that ends in between goes on from before it.
+                target = self.folder / BEST if best else self.newest
+                save_checkpoint(target, on_host())
+                if best:
+                    link_atomic(target, self.newest)
                 self.newest_step = step
                 self._remove_old()
             # Whatever it is: training must not go on without checkpoints.
@@ -233,16 +238,6 @@ class CheckpointFolder:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-
-    def keep_as_best(self) -> None:
-        """Keep the newest checkpoint as the best one."""
-        self.wait()
-        _link(self.newest, self.folder / BEST)
-
-    def remove_leftovers(self) -> None:
-        """Remove what a process that was killed in the middle of writing has left."""
-        for path in self.folder.glob(".checkpoint*.pt.*"):
-            path.unlink()
 
     def _candidates(self) -> list[Path]:
         newest = [self.newest] if self.newest.exists() else []
@@ -304,19 +299,3 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_map_tensors(item, change) for item in value)
     return value
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, in place of what had it; a copy where the file system has no such
-    thing."""
-    temporary = target.with_name(f".{target.name}.new")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        with open(source, "rb") as content:
-            write_atomic(target, lambda file: shutil.copyfileobj(content, file))
-        return
-    os.replace(temporary, target)
-    # Two names of one file stay as they are.
-    temporary.unlink(missing_ok=True)
