@@ -23,7 +23,9 @@ from arat_fast.evaluation.evaluate import (
     Progress,
     ThreatModel,
     accept,
+    check_attacked,
     evaluation_mode,
+    finite_answers,
     predict,
 )
 from arat_fast.evaluation.parallel import SharedNetwork, Stopped, shared_batches
@@ -115,6 +117,8 @@ def autoattack(
         network, not_folded = model, ""
         if fast:
             folded, not_folded = _fast_network(model, images.x)
+            if folded is not model:
+                stack.enter_context(finite_answers(folded))
             network = stack.enter_context(shared_batches(folded, images.x[:batch_size]))
         robust = predict(model, images.x, batch_size).argmax(dim=1) == images.y
         for name in attacks:
@@ -183,6 +187,7 @@ class _Attacks:
             "counts": examples outside the ball, and images that were attacked again.
         """
         candidates = self.attack(name, network, x, y)
+        check_attacked(candidates)
         still, x_adv, rejected = accept(self.model, x, y, candidates, self.threat)
         disputed = torch.zeros_like(still)
         if network is not self.model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from arat_fast.device import full_float32
 from arat_fast.distributed import Ranks
 from arat_fast.evaluation.pieces import Pieces
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
+from arat_fast.saved.weights import check_finite
 from arat_fast.statistics import wilson_interval
 from arat_fast.stop import EvaluationStopped
+from arat_fast.training.metrics import NotFiniteError
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""
@@ -137,16 +139,84 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 
     Parameters need no gradient inside: an attack that runs a whole backward pass, as FAB does,
     neither pays for their gradients nor leaves any in ``.grad``.
+
+    Raises:
+        NotFiniteError: a weight or a statistic is NaN or infinite, or inside, as soon as it is, an
+            answer of the network: such an answer is no prediction.
     """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    check_finite(state, f"the weights of {type(model).__name__}")
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        with use_branch(model, branch), use_statistics(model, "running"), full_float32():
+        with (
+            use_branch(model, branch),
+            use_statistics(model, "running"),
+            full_float32(),
+            finite_answers(model),
+        ):
             yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def finite_answers(model: nn.Module) -> Iterator[None]:
+    """Raise as soon as the network answers with a NaN or an infinity, or is asked about one.
+
+    Raises:
+        NotFiniteError: counts the images, and names the layer that was first.
+    """
+    handle = model.register_forward_hook(_check_answer)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_answer(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+    if bool(logits.isfinite().all()):
+        return
+    x = inputs[0]
+    check_attacked(x)
+    bad = int((~logits.isfinite()).flatten(1).any(dim=1).sum())
+    first: list[str] = []
+
+    def watch(name: str, module: nn.Module, _: object, y: object) -> None:
+        if not first and isinstance(y, Tensor) and not y.isfinite().all():
+            first.append(f"first after {name}, a {type(module).__name__}")
+
+    with torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if module is not model:
+                handle = module.register_forward_hook(partial(watch, name))
+                stack.callback(handle.remove)
+        # Not through the hook that this is.
+        model.forward(x)
+    raise NotFiniteError(
+        f"the logits of {bad} of {len(x)} images are NaN or infinite"
+        f"{''.join(f', {where}' for where in first)}: such an answer is no prediction, and nothing is "
+        "evaluated; take weights from before they broke, or compute in float32"
+    )
+
+
+def check_attacked(x_adv: Tensor) -> None:
+    """Raise where an attack returned NaN: it then says nothing of robustness.
+
+    Args:
+        x_adv: adversarial images (N, …).
+
+    Raises:
+        NotFiniteError: counts the images.
+    """
+    bad = int((~x_adv.isfinite()).flatten(1).any(dim=1).sum())
+    if bad:
+        raise NotFiniteError(
+            f"the attack made NaN of {bad} of {len(x_adv)} images, since the network's gradient is "
+            "not finite there: it says nothing of their robustness, and nothing is evaluated"
+        )
 
 
 @torch.no_grad()
@@ -221,12 +291,17 @@ def pgd_accuracy(
     pieces = pieces or Pieces()
     correct, x_adv, rejected, done = [], [], 0, 0
 
-    def piece(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def attacked(x: Tensor, y: Tensor) -> Tensor:
         candidate = attack(model, x, y, RandomStart(generator))
+        check_attacked(candidate)
+        return candidate
+
+    def piece(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        candidate = attacked(x, y)
         robust, kept, rejected = accept(model, x, y, candidate, threat)
         # The strongest example by its loss need not be the one that is misclassified.
         for _ in range(num_restarts - 1):
-            candidate = attack(model, x, y, RandomStart(generator))
+            candidate = attacked(x, y)
             still, adversarial, outside = accept(model, x, y, candidate, threat)
             kept = torch.where((robust & ~still).view(-1, 1, 1, 1), adversarial, kept)
             robust &= still
