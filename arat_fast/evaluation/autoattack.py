@@ -23,7 +23,6 @@ from arat_fast.evaluation.evaluate import (
     Progress,
     ThreatModel,
     accept,
-    check_attacked,
     evaluation_mode,
     finite_answers,
     predict,
@@ -187,7 +186,6 @@ class _Attacks:
             "counts": examples outside the ball, and images that were attacked again.
         """
         candidates = self.attack(name, network, x, y)
-        check_attacked(candidates)
         still, x_adv, rejected = accept(self.model, x, y, candidates, self.threat)
         disputed = torch.zeros_like(still)
         if network is not self.model:

@@ -142,7 +142,7 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 
     Raises:
         NotFiniteError: a weight or a statistic is NaN or infinite, or inside, as soon as it is, an
-            answer of the network: such an answer is no prediction.
+            answer of the network or a gradient of its images: neither says anything.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     check_finite(state, f"the weights of {type(model).__name__}")
@@ -164,7 +164,7 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 
 @contextmanager
 def finite_answers(model: nn.Module) -> Iterator[None]:
-    """Raise as soon as the network answers with a NaN or an infinity, or is asked about one.
+    """Raise as soon as the network's answer or the gradient of an image is NaN or infinite.
 
     Raises:
         NotFiniteError: counts the images, and names the layer that was first.
@@ -177,16 +177,16 @@ def finite_answers(model: nn.Module) -> Iterator[None]:
 
 
 def _check_answer(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-    if bool(logits.isfinite().all()):
+    (x,) = inputs
+    if x.requires_grad:
+        x.register_hook(_check_gradient)  # type: ignore[no-untyped-call]  # Tensor's own
+    if logits.isfinite().all():
         return
-    x = inputs[0]
-    check_attacked(x)
-    bad = int((~logits.isfinite()).flatten(1).any(dim=1).sum())
     first: list[str] = []
 
     def watch(name: str, module: nn.Module, _: object, y: object) -> None:
         if not first and isinstance(y, Tensor) and not y.isfinite().all():
-            first.append(f"first after {name}, a {type(module).__name__}")
+            first.append(f", first after {name}, a {type(module).__name__}")
 
     with torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
@@ -196,27 +196,22 @@ def _check_answer(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) 
         # Not through the hook that this is.
         model.forward(x)
     raise NotFiniteError(
-        f"the logits of {bad} of {len(x)} images are NaN or infinite"
-        f"{''.join(f', {where}' for where in first)}: such an answer is no prediction, and nothing is "
-        "evaluated; take weights from before they broke, or compute in float32"
+        f"the logits of {_num_bad(logits)} of {len(x)} images are NaN or infinite"
+        f"{''.join(first)}: such an answer is no prediction, and nothing is evaluated; take "
+        "weights from before they broke, or compute in float32"
     )
 
 
-def check_attacked(x_adv: Tensor) -> None:
-    """Raise where an attack returned NaN: it then says nothing of robustness.
-
-    Args:
-        x_adv: adversarial images (N, …).
-
-    Raises:
-        NotFiniteError: counts the images.
-    """
-    bad = int((~x_adv.isfinite()).flatten(1).any(dim=1).sum())
-    if bad:
+def _check_gradient(grad: Tensor) -> None:
+    if not grad.isfinite().all():
         raise NotFiniteError(
-            f"the attack made NaN of {bad} of {len(x_adv)} images, since the network's gradient is "
-            "not finite there: it says nothing of their robustness, and nothing is evaluated"
+            f"the gradients of {_num_bad(grad)} of {len(grad)} images are NaN or infinite: an "
+            "attack that follows them says nothing of robustness, and nothing is evaluated"
         )
+
+
+def _num_bad(rows: Tensor) -> int:
+    return int((~rows.isfinite()).flatten(1).any(dim=1).sum())
 
 
 @torch.no_grad()
@@ -291,17 +286,12 @@ def pgd_accuracy(
     pieces = pieces or Pieces()
     correct, x_adv, rejected, done = [], [], 0, 0
 
-    def attacked(x: Tensor, y: Tensor) -> Tensor:
-        candidate = attack(model, x, y, RandomStart(generator))
-        check_attacked(candidate)
-        return candidate
-
     def piece(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        candidate = attacked(x, y)
+        candidate = attack(model, x, y, RandomStart(generator))
         robust, kept, rejected = accept(model, x, y, candidate, threat)
         # The strongest example by its loss need not be the one that is misclassified.
         for _ in range(num_restarts - 1):
-            candidate = attacked(x, y)
+            candidate = attack(model, x, y, RandomStart(generator))
             still, adversarial, outside = accept(model, x, y, candidate, threat)
             kept = torch.where((robust & ~still).view(-1, 1, 1, 1), adversarial, kept)
             robust &= still

@@ -130,11 +130,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         content = path.read_bytes()
-        is_zip = content.startswith(b"PK\x03\x04")
-        kind = "a zip archive, as torch.save writes it: give it the suffix .pt"
+        kind = kind_of(content)
+        if content.startswith(b"PK\x03\x04"):
+            kind = "a zip archive, as torch.save writes it: give it the suffix .pt"
+        elif content[8:9] == b"{":
+            kind = "one that was cut or damaged"
         raise ValueError(
             f"{path} ({len(content)} bytes) cannot be read: expected a whole safetensors file, got "
-            f"{kind if is_zip else kind_of(content)} ({error})"
+            f"{kind} ({error})"
         ) from error
 
 

@@ -99,6 +99,8 @@ def read_tensor_file(path: Path) -> object:
             if folders or archive.testzip() is not None:
                 raise ValueError("the content differs from its checksums")
             members = [name.rpartition("/")[2] for name in archive.namelist()]
+            if "constants.pkl" in members:
+                raise ValueError("a program, which torch.load would run")
         file.seek(0)
         content: object = torch.load(file, map_location="cpu", weights_only=True)
         return content
