@@ -19,14 +19,11 @@ from torch import Tensor
 from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.encoded import EncodedImages, unreadable
 from arat_fast.datasets.folder import has_class_folders
-from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, array_folder, checksum_line
 from arat_fast.datasets.rows import read_header, read_labels
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
-from arat_fast.files import folder_atomic
-
-CHUNK = 2**24
-"""Bytes that are copied at a time."""
+from arat_fast.files import folder_atomic, write_text
 
 
 def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
@@ -109,6 +106,8 @@ def convert_npz(path: Path, folder: Path) -> int:
             shutil.copyfileobj(source, target, CHUNK)
         with (made / "labels.npy").open("wb") as target:
             np.save(target, labels.numpy())
+        lines = (checksum_line(made / name) for name in ("images.npy", "labels.npy"))
+        write_text(made / CHECKSUMS, "".join(f"{line}\n" for line in lines))
         array_folder(made)
     return shape[0]
 
