@@ -27,7 +27,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
         OSError: the file cannot be written; the message names it.
     """
     work = _beside(path)
-    with _named(path), alone(work) as descriptor:
+    with named(path), alone(work) as descriptor:
         with os.fdopen(descriptor, "wb", closefd=False) as file:
             file.truncate(0)
             write(file)
@@ -53,7 +53,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     """
     work = _beside(path)
     make_folder(path.parent)
-    with _named(path), alone(work, _new_folder):
+    with named(path), alone(work, _new_folder):
         for left in work.iterdir():
             _remove(left)
         yield work
@@ -100,7 +100,7 @@ def make_folder(path: Path) -> None:
     """Make a folder and those above it, unless they are there; they are then on disk."""
     absent = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    with _named(path):
+    with named(path):
         for folder in absent:
             _sync(folder.parent)
 
@@ -108,7 +108,7 @@ def make_folder(path: Path) -> None:
 def link_atomic(source: Path, target: Path) -> None:
     """Give a file a second name, in place of what had it; a copy where the file system has no such
     thing."""
-    with _named(target):
+    with named(target):
         work = _beside(target)
         work.unlink(missing_ok=True)
         try:
@@ -125,7 +125,7 @@ def link_atomic(source: Path, target: Path) -> None:
 
 def open_log(path: Path) -> BinaryIO:
     """Open a file to append to; where there was none, it is on disk, empty."""
-    with _named(path):
+    with named(path):
         file = open(path, "ab")  # noqa: SIM115  # the caller's
         _sync(path.parent)
         return file
@@ -151,12 +151,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors name ``path``, and not what stands beside it meanwhile."""
+def named(path: Path) -> Iterator[None]:
+    """Errors of the disk name ``path``, and not what stands beside it meanwhile."""
     try:
         yield
     except OSError as error:
-        if str(path) in str(error) or error.filename not in (None, str(_beside(path))):
+        # Without a number it has been worded already.
+        if error.errno is None or error.filename not in (None, str(_beside(path))):
             raise
         raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
 

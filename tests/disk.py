@@ -255,7 +255,10 @@ class Disk:
                 if failing and not spared:
                     if half is not None:
                         half()
-                    raise OSError(self.error, os.strerror(self.error))
+                    # As the system: what is done to an open file has no name.
+                    kind, path = words.split()[:2]
+                    name = None if kind in ("sync", "write") else os.path.relpath(path)
+                    raise OSError(self.error, os.strerror(self.error), name)
             elif self.record:
                 if half is not None:
                     half()

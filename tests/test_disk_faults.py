@@ -24,6 +24,8 @@ from rich.console import Console
 from safetensors.torch import load
 from tiny import TinyRun, leaves
 
+import arat_fast.compare.command
+import arat_fast.report
 from arat_fast.cli import main
 from arat_fast.command_line import apply_overrides
 from arat_fast.display import Display
@@ -163,6 +165,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(root)
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setenv("ARAT_FAST_TRACEBACK", "1")
+    # They take longer than all else, and are made again whenever asked for.
+    monkeypatch.setattr(arat_fast.report, "write_report", lambda run: run)
+    monkeypatch.setattr(arat_fast.compare.command, "to_png", lambda figure: b"")
     return root
 
 

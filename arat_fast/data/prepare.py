@@ -23,7 +23,10 @@ from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, array_folder, checksum
 from arat_fast.datasets.rows import read_header, read_labels
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
-from arat_fast.files import folder_atomic, write_text
+from arat_fast.files import folder_atomic, make_folder, write_text
+
+MAX_RATIO = 100
+"""Bytes that one byte of an archive may unpack to, beyond the first MiB; images are below 20."""
 
 
 def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
@@ -37,7 +40,8 @@ def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
         (num_samples,), int64.
 
     Raises:
-        ValueError: an array is absent, of another shape or dtype, or the file is cut short.
+        ValueError: an array is absent, of another shape or dtype, the file is cut short, or it
+            unpacks to more than images do.
     """
     with _opened(path) as archive:
         missing = {"image.npy", "label.npy"} - set(archive.namelist())
@@ -46,8 +50,16 @@ def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
                 f"{path}: expected the arrays image and label, got "
                 f"{', '.join(archive.namelist()) or 'none'}"
             )
-        with archive.open("image.npy") as file:
-            shape, _ = read_header(file, path, archive.getinfo("image.npy").file_size)
+        image, label = archive.getinfo("image.npy"), archive.getinfo("label.npy")
+        if image.file_size > MAX_RATIO * (image.compress_size + 2**20):
+            raise ValueError(
+                f"{path}: {image.compress_size:,} bytes unpack to {image.file_size:,}, expected at "
+                f"most {MAX_RATIO} times as many of images"
+            )
+        with archive.open(image) as file:
+            shape, _ = read_header(file, path, image.file_size)
+        if label.file_size > image.file_size + 2**20:
+            raise ValueError(f"{path}: expected labels, got {label.file_size:,} bytes of them")
         if shape[3] not in (1, 3):
             raise ValueError(f"{path}: expected images of 1 or 3 channels, got {shape}")
         with archive.open("label.npy") as file:
@@ -81,7 +93,7 @@ def convert_npz(path: Path, folder: Path) -> int:
     """Write the arrays of an .npz file as images.npy and labels.npy, which can be mapped.
 
     The file is read once, in pieces, and its checksums are verified. The folder appears when it is
-    whole.
+    whole and on disk; what a conversion that was killed has left of it goes with the next one.
 
     Args:
         path: the file.
@@ -93,10 +105,17 @@ def convert_npz(path: Path, folder: Path) -> int:
     Raises:
         FileExistsError: the folder is there already.
         ValueError: as for :func:`open_npz`; a checksum is wrong.
+        OSError: there is too little space, or the folder cannot be written.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already, expected a folder to make")
     shape, labels = open_npz(path)
+    make_folder(folder.parent)
+    needed, free = math.prod(shape) + 8 * shape[0], shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise OSError(
+            f"cannot write {folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        )
     with (
         folder_atomic(folder) as made,
         _opened(path) as archive,

@@ -6,9 +6,11 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -601,6 +603,26 @@ def test_the_tenth_leaves_an_image_of_every_class(tmp_path: Path) -> None:
     assert few.test.num_samples == 1
     with refused("too few"):
         load("folder", image_folder(tmp_path / "one", per_class=1, splits=(".",)))
+
+
+def test_an_npz_that_unpacks_to_more_than_images_do(tmp_path: Path) -> None:
+    path = tmp_path / "edm.npz"
+    for name, arrays in {
+        "unpack to": {"image": np.zeros((40_000, 64, 64, 3), np.uint8), "label": np.zeros(40_000)},
+        "of them": {"image": np.zeros((2, 4, 4, 3), np.uint8), "label": np.zeros(2**20, np.int64)},
+    }.items():
+        np.savez_compressed(path, **arrays)
+        with refused(name):
+            convert_npz(path, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
+
+
+def test_space_is_looked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = npz(tmp_path / "edm.npz", number=50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="are free"):
+        convert_npz(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
 
 
 @pytest.mark.parametrize(
