@@ -451,16 +451,26 @@ class Info(Command):
     def __call__(self, arguments: list[str]) -> int:
         import torch
 
-        from arat_fast.device import describe_device, has_bf16, source_commit, versions
+        from arat_fast.device import (
+            count_gpus,
+            describe_device,
+            has_bf16,
+            source_commit,
+            versions,
+        )
         from arat_fast.objectives import OBJECTIVES
 
         facts = {**versions(), "commit": source_commit(), "objectives": ", ".join(OBJECTIVES)}
-        for name in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        num_gpus = 0
+        try:
+            num_gpus = count_gpus()
+        except ValueError as error:
+            facts["gpu"] = str(error)
+        for name in ["cpu", *(f"cuda:{i}" for i in range(num_gpus))]:
             device = torch.device(name)
             arithmetic = "bf16" if has_bf16(device) else "no bf16"
             facts[name] = f"{describe_device(device)}, {arithmetic}"
-        gpu = torch.cuda.is_available()
-        facts["kernels"] = "Triton (interpreter or GPU)" if gpu else "reference (no GPU)"
+        facts["kernels"] = "Triton (interpreter or GPU)" if num_gpus else "reference (no GPU)"
         for name, fact in facts.items():
             if fact:
                 print(f"{name:14} {fact}")

@@ -26,6 +26,7 @@ from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import EncodedImages, decode_all
 from arat_fast.datasets.prepared import array_folder
 from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
+from arat_kernels.implementation import Impl
 
 if TYPE_CHECKING:
     from arat_fast.distributed import Ranks
@@ -66,6 +67,7 @@ def load_data(
     memory_format: torch.memory_format = torch.contiguous_format,
     shard: Shard = WHOLE,
     bad_images: BadImages | None = None,
+    impl: Impl | None = None,
 ) -> DataSplits:
     """Read a dataset and split it.
 
@@ -78,6 +80,7 @@ def load_data(
         shard: this process; all ranks share every batch of ``train`` and ``probe``, while ``val``
             and ``test`` are whole on each, which reads the batches that it evaluates.
         bad_images: finds the files to leave out, where ``config.bad_images`` is "skip".
+        impl: implementation of the cropping; None: the fastest for the device.
 
     Raises:
         FileNotFoundError: the dataset is absent, or could not be downloaded.
@@ -87,7 +90,7 @@ def load_data(
     dataset = DATASETS[config.name]
     content = dataset.load(config.root, config.download)
     try:
-        return _splits(
+        splits = _splits(
             dataset,
             content,
             config,
@@ -100,6 +103,10 @@ def load_data(
         )
     except ValueError as error:
         raise ValueError(f"dataset {config.name}: {error}") from error
+    for batches in (splits.train, splits.probe, splits.val, splits.test):
+        if batches is not None:
+            batches.impl = impl
+    return splits
 
 
 def download_data(config: DataConfig, ranks: Ranks) -> None:

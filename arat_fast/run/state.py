@@ -200,6 +200,7 @@ class Run:
         self.display = display or Display()
         if not ranks.is_main:
             self.display = Display(Console(quiet=True))
+        self.warnings: list[str] = []
         self.stop = StopRequest()
         self.checkpoints = CheckpointFolder(out, config.train.keep_last)
         saved = self._saved_state()
@@ -263,6 +264,7 @@ class Run:
                 memory_format=self.memory_format,
                 shard=ranks.shard,
                 bad_images=self.bad_images,
+                impl=implementation(config),
             )
         if self.data.skipped:
             first = self.data.skipped[0]
@@ -296,6 +298,8 @@ class Run:
         parameters = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = build_optimizer(config, [p for p in parameters if p.requires_grad])
         self.generator = stream_generator(config.seed, "attack", self.device)
+        last = len(train) - 1
+        share = train.plan.share(last)
         self.step = TrainStep(
             self.model,
             self.objective,
@@ -304,6 +308,7 @@ class Run:
             precision=self.precision,
             fold=config.step.fold,
             graph=config.step.graph,
+            last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,
             assemble=train.assemble if isinstance(train, ResidentBatches) else None,
@@ -311,7 +316,13 @@ class Run:
             ranks=ranks,
             overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
+            say=self.warn,
         )
+
+    def warn(self, text: str) -> None:
+        """Say what the user should know, here and in the summary."""
+        self.warnings.append(text)
+        self.display.say(f"warning: {text}")
 
     def seed_rank(self) -> None:
         """Random numbers of its own for this process, beside those that all share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -20,7 +21,7 @@ from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
-from arat_fast.training.graph import StepGraphs
+from arat_fast.training.graph import StepGraphs, is_capturable
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.values import Values
@@ -140,7 +141,9 @@ class TrainStep:
             convolutions (:class:`arat_fast.models.folding.FoldedNetwork`): the same gradients up to
             rounding, less memory traffic.
         graph: "on" captures the whole step in a CUDA graph after three steps of each batch shape;
-            "auto" does so on a GPU; "off" runs eagerly.
+            "auto" does so on a GPU, where it can; "off" runs eagerly.
+        last: samples and place of a smaller batch that will come, such as the last one of an
+            epoch, captured along with the first; None: nothing is known of one.
         noisy_clean: the official code's in-place start: the clean branch trains on ``x`` plus the
             start noise, and the ball is centred there.
         generator: source of the attack's random starts, on the model's device; None: PyTorch's
@@ -158,6 +161,7 @@ class TrainStep:
         overlap: send gradients while the backward pass still runs; None: on a GPU.
         impl: implementation of the attack's own operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
+        say: told in one sentence of what keeps the step from running as fast as it could.
 
     Raises:
         ValueError: a precision or a graph that this device or this optimiser cannot do.
@@ -171,6 +175,7 @@ class TrainStep:
     precision: torch.dtype = torch.float32
     fold: bool = True
     graph: Literal["auto", "on", "off"] = "off"
+    last: tuple[int, Place] | None = None
     noisy_clean: bool = False
     generator: torch.Generator | None = None
     check_inputs: bool | None = None
@@ -179,9 +184,12 @@ class TrainStep:
     ranks: Ranks = ALONE
     overlap: bool | None = None
     impl: Impl | None = None
+    say: Callable[[str], object] = warnings.warn
     num_calls: int = field(default=0, init=False)
     folded_network: FoldedNetwork | None = field(default=None, init=False)
-    """The network that is attacked, once the first step has folded it."""
+    """The network that is attacked, once a step has folded it."""
+    num_folded: int = field(default=0, init=False)
+    """BatchNorm layers that are folded into the convolution before them in the attack."""
 
     def __post_init__(self) -> None:
         if self.precision not in (torch.float32, torch.bfloat16):
@@ -192,7 +200,7 @@ class TrainStep:
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be >= 1, got {self.accumulate}")
         device = next(self.model.parameters()).device
-        if self.graph == "on" and device.type != "cuda":
+        if self.graph == "on" and not is_capturable(device):
             raise ValueError(
                 f'a CUDA graph needs a GPU, got a model on {device}; set graph to "off" '
                 "(--step.graph off)"
@@ -201,8 +209,11 @@ class TrainStep:
         self.impl = choose(self.impl, next(self.model.parameters()))
         modules = [self.model, self.objective]
         self._graphs: StepGraphs | None = None
-        if self.graph != "off" and device.type == "cuda":
-            self._graphs = StepGraphs(modules, self.optimizer, device, self.generator)
+        if self.graph != "off" and is_capturable(device):
+            required = self.graph == "on"
+            self._graphs = StepGraphs(
+                modules, self.optimizer, device, self.generator, required, self.last
+            )
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
 
@@ -251,6 +262,8 @@ class TrainStep:
     def forget(self) -> None:
         """Give captured graphs back: steps of other shapes follow, as many as at first."""
         if self._graphs is not None:
+            # Its constants lie in the memory of a graph, which holds on to all of it.
+            self.folded_network = None
             self._graphs.forget()
 
     def _run(self, load: Load, inputs: tuple[Tensor, ...], place: Place | None) -> Values:
@@ -264,13 +277,15 @@ class TrainStep:
         if not (self.model.training and self.objective.training):
             self.model.train()
             self.objective.train()
-        function = partial(method_step, self, load, place, True)
+        function = partial(method_step, self, load)
         try:
             if self._graphs is None:
-                values = function(*inputs)
+                values = function(place, True, *inputs)
             else:
-                key = place, load is _as_it_is
-                values = self._graphs.run(function, inputs, self._settings(), key)
+                failed = self._graphs.failure
+                values = self._graphs.run(function, place, inputs, self._settings())
+                if self._graphs.failure != failed:
+                    self.say(f"{self._graphs.failure}; it goes on without one")
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
             if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
@@ -281,10 +296,11 @@ class TrainStep:
         # Outside of the handler, whose traceback holds on to the memory.
         self.forget()
         advice = advise(
-            lambda part: method_step(self, load, Place(0, len(part[0])), False, *part),
+            lambda part: function(Place(0, len(part[0])), False, *part),
             inputs,
             [self.model, self.objective],
             self.sharing,
+            self.generator,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
 
@@ -318,6 +334,7 @@ class TrainStep:
             return self.model
         if self.folded_network is None:
             self.folded_network = FoldedNetwork(self.model, x, self.impl)
+            self.num_folded = len(self.folded_network.folded)
         else:
             self.folded_network.refresh()
         return self.folded_network
