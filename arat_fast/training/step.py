@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from arat_fast.attacks.pgd import PGD, RandomStart, check_images
 from arat_fast.data.batches import Batch
 from arat_fast.data.plan import Place
+from arat_fast.device import resolve_precision
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem
@@ -25,7 +26,7 @@ from arat_fast.training.graph import StepGraphs, is_capturable
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.values import Values
-from arat_kernels.implementation import Impl, choose
+from arat_kernels.implementation import HAS_TRITON, Impl, choose
 
 Load = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -134,7 +135,8 @@ class TrainStep:
         attack: makes the adversarial examples.
         optimizer: any PyTorch optimiser.
         precision: torch.float32, or torch.bfloat16 for autocast; parameters, BatchNorm statistics,
-            losses and images stay float32. The convolutions that the image enters, found in the
+            losses and images stay float32. None takes bfloat16 for float32 parameters where the
+            device has such arithmetic. The convolutions that the image enters, found in the
             first step, become :class:`arat_fast.models.layers.StemConv2d`, which does not round
             the perturbation away.
         fold: with ``attack.bn="running"``, attack a copy whose BatchNorm is folded into the
@@ -142,6 +144,7 @@ class TrainStep:
             rounding, less memory traffic.
         graph: "on" captures the whole step in a CUDA graph after three steps of each batch shape;
             "auto" does so on a GPU, where it can; "off" runs eagerly.
+        channels_last: lay out weights and images so, which tensor cores want.
         last: samples and place of a smaller batch that will come, such as the last one of an
             epoch, captured along with the first; None: nothing is known of one.
         noisy_clean: the official code's in-place start: the clean branch trains on ``x`` plus the
@@ -172,9 +175,10 @@ class TrainStep:
     attack: PGD
     optimizer: torch.optim.Optimizer
     _: KW_ONLY
-    precision: torch.dtype = torch.float32
+    precision: torch.dtype | None = None
     fold: bool = True
-    graph: Literal["auto", "on", "off"] = "off"
+    graph: Literal["auto", "on", "off"] = "auto"
+    channels_last: bool = True
     last: tuple[int, Place] | None = None
     noisy_clean: bool = False
     generator: torch.Generator | None = None
@@ -192,28 +196,44 @@ class TrainStep:
     """BatchNorm layers that are folded into the convolution before them in the attack."""
 
     def __post_init__(self) -> None:
-        if self.precision not in (torch.float32, torch.bfloat16):
+        if self.precision not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
                 f"precision must be torch.float32 or torch.bfloat16, got {self.precision}; float16 "
                 "needs loss scaling, which this step does not do"
             )
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be >= 1, got {self.accumulate}")
-        device = next(self.model.parameters()).device
+        parameter = next(self.model.parameters())
+        device = parameter.device
         if self.graph == "on" and not is_capturable(device):
             raise ValueError(
                 f'a CUDA graph needs a GPU, got a model on {device}; set graph to "off" '
                 "(--step.graph off)"
             )
+        self.dtype = self.precision or torch.float32
+        if self.precision is None and parameter.dtype == torch.float32:
+            self.dtype = resolve_precision("auto", device)
+            if device.type == "cuda" and self.dtype == torch.float32:
+                self.say(f"{torch.cuda.get_device_name(device)} has no bf16: training in float32")
+        if self.channels_last:
+            for module in (self.model, *self.objective.networks()):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
         # Once, not for every operation of every step.
-        self.impl = choose(self.impl, next(self.model.parameters()))
+        self.impl = choose(self.impl, parameter)
+        if device.type == "cuda" and not HAS_TRITON:
+            self.say("triton is not installed: the slower reference operations are used")
         modules = [self.model, self.objective]
         self._graphs: StepGraphs | None = None
         if self.graph != "off" and is_capturable(device):
             required = self.graph == "on"
-            self._graphs = StepGraphs(
-                modules, self.optimizer, device, self.generator, required, self.last
-            )
+            try:
+                self._graphs = StepGraphs(
+                    modules, self.optimizer, device, self.generator, required, self.last
+                )
+            except ValueError as error:
+                if required:
+                    raise
+                self.say(f"{error}; it goes on without one")
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
 
@@ -243,6 +263,8 @@ class TrainStep:
             check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         given = (x, y) if noise is None else (x, y, noise)
         return self._run(_as_it_is, given, place)
 
@@ -270,10 +292,10 @@ class TrainStep:
         num = len(inputs[0])
         if place is None:
             place = Place(self.ranks.rank * num, self.ranks.world_size * num)
-        if self.num_calls == 0 and self.precision != torch.float32:
+        if self.num_calls == 0 and self.dtype != torch.float32:
             x, _ = load(*inputs[:2])
             for network in (self.model, *self.objective.networks()):
-                protect_stem(network, x, self.precision)
+                protect_stem(network, x, self.dtype)
         if not (self.model.training and self.objective.training):
             self.model.train()
             self.objective.train()
@@ -308,7 +330,7 @@ class TrainStep:
         """What a captured step holds fast beside tensors."""
         numbers = (bool, int, float, str, tuple)
         own = {k: v for k, v in vars(self.objective).items() if isinstance(v, numbers)}
-        return self.attack, self.precision, self.fold, self.noisy_clean, own
+        return self.attack, self.dtype, self.fold, self.noisy_clean, own
 
     def draw_start(self, x: Tensor, place: Place, noise: Tensor | None = None) -> RandomStart:
         """Draw the random start of a batch, once for all its parts.
@@ -341,9 +363,9 @@ class TrainStep:
 
     def autocast(self, device_type: str) -> AbstractContextManager[object]:
         """The precision of the step."""
-        if self.precision == torch.float32:
+        if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(device_type, dtype=self.precision)
+        return torch.autocast(device_type, dtype=self.dtype)
 
 
 def _as_it_is(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

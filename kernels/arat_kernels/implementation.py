@@ -20,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Triton decides at import whether kernels are interpreted; read at import for the same reason.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -42,7 +42,8 @@ def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
     """Decide which implementation runs on ``tensors``.
 
     Args:
-        impl: "triton", "reference", or None: Triton for CUDA tensors, the reference otherwise.
+        impl: "triton", "reference", or None: Triton for CUDA tensors where it is installed,
+            the reference otherwise.
         tensors: every tensor of the call, of any shape and dtype, the first not None.
 
     Returns:
@@ -63,10 +64,10 @@ def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
             raise ValueError(f"all tensors must be on one device, got {device} and {tensor.device}")
     on_cuda = device.type == "cuda"
     if impl is None:
-        impl = "triton" if on_cuda else "reference"
+        impl = "triton" if on_cuda and HAS_TRITON else "reference"
     if impl == "reference":
         return impl
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ValueError(
             'impl="triton" needs the triton package, which is not installed; '
             'install it or pass impl="reference"'

@@ -46,7 +46,7 @@ def test_every_operation_refuses_what_it_cannot_run(name: str) -> None:
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation, "_HAS_TRITON", False)
+    monkeypatch.setattr(implementation, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="not installed"):
         choose("triton", CPU)
     assert choose(None, CPU) == "reference"
