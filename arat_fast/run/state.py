@@ -308,7 +308,7 @@ class Run:
             precision=self.precision,
             fold=config.step.fold,
             graph=config.step.graph,
-            channels_last=config.step.channels_last,
+            memory_format=self.memory_format,
             last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,

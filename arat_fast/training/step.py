@@ -46,6 +46,7 @@ def method_step(step: TrainStep, load: Load, place: Place, update: bool, *inputs
     start: RandomStart | None = None
     for part in step.sharing.parts(inputs, place):
         x, y = load(*part.inputs[:2])
+        x = x.contiguous(memory_format=step.memory_format)
         if start is None:
             start = step.draw_start(x, place, *inputs[2:])
         own = start.part(part.samples)
@@ -144,7 +145,7 @@ class TrainStep:
             rounding, less memory traffic.
         graph: "on" captures the whole step in a CUDA graph after three steps of each batch shape;
             "auto" does so on a GPU, where it can; "off" runs eagerly.
-        channels_last: lay out weights and images so, which tensor cores want.
+        memory_format: of weights and images; tensor cores want channels_last.
         last: samples and place of a smaller batch that will come, such as the last one of an
             epoch, captured along with the first; None: nothing is known of one.
         noisy_clean: the official code's in-place start: the clean branch trains on ``x`` plus the
@@ -178,7 +179,7 @@ class TrainStep:
     precision: torch.dtype | None = None
     fold: bool = True
     graph: Literal["auto", "on", "off"] = "auto"
-    channels_last: bool = True
+    memory_format: torch.memory_format = torch.channels_last
     last: tuple[int, Place] | None = None
     noisy_clean: bool = False
     generator: torch.Generator | None = None
@@ -215,9 +216,8 @@ class TrainStep:
             self.dtype = resolve_precision("auto", device)
             if device.type == "cuda" and self.dtype == torch.float32:
                 self.say(f"{torch.cuda.get_device_name(device)} has no bf16: training in float32")
-        if self.channels_last:
-            for module in (self.model, *self.objective.networks()):
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+        for module in (self.model, *self.objective.networks()):
+            module.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub
         # Once, not for every operation of every step.
         self.impl = choose(self.impl, parameter)
         if device.type == "cuda" and not HAS_TRITON:
@@ -263,8 +263,6 @@ class TrainStep:
             check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
         given = (x, y) if noise is None else (x, y, noise)
         return self._run(_as_it_is, given, place)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.operations import OPERATIONS
 
 from arat_kernels import implementation
+from arat_kernels.checks import OPERATIONS
 from arat_kernels.implementation import choose, interpreting
 
 CPU, META = torch.ones(2), torch.ones(2, device="meta")

@@ -8,10 +8,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernels.operations import Norm
 from kernels.split_batch_norm_group import check_two_processes
 
 import arat_kernels.split_batch_norm.triton as implementation
+from arat_kernels.checks import Norm
 from arat_kernels.offsets import start_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
