@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     *("files", "device", "extras", "statistics", "stop", "settings"),
     *("models", "attacks", "objectives", "datasets", "config", "recipes", "command_line"),
-    *("display", "data", "distributed", "build", "training"),
+    *("display", "data", "distributed", "build", "training", "doctor"),
     *("saved", "evaluation", "analysis", "run"),
     *("report", "export", "compare", "cli", "__main__"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from arat_fast import doctor
 from arat_fast.build import build_network, build_objective, build_optimizer, implementation
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.data import load_data
@@ -288,6 +290,7 @@ class Run:
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
         self.model = build_network(config, *shape).to(self.device)
+        wrong = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
             synchronize_batch_norm(self.model, ranks.group)
@@ -306,8 +309,8 @@ class Run:
             config.attack,
             self.optimizer,
             precision=self.precision,
-            fold=config.step.fold,
-            graph=config.step.graph,
+            fold=config.step.fold and doctor.FOLD not in wrong,
+            graph="off" if doctor.GRAPH in wrong else config.step.graph,
             memory_format=self.memory_format,
             last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
@@ -319,6 +322,28 @@ class Run:
             impl=implementation(config),
             say=self.warn,
         )
+
+    def _check_card(self) -> dict[str, str]:
+        """What computes wrongly on this process's GPU, as rank 0 finds it on its own; of kernels
+        the references run instead."""
+        config, train = self.config, self.data.train
+        found: dict[str, str] = {}
+        if self.device.type == "cuda" and self.ranks.is_main and config.step.kernels != "reference":
+            batch = train.plan.largest_share
+            operations = doctor.operations_of(
+                self.model, train.image_shape, train.num_classes, batch, config.attack
+            )
+            with self.display.evaluating() as bar:
+                record, _ = doctor.examine(
+                    operations, self.precision, self.device, whole=False, progress=bar
+                )
+            checked = {*operations, doctor.GRAPH}
+            found = doctor.wrong_functions(
+                {name: r for name, r in record["operations"].items() if name in checked}
+            )
+        found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
+        return found
 
     def warn(self, text: str) -> None:
         """Say what the user should know, here and in the summary."""

@@ -54,16 +54,16 @@ def to_float64(value: Any) -> Any:
 def upstream(like: Tensor, seed: int) -> Tensor:
     """A random gradient of ``like``, of so few binary digits that it is the same in every dtype.
 
-    Made once: a CUDA graph cannot capture the copy from the host.
+    Made once and kept in :data:`UPSTREAM`: a CUDA graph cannot capture the copy from the host.
     """
     key = (like.shape, like.stride(), like.dtype, like.device, seed)
-    if key not in _UPSTREAM:
+    if key not in UPSTREAM:
         numbers = (32 * randn(tuple(like.shape), seed, torch.float64)).round() / 32
-        _UPSTREAM[key] = torch.empty_like(like.detach()).copy_(numbers)
-    return _UPSTREAM[key]
+        UPSTREAM[key] = torch.empty_like(like.detach()).copy_(numbers)
+    return UPSTREAM[key]
 
 
-_UPSTREAM: dict[Any, Tensor] = {}
+UPSTREAM: dict[Any, Tensor] = {}
 
 
 def assert_within_budget(
@@ -170,7 +170,14 @@ def assert_equal(got: Tensors, expected: Tensors, atol: float = 0) -> None:
     """The same bits, NaN included."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            got[name],
+            value,
+            rtol=0,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
