@@ -177,6 +177,7 @@ def train(compat: str) -> Run:
         objective,
         PGD(bn="batch_update"),
         optimizer,
+        memory_format=torch.contiguous_format,
         noisy_clean=compat == "official",
         check_inputs=True,
     )
