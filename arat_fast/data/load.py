@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arat_fast.config import DataConfig
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
@@ -29,6 +28,7 @@ from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
 from arat_kernels.implementation import Impl
 
 if TYPE_CHECKING:
+    from arat_fast.config import DataConfig
     from arat_fast.distributed import Ranks
 
 _EVALUATION_SEED = 21
