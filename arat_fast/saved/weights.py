@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 from torch import Tensor, nn
 
 from arat_fast.models.registry import model_spec
@@ -14,6 +16,9 @@ from arat_fast.models.registry import model_spec
 WRAPPERS = ("module.", "model.", "net.", "_orig_mod.")
 """Prefixes of DataParallel, of RobustBench's ``normalize_model`` and the official feature
 extractor, of an old wrapper, and of torch.compile."""
+
+_CHECKSUM = "arat_fast.sha256"
+"""In a safetensors header: of the rest of the header and of the tensors."""
 
 NORMALIZATION = "normalize."
 """Prefix of the mean and std beside a network inside RobustBench's ``normalize_model``."""
@@ -80,7 +85,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, on the CPU.
 
     Args:
-        path: the file.
+        path: the file; where :func:`with_checksum` has been over it, it is compared with its
+            checksum, which others' files do not have.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,16 +94,45 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    content = path.read_bytes()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            # safe_open is no mapping.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except safetensors.SafetensorError as error:
+        tensors = safetensors.torch.load(content)
+        header, data = _parts(content)
+        metadata = dict(header.get("__metadata__") or {})
+        if metadata.pop(_CHECKSUM, None) not in (None, _checksum(header, data)):
+            raise ValueError("a content that differs from its checksum")
+    except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: expected a whole safetensors "
-            f"file, got {error}"
+            f"{path} ({len(content)} bytes) cannot be read: expected a whole safetensors file, got "
+            f"{error}"
         ) from error
+    return tensors, metadata
+
+
+def with_checksum(content: bytes) -> bytes:
+    """A safetensors file with a SHA-256 in its header, whose order no longer depends on chance."""
+    header, data = _parts(content)
+    header["__metadata__"] = {
+        **header.get("__metadata__", {}),
+        _CHECKSUM: _checksum(header, data),
+    }
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    # The tensors begin at a multiple of eight bytes, as the format wants it.
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, data))
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), memoryview(content)[end:]
+
+
+def _checksum(header: Mapping[str, Any], data: memoryview) -> str:
+    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != _CHECKSUM}
+    rest = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
+    digest = hashlib.sha256(rest.encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def state_dict_of(content: object, path: Path) -> dict[str, Tensor]:

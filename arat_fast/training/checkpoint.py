@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import shutil
@@ -20,6 +19,7 @@ from arat_fast.files import write_atomic
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
 BEST = "checkpoint-best.pt"
+_ARCHIVE = b"PK\x03\x04"
 _FOLDER = 0x10
 """The attribute of a folder in a zip archive."""
 
@@ -76,13 +76,20 @@ def read_tensor_file(path: Path) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     # In memory: whatever goes wrong from here on lies in the content, not in the disk.
-    file = io.BytesIO(path.read_bytes())
+    return read_tensors(path.read_bytes(), path)
+
+
+def read_tensors(raw: bytes, path: Path) -> object:
+    """:func:`read_tensor_file` of a file that is in memory already."""
+    file = io.BytesIO(raw)
     try:
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-            # torch leaves the memory of what is marked as a folder as it finds it.
-            folders = any(info.external_attr & _FOLDER for info in archive.infolist())
-            if folders or archive.testzip() is not None:
-                raise ValueError("the content differs from its checksums")
+        # What torch takes for an archive; files of before torch 1.6 have no checksums.
+        if raw.startswith(_ARCHIVE):
+            with zipfile.ZipFile(file) as archive:
+                # torch leaves the memory of what is marked as a folder as it finds it.
+                folders = any(info.external_attr & _FOLDER for info in archive.infolist())
+                if folders or archive.testzip() is not None:
+                    raise ValueError("the content differs from its checksums")
         file.seek(0)
         content: object = torch.load(file, map_location="cpu", weights_only=True)
         return content
@@ -90,7 +97,7 @@ def read_tensor_file(path: Path) -> object:
     except Exception as error:
         raise ValueError(
             f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
-            f"got {len(file.getbuffer())} bytes that were cut, damaged or are of another kind"
+            f"got {len(raw)} bytes that were cut, damaged or are of another kind"
         ) from error
 
 
@@ -128,8 +135,8 @@ class Found(NamedTuple):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: ``checkpoint.pt`` is the newest; those before it have their step
-    in their name; ``checkpoint-best.pt`` is the best by validation.
+    """The checkpoints of one run: ``checkpoint.pt`` is the newest; those before it are numbered in
+    the order in which they were written; ``checkpoint-best.pt`` is the best by validation.
 
     A checkpoint is copied at once and written by a thread, so that training goes on meanwhile. The
     newest one on disk is replaced only by a whole one.
@@ -202,9 +209,8 @@ class CheckpointFolder:
         def write() -> None:
             try:
                 before()
-                keep = self.keep_last > 1 and self.newest_step not in (None, step)
-                if keep and self.newest.exists():
-                    _link(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
+                if self.keep_last > 1 and self.newest_step not in (None, step):
+                    self._keep_newest()
                 save_checkpoint(self.newest, on_host())
                 self.newest_step = step
                 self._remove_old()
@@ -249,12 +255,18 @@ class CheckpointFolder:
         return [*newest, *self._before()]
 
     def _before(self) -> list[Path]:
-        """The checkpoints before the newest, the last one that was written first.
-
-        Another number of processes can number the steps anew: the names do not tell the order.
-        """
+        """The checkpoints before the newest, the last one that was written first."""
         found = [p for p in self.folder.glob("checkpoint-*.pt") if p.stem[11:].isdecimal()]
-        return sorted(found, key=lambda p: (p.stat().st_mtime_ns, int(p.stem[11:])), reverse=True)
+        return sorted(found, key=_number, reverse=True)
+
+    def _keep_newest(self) -> None:
+        """Give the newest checkpoint the next number, which neither clocks nor steps decide: steps
+        can be numbered anew for another number of processes."""
+        before = self._before()
+        # A process that was killed before it replaced the newest has left it with two names.
+        if self.newest.exists() and not (before and self.newest.samefile(before[0])):
+            number = _number(before[0]) + 1 if before else 1
+            _link(self.newest, self.folder / f"checkpoint-{number:08}.pt")
 
     def _remove_old(self) -> None:
         while self._damaged:
@@ -263,6 +275,10 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
         for path in self._before()[self.keep_last - 1 :]:
             path.unlink(missing_ok=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem[11:])
 
 
 def _copy(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
