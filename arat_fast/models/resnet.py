@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_kernels.split_batch_norm import skip_of
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -45,6 +46,7 @@ class BasicBlock(_Shortcut):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn1(self.conv1(x), relu=True)
         out = self.conv2(out)
+        x = skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
         out = self.bn2(out, identity, relu=True)
         return out
@@ -70,6 +72,7 @@ class Bottleneck(_Shortcut):
         out: Tensor = self.bn1(self.conv1(x), relu=True)
         out = self.bn2(self.conv2(out), relu=True)
         out = self.conv3(out)
+        x = skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
         out = self.bn3(out, identity, relu=True)
         return out
