@@ -23,7 +23,7 @@ def count_gpus() -> int:
         ValueError: there are some that it cannot, as with a driver that is too old.
     """
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         if any(text in str(error) for text in _ABSENT):
             return 0

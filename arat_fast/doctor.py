@@ -201,9 +201,12 @@ def _speed(operation: Operation, tensors: Tensors, rate: float, calls: int = 20)
 
 def _timed(call: Callable[[], object], times: int = 9) -> float:
     """Seconds of a call on the GPU, the median of some."""
-    found = []
+    found: list[float] = []
     for _ in range(times):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         begin.record()
         call()
         end.record()
@@ -284,7 +287,7 @@ def card(device: torch.device) -> Record:
     """What a check's result belongs to."""
     found = torch.cuda.get_device_properties(device)
     driver = Path("/proc/driver/nvidia/version")
-    version: object = torch._C._cuda_getDriverVersion()
+    version: object = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in its stub
     if driver.is_file():
         version = driver.read_text().splitlines()[0]
     return {

@@ -175,7 +175,7 @@ class StepGraphs:
         static = [tensor.clone() for tensor in inputs]
         self.optimizer.zero_grad(set_to_none=True)
         if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            self.pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream(self.device)
         try:
             # Thread-local, or a data loader's thread ends the capture.

@@ -91,10 +91,11 @@ def assert_within_budget(
     assert bool(torch.isfinite(truth).all()), f"{name}: the truth itself is not finite"
     assert bool(torch.isfinite(got).all()), f"{name}: holds NaN or infinity"
     rounding, share = torch.finfo(got.dtype).eps / 2, 0.0
-    for measure, size in (
-        ("rms", lambda t: t.square().mean().sqrt().item()),
-        ("max", lambda t: t.abs().max().item()),
-    ):
+    sizes: dict[str, Callable[[Tensor], float]] = {
+        "rms": lambda t: t.square().mean().sqrt().item(),
+        "max": lambda t: t.abs().max().item(),
+    }
+    for measure, size in sizes.items():
         error = size(got.detach().double() - truth)
         own = size(baseline.detach().double() - truth)
         allowed = factor * (own + rounding * size(truth))
@@ -170,14 +171,8 @@ def assert_equal(got: Tensors, expected: Tensors, atol: float = 0) -> None:
     """The same bits, NaN included."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(
-            got[name],
-            value,
-            rtol=0,
-            atol=atol,
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        says = partial("{}: {}".format, name)
+        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, equal_nan=True, msg=says)
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
@@ -224,7 +219,7 @@ class Norm:
         return {name: t for name, t in made.items() if name not in unused}
 
     def call(self, t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
-        result = split_batch_norm(
+        result = split_batch_norm(  # type: ignore[call-overload,misc]  # whether it pools is a setting
             t["x"],
             t.get("weight"),
             t.get("bias"),
