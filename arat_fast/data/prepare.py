@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -123,20 +124,21 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
         if rows.stored.plain:
             os.replace(work / MEMBERS[0], images)
         else:
-            target = np.lib.format.open_memmap(images, "w+", np.uint8, rows.shape)
+            lib: Any = np.lib.format
+            written = lib.open_memmap(images, "w+", np.uint8, rows.shape)
             for start in range(0, rows.shape[0], ROWS):
                 part = rows.take(np.arange(start, min(start + ROWS, rows.shape[0])))
-                target[start : start + ROWS] = part
-            target.flush()
-            del target
+                written[start : start + ROWS] = part
+            written.flush()
+            del written
         np.save(made / FILES[1], labels.numpy())
         if names:
             (made / FILES[2]).write_text("".join(f"{name}\n" for name in names), "utf-8")
             if read_classes(made / FILES[2]) != tuple(map(class_name, names)):
                 raise ValueError(f"{path}: expected names of classes of one line each")
-        for file in made.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        for path_made in made.iterdir():
+            with path_made.open("rb") as synced:
+                os.fsync(synced.fileno())
         array_folder(made)
         os.replace(made, folder)
     finally:

@@ -134,7 +134,7 @@ def _bits(image: Image.Image, content: bytes) -> int:
     if image.format == "PNG":
         return content[24]
     if image.format == "TIFF":
-        return int(max(np.atleast_1d(image.tag_v2.get(258, 1))))
+        return int(np.max(getattr(image, "tag_v2", {}).get(258, 1)))
     return 8
 
 

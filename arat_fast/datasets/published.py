@@ -96,8 +96,8 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         if archive.suffix == ".zip":
             # What lies outside would be left out without a word.
-            with zipfile.ZipFile(archive) as file:
-                outside = [n for n in file.namelist() if n[:1] == "/" or ".." in n.split("/")]
+            with zipfile.ZipFile(archive) as members:
+                outside = [n for n in members.namelist() if n[:1] == "/" or ".." in n.split("/")]
             if outside:
                 raise ValueError(f"{archive}: expected no member outside of it, got {outside[0]}")
             shutil.unpack_archive(archive, work)

@@ -82,8 +82,10 @@ class Stored:
 
     def view(self, memory: Any, offset: int | None = None) -> npt.NDArray[Any]:
         """The numbers of a file that is mapped, as (num_samples, height, width, channels)."""
-        start, order = self.offset if offset is None else offset, "F" if self.fortran else "C"
-        stored: npt.NDArray[Any] = np.ndarray(self.shape, self.dtype, memory, start, order=order)
+        start = self.offset if offset is None else offset
+        stored: npt.NDArray[Any] = np.ndarray(
+            self.shape, self.dtype, memory, start, order="F" if self.fortran else "C"
+        )
         if len(self.shape) == 3:
             return stored[..., None]
         return np.moveaxis(stored, 1, -1) if self.first else stored

@@ -139,12 +139,13 @@ def own_content(
     lowest = min(int(part.labels.min()) for part in parts.values())
     highest = int(parts["train"].labels.max())
     numbers = range(highest + 1)
-    if lowest == 1 and len(parts["train"].labels.unique()) == highest > 1:
+    num_labels = len(np.unique(parts["train"].labels.numpy()))
+    if lowest == 1 and num_labels == highest > 1:
         notes.append(f"labels count from 1 to {highest}: label 1 is class 0")
         numbers = range(1, highest + 1)
         for part in parts.values():
             part.labels = part.labels - 1
-    elif len(parts["train"].labels.unique()) == 1:
+    elif num_labels == 1:
         raise ValueError(
             f"{root}: expected two classes or more, got label {highest} for each of the "
             f"{len(parts['train'])} training images{f'; {told(bad)}' if bad else ''}"
