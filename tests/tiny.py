@@ -27,8 +27,8 @@ from arat_fast.training.checkpoint import load_checkpoint
 
 # 1,378 of the 1,437 training images are held out: 59 are left, 4 batches of 16.
 OPTIONS = shlex.split(
-    "--data.num-val 1378 --data.batch-size 16 --attack.num-steps 1 --train.log-every 3 --train.device cpu "
-    "--eval.num-steps 1 --eval.no-autoattack --eval.max-samples 40"
+    "--data.num-val 1378 --data.batch-size 16 --attack.num-steps 1 --train.log-every 3 "
+    "--train.device cpu --eval.num-steps 1 --eval.no-autoattack --eval.max-samples 40"
 )
 
 
