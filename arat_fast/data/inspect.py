@@ -202,7 +202,7 @@ def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
         return _numbered(Inspection(path, kind), Images(ArrayRows(pixels), labels))
     for dataset in DATASETS.values():
         for place, kind in dataset.places.items():
-            root = path.parent if path.name == place else path
+            root = path.parent if path.name == Path(place).parts[0] else path
             if (root / place).exists():
                 content = dataset.read(root)
                 check_arrays(dataset, content)

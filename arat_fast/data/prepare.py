@@ -22,13 +22,11 @@ from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.encoded import EncodedImages, unreadable
 from arat_fast.datasets.folder import has_class_folders
 from arat_fast.datasets.members import class_name, read_classes
-from arat_fast.datasets.prepared import FILES, array_folder
+from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, FILES, array_folder, checksum_line
 from arat_fast.datasets.rows import MappedRows, Pixels, read_header, read_labels, settled
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
-
-CHUNK = 2**24
-"""Bytes that are copied at a time."""
+from arat_fast.files import write_text
 
 ROWS = 256
 """Images that are converted at a time."""
@@ -139,6 +137,8 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
         for path_made in made.iterdir():
             with path_made.open("rb") as synced:
                 os.fsync(synced.fileno())
+        lines = [checksum_line(file) for file in sorted(made.iterdir())]
+        write_text(made / CHECKSUMS, "".join(f"{line}\n" for line in lines))
         array_folder(made)
         os.replace(made, folder)
     finally:

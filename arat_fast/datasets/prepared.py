@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
@@ -12,9 +13,16 @@ from arat_fast.datasets.splits import own_content, split_folders
 FILES = ("images.npy", "labels.npy", "classes.txt")
 """What is read of a folder of arrays; the last can be absent."""
 
+CHECKSUMS = "SHA256SUMS"
+"""What ``sha256sum --check`` reads, in a folder that arat-fast data prepare has made."""
+CHUNK = 2**24
+"""Bytes that are read at a time."""
+
 
 def array_folder(folder: Path) -> Images:
     """Images and labels as ``arat-fast data prepare`` writes them; the images are left on disk.
+
+    Where the folder holds their checksums, both files are read and compared with them first.
 
     Args:
         folder: holds images.npy, (num_samples, height, width, channels) uint8 or what
@@ -22,7 +30,8 @@ def array_folder(folder: Path) -> Images:
 
     Raises:
         FileNotFoundError: a file is absent.
-        ValueError: they are something else, or not as many labels as images.
+        ValueError: they are something else, not as many labels as images, or differ from their
+            checksums.
     """
     images, labels = folder / FILES[0], folder / FILES[1]
     for path in (images, labels):
@@ -32,7 +41,28 @@ def array_folder(folder: Path) -> Images:
             )
     rows = MappedRows(images)
     with labels.open("rb") as file:
-        return Images(rows, read_labels(file, labels, rows.shape[0]), folder)
+        arrays = Images(rows, read_labels(file, labels, rows.shape[0]), folder)
+    # Without an encoding that can fail: whatever else is in it is not a right checksum.
+    sums = folder / CHECKSUMS
+    expected = sums.read_text("latin-1").splitlines() if sums.exists() else None
+    for path in (folder / name for name in FILES):
+        if not path.exists():
+            continue
+        if expected is not None and checksum_line(path) not in expected:
+            raise ValueError(
+                f"{path} differs from its checksum in {CHECKSUMS}, expected what arat-fast data "
+                f"prepare has written: make the folder again, or remove {CHECKSUMS}"
+            )
+    return arrays
+
+
+def checksum_line(path: Path) -> str:
+    """The line of a file among the :data:`CHECKSUMS` of its folder."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return f"{digest.hexdigest()}  {path.name}"
 
 
 def _read(root: Path) -> Content:
@@ -44,7 +74,9 @@ def _read(root: Path) -> Content:
     notes = []
     for split, folder in folders.items():
         parts[split] = images = array_folder(folder)
-        bad += strays(folder, [folder / name for name in FILES], " and ".join(FILES[:2]))
+        bad += strays(
+            folder, [folder / name for name in (*FILES, CHECKSUMS)], " and ".join(FILES[:2])
+        )
         assert isinstance(images.rows, MappedRows)
         said = images.rows.stored.notes()
         if said:
