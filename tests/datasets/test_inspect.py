@@ -212,7 +212,7 @@ def test_splits_are_those_of_training(tmp_path: Path) -> None:
 def test_memory_is_in_proportion(tmp_path: Path) -> None:
     """To the labels, and to the largest image: a byte a value, not sixteen."""
     number = 400_000
-    images = np.zeros((number, 2, 2, 3), np.uint8)
+    images = np.zeros((number, 2, 1, 1), np.uint8)
     convert_npz(npz(tmp_path / "a.npz", image=images, label=np.arange(number) % 10), tmp_path / "a")
     (tmp_path / "large").mkdir()
     Image.new("RGB", (3000, 2000), (9, 8, 7)).save(tmp_path / "large" / "a.png")
