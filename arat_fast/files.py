@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -48,21 +49,36 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         path: the folder; absent or empty.
 
     Raises:
-        OSError: it cannot be made; the message names it.
-        FileExistsError: there are files in it.
+        OSError: it cannot be made, or there are files in it.
     """
+    with scratch_folder(path) as work:
+        yield work
+        settle(work, path)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``, which is removed in the end; of two processes one waits."""
     work = _beside(path)
     make_folder(path.parent)
     with named(path), alone(work, _new_folder):
         for left in work.iterdir():
             _remove(left)
         yield work
-        for folder, _, names in os.walk(work, topdown=False):
+
+
+def settle(source: Path, path: Path) -> None:
+    """Sync a file or a folder with all that is in it to disk, and give it the name ``path``, of
+    which there is nothing, a file, or an empty folder."""
+    with named(path):
+        for folder, _, names in os.walk(source, topdown=False):
             for name in (*names, "."):
                 _sync(Path(folder, name))
-        if path.is_dir():
+        if source.is_file():
+            _sync(source)
+        elif path.is_dir():
             path.rmdir()
-        os.replace(work, path)
+        os.replace(source, path)
         _sync(path.parent)
 
 
@@ -195,3 +211,23 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text, with or without the mark that some systems put first.
+
+    Raises:
+        ValueError: a line is in another encoding.
+    """
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: line {line}: expected UTF-8, got another encoding; save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path}: line {line}: expected UTF-8 text, got a zero byte")
+    return text.replace("\r\n", "\n").split("\n")

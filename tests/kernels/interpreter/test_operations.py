@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from kernels.edges import EDGES, Run
-from kernels.operations import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal
-from kernels.support import at_an_odd_place
 from torch import Tensor
 
+from arat_kernels.checks import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal, at_an_odd_place
 from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
@@ -138,11 +137,11 @@ def bn_arguments(which: str) -> tuple[Any, ...]:
     if which == "normalize":
         leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:])]  # type: ignore[union-attr]
         return (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False, None)
-    shared = (residual, x[:, :, 0, 0].contiguous(), x, *affine, mask)
+    shared = (x[:, :, 0, 0].contiguous(), x, *affine, mask)
     if which == "sums":
-        return (*shared, 3, 1e-3, True, True)
+        return (residual, x, *shared, 3, 1e-3, True, True)
     sums, counts = torch.randn(2, 2, 5), torch.tensor([4.0, 8.0])
-    return (*shared, sums, counts, 3, 1e-3, True, True)
+    return (residual, x, x, *shared, sums, counts, 3, 1e-3, True, True)
 
 
 X = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
