@@ -35,7 +35,7 @@ from arat_fast.stop import InterruptedRun
 from arat_fast.training.checkpoint import load_checkpoint
 
 # 16 training images are left, two batches.
-OPTIONS = shlex.split(
+OPTIONS = (
     "--data.num-val 1421 --data.batch-size 8 --train.epochs 2 --train.log-every 1 --train.device "
     "cpu --attack.num-steps 1 --eval.num-steps 1 --eval.no-autoattack --eval.max-samples 8"
 )
@@ -45,7 +45,7 @@ SWA = ["--average.kind", "swa", "--average.start", "0", "--average.every", "1"]
 
 def trained(*options: str, resume: bool = False, interrupt: int = 0) -> None:
     """Train digits in the folder run."""
-    config = apply_overrides(recipe("digits"), [*OPTIONS, *options])
+    config = apply_overrides(recipe("digits"), [*shlex.split(OPTIONS), *options])
     run = TinyRun(config, Path("run"), resume=resume, display=Display(Console(quiet=True)))
     if interrupt:
         run.interrupt_at(interrupt, signal.SIGTERM)
@@ -58,9 +58,9 @@ def stopped(*options: str) -> None:
         trained(*options, interrupt=3)
 
 
-def command(*arguments: str) -> Callable[[], None]:
+def command(line: str) -> Callable[[], None]:
     def run() -> None:
-        assert main(arguments) == 0
+        assert main(shlex.split(line)) == 0
 
     return run
 
@@ -109,47 +109,20 @@ class Trial:
     """What appears as a whole, so that the command is not given again where it is there."""
 
 
+EVAL = command("eval run --attacks pgd --max-samples 9")
+COMPARE = command(
+    "compare digits --objectives arat arat+swa --seeds 0 --out compared --train.eval-every 0 "
+    + OPTIONS
+)
+EXPORTS = {f: command(f"export run --format {f} --out out") for f in ("hub", "torch-export")}
+PREPARE = command("data prepare generated.npz out")
 TRIALS = {
     "run": Trial(lambda: None, lambda: trained(*BEST), lambda: trained(*BEST, resume=True)),
-    "resume": Trial(
-        lambda: stopped(*SWA),
-        lambda: trained(*SWA, resume=True),
-        lambda: trained(*SWA, resume=True),
-    ),
-    "eval": Trial(
-        lambda: trained(*BEST),
-        command("eval", "run", "--attacks", "pgd", "--max-samples", "9"),
-        command("eval", "run", "--attacks", "pgd", "--max-samples", "9"),
-    ),
-    "compare": Trial(
-        lambda: None,
-        *[
-            command(
-                "compare",
-                "digits",
-                "--objectives",
-                "arat",
-                "arat+swa",
-                "--seeds",
-                "0",
-                "--out",
-                "compared",
-                "--train.eval-every",
-                "0",
-                *OPTIONS,
-            )
-        ]
-        * 2,
-    ),
-    **{
-        f"export {format}": Trial(
-            lambda: trained(*BEST), *[command("export", "run", format, "out")] * 2, made="out"
-        )
-        for format in ("hub", "torch-export")
-    },
-    "prepare": Trial(
-        generated, *[command("data", "prepare", "generated.npz", "out")] * 2, made="out"
-    ),
+    "resume": Trial(lambda: stopped(*SWA), *[lambda: trained(*SWA, resume=True)] * 2),
+    "eval": Trial(lambda: trained(*BEST), EVAL, EVAL),
+    "compare": Trial(lambda: None, COMPARE, COMPARE),
+    **{f"export {f}": Trial(lambda: trained(*BEST), e, e, "out") for f, e in EXPORTS.items()},
+    "prepare": Trial(generated, PREPARE, PREPARE, "out"),
 }
 AMOUNTS = [("run", 23), ("resume", 17), ("prepare", 1)] + [
     pytest.param(name, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for name in TRIALS
