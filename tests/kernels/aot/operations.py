@@ -107,9 +107,8 @@ def normalize(
     for leaf in (*leaves, *rows[:2]):
         leaf.requires_grad_(differentiable)
     given = rows if affine else [None, None, *rows[2:]]
-    y, features = split_batch_norm.split_batch_norm_triton(
-        x, *given, (1, n - 1), training, parameters, 0.1, 1e-5, extra, relu, pooled, None
-    )
+    options = (training, parameters, 0.1, 1e-5, extra, relu, pooled, None, torch.tensor([0, 0]))
+    y, features = split_batch_norm.split_batch_norm_triton(x, *given, (1, n - 1), *options)
     outputs = [y] if features is None else [y, features]
     outputs += [skip_of(y), around(y, x)] if forks else []
     wanted = leaves + (rows[:2] if parameters and affine else [])
@@ -161,9 +160,12 @@ def affine_shipped() -> None:
         row = torch.zeros(channels)
         for residual, relu in product((x, None), (True, False)):
             frozen_affine.forward(x, row, row, residual, relu)
-            frozen_affine.backward(x, None, x if relu else None, row, True, residual is x)
+            frozen_affine.backward(x, None, None, x if relu else None, row, True, residual is x)
+            if relu:
+                frozen_affine.backward(x, x, x, x, row, True, residual is x)
         # The end of a folded convolution.
-        frozen_affine.backward(x, None, x, None, True, False)
+        for skip in (x, None):
+            frozen_affine.backward(x, skip, None, x, None, True, False)
 
 
 def affine_sweep() -> None:
@@ -183,8 +185,9 @@ def affine_sweep() -> None:
             y = x if relu else None
             for dx in (True, False):
                 if factor is not None and (dx or residual):
-                    frozen_affine.backward(image, None, y, factor, dx, residual)
-            frozen_affine.backward(image, extra, image, None, True, False)
+                    skip, beside = (image if given else None for given in (relu, relu and dx))
+                    frozen_affine.backward(image, skip, beside, y, factor, dx, residual)
+            frozen_affine.backward(image, extra, None, image, None, True, False)
 
 
 def distances(widths: tuple[int, ...], dtype: torch.dtype, target_dtype: torch.dtype) -> None:
@@ -302,7 +305,7 @@ OPERATIONS = {
         {
             "frozen_affine_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
             "frozen_affine_bwd_kernel": (
-                "dy_ptr", "dy_skip_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
+                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
             ),
         },
     ),

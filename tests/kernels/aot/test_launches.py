@@ -51,7 +51,7 @@ ONE_LAUNCH: dict[str, Callable[[], object]] = {
         ROW[:11], LAYERS, LAYERS, 1e-8
     ),
     "frozen_affine_fwd_kernel": lambda: frozen_affine.forward(X, ROW, ROW, X, True),
-    "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, ROW, True, True),
+    "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, X, ROW, True, True),
     "crop_flip_kernel": lambda: crop_flip.forward(
         X.byte(), INDEX, RNG, None, 1, True, 1.0, torch.float32, True, False
     ),

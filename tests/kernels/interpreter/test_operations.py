@@ -134,7 +134,8 @@ def bn_arguments(which: str) -> tuple[Any, ...]:
     tensors, affine, mask = bn_tensors()
     x, residual = tensors["x"], tensors["residual"]
     if which == "statistics":
-        return x, tensors["running_mean"], tensors["running_var"], 3, 0.1
+        counts = torch.tensor([4, 7])
+        return x, tensors["running_mean"], tensors["running_var"], counts, 3, 0.1
     if which == "normalize":
         leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:])]  # type: ignore[union-attr]
         return (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False, None)
@@ -159,8 +160,8 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),
     "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True)),
     "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False)),
-    "affine backward": (frozen_affine.backward, lambda: (X, None, X, ROW, True, True)),
-    "relu backward": (frozen_affine.backward, lambda: (X, X, X, None, True, False)),
+    "affine backward": (frozen_affine.backward, lambda: (X, X, X, X, ROW, True, True)),
+    "relu backward": (frozen_affine.backward, lambda: (X, X, None, X, None, True, False)),
     "cosine": (
         cosine_invariance.forward,
         lambda: ([t.clone().requires_grad_() for t in ROWS], ROWS, 1e-8),
