@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_fast.device import full_float32
 from arat_fast.models.batch_norm import PlainBatchNorm2d
-from arat_fast.models.layers import GlobalAvgPool2d, StemConv2d
+from arat_fast.models.layers import GlobalAvgPool2d, StemConv2d, weight_for_parts
 from arat_fast.models.split_batch_norm import (
     ADV,
     SplitBatchNorm2d,
@@ -29,6 +29,7 @@ from arat_fast.models.split_batch_norm import (
 )
 from arat_kernels.forks import around, skip_of
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
 
 _AnyNorm: TypeAlias = SplitBatchNorm2d | _BatchNorm
@@ -209,6 +210,7 @@ class _FoldedConv(_Site):
         """A convolution whose output is only the residual of this one, which adds both biases."""
         self.bias = None
         self.keeps_bias = True
+        self.of_parts = False
         self._matrices: dict[tuple[int, int], _Matrix] = {}
 
     def refresh(self, scale: Tensor, shift: Tensor) -> None:
@@ -217,11 +219,15 @@ class _FoldedConv(_Site):
         self.shift = shift if conv.bias is None else shift + scale * conv.bias
         dtype = conv.weight.dtype
         device_type = conv.weight.device.type
-        if torch.is_autocast_enabled(device_type) and not isinstance(conv, StemConv2d):
+        autocast = torch.is_autocast_enabled(device_type)
+        self.of_parts = autocast and isinstance(conv, StemConv2d) and conv.split_weight is not None
+        if autocast and not isinstance(conv, StemConv2d):
             dtype = torch.get_autocast_dtype(device_type)
         # The product is rounded as it is stored.
         weight = torch.empty_like(conv.weight, dtype=dtype)
         self.weight = torch.mul(conv.weight, scale[:, None, None, None], out=weight)
+        if self.of_parts:
+            self.weight = weight_for_parts(self.weight)
         self._matrices.clear()
         if self.constant:
             self.weight = self.weight.contiguous(memory_format=torch.channels_last)
@@ -238,6 +244,8 @@ class _FoldedConv(_Site):
                 x, self._matrix(x, geometry), residual, self.relu, self.impl
             )
             return product
+        if self.of_parts:
+            x = image_parts(x, impl=self.impl)
         out_dtype = self.weight.dtype
         device_type = x.device.type
         if isinstance(conv, StemConv2d) and torch.is_autocast_enabled(device_type):
@@ -254,7 +262,7 @@ class _FoldedConv(_Site):
             )
         given: Tensor = y.to(out_dtype)
         if given is y and self.relu:
-            given._skip = skip  # type: ignore[attr-defined]
+            given._skip = skip
         return given
 
     def _fits_matrix(self, x: Tensor) -> bool:

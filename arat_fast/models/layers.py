@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_statistics
+from arat_kernels.image_parts import image_parts
 
 Norm = Literal["split", "shared"]
 
@@ -27,16 +29,44 @@ class StemConv2d(nn.Conv2d):
 
     bfloat16 has a spacing of 2^-8 just below 1, half of a typical PGD step size (2/255). Cast to
     it, part of the perturbation is lost before the network sees it. Under autocast this layer
-    computes in the dtype of the image and casts its *output*.
+    computes in the dtype of the image and casts its *output*; inside :func:`split_stems` it takes
+    the image in two parts.
     """
+
+    split_weight: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         device_type = input.device.type
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return super().forward(input)
+        if self.split_weight is not None and input.dtype == torch.float32:
+            of_parts: Tensor = self._conv_forward(image_parts(input), self.split_weight, self.bias)
+            return of_parts
         with torch.autocast(device_type, enabled=False):
             y = super().forward(input)
         return y.to(torch.get_autocast_dtype(device_type))
+
+
+@contextmanager
+def split_stems(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let every :class:`StemConv2d` inside the context compute in bfloat16, under autocast, on the
+    high and the low part of a float32 image (:func:`arat_kernels.image_parts.image_parts`), which
+    lose 2^-16 of it. Their weights must not change meanwhile."""
+    modules = (module for network in networks for module in network.modules())
+    stems = [m for m in modules if isinstance(m, StemConv2d) and m.groups == 1]
+    for stem in stems:
+        stem.split_weight = weight_for_parts(stem.weight)
+    try:
+        yield
+    finally:
+        for stem in stems:
+            stem.split_weight = None
+
+
+def weight_for_parts(weight: Tensor) -> Tensor:
+    """The weight (C', C, kH, kW) of a convolution for the parts of its image, in bfloat16."""
+    padding = weight.new_zeros(len(weight), -2 * weight.shape[1] % 8, *weight.shape[2:])
+    return torch.cat([weight, weight, padding], dim=1).bfloat16()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
 from arat_kernels.frozen_affine import triton as frozen_affine
+from arat_kernels.image_parts import triton as image_parts
 from arat_kernels.pgd_step import triton as pgd_step
 from arat_kernels.split_batch_norm import around, skip_of
 from arat_kernels.split_batch_norm import triton as split_batch_norm
@@ -49,7 +50,7 @@ class Operation:
         """The pointers of ``launch`` whose accesses must be wide."""
         # Small tiles of few classes have less than 16 bytes per thread.
         small = launch.kernel == "cross_entropy_grad_kernel" and launch.given["COLS"] < 1024
-        if small or not launch.given.get("ALIGNED"):
+        if small or not launch.given.get("ALIGNED", launch.kernel == "image_parts_fwd_kernel"):
             return set()
         return set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
 
@@ -268,6 +269,11 @@ def crops_sweep() -> None:
                 crop_flip.forward(images, index, rng, given, 1, flip, 1.0, *output)
 
 
+def parts_launched() -> None:
+    for channels in (1, 3, 4, 5):
+        image_parts.forward(torch.zeros(2, channels, 5, 7))
+
+
 def classes_shipped() -> None:
     for num_classes, dtype in product((10, 100, 200, 1000), FLOATS[:2]):
         logits = torch.zeros(4, num_classes, dtype=dtype)
@@ -330,6 +336,9 @@ OPERATIONS = {
         },
     ),
     "crop_flip": Operation(crops_shipped, crops_sweep, {"crop_flip_kernel": ("x_ptr",)}),
+    "image_parts": Operation(
+        parts_launched, parts_launched, {"image_parts_fwd_kernel": ("parts_ptr",)}
+    ),
     "cross_entropy_grad": Operation(
         classes_shipped,
         classes_sweep,

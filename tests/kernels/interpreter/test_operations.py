@@ -17,6 +17,7 @@ from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
 from arat_kernels.frozen_affine import triton as frozen_affine
+from arat_kernels.image_parts import triton as image_parts
 from arat_kernels.pgd_step import triton as pgd_step
 from arat_kernels.split_batch_norm import triton as split_batch_norm
 
@@ -174,6 +175,7 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "entropy backward": (cross_entropy_grad.backward, lambda: (ROWS[0], ROWS[0], ROW)),
     "step": (pgd_step.step, lambda: (X.clone(), X, X, 0.1, 0.1, "Linf")),
     "start": (pgd_step.start, lambda: (X[:, :, ::2], RNG, 0.1, "L2", 7)),
+    "parts": (image_parts.forward, lambda: (LEAF,)),
     "crops": (
         crop_flip.forward,
         lambda: (IMAGES, INDEX, RNG, None, 1, True, 255.0, torch.float32, False, False),
