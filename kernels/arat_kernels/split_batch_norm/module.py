@@ -121,8 +121,9 @@ class SplitBatchNorm2d(nn.Module):
             run = split_batch_norm_reference
         else:
             buffers = self.running_mean, self.running_var
-            choose(self.impl, x, self.weight, self.bias, *buffers, residual)
-            run = split_batch_norm_triton
+            tensors = x, self.weight, self.bias, *buffers, residual
+            chosen = choose(self.impl, *tensors, operation="split_batch_norm")
+            run = split_batch_norm_triton if chosen == "triton" else split_batch_norm_reference
         y, pooled = run(
             x,
             self.weight,
