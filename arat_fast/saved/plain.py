@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from arat_fast.files import write_bytes
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import ADV, CLEAN, SplitBatchNorm2d, copy_network
-from arat_fast.saved.weights import with_checksum
+from arat_fast.saved.weights import check_finite, with_checksum
 
 
 def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> nn.Module:
@@ -71,7 +71,8 @@ def save_safetensors(
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """:func:`save_safetensors` of tensors by name."""
+    """:func:`save_safetensors` of tensors by name; NotFiniteError where a value is not finite."""
+    check_finite(tensors, str(path))
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()

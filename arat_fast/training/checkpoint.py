@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
+import re
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from arat_fast.files import Lock, write_atomic
+from arat_fast.files import Lock, link_atomic, write_atomic
 
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
@@ -22,6 +21,18 @@ BEST = "checkpoint-best.pt"
 _ARCHIVE = b"PK\x03\x04"
 _FOLDER = 0x10
 """The attribute of a folder in a zip archive."""
+_KINDS = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: run git lfs pull"),
+    (b"<", "a web page (HTML or XML), not the file itself: download it again"),
+    (b"\x1f\x8b", "compressed with gzip: unpack it with gunzip"),
+    (b"BZh", "compressed with bzip2: unpack it with bunzip2"),
+    (b"\xfd7zXZ", "compressed with xz: unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it with unzstd"),
+    (b"7z\xbc\xaf", "an archive of 7-Zip: unpack it"),
+    (b"{", "JSON text, no tensors: give the file of the weights"),
+    (b"\x93NUMPY", "an array of NumPy: expected tensors by name"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes it: expected one of PyTorch"),
+)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -70,7 +81,8 @@ def read_tensor_file(path: Path) -> object:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut, damaged or of another kind; names the file and its size.
+        ValueError: the file is cut, damaged or of another kind, which it names, or holds objects of
+            other classes, which are never unpickled.
         OSError: the file cannot be read.
     """
     if not path.is_file():
@@ -82,6 +94,7 @@ def read_tensor_file(path: Path) -> object:
 def read_tensors(raw: bytes, path: Path) -> object:
     """:func:`read_tensor_file` of a file that is in memory already."""
     file = io.BytesIO(raw)
+    members: list[str] = []
     try:
         # What torch takes for an archive; files of before torch 1.6 have no checksums.
         if raw.startswith(_ARCHIVE):
@@ -90,15 +103,47 @@ def read_tensors(raw: bytes, path: Path) -> object:
                 folders = any(info.external_attr & _FOLDER for info in archive.infolist())
                 if folders or archive.testzip() is not None:
                     raise ValueError("the content differs from its checksums")
+                members = [name.rpartition("/")[2] for name in archive.namelist()]
+            if "constants.pkl" in members:
+                raise ValueError("a program, which torch.load would run")
         file.seek(0)
         content: object = torch.load(file, map_location="cpu", weights_only=True)
         return content
     # Damaged content can raise anything.
     except Exception as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign and members:
+            raise ValueError(
+                f"{path} is not a whole checkpoint that can be read safely: it holds objects of "
+                f"{foreign[1]}; where you trust it, keep the weights alone, content = "
+                f"torch.load({path.name!r}, weights_only=False), then torch.save of its state dict "
+                '(content["state_dict"], or content.state_dict() of a whole network)'
+            ) from error
         raise ValueError(
             f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
-            f"got {len(raw)} bytes that were cut, damaged or are of another kind"
+            f"got {kind_of(raw, members)}"
         ) from error
+
+
+def kind_of(content: bytes, members: Sequence[str] = ()) -> str:
+    """What a file is that cannot be read as weights, in words, and the way out.
+
+    Args:
+        content: of the file.
+        members: names in it, of a zip archive that is whole.
+    """
+    if "constants.pkl" in members:
+        return "a TorchScript program: save the state_dict() of what torch.jit.load reads"
+    if members and "data.pkl" not in members:
+        return f"a zip archive of {members[0] or 'folders'} and others: unpack it"
+    if content[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    if content[8:9] == b"{" and not content.startswith(b"{"):
+        return "a safetensors file: give it the suffix .safetensors"
+    for start, kind in _KINDS:
+        if content.lstrip().startswith(start):
+            return kind
+    return f"{len(content)} bytes that were cut, damaged or are of another kind"
 
 
 def training_state(content: object, path: Path) -> dict[str, Any]:
@@ -195,13 +240,16 @@ class CheckpointFolder:
             raise ValueError("; ".join(damaged.values()))
         return None
 
-    def save(self, step: int, state: dict[str, Any], before: Callable[[], object]) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], before: Callable[[], object], best: bool = False
+    ) -> None:
         """Copy ``state`` and write it in the background, after the one before it is written.
 
         Args:
             step: of the state.
             state: as for :func:`save_checkpoint`; may change once this has returned.
             before: called by the thread first, to bring other files to disk.
+            best: keep it as the best one too.
 
         Raises:
             OSError: the checkpoint before could not be written.
@@ -215,7 +263,11 @@ class CheckpointFolder:
                 self._check_lock()
                 if self.keep_last > 1 and self.newest_step not in (None, step):
                     self._keep_newest()
-                save_checkpoint(self.newest, on_host())
+                # The best one first: a run that ends in between goes on from before it.
+                target = self.folder / BEST if best else self.newest
+                save_checkpoint(target, on_host())
+                if best:
+                    link_atomic(target, self.newest)
                 self.newest_step = step
                 self._remove_old()
             # Whatever it is: training must not go on without checkpoints.
@@ -249,16 +301,6 @@ class CheckpointFolder:
             error, self._error = self._error, None
             raise error
 
-    def keep_as_best(self) -> None:
-        """Keep the newest checkpoint as the best one."""
-        self.wait()
-        _link(self.newest, self.folder / BEST)
-
-    def remove_leftovers(self) -> None:
-        """Remove what a process that was killed in the middle of writing has left."""
-        for path in self.folder.glob(".checkpoint*.pt.*"):
-            path.unlink()
-
     def _check_lock(self) -> None:
         if self.lock is not None:
             self.lock.check()
@@ -279,7 +321,7 @@ class CheckpointFolder:
         # A process that was killed before it replaced the newest has left it with two names.
         if self.newest.exists() and not (before and self.newest.samefile(before[0])):
             number = _number(before[0]) + 1 if before else 1
-            _link(self.newest, self.folder / f"checkpoint-{number:08}.pt")
+            link_atomic(self.newest, self.folder / f"checkpoint-{number:08}.pt")
 
     def _remove_old(self) -> None:
         while self._damaged:
@@ -333,19 +375,3 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_map_tensors(item, change) for item in value)
     return value
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, in place of what had it; a copy where the file system has no such
-    thing."""
-    temporary = target.with_name(f".{target.name}.new")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        with open(source, "rb") as content:
-            write_atomic(target, lambda file: shutil.copyfileobj(content, file))
-        return
-    os.replace(temporary, target)
-    # Two names of one file stay as they are.
-    temporary.unlink(missing_ok=True)
