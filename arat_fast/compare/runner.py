@@ -17,7 +17,7 @@ from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict, rea
 from arat_fast.compare.results import read_cell
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.device import count_gpus, source_commit, versions
-from arat_fast.files import LOCK, Lock, write_json, write_text
+from arat_fast.files import LOCK, Lock, make_folder, write_json, write_text
 from arat_fast.stop import InterruptedRun, stop_on_signals
 from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
