@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 BASELINES = ("naive", "tuned", "compiled", "official")
-AXES = {"batch_size": "batch", "image_size": "pixels", "num_steps": "PGD steps", "width": "width"}
+AXES = {"batch_size": "batch", "image_size": "pixels", "num_steps": "PGD steps"}
 """Names of the sizes, for people."""
 Record = dict[str, Any]
 
@@ -47,9 +47,9 @@ def step_tables(record: Record) -> str:
     settings = record["settings"]
     about = (
         f"{settings['image_size']}×{settings['image_size']} pixels, PGD-{settings['num_steps']}, "
-        f"{settings['width']:g} times the published width, but for what the table varies. The "
-        f"contestants take turns; each time is the median of {settings['rounds']} turns of "
-        f"{settings['steps']} steps, the spread is from the shortest to the longest."
+        "but for what the table varies. The contestants take turns; each time is the median of "
+        f"{settings['rounds']} turns of {settings['steps']} steps, the spread is from the shortest "
+        "to the longest."
     )
     return page(
         f"Training step: {settings['model']}",
@@ -62,11 +62,6 @@ def step_tables(record: Record) -> str:
     )
 
 
-def varied(results: Sequence[Record]) -> list[str]:
-    """Those of the :data:`AXES` that have more than one value."""
-    return [axis for axis in AXES if len({entry[axis] for entry in results}) > 1]
-
-
 def _speeds(record: Record) -> list[str]:
     losses = {entry["contestant"]: entry for entry in record["correctness"]}
     # Other jobs on the machine disturb processor time less.
@@ -77,7 +72,11 @@ def _speeds(record: Record) -> list[str]:
         for name in BASELINES
         if any(name in entry.get(field, {}) for entry in record["results"])
     }
-    axes = list(dict.fromkeys(["batch_size", *varied(record["results"])]))
+    axes = [
+        axis
+        for axis in AXES
+        if axis == "batch_size" or len({entry[axis] for entry in record["results"]}) > 1
+    ]
     head = [*(AXES[axis] for axis in axes), "contestant", "images/s", "spread", "MFU"]
     head += ["of matrix product", "memory", *ratios.values()]
     head += ["loss against float32"]
@@ -88,7 +87,7 @@ def _speeds(record: Record) -> list[str]:
             cells += [entry["status"], *["–"] * (len(head) - len(axes) - 2)]
         else:
             cells += [
-                rate(entry["images_per_second"]),
+                _rate(entry["images_per_second"]),
                 f"{entry['spread']:.1%}",
                 "–" if entry["mfu"] is None else f"{entry['mfu']:.1%}",
                 f"{entry['share_of_matmul']:.1%}",
@@ -138,8 +137,7 @@ def _profile(entry: Record, device_type: str) -> list[str]:
     ]
 
 
-def rate(value: float) -> str:
-    """Of images, for people."""
+def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
