@@ -234,9 +234,7 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
         )
     axes.set_xlabel(f"{name} accuracy, %")
     axes.set_ylabel("clean accuracy, %")
-    # A little room for a marker at 0 or at 100, and no more.
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.set(xlim=(max(left, -2), min(right, 102)), ylim=(max(bottom, -2), min(top, 102)))
+    style.within_percent(axes)
     style.legend_above(axes, 1)
     return Plot(
         "The trade-off",
