@@ -16,7 +16,7 @@ from arat_fast.files import write_atomic, write_json
 from arat_fast.report.analysis_plots import conflict_between, mixture_by_layer, mixture_over_time
 from arat_fast.report.run import Run, read_run
 from arat_fast.report.words import metric_name
-from benchmarks.records import RESULTS, unused
+from benchmarks.harness import RESULTS, unused
 from benchmarks.table import grid
 
 

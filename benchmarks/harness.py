@@ -21,8 +21,9 @@ from arat_fast.files import write_json, write_text
 from arat_fast.settings import Count, check_settings
 from benchmarks.machine import describe_machine, rates
 from benchmarks.measure import failure
-from benchmarks.records import RESULTS, unused
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 
 
@@ -45,6 +46,16 @@ class Options:
 
 
 Chosen = TypeVar("Chosen", bound=Options)
+
+
+def unused(folder: Path, stem: str) -> Path:
+    """``stem.json`` in ``folder``, made if need be, or ``stem-2.json`` …: not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, count = folder / f"{stem}.json", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}.json"
+    return path
 
 
 class Bench(Generic[Chosen]):

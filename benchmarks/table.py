@@ -20,11 +20,10 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def page(title: str, record: Record, *parts: Sequence[str]) -> str:
     """Title, machine, the parts that are not empty, and problems, with a blank line between."""
     machine, rates = record["machine"], record.get("rates")
-    commit = machine["commit"][:12] + (" with local changes" if machine["dirty"] else "")
     driver = f"driver {machine['driver']}, " if machine["driver"] else ""
     about = (
-        f"{record['date']}; {driver}torch {machine['versions']['torch']}, commit {commit}, clocks "
-        f"as read {machine['clocks']}."
+        f"{record['date']}; {driver}torch {machine['versions']['torch']}, commit "
+        f"{machine['commit']}, clocks as read {machine['clocks']}."
     )
     if rates:
         peak = rates["peak_flops_per_second"]

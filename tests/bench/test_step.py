@@ -161,14 +161,14 @@ def test_who_had_no_room_is_in_the_table() -> None:
         "date": "2026-01-01", "problems": ["x: y"], "correctness": [], "profile": [],
         "rates": RATES,
         "machine": {"device": "Card", "type": "cuda", "driver": "580", "clocks": "c",
-                    "versions": {"torch": "2.11"}, "commit": "0123456789abcdef", "dirty": True},
+                    "versions": {"torch": "2.11"}, "commit": "0123456789ab-dirty"},
         "settings": {**sizes, "model": "resnet18", "rounds": 3, "steps": 20, "contestants": {}},
         "results": [measured, gone | {"batch_size": 1024}],
     }  # fmt: skip
     text = step_tables(record)
     assert "| 128 | fast | 12,346 | 1.0% | 36.0% | 45.0% | 3.00 GiB | 4.20 | not compared |" in text
     assert "| 1024 | naive | out of memory | – | – | – | – | – | – |" in text
-    assert "commit 0123456789ab with local changes" in text and "- x: y" in text
+    assert "commit 0123456789ab-dirty" in text and "- x: y" in text
 
 
 def test_the_fastest_compiled_baseline_counts() -> None:
