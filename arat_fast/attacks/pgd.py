@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -117,7 +118,8 @@ class PGD:
                 begin = self.start(x, start, restart, impl=impl)
                 x_adv = self._run(model, x, y, loss_fn, begin, impl)
                 loss = _loss_without_grad(model, x_adv, per_sample)
-                stronger = loss > best_loss
+                # A NaN is not passed over: whoever asked sees it.
+                stronger = (loss > best_loss) | loss.isnan()
                 best = torch.where(stronger.view(-1, 1, 1, 1), x_adv, best)
                 best_loss = torch.where(stronger, loss, best_loss)
             return best
@@ -214,8 +216,8 @@ def check_length(name: str, value: float, norm: str) -> None:
         value: >= 0; in L∞ at most 1, which reaches every image.
         norm: "Linf" or "L2".
     """
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
     if norm == "Linf" and value > 1:
         hint = f"; did you mean {value:g}/255?" if value <= 255 else ""
         raise ValueError(

@@ -136,7 +136,8 @@ class SquareLinf:
             true = logits.gather(1, labels[:, None]).flatten()
             others = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
             margins.append(true - others)
-        return torch.cat(margins)
+        # A NaN is no right answer.
+        return torch.cat(margins).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 class _Proposals:

@@ -21,13 +21,11 @@ from torch import Tensor
 from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.encoded import EncodedImages, unreadable
 from arat_fast.datasets.folder import has_class_folders
-from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, array_folder, checksum_line
 from arat_fast.datasets.rows import read_header, read_labels
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
-
-CHUNK = 2**24
-"""Bytes that are copied at a time."""
+from arat_fast.files import write_text
 
 
 def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
@@ -115,6 +113,8 @@ def convert_npz(path: Path, folder: Path) -> int:
             target.flush()
             os.fsync(target.fileno())
         np.save(made / "labels.npy", labels.numpy())
+        lines = (checksum_line(made / name) for name in ("images.npy", "labels.npy"))
+        write_text(made / CHECKSUMS, "".join(f"{line}\n" for line in lines))
         array_folder(made)
         os.replace(made, folder)
     finally:

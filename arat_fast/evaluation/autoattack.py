@@ -24,6 +24,7 @@ from arat_fast.evaluation.evaluate import (
     ThreatModel,
     accept,
     evaluation_mode,
+    finite_answers,
     predict,
 )
 from arat_fast.evaluation.parallel import SharedNetwork, Stopped, shared_batches
@@ -115,6 +116,8 @@ def autoattack(
         network, not_folded = model, ""
         if fast:
             folded, not_folded = _fast_network(model, images.x)
+            if folded is not model:
+                stack.enter_context(finite_answers(folded))
             network = stack.enter_context(shared_batches(folded, images.x[:batch_size]))
         robust = predict(model, images.x, batch_size).argmax(dim=1) == images.y
         for name in attacks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from arat_fast.device import full_float32
 from arat_fast.distributed import Ranks
 from arat_fast.evaluation.pieces import Pieces
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
+from arat_fast.saved.weights import check_finite
 from arat_fast.statistics import wilson_interval
 from arat_fast.stop import EvaluationStopped
+from arat_fast.training.metrics import NotFiniteError
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""
@@ -137,16 +139,79 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 
     Parameters need no gradient inside: an attack that runs a whole backward pass, as FAB does,
     neither pays for their gradients nor leaves any in ``.grad``.
+
+    Raises:
+        NotFiniteError: a weight or a statistic is NaN or infinite, or inside, as soon as it is, an
+            answer of the network or a gradient of its images: neither says anything.
     """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    check_finite(state, f"the weights of {type(model).__name__}")
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        with use_branch(model, branch), use_statistics(model, "running"), full_float32():
+        with (
+            use_branch(model, branch),
+            use_statistics(model, "running"),
+            full_float32(),
+            finite_answers(model),
+        ):
             yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def finite_answers(model: nn.Module) -> Iterator[None]:
+    """Raise as soon as the network's answer or the gradient of an image is NaN or infinite.
+
+    Raises:
+        NotFiniteError: counts the images, and names the layer that was first.
+    """
+    handle = model.register_forward_hook(_check_answer)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_answer(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+    (x,) = inputs
+    if x.requires_grad:
+        x.register_hook(_check_gradient)  # type: ignore[no-untyped-call]  # Tensor's own
+    if logits.isfinite().all():
+        return
+    first: list[str] = []
+
+    def watch(name: str, module: nn.Module, _: object, y: object) -> None:
+        if not first and isinstance(y, Tensor) and not y.isfinite().all():
+            first.append(f", first after {name}, a {type(module).__name__}")
+
+    with torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if module is not model:
+                handle = module.register_forward_hook(partial(watch, name))
+                stack.callback(handle.remove)
+        # Not through the hook that this is.
+        model.forward(x)
+    raise NotFiniteError(
+        f"the logits of {_num_bad(logits)} of {len(x)} images are NaN or infinite"
+        f"{''.join(first)}: such an answer is no prediction, and nothing is evaluated; take "
+        "weights from before they broke, or compute in float32"
+    )
+
+
+def _check_gradient(grad: Tensor) -> None:
+    if not grad.isfinite().all():
+        raise NotFiniteError(
+            f"the gradients of {_num_bad(grad)} of {len(grad)} images are NaN or infinite: an "
+            "attack that follows them says nothing of robustness, and nothing is evaluated"
+        )
+
+
+def _num_bad(rows: Tensor) -> int:
+    return int((~rows.isfinite()).flatten(1).any(dim=1).sum())
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +32,7 @@ from arat_fast.files import write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
-from arat_fast.training.checkpoint import CheckpointFolder, training_state
+from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, training_state
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 from arat_fast.training.schedule import learning_rate, progressive_size
 from arat_fast.training.step import TrainStep
@@ -441,7 +440,7 @@ class Run:
         """Take over the state of a checkpoint."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        # For its name, once another one is the newest.
+        # The same step again takes no place of another checkpoint.
         if self.checkpoints.newest_step is not None:
             self.checkpoints.newest_step = self.progress.step
 
@@ -468,8 +467,8 @@ class Run:
         # Only rank 0 needs to see the folder.
         content = self.ranks.broadcast_bytes(content)
         if state is None and content:
-            raw = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            state = training_state(raw, self.checkpoints.newest)
+            newest = self.checkpoints.newest
+            state = training_state(read_tensors(content, newest), newest)
         return state
 
     def last_checkpoint(self) -> str:

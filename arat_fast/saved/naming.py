@@ -62,6 +62,12 @@ def from_scheme(state: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
     return {_replaced(name, back): tensor for name, tensor in state.items()}
 
 
+def to_own(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """:func:`from_scheme` of the scheme that gives the names ``own``; unchanged if none does."""
+    candidates = [from_scheme(state, scheme) for scheme in SCHEMES]
+    return next((named for named in candidates if named.keys() == set(own)), dict(state))
+
+
 def _replaced(name: str, replacements: Iterable[tuple[str, str]]) -> str:
     for old, new in replacements:
         name = name.replace(old, new)

@@ -23,8 +23,8 @@ from arat_fast.config import Config, config_from_dict
 from arat_fast.datasets import DATASETS
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.recipes import recipe as recipe_by_name
-from arat_fast.saved.naming import SCHEMES, from_scheme
-from arat_fast.saved.official import detect, official_to_state_dict
+from arat_fast.saved.naming import SCHEMES, to_own
+from arat_fast.saved.official import detect, is_official, official_to_state_dict
 from arat_fast.saved.plain import export_plain
 from arat_fast.saved.weights import (
     NORMALIZATION,
@@ -46,7 +46,10 @@ RECORD = "config.json"
 """Of a run's folder: its configuration. Of an export: what was exported."""
 
 Which = Literal["deployed", "last"]
-_NO_RECIPE = "holds weights only: add --recipe NAME to say which data and model they are for"
+_NO_RECIPE = (
+    "holds weights only, and not those of an official AR-AT checkpoint (BatchNorm branches clean "
+    "and adv): add --recipe NAME to say which data and model they are for"
+)
 
 
 @dataclass(frozen=True)
@@ -185,18 +188,21 @@ def read_saved(
     facts |= {"additional_data": None, **found}
     if "model" not in facts:
         raise ValueError(f"{path} {_NO_RECIPE}")
-    name = facts["model"]
+    name, tensors = facts["model"], content.tensors
+    norm: Literal["split", "shared"] = "split" if is_split(tensors) else "shared"
     try:
-        classes, channels = network_size(content.tensors, name)
+        if content.config is None:
+            with torch.device("meta"):
+                tensors = to_own(tensors, create_model(name, 2, norm=norm).state_dict())
+        classes, channels = network_size(tensors, name)
         if content.config is not None:
             model = build_network(content.config, classes, tuple(found["image_shape"]))
         else:
-            norm: Literal["split", "shared"] = "split" if is_split(content.tensors) else "shared"
             normalization = tuple(facts["mean"]), tuple(facts["std"])
             model = create_model(name, classes, channels, norm, *normalization)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the network: {error}") from error
-    load_weights(model, content.tensors, str(path))
+    load_weights(model, tensors, str(path))
     if "image_shape" not in found:
         size = model_spec(name).image_size
         if config is not None:
@@ -227,20 +233,32 @@ def _main_file(path: Path) -> Path:
 def _read(path: Path, weights: Which) -> _Content:
     if path.name == RECORD:
         return _from_export(path, _read_json(path))
+    content: object
+    strings: dict[str, str] = {}
     if path.suffix == ".safetensors":
-        tensors, strings = read_safetensors(path)
-        return _Content(tensors, _parse(path, strings))
-    content = read_tensor_file(path)
-    if is_training_checkpoint(content):
-        return _from_training(training_state(content, path), weights)
-    tensors = state_dict_of(content, path)
-    try:
-        state = official_to_state_dict(tensors)
-        name = detect(state)
-    except ValueError as error:
-        raise ValueError(f"{path} is not an official checkpoint: {error}") from error
-    # The official networks do not normalise.
-    return _Content(state, {"model": name, "branch": "both", "mean": (), "std": ()})
+        content, strings = read_safetensors(path)
+    else:
+        content = read_tensor_file(path)
+        if is_training_checkpoint(content):
+            return _from_training(training_state(content, path), weights)
+    return _of_tensors(path, state_dict_of(content, path), _parse(path, strings))
+
+
+def _of_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> _Content:
+    for key in ("mean", "std"):
+        # What the file itself normalises with, where it does.
+        if f"{NORMALIZATION}{key}" in tensors:
+            facts[key] = tensors.pop(f"{NORMALIZATION}{key}").flatten().tolist()
+    if is_official(tensors):
+        try:
+            tensors = official_to_state_dict(tensors)
+            # The official networks do not normalise.
+            facts = {"model": detect(tensors), "mean": (), "std": (), **facts}
+        except ValueError as error:
+            raise ValueError(f"{path} is not an official checkpoint: {error}") from error
+    if is_split(tensors):
+        facts["branch"] = "both"
+    return _Content(tensors, facts)
 
 
 def _from_training(state: Mapping[str, Any], weights: Which) -> _Content:
@@ -270,16 +288,8 @@ def _from_export(path: Path, record: Mapping[str, Any]) -> _Content:
     file = path.parent / name
     if not file.resolve().is_relative_to(path.parent.resolve()):
         raise ValueError(f"{path} names the file {name}, expected one in its own folder")
-    if file.suffix == ".safetensors":
-        tensors, _ = read_safetensors(file)
-    else:
-        tensors = state_dict_of(read_tensor_file(file), file)
-    facts = _parse(path, record)
-    for key in ("mean", "std"):
-        # What the file itself normalises with, where it does.
-        if f"{NORMALIZATION}{key}" in tensors:
-            facts[key] = tensors.pop(f"{NORMALIZATION}{key}").flatten().tolist()
-    return _Content(from_scheme(tensors, scheme), facts)
+    weights = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_tensor_file(file)
+    return _of_tensors(file, state_dict_of(weights, file), _parse(path, record))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -126,6 +126,12 @@ def predictors_to_official(predictors: Predictors) -> list[dict[str, Tensor]]:
     return result
 
 
+def is_official(state: Mapping[str, Tensor]) -> bool:
+    """Whether a BatchNorm has its branches under names of their own."""
+    layers = {name.split(".")[-2] for name in state if "." in name}
+    return not layers.isdisjoint({*BRANCHES, *OTHER_BRANCHES})
+
+
 def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
     parts = {part for name in official for part in name.split(".")}
     schemes = [names for names in (BRANCHES, OTHER_BRANCHES) if parts.intersection(names)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arat_fast.files import write_bytes
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import ADV, CLEAN, SplitBatchNorm2d, copy_network
+from arat_fast.saved.weights import check_finite, with_checksum
 
 
 def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> nn.Module:
@@ -53,6 +54,9 @@ def save_safetensors(
 ) -> None:
     """Write parameters and buffers of a network to a safetensors file, whole or not at all.
 
+    Equal tensors and metadata make the same bytes; :func:`arat_fast.saved.weights.read_safetensors`
+    compares the file with the checksum in its header.
+
     Args:
         model: any network; tensors that share memory are written one by one.
         path: the file; its folder exists.
@@ -67,13 +71,13 @@ def save_safetensors(
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """:func:`save_safetensors` of tensors by name."""
+    """:func:`save_safetensors` of tensors by name; NotFiniteError where a value is not finite."""
+    check_finite(tensors, str(path))
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    content = safetensors.torch.save(copies, dict(metadata or {}))
-    write_bytes(Path(path), content)
+    write_bytes(Path(path), with_checksum(safetensors.torch.save(copies, dict(metadata or {}))))
 
 
 class _BatchNormAct2d(nn.BatchNorm2d):

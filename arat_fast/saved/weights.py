@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from arat_fast.models.registry import model_spec
+from arat_fast.training.checkpoint import kind_of
+from arat_fast.training.metrics import NotFiniteError
 
-WRAPPERS = ("module.", "model.", "net.", "_orig_mod.")
-"""Prefixes of DataParallel, of RobustBench's ``normalize_model`` and the official feature
-extractor, of an old wrapper, and of torch.compile."""
+WRAPPERS = ("module.", "model.", "net.", "ema.", "_orig_mod.", "_forward_module.")
+"""Prefixes of DataParallel and AveragedModel, of RobustBench's ``normalize_model``, Lightning and
+the official feature extractor, of old wrappers, of averages, of torch.compile and of Fabric."""
+
+COUNTER = "n_averaged"
+"""What AveragedModel writes beside the weights."""
+
+KEYS = (
+    *("state_dict", "model_state_dict", "model", "net", "network"),
+    *("ema", "model_ema", "state_dict_ema", "ema_state_dict"),
+)
+"""Under which a checkpoint holds its network."""
+
+_CHECKSUM = "arat_fast.sha256"
+"""In a safetensors header: of the rest of the header and of the tensors."""
 
 NORMALIZATION = "normalize."
 """Prefix of the mean and std beside a network inside RobustBench's ``normalize_model``."""
@@ -47,12 +64,35 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         source: where they come from, for the error.
 
     Raises:
-        ValueError: a name or a shape differs; the network is unchanged.
+        ValueError: a name or a shape differs, or a value is not finite; the network is unchanged.
     """
     problem = difference(model.state_dict(), tensors)
     if problem is not None:
         raise ValueError(f"{source} does not fit the network: {problem}")
+    check_finite(tensors, source)
     model.load_state_dict(dict(tensors))
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise where a weight or a statistic is NaN or infinite.
+
+    Args:
+        tensors: by name.
+        source: where they come from, for the error.
+
+    Raises:
+        NotFiniteError: names the first such tensor.
+    """
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floating or bool(torch.stack([t.isfinite().all() for t in floating.values()]).all()):
+        return
+    bad = {name: int((~tensor.isfinite()).sum()) for name, tensor in floating.items()}
+    names = [name for name, count in bad.items() if count]
+    more = f" (and in {len(names) - 1} more tensors)" if len(names) > 1 else ""
+    raise NotFiniteError(
+        f"{source}: {bad[names[0]]} of {floating[names[0]].numel()} values of {names[0]} are NaN "
+        f"or infinite{more}; take weights from before they broke"
+    )
 
 
 def network_size(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
@@ -80,7 +120,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, on the CPU.
 
     Args:
-        path: the file.
+        path: the file; where :func:`with_checksum` has been over it, it is compared with its
+            checksum, which others' files do not have.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,50 +129,100 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    content = path.read_bytes()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            # safe_open is no mapping.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except safetensors.SafetensorError as error:
+        tensors = safetensors.torch.load(content)
+        header, data = _parts(content)
+        metadata = dict(header.get("__metadata__") or {})
+        if metadata.pop(_CHECKSUM, None) not in (None, _checksum(header, data)):
+            raise ValueError("the content differs from its checksum")
+    except (safetensors.SafetensorError, ValueError) as error:
+        kind = kind_of(content)
+        if content.startswith(b"PK\x03\x04"):
+            kind = "a zip archive, as torch.save writes it: give it the suffix .pt"
+        elif content[8:9] == b"{":
+            kind = "one that was cut or damaged"
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: expected a whole safetensors "
-            f"file, got {error}"
+            f"{path} ({len(content)} bytes) cannot be read: expected a whole safetensors file, got "
+            f"{kind} ({error})"
         ) from error
+    return tensors, metadata
+
+
+def with_checksum(content: bytes) -> bytes:
+    """A safetensors file with a SHA-256 in its header, whose order no longer depends on chance."""
+    header, data = _parts(content)
+    header["__metadata__"] = {
+        **header.get("__metadata__", {}),
+        _CHECKSUM: _checksum(header, data),
+    }
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    # The tensors begin at a multiple of eight bytes, as the format wants it.
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, data))
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), memoryview(content)[end:]
+
+
+def _checksum(header: Mapping[str, Any], data: memoryview) -> str:
+    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != _CHECKSUM}
+    rest = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
+    digest = hashlib.sha256(rest.encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def state_dict_of(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of ``torch.save``, without what was wrapped around its network.
+    """The state dict in what a file holds, without what was wrapped around its network.
 
     Args:
-        content: of the file: a state dict, bare or under "state_dict", "model" or "net".
+        content: of the file: a state dict, bare or under one of :data:`KEYS`, also nested.
         path: the file, for the errors.
 
     Raises:
-        ValueError: there is something else in it.
+        ValueError: there is something else in it, or several networks.
     """
-    for key in ("state_dict", "model", "net"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping):
+        held = [key for key in KEYS if isinstance(content.get(key), Mapping)]
+        held = [
+            key
+            for key in held
+            if any(isinstance(v, (Tensor, Mapping)) for v in content[key].values())
+        ]
+        if len(held) > 1:
+            raise ValueError(
+                f"{path} holds several networks, {', '.join(held)}: keep one alone, torch.save("
+                f"torch.load({path.name!r}, weights_only=True)[{held[0]!r}], 'weights.pt')"
+            )
+        if not held:
+            break
+        content = content[held[0]]
     items: Any = content.items() if isinstance(content, Mapping) else [("all", content)]
     for name, value in items:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
-                f"{path} is not a state dict: expected tensors by name, got {name!r} of type "
-                f"{type(value).__name__}"
+                f"{path} is not a state dict: expected tensors by name, bare or under one of "
+                f"{', '.join(KEYS)}, got {name!r} of type {type(value).__name__}"
             )
+    if not items:
+        raise ValueError(f"{path} is not a state dict: expected tensors by name, got no tensor")
     return without_wrappers(dict(items))
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the prefixes of :data:`WRAPPERS` removed where all names have them; the
-    normalisation beside a network keeps its names."""
-    beside = {name: value for name, value in state.items() if name.startswith(NORMALIZATION)}
-    inside = {name: value for name, value in state.items() if name not in beside}
-    for prefix in WRAPPERS * 2:
-        if all(name.startswith(prefix) for name in inside):
-            inside = {name.removeprefix(prefix): value for name, value in inside.items()}
-    return {**inside, **beside}
+    """The tensors without :data:`COUNTER`, and without the prefixes of :data:`WRAPPERS` where all
+    names have them; the normalisation beside a network keeps its names."""
+    while True:
+        state = {name: tensor for name, tensor in state.items() if name != COUNTER}
+        inside = [name for name in state if not name.startswith(NORMALIZATION)]
+        shared = (p for p in WRAPPERS if inside and all(name.startswith(p) for name in inside))
+        prefix = next(shared, None)
+        if prefix is None:
+            return state
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def is_split(tensors: Mapping[str, Tensor]) -> bool:

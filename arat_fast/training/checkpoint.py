@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
+import re
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,21 @@ from arat_fast.files import write_atomic
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
 BEST = "checkpoint-best.pt"
+_ARCHIVE = b"PK\x03\x04"
 _FOLDER = 0x10
 """The attribute of a folder in a zip archive."""
+_KINDS = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: run git lfs pull"),
+    (b"<", "a web page (HTML or XML), not the file itself: download it again"),
+    (b"\x1f\x8b", "compressed with gzip: unpack it with gunzip"),
+    (b"BZh", "compressed with bzip2: unpack it with bunzip2"),
+    (b"\xfd7zXZ", "compressed with xz: unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it with unzstd"),
+    (b"7z\xbc\xaf", "an archive of 7-Zip: unpack it"),
+    (b"{", "JSON text, no tensors: give the file of the weights"),
+    (b"\x93NUMPY", "an array of NumPy: expected tensors by name"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes it: expected one of PyTorch"),
+)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -70,28 +83,69 @@ def read_tensor_file(path: Path) -> object:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut, damaged or of another kind; names the file and its size.
+        ValueError: the file is cut, damaged or of another kind, which it names, or holds objects of
+            other classes, which are never unpickled.
         OSError: the file cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     # In memory: whatever goes wrong from here on lies in the content, not in the disk.
-    file = io.BytesIO(path.read_bytes())
+    return read_tensors(path.read_bytes(), path)
+
+
+def read_tensors(raw: bytes, path: Path) -> object:
+    """:func:`read_tensor_file` of a file that is in memory already."""
+    file = io.BytesIO(raw)
+    members: list[str] = []
     try:
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-            # torch leaves the memory of what is marked as a folder as it finds it.
-            folders = any(info.external_attr & _FOLDER for info in archive.infolist())
-            if folders or archive.testzip() is not None:
-                raise ValueError("the content differs from its checksums")
+        # What torch takes for an archive; files of before torch 1.6 have no checksums.
+        if raw.startswith(_ARCHIVE):
+            with zipfile.ZipFile(file) as archive:
+                # torch leaves the memory of what is marked as a folder as it finds it.
+                folders = any(info.external_attr & _FOLDER for info in archive.infolist())
+                if folders or archive.testzip() is not None:
+                    raise ValueError("the content differs from its checksums")
+                members = [name.rpartition("/")[2] for name in archive.namelist()]
+            if "constants.pkl" in members:
+                raise ValueError("a program, which torch.load would run")
         file.seek(0)
         content: object = torch.load(file, map_location="cpu", weights_only=True)
         return content
     # Damaged content can raise anything.
     except Exception as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign and members:
+            raise ValueError(
+                f"{path} is not a whole checkpoint that can be read safely: it holds objects of "
+                f"{foreign[1]}; where you trust it, keep the weights alone, content = "
+                f"torch.load({path.name!r}, weights_only=False), then torch.save of its state dict "
+                '(content["state_dict"], or content.state_dict() of a whole network)'
+            ) from error
         raise ValueError(
             f"{path} is not a whole checkpoint: expected a file of tensors written by torch.save, "
-            f"got {len(file.getbuffer())} bytes that were cut, damaged or are of another kind"
+            f"got {kind_of(raw, members)}"
         ) from error
+
+
+def kind_of(content: bytes, members: Sequence[str] = ()) -> str:
+    """What a file is that cannot be read as weights, in words, and the way out.
+
+    Args:
+        content: of the file.
+        members: names in it, of a zip archive that is whole.
+    """
+    if "constants.pkl" in members:
+        return "a TorchScript program: save the state_dict() of what torch.jit.load reads"
+    if members and "data.pkl" not in members:
+        return f"a zip archive of {members[0] or 'folders'} and others: unpack it"
+    if content[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    if content[8:9] == b"{" and not content.startswith(b"{"):
+        return "a safetensors file: give it the suffix .safetensors"
+    for start, kind in _KINDS:
+        if content.lstrip().startswith(start):
+            return kind
+    return f"{len(content)} bytes that were cut, damaged or are of another kind"
 
 
 def training_state(content: object, path: Path) -> dict[str, Any]:
@@ -128,8 +182,8 @@ class Found(NamedTuple):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: ``checkpoint.pt`` is the newest; those before it have their step
-    in their name; ``checkpoint-best.pt`` is the best by validation.
+    """The checkpoints of one run: ``checkpoint.pt`` is the newest; those before it are numbered in
+    the order in which they were written; ``checkpoint-best.pt`` is the best by validation.
 
     A checkpoint is copied at once and written by a thread, so that training goes on meanwhile. The
     newest one on disk is replaced only by a whole one.
@@ -202,9 +256,8 @@ class CheckpointFolder:
         def write() -> None:
             try:
                 before()
-                keep = self.keep_last > 1 and self.newest_step not in (None, step)
-                if keep and self.newest.exists():
-                    _link(self.newest, self.folder / f"checkpoint-{self.newest_step:08}.pt")
+                if self.keep_last > 1 and self.newest_step not in (None, step):
+                    self._keep_newest()
                 save_checkpoint(self.newest, on_host())
                 self.newest_step = step
                 self._remove_old()
@@ -249,12 +302,18 @@ class CheckpointFolder:
         return [*newest, *self._before()]
 
     def _before(self) -> list[Path]:
-        """The checkpoints before the newest, the last one that was written first.
-
-        Another number of processes can number the steps anew: the names do not tell the order.
-        """
+        """The checkpoints before the newest, the last one that was written first."""
         found = [p for p in self.folder.glob("checkpoint-*.pt") if p.stem[11:].isdecimal()]
-        return sorted(found, key=lambda p: (p.stat().st_mtime_ns, int(p.stem[11:])), reverse=True)
+        return sorted(found, key=_number, reverse=True)
+
+    def _keep_newest(self) -> None:
+        """Give the newest checkpoint the next number, which neither clocks nor steps decide: steps
+        can be numbered anew for another number of processes."""
+        before = self._before()
+        # A process that was killed before it replaced the newest has left it with two names.
+        if self.newest.exists() and not (before and self.newest.samefile(before[0])):
+            number = _number(before[0]) + 1 if before else 1
+            _link(self.newest, self.folder / f"checkpoint-{number:08}.pt")
 
     def _remove_old(self) -> None:
         while self._damaged:
@@ -263,6 +322,10 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
         for path in self._before()[self.keep_last - 1 :]:
             path.unlink(missing_ok=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem[11:])
 
 
 def _copy(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:

@@ -13,7 +13,7 @@ from arat_fast.training.values import Values
 
 
 class NotFiniteError(ValueError):
-    """A loss became NaN or infinite."""
+    """A loss, a weight or an answer is NaN or infinite."""
 
 
 class StepMetrics:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from arat_fast.data import DataSplits, stratified_split
 from arat_fast.data.bad_images import BadImages
+from arat_fast.data.inspect import inspect
 from arat_fast.data.prepare import convert_npz, verify
 from arat_fast.datasets.encoded import FileImages, decode_image
 from arat_fast.datasets.folder import class_folders
@@ -463,7 +464,7 @@ def labelled(folder: Path, labels: Any, **options: Any) -> Path:
 def test_npz_becomes_arrays_that_are_mapped(tmp_path: Path) -> None:
     source, folder = npz(tmp_path / "edm.npz"), tmp_path / "sub" / "edm"
     assert convert_npz(source, folder) == 50
-    assert sorted(p.name for p in folder.iterdir()) == ["images.npy", "labels.npy"]
+    assert sorted(p.name for p in folder.iterdir()) == ["SHA256SUMS", "images.npy", "labels.npy"]
     with np.load(source) as arrays:
         assert np.array_equal(np.load(folder / "images.npy"), arrays["image"])
         assert np.array_equal(np.load(folder / "labels.npy"), arrays["label"])
@@ -542,6 +543,22 @@ def test_labels_that_are_no_numbers_of_classes(tmp_path: Path, labels: Any, mess
 
 def changed(name: str, change: Callable[[bytes], bytes]) -> Change:
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "SHA256SUMS"])
+@pytest.mark.parametrize("place", [-2, -9])
+def test_prepared_arrays_are_compared_with_their_checksums(
+    tmp_path: Path, name: str, place: int
+) -> None:
+    folder = tmp_path / "edm"
+    convert_npz(npz(tmp_path / "edm.npz"), folder)
+    content = bytearray((folder / name).read_bytes())
+    # A pixel, a label of 256 more than there are, a letter of a name.
+    content[place] ^= 1
+    (folder / name).write_bytes(content)
+    for read in (lambda: load("arrays", folder), lambda: inspect(folder)):
+        with refused("npy"):
+            read()
 
 
 @pytest.mark.parametrize(

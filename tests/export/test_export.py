@@ -102,6 +102,34 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
+    model, metadata = nn.Linear(3, 2), dict.fromkeys("a header's order was chance", "")
+    for number in range(8):
+        save_safetensors(model, tmp_path / f"{number}", metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_bit_that_flips_is_found(tmp_path: Path) -> None:
+    """Or changes nothing that is read: of the checksum's own name, or of the padding."""
+    path = tmp_path / "model.safetensors"
+    save_safetensors(nn.Sequential(nn.Linear(9, 5), nn.BatchNorm1d(5)), path, {"eps": "0.03"})
+    content, (tensors, metadata) = path.read_bytes(), read_safetensors(path)
+    accepted = 0
+    for bit in range(0, 8 * len(content), 7):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            got, said = read_safetensors(path)
+        except ValueError as error:
+            assert "whole safetensors" in str(error)
+            continue
+        accepted += 1
+        assert got.keys() == tensors.keys() and metadata.items() <= said.items()
+        assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+    assert accepted < 0.02 * 8 / 7 * len(content)
+
+
 def test_a_safetensors_file_cut_in_half(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_safetensors(create_model("resnet8", 10), path)

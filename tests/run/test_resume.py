@@ -181,10 +181,10 @@ def test_a_run_with_other_steps_keeps_the_checkpoint_before(tmp_path: Path) -> N
     state = load_checkpoint(newest)
     state["progress"] = {**state["progress"], "step": 8, "steps_per_epoch": 8}
     save_checkpoint(newest, state)
-    (tmp_path / "checkpoint-00000004.pt").unlink()
+    (tmp_path / "checkpoint-00000001.pt").unlink()
     tiny_trainer(tmp_path, config, resume=True).run()
     assert load_checkpoint(newest)["progress"]["step"] == 8
-    before = load_checkpoint(tmp_path / "checkpoint-00000004.pt")["progress"]
+    before = load_checkpoint(tmp_path / "checkpoint-00000001.pt")["progress"]
     assert (before["step"], before["steps_per_epoch"]) == (8, 8)
 
 

@@ -144,10 +144,20 @@ def test_the_last_are_kept(
     # The same step again takes no place.
     save(folder, 3, 6, 9, 12, 15, 15)
     folder.keep_as_best()
-    before = [f"checkpoint-{step:08}.pt" for step in (12, 9, 6)[: keep - 1]]
+    before = {f"checkpoint-{number:08}.pt": 3 * number for number in (4, 3, 2)[: keep - 1]}
     assert names(tmp_path) == sorted([*ends("", "-best"), *before])
     assert step_in(tmp_path / "checkpoint.pt") == step_in(tmp_path / "checkpoint-best.pt") == 15
-    assert all(step_in(tmp_path / name) == int(name[11:19]) for name in before)
+    assert all(step_in(tmp_path / name) == step for name, step in before.items())
+
+
+def test_a_clock_that_is_set_back_costs_no_checkpoint(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, 3)
+    for step in (3, 6, 9, 12):
+        save(folder, step)
+        os.utime(folder.newest, (1e9 - 3600 * step,) * 2)
+    assert [step_in(path) for path in sorted(tmp_path.iterdir())] == [6, 9, 12]
+    cut(folder.newest)
+    assert found_step(CheckpointFolder(tmp_path, 3)) == 9
 
 
 def test_damage_anywhere_is_found(tmp_path: Path) -> None:
@@ -164,7 +174,7 @@ def test_damage_anywhere_is_found(tmp_path: Path) -> None:
             path.write_bytes(damaged)
             found = CheckpointFolder(tmp_path, 3).find()
             assert found is not None and found.state["progress"]["step"] == 6
-            assert found.path.name == "checkpoint-00000006.pt"
+            assert found.path.name == "checkpoint-00000002.pt"
             (problem,) = found.problems
             assert "not a whole checkpoint" in problem
 
@@ -206,15 +216,15 @@ def test_a_file_that_cannot_be_read_is_not_given_up(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_numbered_anew_cost_no_checkpoint(tmp_path: Path) -> None:
-    """With more processes an epoch has fewer steps; what is whole stays, by its age."""
+    """With more processes an epoch has fewer steps; what is whole stays, in its order."""
     save(CheckpointFolder(tmp_path, 3), 20, 40, 60)
     cut(tmp_path / "checkpoint.pt")
     folder = CheckpointFolder(tmp_path, 3)
     assert found_step(folder) == 40
     save(folder, 30)
-    assert names(tmp_path) == ends("-00000020", "-00000040", "")
+    assert names(tmp_path) == ends("-00000001", "-00000002", "")
     save(folder, 35)
-    assert names(tmp_path) == ends("-00000030", "-00000040", "")
+    assert [step_in(path) for path in sorted(tmp_path.iterdir())] == [40, 30, 35]
     cut(tmp_path / "checkpoint.pt")
     assert found_step(CheckpointFolder(tmp_path, 3)) == 30
 
@@ -223,34 +233,32 @@ def test_steps_that_are_numbered_anew_cost_no_checkpoint(tmp_path: Path) -> None
 def test_damaged_files_do_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
-    """Neither the newest, nor one before it, nor one half-copied under a name still to come."""
+    """Neither the newest nor one before it."""
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     save(CheckpointFolder(tmp_path, 3), 3, 6, 9)
-    for name in ends("", "-00000006"):
+    for name in ends("", "-00000002"):
         cut(tmp_path / name)
     folder = CheckpointFolder(tmp_path, 3)
     assert found_step(folder) == 3
     save(folder, 4)
-    assert names(tmp_path) == ends("-00000003", "")
-    (tmp_path / "checkpoint-00000004.pt").write_bytes(b"half")
+    assert names(tmp_path) == ends("-00000001", "")
     save(folder, 7)
-    assert names(tmp_path) == ends("-00000003", "-00000004", "")
     assert [step_in(path) for path in sorted(tmp_path.iterdir())] == [3, 4, 7]
 
 
 def test_kept_before_the_newest_was_replaced(tmp_path: Path) -> None:
     """A process killed in between leaves one file with two names; and files half-made."""
     save(CheckpointFolder(tmp_path, 2), 3)
-    os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-00000003.pt")
-    for name in (".checkpoint.pt.a1", ".checkpoint-00000003.pt.new", ".checkpoint-best.pt.b2"):
+    os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-00000001.pt")
+    for name in (".checkpoint.pt.a1", ".checkpoint-00000001.pt.new", ".checkpoint-best.pt.b2"):
         (tmp_path / name).touch()
     folder = CheckpointFolder(tmp_path, 2)
     folder.remove_leftovers()
     assert found_step(folder) == 3
     save(folder, 6)
-    assert names(tmp_path) == ends("-00000003", "")
-    assert step_in(tmp_path / "checkpoint-00000003.pt") == 3
+    assert names(tmp_path) == ends("-00000001", "")
+    assert step_in(tmp_path / "checkpoint-00000001.pt") == 3
 
 
 def test_all_damaged(tmp_path: Path) -> None:
