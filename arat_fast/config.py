@@ -38,8 +38,8 @@ Compat = Literal["paper", "official"]
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "resnet18"
-    """resnet8 (8×8 images), resnet18, wrn34-10 (32×32), resnet50 or convnext-t (224×224; by timm,
-    an extra; it has no BatchNorm to split)."""
+    """resnet8 (8×8 images), resnet8-s2 (28×28, first convolution of stride 2), resnet18, wrn34-10
+    (32×32), resnet50 or convnext-t (224×224; by timm, an extra; it has no BatchNorm to split)."""
     norm: Literal["auto", "split", "shared"] = "auto"
     """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto"
     splits for ARAT and for LBGAT guided by its own clean branch."""

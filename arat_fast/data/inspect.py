@@ -190,7 +190,7 @@ def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
         return Inspection(path, OWN["arrays"], use, classes, note=ALL_OR_A_TENTH), parts
     for dataset in DATASETS.values():
         for place, kind in dataset.places.items():
-            root = path.parent if path.name == place else path
+            root = path.parent if path.name == Path(place).parts[0] else path
             if (root / place).exists():
                 content = dataset.read(root)
                 use = _command(dataset.name, root)

@@ -22,6 +22,7 @@ from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
 from arat_kernels.frozen_affine import triton as frozen_affine
 from arat_kernels.pgd_step import triton as pgd_step
+from arat_kernels.split_batch_norm import around, skip_of
 from arat_kernels.split_batch_norm import triton as split_batch_norm
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,9 +89,11 @@ def normalize(
     odd: bool = False,
     narrow: bool = False,
     differentiable: bool = True,
+    forks: bool = False,
 ) -> None:
     """Split BatchNorm forward and backward; without ``parameters`` as in the attack, which moves no
-    running statistics and asks for no gradient of theirs."""
+    running statistics and asks for no gradient of theirs; with ``forks`` x and y have two readers.
+    """
     n, height, width = size
     memory = torch.zeros(n, channels, height, width, dtype=dtype)
     memory = memory.contiguous(memory_format=torch.channels_last)
@@ -108,6 +111,7 @@ def normalize(
         x, *given, (1, n - 1), training, parameters, 0.1, 1e-5, extra, relu, pooled, None
     )
     outputs = [y] if features is None else [y, features]
+    outputs += [skip_of(y), around(y, x)] if forks else []
     wanted = leaves + (rows[:2] if parameters and affine else [])
     if differentiable:
         torch.autograd.grad(outputs, wanted, [torch.zeros_like(t) for t in outputs])
@@ -119,9 +123,12 @@ def normalize_shipped() -> None:
             normalize(channels, dtype, parameters=parameters)
             normalize(channels, dtype, residual=True, parameters=parameters)
             normalize(channels, dtype, relu=False, parameters=parameters)
+            normalize(channels, dtype, forks=True, parameters=parameters)
+            normalize(channels, dtype, residual=True, forks=True, parameters=parameters)
         normalize(channels, dtype, pooled=True)
         normalize(channels, dtype, relu=False, pooled=True)
         normalize(channels, dtype, residual=True, pooled=True)
+        normalize(channels, dtype, residual=True, pooled=True, forks=True)
 
 
 def normalize_sweep() -> None:
@@ -130,8 +137,9 @@ def normalize_sweep() -> None:
         for residual, relu, pooled, training, affine in options:
             chosen = {"residual": residual, "relu": relu, "pooled": pooled, "training": training}
             odd, narrow = relu is pooled, residual is not affine
-            normalize(channels, dtype, **chosen, affine=affine, odd=odd, narrow=narrow)
-            normalize(channels, dtype, **chosen, parameters=False, residual_grad=not relu)
+            forks = {"forks": relu and not odd}
+            normalize(channels, dtype, **chosen, **forks, affine=affine, odd=odd, narrow=narrow)
+            normalize(channels, dtype, **chosen, **forks, parameters=False, residual_grad=not relu)
             normalize(channels, dtype, **chosen, affine=affine, differentiable=False)
         # The gradient where the statistics are those of several processes.
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
@@ -143,9 +151,8 @@ def normalize_sweep() -> None:
             (row, None),
             ((mask, True), (None, True), (None, False)),
         ):
-            split_batch_norm.backward_input(
-                x, pooled, x, row, row, affine, affine, bits, sums, counts, 2, 1e-5, relu, False
-            )
+            given = (x, x, x, pooled, x, row, row, affine, affine, bits, sums, counts)
+            split_batch_norm.backward_input(*given, 2, 1e-5, relu, False)
 
 
 def affine_shipped() -> None:
@@ -281,8 +288,12 @@ OPERATIONS = {
         {
             "split_batch_norm_statistics_kernel": ("x_ptr",),
             "split_batch_norm_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
-            "split_batch_norm_bwd_sums_kernel": ("dy_ptr", "x_ptr", "dresidual_ptr"),
-            "split_batch_norm_bwd_input_kernel": ("dy_ptr", "x_ptr", "dx_ptr", "dresidual_ptr"),
+            "split_batch_norm_bwd_sums_kernel": (
+                "dy_ptr", "dy_skip_ptr", "x_ptr", "dresidual_ptr",
+            ),
+            "split_batch_norm_bwd_input_kernel": (
+                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "x_ptr", "dx_ptr", "dresidual_ptr",
+            ),
         },
     ),
     "frozen_affine": Operation(

@@ -138,11 +138,11 @@ def bn_arguments(which: str) -> tuple[Any, ...]:
     if which == "normalize":
         leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:])]  # type: ignore[union-attr]
         return (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False, None)
-    shared = (residual, x[:, :, 0, 0].contiguous(), x, *affine, mask)
+    shared = (x[:, :, 0, 0].contiguous(), x, *affine, mask)
     if which == "sums":
-        return (*shared, 3, 1e-3, True, True)
+        return (residual, x, *shared, 3, 1e-3, True, True)
     sums, counts = torch.randn(2, 2, 5), torch.tensor([4.0, 8.0])
-    return (*shared, sums, counts, 3, 1e-3, True, True)
+    return (residual, x, x, *shared, sums, counts, 3, 1e-3, True, True)
 
 
 X = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)

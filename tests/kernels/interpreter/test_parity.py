@@ -30,8 +30,8 @@ from kernels.operations import (
 from kernels.support import few, randn
 from torch import Tensor
 
+from arat_kernels.arrivals import counters
 from arat_kernels.cosine_invariance import cosine_invariance
-from arat_kernels.cosine_invariance import triton as cosine_kernels
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import relu_backward
@@ -225,13 +225,18 @@ def test_gradcheck_of_the_loops_over_a_long_row() -> None:
 
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(cosine_kernels._counters, "take", lambda device: counters)
-    operation = distance(70, (8, 9))
-    tensors = operation.make(7, torch.float32)
-    first = operation.results(tensors, "triton")
-    assert counters.tolist() == [0, 0]
-    assert_equal(operation.results(tensors, "triton"), first)
+    kept: dict[int, Tensor] = {}
+
+    def take(device: torch.device, size: int) -> Tensor:
+        return kept.setdefault(size, torch.zeros(size, dtype=torch.int32))
+
+    monkeypatch.setattr(counters, "take", take)
+    for operation in (distance(40, (8, 9, 7)), Norm((0, 4), 130, 3, 3).operation):
+        tensors = operation.make(7, torch.float32)
+        first = operation.results(tensors, "triton")
+        assert_equal(operation.results(tensors, "triton"), first)
+    # One for each layer; one for each branch and block of 64 channels.
+    assert [counts.tolist() for counts in kept.values()] == [[0] * 3, [0] * 6]
 
 
 @pytest.mark.parametrize("num_classes", [10, 32, 4100])
