@@ -37,14 +37,15 @@ compare-digits: install
 	  --variant "arat+swa: --objective.name arat --average.kind swa --average.every 3" \
 	  --train.epochs 12 --train.eval-every 0 --average.kind none --eval.max-samples 200
 
-# One thread a process: the small networks of the tests do not scale, and the processes do.
+# One thread a process: the small networks of the tests do not scale, and the processes do. Each
+# process keeps to a stretch of files, whose fixtures it makes once, until the other has none left.
 test test-slow: export OMP_NUM_THREADS := 1
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/interpreter
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
 
 test-slow: install
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 lint: install
 	$(BIN)/ruff check

@@ -222,7 +222,7 @@ def test_another_configuration_is_refused(
     """Of the folder's comparison, or of a finished run that lies in it."""
     before = (compared / RECORD).read_bytes()
     line = refused(capsys, [*GRID, "--data.batch-size", "32", "--out", str(compared)])
-    assert "data.batch_size=64" in line and "--out" in line
+    assert "data.batch_size=16" in line and "--out" in line
     assert (compared / RECORD).read_bytes() == before
     out = tmp_path / "out"
     shutil.copytree(compared / "natural-seed3", out / "natural-seed3")

@@ -56,17 +56,16 @@ class Operation:
 
 @cache
 def launches(name: str, whole: bool) -> list[Launch]:
-    """What is compiled of an operation: the launches of the recipes; with ``whole`` also as few as
-    cover every launch of the sweep."""
+    """As few launches of an operation as cover those of the recipes; with ``whole`` every launch of
+    the recipes, and as few as cover the sweep."""
     operation = OPERATIONS[name]
     with recorded() as shipped:
         operation.shipped()
-    found = {launch.label: launch for launch in shipped}
-    if whole:
-        with recorded() as swept:
-            operation.sweep()
-        found.update({launch.label: launch for launch in maximal(swept)})
-    return list(found.values())
+    if not whole:
+        return maximal(shipped)
+    with recorded() as swept:
+        operation.sweep()
+    return list({launch.label: launch for launch in shipped + maximal(swept)}.values())
 
 
 def at_places(t: Tensor) -> list[Tensor]:

@@ -51,8 +51,8 @@ OPTIONS = ("residual", "relu", "pooled", "affine", "training")
 CASES: dict[str, list[Operation]] = {
     "split_batch_norm": [
         Norm(sizes, training=training, channels_last=channels_last).operation
-        for sizes in ((3, 2), (4, 0), (0, 3), (1, 5))
-        for training, channels_last in product([True, False], repeat=2)
+        for sizes, channels_last in (((3, 2), False), ((4, 0), True), ((0, 3), False))
+        for training in (True, False)
     ],
     "frozen_affine": [
         affine(last, layout=layout, scaled=scaled, residual=residual)
@@ -64,20 +64,22 @@ CASES: dict[str, list[Operation]] = {
         relu(shape=shape, skip=skip) for shape in ((3, 5, 3, 7), (7, 9)) for skip in (True, False)
     ],
     "cosine_invariance": [distance(*sizes) for sizes in WIDTHS],
-    "cosine_invariance-targets": [distance(*sizes, torch.float32) for sizes in WIDTHS],
+    "cosine_invariance-targets": [distance(*sizes, torch.float32) for sizes in WIDTHS[::2]],
     "cross_entropy_grad": [classes(5, width) for width in (1, 100, 1000, 4096, 4100)],
     "pgd_step": [step(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS],
-    "random_start": [
-        *(start(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS),
-        *(start("L2", 0.5, shape=(3, size)) for size in (1, 6, 1024, 4097, 16389)),
-    ],
 }
+# No dtype plays a part here.
+STARTS = [
+    *(start(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS),
+    *(start("L2", 0.5, shape=(3, size)) for size in (1, 6, 1024, 4097, 16389)),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*product(CASES, DTYPES), ("random_start", torch.float32)], ids=str
+)
 def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
-    for operation in CASES[name]:
+    for operation in CASES.get(name, STARTS):
         tensors = operation.make(0, dtype)
         operation.check(tensors)
         for result in operation.results(tensors, "triton").values():
@@ -93,15 +95,15 @@ def test_every_combination_of_options(flags: tuple[bool, ...]) -> None:
 
 @given(
     sizes=st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda sizes: sum(sizes) > 0),
-    channels=st.sampled_from([1, 2, 7, 16, 33, 64, 65, 130]),
-    height=st.integers(1, 9),
+    channels=st.sampled_from([1, 2, 7, 16, 33, 65]),
+    height=st.integers(1, 5),
     width=st.integers(1, 9),
     dtype=st.sampled_from(DTYPES),
     pooled=st.booleans(),
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@few(10)
+@few(8)
 def test_any_batch_norm(dtype: torch.dtype, seed: int, **options: Any) -> None:
     norm = Norm(**options)
     counts = [size * norm.height * norm.width for size in norm.sizes if size]

@@ -27,8 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLAGS = [True, False]
 
 
-@pytest.mark.parametrize("pooled", FLAGS)
-@pytest.mark.parametrize("programs", [1, 7])
+@pytest.mark.parametrize(("programs", "pooled"), [(1, True), (7, False)])
 def test_many_tiles_and_segments(
     monkeypatch: pytest.MonkeyPatch, programs: int, pooled: bool
 ) -> None:
