@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -88,23 +88,27 @@ def check_samples(images: Tensor, labels: Tensor, num_classes: int, max_value: i
         )
     if images.numel() == 0:
         raise ValueError("the dataset is empty, expected at least one image")
-    check_labels(labels, len(images), num_classes)
+    check_labels(labels, len(images), num_classes, "image {}".format)
     if int(images.max()) > max_value:
         raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
 
 
-def check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
-    """Raise ValueError unless these are labels (num_samples,), int64 in [0, num_classes)."""
+def check_labels(
+    labels: Tensor, num_samples: int, num_classes: int, name: Callable[[int], str]
+) -> None:
+    """Raise ValueError unless these are labels (num_samples,), int64 in [0, num_classes); ``name``
+    is what a sample is called."""
     if labels.shape != (num_samples,) or labels.dtype != torch.int64:
         raise ValueError(
             f"one label per image is expected, int64, got {tuple(labels.shape)} labels of "
             f"{labels.dtype} for {num_samples} images"
         )
-    low, high = (int(v) for v in torch.aminmax(labels))
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels must lie in [0, {num_classes - 1}], got values from {low} to {high}"
-        )
+    for index in (int(labels.argmin()), int(labels.argmax())):
+        if not 0 <= int(labels[index]) < num_classes:
+            raise ValueError(
+                f"{name(index)}: labels must lie in [0, {num_classes - 1}], got "
+                f"{int(labels[index])}"
+            )
 
 
 class ResidentBatches(Batches):

@@ -61,7 +61,7 @@ class StreamedBatches(Batches):
         memory_format: torch.memory_format = torch.contiguous_format,
         num_workers: int = 0,
     ) -> None:
-        check_labels(samples.labels, len(samples), len(classes))
+        check_labels(samples.labels, len(samples), len(classes), samples.name)
         if isinstance(framing, Framing):
             height, width, channels = framing.size, framing.size, 3
         else:

@@ -263,6 +263,8 @@ class Run:
                 shard=ranks.shard,
                 bad_images=self.bad_images,
             )
+        for note in self.data.notes:
+            self.display.say(note)
         if self.data.skipped:
             first = self.data.skipped[0]
             self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
