@@ -130,6 +130,7 @@ def test_names_are_short_and_different(tmp_path: Path) -> None:
         (0.60, -0.3, 0.01, "gradient conflict"),
         (0.475, 0.1, 0.01, "neither"),
         (0.30, -0.1, 0.01, "neither"),
+        (0.30, 0.001, 0.01, "neither"),
         (0.30, 0.4, 0.5, "neither"),
         # One batch gives no verdict.
         (0.30, 0.4, None, None),
@@ -138,7 +139,7 @@ def test_names_are_short_and_different(tmp_path: Path) -> None:
 def test_words_on_conflict_follow_the_numbers(
     share: float, cosine: float, std: float | None, verdict: str | None
 ) -> None:
-    pair = {"share": share, "share_std": std, "cosine": cosine}
+    pair = {"share": share, "share_std": std, "cosine": cosine, "cosine_std": std}
     counts = {"unrelated": 0.48, "entries": 1000, "num_batches": 4}
     words = analysis_sentences({"gradient-conflict": {"pairs": {"classification": pair}, **counts}})
     assert words[1:] == [] if verdict is None else verdict in words[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
@@ -14,9 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arat_kernels.implementation import Impl, choose
 from arat_kernels.split_batch_norm.api import check_counts
 from arat_kernels.split_batch_norm.reference import split_batch_norm_reference
-
-if importlib.util.find_spec("triton"):
-    from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,6 +118,8 @@ class SplitBatchNorm2d(nn.Module):
         else:
             buffers = self.running_mean, self.running_var
             choose(self.impl, x, self.weight, self.bias, *buffers, residual)
+            from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
+
             run = split_batch_norm_triton
         y, pooled = run(
             x,
