@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict
 from arat_fast.compare.results import read_cell
 from arat_fast.config import config_to_dict
-from arat_fast.device import source_commit, versions
+from arat_fast.device import count_gpus, source_commit, versions
 from arat_fast.files import write_json
 from arat_fast.stop import InterruptedRun, stop_on_signals
 
@@ -210,7 +208,7 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs must be >= 1, got {jobs}")
     one = device.startswith("cuda:")
-    gpus = 1 if one else torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    gpus = 1 if one else count_gpus() if device in ("auto", "cuda") else 0
     if gpus:
         if jobs is not None and jobs > gpus:
             raise ValueError(f"--jobs must be at most the {gpus} GPUs, one run on each, got {jobs}")

@@ -48,7 +48,7 @@ def step_of(
 ) -> TrainStep:
     parameters = [*model.parameters(), *objective.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    options = {"generator": generator(3), **options}
+    options = {"generator": generator(3), "precision": torch.float32, **options}
     return TrainStep(model, objective, attack, optimizer, **options)
 
 
@@ -301,7 +301,9 @@ def test_a_torchvision_network(
     model = convert_split_batch_norm(torchvision.models.resnet18(num_classes=4))
     objective = ARAT(model, layers, (3, 32, 32), gamma=1.0)
     parameters = [*model.parameters(), *objective.parameters()]
-    step = TrainStep(model, objective, PGD(num_steps=1, bn=bn), optimizer(parameters))
+    step = TrainStep(
+        model, objective, PGD(num_steps=1, bn=bn), optimizer(parameters), precision=torch.float32
+    )
     objective.start_epoch(0.5)
     x, y = batch(size=32)
     before = copy.deepcopy(model.state_dict())

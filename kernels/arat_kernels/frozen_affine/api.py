@@ -60,7 +60,7 @@ def frozen_affine(
             )
     if residual is not None:
         _check_like("residual", residual, "x", x)
-    if choose(impl, x, scale, shift, residual) == "triton":
+    if choose(impl, x, scale, shift, residual, operation="frozen_affine") == "triton":
         from arat_kernels.frozen_affine.triton import forward
 
         y: Tensor = forward(x, scale, shift, residual, relu)
@@ -94,7 +94,7 @@ def relu_backward(
     _check_like("dy", dy, "y", y)
     if dy_skip is not None:
         _check_like("dy_skip", dy_skip, "y", y)
-    implementation = choose(impl, dy, y, dy_skip)
+    implementation = choose(impl, dy, y, dy_skip, operation="relu_backward")
     with torch.no_grad():
         if implementation == "triton":
             from arat_kernels.frozen_affine.triton import backward

@@ -115,8 +115,9 @@ def split_batch_norm(
     _check(x, weight, bias, running_mean, running_var, sizes, momentum, eps, residual)
     if training and group is None:
         check_counts(x, sizes)
+    tensors = x, weight, bias, running_mean, running_var, residual
     run = split_batch_norm_reference
-    if choose(impl, x, weight, bias, running_mean, running_var, residual) == "triton":
+    if choose(impl, *tensors, operation="split_batch_norm") == "triton":
         from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
 
         run = split_batch_norm_triton

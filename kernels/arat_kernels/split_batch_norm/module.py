@@ -113,14 +113,14 @@ class SplitBatchNorm2d(nn.Module):
         update = training and self.statistics != "batch"
         if training and self.group is None and 1 in sizes:
             check_counts(x, sizes)
-        if self.impl == "reference" or (self.impl is None and not x.is_cuda):
-            run = split_batch_norm_reference
-        else:
+        run = split_batch_norm_reference
+        if self.impl != "reference" and (self.impl is not None or x.is_cuda):
             buffers = self.running_mean, self.running_var
-            choose(self.impl, x, self.weight, self.bias, *buffers, residual)
-            from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
+            tensors = x, self.weight, self.bias, *buffers, residual
+            if choose(self.impl, *tensors, operation="split_batch_norm") == "triton":
+                from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
 
-            run = split_batch_norm_triton
+                run = split_batch_norm_triton
         y, pooled = run(
             x,
             self.weight,

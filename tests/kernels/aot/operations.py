@@ -14,9 +14,9 @@ from itertools import product
 
 import torch
 from kernels.aot.launches import Launch, maximal, recorded
-from kernels.support import at_an_odd_place, randn
 from torch import Tensor
 
+from arat_kernels.checks import at_an_odd_place, randn
 from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad

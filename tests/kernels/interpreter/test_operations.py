@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from kernels.edges import EDGES, Run
-from kernels.operations import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal
-from kernels.support import at_an_odd_place
 from torch import Tensor
 
+from arat_kernels.checks import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal, at_an_odd_place
 from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad

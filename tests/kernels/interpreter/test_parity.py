@@ -10,7 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.operations import (
+from kernels.support import few
+from torch import Tensor
+
+from arat_kernels.arrivals import counters
+from arat_kernels.checks import (
     ALPHA,
     EPS,
     SLACK,
@@ -23,14 +27,11 @@ from kernels.operations import (
     crops,
     distance,
     image_tensors,
+    randn,
     relu,
     start,
     step,
 )
-from kernels.support import few, randn
-from torch import Tensor
-
-from arat_kernels.arrivals import counters
 from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad

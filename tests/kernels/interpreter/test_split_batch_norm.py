@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernels.operations import Norm
 from kernels.split_batch_norm_group import check_two_processes
 from torch import Tensor, nn
 
 import arat_kernels.split_batch_norm.triton as implementation
+from arat_kernels.checks import Norm
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
