@@ -116,9 +116,6 @@ def run(options: Options) -> int:
         # torch.compile takes longest: a quick run has it once.
         chosen = {n: c for n, c in contestants.items() if not (options.quick and c.compiles)}
         stages.append(partial(_speeds, bench, chosen, workload, steps))
-    speeds_of_last = partial(_speeds, bench, contestants, todo[-1], steps)
-    if not options.quick:
-        stages.append(speeds_of_last)
     if options.correctness:
         smallest = min(workload.batch_size for workload in todo)
         small = replace(todo[0], batch_size=min(128 if on_gpu else 16, smallest))
@@ -128,9 +125,8 @@ def run(options: Options) -> int:
         for name in options.profile
         if name in contestants
     ]
-    if options.quick:
-        # It is the last that is lost if time runs out.
-        stages.append(speeds_of_last)
+    # It is the last that is lost if time runs out.
+    stages.append(partial(_speeds, bench, contestants, todo[-1], steps))
     for stage in stages:
         stage()
         free_memory(bench.device)
