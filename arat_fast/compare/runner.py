@@ -18,7 +18,7 @@ from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict
 from arat_fast.compare.results import read_cell
 from arat_fast.config import config_to_dict
 from arat_fast.device import count_gpus, source_commit, versions
-from arat_fast.files import write_json
+from arat_fast.files import make_folder, write_json
 from arat_fast.stop import InterruptedRun, stop_on_signals
 
 _POLL_SECONDS = 0.2
@@ -71,7 +71,7 @@ class GridRunner:
             ValueError: another process works in the folder, or a run in it is of another
                 configuration.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         with _lock(self.out) as lock, stop_on_signals() as stop:
             pending = [cell for cell in self._grid if not self._take(cell)]
             self._save()

@@ -136,12 +136,8 @@ class SplitBatchNorm2d(nn.Module):
             relu,
             self.pooled_sink is not None,
             None if self.group is None else self.group.group_name,
+            self.num_batches_tracked,
         )
-        if update:
-            if sizes[CLEAN] and sizes[ADV]:
-                self.num_batches_tracked += 1
-            else:
-                self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
         if self.pooled_sink is not None:
             assert pooled is not None
             self.pooled_sink(pooled)
