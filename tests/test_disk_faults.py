@@ -212,8 +212,8 @@ def ends_well(trial: Trial, place: Path, expected: dict[str, Any]) -> str:
 
 
 def meaning(tree: Tree) -> dict[str, Any]:
-    """What files hold, without times and the run's name; beside parts of an evaluation and checkpoints before the
-    newest, of which there may be fewer."""
+    """What files hold, without times and the name of the run; beside parts of an evaluation and
+    checkpoints before the newest, of which there may be fewer."""
     found = {
         name: _meaning(name, content)
         for name, content in tree.items()
