@@ -153,6 +153,11 @@ class Watch:
         return self._told(lost)
 
     def _told(self, lost: list[int]) -> str:
+        if self._store_lost:
+            return (
+                f"the launcher or rank 0 was lost at step {self.step}, and this process ends with "
+                "it; go on from the last checkpoint with --resume"
+            )
         ranks = ", ".join(f"rank {r} ({self._heard[r][0].partition(' ')[2]})" for r in lost)
         return (
             f"{ranks} was lost at step {self.step}, and the others of the {self.world_size} "
@@ -179,8 +184,9 @@ class Watch:
                 lost = self._silent(SILENT_SECONDS)
         except RuntimeError:
             self._store_lost = True
-            return
-        # The main thread leaves the next meeting or collective, but may not come to one for long.
+            lost = [0]
+        # The main thread leaves the next meeting or collective, but may not come to one for long,
+        # or wait in it for a process that hangs.
         if not self.stopped.wait(LEAVE_SECONDS):
             if lost and self.claim():
                 print(f"arat-fast: error: {self._told(lost)}", file=sys.stderr, flush=True)
