@@ -88,7 +88,15 @@ def load_data(
             ``num_val`` leaves too few images to train on.
     """
     dataset = DATASETS[config.name]
-    content = dataset.load(config.root, config.download)
+    try:
+        content = dataset.load(config.root, config.download)
+    except FileNotFoundError as error:
+        if not dataset.own:
+            raise
+        raise FileNotFoundError(
+            f"{error}; where it was moved, pass its folder: --data.root of train, --data-root of "
+            "eval and analyze"
+        ) from error
     try:
         return _splits(
             dataset,
