@@ -336,6 +336,13 @@ class Config:
         return "split" if splits and model_spec(self.model.name).has_batch_norm else "shared"
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a batch, as far as it is known before the images are."""
+        dataset = DATASETS[self.data.name]
+        size = dataset.image_size or (32 if dataset.own else self.data.image_size)
+        return dataset.channels, size, size
+
+    @property
     def regularized_layers(self) -> tuple[str, ...]:
         """The layers of the objective's distance: those asked for, else those published."""
         return self.objective.regularized_layers(model_spec(self.model.name).regularized_layers)

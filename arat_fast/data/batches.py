@@ -13,6 +13,7 @@ from torch import Tensor
 from arat_fast.data.crops import CropFlip
 from arat_fast.data.framing import NO_SHIFT, Framing, Shift
 from arat_fast.data.plan import BatchPlan, seeded_generator
+from arat_kernels.implementation import Impl
 
 
 class Batch(NamedTuple):
@@ -36,7 +37,10 @@ class Batches(ABC):
         num_classes: number of classes.
         image_shape: (C, H, W) of a batch.
         classes: class names, one per label.
+        impl: implementation of the cropping; None: the fastest for the device.
     """
+
+    impl: Impl | None = None
 
     def __init__(
         self, plan: BatchPlan, classes: tuple[str, ...], image_shape: tuple[int, int, int]
@@ -183,4 +187,4 @@ class ResidentBatches(Batches):
             draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
                 mirror it.
         """
-        return Batch(self._crop_flip(self.images, index, draws), self.labels[index])
+        return Batch(self._crop_flip(self.images, index, draws, self.impl), self.labels[index])

@@ -26,7 +26,6 @@ from arat_fast.datasets.prepared import FILES, array_folder
 from arat_fast.datasets.rows import ArrayRows, Images
 from arat_fast.datasets.webdataset import index_shards, is_shard
 from arat_fast.files import write_atomic
-from arat_fast.recipes import RECIPES
 
 OWN = {
     "folder": "images in folders by class",
@@ -256,6 +255,8 @@ def _numbered(
 
 def _command(name: str, root: Path) -> str:
     """What trains a ResNet-18 on the dataset: its own recipe, or that of images in folders."""
+    from arat_fast.recipes import RECIPES  # With the command line's library.
+
     recipe = f"{name}-resnet18"
     chosen = [recipe] if recipe in RECIPES else ["folder-resnet18", "--data.name", name]
     return shlex.join(["arat-fast", "train", *chosen, "--data.root", str(root)])

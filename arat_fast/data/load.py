@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arat_fast.config import DataConfig
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
@@ -27,8 +26,10 @@ from arat_fast.datasets.encoded import EncodedImages, decode_all
 from arat_fast.datasets.members import told
 from arat_fast.datasets.prepared import array_folder
 from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
+from arat_kernels.implementation import Impl
 
 if TYPE_CHECKING:
+    from arat_fast.config import DataConfig
     from arat_fast.distributed import Ranks
 
 _EVALUATION_SEED = 21
@@ -69,6 +70,7 @@ def load_data(
     memory_format: torch.memory_format = torch.contiguous_format,
     shard: Shard = WHOLE,
     bad_images: BadImages | None = None,
+    impl: Impl | None = None,
 ) -> DataSplits:
     """Read a dataset and split it.
 
@@ -81,6 +83,7 @@ def load_data(
         shard: this process; all ranks share every batch of ``train`` and ``probe``, while ``val``
             and ``test`` are whole on each, which reads the batches that it evaluates.
         bad_images: finds the files to leave out, where ``config.bad_images`` is "skip".
+        impl: implementation of the cropping; None: the fastest for the device.
 
     Raises:
         FileNotFoundError: the dataset is absent, or could not be downloaded.
@@ -98,7 +101,7 @@ def load_data(
             "eval and analyze"
         ) from error
     try:
-        return _splits(
+        splits = _splits(
             dataset,
             content,
             config,
@@ -111,6 +114,10 @@ def load_data(
         )
     except ValueError as error:
         raise ValueError(f"dataset {config.name}: {error}") from error
+    for batches in (splits.train, splits.probe, splits.val, splits.test):
+        if batches is not None:
+            batches.impl = impl
+    return splits
 
 
 def download_data(config: DataConfig, ranks: Ranks) -> None:

@@ -108,7 +108,7 @@ class LoaderBatches(StreamedBatches):
             pixels, labels, draws = (t.to(self.device, non_blocking=on_gpu) for t in tensors)
             if isinstance(self.framing, Shift):
                 every = torch.arange(len(pixels), device=self.device)
-                x = self._crop_flip(pixels.permute(0, 3, 1, 2), every, draws)
+                x = self._crop_flip(pixels.permute(0, 3, 1, 2), every, draws, self.impl)
             else:
                 x = to_unit_range(pixels, 255, self._buffers)
             yield Batch(x.contiguous(memory_format=self.memory_format), labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -77,6 +77,7 @@ class Summary:
     """summary.json; of a run that has not written one every field is at its default.
 
     Attributes:
+        warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
         wall_seconds: by "train" and "eval".
@@ -98,6 +99,7 @@ class Summary:
     precision: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     kernels: str | None = None
+    warnings: Sequence[str] = ()
     command: str | None = None
     commit: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
@@ -145,7 +147,7 @@ class Run:
         training_analyses: during training, in order.
         analyses: what ``arat-fast analyze`` found of this state of the training, by part.
         examples: None where there are none.
-        notes: what was missing or unreadable, in words.
+        notes: what the run warned of, and what was missing or unreadable, in words.
     """
 
     path: Path
@@ -217,7 +219,7 @@ def read_run(path: Path) -> Run:
         training_analyses,
         read_analyses(path / "analysis", summary.steps, notes),
         _read(path / "examples.npz", _parse_examples, notes),
-        tuple(notes),
+        (*summary.warnings, *notes),
     )
 
 

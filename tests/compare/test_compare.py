@@ -354,6 +354,7 @@ def test_a_folder_at_work_is_refused(tmp_path: Path) -> None:
 
 def test_cores_are_divided_and_gpus_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert environments("auto", None) == [{"OMP_NUM_THREADS": "8"}]
