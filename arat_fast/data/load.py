@@ -24,7 +24,7 @@ from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import EncodedImages, decode_all
 from arat_fast.datasets.members import told
-from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.prepared import array_folder, conversions
 from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
 from arat_kernels.implementation import Impl
 
@@ -322,7 +322,9 @@ def _with_generated(content: Content, folder: Path) -> Content:
             f"{int(generated.labels.max())}"
         )
     rows = JoinedRows([train.rows, generated.rows])
-    return content._replace(train=Images(rows, torch.cat([train.labels, generated.labels])))
+    labels = torch.cat([train.labels, generated.labels])
+    notes = (*content.notes, *conversions(generated))
+    return content._replace(train=Images(rows, labels), notes=notes)
 
 
 def _mixed(samples: Samples | None) -> Samples | None:
