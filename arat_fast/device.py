@@ -130,7 +130,16 @@ def source_commit() -> str | None:
         return None
     try:
         result = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            [
+                "git",
+                "--no-optional-locks",
+                "-C",
+                str(folder),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=12",
+            ],
             capture_output=True,
             text=True,
             timeout=10,

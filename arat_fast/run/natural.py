@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from arat_fast.config import Config
+from arat_fast.files import read_json
 from arat_fast.objectives.adversarial_training import NaturalTraining
 from arat_fast.run.state import Run
 from arat_fast.saved.weights import load_weights, read_safetensors
@@ -65,7 +66,7 @@ def load_natural(model: nn.Module, path: Path) -> dict[str, Any]:
     load_weights(model, tensors, str(weights))
     summary: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        summary = json.loads((weights.parent / "summary.json").read_text())
+        summary = read_json(weights.parent / "summary.json")
     return {
         "source": str(path),
         "epochs": summary.get("epochs"),
