@@ -72,7 +72,7 @@ def class_order(known: Sequence[str], given: Sequence[str], source: object) -> l
         lacking, instead = (f"{', '.join(n[:3])}{', …' * (len(n) > 3)}" or "none" for n in only)
         raise ValueError(
             f"{source} was trained on other classes, so that a label means something else: only "
-            f"there {lacking}; only here {instead}; name the classes as in the training, or give other "
-            "images"
+            f"there {lacking}; only here {instead}; name the classes as in the training, or give "
+            "other images"
         )
     return [ours.index(name) for name in theirs]
