@@ -193,7 +193,7 @@ def evaluate_checkpoint(
         **({"matched_by_name": list(found.classes)} if mapped else {}),
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
         "accuracy": suite.record(),
-        **({"left_out": suite.left_out} if suite.left_out else {}),
+        **suite.remarks(),
         "wall_seconds": {"eval": seconds},
     }
     if out is not None:

@@ -79,6 +79,7 @@ class Summary:
     Attributes:
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
+        collapsed: that the model has learned nothing, in words.
         wall_seconds: by "train" and "eval".
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
@@ -106,6 +107,7 @@ class Summary:
     model: str | None = None
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    collapsed: str = ""
 
 
 @dataclass(frozen=True)

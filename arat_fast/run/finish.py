@@ -93,7 +93,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             "split": "test",
             "model": kind,
             "accuracy": suite.record(),
-            **({"left_out": suite.left_out} if suite.left_out else {}),
+            **suite.remarks(),
             "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
         }
         write_json(run.out / "summary.json", summary)

@@ -59,7 +59,8 @@ def num_logits(model: nn.Module, x: Tensor) -> int:
         x: images (N, C, H, W), N >= 1.
     """
     with use_statistics(model, "running"):
-        return int(model(x[:1]).shape[1])
+        # Not through its hooks, which are for the loop's own passes.
+        return int(model.forward(x[:1]).shape[1])
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:
