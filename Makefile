@@ -35,14 +35,15 @@ OUT ?= runs/compare-digits
 compare-digits: install
 	$(BIN)/python -m benchmarks.compare_digits --out $(OUT)
 
-# One thread a process: the small networks of the tests do not scale, and the processes do.
+# One thread a process: the small networks of the tests do not scale, and the processes do. Each
+# process keeps to a stretch of files, whose fixtures it makes once, until the other has none left.
 test test-slow: export OMP_NUM_THREADS := 1
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/interpreter
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
 
 test-slow: install
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 lint: install
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""The command ``arat-fast``: train, eval, compare, analyze, report, export, data, info.
+"""The command ``arat-fast``: train, eval, compare, analyze, report, export, data, info, doctor.
 
 Each command imports what it needs: ``--help`` and ``--version`` wait for no library.
 """
@@ -435,8 +435,10 @@ class Prepare(Command):
         if self.path.suffix == ".npz":
             if self.out is None:
                 raise UsageError(f"a folder to write is expected after {self.path}")
-            number = convert_npz(self.path, self.out)
+            number, notes = convert_npz(self.path, self.out)
             print(f"converted: {number:,} images with labels, checksums right")
+            if notes:
+                print(f"images were read from {', '.join(notes)}")
             print(f"folder: {self.out}; mix it in with --data.unsup {self.out}")
             return 0
         if self.out is not None:
@@ -457,20 +459,68 @@ class Info(Command):
     def __call__(self, arguments: list[str]) -> int:
         import torch
 
-        from arat_fast.device import describe_device, has_bf16, source_commit, versions
+        from arat_fast.device import (
+            count_gpus,
+            describe_device,
+            has_bf16,
+            source_commit,
+            versions,
+        )
+        from arat_fast.doctor import last_result, wrong_functions
         from arat_fast.objectives import OBJECTIVES
 
         facts = {**versions(), "commit": source_commit(), "objectives": ", ".join(OBJECTIVES)}
-        for name in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        num_gpus = 0
+        try:
+            num_gpus = count_gpus()
+        except ValueError as error:
+            facts["gpu"] = str(error)
+        for name in ["cpu", *(f"cuda:{i}" for i in range(num_gpus))]:
             device = torch.device(name)
             arithmetic = "bf16" if has_bf16(device) else "no bf16"
             facts[name] = f"{describe_device(device)}, {arithmetic}"
-        gpu = torch.cuda.is_available()
-        facts["kernels"] = "Triton (interpreter or GPU)" if gpu else "reference (no GPU)"
+        facts["kernels"] = "Triton (interpreter or GPU)" if num_gpus else "reference (no GPU)"
+        last = last_result()
+        if last is not None:
+            wrong = ", ".join(wrong_functions(last[0]["operations"])) or "nothing"
+            facts["self-check"] = f"wrong: {wrong} ({last[1]})"
         for name, fact in facts.items():
             if fact:
                 print(f"{name:14} {fact}")
         return 0
+
+
+@dataclass(frozen=True)
+class Doctor(Command):
+    """Hold every kernel to its reference on this machine's GPU, at the shapes of a recipe, and time
+    it. Exits with 1 where one is wrong."""
+
+    recipe: tyro.conf.Positional[str] = "cifar10-resnet18"
+    """Recipe whose network, batch and attack are taken."""
+    device: str = "cuda"
+    """cuda or cuda:N."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast import doctor
+        from arat_fast.build import build_network
+        from arat_fast.device import resolve_device, resolve_precision
+        from arat_fast.display import Display
+        from arat_fast.recipes import recipe
+
+        device, config = resolve_device(self.device), recipe(self.recipe)
+        if device.type != "cuda":
+            raise ValueError(f"the kernels run on a GPU, expected cuda or cuda:N, got {device}")
+        shape, classes = config.image_shape, 10
+        model = build_network(config, classes, shape)
+        operations = doctor.operations_of(
+            model, shape, classes, config.data.batch_size, config.attack
+        )
+        precision = resolve_precision("auto", device)
+        with Display().evaluating() as bar:
+            record, file = doctor.examine(operations, precision, device, whole=True, progress=bar)
+        print(doctor.table(record))
+        print(f"record: {file}")
+        return 1 if doctor.wrong_functions(record["operations"]) else 0
 
 
 COMMANDS: dict[str, type[Command]] = {
@@ -482,4 +532,5 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "data": Data,
     "info": Info,
+    "doctor": Doctor,
 }

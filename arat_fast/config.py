@@ -38,8 +38,8 @@ Compat = Literal["paper", "official"]
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "resnet18"
-    """resnet8 (8×8 images), resnet18, wrn34-10 (32×32), resnet50 or convnext-t (224×224; by timm,
-    an extra; it has no BatchNorm to split)."""
+    """resnet8 (8×8 images), resnet8-s2 (28×28, first convolution of stride 2), resnet18, wrn34-10
+    (32×32), resnet50 or convnext-t (224×224; by timm, an extra; it has no BatchNorm to split)."""
     norm: Literal["auto", "split", "shared"] = "auto"
     """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto"
     splits for ARAT and for LBGAT guided by its own clean branch."""
@@ -334,6 +334,13 @@ class Config:
             return self.model.norm
         splits = self.objective.splits_batch_norm
         return "split" if splits and model_spec(self.model.name).has_batch_norm else "shared"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a batch, as far as it is known before the images are."""
+        dataset = DATASETS[self.data.name]
+        size = dataset.image_size or (32 if dataset.own else self.data.image_size)
+        return dataset.channels, size, size
 
     @property
     def regularized_layers(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from rich.progress import (
 QUIET_SECONDS = 10.0
 """Longest silence during an evaluation whose output is not a terminal."""
 
-Unit = Literal["images", "passes"]
+Unit = Literal["images", "passes", "operations"]
 
 
 class SuiteProgress(Protocol):
@@ -144,7 +144,7 @@ class EvaluationBar(_Bar):
         if unit == "passes":
             status = f"{total} images standing, {done:,} forward passes"
         else:
-            status = f"{done} of {total} images"
+            status = f"{done} of {total} {unit}"
         if name != self.name:
             self.name = name
             if self.task is not None:

@@ -47,6 +47,20 @@ def digits() -> Config:
     )
 
 
+def fashion_mnist(model: str) -> Config:
+    """Fashion-MNIST, L∞ 0.1, PGD-5: resnet8-s2 for one CPU core, resnet18 for a GPU."""
+    small = model == "resnet8-s2"
+    return Config(
+        recipe=f"fashion-mnist-{model.removesuffix('-s2')}",
+        model=ModelConfig(model),
+        attack=PGD(eps=0.1, alpha=0.03, num_steps=5),
+        schedule=ScheduleConfig("onecycle"),
+        data=DataConfig("fashion-mnist", padding=2),
+        step=StepConfig(precision="float32" if small else "auto"),
+        train=TrainConfig(epochs=6 if small else 30, eval_every=0),
+    )
+
+
 def published(dataset: DatasetName, model: str) -> Config:
     """The paper's run: PGD-10 at 8/255, SGD, 100 epochs of batch 128, drops at epochs 76 and 91.
 
@@ -107,6 +121,8 @@ def imagenet(model: str = "resnet50", attack: Literal["pgd3", "fgsm"] = "pgd3") 
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
+    "fashion-mnist-resnet8": partial(fashion_mnist, "resnet8-s2"),
+    "fashion-mnist-resnet18": partial(fashion_mnist, "resnet18"),
     "imagenet-resnet50": imagenet,
     "imagenet-resnet50-fgsm": partial(imagenet, attack="fgsm"),
     "imagenet-convnext-t": partial(imagenet, "convnext-t"),

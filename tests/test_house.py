@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     *("files", "device", "extras", "statistics", "stop", "settings"),
     *("models", "attacks", "objectives", "datasets", "config", "recipes", "command_line"),
-    *("display", "data", "distributed", "build", "training"),
+    *("display", "data", "distributed", "build", "training", "doctor"),
     *("saved", "evaluation", "analysis", "run"),
     *("report", "export", "compare", "cli", "__main__"),
 ]
@@ -58,6 +60,22 @@ def test_no_package_imports_one_above_it() -> None:
 def test_kernels_do_not_need_the_trainer() -> None:
     names = {name for path in (ROOT / "kernels").rglob("*.py") for name in imported(path)}
     assert {name.partition(".")[0] for name in names}.isdisjoint({"arat_fast"})
+
+
+def test_the_library_needs_no_command_line() -> None:
+    """Nor progress bars, plots, DALI or AutoAttack: torch, torchvision, triton and numpy do."""
+    script = """
+import importlib, pkgutil, sys
+for name in "tyro rich matplotlib nvidia.dali pyautoattack sklearn scipy jinja2".split():
+    sys.modules[name] = None
+for name in ("models", "attacks", "objectives", "datasets", "data", "training"):
+    package = importlib.import_module(f"arat_fast.{name}")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"arat_fast.{name}.{module.name}")
+from arat_fast import ARAT, PGD, TrainStep, convert_split_batch_norm
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kernels_is_a_source_root() -> None:

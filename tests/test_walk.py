@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from tiny import changed
 
 import arat_fast
 import arat_kernels
@@ -42,7 +43,8 @@ class Walk:
 def test_walk_of_a_step(tmp_path: Path) -> None:
     """Half of the calls and half of the changes of file that there once were: 1,417 and 679."""
     torch.set_num_threads(1)
-    run = Run(recipe("digits"), tmp_path / "run", display=Display(Console(quiet=True)))
+    config = changed(recipe("digits"), "data", num_val=1117)
+    run = Run(config, tmp_path / "run", display=Display(Console(quiet=True)))
     walk = Walk(skipped=4)
     with run.display.training(run.total_steps, 0) as run.bar:
         for hook in run.hooks:

@@ -22,7 +22,7 @@ from arat_fast.device import describe_device, resolve_device, source_commit, ver
 from arat_fast.display import Display
 from arat_fast.evaluation import ImageSet, ThreatModel
 from arat_fast.evaluation.checkpoint import place_network
-from arat_fast.files import write_json
+from arat_fast.files import make_folder, write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
 from arat_fast.saved.weights import load_weights
 from arat_fast.training.checkpoint import load_checkpoint
@@ -196,7 +196,7 @@ def _analyze(
 ) -> Analysis:
     path, saved, config, test = opened.path, opened.saved, opened.config, opened.data.test
     folder = path / "analysis" if path.is_dir() else path.with_name(f"{path.stem}.analysis")
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     images = ImageSet.from_batches(test, settings.num_images)
     records, left_out = _of_training(opened, settings)
     if "masking" in settings.parts:

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict, read_record
 from arat_fast.compare.results import read_cell
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
-from arat_fast.device import source_commit, versions
-from arat_fast.files import write_json, write_text
+from arat_fast.device import count_gpus, source_commit, versions
+from arat_fast.files import make_folder, write_json, write_text
 from arat_fast.stop import InterruptedRun, stop_on_signals
 from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
@@ -77,7 +75,7 @@ class GridRunner:
             ValueError: another process works in the folder, or a run in it is of another
                 configuration.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         with _lock(self.out) as lock, stop_on_signals() as stop:
             if (self.out / RECORD).exists():
                 before = read_record(self.out / RECORD)["cells"]
@@ -239,7 +237,7 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs must be >= 1, got {jobs}")
     one = device.startswith("cuda:")
-    gpus = 1 if one else torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    gpus = 1 if one else count_gpus() if device in ("auto", "cuda") else 0
     if gpus:
         if jobs is not None and jobs > gpus:
             raise ValueError(f"--jobs must be at most the {gpus} GPUs, one run on each, got {jobs}")
@@ -309,7 +307,7 @@ def share_training(source: Path, target: Path, config: Config) -> bool:
     saved = dataclasses.replace(config_from_dict(state["run"]["config"]), average=config.average)
     check_same_run(config, saved, source / CHECKPOINT)
     lines = (source / _METRICS).read_bytes()[: state["hooks"]["metrics.jsonl"]["bytes"]]
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     write_text(target / _METRICS, lines.decode())
     state["run"]["config"] = config_to_dict(config)
     state["average"] = {"num_averaged": 0, "statistics_fresh": True, "model": None}

@@ -46,6 +46,11 @@ MODELS: dict[str, ModelSpec] = {
         ("layer3.0.bn1", "layer3.0.bn2"),
         8,
     ),
+    "resnet8-s2": ModelSpec(
+        partial(ResNet, BasicBlock, (1, 1, 1), (32, 64, 128), stem="strided"),
+        ("layer3.0.bn1", "layer3.0.bn2"),
+        28,
+    ),
     "resnet18": ModelSpec(
         partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)), _LAST_STAGE_18, 32
     ),
@@ -93,8 +98,8 @@ def create_model(
     """Build a network with fresh weights (PyTorch's default generator).
 
     Args:
-        name: resnet8 (8×8 images), resnet18, wrn34-10 (32×32), resnet50, convnext-t (224×224;
-            the latter needs timm).
+        name: resnet8 (8×8 images), resnet8-s2 (28×28), resnet18, wrn34-10 (32×32), resnet50,
+            convnext-t (224×224; the latter needs timm).
         num_classes: number of logits.
         in_channels: channels of the image.
         norm: "split" (two BatchNorm branches) or "shared" (ordinary BatchNorm).

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_fast.models.layers import GlobalAvgPool2d, Norm, Normalize, StemConv2d, make_norm
+from arat_kernels.split_batch_norm import skip_of
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -45,6 +46,7 @@ class BasicBlock(_Shortcut):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn1(self.conv1(x), relu=True)
         out = self.conv2(out)
+        x = skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
         out = self.bn2(out, identity, relu=True)
         return out
@@ -70,6 +72,7 @@ class Bottleneck(_Shortcut):
         out: Tensor = self.bn1(self.conv1(x), relu=True)
         out = self.bn2(self.conv2(out), relu=True)
         out = self.conv3(out)
+        x = skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
         out = self.bn3(out, identity, relu=True)
         return out
@@ -85,7 +88,8 @@ class ResNet(nn.Module):
             the resolution.
         num_classes: number of logits.
         in_channels: channels of the image.
-        stem: "cifar" (3×3, stride 1) or "imagenet" (7×7, stride 2, then 3×3 max-pooling, stride 2).
+        stem: "cifar" (3×3, stride 1), "strided" (3×3, stride 2) or "imagenet" (7×7, stride 2, then
+            3×3 max-pooling, stride 2).
         norm: "split" or "shared" BatchNorm.
         mean, std: per-channel normalisation inside the network; empty for none.
 
@@ -99,19 +103,18 @@ class ResNet(nn.Module):
         widths: Sequence[int],
         num_classes: int,
         in_channels: int = 3,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Literal["cifar", "strided", "imagenet"] = "cifar",
         norm: Norm = "split",
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std) if mean else nn.Identity()
-        if stem == "cifar":
-            self.conv1 = StemConv2d(in_channels, widths[0], 3, 1, 1, bias=False)
-            self.maxpool: nn.Module = nn.Identity()
-        else:
-            self.conv1 = StemConv2d(in_channels, widths[0], 7, 2, 3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        kernel, stride = {"cifar": (3, 1), "strided": (3, 2), "imagenet": (7, 2)}[stem]
+        self.conv1 = StemConv2d(
+            in_channels, widths[0], kernel, stride, padding=kernel // 2, bias=False
+        )
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         self.bn1 = make_norm(norm, widths[0])
         channels = widths[0]
         self.stages: list[str] = []
@@ -124,7 +127,7 @@ class ResNet(nn.Module):
             name = f"layer{index + 1}"
             self.add_module(name, nn.Sequential(*layers))
             self.stages.append(name)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAvgPool2d()
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

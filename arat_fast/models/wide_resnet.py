@@ -7,7 +7,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_fast.models.layers import GlobalAvgPool2d, Norm, Normalize, StemConv2d, make_norm
+from arat_kernels.split_batch_norm import around, skip_of
 
 
 class PreActBlock(nn.Module):
@@ -26,7 +27,10 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = self.bn1(x, relu=True)
         out: Tensor = self.conv2(self.bn2(self.conv1(activated), relu=True))
-        return out + (x if self.convShortcut is None else self.convShortcut(activated))
+        if self.convShortcut is None:
+            return out + around(activated, x)
+        shortcut: Tensor = self.convShortcut(skip_of(activated))
+        return out + shortcut
 
 
 def _stage(num: int, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
@@ -73,7 +77,7 @@ class WideResNet(nn.Module):
         self.block2 = _stage(blocks, width, 2 * width, 2, norm)
         self.block3 = _stage(blocks, 2 * width, 4 * width, 2, norm)
         self.bn1 = make_norm(norm, 4 * width)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAvgPool2d()
         self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -77,6 +77,7 @@ class Summary:
     """summary.json; of a run that has not written one every field is at its default.
 
     Attributes:
+        warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
         collapsed: that the model has learned nothing, in words.
@@ -100,6 +101,7 @@ class Summary:
     precision: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     kernels: str | None = None
+    warnings: Sequence[str] = ()
     command: str | None = None
     commit: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
@@ -148,7 +150,7 @@ class Run:
         training_analyses: during training, in order.
         analyses: what ``arat-fast analyze`` found of this state of the training, by part.
         examples: None where there are none.
-        notes: what was missing or unreadable, in words.
+        notes: what the run warned of, and what was missing or unreadable, in words.
     """
 
     path: Path
@@ -220,7 +222,7 @@ def read_run(path: Path) -> Run:
         training_analyses,
         read_analyses(path / "analysis", summary.steps, notes),
         _read(path / "examples.npz", _parse_examples, notes),
-        tuple(notes),
+        (*summary.warnings, *notes),
     )
 
 

@@ -121,7 +121,6 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
 def facts(run: Run, status: str) -> dict[str, Any]:
     """What is known of a run whether or not it came to its end."""
     config, progress = run.config, run.progress
-    folded = run.step.folded_network
     return {
         "recipe": config.recipe,
         "status": status,
@@ -141,7 +140,8 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         "precision": str(run.precision).removeprefix("torch."),
         "versions": versions(),
         "kernels": choose(implementation(config), next(run.model.parameters())),
-        "folded_batch_norms": len(folded.folded) if folded is not None else 0,
+        "folded_batch_norms": run.step.num_folded,
+        **({"warnings": run.warnings} if run.warnings else {}),
         "command": run.command,
         "commit": source_commit(),
     }

@@ -240,6 +240,8 @@ def _run(this: Run) -> dict[str, Any]:
                 except EvaluationStopped:
                     stop(this)
         try:
+            # The memory of captured steps is for the evaluation.
+            this.step.forget()
             model, kind = deploy(this)
             this.checkpoints.wait()
             return evaluate(this, model, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from arat_fast import doctor
 from arat_fast.build import build_network, build_objective, build_optimizer, implementation
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.data import load_data
@@ -28,7 +30,7 @@ from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
-from arat_fast.files import write_json
+from arat_fast.files import make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
@@ -207,6 +209,7 @@ class Run:
         self.display = display or Display()
         if not ranks.is_main:
             self.display = Display(Console(quiet=True))
+        self.warnings: list[str] = []
         self.stop = StopRequest()
         self.checkpoints = CheckpointFolder(out, config.train.keep_last)
         saved = self._saved_state()
@@ -248,8 +251,7 @@ class Run:
         if saved is not None:
             self.restore(saved)
         if ranks.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.remove_leftovers()
+            make_folder(out)
             record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
             write_json(out / "config.json", record)
             if self.bad_images.found:
@@ -270,7 +272,10 @@ class Run:
                 memory_format=self.memory_format,
                 shard=ranks.shard,
                 bad_images=self.bad_images,
+                impl=implementation(config),
             )
+        for note in self.data.notes:
+            self.display.say(note)
         if self.data.skipped:
             first = self.data.skipped[0]
             self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
@@ -293,6 +298,7 @@ class Run:
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
         self.model = build_network(config, *shape).to(self.device)
+        wrong = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
             synchronize_batch_norm(self.model, ranks.group)
@@ -303,14 +309,18 @@ class Run:
         parameters = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = build_optimizer(config, [p for p in parameters if p.requires_grad])
         self.generator = stream_generator(config.seed, "attack", self.device)
+        last = len(train) - 1
+        share = train.plan.share(last)
         self.step = TrainStep(
             self.model,
             self.objective,
             config.attack,
             self.optimizer,
             precision=self.precision,
-            fold=config.step.fold,
-            graph=config.step.graph,
+            fold=config.step.fold and doctor.FOLD not in wrong,
+            graph="off" if doctor.GRAPH in wrong else config.step.graph,
+            memory_format=self.memory_format,
+            last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,
             assemble=train.assemble if isinstance(train, ResidentBatches) else None,
@@ -318,7 +328,35 @@ class Run:
             ranks=ranks,
             overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
+            say=self.warn,
         )
+
+    def _check_card(self) -> dict[str, str]:
+        """What computes wrongly on this process's GPU, as rank 0 finds it on its own; of kernels
+        the references run instead."""
+        config, train = self.config, self.data.train
+        found: dict[str, str] = {}
+        if self.device.type == "cuda" and self.ranks.is_main and config.step.kernels != "reference":
+            batch = train.plan.largest_share
+            operations = doctor.operations_of(
+                self.model, train.image_shape, train.num_classes, batch, config.attack
+            )
+            with self.display.evaluating() as bar:
+                record, _ = doctor.examine(
+                    operations, self.precision, self.device, whole=False, progress=bar
+                )
+            checked = {*operations, doctor.GRAPH}
+            found = doctor.wrong_functions(
+                {name: r for name, r in record["operations"].items() if name in checked}
+            )
+        found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
+        return found
+
+    def warn(self, text: str) -> None:
+        """Say what the user should know, here and in the summary."""
+        self.warnings.append(text)
+        self.display.say(f"warning: {text}")
 
     def seed_rank(self) -> None:
         """Random numbers of its own for this process, beside those that all share."""
@@ -428,8 +466,11 @@ class Run:
         for hook in self.hooks:
             hook.log(self, line)
 
-    def save(self) -> None:
+    def save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; every process takes part, rank 0 writes.
+
+        Args:
+            best: it is the best of the run so far.
 
         Raises:
             NotFiniteError: a weight is not finite; the checkpoint before stays.
@@ -438,7 +479,7 @@ class Run:
         self._check_weights()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if self.ranks.is_main:
-            self.checkpoints.save(self.progress.step, state, self._sync_hooks)
+            self.checkpoints.save(self.progress.step, state, self._sync_hooks, best)
 
     def _sync_hooks(self) -> None:
         for hook in self.hooks:

@@ -132,12 +132,12 @@ def test_of_a_batch_in_parts_the_first_part(tmp_path: Path) -> None:
     parts = changed(config, "train", accumulate=3)
     this = tiny_trainer(tmp_path, config)
     (x, y), *_ = first_batches(this.data.train, 1)
-    assert len(x) == 64
+    assert len(x) == 16
     seen: list[int] = []
     this.model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
     found = analyze_training(parts, this.model, this.objective, [Batch(x, y)])
-    assert max(seen) == 2 * 22
-    whole = analyze_training(config, this.model, this.objective, [Batch(x[:22], y[:22])])
+    assert max(seen) == 2 * 6
+    whole = analyze_training(config, this.model, this.objective, [Batch(x[:6], y[:6])])
     assert found == whole
 
 

@@ -1,7 +1,8 @@
 """Short training runs whose numbers must not move, and the digests of what they leave behind.
 
-``python tests/bits/bits.py`` makes the table ``bits.json`` anew, on purpose, after a change that is
-meant to move numbers; ``test_bits.py`` compares with it. Digests are of values, not of files:
+``python tests/bits/bits.py`` makes this machine's part of the table ``bits.json`` anew, on purpose,
+after a change that is meant to move numbers (the other parts are then to be deleted);
+``test_bits.py`` compares with it. Digests are of values, not of files:
 tensors by name, dtype, shape and bytes, metrics by their numbers, evaluations image by image.
 """
 
@@ -67,7 +68,7 @@ _NUMBERS = ("loss", "accuracy_clean", "accuracy_adv", "lr", "w_adv", "w_clean", 
 
 
 def environment() -> str:
-    """What the bits depend on beside the code."""
+    """What the bits depend on beside the code; the table has a part for each that was tried."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
     cpu = " ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model"))
@@ -187,12 +188,12 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES))
     parser.add_argument("--out", type=Path, default=TABLE)
     options = parser.parse_args()
-    table = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
-    table["environment"] = environment()
+    table = json.loads(options.out.read_text()) if options.out.exists() else {}
+    cases = table.setdefault(environment(), {})
     for case in options.cases:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            table["cases"][case] = run(case, Path(folder) / "run")
+            cases[case] = run(case, Path(folder) / "run")
         print(f"{case}: {time.perf_counter() - start:.0f} s", flush=True)
         options.out.write_text(json.dumps(table, indent=1) + "\n")
 

@@ -286,13 +286,13 @@ def test_out_of_memory_proposes_the_largest_batch_that_fits(
     forward = ARAT.forward
 
     def limited(self: ARAT, model: nn.Module, x: Tensor, *rest: Any) -> ObjectiveOutput:
-        if len(x) > 37:
+        if len(x) > 9:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, model, x, *rest)
 
     monkeypatch.setattr(ARAT, "forward", limited)
     message = refused(capsys, [*TRAIN, "--out", str(tmp_path / "run")])
-    assert "--data.batch-size 37" in message and "--train.accumulate 2" in message
+    assert "--data.batch-size 9" in message and "--train.accumulate 2" in message
 
 
 def test_out_of_memory_elsewhere_names_the_switches(

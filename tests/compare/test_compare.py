@@ -259,7 +259,7 @@ def test_another_configuration_is_refused(
     """Of the folder's comparison, or of a finished run that lies in it."""
     before = (compared / RECORD).read_bytes()
     line = refused(capsys, [*GRID, "--data.batch-size", "32", "--out", str(compared)])
-    assert "data.batch_size=64" in line and "--out" in line
+    assert "data.batch_size=16" in line and "--out" in line
     assert (compared / RECORD).read_bytes() == before
     out = tmp_path / "out"
     shutil.copytree(compared / "natural-seed3", out / "natural-seed3")
@@ -354,6 +354,7 @@ def test_a_folder_at_work_is_refused(tmp_path: Path) -> None:
 
 def test_cores_are_divided_and_gpus_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert environments("auto", None) == [{"OMP_NUM_THREADS": "8"}]

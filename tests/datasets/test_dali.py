@@ -128,14 +128,6 @@ def test_a_file_cut_below_the_part_that_is_decoded_is_named(
         assert len(list(batches.epoch(0))) == 1
 
 
-def test_a_file_that_only_pillow_reads_is_named(tmp_path: Path) -> None:
-    source = files(tmp_path, 7)
-    path = source.samples[5][0]
-    picture(1).save(path, "GIF")
-    with refused(f"{path}.*dataloader reads it; DALI says: ."):
-        list(make(source).epoch(0))
-
-
 def test_an_error_that_is_not_the_files_blames_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

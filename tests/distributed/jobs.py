@@ -16,7 +16,11 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a public name of torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["distributed.drills", "distributed.endings", "distributed.cases"])
+# Also what they import late: it would be most of a process's time.
+_CONTEXT.set_forkserver_preload(
+    ["distributed.drills", "distributed.endings", "distributed.cases"]
+    + ["sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard", "tyro"]
+)
 _STORES: list[TCPStore] = []
 """Those that jobs share, as torchrun has them."""
 

@@ -152,9 +152,9 @@ def test_resume_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_more_ranks_can_leave_nothing_of_an_epoch_but_its_end(tmp_path: Path) -> None:
-    """The last 3 of 195 images are a batch of one process, and none of two."""
+    """The last 3 of 51 images are a batch of one process, and none of two."""
     out = tmp_path / "run"
-    extra = ("--train.epochs", "1", "--data.num-val", "1242")
+    extra = ("--train.epochs", "1", "--data.num-val", "1386")
     codes, text = go(tmp_path / "logs", 0, Drill("SIGTERM", 2, None, str(out), extra))
     assert codes == [75], text
     before = load_checkpoint(out / "checkpoint.pt")

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from kernels.operations import (
+
+from arat_kernels.checks import (
     SLACK,
     Norm,
     Operation,
@@ -24,8 +25,8 @@ from kernels.operations import (
     distance,
     start,
     step,
+    upstream,
 )
-from kernels.support import upstream
 
 Run = Callable[[Operation, Tensors], Tensors]
 NORMS = ("Linf", "L2")

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kernels.operations import Norm, Tensors
-from kernels.support import randn
 
+from arat_kernels.checks import Norm, Tensors, randn
 from arat_kernels.split_batch_norm import SplitBatchNorm2d, split_batch_norm, use_branch
 
 WHOLE = Norm((3, 5), channels=4, height=3, width=2)

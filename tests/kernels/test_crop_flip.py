@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from kernels.support import generator
 
+from arat_kernels.checks import generator
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 
 IMAGES = torch.randint(256, (6, 3, 8, 9), generator=generator(0), dtype=torch.uint8)

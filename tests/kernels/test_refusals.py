@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.operations import Norm
-from kernels.support import randn
 
+from arat_kernels.checks import Norm, randn
 from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad

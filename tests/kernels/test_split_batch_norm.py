@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.operations import Norm, Tensors
 from kernels.split_batch_norm_group import check_two_processes
-from kernels.support import few, to_float64, upstream
+from kernels.support import few
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from arat_kernels.checks import Norm, Tensors, to_float64, upstream
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
     distributed,

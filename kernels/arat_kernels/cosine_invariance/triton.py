@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arat_kernels.arrivals import counters, is_last
 from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import aligned
 from arat_kernels.offsets import start_of
@@ -141,8 +140,7 @@ def cosine_invariance_fwd_kernel(
     layer = tl.program_id(1)
     programs = tl.num_programs(0)
     tl.store(partial_ptr + layer * programs + tl.program_id(0), total)
-    arrived = tl.atomic_add(counter_ptr + layer, 1, sem="acq_rel")
-    if arrived == programs - 1:
+    if is_last(counter_ptr + layer, programs):
         sums = tl.zeros((128,), WIDE)
         for start in range(0, programs, 128):
             other = start + tl.arange(0, 128)
@@ -153,7 +151,6 @@ def cosine_invariance_fwd_kernel(
                 cache_modifier=".cg",
             )
         tl.store(out_ptr + layer, tl.sum(sums) / num)
-        tl.store(counter_ptr + layer, 0)
 
 
 @triton.jit
@@ -255,73 +252,6 @@ def _multiples_of_16(widths: tuple[int, ...]) -> bool:
     return all(width % 16 == 0 for width in widths)
 
 
-class _Counters:
-    """Counters at zero, which every kernel leaves at zero, so that none is cleared by a launch.
-
-    Two launches that may run at once must not share one: eager calls have one set per stream, and
-    every call that a CUDA graph captures takes a set of its own.
-    """
-
-    SIZE = 16
-    CAPTURED_SETS = 256
-
-    def __init__(self) -> None:
-        self._of_stream: dict[tuple[int, int], Tensor] = {}
-        # Never freed, for a graph does not keep alive what its kernels point at.
-        self._for_graphs: dict[int, Tensor] = {}
-        self._captured: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def take(self, device: torch.device) -> Tensor:
-        """Counters for one launch on ``device``, which must be the current one; from any thread."""
-        with self._lock:
-            return self._take(device)
-
-    def _take(self, device: torch.device) -> Tensor:
-        if device.type != "cuda":
-            return self._zeros(1, device)[0]
-        index = torch.cuda.current_device() if device.index is None else device.index
-        device = torch.device("cuda", index)
-        if torch.cuda.is_current_stream_capturing():
-            captured = self._captured.get(index, self.CAPTURED_SETS)
-            if captured == self.CAPTURED_SETS:
-                # None is left, or no call came before the capture: the graph clears its own.
-                return self._zeros(1, device)[0]
-            self._captured[index] = captured + 1
-            return self._for_graphs[index][captured]
-        if index not in self._for_graphs:
-            self._for_graphs[index] = self._lasting_zeros(self.CAPTURED_SETS, device)
-            self._captured[index] = 0
-        stream = (index, torch.cuda.current_stream(device).cuda_stream)
-        if stream not in self._of_stream:
-            self._of_stream[stream] = self._lasting_zeros(1, device)[0]
-        return self._of_stream[stream]
-
-    def _zeros(self, sets: int, device: torch.device) -> Tensor:
-        return torch.zeros(sets, self.SIZE, dtype=torch.int32, device=device)
-
-    def _lasting_zeros(self, sets: int, device: torch.device) -> Tensor:
-        """Counters outside of every pool of a CUDA graph.
-
-        This thread's allocations may go to such a pool although nothing is captured: in the warm-up
-        of ``torch.compile(mode="reduce-overhead")``, whose pool gives memory that is no output of
-        the compiled function to others. Those of another thread do not.
-        """
-
-        def make() -> Tensor:
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.stream(stream):
-                zeros = self._zeros(sets, device)
-            stream.synchronize()
-            return zeros
-
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            return thread.submit(make).result()
-
-
-_counters = _Counters()
-
-
 # The numbers of layers that a kernel is compiled for: a launch of another number repeats its last
 # layer in the pointers, and no program works on the copies.
 LAYER_COUNTS = (1, 4, 11)
@@ -369,7 +299,7 @@ def _forward_part(predictions: list[Tensor], targets: list[Tensor], eps: float) 
             _padded([aligned(t.contiguous()) for t in targets]),
             out,
             out.new_empty(layers, programs),
-            _counters.take(out.device),
+            counters.take(out.device, layers),
             num,
             eps,
             **constants,

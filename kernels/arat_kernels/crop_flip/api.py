@@ -106,7 +106,7 @@ def crop_flip(
     arguments = (
         images, index, rng, offsets, padding, flip, max_value, dtype, channels_last, split
     )  # fmt: skip
-    if choose(impl, images, index, rng, offsets) == "triton":
+    if choose(impl, images, index, rng, offsets, operation="crop_flip") == "triton":
         from arat_kernels.crop_flip.triton import forward
 
         x: Tensor = forward(*arguments)

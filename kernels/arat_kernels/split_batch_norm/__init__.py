@@ -1,5 +1,6 @@
 """Two BatchNorms over the two halves of one batch."""
 
+from arat_kernels.forks import around, skip_of
 from arat_kernels.split_batch_norm.api import split_batch_norm
 from arat_kernels.split_batch_norm.module import (
     ADV,
@@ -17,6 +18,8 @@ __all__ = [
     "Branch",
     "SplitBatchNorm2d",
     "Statistics",
+    "around",
+    "skip_of",
     "split_batch_norm",
     "use_branch",
     "use_statistics",

@@ -119,7 +119,8 @@ def split_batch_norm(
     _check(x, weight, bias, running_mean, running_var, sizes, momentum, eps, residual)
     if training and group is None:
         check_counts(x, sizes)
-    chosen = choose(impl, x, weight, bias, running_mean, running_var, residual)
+    tensors = x, weight, bias, running_mean, running_var, residual
+    chosen = choose(impl, *tensors, operation="split_batch_norm")
     y, pooled = (split_batch_norm_triton if chosen == "triton" else split_batch_norm_reference)(
         x,
         weight,

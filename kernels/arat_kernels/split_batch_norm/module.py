@@ -121,8 +121,9 @@ class SplitBatchNorm2d(nn.Module):
             run = split_batch_norm_reference
         else:
             buffers = self.running_mean, self.running_var
-            choose(self.impl, x, self.weight, self.bias, *buffers, residual)
-            run = split_batch_norm_triton
+            tensors = x, self.weight, self.bias, *buffers, residual
+            chosen = choose(self.impl, *tensors, operation="split_batch_norm")
+            run = split_batch_norm_triton if chosen == "triton" else split_batch_norm_reference
         y, pooled = run(
             x,
             self.weight,
@@ -138,12 +139,8 @@ class SplitBatchNorm2d(nn.Module):
             relu,
             self.pooled_sink is not None,
             None if self.group is None else self.group.group_name,
+            self.num_batches_tracked,
         )
-        if update:
-            if sizes[CLEAN] and sizes[ADV]:
-                self.num_batches_tracked += 1
-            else:
-                self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
         if self.pooled_sink is not None:
             assert pooled is not None
             self.pooled_sink(pooled)

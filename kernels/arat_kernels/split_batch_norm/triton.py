@@ -4,10 +4,10 @@ All tensors (N, C, H, W) are channels_last here: in memory a matrix of rows = N*
 of the clean branch come first. Each program works on one *segment* (consecutive rows of one branch)
 and one block of channels; where the pooled feature is wanted a segment is one sample.
 
-Forward in training: statistics (one read of x, partial results per segment), combine (tiny),
-normalise (one read of x and of the residual, one write, one bit per element for the backward).
-Backward: sums (one read of dy and x, one write of the residual's gradient), combine (tiny), input
-(one read of the masked dy and of x, one write of dx).
+Forward in training: statistics (one read of x), normalise (one read of x and of the residual, one
+write, one bit per element for the backward). Backward: sums (one read of dy and x, one write of the
+residual's gradient), input (one read of the masked dy and of x, one write of dx). Statistics and
+sums leave partial results per segment, which the program that arrives last combines.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -23,10 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arat_kernels.arrivals import counters, is_last
+from arat_kernels.forks import with_outlets
 from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import aligned, all_aligned
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm.distributed import (
+    count_batch,
     gather_statistics,
     move_running_statistics,
     sum_over_group,
@@ -34,7 +37,7 @@ from arat_kernels.split_batch_norm.distributed import (
 
 # Integer arguments are not specialised on their value, so that the launch table below is all there
 # is to compile; that channels are a multiple of 16 is said by ALIGNED.
-_PLAIN = ["channels", "clean_rows", "rows", "clean_segments", "segments", "segment_rows"]
+_PLAIN = ["channels", "clean_rows", "rows", "clean_segments", "segment_rows"]
 
 
 @triton.jit
@@ -62,6 +65,62 @@ def _segment(segment, clean_rows, rows, clean_segments, segment_rows):
     end = tl.where(adv, rows, clean_rows)
     count = tl.minimum(end - first, segment_rows).to(tl.int32)
     return adv.to(tl.int32), first, count
+
+
+@triton.jit
+def _last_of_branch(counter_ptr, branch, block, channels, clean_segments, BLOCK_C: tl.constexpr):
+    """Whether this program is the last on its branch and block of channels; the branch's first
+    segment and their number."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    adv = branch == 1
+    number = tl.where(adv, tl.num_programs(0) // blocks - clean_segments, clean_segments)
+    last = is_last(counter_ptr + branch * blocks + block, number)
+    return last, tl.where(adv, clean_segments, 0), number
+
+
+@triton.jit
+def _partials(partial_ptr, segment, ok, channels, c):
+    """Both results of some segments, by other programs: not from the L1."""
+    at = partial_ptr + start_of(segment, 2 * channels)[:, None] + c[None, :]
+    first = tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
+    return first, tl.load(at + channels, mask=ok, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _merged(
+    partial_ptr,  # the branch's segments
+    number,
+    total,
+    segment_rows,
+    channels,
+    c,
+    c_ok,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and centred sum of squares of a branch from those of its segments."""
+    acc = partial_ptr.dtype.element_ty
+    s = tl.arange(0, BLOCK_S)
+    counts = tl.zeros((BLOCK_S,), acc)
+    means = tl.zeros((BLOCK_S, BLOCK_C), acc)
+    squares = tl.zeros((BLOCK_S, BLOCK_C), acc)
+    # Chan's formula, lane by lane; products in an order that does not overflow before 0 does.
+    for i in tl.range(0, number, BLOCK_S, num_stages=3):
+        k = (i + s).to(tl.int64)
+        ok = (k < number)[:, None] & c_ok[None, :]
+        mean, inner = _partials(partial_ptr, k, ok, channels, c)
+        count = tl.minimum(total - k * segment_rows, segment_rows)
+        count = tl.where(k < number, count, 0).to(acc)
+        share = count / tl.maximum(counts + count, 1.0)
+        d = mean - means
+        means += d * share[:, None]
+        squares += inner + d * (d * (counts * share)[:, None])
+        counts += count
+    # The first lane's mean is near the others: their differences keep all digits.
+    shift = tl.sum(tl.where((s == 0)[:, None], means, 0.0), axis=0)
+    offset = tl.sum((means - shift[None, :]) * counts[:, None], axis=0) / total.to(acc)
+    d = (means - shift[None, :]) - offset[None, :]
+    return shift + offset, tl.sum(squares + d * (d * counts[:, None]), axis=0)
 
 
 @triton.jit
@@ -100,18 +159,29 @@ def _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps):
     return mean, rstd, scale, bias
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+# The running statistics are changed in place, where their owner has put them.
+@triton.jit(
+    do_not_specialize=[*_PLAIN, "momentum", "running_mean_ptr", "running_var_ptr", "tracked_ptr"]
+)
 def split_batch_norm_statistics_kernel(
     x_ptr,  # (rows, C) any float
     partial_ptr,  # (segments, 2, C) accumulator dtype: mean and centred sum of squares
+    counter_ptr,  # (2, blocks of channels) int32, zero before and after
+    mean_ptr,  # (2, C) accumulator dtype
+    var_ptr,  # (2, C) accumulator dtype, biased
+    running_mean_ptr,  # (2, C) any float, or None: not updated
+    running_var_ptr,  # (2, C) any float, or None
+    tracked_ptr,  # (2,) int64, batches that were counted, or None
     channels: tl.int32,
     clean_rows: tl.int64,
     rows: tl.int64,
     clean_segments: tl.int64,
     segment_rows: tl.int64,
+    momentum: tl.float32,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     acc = partial_ptr.dtype.element_ty
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
@@ -131,80 +201,41 @@ def split_batch_norm_statistics_kernel(
         d = tl.where(ok, x - shift[None, :], 0.0)
         sums += d
         squares += d * d
-    total = tl.sum(sums, axis=0)
-    offset = total / count.to(acc)
-    m2 = tl.sum(squares, axis=0) - total * offset
+    of_segment = tl.sum(sums, axis=0)
+    offset = of_segment / count.to(acc)
+    m2 = tl.sum(squares, axis=0) - of_segment * offset
     m2 = tl.where(m2 < 0.0, 0.0, m2)
     at = partial_ptr + start_of(segment, 2 * channels) + c
     tl.store(at, shift + offset, mask=c_ok)
     tl.store(at + channels, m2, mask=c_ok)
 
-
-# The running statistics are changed in place, where their owner has put them.
-@triton.jit(do_not_specialize=[*_PLAIN, "momentum", "running_mean_ptr", "running_var_ptr"])
-def split_batch_norm_combine_kernel(
-    partial_ptr,  # (segments, 2, C) accumulator dtype: mean and centred sum of squares
-    mean_ptr,  # (2, C) accumulator dtype
-    var_ptr,  # (2, C) accumulator dtype, biased
-    running_mean_ptr,  # (2, C) any float, or None: not updated
-    running_var_ptr,  # (2, C) any float, or None
-    channels: tl.int32,
-    clean_rows: tl.int64,
-    rows: tl.int64,
-    clean_segments: tl.int64,
-    segments: tl.int64,
-    segment_rows: tl.int64,
-    momentum: tl.float32,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    acc = partial_ptr.dtype.element_ty
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
-    adv = tl.program_id(1) == 1
-    total = tl.where(adv, rows - clean_rows, clean_rows)
-    first = tl.where(adv, clean_segments, 0)
-    number = tl.where(adv, segments - clean_segments, clean_segments)
-    s = tl.arange(0, BLOCK_S)
-    partial_ptr += start_of(first, 2 * channels)
-    present = c_ok & (total > 0)
-    share = 1.0 / tl.maximum(total, 1).to(acc)
-
-    # The first partial mean is near the others: their differences keep all digits.
-    shift = tl.load(partial_ptr + c, mask=present, other=0.0)
-    weighted = tl.zeros((BLOCK_C,), acc)
-    for i in range(0, number, BLOCK_S):
-        k = (i + s).to(tl.int64)
-        ok = (k < number)[:, None] & c_ok[None, :]
-        count = tl.minimum(total - k * segment_rows, segment_rows)
-        at = partial_ptr + start_of(k, 2 * channels)[:, None] + c[None, :]
-        mean = tl.load(at, mask=ok, other=0.0)
-        weighted += tl.sum(
-            tl.where(ok, (mean - shift[None, :]) * count.to(acc)[:, None], 0.0), axis=0
+    last, begin, number = _last_of_branch(
+        counter_ptr, branch, block, channels, clean_segments, BLOCK_C
+    )
+    if last:
+        total = tl.where(branch == 1, rows - clean_rows, clean_rows)
+        partial_ptr += start_of(begin, 2 * channels)
+        mean, combined = _merged(
+            partial_ptr, number, total, segment_rows, channels, c, c_ok, BLOCK_S, BLOCK_C
         )
-    offset = weighted * share
-    m2 = tl.zeros((BLOCK_C,), acc)
-    for i in range(0, number, BLOCK_S):
-        k = (i + s).to(tl.int64)
-        ok = (k < number)[:, None] & c_ok[None, :]
-        count = tl.minimum(total - k * segment_rows, segment_rows)
-        at = partial_ptr + start_of(k, 2 * channels)[:, None] + c[None, :]
-        mean = tl.load(at, mask=ok, other=0.0)
-        inner = tl.load(at + channels, mask=ok, other=0.0)
-        d = (mean - shift[None, :]) - offset[None, :]
-        m2 += tl.sum(tl.where(ok, inner + d * d * count.to(acc)[:, None], 0.0), axis=0)
-    mean = shift + offset
-    row = tl.program_id(1) * channels + c
-    tl.store(mean_ptr + row, mean, mask=c_ok)
-    tl.store(var_ptr + row, m2 * share, mask=c_ok)
-    if running_mean_ptr is not None:
-        unbiased = m2 * (1.0 / tl.maximum(total - 1, 1).to(acc))
-        old = tl.load(running_mean_ptr + row, mask=present, other=0.0).to(acc)
-        new = old + momentum * (mean - old)
-        tl.store(running_mean_ptr + row, new.to(running_mean_ptr.dtype.element_ty), mask=present)
-        old = tl.load(running_var_ptr + row, mask=present, other=0.0).to(acc)
-        new = old + momentum * (unbiased - old)
-        tl.store(running_var_ptr + row, new.to(running_var_ptr.dtype.element_ty), mask=present)
+        row = branch * channels + c
+        tl.store(mean_ptr + row, mean, mask=c_ok)
+        tl.store(var_ptr + row, combined / total.to(acc), mask=c_ok)
+        if total == rows:
+            # The other branch has no samples, and no program.
+            other = (1 - branch) * channels + c
+            tl.store(mean_ptr + other, tl.zeros_like(mean), mask=c_ok)
+            tl.store(var_ptr + other, tl.zeros_like(mean), mask=c_ok)
+        if tracked_ptr is not None:
+            tl.store(tracked_ptr + branch, tl.load(tracked_ptr + branch) + 1, mask=block == 0)
+        if running_mean_ptr is not None:
+            unbiased = combined / tl.maximum(total - 1, 1).to(acc)
+            old = tl.load(running_mean_ptr + row, mask=c_ok, other=0.0).to(acc)
+            new = old + momentum * (mean - old)
+            tl.store(running_mean_ptr + row, new.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
+            old = tl.load(running_var_ptr + row, mask=c_ok, other=0.0).to(acc)
+            new = old + momentum * (unbiased - old)
+            tl.store(running_var_ptr + row, new.to(running_var_ptr.dtype.element_ty), mask=c_ok)
 
 
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
@@ -268,6 +299,7 @@ def split_batch_norm_fwd_kernel(
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
 def split_batch_norm_bwd_sums_kernel(
     dy_ptr,  # (rows, C) as x
+    dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None
     dpooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
     x_ptr,  # (rows, C) any float
     mean_ptr,  # (2, C) float32, or float64 for a float64 x
@@ -276,7 +308,9 @@ def split_batch_norm_bwd_sums_kernel(
     bias_ptr,  # (2, C) any float, or None
     mask_ptr,  # (rows, ceil(C / 8)) uint8, or None: ReLU, if any, is computed again from x
     partial_ptr,  # (segments, 2, C) as mean: sums of g and of g * xhat, g the gradient before ReLU
-    dresidual_ptr,  # (rows, C) as dy, or None: dy where ReLU lets it through
+    counter_ptr,  # (2, blocks of channels) int32, zero before and after
+    sums_ptr,  # (2, 2, C) as mean: both sums, each per branch
+    dresidual_ptr,  # (rows, C) as dy, or None: both gradients where ReLU lets them through
     channels: tl.int32,
     clean_rows: tl.int64,
     rows: tl.int64,
@@ -287,6 +321,7 @@ def split_batch_norm_bwd_sums_kernel(
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
@@ -303,6 +338,8 @@ def split_batch_norm_bwd_sums_kernel(
         ok = inside[:, None] & c_ok[None, :]
         at = start_of(first + i, channels)
         g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+        if dy_skip_ptr is not None:
+            g += tl.load(dy_skip_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
         d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
         z = d * scale[None, :] + bias[None, :]
         if mask_ptr is not None:
@@ -320,40 +357,34 @@ def split_batch_norm_bwd_sums_kernel(
     tl.store(at, tl.sum(sum_g, axis=0), mask=c_ok)
     tl.store(at + channels, tl.sum(sum_gx, axis=0) * rstd, mask=c_ok)
 
-
-@triton.jit(do_not_specialize=_PLAIN)
-def split_batch_norm_bwd_combine_kernel(
-    partial_ptr,  # (segments, 2, C) accumulator dtype
-    sums_ptr,  # (2, 2, C) accumulator dtype: sums of g and of g * xhat, each per branch
-    channels: tl.int32,
-    clean_segments: tl.int64,
-    segments: tl.int64,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    acc = partial_ptr.dtype.element_ty
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
-    adv = tl.program_id(1) == 1
-    first = tl.where(adv, clean_segments, 0)
-    number = tl.where(adv, segments - clean_segments, clean_segments)
-    s = tl.arange(0, BLOCK_S)
-    sum_g = tl.zeros((BLOCK_S, BLOCK_C), acc)
-    sum_gx = tl.zeros((BLOCK_S, BLOCK_C), acc)
-    for i in range(0, number, BLOCK_S):
-        k = (i + s).to(tl.int64)
-        ok = (k < number)[:, None] & c_ok[None, :]
-        at = partial_ptr + start_of(first + k, 2 * channels)[:, None] + c[None, :]
-        sum_g += tl.load(at, mask=ok, other=0.0)
-        sum_gx += tl.load(at + channels, mask=ok, other=0.0)
-    row = tl.program_id(1) * channels + c
-    tl.store(sums_ptr + row, tl.sum(sum_g, axis=0), mask=c_ok)
-    tl.store(sums_ptr + 2 * channels + row, tl.sum(sum_gx, axis=0), mask=c_ok)
+    last, begin, number = _last_of_branch(
+        counter_ptr, branch, block, channels, clean_segments, BLOCK_C
+    )
+    if last:
+        total_g = tl.zeros((BLOCK_S, BLOCK_C), scale.dtype)
+        total_gx = tl.zeros((BLOCK_S, BLOCK_C), scale.dtype)
+        for k in tl.range(0, number, BLOCK_S, num_stages=3):
+            s = (k + tl.arange(0, BLOCK_S)).to(tl.int64)
+            of_g, of_gx = _partials(
+                partial_ptr, begin + s, (s < number)[:, None] & c_ok[None, :], channels, c
+            )
+            total_g += of_g
+            total_gx += of_gx
+        at = sums_ptr + branch * channels + c
+        tl.store(at, tl.sum(total_g, axis=0), mask=c_ok)
+        tl.store(at + 2 * channels, tl.sum(total_gx, axis=0), mask=c_ok)
+        if tl.where(branch == 1, clean_rows, rows - clean_rows) == 0:
+            # The other branch has no samples, and no program.
+            at = sums_ptr + (1 - branch) * channels + c
+            tl.store(at, tl.zeros_like(rstd), mask=c_ok)
+            tl.store(at + 2 * channels, tl.zeros_like(rstd), mask=c_ok)
 
 
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
 def split_batch_norm_bwd_input_kernel(
     dy_ptr,  # (rows, C) as x; already stopped by ReLU if neither RELU nor mask_ptr is given
+    dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None
+    dx_around_ptr,  # (rows, C) as x, a second gradient of x, or None
     dpooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
     x_ptr,  # (rows, C) any float
     mean_ptr,  # (2, C) float32, or float64 for a float64 x
@@ -395,6 +426,8 @@ def split_batch_norm_bwd_input_kernel(
         ok = inside[:, None] & c_ok[None, :]
         at = start_of(first + i, channels)
         g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+        if dy_skip_ptr is not None:
+            g += tl.load(dy_skip_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
         if sums_ptr is not None or dpooled_ptr is not None or (RELU and mask_ptr is None):
             d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
             z = d * scale[None, :] + bias[None, :]
@@ -409,19 +442,19 @@ def split_batch_norm_bwd_input_kernel(
             g += tl.where(z <= 0.0, 0.0, dpooled[None, :])
         if sums_ptr is not None:
             g = g - mean_g[None, :] - d * slope[None, :]
-        tl.store(dx_ptr + at + local, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=ok)
+        g = g * scale[None, :]
+        if dx_around_ptr is not None:
+            g += tl.load(dx_around_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+        tl.store(dx_ptr + at + local, g.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-# The reductions get three programs of 8 warps per multiprocessor. On sm_90 their registers
-# (tests/kernels/aot/table.py) let all three be resident, 38% occupancy and more, in the statistics
-# and in the backward without pooled features; with them in 16 bits, and in most kernels for
-# channels that are no multiple of 16, two are (25%) and the third follows.
-_BLOCKS_PER_MULTIPROCESSOR = 3
+# Programs per multiprocessor of the reductions: as many as its registers let be resident on sm_90
+# (tests/kernels/aot holds that), so that all begin and end together.
+_RESIDENT, _RESIDENT_WITH_MORE_TENSORS = 3, 2
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
-# 8 channels are a 32-byte sector; a tile of 64 segments keeps the loop short.
-_COMBINE = {"BLOCK_S": 64, "BLOCK_C": 8}
-_COMBINE_WARPS = 4
+# Of partial results: two accumulators and two loads of 8 elements per thread.
+_COMBINED_TILE = 2048
 # Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor, so that
 # several blocks are resident and hide latency. The pooled forward and the backward hold more values
 # in registers.
@@ -443,21 +476,27 @@ class _Launch:
     constants: dict[str, Any]
 
 
-def _programs(x: Tensor) -> int:
+def _programs(x: Tensor, resident: int) -> int:
     if not x.is_cuda:
-        return _BLOCKS_PER_MULTIPROCESSOR
+        return resident
     properties = torch.cuda.get_device_properties(x.device)
-    return _BLOCKS_PER_MULTIPROCESSOR * int(properties.multi_processor_count)
+    return resident * int(properties.multi_processor_count)
 
 
 def _plan(
-    x: Tensor, clean: int, tile: dict[int, int], per_sample: bool, most_tiles: int | None
+    x: Tensor,
+    clean: int,
+    tile: dict[int, int],
+    per_sample: bool,
+    most_tiles: int | None,
+    resident: int = _RESIDENT,
 ) -> _Launch:
     """Cut ``x`` into segments: samples, or as many rows as give each program even work.
 
     Args:
         most_tiles: the most tiles a segment may have; None: as few segments as fill the GPU, for
             kernels that leave one partial result each.
+        resident: programs per multiprocessor.
     """
     n, channels, height, width = x.shape
     block_c = next((block for block in _BLOCK_C if channels <= block), _BLOCK_C[-1])
@@ -469,7 +508,7 @@ def _plan(
         segment_rows = area
     else:
         tiles = triton.cdiv(clean_rows, block_r) + triton.cdiv(rows - clean_rows, block_r)
-        each = triton.cdiv(tiles * channel_blocks, _programs(x))
+        each = triton.cdiv(tiles * channel_blocks, _programs(x, resident))
         segment_rows = block_r * (each if most_tiles is None else min(each, most_tiles))
     clean_segments = triton.cdiv(clean_rows, segment_rows)
     segments = clean_segments + triton.cdiv(rows - clean_rows, segment_rows)
@@ -486,8 +525,10 @@ def _plan(
     )
 
 
-def _combine_grid(channels: int) -> tuple[int, int]:
-    return triton.cdiv(channels, _COMBINE["BLOCK_C"]), 2
+def _combining(x: Tensor, plan: _Launch, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for partial results of (2, C) and the counters of a kernel that combines them."""
+    blocks = plan.grid[0] // plan.segments
+    return wide.new_empty((plan.segments, *wide.shape)), counters.take(x.device, 2 * blocks)
 
 
 def _like(t: Tensor, wanted: bool = True) -> Tensor:
@@ -498,35 +539,34 @@ def _like(t: Tensor, wanted: bool = True) -> Tensor:
 
 
 @torch.library.custom_op(
-    "arat_kernels::split_batch_norm_statistics", mutates_args=("running_mean", "running_var")
+    "arat_kernels::split_batch_norm_statistics",
+    mutates_args=("running_mean", "running_var", "tracked"),
 )
 def statistics(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    tracked: Tensor | None,
     clean: int,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (2, C), of ``x``; moves the running ones if they are given."""
+    """Mean and biased variance, (2, C), of ``x``; moves the running ones and counts the batch of
+    each branch if they are given."""
     plan = _plan(x, clean, _STATISTICS_TILE, per_sample=False, most_tiles=None)
     mean, var = _statistics_results(x)
-    partial = mean.new_empty((plan.segments, *mean.shape))
     with torch.cuda.device_of(x):
         split_batch_norm_statistics_kernel[plan.grid](
-            aligned(x), partial, *plan.integers, **plan.constants
-        )
-        split_batch_norm_combine_kernel[_combine_grid(x.shape[1])](
-            partial,
+            aligned(x),
+            *_combining(x, plan, mean),
             mean,
             var,
             running_mean,
             running_var,
-            *plan.integers[:4],
-            plan.segments,
-            plan.integers[4],
+            tracked,
+            *plan.integers,
             momentum,
-            **_COMBINE,
-            num_warps=warps(_COMBINE_WARPS),
+            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"],
+            **plan.constants,
         )
     return mean, var
 
@@ -591,6 +631,7 @@ normalize.register_fake(lambda *given: _normalize_results(given[0], given[10], g
 @torch.library.custom_op("arat_kernels::split_batch_norm_backward_sums", mutates_args=())
 def backward_sums(
     dy: Tensor,
+    dy_skip: Tensor | None,
     dpooled: Tensor | None,
     x: Tensor,
     mean: Tensor,
@@ -603,41 +644,38 @@ def backward_sums(
     relu: bool,
     want_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of bias and weight, (2, 2, C); and the residual's, or nothing."""
-    plan = _plan(x, clean, _BACKWARD_TILE, per_sample=dpooled is not None, most_tiles=None)
+    """The gradients of bias and weight, (2, 2, C); and the residual's, or nothing. ``dy_skip`` is
+    added to ``dy``."""
+    more = dpooled is not None or dy_skip is not None
+    resident = _RESIDENT_WITH_MORE_TENSORS if more else _RESIDENT
+    plan = _plan(x, clean, _BACKWARD_TILE, dpooled is not None, None, resident)
     sums, dresidual = mean.new_empty((2, *mean.shape)), _like(dy, want_dresidual)
-    partial = mean.new_empty((plan.segments, *mean.shape))
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_sums_kernel[plan.grid](
-            *all_aligned(dy, dpooled, x, mean, var, weight, bias),
+            *all_aligned(dy, dy_skip, dpooled, x, mean, var, weight, bias),
             mask,
-            partial,
+            *_combining(x, plan, mean),
+            sums,
             dresidual if want_dresidual else None,
             *plan.integers,
             eps,
             RELU=relu,
+            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"],
             **plan.constants,
-        )
-        split_batch_norm_bwd_combine_kernel[_combine_grid(x.shape[1])](
-            partial,
-            sums,
-            x.shape[1],
-            plan.integers[3],
-            plan.segments,
-            **_COMBINE,
-            num_warps=warps(_COMBINE_WARPS),
         )
     return sums, dresidual
 
 
 backward_sums.register_fake(
-    lambda *given: (given[3].new_empty((2, *given[3].shape)), _like(given[0], given[11]))
+    lambda *given: (given[4].new_empty((2, *given[4].shape)), _like(given[0], given[12]))
 )
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_backward_input", mutates_args=())
 def backward_input(
     dy: Tensor,
+    dy_skip: Tensor | None,
+    dx_around: Tensor | None,
     dpooled: Tensor | None,
     x: Tensor,
     mean: Tensor,
@@ -652,13 +690,14 @@ def backward_input(
     relu: bool,
     want_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x; and the residual's, or nothing."""
+    """The gradient of x; and the residual's, or nothing. ``dy_skip`` is added to ``dy``,
+    ``dx_around`` to the result."""
     per_sample = dpooled is not None
     plan = _plan(x, clean, _BACKWARD_TILE, per_sample, most_tiles=_STREAMING_TILES)
     dx, dresidual = _like(x), _like(dy, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_input_kernel[plan.grid](
-            *all_aligned(dy, dpooled, x, mean, var, weight, bias),
+            *all_aligned(dy, dy_skip, dx_around, dpooled, x, mean, var, weight, bias),
             mask,
             *all_aligned(sums, counts),
             dx,
@@ -671,7 +710,7 @@ def backward_input(
     return dx, dresidual
 
 
-backward_input.register_fake(lambda *given: (_like(given[2]), _like(given[0], given[13])))
+backward_input.register_fake(lambda *given: (_like(given[4]), _like(given[0], given[15])))
 
 
 _X, _RESIDUAL, _WEIGHT, _BIAS = 0, 1, 4, 5
@@ -685,6 +724,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
     mask = output[2] if save_mask else None
     ctx.save_for_backward(x, mean, var, weight, bias, counts, mask)
+    ctx.set_materialize_grads(False)
+    ctx.dy_skip = ctx.dx_around = None
 
 
 def _asked(ctx: Any, index: int) -> bool:
@@ -703,12 +744,21 @@ def _asked(ctx: Any, index: int) -> bool:
         return True
 
 
-def _backward(ctx: Any, dy: Tensor, dpooled: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dy: Tensor | None, dpooled: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     x, mean, var, weight, bias, counts, mask = ctx.saved_tensors
+    dy_skip, dx_around = (
+        None if t is None else t.contiguous(memory_format=torch.channels_last)
+        for t in (ctx.dy_skip, ctx.dx_around)
+    )
+    ctx.dy_skip = ctx.dx_around = None
+    if dy is None:
+        dy = torch.zeros_like(x)
     want_x, want_weight, want_bias = (_asked(ctx, index) for index in (_X, _WEIGHT, _BIAS))
     want_residual = ctx.has_residual and _asked(ctx, _RESIDUAL)
     dy = dy.contiguous(memory_format=torch.channels_last)
-    features = dpooled.contiguous() if ctx.pooled else None
+    features = None if dpooled is None else dpooled.contiguous()
     affine = (x, mean, var, weight, bias)
     # Without ReLU the residual's gradient is dy itself, and nothing has to be written.
     write_residual = want_residual and ctx.relu
@@ -717,12 +767,12 @@ def _backward(ctx: Any, dy: Tensor, dpooled: Tensor, _: Tensor) -> tuple[Tensor 
     sums = total = dx = dweight = dbias = None
     if want_weight or want_bias or (want_x and ctx.batch_statistics):
         sums, written = backward_sums(
-            dy, features, *affine, mask, ctx.clean, ctx.eps, relu, write_residual
+            dy, dy_skip, features, *affine, mask, ctx.clean, ctx.eps, relu, write_residual
         )
         if write_residual:
             # Already stopped by ReLU: the next pass reads it in place of dy and the bits.
             dy = dresidual = written
-            mask, relu, write_residual = None, False, False
+            dy_skip, mask, relu, write_residual = None, None, False, False
         dbias = sums[0].to(bias.dtype) if want_bias else None
         dweight = sums[1].to(weight.dtype) if want_weight else None
         if ctx.batch_statistics:
@@ -731,7 +781,18 @@ def _backward(ctx: Any, dy: Tensor, dpooled: Tensor, _: Tensor) -> tuple[Tensor 
                 total = sum_over_group(sums, ctx.group_name)
     if want_x or write_residual:
         dx, written = backward_input(
-            dy, features, *affine, mask, total, counts, ctx.clean, ctx.eps, relu, write_residual
+            dy,
+            dy_skip,
+            dx_around,
+            features,
+            *affine,
+            mask,
+            total,
+            counts,
+            ctx.clean,
+            ctx.eps,
+            relu,
+            write_residual,
         )
         if write_residual:
             dresidual = written
@@ -739,6 +800,7 @@ def _backward(ctx: Any, dy: Tensor, dpooled: Tensor, _: Tensor) -> tuple[Tensor 
 
 
 normalize.register_autograd(_backward, setup_context=_setup_context)
+
 for operator in (backward_sums, backward_input):
     refuse_second_derivative(operator)
 
@@ -758,8 +820,9 @@ def split_batch_norm_triton(
     relu: bool,
     return_pooled: bool,
     group_name: str | None,
+    tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and results as in :func:`arat_kernels.split_batch_norm.api.split_batch_norm`."""
+    """As :func:`arat_kernels.split_batch_norm.reference.split_batch_norm_reference`."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -772,7 +835,8 @@ def split_batch_norm_triton(
     counts = None
     if training:
         moved = (running_mean, running_var)
-        here = moved if update_running_stats and group_name is None else (None, None)
+        alone = update_running_stats and group_name is None
+        here = (*moved, tracked) if alone else (None, None, None)
         mean, var = statistics(x.detach(), *here, clean, momentum)
         if group_name is not None:
             area = x.shape[2] * x.shape[3]
@@ -780,6 +844,8 @@ def split_batch_norm_triton(
             mean, var, counts = gather_statistics(mean, var, rows, group_name)
             if update_running_stats:
                 move_running_statistics(*moved, mean, var, counts, momentum)
+                if tracked is not None:
+                    count_batch(tracked, sizes)
     else:
         mean, var = running_mean.to(wide), running_var.to(wide)
         group_name = None
@@ -793,4 +859,6 @@ def split_batch_norm_triton(
     y, pooled, _ = normalize(x, residual, *affine, counts, clean, eps, *flags, group_name)
     if not channels_last:
         y = y.contiguous()
+    elif relu:
+        y = with_outlets(y, x)
     return y, pooled if return_pooled else None

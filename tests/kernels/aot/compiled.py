@@ -60,6 +60,7 @@ class Report:
         accesses: NVIDIA: (direction, bytes per thread) of every global access, by pointer argument
             ("x->" for what a pointer loaded through x points at). AMD: all of them under "".
         ttir: Triton's own intermediate text.
+        text: PTX or AMDGCN.
     """
 
     registers: int
@@ -68,6 +69,7 @@ class Report:
     occupancy: float
     accesses: dict[str, list[tuple[str, int]]]
     ttir: str = field(repr=False)
+    text: str = field(repr=False)
 
 
 def compiled(launch: Launch, target: Target) -> Report:
@@ -94,7 +96,7 @@ def compiled(launch: Launch, target: Target) -> Report:
         registers, spills = _ptxas_report(text, target)
         accesses = _ptx_accesses(text, passed)
     occupancy = _occupancy(target, registers, shared, num_warps)
-    return Report(registers, spills, shared, occupancy, accesses, kernel.asm["ttir"])
+    return Report(registers, spills, shared, occupancy, accesses, kernel.asm["ttir"], text)
 
 
 def _ptxas_report(ptx: str, target: Target) -> tuple[int, int]:

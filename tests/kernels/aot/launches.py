@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from arat_kernels.cosine_invariance import triton as cosine_invariance
+from arat_kernels.arrivals import counters
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ def recorded() -> Iterator[list[Launch]]:
     """The launches inside the context, none of which runs; each must be inside a device guard."""
     found: list[Launch] = []
     guarded: list[Tensor] = []
-    take = cosine_invariance._counters.take
+    take = counters.take
 
     @contextmanager
     def device_of(tensor: Tensor) -> Iterator[None]:
@@ -167,9 +167,9 @@ def recorded() -> Iterator[list[Launch]]:
         yield
         guarded.pop()
 
-    def guarded_take(device: torch.device) -> Tensor:
+    def guarded_take(device: torch.device, size: int) -> Tensor:
         assert guarded, "the counters are taken where another device may be the current one"
-        return take(device)
+        return take(device, size)
 
     def bind(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         assert guarded, f"{self.fn.__name__} is launched on whatever device is the current one"
@@ -181,7 +181,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.cuda, "device_of", device_of))
-        stack.enter_context(patch.object(cosine_invariance._counters, "take", guarded_take))
+        stack.enter_context(patch.object(counters, "take", guarded_take))
         stack.enter_context(patch.object(JITFunction, "run", bind))
         stack.enter_context(patch.object(driver, "_active", _Hopper()))
         yield found

@@ -14,14 +14,16 @@ from itertools import product
 
 import torch
 from kernels.aot.launches import Launch, maximal, recorded
-from kernels.support import at_an_odd_place, randn
 from torch import Tensor
 
+from arat_kernels.checks import at_an_odd_place, randn
 from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
 from arat_kernels.frozen_affine import triton as frozen_affine
+from arat_kernels.image_parts import triton as image_parts
 from arat_kernels.pgd_step import triton as pgd_step
+from arat_kernels.split_batch_norm import around, skip_of
 from arat_kernels.split_batch_norm import triton as split_batch_norm
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,24 +50,23 @@ class Operation:
         """The pointers of ``launch`` whose accesses must be wide."""
         # Small tiles of few classes have less than 16 bytes per thread.
         small = launch.kernel == "cross_entropy_grad_kernel" and launch.given["COLS"] < 1024
-        if small or not launch.given.get("ALIGNED"):
+        if small or not launch.given.get("ALIGNED", launch.kernel == "image_parts_fwd_kernel"):
             return set()
         return set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
 
 
 @cache
 def launches(name: str, whole: bool) -> list[Launch]:
-    """What is compiled of an operation: the launches of the recipes; with ``whole`` also as few as
-    cover every launch of the sweep."""
+    """As few launches of an operation as cover those of the recipes; with ``whole`` every launch of
+    the recipes, and as few as cover the sweep."""
     operation = OPERATIONS[name]
     with recorded() as shipped:
         operation.shipped()
-    found = {launch.label: launch for launch in shipped}
-    if whole:
-        with recorded() as swept:
-            operation.sweep()
-        found.update({launch.label: launch for launch in maximal(swept)})
-    return list(found.values())
+    if not whole:
+        return maximal(shipped)
+    with recorded() as swept:
+        operation.sweep()
+    return list({launch.label: launch for launch in shipped + maximal(swept)}.values())
 
 
 def at_places(t: Tensor) -> list[Tensor]:
@@ -88,9 +89,11 @@ def normalize(
     odd: bool = False,
     narrow: bool = False,
     differentiable: bool = True,
+    forks: bool = False,
 ) -> None:
     """Split BatchNorm forward and backward; without ``parameters`` as in the attack, which moves no
-    running statistics and asks for no gradient of theirs."""
+    running statistics and asks for no gradient of theirs; with ``forks`` x and y have two readers.
+    """
     n, height, width = size
     memory = torch.zeros(n, channels, height, width, dtype=dtype)
     memory = memory.contiguous(memory_format=torch.channels_last)
@@ -104,10 +107,10 @@ def normalize(
     for leaf in (*leaves, *rows[:2]):
         leaf.requires_grad_(differentiable)
     given = rows if affine else [None, None, *rows[2:]]
-    y, features = split_batch_norm.split_batch_norm_triton(
-        x, *given, (1, n - 1), training, parameters, 0.1, 1e-5, extra, relu, pooled, None
-    )
+    options = (training, parameters, 0.1, 1e-5, extra, relu, pooled, None, torch.tensor([0, 0]))
+    y, features = split_batch_norm.split_batch_norm_triton(x, *given, (1, n - 1), *options)
     outputs = [y] if features is None else [y, features]
+    outputs += [skip_of(y), around(y, x)] if forks else []
     wanted = leaves + (rows[:2] if parameters and affine else [])
     if differentiable:
         torch.autograd.grad(outputs, wanted, [torch.zeros_like(t) for t in outputs])
@@ -119,9 +122,12 @@ def normalize_shipped() -> None:
             normalize(channels, dtype, parameters=parameters)
             normalize(channels, dtype, residual=True, parameters=parameters)
             normalize(channels, dtype, relu=False, parameters=parameters)
+            normalize(channels, dtype, forks=True, parameters=parameters)
+            normalize(channels, dtype, residual=True, forks=True, parameters=parameters)
         normalize(channels, dtype, pooled=True)
         normalize(channels, dtype, relu=False, pooled=True)
         normalize(channels, dtype, residual=True, pooled=True)
+        normalize(channels, dtype, residual=True, pooled=True, forks=True)
 
 
 def normalize_sweep() -> None:
@@ -130,8 +136,9 @@ def normalize_sweep() -> None:
         for residual, relu, pooled, training, affine in options:
             chosen = {"residual": residual, "relu": relu, "pooled": pooled, "training": training}
             odd, narrow = relu is pooled, residual is not affine
-            normalize(channels, dtype, **chosen, affine=affine, odd=odd, narrow=narrow)
-            normalize(channels, dtype, **chosen, parameters=False, residual_grad=not relu)
+            forks = {"forks": relu and not odd}
+            normalize(channels, dtype, **chosen, **forks, affine=affine, odd=odd, narrow=narrow)
+            normalize(channels, dtype, **chosen, **forks, parameters=False, residual_grad=not relu)
             normalize(channels, dtype, **chosen, affine=affine, differentiable=False)
         # The gradient where the statistics are those of several processes.
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
@@ -143,9 +150,8 @@ def normalize_sweep() -> None:
             (row, None),
             ((mask, True), (None, True), (None, False)),
         ):
-            split_batch_norm.backward_input(
-                x, pooled, x, row, row, affine, affine, bits, sums, counts, 2, 1e-5, relu, False
-            )
+            given = (x, x, x, pooled, x, row, row, affine, affine, bits, sums, counts)
+            split_batch_norm.backward_input(*given, 2, 1e-5, relu, False)
 
 
 def affine_shipped() -> None:
@@ -154,9 +160,12 @@ def affine_shipped() -> None:
         row = torch.zeros(channels)
         for residual, relu in product((x, None), (True, False)):
             frozen_affine.forward(x, row, row, residual, relu)
-            frozen_affine.backward(x, None, x if relu else None, row, True, residual is x)
+            frozen_affine.backward(x, None, None, x if relu else None, row, True, residual is x)
+            if relu:
+                frozen_affine.backward(x, x, x, x, row, True, residual is x)
         # The end of a folded convolution.
-        frozen_affine.backward(x, None, x, None, True, False)
+        for skip in (x, None):
+            frozen_affine.backward(x, skip, None, x, None, True, False)
 
 
 def affine_sweep() -> None:
@@ -176,8 +185,9 @@ def affine_sweep() -> None:
             y = x if relu else None
             for dx in (True, False):
                 if factor is not None and (dx or residual):
-                    frozen_affine.backward(image, None, y, factor, dx, residual)
-            frozen_affine.backward(image, extra, image, None, True, False)
+                    skip, beside = (image if given else None for given in (relu, relu and dx))
+                    frozen_affine.backward(image, skip, beside, y, factor, dx, residual)
+            frozen_affine.backward(image, extra, None, image, None, True, False)
 
 
 def distances(widths: tuple[int, ...], dtype: torch.dtype, target_dtype: torch.dtype) -> None:
@@ -258,6 +268,11 @@ def crops_sweep() -> None:
                 crop_flip.forward(images, index, rng, given, 1, flip, 1.0, *output)
 
 
+def parts_launched() -> None:
+    for channels in (1, 3, 4, 5):
+        image_parts.forward(torch.zeros(2, channels, 5, 7))
+
+
 def classes_shipped() -> None:
     for num_classes, dtype in product((10, 100, 200, 1000), FLOATS[:2]):
         logits = torch.zeros(4, num_classes, dtype=dtype)
@@ -281,8 +296,12 @@ OPERATIONS = {
         {
             "split_batch_norm_statistics_kernel": ("x_ptr",),
             "split_batch_norm_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
-            "split_batch_norm_bwd_sums_kernel": ("dy_ptr", "x_ptr", "dresidual_ptr"),
-            "split_batch_norm_bwd_input_kernel": ("dy_ptr", "x_ptr", "dx_ptr", "dresidual_ptr"),
+            "split_batch_norm_bwd_sums_kernel": (
+                "dy_ptr", "dy_skip_ptr", "x_ptr", "dresidual_ptr",
+            ),
+            "split_batch_norm_bwd_input_kernel": (
+                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "x_ptr", "dx_ptr", "dresidual_ptr",
+            ),
         },
     ),
     "frozen_affine": Operation(
@@ -291,7 +310,7 @@ OPERATIONS = {
         {
             "frozen_affine_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
             "frozen_affine_bwd_kernel": (
-                "dy_ptr", "dy_skip_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
+                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
             ),
         },
     ),
@@ -316,6 +335,9 @@ OPERATIONS = {
         },
     ),
     "crop_flip": Operation(crops_shipped, crops_sweep, {"crop_flip_kernel": ("x_ptr",)}),
+    "image_parts": Operation(
+        parts_launched, parts_launched, {"image_parts_fwd_kernel": ("parts_ptr",)}
+    ),
     "cross_entropy_grad": Operation(
         classes_shipped,
         classes_sweep,

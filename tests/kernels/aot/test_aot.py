@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -85,6 +86,29 @@ def found() -> list[Launch]:
     return launches
 
 
+@pytest.mark.parametrize(
+    ("operation", "kernel"),
+    [
+        ("split_batch_norm", "split_batch_norm_statistics_kernel"),
+        ("split_batch_norm", "split_batch_norm_bwd_sums_kernel"),
+        ("cosine_invariance", "cosine_invariance_fwd_kernel"),
+    ],
+)
+def test_the_last_program_sees_what_all_have_stored(operation: str, kernel: str) -> None:
+    """All threads have stored before one counts, release and acquire reach the whole GPU, and
+    nothing is read through the L1 afterwards."""
+    launch = next(
+        launch
+        for launch in launches(operation, False)
+        if launch.kernel == kernel and "running_mean_ptr" not in launch.types
+    )
+    before, after = compiled(launch, TARGETS["sm_90"]).text.split("atom.global.gpu.acq_rel.add")
+    _, _, since = before.rpartition("st.global")
+    assert "bar.sync" in since
+    loads = re.findall(r"\b(?:ld\.global|cp\.async\.c[ag]\.)[.\w]*", after)
+    assert loads and all(".cg" in load for load in loads)
+
+
 def test_launches_are_covered_by_those_that_do_more(found: list[Launch]) -> None:
     with recorded() as more:
         normalize(64, torch.bfloat16, pooled=True)
@@ -110,7 +134,7 @@ def test_narrow_accesses_are_seen() -> None:
         normalize(60, torch.bfloat16)
     report = compiled(launches[0], TARGETS["sm_90"])
     assert max(width for _, width in report.accesses["x_ptr"]) < 16
-    assert {direction for direction, _ in report.accesses["partial_ptr"]} == {"store"}
+    assert {found for found, _ in report.accesses["partial_ptr"]} == {"load", "store"}
     assert problems(launches[0], TARGETS["sm_90"], {"x_ptr"})
 
 

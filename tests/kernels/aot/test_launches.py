@@ -26,10 +26,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 from kernels.aot.launches import recorded  # noqa: E402
 from kernels.aot.operations import RNG, normalize  # noqa: E402
 
+from arat_kernels.arrivals import Counters  # noqa: E402
 from arat_kernels.cosine_invariance import triton as cosine_invariance  # noqa: E402
 from arat_kernels.crop_flip import triton as crop_flip  # noqa: E402
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad  # noqa: E402
 from arat_kernels.frozen_affine import triton as frozen_affine  # noqa: E402
+from arat_kernels.image_parts import triton as image_parts  # noqa: E402
 from arat_kernels.pgd_step import triton as pgd_step  # noqa: E402
 from arat_kernels.split_batch_norm import triton as split_batch_norm  # noqa: E402
 
@@ -50,7 +52,8 @@ ONE_LAUNCH: dict[str, Callable[[], object]] = {
         ROW[:11], LAYERS, LAYERS, 1e-8
     ),
     "frozen_affine_fwd_kernel": lambda: frozen_affine.forward(X, ROW, ROW, X, True),
-    "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, ROW, True, True),
+    "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, X, ROW, True, True),
+    "image_parts_fwd_kernel": lambda: image_parts.forward(X),
     "crop_flip_kernel": lambda: crop_flip.forward(
         X.byte(), INDEX, RNG, None, 1, True, 1.0, torch.float32, True, False
     ),
@@ -65,8 +68,7 @@ def test_an_operator_is_one_launch(kernel: str) -> None:
     assert [launch.kernel for launch in launches] == [kernel]
 
 
-STATISTICS = ["split_batch_norm_statistics_kernel", "split_batch_norm_combine_kernel"]
-SUMS = ["split_batch_norm_bwd_sums_kernel", "split_batch_norm_bwd_combine_kernel"]
+STATISTICS, SUMS = "split_batch_norm_statistics_kernel", "split_batch_norm_bwd_sums_kernel"
 FORWARD, INPUT = "split_batch_norm_fwd_kernel", "split_batch_norm_bwd_input_kernel"
 
 
@@ -74,9 +76,9 @@ FORWARD, INPUT = "split_batch_norm_fwd_kernel", "split_batch_norm_bwd_input_kern
 @pytest.mark.parametrize(
     ("training", "parameters", "expected"),
     [
-        (True, True, [*STATISTICS, FORWARD, *SUMS, INPUT]),
-        (True, False, [*STATISTICS, FORWARD, *SUMS, INPUT]),
-        (False, True, [FORWARD, *SUMS, INPUT]),
+        (True, True, [STATISTICS, FORWARD, SUMS, INPUT]),
+        (True, False, [STATISTICS, FORWARD, SUMS, INPUT]),
+        (False, True, [FORWARD, SUMS, INPUT]),
         # No gradient of the parameters is computed in the attack.
         (False, False, [FORWARD, INPUT]),
     ],
@@ -98,7 +100,7 @@ def test_a_gradient_of_the_weight_alone_computes_none_of_the_input() -> None:
             x, weight, bias, *rows, (2, 2), True, True, 0.1, 1e-5, None, True, False, None
         )
         torch.autograd.grad(y, weight, torch.zeros_like(y))
-    assert [launch.kernel for launch in launches] == [*STATISTICS, FORWARD, *SUMS]
+    assert [launch.kernel for launch in launches] == [STATISTICS, FORWARD, SUMS]
 
 
 @pytest.mark.parametrize("differentiable", [True, False])
@@ -130,40 +132,48 @@ def test_counters_of_captures_in_several_threads_are_distinct(
             time.sleep(1e-3)
             return value
 
-    counters = cosine_invariance._Counters()
-    counters._for_graphs[0] = torch.zeros(counters.CAPTURED_SETS, counters.SIZE)
+    counters = Counters()
+    counters._for_graphs[0] = [torch.zeros(counters.CHUNK)]
     counters._captured = Slow({0: 0})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with ThreadPoolExecutor(8) as threads:
-        sets = list(threads.map(counters.take, [torch.device("cuda", 0)] * 32))
-    assert len({tensor.data_ptr() for tensor in sets}) == 32
+        sets = list(threads.map(counters.take, [torch.device("cuda", 0)] * 32, [3] * 32))
+    assert {tensor.storage_offset() for tensor in sets} == set(range(0, 96, 3))
 
 
 def test_counters_of_graphs_are_distinct_and_never_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = cosine_invariance._Counters()
+    counters = Counters()
+    monkeypatch.setattr(counters, "CHUNK", 100)
     made: list[weakref.ref[Tensor]] = []
     threads: list[int] = []
 
-    def zeros(sets: int, device: torch.device) -> Tensor:
-        made.append(weakref.ref(tensor := torch.zeros(sets, counters.SIZE).int()))
+    def zeros(size: int, device: torch.device) -> Tensor:
+        made.append(weakref.ref(tensor := torch.zeros(size).int()))
         threads.append(threading.get_ident())
         return tensor
 
     monkeypatch.setattr(counters, "_zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "Stream", Mock())
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     device = torch.device("cuda", 0)
-    eager = counters.take(device)
-    assert counters.take(device) is eager
+    eager = counters.take(device, 40)
+    assert counters.take(device, 30) is eager
     capturing = True
-    sets = [counters.take(device) for _ in range(counters.CAPTURED_SETS + 2)]
+    sets = [counters.take(device, 40) for _ in range(4)]
+    capturing = False
+    # More than half are taken: others are made before the next capture.
+    assert counters.take(device, 40) is eager
+    capturing = True
+    sets.append(counters.take(device, 40))
     assert len({tensor.data_ptr() for tensor in (eager, *sets)}) == len(sets) + 1
     # Those that last are made where no pool of a graph takes the allocation, the others inside it.
     here = threading.get_ident()
-    assert [thread == here for thread in threads] == [False, False, True, True]
+    assert [thread == here for thread in threads] == [False, False, True, True, False]
     del sets
     gc.collect()
-    assert [reference() is not None for reference in made] == [True, True, False, False]
+    assert [reference() is not None for reference in made] == [True, True, False, False, True]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.operations import assert_equal, crops, on_gpu
+
+from arat_kernels.checks import assert_equal, crops, on_gpu
 
 pytestmark = pytest.mark.gpu
 

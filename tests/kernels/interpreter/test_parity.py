@@ -10,7 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.operations import (
+from kernels.support import few
+from torch import Tensor
+
+from arat_kernels.arrivals import counters
+from arat_kernels.checks import (
     ALPHA,
     EPS,
     SLACK,
@@ -23,18 +27,16 @@ from kernels.operations import (
     crops,
     distance,
     image_tensors,
+    randn,
     relu,
     start,
     step,
 )
-from kernels.support import few, randn
-from torch import Tensor
-
 from arat_kernels.cosine_invariance import cosine_invariance
-from arat_kernels.cosine_invariance import triton as cosine_kernels
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import relu_backward
+from arat_kernels.image_parts import image_parts
 from arat_kernels.layout import same_strides
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,8 +53,8 @@ OPTIONS = ("residual", "relu", "pooled", "affine", "training")
 CASES: dict[str, list[Operation]] = {
     "split_batch_norm": [
         Norm(sizes, training=training, channels_last=channels_last).operation
-        for sizes in ((3, 2), (4, 0), (0, 3), (1, 5))
-        for training, channels_last in product([True, False], repeat=2)
+        for sizes, channels_last in (((3, 2), False), ((4, 0), True), ((0, 3), False))
+        for training in (True, False)
     ],
     "frozen_affine": [
         affine(last, layout=layout, scaled=scaled, residual=residual)
@@ -64,20 +66,22 @@ CASES: dict[str, list[Operation]] = {
         relu(shape=shape, skip=skip) for shape in ((3, 5, 3, 7), (7, 9)) for skip in (True, False)
     ],
     "cosine_invariance": [distance(*sizes) for sizes in WIDTHS],
-    "cosine_invariance-targets": [distance(*sizes, torch.float32) for sizes in WIDTHS],
+    "cosine_invariance-targets": [distance(*sizes, torch.float32) for sizes in WIDTHS[::2]],
     "cross_entropy_grad": [classes(5, width) for width in (1, 100, 1000, 4096, 4100)],
     "pgd_step": [step(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS],
-    "random_start": [
-        *(start(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS),
-        *(start("L2", 0.5, shape=(3, size)) for size in (1, 6, 1024, 4097, 16389)),
-    ],
 }
+# No dtype plays a part here.
+STARTS = [
+    *(start(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS),
+    *(start("L2", 0.5, shape=(3, size)) for size in (1, 6, 1024, 4097, 16389)),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*product(CASES, DTYPES), ("random_start", torch.float32)], ids=str
+)
 def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
-    for operation in CASES[name]:
+    for operation in CASES.get(name, STARTS):
         tensors = operation.make(0, dtype)
         operation.check(tensors)
         for result in operation.results(tensors, "triton").values():
@@ -93,15 +97,15 @@ def test_every_combination_of_options(flags: tuple[bool, ...]) -> None:
 
 @given(
     sizes=st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda sizes: sum(sizes) > 0),
-    channels=st.sampled_from([1, 2, 7, 16, 33, 64, 65, 130]),
-    height=st.integers(1, 9),
+    channels=st.sampled_from([1, 2, 7, 16, 33, 65]),
+    height=st.integers(1, 5),
     width=st.integers(1, 9),
     dtype=st.sampled_from(DTYPES),
     pooled=st.booleans(),
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@few(10)
+@few(8)
 def test_any_batch_norm(dtype: torch.dtype, seed: int, **options: Any) -> None:
     norm = Norm(**options)
     counts = [size * norm.height * norm.width for size in norm.sizes if size]
@@ -209,6 +213,20 @@ def test_relu_backward_is_what_autograd_computes_for_a_folded_convolution() -> N
     torch.testing.assert_close(got, expected[1])
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_parts_of_images_add_up(channels: int, impl: Any) -> None:
+    """Within 2^-16, far below the 2^-12 of TF32; the gradient is that of the high part."""
+    x = image_tensors(0, torch.float32, (2, channels, 5, 7))["x"].requires_grad_()
+    got = image_parts(x, impl=impl)
+    high, low, rest = got.double().split([channels, channels, got.shape[1] - 2 * channels], 1)
+    assert got.shape[1] % 8 == 0 and not rest.any()
+    assert ((high + low - x).abs() <= 2.0**-16 * x.abs()).all()
+    upstream = randn(tuple(got.shape), 1, torch.bfloat16)
+    (dx,) = torch.autograd.grad(got, x, upstream)
+    assert torch.equal(dx, upstream[:, :channels].float())
+
+
 def test_gradcheck_of_the_loops_over_a_long_row() -> None:
     p, t = distance(2, (2049,)).make(6, torch.float64).values()
     logits, target = classes(2, 4097).make(4, torch.float64).values()
@@ -225,13 +243,18 @@ def test_gradcheck_of_the_loops_over_a_long_row() -> None:
 
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(cosine_kernels._counters, "take", lambda device: counters)
-    operation = distance(70, (8, 9))
-    tensors = operation.make(7, torch.float32)
-    first = operation.results(tensors, "triton")
-    assert counters.tolist() == [0, 0]
-    assert_equal(operation.results(tensors, "triton"), first)
+    kept: dict[int, Tensor] = {}
+
+    def take(device: torch.device, size: int) -> Tensor:
+        return kept.setdefault(size, torch.zeros(size, dtype=torch.int32))
+
+    monkeypatch.setattr(counters, "take", take)
+    for operation in (distance(40, (8, 9, 7)), Norm((0, 4), 130, 3, 3).operation):
+        tensors = operation.make(7, torch.float32)
+        first = operation.results(tensors, "triton")
+        assert_equal(operation.results(tensors, "triton"), first)
+    # One for each layer; one for each branch and block of 64 channels.
+    assert [counts.tolist() for counts in kept.values()] == [[0] * 3, [0] * 6]
 
 
 @pytest.mark.parametrize("num_classes", [10, 32, 4100])

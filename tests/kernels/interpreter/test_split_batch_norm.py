@@ -3,29 +3,119 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from kernels.operations import Norm
 from kernels.split_batch_norm_group import check_two_processes
+from torch import Tensor, nn
 
 import arat_kernels.split_batch_norm.triton as implementation
+from arat_kernels.checks import Norm
 from arat_kernels.offsets import start_of
+from arat_kernels.split_batch_norm import (
+    SplitBatchNorm2d,
+    around,
+    skip_of,
+    use_branch,
+    use_statistics,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLAGS = [True, False]
 
 
-@pytest.mark.parametrize("pooled", FLAGS)
-@pytest.mark.parametrize("programs", [1, 7])
+@pytest.mark.parametrize(("programs", "pooled"), [(1, True), (7, False)])
 def test_many_tiles_and_segments(
     monkeypatch: pytest.MonkeyPatch, programs: int, pooled: bool
 ) -> None:
-    monkeypatch.setattr(implementation, "_BLOCKS_PER_MULTIPROCESSOR", programs)
+    monkeypatch.setattr(implementation, "_programs", lambda *_: programs)
     operation = Norm((1, 3), 70, 9, 11, pooled=pooled).operation
     operation.check(operation.make(0, torch.float32))
+
+
+def test_hundreds_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile is a segment of the statistics, a sample one of the sums; the last ones of a branch
+    are not like the first."""
+    monkeypatch.setattr(implementation, "_programs", lambda *_: 1000)
+    norm = Norm((70, 140), 64, 8, 4, residual=False)
+    tensors = norm.make(0, torch.float32)
+    for end in (70, 210):
+        tensors["x"][end - 6 : end] += 5.0
+    norm.operation.check(tensors)
+
+
+class Block(nn.Module):
+    """x to a normalisation and around it, its output to a convolution and to two further readers,
+    twice."""
+
+    def __init__(self, impl: Any, forks: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(SplitBatchNorm2d(6, dtype=torch.float64) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 1, dtype=torch.float64) for _ in range(2))
+        self.forks = forks
+        for norm in self.norms:
+            norm.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = norm(x, x.flip(0), relu=True)
+            skip, beside = (skip_of(y), around(y, x)) if self.forks else (y, x)
+            assert (skip is not y) is self.forks and (beside is not x) is self.forks
+            x = conv(y) * beside + skip.flip(2) + skip
+        return x
+
+
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize("parameters", FLAGS)
+def test_gradients_at_forks(parameters: bool, statistics: Any) -> None:
+    """As autograd adds them, of the parameters and of x alone."""
+    found = []
+    for impl, forks in (("triton", True), ("triton", False), ("reference", False)):
+        torch.manual_seed(0)
+        block = Block(impl, forks)
+        tensors = Norm(channels=6).make(1, torch.float64)
+        x = tensors["x"].requires_grad_()
+        for norm in block.norms:
+            rows = {name: tensors[name] for name in ("weight", "bias", "running_var")}
+            norm.load_state_dict({**norm.state_dict(), **rows})
+        with use_branch(block, "both", num_clean=3), use_statistics(block, statistics):
+            out = block(x)
+        wanted = [x, *(block.parameters() if parameters else ())]
+        found.append(torch.autograd.grad(out.sin().sum(), wanted))
+    for got in found[:2]:
+        torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_batches_are_counted(impl: Any) -> None:
+    """Of each branch that has samples, where its running statistics move; by 65 channels, once."""
+    norm = SplitBatchNorm2d(65)
+    norm.impl = impl
+    x = Norm(channels=65).make(0, torch.float32)["x"]
+    for num_clean, statistics in ((3, None), (5, None), (0, None), (0, "batch"), (2, "running")):
+        with (
+            use_branch(norm, "both", num_clean),
+            use_statistics(norm, statistics or "batch_update"),
+        ):
+            norm(x)
+    assert norm.num_batches_tracked.tolist() == [2, 2]
+
+
+def test_an_outlet_that_is_not_read_has_no_gradient() -> None:
+    """x feeds nothing but what goes around the normalisation, y nothing but its second reader."""
+    tensors = Norm().make(0, torch.float64)
+    norm = SplitBatchNorm2d(5, dtype=torch.float64)
+    norm.impl = "triton"
+    x = tensors["x"].requires_grad_()
+    y = norm(x, relu=True)
+    (only_around,) = torch.autograd.grad(around(y, x).square().sum(), x, retain_graph=True)
+    torch.testing.assert_close(only_around, 2 * x)
+    (main,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(skip_of(y).square().sum(), x)
+    assert torch.equal(main, second)
 
 
 @pytest.mark.parametrize("used", [0, 1])

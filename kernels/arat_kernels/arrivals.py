@@ -1,0 +1,95 @@
+"""Programs of a grid that wait for nobody: the one that arrives last goes on with the results of
+all. Their counters, and the step inside of a kernel."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# Arguments of kernels are pointers and values of Triton, which have no Python type.
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def is_last(counter_ptr, number):
+    """Whether this program is the last of ``number`` to come here, and so may read what the others
+    have stored before, past the L1 (``cache_modifier=".cg"``); the counter is 0 again then."""
+    # One thread counts for the program: the stores of the others must come before.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == number - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+class Counters:
+    """Counters at zero, which every kernel leaves at zero, so that none is cleared by a launch.
+
+    Two launches that may run at once must not share one: eager calls have one set per stream, and
+    every call that a CUDA graph captures takes counters of its own.
+    """
+
+    SIZE = 4096
+    """Most counters of one launch that are kept; more are made for it."""
+    CHUNK = 2**20
+    """Counters that are made at once for graphs; a half is always left before a capture."""
+
+    def __init__(self) -> None:
+        self._of_stream: dict[tuple[int, int], Tensor] = {}
+        # Never freed, for a graph does not keep alive what its kernels point at.
+        self._for_graphs: dict[int, list[Tensor]] = {}
+        self._captured: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def take(self, device: torch.device, size: int) -> Tensor:
+        """``size`` counters for one launch on ``device``, the current one; from any thread."""
+        if device.type != "cuda" or size > self.SIZE:
+            return self._zeros(size, device)
+        with self._lock:
+            return self._take(torch.cuda.current_device(), size)
+
+    def _take(self, index: int, size: int) -> Tensor:
+        device = torch.device("cuda", index)
+        taken = self._captured.get(index, self.CHUNK)
+        if torch.cuda.is_current_stream_capturing():
+            if taken + size > self.CHUNK:
+                # None is left, or no call came before the capture: the graph clears its own.
+                return self._zeros(size, device)
+            self._captured[index] = taken + size
+            return self._for_graphs[index][-1][taken : taken + size]
+        if taken > self.CHUNK // 2:
+            self._for_graphs.setdefault(index, []).append(self._lasting_zeros(self.CHUNK, device))
+            self._captured[index] = 0
+        stream = (index, torch.cuda.current_stream(device).cuda_stream)
+        if stream not in self._of_stream:
+            self._of_stream[stream] = self._lasting_zeros(self.SIZE, device)
+        return self._of_stream[stream]
+
+    def _zeros(self, size: int, device: torch.device) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=device)
+
+    def _lasting_zeros(self, size: int, device: torch.device) -> Tensor:
+        """Counters outside of every pool of a CUDA graph.
+
+        This thread's allocations may go to such a pool although nothing is captured: in the warm-up
+        of ``torch.compile(mode="reduce-overhead")``, whose pool gives memory that is no output of
+        the compiled function to others. Those of another thread do not.
+        """
+
+        def make() -> Tensor:
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                zeros = self._zeros(size, device)
+            stream.synchronize()
+            return zeros
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(make).result()
+
+
+counters = Counters()
