@@ -184,11 +184,12 @@ def evaluate_all(
     if len(images.y):
         with evaluation_mode(model):
             answers = predict(model, images.x, batch_size).argmax(dim=1)
-    counts = [
+    given, right = (
         ranks.sum_(torch.bincount(classes.cpu(), minlength=len(images.classes)))
         for classes in (answers, images.y)
-    ]
-    collapsed = collapse(*counts, int(results["clean"].correct.sum()), images.classes)
+    )
+    num_correct = int(results["clean"].correct.sum())
+    collapsed = collapse(given, right, num_correct, images.classes)
     return SuiteResult(results, left_out, collapsed, pieces)
 
 

@@ -171,9 +171,9 @@ def _mismatches(first: Run, other: Run) -> list[str]:
     if a.data.name == b.data.name:
         if not _same_data(first, other):
             pairs.append(("images from", a.data.root, b.data.root))
-        ours, theirs = first.summary.classes, other.summary.classes
-        if ours and theirs and class_order(ours, theirs, first.path) is not None:
-            pairs.append(("order of the classes", ours[0], theirs[0]))
+        names, others = first.summary.classes, other.summary.classes
+        if others and class_order(names, others, first.path) is not None:
+            pairs.append(("order of the classes", names[0], others[0]))
     for key in first.summary.accuracy.keys() & other.summary.accuracy.keys():
         ours, theirs = (run.summary.accuracy[key].num_samples for run in (first, other))
         pairs.append((f"images for {metric_name(key)}", ours, theirs))
