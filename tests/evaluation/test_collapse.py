@@ -42,10 +42,10 @@ def test_what_is_said(answers: list[int], labels: list[int], correct: int, word:
 
 
 def test_an_evaluation_says_so() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-    nn.init.zeros_(model[1].weight)
-    nn.init.constant_(model[1].bias, 0)
-    model[1].bias.data[1] = 1
+    head = nn.Linear(16, 4)
+    nn.init.zeros_(head.weight)
+    head.bias.data = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    model = nn.Sequential(nn.Flatten(), head)
     images = ImageSet(torch.rand(40, 1, 4, 4), torch.arange(40) % 4, NAMES)
     options = {"num_steps": 1, "alpha": 0.1, "attacks": ["pgd"], "batch_size": 40, "seed": 0}
     suite = evaluate_all(model, images, ThreatModel(0.1), **options)  # type: ignore[arg-type]
