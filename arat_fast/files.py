@@ -178,6 +178,18 @@ def named(path: Path) -> Iterator[None]:
         raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
 
 
+@contextmanager
+def written_here(path: Path) -> Iterator[None]:
+    """What fails in here on values that nothing in this package has written into the records at
+    ``path`` is a ValueError that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds records that arat-fast has not written: {type(error).__name__}: {error}"
+        ) from error
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
