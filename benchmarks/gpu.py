@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Bench, Options, Record
+from benchmarks.harness import ROOT, Bench, Options, Record
 from benchmarks.kernels import OPERATIONS
-from benchmarks.records import ROOT
 from benchmarks.table import grid, page
 
 TOTAL_SECONDS = 525

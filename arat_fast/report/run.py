@@ -319,7 +319,7 @@ def _read_metrics(
             elif kind == "analysis":
                 analyses.append(_from_fields(TrainingAnalysis, line))
             elif kind == "train":
-                numbers = {name: float(value) for name, value in line.items() if name != "step"}
+                numbers = {n: float(v) for n, v in line.items() if n not in ("step", "run")}
                 epoch = numbers.pop("epoch")
                 for name, value in numbers.items():
                     points.setdefault(name, []).append((epoch, value))
