@@ -154,6 +154,7 @@ class Train(Command):
         out = self.out or Path("runs") / _run_name(config)
         from arat_fast.device import keep_freed_memory
         from arat_fast.distributed import join
+        from arat_fast.files import written_here
         from arat_fast.report import write_report
         from arat_fast.run.loop import train
         from arat_fast.stop import InterruptedRun
@@ -176,7 +177,8 @@ class Train(Command):
             return stopped.exit_code
         if is_main:
             report = write_report(out)
-            _print_accuracy(summary["accuracy"])
+            with written_here(out / "summary.json"):
+                _print_accuracy(summary["accuracy"])
             print(f"report: {report}")
         return 0
 

@@ -108,7 +108,8 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
         return None
     content = b""
     if run.ranks.is_main:
-        with suppress(OSError, ValueError):
+        # Whatever is in it that is none is replaced.
+        with suppress(OSError, ValueError, AttributeError):
             text = (run.out / "summary.json").read_bytes()
             summary: dict[str, Any] = json.loads(text)
             wanted = config_to_dict(run.config)["eval"]
