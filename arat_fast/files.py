@@ -114,6 +114,9 @@ def alone(work: Path, make: Callable[[Path], int] | None = None) -> Iterator[int
             finally:
                 if _is_at(descriptor, work):
                     _remove(work)
+                # A process that was forked meanwhile has the file open too.
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
             return
         finally:
             os.close(descriptor)
