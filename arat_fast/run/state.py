@@ -23,7 +23,7 @@ from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
-from arat_fast.device import resolve_precision, versions
+from arat_fast.device import resolve_precision, set_deterministic, versions
 from arat_fast.display import Display, SuiteProgress, TrainingBar, Unit
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
@@ -206,8 +206,7 @@ class Run:
         self.checkpoints = CheckpointFolder(out, config.train.keep_last)
         saved = self._saved_state()
         self.device = ranks.device(config.train.device)
-        # Shapes repeat, so that timing cuDNN's algorithms once pays.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        set_deterministic(config.train.deterministic, self.device)
         self.precision = resolve_precision(config.step.precision, self.device)
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
