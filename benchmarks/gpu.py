@@ -194,8 +194,8 @@ def run(options: Options) -> int:
         weights = [WEIGHTS.get(other.stem, 1) for other in modules[number:]]
         left = begun + TOTAL_SECONDS - time.monotonic()
         # Twice its share: one that hangs costs the others little.
-        seconds = max(1.0, min(left, 2 * left * weights[0] / sum(weights)))
-        counts, problem = run_tests(path, seconds, workers)
+        share = max(1.0, min(left, 2 * left * weights[0] / sum(weights)))
+        counts, problem = run_tests(path, share, workers)
         if problem is not None:
             failed |= not isinstance(problem, TimeRanOut)
             bench.problem(f"tests of {path.stem} {problem}")

@@ -228,7 +228,7 @@ class TrainStep:
             required = self.graph == "on"
             try:
                 self._graphs = StepGraphs(
-                    modules, self.optimizer, device, self.generator, required, self.last
+                    modules, self.optimizer, device, self.generator, required, self.say, self.last
                 )
             except ValueError as error:
                 if required:
@@ -302,10 +302,7 @@ class TrainStep:
             if self._graphs is None:
                 values = function(place, True, *inputs)
             else:
-                failed = self._graphs.failure
                 values = self._graphs.run(function, place, inputs, self._settings())
-                if self._graphs.failure != failed:
-                    self.say(f"{self._graphs.failure}; it goes on without one")
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
             if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
@@ -320,6 +317,7 @@ class TrainStep:
             inputs,
             [self.model, self.objective],
             self.sharing,
+            self.optimizer,
             self.generator,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
