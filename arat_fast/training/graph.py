@@ -79,6 +79,7 @@ class StepGraphs:
         self.last = last
         self.say = say
         self.failed = self.full = False
+        self.num_replayed = 0
         self.lrs = make_capturable(optimizer, device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool: Any = None
@@ -125,6 +126,7 @@ class StepGraphs:
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         captured.graph.replay()
+        self.num_replayed += 1
         # A copy: the next replay writes over the graph's own.
         return Values(captured.values.names, captured.values.packed.clone())
 

@@ -279,6 +279,11 @@ class TrainStep:
         assert self.assemble is not None
         return self._run(self.assemble, (index, draws), place)
 
+    @property
+    def num_replayed(self) -> int:
+        """Steps that a CUDA graph has made."""
+        return 0 if self._graphs is None else self._graphs.num_replayed
+
     def forget(self) -> None:
         """Give captured graphs back: steps of other shapes follow, as many as at first."""
         if self._graphs is not None:
