@@ -33,7 +33,9 @@ demo: install
 # Goes on where it was stopped; OUT= chooses the folder of the runs.
 OUT ?= runs/compare-digits
 compare-digits: install
-	$(BIN)/python -m benchmarks.compare_digits --out $(OUT)
+	$(BIN)/arat-fast compare digits --out $(OUT) --jobs 2 --budget work --ablation \
+	  --variant "arat+swa: --objective.name arat --average.kind swa --average.every 3" \
+	  --train.epochs 12 --train.eval-every 0 --average.kind none --eval.max-samples 200
 
 # One thread a process: the small networks of the tests do not scale, and the processes do. Each
 # process keeps to a stretch of files, whose fixtures it makes once, until the other has none left.

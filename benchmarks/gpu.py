@@ -27,9 +27,8 @@ from arat_fast.build import build_network
 from arat_fast.device import count_gpus, resolve_precision
 from arat_fast.recipes import recipe
 from benchmarks import harness
-from benchmarks.harness import Bench, Record, command
+from benchmarks.harness import ROOT, Bench, Record, command
 from benchmarks.kernels import OPERATIONS
-from benchmarks.records import ROOT
 from benchmarks.table import grid, page
 
 TOTAL_SECONDS = 525

@@ -27,10 +27,9 @@ from arat_fast.evaluation.record import (
     earlier_record,
     root_of_own_images,
     save_per_example,
-    writing,
 )
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_example
-from arat_fast.files import write_json
+from arat_fast.files import alone, write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
 from arat_fast.saved.weights import network_size
 from arat_fast.training.averaging import refresh_batch_norm
@@ -189,7 +188,8 @@ def evaluate_checkpoint(
     if out is not None:
         arrays = per_example(model, images, suite, config.eval.batch_size, ranks)
         if ranks.is_main:
-            with writing(out):
+            # What another process writes is waited for.
+            with alone(out.with_name(f".{out.name}.lock")):
                 # What another evaluation has written since this one began is kept too.
                 try:
                     earlier = earlier_record(out, facts, settings)

@@ -16,6 +16,7 @@ from arat_fast.analysis.snapshot import analyze_training, first_batches, headlin
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
+from arat_fast.files import named, open_log
 from arat_fast.models.registry import MODELS
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.training.memory import is_out_of_memory
@@ -85,20 +86,19 @@ class MetricsLog(Hook):
         self.file: BinaryIO | None = None
 
     def begin(self, run: Run) -> None:
-        self.file = open(self.path, "ab")  # noqa: SIM115  # lives as long as the run
+        self.file = open_log(self.path)
 
     def log(self, run: Run, line: dict[str, Any]) -> None:
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
         file = self._cut()
-        try:
+        with named(self.path):
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
-        except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
 
     def sync(self) -> None:
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with named(self.path):
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.file is not None:
@@ -235,9 +235,7 @@ class Evaluation(Hook):
         accuracy = lines[-1]["pgd"]
         if train.keep_best and (self.best is None or accuracy > self.best):
             self.best = accuracy
-            run.save()
-            if run.ranks.is_main:
-                run.checkpoints.keep_as_best()
+            run.save(best=True)
 
     def _evaluate(self, run: Run, kind: str, model: nn.Module) -> dict[str, Any]:
         """Accuracies on the validation images, else on the test images."""

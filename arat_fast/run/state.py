@@ -30,7 +30,7 @@ from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
-from arat_fast.files import write_json
+from arat_fast.files import make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
@@ -242,8 +242,7 @@ class Run:
         if saved is not None:
             self.restore(saved)
         if ranks.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.remove_leftovers()
+            make_folder(out)
             record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
             write_json(out / "config.json", record)
             if self.bad_images.found:
@@ -458,8 +457,11 @@ class Run:
         for hook in self.hooks:
             hook.log(self, line)
 
-    def save(self) -> None:
+    def save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; every process takes part, rank 0 writes.
+
+        Args:
+            best: it is the best of the run so far.
 
         Raises:
             NotFiniteError: a weight is not finite; the checkpoint before stays.
@@ -468,7 +470,7 @@ class Run:
         self._check_weights()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if self.ranks.is_main:
-            self.checkpoints.save(self.progress.step, state, self._sync_hooks)
+            self.checkpoints.save(self.progress.step, state, self._sync_hooks, best)
 
     def _sync_hooks(self) -> None:
         for hook in self.hooks:

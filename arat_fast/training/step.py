@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Literal
@@ -19,7 +19,7 @@ from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.models.folding import FoldedNetwork
-from arat_fast.models.layers import protect_stem
+from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
 from arat_fast.training.graph import StepGraphs, is_capturable
@@ -362,11 +362,15 @@ class TrainStep:
             self.folded_network.refresh()
         return self.folded_network
 
-    def autocast(self, device_type: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def autocast(self, device_type: str) -> Iterator[None]:
         """The precision of the step."""
         if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(device_type, dtype=self.dtype)
+            yield
+            return
+        networks = [self.model, *self.objective.networks()] if device_type == "cuda" else []
+        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks):
+            yield
 
 
 def _as_it_is(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
 from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import split_batch_norm
@@ -381,6 +382,13 @@ def crops(shape: tuple[int, ...] = (7, 3, 10, 12), num: int = 5, **options: Any)
     return Operation(call, make, atol=0)
 
 
+def parts(shape: tuple[int, ...] = (3, 3, 5, 7)) -> Operation:
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        return {"x": randn(shape, seed).mul(0.5).sigmoid()}
+
+    return Operation(lambda t, impl: image_parts(t["x"], impl=impl), make, atol=0)
+
+
 OPERATIONS: dict[str, Operation] = {
     "split_batch_norm": Norm().operation,
     "split_batch_norm-plain": Norm(residual=False, pooled=False).operation,
@@ -394,6 +402,7 @@ OPERATIONS: dict[str, Operation] = {
     "pgd_step-L2": step("L2"),
     "random_start": start(first=1),
     "random_start-L2": start("L2", first=1),
+    "image_parts": parts(),
     "crop_flip": crops(),
     "crop_flip-split": crops(dtype=torch.bfloat16, split=True),
 }

@@ -26,18 +26,13 @@ from arat_fast.compare.plan import RECORD, make_plan
 from arat_fast.compare.runner import GridRunner, environments
 from arat_fast.config import config_from_dict
 from arat_fast.recipes import recipe
-from arat_fast.training.checkpoint import load_checkpoint
 
 SHORT = [
     *("--seeds", "3", "--train.epochs", "2", "--train.eval-every", "0", "--average.kind", "none"),
     *OPTIONS,
 ]
-GRID = [
-    *("compare", "digits", "--objectives", "natural", "arat", "arat+swa", *SHORT),
-    *("--variant", "arat+swa: --objective.name arat --average.kind swa --average.every 2"),
-    *("--analyze.every", "2", "--analyze.num-batches", "1"),
-]
-RUNS = {"natural-seed3", "arat-seed3", "arat+swa-seed3"}
+GRID = ["compare", "digits", "--objectives", "natural", "arat", *SHORT]
+RUNS = {"natural-seed3", "arat-seed3"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,38 +107,6 @@ def test_the_record_holds_what_every_cell_did(compared: Path) -> None:
         assert options[-3:] == ["--out", str(compared / name), "--resume"]
         config = apply_overrides(recipe("digits"), options[:-3])
         assert config == config_from_dict(cell["config"])
-
-
-@pytest.mark.slow
-def test_a_shared_training_is_what_a_run_of_its_own_gives(
-    compared: Path, tmp_path: Path, one_thread: None
-) -> None:
-    cells = {cell["run"]: cell for cell in record(compared)["cells"]}
-    assert cells["arat-seed3"]["shared_training"] == "arat+swa-seed3"
-    assert cells["arat+swa-seed3"]["shared_training"] is None
-    config = config_from_dict(cells["arat-seed3"]["config"])
-    assert config.average.kind == "none"
-    alone = tiny_trainer(tmp_path / "alone", config)
-    assert alone.run()["accuracy"] == cells["arat-seed3"]["accuracy"]
-    assert_same(weights(compared / "arat-seed3"), weights(tmp_path / "alone"))
-    shared, own = (
-        load_checkpoint(f / "checkpoint.pt") for f in (compared / "arat-seed3", alone.out)
-    )
-    assert shared["run"] == own["run"] and shared["average"] == own["average"]
-    assert torch.equal(shared["random"]["attack"], own["random"]["attack"])
-    lines = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (compared / "arat-seed3", alone.out)
-    ]
-    for one in (line for side in lines for line in side):
-        one.pop("images_per_second", None)
-    assert lines[0] == lines[1]
-    # The source's checkpoint is from after the analysis of the last epoch.
-    assert [line["epoch"] for line in lines[0] if line["kind"] == "analysis"] == [0, 2]
-    averaged = weights(compared / "arat+swa-seed3")
-    assert not torch.equal(
-        averaged["conv1.weight"], weights(compared / "arat-seed3")["conv1.weight"]
-    )
 
 
 def test_the_same_command_again_trains_nothing(compared: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -572,6 +574,22 @@ def test_the_tenth_leaves_an_image_of_every_class(tmp_path: Path) -> None:
     assert few.test.num_samples == 1
     with refused("too few"):
         load("folder", image_folder(tmp_path / "one", per_class=1, splits=(".",)))
+
+
+def test_an_npz_that_unpacks_to_more_than_images_do(tmp_path: Path) -> None:
+    images = np.zeros((10_000, 64, 64, 3), np.uint8)
+    np.savez_compressed(tmp_path / "edm.npz", image=images, label=np.arange(10_000) % 10)
+    with refused("unpack to"):
+        convert_npz(tmp_path / "edm.npz", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
+
+
+def test_space_is_looked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = npz(tmp_path / "edm.npz", number=50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="are free"):
+        convert_npz(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,9 @@ from arat_kernels.implementation import warps
 from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
+from arat_kernels.rounding import round_to_bf16
 
 _STREAM: tl.constexpr = tl.constexpr(streams.CROP_FLIP)
-
-
-@triton.jit
-def _round_to_bf16(value):
-    """float32 rounded to the nearest bfloat16, ties to even; the interpreter's cast truncates."""
-    bits = value.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -112,11 +105,11 @@ def crop_flip_kernel(
     value = tl.div_rn(value, tl.zeros_like(value) + max_value)
     value = tl.where(known, value, float("nan"))
     if SPLIT:
-        high = _round_to_bf16(value)
+        high = round_to_bf16(value)
         value = tl.where(channel < CHANNELS, high, value - high)
         value = tl.where(source < CHANNELS, value, 0.0)
     if x_ptr.dtype.element_ty == tl.bfloat16:
-        value = _round_to_bf16(value)
+        value = round_to_bf16(value)
     tl.store(x_ptr + start_of(sample, size) + at, value.to(x_ptr.dtype.element_ty), at < size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arat_kernels.forks import with_outlets
 from arat_kernels.frozen_affine.reference import frozen_affine_reference, relu_backward_reference
 from arat_kernels.implementation import DTYPES, Impl, choose
 
@@ -64,7 +65,7 @@ def frozen_affine(
         from arat_kernels.frozen_affine.triton import forward
 
         y: Tensor = forward(x, scale, shift, residual, relu)
-        return y
+        return with_outlets(y, x) if relu and scale is not None else y
     return frozen_affine_reference(x, scale, shift, residual, relu)
 
 
@@ -99,7 +100,7 @@ def relu_backward(
         if implementation == "triton":
             from arat_kernels.frozen_affine.triton import backward
 
-            grad: Tensor = backward(dy, dy_skip, y, None, True, False)[0]
+            grad: Tensor = backward(dy, dy_skip, None, y, None, True, False)[0]
             return grad
         return relu_backward_reference(dy, y, dy_skip)
 

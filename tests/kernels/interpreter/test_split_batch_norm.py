@@ -89,6 +89,21 @@ def test_gradients_at_forks(parameters: bool, statistics: Any) -> None:
         torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_batches_are_counted(impl: Any) -> None:
+    """Of each branch that has samples, where its running statistics move; by 65 channels, once."""
+    norm = SplitBatchNorm2d(65)
+    norm.impl = impl
+    x = Norm(channels=65).make(0, torch.float32)["x"]
+    for num_clean, statistics in ((3, None), (5, None), (0, None), (0, "batch"), (2, "running")):
+        with (
+            use_branch(norm, "both", num_clean),
+            use_statistics(norm, statistics or "batch_update"),
+        ):
+            norm(x)
+    assert norm.num_batches_tracked.tolist() == [2, 2]
+
+
 def test_an_outlet_that_is_not_read_has_no_gradient() -> None:
     """x feeds nothing but what goes around the normalisation, y nothing but its second reader."""
     tensors = Norm().make(0, torch.float64)

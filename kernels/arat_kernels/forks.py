@@ -1,8 +1,8 @@
 """Tensors with several readers, whose gradients one backward kernel adds.
 
 Where an output feeds a convolution and a skip connection, autograd adds their two gradients in a
-pass of its own. The kernels of split BatchNorm take both instead, if the second reader is given
-:func:`skip_of` the output, or :func:`around` it the input.
+pass of its own. The kernels of split BatchNorm and of the frozen affine map take both instead, if
+the second reader is given :func:`skip_of` the output, or :func:`around` it the input.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class _Outlets(torch.autograd.Function):
 
 
 def with_outlets(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` with :func:`skip_of` and :func:`around` it; the node that made it, of which nothing
-    else may read, finds their gradients as its ``dy_skip`` and ``dx_around``."""
+    """``y`` with :func:`skip_of` and :func:`around` it; the node that made it of ``x``, and whose
+    output nothing else may read, finds their gradients as its ``dy_skip`` and ``dx_around``."""
+    if not y.requires_grad or torch.compiler.is_compiling():
+        return y
     main, skip, beside = _Outlets.apply(y, x.detach(), y.grad_fn)  # type: ignore[no-untyped-call]
     main._skip = skip
     if x.requires_grad:
