@@ -92,7 +92,6 @@ def set_deterministic(deterministic: bool, device: torch.device) -> None:
         # Read when cuBLAS begins.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # its stub
 
 
 @contextmanager

@@ -369,7 +369,7 @@ class TrainStep:
             yield
             return
         networks = [self.model, *self.objective.networks()] if device_type == "cuda" else []
-        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks):
+        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks, self.impl):
             yield
 
 
