@@ -199,7 +199,8 @@ def test_best_needs_validation_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("sync", "batch", "few"), [(False, 32, 1), (True, 32, 0), (False, 64, 0)])
 def test_few_images_of_a_process_are_said(sync: bool, batch: int, few: int, tmp_path: Path) -> None:
-    config = changed(changed(tiny_config(), "distributed", sync_bn=sync), "data", batch_size=batch)
+    config = changed(tiny_config(), "distributed", sync_bn=sync)
+    config = changed(config, "data", batch_size=batch, num_val=1200)
     run = tiny_trainer(tmp_path, config)
     # As if a second process had the other half of batches twice as large.
     run.ranks = Ranks(0, 2)
