@@ -212,8 +212,8 @@ def ends_well(trial: Trial, place: Path, expected: dict[str, Any]) -> str:
 
 
 def meaning(tree: Tree) -> dict[str, Any]:
-    """What files hold, without times; beside parts of an evaluation and checkpoints before the
-    newest, of which there may be fewer."""
+    """What files hold, without times and the name of the run; beside parts of an evaluation and
+    checkpoints before the newest, of which there may be fewer."""
     found = {
         name: _meaning(name, content)
         for name, content in tree.items()
@@ -238,9 +238,9 @@ def _meaning(name: str, content: bytes | None) -> Any:
 
 
 def _numbers(value: Any) -> dict[str, Any]:
-    times = ("seconds", "seconds/train", "seconds/eval", "images_per_second", "/bytes")
+    own = ("seconds", "seconds/train", "seconds/eval", "images_per_second", "/bytes", "/id", "/run")
     return {
         path: item.numpy().tobytes() if isinstance(item, torch.Tensor) else item
         for path, item in leaves(value).items()
-        if not path.endswith(times)
+        if not path.endswith(own)
     }

@@ -176,6 +176,7 @@ def _open(
     data_config = config.data
     if settings.data_root is not None:
         data_config = dataclasses.replace(data_config, root=settings.data_root)
+        display.say(f"images from {settings.data_root}; the run had them from {config.data.root}")
     key = (data_config, config.seed)
     if key not in loaded:
         with display.evaluating() as bar:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict
 from arat_fast.compare.results import read_cell
 from arat_fast.config import config_to_dict
 from arat_fast.device import count_gpus, source_commit, versions
-from arat_fast.files import make_folder, write_json
+from arat_fast.files import LOCK, Lock, write_json
 from arat_fast.stop import InterruptedRun, stop_on_signals
 
 _POLL_SECONDS = 0.2
@@ -68,11 +66,10 @@ class GridRunner:
 
         Raises:
             InterruptedRun: Ctrl-C or SIGTERM came; the runs have saved their state and ended.
-            ValueError: another process works in the folder, or a run in it is of another
-                configuration.
+            BlockingIOError: another comparison, or a run that it left, is at work in the folder.
+            ValueError: a run in the folder is of another configuration.
         """
-        make_folder(self.out)
-        with _lock(self.out) as lock, stop_on_signals() as stop:
+        with Lock(self.out / LOCK) as lock, stop_on_signals() as stop:
             pending = [cell for cell in self._grid if not self._take(cell)]
             self._save()
             total, start = len(pending), time.monotonic()
@@ -106,7 +103,7 @@ class GridRunner:
                 )
         return self._save()
 
-    def _start(self, cell: Cell, jobs: Sequence[_Job], lock: int) -> _Job:
+    def _start(self, cell: Cell, jobs: Sequence[_Job], lock: Lock) -> _Job:
         slot = next(i for i in range(len(self._slots)) if i not in {job.slot for job in jobs})
         log = self.out / _LOGS / f"{cell.run}.log"
         log.parent.mkdir(exist_ok=True)
@@ -120,7 +117,7 @@ class GridRunner:
                 # Ctrl-C reaches this process alone, which ends its children in order.
                 start_new_session=True,
                 # The folder stays locked as long as one of them lives.
-                pass_fds=(lock,),
+                pass_fds=(lock.fileno(),),
             )
         return _Job(cell, process, slot, time.monotonic())
 
@@ -223,18 +220,3 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[int]:
-    """Refuse a folder in which another comparison, or a run that it left, is at work."""
-    # The file stays: whoever removed it could lock another one than the next process does.
-    with open(out / ".lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"another comparison is at work in {out}: wait for it, or choose another folder "
-                "with --out"
-            ) from error
-        yield file.fileno()

@@ -120,6 +120,8 @@ def evaluate_checkpoint(
     display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
+    if config.data.root != trained.data.root:
+        display.say(f"images from {config.data.root}; the run had them from {trained.data.root}")
     download_data(config.data, ranks)
     with display.evaluating() as bar:
         data = load_data(

@@ -324,7 +324,7 @@ def _read_metrics(
             analyses.append(_from_fields(TrainingAnalysis, line))
         elif kind == "train":
             for name, value in line.items():
-                if name not in ("step", "epoch"):
+                if name not in ("step", "epoch", "run"):
                     points.setdefault(name, []).append((line["epoch"], value))
     if broken:
         notes.append(f"Lines of metrics.jsonl that could not be read and were left out: {broken}.")

@@ -79,10 +79,12 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             seed=config.seed,
             folder=run.out / "evaluation.partial",
             progress=run.interruptible(bar),
+            check=run.check_stop,
             ranks=run.ranks,
         )
     summary: dict[str, Any] = {}
     if run.ranks.is_main:
+        run.checkpoints.check()
         examples = suite.strongest_examples()
         save_examples(run.out / "examples.npz", model, images, examples)
         summary = {
@@ -124,6 +126,7 @@ def facts(run: Run, status: str) -> dict[str, Any]:
     replaced = ", ".join(sorted(run.wrong_on_card.keys() - {FOLD, GRAPH}))
     return {
         "recipe": config.recipe,
+        "run": run.id,
         "status": status,
         "objective": config.objective.name,
         "dataset": config.data.name,

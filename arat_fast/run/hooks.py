@@ -244,7 +244,9 @@ class Evaluation(Hook):
         images = ImageSet.from_batches(batches, config.eval.max_samples, run.ranks.shard)
         clean = share_evaluation(
             run.ranks,
-            lambda own: clean_accuracy(model, own, batch_size=config.eval.batch_size),
+            lambda own: clean_accuracy(
+                model, own, batch_size=config.eval.batch_size, check=run.check_stop
+            ),
             images,
         )
         pgd = share_evaluation(
@@ -258,6 +260,7 @@ class Evaluation(Hook):
                 batch_size=config.eval.batch_size,
                 seed=config.seed,
                 progress=run.interruptible(),
+                check=run.check_stop,
             ),
             images,
         )

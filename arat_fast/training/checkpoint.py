@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arat_fast.files import link_atomic, write_atomic
+from arat_fast.files import Lock, link_atomic, write_atomic
 
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
@@ -189,11 +189,14 @@ class CheckpointFolder:
     Args:
         folder: of the run.
         keep_last: checkpoints kept, the newest included; >= 1.
+        lock: of the folder; nothing is written once another process has it. None: nobody else is
+            there.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, lock: Lock | None = None) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.lock = lock
         self.newest_step: int | None = None
         self._damaged: list[Path] = []
         self._thread: threading.Thread | None = None
@@ -257,6 +260,7 @@ class CheckpointFolder:
         def write() -> None:
             try:
                 before()
+                self._check_lock()
                 if self.keep_last > 1 and self.newest_step not in (None, step):
                     self._keep_newest()
                 # The best one first: a run that ends in between goes on from before it.
@@ -287,10 +291,19 @@ class CheckpointFolder:
         self.check()
 
     def check(self) -> None:
-        """Raise the OSError of a write that has failed, for whatever reason; does not wait."""
+        """Raise the OSError of a write that has failed, for whatever reason; does not wait.
+
+        Raises:
+            OvertakenError: another process goes on with the run: nothing may be written any more.
+        """
+        self._check_lock()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
 
     def _candidates(self) -> list[Path]:
         newest = [self.newest] if self.newest.exists() else []
