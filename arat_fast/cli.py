@@ -142,7 +142,8 @@ class Train(Command):
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-…-seedN."""
     resume: bool = False
-    """Go on from the checkpoint in the folder, bit for bit; start afresh if there is none."""
+    """Go on from the checkpoint in the folder, bit for bit (on a GPU with --train.deterministic);
+    start afresh if there is none."""
 
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
