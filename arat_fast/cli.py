@@ -142,7 +142,8 @@ class Train(Command):
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-…-seedN."""
     resume: bool = False
-    """Go on from the checkpoint in the folder, bit for bit; start afresh if there is none."""
+    """Go on from the checkpoint in the folder, bit for bit (on a GPU with --train.deterministic);
+    start afresh if there is none."""
 
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
@@ -154,6 +155,7 @@ class Train(Command):
         out = self.out or Path("runs") / _run_name(config)
         from arat_fast.device import keep_freed_memory
         from arat_fast.distributed import join
+        from arat_fast.files import written_here
         from arat_fast.report import write_report
         from arat_fast.run.loop import train
         from arat_fast.stop import InterruptedRun
@@ -176,7 +178,8 @@ class Train(Command):
             return stopped.exit_code
         if is_main:
             report = write_report(out)
-            _print_accuracy(summary["accuracy"])
+            with written_here(out / "summary.json"):
+                _print_accuracy(summary["accuracy"])
             print(f"report: {report}")
         return 0
 

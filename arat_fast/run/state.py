@@ -24,7 +24,7 @@ from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
-from arat_fast.device import resolve_precision, versions
+from arat_fast.device import resolve_precision, set_deterministic, versions
 from arat_fast.display import Display, SuiteProgress, TrainingBar, Unit
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
@@ -215,8 +215,7 @@ class Run:
         self.checkpoints = CheckpointFolder(out, config.train.keep_last, lock)
         saved = self._saved_state()
         self.device = ranks.device(config.train.device)
-        # Shapes repeat, so that timing cuDNN's algorithms once pays.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        set_deterministic(config.train.deterministic, self.device)
         self.precision = resolve_precision(config.step.precision, self.device)
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
@@ -299,7 +298,7 @@ class Run:
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
         self.model = build_network(config, *shape).to(self.device)
-        wrong = self._check_card()
+        wrong = self.wrong_on_card = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
             synchronize_batch_norm(self.model, ranks.group)
