@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -82,6 +83,17 @@ def resolve_precision(
     return torch.float32
 
 
+def set_deterministic(deterministic: bool, device: torch.device) -> None:
+    """Let a GPU compute the same bits from the same numbers, or as fast as it can."""
+    # Shapes repeat, so that timing cuDNN's algorithms once pays; but timings choose otherwise each
+    # time.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    if deterministic:
+        # Read when cuBLAS begins.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Turn TF32 off for matrix products and convolutions inside the context."""
@@ -130,16 +142,8 @@ def source_commit() -> str | None:
         return None
     try:
         result = subprocess.run(
-            [
-                "git",
-                "--no-optional-locks",
-                "-C",
-                str(folder),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=12",
-            ],
+            ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,

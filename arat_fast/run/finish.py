@@ -13,6 +13,7 @@ from arat_fast.build import implementation
 from arat_fast.config import config_to_dict
 from arat_fast.data.batches import stream_generator
 from arat_fast.device import describe_device, source_commit, versions
+from arat_fast.doctor import FOLD, GRAPH
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.pieces import read_arrays
@@ -58,7 +59,13 @@ def export(run: Run, model: nn.Module, kind: str) -> None:
         export_plain(model) if split else model,
         run.out / SAFETENSORS,
         header(
-            describe(run.config, kind, "adv" if split else "shared", run.data.train.image_shape)
+            describe(
+                run.config,
+                kind,
+                "adv" if split else "shared",
+                run.data.train.image_shape,
+                run.data.train.classes,
+            )
         ),
     )
 
@@ -101,7 +108,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             "split": "test",
             "model": kind,
             "accuracy": suite.record(),
-            **({"left_out": suite.left_out} if suite.left_out else {}),
+            **suite.remarks(),
             "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
         }
         write_json(run.out / "summary.json", summary)
@@ -147,6 +154,8 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
 def facts(run: Run, status: str) -> dict[str, Any]:
     """What is known of a run whether or not it came to its end."""
     config, progress = run.config, run.progress
+    kernels = choose(implementation(config), next(run.model.parameters()))
+    replaced = ", ".join(sorted(run.wrong_on_card.keys() - {FOLD, GRAPH}))
     return {
         "recipe": config.recipe,
         "run": run.id,
@@ -160,12 +169,14 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         "processes": run.ranks.world_size,
         "num_parameters": sum(p.numel() for p in run.model.parameters()),
         "train_samples": run.data.train.num_samples,
+        "classes": list(run.data.train.classes),
         "wall_seconds": {"train": progress.seconds},
         "images_per_second": run.images_seen() / max(progress.seconds, 1e-9),
         "device": describe_device(run.device),
         "precision": str(run.precision).removeprefix("torch."),
         "versions": versions(),
-        "kernels": choose(implementation(config), next(run.model.parameters())),
+        "kernels": "; reference: ".join([kernels, *([replaced] if replaced else [])]),
+        "replayed_steps": run.step.num_replayed,
         "folded_batch_norms": run.step.num_folded,
         **({"warnings": run.warnings} if run.warnings else {}),
         "command": run.command,
