@@ -153,11 +153,6 @@ class Watch:
         return self._told(lost)
 
     def _told(self, lost: list[int]) -> str:
-        if self._store_lost:
-            return (
-                f"the launcher or rank 0 was lost at step {self.step}, and this process ends with "
-                "it; go on from the last checkpoint with --resume"
-            )
         ranks = ", ".join(f"rank {r} ({self._heard[r][0].partition(' ')[2]})" for r in lost)
         return (
             f"{ranks} was lost at step {self.step}, and the others of the {self.world_size} "
@@ -183,8 +178,9 @@ class Watch:
                 self._listen()
                 lost = self._silent(SILENT_SECONDS)
         except RuntimeError:
+            # The launcher's end, or rank 0's.
             self._store_lost = True
-            lost = [0]
+            lost = self._silent(SILENT_SECONDS)
         # The main thread leaves the next meeting or collective, but may not come to one for long,
         # or wait in it for a process that hangs.
         if not self.stopped.wait(LEAVE_SECONDS):
