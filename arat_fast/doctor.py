@@ -34,6 +34,7 @@ from arat_kernels.checks import (
     classes,
     crops,
     distance,
+    parts,
     randn,
     relu,
     start,
@@ -84,6 +85,7 @@ def operations_of(
     widths = tuple({call[0] for call in calls}) or (num_classes,)
     found = {
         f"crop_flip-{_joined(*images)}": crops(images, batch),
+        f"image_parts-{_joined(*images)}": parts(images),
         f"random_start-{ball}": start(**radius),
         f"pgd_step-{ball}": step(alpha=attack.alpha, **radius),
         f"cross_entropy_grad-{_joined(batch, num_classes)}": classes(batch, num_classes),

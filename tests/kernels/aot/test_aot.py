@@ -22,6 +22,7 @@ from kernels.aot.launches import Launch, maximal, recorded  # noqa: E402
 from kernels.aot.operations import OPERATIONS, launches, normalize  # noqa: E402
 
 from arat_kernels.offsets import start_of  # noqa: E402
+from arat_kernels.split_batch_norm import triton as split_batch_norm  # noqa: E402
 
 # Read only where the statistics, the pooled feature or ReLU need it.
 SOMETIMES_READ = ("split_batch_norm_bwd_input_kernel", "x_ptr")
@@ -107,6 +108,21 @@ def test_the_last_program_sees_what_all_have_stored(operation: str, kernel: str)
     assert "bar.sync" in since
     loads = re.findall(r"\b(?:ld\.global|cp\.async\.c[ag]\.)[.\w]*", after)
     assert loads and all(".cg" in load for load in loads)
+
+
+def test_as_many_programs_are_resident_as_the_reductions_plan() -> None:
+    """Or the last ones would run alone."""
+    target, checked = TARGETS["sm_90"], 0
+    for launch in launches("split_batch_norm", False):
+        if launch.kernel.endswith(("statistics_kernel", "bwd_sums_kernel")):
+            more = {"dpooled_ptr", "dy_skip_ptr"} & launch.types.keys()
+            planned = (
+                split_batch_norm.RESIDENT_WITH_MORE_TENSORS if more else split_batch_norm.RESIDENT
+            )
+            resident = compiled(launch, target).occupancy * target.warps / launch.num_warps
+            assert resident >= planned, launch.label
+            checked += 1
+    assert checked > 20
 
 
 def test_launches_are_covered_by_those_that_do_more(found: list[Launch]) -> None:
