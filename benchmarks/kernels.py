@@ -23,6 +23,7 @@ from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.image_parts import image_parts
 from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import split_batch_norm
 from benchmarks import harness
@@ -156,6 +157,20 @@ def batch_assembly(device: torch.device, num: int) -> Work:
     inputs = [(draw.integers(50_000, num),) for _ in range(20)]
     moved = num * 1024 * (3 + 12)
     return Work(contestants(ours, eager), inputs, moved, 1e-3, exact=True)
+
+
+def parts(device: torch.device, num: int) -> Work:
+    """Images as high and low bfloat16 parts."""
+
+    def eager(x: Tensor) -> Tensor:
+        high = x.bfloat16()
+        low = (x - high.float()).bfloat16()
+        padding = high.new_zeros(num, 2, 32, 32)
+        return torch.cat([high, low, padding], 1).contiguous(memory_format=torch.channels_last)
+
+    draw = Draw(device)
+    inputs = [(draw.normal(num, 3, 32, 32),) for _ in range(20)]
+    return Work(contestants(image_parts, eager), inputs, num * 1024 * (12 + 16), 1e-3, exact=True)
 
 
 def loss_gradient(device: torch.device, num: int, num_classes: int) -> Work:
@@ -428,6 +443,7 @@ OPERATIONS: dict[str, list[partial[Work]]] = {
         partial(cosine, num=512, widths=(320,) + (640,) * 10),
     ],
     "crop_flip": [partial(batch_assembly, num=num) for num in (512, 4096)],
+    "image_parts": [partial(parts, num=num) for num in (512, 4096)],
     "cross_entropy_grad": [
         partial(loss_gradient, num=num, num_classes=num_classes)
         for num, num_classes in ((128, 10), (512, 10), (512, 1000), (16_384, 1000))

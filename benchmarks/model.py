@@ -9,7 +9,6 @@ stay in the L2, and launches that a multi-tensor operation is cut into.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -29,7 +29,6 @@ from arat_fast.models.layers import split_stems
 from arat_fast.models.registry import model_spec
 from arat_fast.objectives import ARAT
 from arat_fast.training.step import TrainStep
-from benchmarks.harness import command
 from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload, forward_flops
 
 # The first that is found in an operation's name decides.
@@ -172,7 +171,7 @@ def recorded(workload: Workload, bn: str) -> list[Node]:
         x = torch.empty(workload.batch_size, *workload.image_shape)
         x = x.contiguous(memory_format=torch.channels_last)
         y = torch.empty(workload.batch_size, dtype=torch.int64)
-        recorder = enter(_Recorder())
+        recorder: _Recorder = enter(_Recorder())
         with torch.autocast("cpu", torch.bfloat16), split_stems([network]):
             step(x, y)
     return recorder.nodes
@@ -240,11 +239,6 @@ def _by_kind(nodes: list[Node], options: Options) -> Iterator[str]:
     yield ""
 
 
-def _main(options: Options) -> int:
-    for line in tables(options):
-        print(line, flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(command(Options, _main, "model"))
+    for line in tables(tyro.cli(Options, prog="python -m benchmarks.model")):
+        print(line, flush=True)
