@@ -20,6 +20,7 @@ import tyro
 
 from arat_fast import __version__
 from arat_fast.command_line import UsageError, base_config, choose, parse, shown
+from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
     from arat_fast.config import Config
@@ -33,24 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, with one line on standard error that says what was got
-        and what was expected; 130 or 75 for a run that Ctrl-C or SIGTERM stopped; 1, without
-        returning, where another process of the job was lost. With the environment variable
-        ARAT_FAST_TRACEBACK=1, errors are raised instead.
+        and what was expected; 130 for Ctrl-C and 75 for the other signals of
+        :mod:`arat_fast.stop`, whatever they stopped; 1, without returning, where another process of
+        the job was lost. With the environment variable ARAT_FAST_TRACEBACK=1, errors are raised
+        instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         print(f"arat-fast {__version__}")
         return 0
     try:
-        return _run("arat-fast", arguments, COMMANDS)
+        with end_on_signals():
+            return _run("arat-fast", arguments, COMMANDS)
     except SystemExit as done:
         if done.code:
             raise
         # tyro has printed the help that was asked for.
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("arat-fast: interrupted", file=sys.stderr)
-        return 130
+        return getattr(stopped, "exit_code", 130)
     except Exception as error:
         return _failed(error)
 
@@ -139,7 +142,8 @@ class Train(Command):
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-…-seedN."""
     resume: bool = False
-    """Go on from the checkpoint in the folder, bit for bit; start afresh if there is none."""
+    """Go on from the checkpoint in the folder, bit for bit (on a GPU with --train.deterministic);
+    start afresh if there is none."""
 
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
@@ -151,6 +155,7 @@ class Train(Command):
         out = self.out or Path("runs") / _run_name(config)
         from arat_fast.device import keep_freed_memory
         from arat_fast.distributed import join
+        from arat_fast.files import written_here
         from arat_fast.report import write_report
         from arat_fast.run.loop import train
         from arat_fast.stop import InterruptedRun
@@ -173,7 +178,8 @@ class Train(Command):
             return stopped.exit_code
         if is_main:
             report = write_report(out)
-            _print_accuracy(summary["accuracy"])
+            with written_here(out / "summary.json"):
+                _print_accuracy(summary["accuracy"])
             print(f"report: {report}")
         return 0
 
@@ -240,7 +246,7 @@ class Eval(Command):
                 record = evaluate_checkpoint(**settings, ranks=ranks)
                 if not ranks.is_main:
                     return 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             partial = path.with_suffix(".partial")
             if not partial.is_dir():
                 raise
@@ -248,7 +254,7 @@ class Eval(Command):
                 kept = f"what is finished is kept in {partial}, and the same command goes on from"
                 print(f"arat-fast: interrupted; {kept} there:", file=sys.stderr)
                 print(f"    {shlex.join(['arat-fast', 'eval', *arguments])}", file=sys.stderr)
-            return 130
+            return getattr(stopped, "exit_code", 130)
         if "interrupted" in record:
             trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
             print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")

@@ -289,14 +289,11 @@ def card(device: torch.device) -> Record:
     """What a check's result belongs to."""
     found = torch.cuda.get_device_properties(device)
     driver = Path("/proc/driver/nvidia/version")
-    version: object = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in its stub
-    if driver.is_file():
-        version = driver.read_text().splitlines()[0]
     return {
         "card": found.name,
         "compute_capability": f"{found.major}.{found.minor}",
         "memory_gib": round(found.total_memory / 2**30, 1),
-        "driver": version,
+        "driver": driver.read_text().splitlines()[0] if driver.is_file() else None,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "commit": source_commit(),
         "versions": versions(),

@@ -24,7 +24,7 @@ from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import EncodedImages, decode_all
 from arat_fast.datasets.members import told
-from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.prepared import array_folder, conversions
 from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
 from arat_kernels.implementation import Impl
 
@@ -91,7 +91,15 @@ def load_data(
             ``num_val`` leaves too few images to train on.
     """
     dataset = DATASETS[config.name]
-    content = dataset.load(config.root, config.download)
+    try:
+        content = dataset.load(config.root, config.download)
+    except FileNotFoundError as error:
+        if not dataset.own:
+            raise
+        raise FileNotFoundError(
+            f"{error}; where it was moved, pass its folder: --data.root of train, --data-root of "
+            "eval and analyze"
+        ) from error
     try:
         splits = _splits(
             dataset,
@@ -314,7 +322,9 @@ def _with_generated(content: Content, folder: Path) -> Content:
             f"{int(generated.labels.max())}"
         )
     rows = JoinedRows([train.rows, generated.rows])
-    return content._replace(train=Images(rows, torch.cat([train.labels, generated.labels])))
+    labels = torch.cat([train.labels, generated.labels])
+    notes = (*content.notes, *conversions(generated))
+    return content._replace(train=Images(rows, labels), notes=notes)
 
 
 def _mixed(samples: Samples | None) -> Samples | None:

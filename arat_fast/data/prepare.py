@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,7 +25,10 @@ from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, FILES, array_folder, c
 from arat_fast.datasets.rows import MappedRows, Pixels, read_header, read_labels, settled
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
-from arat_fast.files import write_text
+from arat_fast.files import folder_atomic, write_text
+
+MAX_RATIO = 100
+"""Bytes that one byte of an archive may unpack to, beyond the first MiB; images are below 20."""
 
 ROWS = 256
 """Images that are converted at a time."""
@@ -74,6 +76,12 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
                     f"{path}: expected the arrays image and label, and classes for their names, "
                     f"got {', '.join(found) or 'none'}"
                 )
+            for member in archive.infolist():
+                if member.file_size > MAX_RATIO * (member.compress_size + 2**20):
+                    raise ValueError(
+                        f"{path}: {member.compress_size:,} bytes unpack to {member.file_size:,}, "
+                        f"expected at most {MAX_RATIO} times as many of images"
+                    )
             yield archive
     # RuntimeError: it is encrypted, or compressed in a way that Python does not know. EINVAL: its
     # directory points outside of it.
@@ -87,7 +95,7 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
     """Write the arrays of an .npz file as images.npy and labels.npy, which can be mapped.
 
     The file is read once, in pieces, and its checksums are verified. The folder appears when it is
-    whole.
+    whole and on disk; what a conversion that was killed has left of it goes with the next one.
 
     Args:
         path: the file.
@@ -102,25 +110,30 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already, expected a folder to make")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        with _opened(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as source, (work / name).open("wb") as target:
-                    shutil.copyfileobj(source, target, CHUNK)
-        made = work / folder.name
-        made.mkdir()
+    with _opened(path) as archive, folder_atomic(folder) as made:
+        # What is converted is there twice for a while.
+        needed = 2 * sum(member.file_size for member in archive.infolist())
+        free = shutil.disk_usage(made).free
+        if needed > free:
+            raise OSError(
+                f"cannot write {folder}: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} are "
+                "free: choose a folder on another disk"
+            )
+        raw = made / "raw"
+        raw.mkdir()
+        for name in archive.namelist():
+            with archive.open(name) as source, (raw / name).open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK)
         try:
-            rows = MappedRows(work / MEMBERS[0])
-            with (work / MEMBERS[1]).open("rb") as file:
-                labels = read_labels(file, work / MEMBERS[1], rows.shape[0])
-            names = _names(work / MEMBERS[2])
+            rows = MappedRows(raw / MEMBERS[0])
+            with (raw / MEMBERS[1]).open("rb") as file:
+                labels = read_labels(file, raw / MEMBERS[1], rows.shape[0])
+            names = _names(raw / MEMBERS[2])
         except (ValueError, EOFError) as error:
-            raise ValueError(str(error).replace(f"{work}{os.sep}", f"{path}: ")) from error
+            raise ValueError(str(error).replace(f"{raw}{os.sep}", f"{path}: ")) from error
         images = made / FILES[0]
         if rows.stored.plain:
-            os.replace(work / MEMBERS[0], images)
+            os.replace(raw / MEMBERS[0], images)
         else:
             lib: Any = np.lib.format
             written = lib.open_memmap(images, "w+", np.uint8, rows.shape)
@@ -129,20 +142,15 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
                 written[start : start + ROWS] = part
             written.flush()
             del written
+        shutil.rmtree(raw)
         np.save(made / FILES[1], labels.numpy())
         if names:
-            (made / FILES[2]).write_text("".join(f"{name}\n" for name in names), "utf-8")
+            write_text(made / FILES[2], "".join(f"{name}\n" for name in names))
             if read_classes(made / FILES[2]) != tuple(map(class_name, names)):
                 raise ValueError(f"{path}: expected names of classes of one line each")
-        for path_made in made.iterdir():
-            with path_made.open("rb") as synced:
-                os.fsync(synced.fileno())
         lines = [checksum_line(file) for file in sorted(made.iterdir())]
         write_text(made / CHECKSUMS, "".join(f"{line}\n" for line in lines))
         array_folder(made)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return rows.shape[0], rows.stored.notes()
 
 

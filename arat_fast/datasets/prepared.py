@@ -56,6 +56,13 @@ def array_folder(folder: Path) -> Images:
     return arrays
 
 
+def conversions(arrays: Images) -> list[str]:
+    """A note on what the images of a folder are converted from, where they are."""
+    assert isinstance(arrays.rows, MappedRows)
+    said = arrays.rows.stored.notes()
+    return [f"{arrays.rows.path}: read from {', '.join(said)}"] if said else []
+
+
 def checksum_line(path: Path) -> str:
     """The line of a file among the :data:`CHECKSUMS` of its folder."""
     digest = hashlib.sha256()
@@ -73,14 +80,11 @@ def _read(root: Path) -> Content:
     parts: dict[str, Samples] = {}
     notes = []
     for split, folder in folders.items():
-        parts[split] = images = array_folder(folder)
+        parts[split] = arrays = array_folder(folder)
         bad += strays(
             folder, [folder / name for name in (*FILES, CHECKSUMS)], " and ".join(FILES[:2])
         )
-        assert isinstance(images.rows, MappedRows)
-        said = images.rows.stored.notes()
-        if said:
-            notes.append(f"{folder / FILES[0]}: read from {', '.join(said)}")
+        notes += conversions(arrays)
     names = read_classes(root / FILES[2])
     return own_content(root, parts, names, bad, notes)
 

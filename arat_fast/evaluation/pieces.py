@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from arat_fast.files import write_atomic
+from arat_fast.files import make_folder, write_atomic
 
 Tensors = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ class Pieces:
         tensors = compute()
         arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in tensors.items()}
         # The same evaluation in another process may have come to its end and removed the folder.
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_atomic(path, lambda file: np.savez(file, **arrays))
         return tensors
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,36 +86,6 @@ def _refusal(path: Path, names: list[str], key: str, before: Any, got: Any) -> V
         f"{path} holds {', '.join(names)} of these weights with {key}={before}, got {got}: name "
         "another file with --out, or remove it"
     )
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Wait for every other process that is here with the same file, then keep others waiting;
-    not on Windows, nor on a file system without locks."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        with open(lock, "ab") as file:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock has removed the file; others may have made and locked a new one.
-            if not _is_at(file, lock):
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False
 
 
 def save_per_example(path: Path, arrays: Mapping[str, NDArray[Any]], keep: bool = False) -> None:

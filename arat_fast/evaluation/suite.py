@@ -89,6 +89,7 @@ def evaluate_all(
     num_restarts: int = 1,
     folder: Path | None = None,
     progress: SuiteProgress | None = None,
+    check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> SuiteResult:
     """Clean accuracy of both branches, and accuracy of the ``adv`` branch under attacks.
@@ -106,6 +107,8 @@ def evaluate_all(
             images and settings goes on from them. They stay for the caller to remove, see
             :class:`SuiteResult`. None keeps nothing.
         progress: told what is running.
+        check: called again and again on clean images and in PGD; what it raises ends the
+            evaluation.
         ranks: the processes that share the images; each returns the results of all, adversarial
             images of its own share only, and keeps pieces of its own.
 
@@ -132,7 +135,7 @@ def evaluate_all(
         if not ranks.alone:
             settings["processes"] = [ranks.rank, ranks.world_size]
         pieces = Pieces(folder, checksum(model, {"x": images.x, "y": images.y}, settings))
-    clean = partial(clean_accuracy, model, batch_size=batch_size)
+    clean = partial(clean_accuracy, model, batch_size=batch_size, check=check)
     pgd = partial(
         pgd_accuracy,
         model,
@@ -144,6 +147,7 @@ def evaluate_all(
         seed=seed,
         pieces=pieces,
         progress=progress,
+        check=check,
     )
     full = partial(
         autoattack,

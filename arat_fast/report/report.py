@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from arat_fast import __version__
 from arat_fast.config import Config, config_to_dict
-from arat_fast.files import write_text
+from arat_fast.files import write_text, written_here
 from arat_fast.recipes import recipe
 from arat_fast.report import analysis_words, examples, words
 from arat_fast.report.comparison import compare_runs
@@ -69,7 +69,8 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
         ValueError: the configuration of a run is unreadable.
         OSError: the report cannot be written; an older one stays.
     """
-    page = _page(read_run(run), [read_run(path) for path in compare])
+    with written_here(run):
+        page = _page(read_run(run), [read_run(path) for path in compare])
     write_text(run / "report.html", page)
     return run / "report.html"
 

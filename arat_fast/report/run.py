@@ -313,19 +313,19 @@ def _read_metrics(
     for text in lines:
         try:
             line = json.loads(text)
-        except ValueError:
-            # A run that was killed leaves half a line.
+            kind = line.pop("kind")
+            if kind == "eval":
+                evaluations.append(_from_fields(Evaluation, line))
+            elif kind == "analysis":
+                analyses.append(_from_fields(TrainingAnalysis, line))
+            elif kind == "train":
+                numbers = {n: float(v) for n, v in line.items() if n not in ("step", "run")}
+                epoch = numbers.pop("epoch")
+                for name, value in numbers.items():
+                    points.setdefault(name, []).append((epoch, value))
+        # A run that was killed leaves half a line; what else is there, no run has written.
+        except (ValueError, TypeError, KeyError, AttributeError):
             broken += 1
-            continue
-        kind = line.pop("kind")
-        if kind == "eval":
-            evaluations.append(_from_fields(Evaluation, line))
-        elif kind == "analysis":
-            analyses.append(_from_fields(TrainingAnalysis, line))
-        elif kind == "train":
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    points.setdefault(name, []).append((line["epoch"], value))
     if broken:
         notes.append(f"Lines of metrics.jsonl that could not be read and were left out: {broken}.")
     metrics = {name: Series(*np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,14 +24,14 @@ from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
-from arat_fast.device import resolve_precision, versions
+from arat_fast.device import resolve_precision, set_deterministic, versions
 from arat_fast.display import Display, SuiteProgress, TrainingBar, Unit
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
-from arat_fast.files import write_json
+from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
@@ -126,6 +127,7 @@ class Identity:
     def state_dict(self) -> dict[str, Any]:
         run = self.run
         return {
+            "id": run.id,
             "config": config_to_dict(run.config),
             "arithmetic": f"{run.precision} on {run.device.type}".removeprefix("torch."),
             "image_shape": list(run.data.train.image_shape),
@@ -140,6 +142,7 @@ class Identity:
                 "--train.device and --step.precision to go on with it"
             )
         check_same_dataset(self.run.data.fingerprint, state["dataset"], source)
+        self.run.id = state.get("id", self.run.id)
 
 
 class HookStates:
@@ -171,6 +174,10 @@ class Run:
             evaluation, until it ends.
         bad_images: knows the files to leave out, of a run that this one is a part of; None looks
             for them, or takes those that a run that is resumed has found.
+        lock: of the folder, on rank 0; None: nobody else works in it.
+
+    Attributes:
+        id: in every file of the run, which is the same one however often it is resumed.
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -192,7 +199,9 @@ class Run:
         hooks: Sequence[Hook] = (),
         ranks: Ranks = ALONE,
         bad_images: BadImages | None = None,
+        lock: Lock | None = None,
     ) -> None:
+        self.id = uuid.uuid4().hex
         self.config = config
         self.out = out
         self.resume = resume
@@ -203,11 +212,10 @@ class Run:
             self.display = Display(Console(quiet=True))
         self.warnings: list[str] = []
         self.stop = StopRequest()
-        self.checkpoints = CheckpointFolder(out, config.train.keep_last)
+        self.checkpoints = CheckpointFolder(out, config.train.keep_last, lock)
         saved = self._saved_state()
         self.device = ranks.device(config.train.device)
-        # Shapes repeat, so that timing cuDNN's algorithms once pays.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        set_deterministic(config.train.deterministic, self.device)
         self.precision = resolve_precision(config.step.precision, self.device)
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
@@ -243,8 +251,7 @@ class Run:
         if saved is not None:
             self.restore(saved)
         if ranks.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.remove_leftovers()
+            make_folder(out)
             record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
             write_json(out / "config.json", record)
             if self.bad_images.found:
@@ -291,7 +298,7 @@ class Run:
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
         self.model = build_network(config, *shape).to(self.device)
-        wrong = self._check_card()
+        wrong = self.wrong_on_card = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
             synchronize_batch_norm(self.model, ranks.group)
@@ -422,6 +429,17 @@ class Run:
             return self.stop.signal is not None
         return self.vote.result > 0
 
+    def check_stop(self) -> None:
+        """End an evaluation when a signal has come, to this process or another.
+
+        Raises:
+            EvaluationStopped: one has.
+        """
+        if self.stop.signal is not None and not self.ranks.asked:
+            self.ranks.ask(int(self.stop.signal))
+        if self.stop.signal is not None or self.ranks.asked:
+            raise EvaluationStopped
+
     def interruptible(self, show: SuiteProgress | None = None) -> SuiteProgress:
         """Told of the progress of an evaluation, which it ends when a signal comes.
 
@@ -430,10 +448,7 @@ class Run:
         """
 
         def progress(name: str, done: int, total: int, unit: Unit = "images") -> None:
-            if self.stop.signal is not None and not self.ranks.asked:
-                self.ranks.ask(int(self.stop.signal))
-            if self.stop.signal is not None or self.ranks.asked:
-                raise EvaluationStopped
+            self.check_stop()
             if show is not None:
                 show(name, done, total, unit)
 
@@ -454,22 +469,32 @@ class Run:
     # Logs and checkpoints.
 
     def log(self, kind: str, epoch: float, values: dict[str, Any]) -> None:
-        """Hand a line of numbers to every hook."""
-        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, **values}
+        """Hand a line of numbers to every hook.
+
+        Raises:
+            OSError: a checkpoint could not be written, or another process goes on with the run.
+        """
+        self.checkpoints.check()
+        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, "run": self.id, **values}
         for hook in self.hooks:
             hook.log(self, line)
 
-    def save(self) -> None:
+    def save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; every process takes part, rank 0 writes.
+
+        Args:
+            best: it is the best of the run so far.
 
         Raises:
             NotFiniteError: a weight is not finite; the checkpoint before stays.
-            OSError: the checkpoint before could not be written.
+            OSError: the checkpoint before could not be written, or another process goes on with
+                the run.
         """
+        self.checkpoints.check()
         self._check_weights()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if self.ranks.is_main:
-            self.checkpoints.save(self.progress.step, state, self._sync_hooks)
+            self.checkpoints.save(self.progress.step, state, self._sync_hooks, best)
 
     def _sync_hooks(self) -> None:
         for hook in self.hooks:

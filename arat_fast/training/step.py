@@ -228,7 +228,7 @@ class TrainStep:
             required = self.graph == "on"
             try:
                 self._graphs = StepGraphs(
-                    modules, self.optimizer, device, self.generator, required, self.last
+                    modules, self.optimizer, device, self.generator, required, self.say, self.last
                 )
             except ValueError as error:
                 if required:
@@ -279,6 +279,11 @@ class TrainStep:
         assert self.assemble is not None
         return self._run(self.assemble, (index, draws), place)
 
+    @property
+    def num_replayed(self) -> int:
+        """Steps that a CUDA graph has made."""
+        return 0 if self._graphs is None else self._graphs.num_replayed
+
     def forget(self) -> None:
         """Give captured graphs back: steps of other shapes follow, as many as at first."""
         if self._graphs is not None:
@@ -302,10 +307,7 @@ class TrainStep:
             if self._graphs is None:
                 values = function(place, True, *inputs)
             else:
-                failed = self._graphs.failure
                 values = self._graphs.run(function, place, inputs, self._settings())
-                if self._graphs.failure != failed:
-                    self.say(f"{self._graphs.failure}; it goes on without one")
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
             if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
@@ -320,6 +322,7 @@ class TrainStep:
             inputs,
             [self.model, self.objective],
             self.sharing,
+            self.optimizer,
             self.generator,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
@@ -366,7 +369,7 @@ class TrainStep:
             yield
             return
         networks = [self.model, *self.objective.networks()] if device_type == "cuda" else []
-        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks):
+        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks, self.impl):
             yield
 
 

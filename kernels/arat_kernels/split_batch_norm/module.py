@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
@@ -14,9 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arat_kernels.implementation import Impl, choose
 from arat_kernels.split_batch_norm.api import check_counts
 from arat_kernels.split_batch_norm.reference import split_batch_norm_reference
-
-if importlib.util.find_spec("triton"):
-    from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -117,13 +113,14 @@ class SplitBatchNorm2d(nn.Module):
         update = training and self.statistics != "batch"
         if training and self.group is None and 1 in sizes:
             check_counts(x, sizes)
-        if self.impl == "reference" or (self.impl is None and not x.is_cuda):
-            run = split_batch_norm_reference
-        else:
+        run = split_batch_norm_reference
+        if self.impl != "reference" and (self.impl is not None or x.is_cuda):
             buffers = self.running_mean, self.running_var
             tensors = x, self.weight, self.bias, *buffers, residual
-            chosen = choose(self.impl, *tensors, operation="split_batch_norm")
-            run = split_batch_norm_triton if chosen == "triton" else split_batch_norm_reference
+            if choose(self.impl, *tensors, operation="split_batch_norm") == "triton":
+                from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
+
+                run = split_batch_norm_triton
         y, pooled = run(
             x,
             self.weight,
