@@ -80,6 +80,7 @@ class Summary:
         warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
+        collapsed: that the model has learned nothing, in words.
         wall_seconds: by "train" and "eval".
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
@@ -91,6 +92,7 @@ class Summary:
     steps: int | None = None
     num_parameters: int | None = None
     train_samples: int | None = None
+    classes: Sequence[str] = ()
     test_samples: int | None = None
     wall_seconds: Mapping[str, float] = field(default_factory=dict)
     images_per_second: float | None = None
@@ -107,6 +109,7 @@ class Summary:
     model: str | None = None
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    collapsed: str = ""
 
 
 @dataclass(frozen=True)
