@@ -481,6 +481,12 @@ def test_arrays_whose_meaning_is_not_certain_are_refused(
         assert not found.use and found.note
 
 
+def test_blank_images_can_be_in_every_split(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        arrays(tmp_path / split, PIXELS * 0, LABELS)
+    assert load("arrays", tmp_path).test.num_samples == 12
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
