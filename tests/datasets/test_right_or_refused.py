@@ -164,6 +164,7 @@ def test_a_profile_is_not_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("crop", ["pad", "resized"])
 def test_one_pixel_and_a_hundred_million(tmp_path: Path, loader: str, crop: str) -> None:
