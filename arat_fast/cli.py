@@ -142,7 +142,8 @@ class Train(Command):
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-…-seedN."""
     resume: bool = False
-    """Go on from the checkpoint in the folder, bit for bit; start afresh if there is none."""
+    """Go on from the checkpoint in the folder, bit for bit (on a GPU with --train.deterministic);
+    start afresh if there is none."""
 
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
@@ -154,6 +155,7 @@ class Train(Command):
         out = self.out or Path("runs") / _run_name(config)
         from arat_fast.device import keep_freed_memory
         from arat_fast.distributed import join
+        from arat_fast.files import written_here
         from arat_fast.report import write_report
         from arat_fast.run.loop import train
         from arat_fast.stop import InterruptedRun
@@ -176,7 +178,8 @@ class Train(Command):
             return stopped.exit_code
         if is_main:
             report = write_report(out)
-            _print_accuracy(summary["accuracy"])
+            with written_here(out / "summary.json"):
+                _print_accuracy(summary)
             print(f"report: {report}")
         return 0
 
@@ -225,7 +228,8 @@ class Eval(Command):
     """Seed of the attacks."""
     out: Path | None = None
     """File for the record, NAME.json; default evaluation.json in the run's folder,
-    NAME.evaluation.json beside a file NAME.pt or NAME.safetensors. Attacks are added to a record of
+    NAME.evaluation.json beside a file NAME.pt or NAME.safetensors; with --norm or --eps
+    evaluation-NORM-EPS.json. Attacks are added to a record of
     the same weights, images and settings. Results image by image go beside it as .npz; an
     interrupted evaluation goes on where it was when the same command is given again."""
 
@@ -236,7 +240,7 @@ class Eval(Command):
         from arat_fast.evaluation.record import record_path
 
         keep_freed_memory()
-        path = self.out or record_path(self.checkpoint)
+        path = self.out or record_path(self.checkpoint, self.norm, self.eps)
         settings = {**dataclasses.asdict(self), "out": path}
         try:
             with join(self.device) as ranks:
@@ -255,28 +259,33 @@ class Eval(Command):
         if "interrupted" in record:
             trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
             print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")
-        _print_accuracy(record["accuracy"])
+        _print_accuracy(record)
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
         print(f"image by image: {per_example}")
         return 0
 
 
-def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
+def _print_accuracy(found: dict[str, Any]) -> None:
     labels = {
         "clean_branch": "clean (clean branch)",
         "autoattack": "AutoAttack",
         "apgd-ce": "APGD-CE alone",
         "square": "Square alone",
     }
-    for name, record in accuracy.items():
+    for name, record in found["accuracy"].items():
         label = labels.get(name, name.replace("pgd", "PGD-"))
+        ball = ""
+        if "norm" in record:
+            ball = f"  {record['norm']} {shown(record['eps'])}"
         counts = f"{record['correct']}/{record['num_samples']}"
         low, high = (100 * end for end in record["interval"])
         print(
             f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
-            f"95 % interval {low:.2f} to {high:.2f} %"
+            f"95 % interval {low:.2f} to {high:.2f} %{ball}"
         )
+    if "collapsed" in found:
+        print(f"warning: {found['collapsed']}")
 
 
 class Compare(Command):

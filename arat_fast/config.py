@@ -217,6 +217,9 @@ class TrainConfig:
     accumulate: Count = 1
     """Parts in which each process takes its share of a batch, one after the other: the gradient of
     the whole batch with less memory, but for BatchNorm, which sees each part alone; >= 1."""
+    deterministic: bool = False
+    """On a GPU, the same bits from the same start, also of a resumed run and of one process under
+    torchrun: deterministic algorithms, and none chosen by timing. Slower; a CPU needs it not."""
     rollbacks: Annotated[Number, FREE] = 0
     """Times that a loss which is not finite sends the run back to its last checkpoint, with a lower
     learning rate, before the run ends; >= 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -80,6 +81,17 @@ def resolve_precision(
     if precision == "bf16" or (precision == "auto" and has_bf16(device)):
         return torch.bfloat16
     return torch.float32
+
+
+def set_deterministic(deterministic: bool, device: torch.device) -> None:
+    """Let a GPU compute the same bits from the same numbers, or as fast as it can."""
+    # Shapes repeat, so that timing cuDNN's algorithms once pays; but timings choose otherwise each
+    # time.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    if deterministic:
+        # Read when cuBLAS begins.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager

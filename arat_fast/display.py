@@ -150,7 +150,7 @@ class EvaluationBar(_Bar):
             if self.task is not None:
                 self.progress.update(self.task, total=1, completed=1)
             self.task = self.progress.add_task(name, total=None, status=status)
-            self.line(f"{name}: {total} images")
+            self.line(f"{name}: {total} {'images' if unit == 'passes' else unit}")
         elif self.task is not None:
             self.progress.update(self.task, status=status)
             self.line(f"{name}: {status}", QUIET_SECONDS)

@@ -34,6 +34,7 @@ from arat_kernels.checks import (
     classes,
     crops,
     distance,
+    parts,
     randn,
     relu,
     start,
@@ -84,6 +85,7 @@ def operations_of(
     widths = tuple({call[0] for call in calls}) or (num_classes,)
     found = {
         f"crop_flip-{_joined(*images)}": crops(images, batch),
+        f"image_parts-{_joined(*images)}": parts(images),
         f"random_start-{ball}": start(**radius),
         f"pgd_step-{ball}": step(alpha=attack.alpha, **radius),
         f"cross_entropy_grad-{_joined(batch, num_classes)}": classes(batch, num_classes),
@@ -287,14 +289,11 @@ def card(device: torch.device) -> Record:
     """What a check's result belongs to."""
     found = torch.cuda.get_device_properties(device)
     driver = Path("/proc/driver/nvidia/version")
-    version: object = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in its stub
-    if driver.is_file():
-        version = driver.read_text().splitlines()[0]
     return {
         "card": found.name,
         "compute_capability": f"{found.major}.{found.minor}",
         "memory_gib": round(found.total_memory / 2**30, 1),
-        "driver": version,
+        "driver": driver.read_text().splitlines()[0] if driver.is_file() else None,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "commit": source_commit(),
         "versions": versions(),

@@ -114,6 +114,9 @@ def alone(work: Path, make: Callable[[Path], int] | None = None) -> Iterator[int
             finally:
                 if _is_at(descriptor, work):
                     _remove(work)
+                # A process that was forked meanwhile has the file open too.
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
             return
         finally:
             os.close(descriptor)
@@ -348,6 +351,18 @@ def named(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename not in (None, str(_beside(path))):
             raise
         raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def written_here(path: Path) -> Iterator[None]:
+    """What fails in here on values that nothing in this package has written into the records at
+    ``path`` is a ValueError that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds records that arat-fast has not written: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _beside(path: Path) -> Path:

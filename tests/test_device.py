@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from arat_fast.cli import main
-from arat_fast.device import resolve_device
+from arat_fast.device import resolve_device, set_deterministic
 
 FAULTS = """
 import resource
@@ -82,3 +82,16 @@ def test_without_a_gpu_the_cpu_is_taken(reason: str, monkeypatch: pytest.MonkeyP
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="this machine has 0"):
         resolve_device("cuda")
+
+
+def test_deterministic_chooses_no_algorithm_by_its_time() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    seen = []
+    try:
+        for deterministic, device in ((True, gpu), (False, gpu), (True, cpu), (False, cpu)):
+            set_deterministic(deterministic, device)
+            seen.append(torch.backends.cudnn.benchmark)
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        set_deterministic(False, cpu)
+    assert seen == [False, True, False, False]

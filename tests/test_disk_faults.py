@@ -140,7 +140,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ARAT_FAST_TRACEBACK", "1")
     # They take longer than all else, and are made again whenever asked for.
     monkeypatch.setattr(arat_fast.report, "write_report", lambda run: run)
-    monkeypatch.setattr(arat_fast.compare.command, "to_png", lambda figure: b"")
+    monkeypatch.setattr(arat_fast.compare.command, "plane", lambda results: None)
     return root
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -81,3 +83,15 @@ from arat_fast import ARAT, PGD, TrainStep, convert_split_batch_norm
 def test_kernels_is_a_source_root() -> None:
     """A package named ``kernels`` would hide another project's."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_what_is_installed_is_checked() -> None:
+    """Every dependency, of every extra, has one version and the checksums of its wheels."""
+    locked = {
+        re.match(r"[\w.-]+", entry)[0].lower().replace("_", "-"): entry  # type: ignore[index]
+        for entry in (ROOT / "constraints.txt").read_text().replace("\\\n", "").splitlines()
+        if not entry.startswith("#")
+    }
+    assert all(re.search(r"==[\w.]+.* --hash=sha256:[0-9a-f]{64}", e) for e in locked.values())
+    wanted = {re.match(r"[\w.-]+", entry)[0] for entry in requires("arat-fast") or ()}  # type: ignore[index]
+    assert len(wanted) > 20 and {name.lower() for name in wanted} - {"arat-fast"} <= locked.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,15 +25,23 @@ def root_of_own_images(data: DataConfig) -> str | None:
     return str(data.root) if data.name in OWN_IMAGES else None
 
 
-def record_path(checkpoint: Path) -> Path:
+def record_path(checkpoint: Path, norm: str | None = None, eps: float | None = None) -> Path:
     """Where the record of a checkpoint goes unless another file is asked for.
 
     Args:
         checkpoint: a folder or a file.
+        norm, eps: another ball than its own, which is part of the name; None for its own.
     """
+    ball = "".join(f"-{part}" for part in (norm, eps and f"{eps:.6g}") if part is not None)
     if checkpoint.is_dir():
-        return checkpoint / "evaluation.json"
-    return checkpoint.with_name(f"{checkpoint.stem}.evaluation.json")
+        return checkpoint / f"evaluation{ball}.json"
+    return checkpoint.with_name(f"{checkpoint.stem}.evaluation{ball}.json")
+
+
+def record_paths(checkpoint: Path) -> list[Path]:
+    """Where :func:`record_path` has put records of any ball, that of its own first."""
+    own = record_path(checkpoint)
+    return [own, *sorted(own.parent.glob(f"{glob.escape(own.stem)}-*.json"))]
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ does the map, the residual and the ReLU.
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -442,17 +443,32 @@ def _conv_act(
     relu: bool,
     geometry: _Geometry,
 ) -> Tensor:
+    y: Tensor
     if x.is_cuda and relu and bias is not None and _has_cudnn(x.dtype):
-        y: Tensor
-        if residual is None:
-            y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        else:
-            y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-        return y
+        layer = x.shape, weight.shape, x.dtype, residual is None, geometry
+        try:
+            if layer not in _UNFUSED:
+                if residual is None:
+                    y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+                else:
+                    y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+                return y
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # No engine for this dtype, stride, number of groups or channels.
+            if not _UNFUSED:
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"cuDNN fuses not every convolution here: {reason}", stacklevel=2)
+            _UNFUSED.add(layer)
     y = F.conv2d(x, weight, bias, *geometry)
     if residual is not None:
         y += residual
     return y.relu_() if relu else y
+
+
+_UNFUSED: set[object] = set()
+"""Convolutions that cuDNN was found not to fuse with bias, residual and ReLU."""
 
 
 def _has_cudnn(dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_statistics
 from arat_kernels.image_parts import image_parts
+from arat_kernels.implementation import Impl
 
 Norm = Literal["split", "shared"]
 
@@ -34,13 +35,15 @@ class StemConv2d(nn.Conv2d):
     """
 
     split_weight: Tensor | None = None
+    impl: Impl | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         device_type = input.device.type
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return super().forward(input)
         if self.split_weight is not None and input.dtype == torch.float32:
-            of_parts: Tensor = self._conv_forward(image_parts(input), self.split_weight, self.bias)
+            parts = image_parts(input, impl=self.impl)
+            of_parts: Tensor = self._conv_forward(parts, self.split_weight, self.bias)
             return of_parts
         with torch.autocast(device_type, enabled=False):
             y = super().forward(input)
@@ -48,14 +51,14 @@ class StemConv2d(nn.Conv2d):
 
 
 @contextmanager
-def split_stems(networks: Iterable[nn.Module]) -> Iterator[None]:
+def split_stems(networks: Iterable[nn.Module], impl: Impl | None = None) -> Iterator[None]:
     """Let every :class:`StemConv2d` inside the context compute in bfloat16, under autocast, on the
     high and the low part of a float32 image (:func:`arat_kernels.image_parts.image_parts`), which
     lose 2^-16 of it. Their weights must not change meanwhile."""
     modules = (module for network in networks for module in network.modules())
     stems = [m for m in modules if isinstance(m, StemConv2d) and m.groups == 1]
     for stem in stems:
-        stem.split_weight = weight_for_parts(stem.weight)
+        stem.split_weight, stem.impl = weight_for_parts(stem.weight), impl
     try:
         yield
     finally:

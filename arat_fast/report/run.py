@@ -80,6 +80,7 @@ class Summary:
         warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
+        collapsed: that the model has learned nothing, in words.
         wall_seconds: by "train" and "eval".
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
@@ -91,6 +92,7 @@ class Summary:
     steps: int | None = None
     num_parameters: int | None = None
     train_samples: int | None = None
+    classes: Sequence[str] = ()
     test_samples: int | None = None
     wall_seconds: Mapping[str, float] = field(default_factory=dict)
     images_per_second: float | None = None
@@ -107,6 +109,7 @@ class Summary:
     model: str | None = None
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    collapsed: str = ""
 
 
 @dataclass(frozen=True)
@@ -313,19 +316,19 @@ def _read_metrics(
     for text in lines:
         try:
             line = json.loads(text)
-        except ValueError:
-            # A run that was killed leaves half a line.
+            kind = line.pop("kind")
+            if kind == "eval":
+                evaluations.append(_from_fields(Evaluation, line))
+            elif kind == "analysis":
+                analyses.append(_from_fields(TrainingAnalysis, line))
+            elif kind == "train":
+                numbers = {n: float(v) for n, v in line.items() if n not in ("step", "run")}
+                epoch = numbers.pop("epoch")
+                for name, value in numbers.items():
+                    points.setdefault(name, []).append((epoch, value))
+        # A run that was killed leaves half a line; what else is there, no run has written.
+        except (ValueError, TypeError, KeyError, AttributeError):
             broken += 1
-            continue
-        kind = line.pop("kind")
-        if kind == "eval":
-            evaluations.append(_from_fields(Evaluation, line))
-        elif kind == "analysis":
-            analyses.append(_from_fields(TrainingAnalysis, line))
-        elif kind == "train":
-            for name, value in line.items():
-                if name not in ("step", "epoch", "run"):
-                    points.setdefault(name, []).append((line["epoch"], value))
     if broken:
         notes.append(f"Lines of metrics.jsonl that could not be read and were left out: {broken}.")
     metrics = {name: Series(*np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}

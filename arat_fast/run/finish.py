@@ -13,6 +13,7 @@ from arat_fast.build import implementation
 from arat_fast.config import config_to_dict
 from arat_fast.data.batches import stream_generator
 from arat_fast.device import describe_device, source_commit, versions
+from arat_fast.doctor import FOLD, GRAPH
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.suite import evaluate_all, save_examples
@@ -63,7 +64,9 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
         save_safetensors(
             export_plain(model) if split else model,
             run.out / "model.safetensors",
-            header(describe(config, kind, branch, run.data.train.image_shape)),
+            header(
+                describe(config, kind, branch, run.data.train.image_shape, run.data.train.classes)
+            ),
         )
     start = time.perf_counter()
     with run.display.evaluating() as bar:
@@ -93,7 +96,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             "split": "test",
             "model": kind,
             "accuracy": suite.record(),
-            **({"left_out": suite.left_out} if suite.left_out else {}),
+            **suite.remarks(),
             "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
         }
         write_json(run.out / "summary.json", summary)
@@ -108,7 +111,8 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
         return None
     content = b""
     if run.ranks.is_main:
-        with suppress(OSError, ValueError):
+        # Whatever is in it that is none is replaced.
+        with suppress(OSError, ValueError, AttributeError):
             text = (run.out / "summary.json").read_bytes()
             summary: dict[str, Any] = json.loads(text)
             wanted = config_to_dict(run.config)["eval"]
@@ -121,6 +125,8 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
 def facts(run: Run, status: str) -> dict[str, Any]:
     """What is known of a run whether or not it came to its end."""
     config, progress = run.config, run.progress
+    kernels = choose(implementation(config), next(run.model.parameters()))
+    replaced = ", ".join(sorted(run.wrong_on_card.keys() - {FOLD, GRAPH}))
     return {
         "recipe": config.recipe,
         "run": run.id,
@@ -134,12 +140,14 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         "processes": run.ranks.world_size,
         "num_parameters": sum(p.numel() for p in run.model.parameters()),
         "train_samples": run.data.train.num_samples,
+        "classes": list(run.data.train.classes),
         "wall_seconds": {"train": progress.seconds},
         "images_per_second": run.images_seen() / max(progress.seconds, 1e-9),
         "device": describe_device(run.device),
         "precision": str(run.precision).removeprefix("torch."),
         "versions": versions(),
-        "kernels": choose(implementation(config), next(run.model.parameters())),
+        "kernels": "; reference: ".join([kernels, *([replaced] if replaced else [])]),
+        "replayed_steps": run.step.num_replayed,
         "folded_batch_norms": run.step.num_folded,
         **({"warnings": run.warnings} if run.warnings else {}),
         "command": run.command,

@@ -18,6 +18,7 @@ from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.files import named, open_log
 from arat_fast.models.registry import MODELS
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.training.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 MAX_SHARE_OF_FIRST = 0.05
 """Of the first weights in an exponential average, above which a run says so."""
+
+
+FEW_FOR_STATISTICS = 64
+"""Images of one process below which a run says that BatchNorm sees them alone."""
 
 
 class Hook:
@@ -167,6 +172,15 @@ class Remarks(Hook):
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
+        share = run.data.train.plan.largest_share
+        by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
+        norms = (SplitBatchNorm2d, nn.BatchNorm2d)
+        has_norms = any(isinstance(module, norms) for module in run.model.modules())
+        if by_itself and has_norms and share < FEW_FOR_STATISTICS:
+            run.warn(
+                f"each BatchNorm has the statistics of {share} images, this process's share of "
+                f"{config.data.batch_size}: raise --data.batch-size or set --distributed.sync-bn"
+            )
         spec = MODELS.get(config.model.name)
         if config.objective.splits_batch_norm and spec is not None and not spec.has_batch_norm:
             run.display.say(

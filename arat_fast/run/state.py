@@ -21,10 +21,10 @@ from arat_fast.data import load_data
 from arat_fast.data.bad_images import FILE as BAD_IMAGES
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
-from arat_fast.data.fingerprint import Fingerprint
+from arat_fast.data.fingerprint import Fingerprint, class_order
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
-from arat_fast.device import resolve_precision, versions
+from arat_fast.device import resolve_precision, set_deterministic, versions
 from arat_fast.display import Display, SuiteProgress, TrainingBar, Unit
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
@@ -131,6 +131,7 @@ class Identity:
             "config": config_to_dict(run.config),
             "arithmetic": f"{run.precision} on {run.device.type}".removeprefix("torch."),
             "image_shape": list(run.data.train.image_shape),
+            "classes": list(run.data.train.classes),
             "dataset": run.data.fingerprint._asdict(),
         }
 
@@ -140,6 +141,13 @@ class Identity:
             raise ValueError(
                 f"{source} was trained in {state['arithmetic']}, got {own['arithmetic']}: set "
                 "--train.device and --step.precision to go on with it"
+            )
+        # Runs from before have no names.
+        if class_order(state.get("classes", ()), own["classes"], source) is not None:
+            raise ValueError(
+                f"{source} belongs to a run that counts the same classes in another order, got "
+                f"{', '.join(own['classes'][:3])}, …: put the dataset back as it was, or start a "
+                "new run with --out"
             )
         check_same_dataset(self.run.data.fingerprint, state["dataset"], source)
         self.run.id = state.get("id", self.run.id)
@@ -215,8 +223,7 @@ class Run:
         self.checkpoints = CheckpointFolder(out, config.train.keep_last, lock)
         saved = self._saved_state()
         self.device = ranks.device(config.train.device)
-        # Shapes repeat, so that timing cuDNN's algorithms once pays.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        set_deterministic(config.train.deterministic, self.device)
         self.precision = resolve_precision(config.step.precision, self.device)
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
@@ -299,7 +306,7 @@ class Run:
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
         self.model = build_network(config, *shape).to(self.device)
-        wrong = self._check_card()
+        wrong = self.wrong_on_card = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
             synchronize_batch_norm(self.model, ranks.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -53,10 +54,8 @@ class StepGraphs:
         device: the GPU.
         generator: of the step's random numbers, beside PyTorch's default one.
         required: a step that cannot be captured is an error; else it goes on eagerly.
+        say: told in one sentence why steps run eagerly for good.
         last: samples and place of a smaller batch that will come, captured with the first one.
-
-    Attributes:
-        failure: why steps run eagerly for good; empty while they do not.
 
     Raises:
         ValueError: an optimiser that cannot be captured.
@@ -69,6 +68,7 @@ class StepGraphs:
         device: torch.device,
         generator: torch.Generator | None,
         required: bool,
+        say: Callable[[str], object],
         last: tuple[int, Place] | None = None,
     ) -> None:
         self.modules = modules
@@ -77,7 +77,9 @@ class StepGraphs:
         self.generator = generator
         self.required = required
         self.last = last
-        self.failure = ""
+        self.say = say
+        self.failed = self.full = False
+        self.num_replayed = 0
         self.lrs = make_capturable(optimizer, device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool: Any = None
@@ -111,16 +113,20 @@ class StepGraphs:
             self.forget()
             captured = None
         if captured is None:
-            warm = self.num_eager[key] >= NUM_WARMUP and len(self.captured) < MAX_NUM_SHAPES
-            if warm and not self.failure:
-                self._capture_all(function, place, inputs, state)
-                captured = self.captured.get(key)
+            if self.num_eager[key] >= NUM_WARMUP and not self.failed:
+                if len(self.captured) < MAX_NUM_SHAPES:
+                    self._capture_all(function, place, inputs, state)
+                    captured = self.captured.get(key)
+                elif not self.full:
+                    self.full = True
+                    self.say(f"batches of more than {MAX_NUM_SHAPES} shapes: others run eagerly")
             if captured is None:
                 self.num_eager[key] += 1
                 return self._eagerly(function, place, True, *inputs)
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         captured.graph.replay()
+        self.num_replayed += 1
         # A copy: the next replay writes over the graph's own.
         return Values(captured.values.names, captured.values.packed.clone())
 
@@ -131,6 +137,7 @@ class StepGraphs:
         self.pool = None
         # Gradients lie in the memory of a graph, which holds on to all of it.
         self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
         torch.cuda.empty_cache()
 
     @staticmethod
@@ -164,7 +171,11 @@ class StepGraphs:
         except (ValueError, BatchTooLargeError) as error:
             if self.required:
                 raise
-            self.failure = str(error)
+            self.failed = True
+            self.say(f"{error}; it goes on without one")
+        if self.failed:
+            # Only now: the error held what had been computed.
+            self.forget()
 
     def _capture(
         self, function: Function, place: Place, inputs: tuple[Tensor, ...], state: object

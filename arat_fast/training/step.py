@@ -23,6 +23,13 @@ from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
 from arat_fast.training.graph import StepGraphs, is_capturable
+from arat_fast.training.inputs import (
+    check_kinds,
+    check_labels,
+    check_network,
+    num_logits,
+    say_what_was_left_out,
+)
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.values import Values
@@ -152,8 +159,9 @@ class TrainStep:
             start noise, and the ball is centred there.
         generator: source of the attack's random starts, on the model's device; None: PyTorch's
             default one.
-        check_inputs: check that the images of every batch lie in [0, 1]; None checks every batch on
-            the CPU, and the first one on a GPU, which each check would synchronise.
+        check_inputs: check that the images of every batch lie in [0, 1] and that its labels are
+            classes of the network; None checks every batch on the CPU, and the first one on a GPU,
+            which each check would synchronise.
         assemble: how :meth:`from_indices` makes a batch from sample indices and draws.
         accumulate: parts in which a batch goes through the network, one after the other, before the
             update; >= 1. The gradient is that of the whole batch, except that BatchNorm has the
@@ -165,10 +173,13 @@ class TrainStep:
         overlap: send gradients while the backward pass still runs; None: on a GPU.
         impl: implementation of the attack's own operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
-        say: told in one sentence of what keeps the step from running as fast as it could.
+        say: told in one sentence of what keeps the step from running as fast as it could, and in
+            the first step of what the loop forgot: parameters that are not in the optimiser or no
+            longer in the network, and what the objective says was left out.
 
     Raises:
-        ValueError: a precision or a graph that this device or this optimiser cannot do.
+        ValueError: a precision or a graph that this device or this optimiser cannot do, or a
+            network inside of a wrapper.
     """
 
     model: nn.Module
@@ -197,6 +208,7 @@ class TrainStep:
     """BatchNorm layers that are folded into the convolution before them in the attack."""
 
     def __post_init__(self) -> None:
+        check_network(self.model)
         if self.precision not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
                 f"precision must be torch.float32 or torch.bfloat16, got {self.precision}; float16 "
@@ -228,7 +240,7 @@ class TrainStep:
             required = self.graph == "on"
             try:
                 self._graphs = StepGraphs(
-                    modules, self.optimizer, device, self.generator, required, self.last
+                    modules, self.optimizer, device, self.generator, required, self.say, self.last
                 )
             except ValueError as error:
                 if required:
@@ -236,6 +248,8 @@ class TrainStep:
                 self.say(f"{error}; it goes on without one")
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
+        self._num_classes = 0
+        self._before: Values | None = None
 
     def __call__(
         self, x: Tensor, y: Tensor, noise: Tensor | None = None, *, place: Place | None = None
@@ -243,8 +257,10 @@ class TrainStep:
         """Train on one batch.
 
         Args:
-            x: images (N, C, H, W) in [0, 1], N >= 2.
-            y: labels (N,), int64.
+            x: images (N, C, H, W) in [0, 1], in the dtype and on the device of the network, N >= 2;
+                a batch of one, as the last of an epoch can be, has no batch statistics: it is
+                skipped, which is said once, and the metrics are those of the batch before.
+            y: labels (N,), integers in [0, classes).
             noise: start of the attack instead of a random draw; shape of ``x``.
             place: of ``x`` in the batch of all ranks; None: every rank has as many samples.
 
@@ -254,15 +270,30 @@ class TrainStep:
             objective computes such logits, and further metrics of the objective.
 
         Raises:
-            ValueError: a value outside [0, 1] or NaN, in a batch that is checked; a network that
-                cannot be folded or captured.
+            ValueError: an empty batch, or a first one of one sample; another dtype, shape or
+                device; a value outside [0, 1] or NaN, or a label that is no class, in a batch that
+                is checked; a network that cannot be folded or captured.
             BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
+        check_kinds(self.model, x, y)
+        if self.num_calls == 0:
+            say_what_was_left_out(self.model, self.objective, self.optimizer, self.say)
         check = self.check_inputs
         if check is None:
             check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
+            self._num_classes = self._num_classes or num_logits(self.model, x)
+            check_labels(y, self._num_classes)
+        if len(x) == 1 and self.ranks.alone:
+            if self._before is None:
+                raise ValueError("a first batch of two samples or more is expected, got one sample")
+            self.say(
+                "a batch of one sample has no batch statistics: it is skipped, and its metrics are "
+                "those of the batch before; DataLoader(drop_last=True) leaves it out"
+            )
+            return self._before
+        y = y.long()
         given = (x, y) if noise is None else (x, y, noise)
         return self._run(_as_it_is, given, place)
 
@@ -278,6 +309,11 @@ class TrainStep:
         """
         assert self.assemble is not None
         return self._run(self.assemble, (index, draws), place)
+
+    @property
+    def num_replayed(self) -> int:
+        """Steps that a CUDA graph has made."""
+        return 0 if self._graphs is None else self._graphs.num_replayed
 
     def forget(self) -> None:
         """Give captured graphs back: steps of other shapes follow, as many as at first."""
@@ -302,16 +338,14 @@ class TrainStep:
             if self._graphs is None:
                 values = function(place, True, *inputs)
             else:
-                failed = self._graphs.failure
                 values = self._graphs.run(function, place, inputs, self._settings())
-                if self._graphs.failure != failed:
-                    self.say(f"{self._graphs.failure}; it goes on without one")
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
             if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
                 raise
         else:
             self.num_calls += 1
+            self._before = values
             return values
         # Outside of the handler, whose traceback holds on to the memory.
         self.forget()
@@ -320,6 +354,7 @@ class TrainStep:
             inputs,
             [self.model, self.objective],
             self.sharing,
+            self.optimizer,
             self.generator,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
@@ -366,7 +401,7 @@ class TrainStep:
             yield
             return
         networks = [self.model, *self.objective.networks()] if device_type == "cuda" else []
-        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks):
+        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks, self.impl):
             yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 from pathlib import Path
@@ -78,9 +79,14 @@ def make_record(counts: dict[str, list[tuple[int, int, int]]]) -> dict[str, Any]
     }
 
 
-@pytest.fixture
-def record() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
     return make_record(COUNTS)
+
+
+@pytest.fixture
+def record(made: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(made)
 
 
 def test_mean_and_deviation_over_seeds(record: dict[str, Any]) -> None:

@@ -278,6 +278,7 @@ def test_torchvision(
     )
 
 
+@pytest.mark.slow
 def test_timm_names_are_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = weights(tmp_path / "m.safetensors", "resnet18", "cifar10-resnet18", True)
     export_checkpoint(tmp_path / "m.safetensors", "timm", tmp_path / "out")

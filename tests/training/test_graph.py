@@ -3,6 +3,7 @@ mistakes that a graph would hide are seen."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,9 +63,9 @@ def running(config: Config) -> Config:
 )
 def test_a_captured_run_is_the_eager_one(config: Config, tmp_path: Path) -> None:
     eagerly(tiny_trainer(tmp_path / "off", configured(config)).run)
-    tiny_trainer(tmp_path / "on", configured(config)).run()
+    summary = tiny_trainer(tmp_path / "on", configured(config)).run()
     # Of eight steps: three full batches were eager, and the smaller one between them.
-    assert EmulatedGraph.replays == 4
+    assert EmulatedGraph.replays == summary["replayed_steps"] == 4
     assert_same_numbers(tmp_path)
 
 
@@ -149,7 +150,7 @@ class Regression:
     def run(self, captured: bool) -> list[float]:
         """The losses of eight steps, and the weights."""
         parts = [self.model], self.optimizer, torch.device("cpu"), self.generator
-        graphs = StepGraphs(*parts, required=True)
+        graphs = StepGraphs(*parts, required=True, say=warnings.warn)
         losses = []
         for number in range(NUM_WARMUP + 5):
             torch.manual_seed(number)
@@ -179,3 +180,13 @@ def test_what_a_graph_would_hide_is_seen(fault: str) -> None:
     except (BrokenCapture, ValueError):
         return
     assert got != Regression(fault).run(captured=False)
+
+
+def test_a_third_shape_runs_eagerly_and_is_said_once() -> None:
+    step, said = Regression(), []  # type: ignore[var-annotated]  # sentences
+    parts = [step.model], step.optimizer, torch.device("cpu"), step.generator
+    graphs = StepGraphs(*parts, required=True, say=said.append)
+    for size in (2, 3, 4, 5):
+        for _ in range(NUM_WARMUP + 2):
+            graphs.run(step, Place(0, size), (torch.ones(size, 3),), settings=None)
+    assert len(graphs.captured) == 2 and len(said) == 1 and "shapes" in said[0]

@@ -29,7 +29,7 @@ def image_parts(x: Tensor, *, impl: Impl | None = None) -> Tensor:
     """
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError(f"x must be (N, C, H, W) float32, got {x.dtype} of shape {tuple(x.shape)}")
-    if choose(impl, x) == "triton":
+    if choose(impl, x, operation="image_parts") == "triton":
         from arat_kernels.image_parts.triton import forward
 
         parts: Tensor = forward(x)
