@@ -106,6 +106,17 @@ def full_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+@contextmanager
+def no_algorithm_search() -> Iterator[None]:
+    """No timing of cuDNN's algorithms inside the context, where shapes do not repeat."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def describe_device(device: torch.device) -> str:
     """Model name of the GPU or the CPU, with the threads used."""
     if device.type == "cuda":

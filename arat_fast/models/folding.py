@@ -413,7 +413,7 @@ class _ConvAct(torch.autograd.Function):
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     # A strided shortcut reads few of the pixels; PyTorch on a CPU also works for the others.
-    few = x.device.type == "cpu" and weight.shape[2:] == (1, 1) and padding == (0, 0)
+    few = not x.is_cuda and weight.shape[2:] == (1, 1) and padding == (0, 0)
     if few and stride != (1, 1):
         dx = torch.zeros_like(x)
         read = dx[:, :, :: stride[0], :: stride[1]]
@@ -483,6 +483,12 @@ def _fold(
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], list[_FoldedConv | _FrozenAffine]]:
     """Rewrite the graph in place; the paths by what became of them, and the new layers."""
     modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        # What nothing does would hide who reads what.
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if type(module) is nn.Identity and not _has_hooks(module):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
     nodes = list(network.graph.nodes)
     folded, affine, unfolded = [], [], []
     sites: dict[fx.Node, _FoldedConv | _FrozenAffine] = {}

@@ -404,7 +404,7 @@ OPERATIONS: dict[str, Operation] = {
     "random_start-L2": start("L2", first=1),
     "image_parts": parts(),
     "crop_flip": crops(),
-    "crop_flip-split": crops(dtype=torch.bfloat16, split=True),
+    "crop_flip-bf16": crops(dtype=torch.bfloat16),
 }
 DIFFERENTIABLE = [name for name, operation in OPERATIONS.items() if operation.leaves]
 

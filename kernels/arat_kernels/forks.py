@@ -51,12 +51,18 @@ def skip_of(y: Tensor) -> Tensor:
     is added inside of the backward of what made ``y``, and is no part of the gradient of ``y``
     itself. Otherwise ``y``.
     """
-    second: Tensor = vars(y).get("_skip", y)
-    return second
+    return _outlet(y, "_skip", y)
 
 
 def around(y: Tensor, x: Tensor) -> Tensor:
     """``x`` for its second reader, where the normalisation with ReLU that made ``y`` of it is the
     first; as :func:`skip_of`."""
-    second: Tensor = vars(y).get("_around", x)
-    return second
+    return _outlet(y, "_around", x)
+
+
+def _outlet(y: Tensor, name: str, otherwise: Tensor) -> Tensor:
+    # torch.fx traces with what is no tensor and has every attribute, Dynamo sees no attributes.
+    if torch.compiler.is_compiling():
+        return otherwise
+    found: Tensor = vars(y).get(name, otherwise)
+    return found

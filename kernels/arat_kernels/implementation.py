@@ -77,7 +77,7 @@ def choose(impl: Impl | None, *tensors: Tensor | None, operation: str = "") -> I
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ValueError(f"all tensors must be on one device, got {device} and {tensor.device}")
-    on_cuda = device.type == "cuda"
+    on_cuda = tensors[0].is_cuda
     if impl is None:
         impl = "triton" if on_cuda and HAS_TRITON else "reference"
     if impl == "reference" or operation in _replaced:

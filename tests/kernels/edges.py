@@ -203,7 +203,7 @@ def starts_follow_seed_and_offset(run: Run) -> None:
 
 
 def unknown_index(run: Run) -> None:
-    for output in ({}, {"dtype": torch.bfloat16, "split": True}):
+    for output in ({}, {"dtype": torch.bfloat16}):
         operation = crops((4, 3, 5, 5), 4, **output)
         tensors = operation.make(2, torch.float32)
         tensors["index"] = torch.tensor([0, 4, -1, 3])

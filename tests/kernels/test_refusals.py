@@ -159,7 +159,6 @@ BAD: dict[Callable[..., object], tuple[Change, list[tuple[str, Change]]]] = {
             ("max_value", {"max_value": 0}),
             ("dtype", {"dtype": torch.float64}),
             ("memory_format", {"memory_format": torch.preserve_format}),
-            ("split", {"split": True}),
         ],
     ),
     draw_crop_flip: (

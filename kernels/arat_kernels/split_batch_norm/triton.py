@@ -450,7 +450,7 @@ def split_batch_norm_bwd_input_kernel(
 
 # Programs per multiprocessor of the reductions: as many as its registers let be resident on sm_90
 # (tests/kernels/aot holds that), so that all begin and end together.
-_RESIDENT, _RESIDENT_WITH_MORE_TENSORS = 3, 2
+RESIDENT, RESIDENT_WITH_MORE_TENSORS = 3, 2
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
 # Of partial results: two accumulators and two loads of 8 elements per thread.
@@ -489,7 +489,7 @@ def _plan(
     tile: dict[int, int],
     per_sample: bool,
     most_tiles: int | None,
-    resident: int = _RESIDENT,
+    resident: int = RESIDENT,
 ) -> _Launch:
     """Cut ``x`` into segments: samples, or as many rows as give each program even work.
 
@@ -647,7 +647,7 @@ def backward_sums(
     """The gradients of bias and weight, (2, 2, C); and the residual's, or nothing. ``dy_skip`` is
     added to ``dy``."""
     more = dpooled is not None or dy_skip is not None
-    resident = _RESIDENT_WITH_MORE_TENSORS if more else _RESIDENT
+    resident = RESIDENT_WITH_MORE_TENSORS if more else RESIDENT
     plan = _plan(x, clean, _BACKWARD_TILE, dpooled is not None, None, resident)
     sums, dresidual = mean.new_empty((2, *mean.shape)), _like(dy, want_dresidual)
     with torch.cuda.device_of(x):

@@ -55,7 +55,7 @@ ONE_LAUNCH: dict[str, Callable[[], object]] = {
     "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, X, ROW, True, True),
     "image_parts_fwd_kernel": lambda: image_parts.forward(X),
     "crop_flip_kernel": lambda: crop_flip.forward(
-        X.byte(), INDEX, RNG, None, 1, True, 1.0, torch.float32, True, False
+        X.byte(), INDEX, RNG, None, 1, True, 1.0, torch.float32, True
     ),
     "cross_entropy_grad_kernel": lambda: cross_entropy_grad.forward(X[0, 0, :4], INDEX),
 }

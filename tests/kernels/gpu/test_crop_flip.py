@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 OUTPUTS: list[dict[str, Any]] = [
     {"dtype": dtype, "memory_format": layout} for dtype in DTYPES for layout in LAYOUTS
-] + [{"dtype": torch.bfloat16, "split": True}]
+]
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)

@@ -177,11 +177,11 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "parts": (image_parts.forward, lambda: (LEAF,)),
     "crops": (
         crop_flip.forward,
-        lambda: (IMAGES, INDEX, RNG, None, 1, True, 255.0, torch.float32, False, False),
+        lambda: (IMAGES, INDEX, RNG, None, 1, True, 255.0, torch.float32, False),
     ),
     "given crops": (
         crop_flip.forward,
-        lambda: (IMAGES, INDEX, None, OFFSETS, 1, False, 16.0, torch.bfloat16, True, True),
+        lambda: (IMAGES, INDEX, None, OFFSETS, 1, False, 16.0, torch.bfloat16, True),
     ),
 }
 

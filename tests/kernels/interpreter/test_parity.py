@@ -45,7 +45,7 @@ NORMS = ["Linf", "L2"]
 FLAGS = list(product([True, False], repeat=3))
 OUTPUTS: list[dict[str, Any]] = [
     {"dtype": dtype, "memory_format": layout} for dtype in DTYPES for layout in LAYOUTS
-] + [{"dtype": torch.bfloat16, "split": True}]
+]
 WIDTHS = [(33, (100, 7)), (3, (600,)), (2, (2100, 30)), (2, tuple(range(8, 21)))]
 
 OPTIONS = ("residual", "relu", "pooled", "affine", "training")
