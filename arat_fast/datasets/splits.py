@@ -210,6 +210,7 @@ def _same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
         contents = dict(zip(_row_digests(first, candidates), candidates, strict=True))
         chosen = _spread(np.arange(len(second)), number)
         looked_at = _row_digests(second, chosen)
+    contents.pop(b"", None)
     for index, digest in zip(chosen.tolist(), looked_at, strict=True):
         if digest in contents:
             yield index, int(contents[digest])
@@ -227,11 +228,11 @@ def _digest(images: EncodedImages, index: int) -> bytes:
         return blake2b(images.read(index)).digest()
     except ValueError:
         # For whoever decodes it to say.
-        return b"%d" % id(images)
+        return b""
 
 
 def _row_digests(images: Images, index: Index) -> Iterator[bytes]:
     for start in range(0, len(index), 256):
-        yield from (
-            blake2b(row.tobytes()).digest() for row in images.rows.take(index[start : start + 256])
-        )
+        for row in images.rows.take(index[start : start + 256]):
+            # One that is blank can be in every split.
+            yield b"" if row.min() == row.max() else blake2b(row.tobytes()).digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arat_fast.config import Config, config_from_dict
+from arat_fast.evaluation.pieces import NOT_NPZ
 from arat_fast.statistics import wilson_interval
 
 Numbers = NDArray[np.float64]
@@ -279,7 +279,7 @@ def _read(
         return parse(file)
     except FileNotFoundError:
         notes += [missing] if missing else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+    except (*NOT_NPZ, TypeError, AttributeError):
         notes.append(f"{file.name} cannot be read; it is left out here.")
     return None
 

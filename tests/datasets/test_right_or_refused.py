@@ -164,6 +164,7 @@ def test_a_profile_is_not_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("crop", ["pad", "resized"])
 def test_one_pixel_and_a_hundred_million(tmp_path: Path, loader: str, crop: str) -> None:
@@ -479,6 +480,12 @@ def test_arrays_whose_meaning_is_not_certain_are_refused(
             raise error
     else:
         assert not found.use and found.note
+
+
+def test_blank_images_can_be_in_every_split(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        arrays(tmp_path / split, PIXELS * 0, LABELS)
+    assert load("arrays", tmp_path).test.num_samples == 12
 
 
 @pytest.mark.parametrize(
