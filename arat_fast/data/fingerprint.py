@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,3 +47,32 @@ def names_below(source: Samples, root: Path) -> Iterator[str]:
         return
     for index in range(len(source)):
         yield source.name(index).removeprefix(str(root)).replace(os.sep, "/")
+
+
+def class_order(known: Sequence[str], given: Sequence[str], source: object) -> list[int] | None:
+    """Which label of a network each label of some images is.
+
+    Args:
+        known: the network's class names in the order of its logits; empty where it has none.
+        given: those of the images.
+        source: where the network comes from, for the error.
+
+    Returns:
+        For each of ``given`` its place in ``known``; None where the order is the same, or nothing
+        is known.
+
+    Raises:
+        ValueError: they are other classes, so that a label means something else.
+    """
+    ours, theirs = ([unicodedata.normalize("NFC", name) for name in n] for n in (known, given))
+    if not ours or ours == theirs:
+        return None
+    if sorted(ours) != sorted(theirs):
+        only = (sorted({*a} - {*b}) for a, b in ((ours, theirs), (theirs, ours)))
+        lacking, instead = (f"{', '.join(n[:3])}{', …' * (len(n) > 3)}" or "none" for n in only)
+        raise ValueError(
+            f"{source} was trained on other classes, so that a label means something else: only "
+            f"there {lacking}; only here {instead}; name the classes as in the training, or give "
+            "other images"
+        )
+    return [ours.index(name) for name in theirs]

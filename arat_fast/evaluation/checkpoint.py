@@ -17,6 +17,7 @@ from arat_fast.config import Config, DataConfig, EvalConfig
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import stream_generator
+from arat_fast.data.fingerprint import class_order
 from arat_fast.data.load import download_data
 from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
@@ -130,8 +131,15 @@ def evaluate_checkpoint(
             eval_batch_size=config.eval.batch_size,
             bad_images=BadImages(saved.path.parent, ranks, bar),
         )
-    model = place_network(saved, trained, data, target)
-    images = ImageSet.from_batches(data.test, max_samples, ranks.shard)
+    model = place_network(saved, trained, data, target, by_name=True)
+    found = ImageSet.from_batches(data.test, max_samples, ranks.shard)
+    images = found.in_order(saved.classes, saved.path)
+    mapped = images is not found
+    if mapped:
+        display.say(
+            f"the images count the same {len(images.classes)} classes in another order than the "
+            "network: they are matched by their names"
+        )
     threat = ThreatModel(config.attack.eps, config.attack.norm)
     facts = {
         "model": saved.weights,
@@ -181,6 +189,8 @@ def evaluate_checkpoint(
         "checkpoint": str(saved.path),
         "recipe": config.recipe,
         **facts,
+        "classes": list(images.classes),
+        **({"matched_by_name": list(found.classes)} if mapped else {}),
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
         "accuracy": suite.record(),
         **({"left_out": suite.left_out} if suite.left_out else {}),
@@ -208,7 +218,12 @@ def evaluate_checkpoint(
 
 
 def place_network(
-    saved: SavedNetwork, config: Config, data: DataSplits, device: torch.device
+    saved: SavedNetwork,
+    config: Config,
+    data: DataSplits,
+    device: torch.device,
+    *,
+    by_name: bool = False,
 ) -> nn.Module:
     """The network on the device, once it is sure that it fits the data.
 
@@ -217,10 +232,11 @@ def place_network(
         config: of the run.
         data: of that configuration; an average that has no statistics yet gets them here.
         device: where the network goes.
+        by_name: whether the caller matches classes in another order by their names.
 
     Raises:
-        ValueError: it has another number of classes or of image channels, or it needs statistics
-            for an objective of one's own.
+        ValueError: it has other classes, another number of them or of image channels, or it needs
+            statistics for an objective of one's own.
     """
     classes, channels = network_size(saved.model.state_dict(), saved.name)
     expected = data.test.num_classes, data.test.image_shape[0]
@@ -228,6 +244,12 @@ def place_network(
         raise ValueError(
             f"{saved.path} is a network of {classes} classes for images of {channels} channels, "
             f"expected {expected[0]} and {expected[1]} for {config.data.name}"
+        )
+    reordered = class_order(saved.classes, data.test.classes, saved.path) is not None
+    if reordered and not (saved.statistics_fresh and by_name):
+        raise ValueError(
+            f"{saved.path} counts the same classes in another order than the images, which are "
+            "attacked by their labels: name the classes as in the training"
         )
     model = saved.model.to(device)
     if not saved.statistics_fresh:

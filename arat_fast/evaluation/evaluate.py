@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from arat_fast.attacks.pgd import (
     perturbation_norm,
 )
 from arat_fast.data.batches import Batches
+from arat_fast.data.fingerprint import class_order
 from arat_fast.data.plan import WHOLE, Shard
 from arat_fast.device import full_float32
 from arat_fast.distributed import Ranks
@@ -95,6 +96,21 @@ class ImageSet:
                 break
         own = slice(part.start - start, part.stop - start)
         return cls(torch.cat(xs)[own], torch.cat(ys)[own], batches.classes)
+
+    def in_order(self, classes: Sequence[str], source: object) -> ImageSet:
+        """With labels that count the classes as a network does.
+
+        Args:
+            classes: the network's, in the order of its logits; empty where it has no names.
+            source: of the network, for the error.
+
+        Raises:
+            ValueError: they are other classes.
+        """
+        order = class_order(classes, self.classes, source)
+        if order is None:
+            return self
+        return ImageSet(self.x, torch.tensor(order, device=self.y.device)[self.y], tuple(classes))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from arat_fast.config import Config
 from arat_fast.evaluation.record import read_record
 from arat_fast.objectives import OBJECTIVES, Paper
 from arat_fast.report.records import records_of
-from arat_fast.report.run import Accuracy, in_order, read_accuracies, read_run
+from arat_fast.report.run import Accuracy, in_order, read_accuracies
 from arat_fast.report.templates import render
 from arat_fast.report.words import metric_name
 from arat_fast.saved.network import SAFETENSORS, SavedNetwork
@@ -35,13 +35,11 @@ class Measured:
     Attributes:
         accuracies: by name; empty where nothing was measured of these weights and this branch.
         summary: of the run; {} where there is none.
-        classes: names of the classes; () where unknown.
         sources: names of the files that the accuracies come from.
     """
 
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
-    classes: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
 
@@ -59,12 +57,9 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
     """
     folder = saved.path.parent
     summary: Mapping[str, Any] = {}
-    classes: tuple[str, ...] = ()
     records: dict[str, Mapping[str, Any]] = {}
     if saved.path.name in (CHECKPOINT, SAFETENSORS) and (folder / "metrics.jsonl").is_file():
-        run = read_run(folder)
         summary = read_record(folder / "summary.json")
-        classes = run.examples.classes if run.examples is not None else ()
         if (
             summary.get("status") == "finished"
             and summary.get("model") == saved.weights
@@ -87,7 +82,6 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
     return Measured(
         in_order({name: accuracy for name, (accuracy, _) in chosen.items()}),
         summary,
-        classes,
         tuple(source for source in records if source in sources),
     )
 

@@ -35,7 +35,7 @@ ROBUSTBENCH_SAMPLES = 10_000
 _NAME = frozenset(f"{string.ascii_letters}{string.digits}-_.")
 _HEADER = (
     *("recipe", "model", "objective", "weights", "branch"),
-    *("norm", "eps", "mean", "std", "image_shape", "additional_data"),
+    *("norm", "eps", "mean", "std", "image_shape", "additional_data", "classes"),
 )
 _TRAINING = ("epochs", "steps", "seed", "precision", "device", "versions", "commit")
 _ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
@@ -119,7 +119,7 @@ def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -
         "weights_file": None,
         "model": saved.name,
         "num_classes": saved.num_classes,
-        "classes": list(found.classes),
+        "classes": list(saved.classes),
         "image_shape": list(saved.image_shape),
         "input_range": [0, 1],
         "mean": list(facts["mean"]),

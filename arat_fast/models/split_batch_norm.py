@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_kernels.split_batch_norm import (
@@ -22,13 +26,19 @@ __all__ = [
     "ADV",
     "CLEAN",
     "Branch",
+    "SharedBatchNormWarning",
     "SplitBatchNorm2d",
     "Statistics",
     "convert_split_batch_norm",
     "copy_network",
     "use_branch",
     "use_statistics",
+    "warn_of_shared",
 ]
+
+
+class SharedBatchNormWarning(UserWarning):
+    """Clean and adversarial images go through layers that are not split."""
 
 
 def convert_split_batch_norm(module: nn.Module) -> nn.Module:
@@ -37,7 +47,9 @@ def convert_split_batch_norm(module: nn.Module) -> nn.Module:
     As :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: the network is changed in place and
     returned; where ``module`` itself is a BatchNorm, its replacement is returned. SyncBatchNorm is
     converted too, to a layer whose statistics are those of its own process. timm's
-    ``BatchNormAct2d`` keeps its dropout and activation.
+    ``BatchNormAct2d`` keeps its dropout and activation. BatchNorm1d and 3d, and what a forward
+    normalises itself (``F.batch_norm``), stay shared by clean and adversarial images, as does every
+    layer of a network without BatchNorm: a :class:`SharedBatchNormWarning` names them.
 
     Args:
         module: any network (torchvision, timm, your own).
@@ -47,9 +59,47 @@ def convert_split_batch_norm(module: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a layer cannot be split: it keeps no running statistics, has ``momentum=None``,
-            or is a subclass whose own forward is not known.
+            is lazy, parametrised, has hooks, or is a subclass whose own forward is not known.
     """
-    return _convert(module, "", {})
+    converted = _convert(module, "", {})
+    warn_of_shared(converted)
+    return converted
+
+
+def warn_of_shared(model: nn.Module) -> None:
+    """Warn where clean and adversarial images share what normalises them.
+
+    Args:
+        model: any network.
+    """
+    shared = [name for name, module in model.named_modules() if _normalises_all_alike(module)]
+    if shared:
+        names = ", ".join(name or "the network's own forward" for name in shared[:8])
+        message = (
+            f"{len(shared)} BatchNorm layers are shared by clean and adversarial images: {names}"
+            f"{', …' * (len(shared) > 8)}; convert_split_batch_norm splits BatchNorm2d and "
+            "SyncBatchNorm, before the objective and the optimiser are made"
+        )
+    elif not any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
+        message = (
+            f"{type(model).__name__} has no BatchNorm to split: clean and adversarial images share "
+            "every layer"
+        )
+    else:
+        return
+    warnings.warn(message, SharedBatchNormWarning, stacklevel=3)
+
+
+def _normalises_all_alike(module: nn.Module) -> bool:
+    if isinstance(module, (SplitBatchNorm2d, _InstanceNorm)):
+        return False
+    # A compiled forward (TorchScript) has no code to look at, but it has its statistics.
+    code = getattr(module.forward, "__code__", None)
+    return (
+        isinstance(module, _BatchNorm)
+        or "running_mean" in dict(module.named_buffers(recurse=False))
+        or (code is not None and "batch_norm" in code.co_names)
+    )
 
 
 def copy_network(module: nn.Module) -> nn.Module:
@@ -79,6 +129,11 @@ def _convert(module: nn.Module, path: str, done: dict[int, nn.Module]) -> nn.Mod
     if id(module) in done:
         return done[id(module)]
     result = module
+    if isinstance(module, _LazyNormBase):
+        raise ValueError(
+            f"{path or 'the module'} is a {type(module).__name__}, whose width is not known yet: "
+            "run the network on a batch of images, then convert it"
+        )
     if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         result = _split_layer(module, path or "the module")
     else:
@@ -94,6 +149,13 @@ def _convert(module: nn.Module, path: str, done: dict[int, nn.Module]) -> nn.Mod
 
 
 def _split_layer(layer: nn.BatchNorm2d | nn.SyncBatchNorm, path: str) -> SplitBatchNorm2d:
+    if is_parametrized(layer):
+        raise ValueError(
+            f"{path} is parametrised, got {', '.join(layer.parametrizations)}: "  # type: ignore[arg-type]  # torch's stub
+            "remove_parametrizations first, and set them on the split layer"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(f"{path} has hooks, which would be lost: register them afterwards")
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(
             f"{path} keeps no running statistics, got track_running_stats=False; the split layer "

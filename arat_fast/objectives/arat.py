@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,9 +15,11 @@ from arat_fast.attacks.pgd import RandomStart
 from arat_fast.models.features import collect_features
 from arat_fast.models.split_batch_norm import (
     Branch,
+    SharedBatchNormWarning,
     SplitBatchNorm2d,
     use_branch,
     use_statistics,
+    warn_of_shared,
 )
 from arat_fast.objectives import base
 from arat_fast.objectives.base import (
@@ -67,6 +70,9 @@ class ARAT(Objective):
     Raises:
         ValueError: a layer does not exist, ``gamma`` or a weight is negative, or switches that
             exclude each other are set.
+
+    Warns:
+        SharedBatchNormWarning: the network has BatchNorm that is not split, or none at all.
 
     Source: Waseda et al., ICLR 2025 (arXiv 2402.14648), section 4.
     """
@@ -119,20 +125,25 @@ class ARAT(Objective):
 
     @classmethod
     def build(cls, settings: Settings, surroundings: Surroundings) -> ARAT:
-        return cls(
-            surroundings.model,
-            surroundings.layers,
-            surroundings.image_shape,
-            gamma=settings.gamma,
-            stop_gradient=settings.stop_gradient,
-            predictor=settings.predictor,
-            direction=settings.direction,
-            balance=settings.balance,
-            w_adv=settings.w_adv,
-            w_clean=settings.w_clean,
-            # Split BatchNorm separates the halves in one pass.
-            separate_passes=settings.separate_passes and surroundings.norm == "shared",
-        )
+        shared = surroundings.norm == "shared"
+        with warnings.catch_warnings():
+            if shared:
+                # As it was asked for, or all that the network can have, which the run says.
+                warnings.simplefilter("ignore", SharedBatchNormWarning)
+            return cls(
+                surroundings.model,
+                surroundings.layers,
+                surroundings.image_shape,
+                gamma=settings.gamma,
+                stop_gradient=settings.stop_gradient,
+                predictor=settings.predictor,
+                direction=settings.direction,
+                balance=settings.balance,
+                w_adv=settings.w_adv,
+                w_clean=settings.w_clean,
+                # Split BatchNorm separates the halves in one pass.
+                separate_passes=settings.separate_passes and shared,
+            )
 
     w_adv: Tensor
     w_clean: Tensor
@@ -173,6 +184,7 @@ class ARAT(Objective):
         self.direction = direction
         self.balance = balance
         self.separate_passes = separate_passes
+        warn_of_shared(model)
         widths = feature_widths(model, self.layers, image_shape)
         self.predictors = Predictors(widths) if predictor else None
         # Tensors, so that a captured step sees them change.
@@ -186,6 +198,15 @@ class ARAT(Objective):
         a = probe() if self.balance == "probe" and probe is not None else clean_accuracy
         self.w_adv.fill_(a)
         self.w_clean.fill_(1 - a)
+
+    def left_out(self) -> str:
+        if self.balance == "fixed" or abs(float(self.w_adv + self.w_clean) - 1) < 1e-3:
+            return ""
+        return (
+            "objective.start_epoch(clean_accuracy) was not called: the two classification losses "
+            f"keep the weights {float(self.w_adv):g} and {float(self.w_clean):g}; call it before "
+            'each epoch, or set balance="fixed"'
+        )
 
     def forward(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, start: RandomStart

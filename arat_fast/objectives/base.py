@@ -263,6 +263,11 @@ class Objective(nn.Module, ABC):
         """Further networks that images enter: a guide, a teacher."""
         return []
 
+    def left_out(self) -> str:
+        """What a loop should have done before the first step and has not, in words; empty for
+        nothing."""
+        return ""
+
     def start_epoch(self, clean_accuracy: float, probe: Callable[[], float] | None = None) -> None:
         """Told the training accuracy on clean images before an epoch.
 

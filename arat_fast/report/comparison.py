@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from arat_fast.config import OWN_IMAGES
+from arat_fast.data.fingerprint import class_order
 from arat_fast.report import style
 from arat_fast.report.curves import draw_series, evaluation_series
 from arat_fast.report.run import Run
@@ -84,6 +85,9 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
 
     Args:
         runs: two or more.
+
+    Raises:
+        ValueError: two runs on one dataset have other classes.
     """
     contestants = [
         Contestant(chr(ord("A") + i) if i < 26 else f"R{i + 1}", run) for i, run in enumerate(runs)
@@ -164,8 +168,12 @@ def _mismatches(first: Run, other: Run) -> list[str]:
         ("epochs", a.train.epochs, b.train.epochs),
         ("split", first.summary.split, other.summary.split),
     ]
-    if a.data.name == b.data.name and not _same_data(first, other):
-        pairs.append(("images from", a.data.root, b.data.root))
+    if a.data.name == b.data.name:
+        if not _same_data(first, other):
+            pairs.append(("images from", a.data.root, b.data.root))
+        ours, theirs = first.summary.classes, other.summary.classes
+        if ours and theirs and class_order(ours, theirs, first.path) is not None:
+            pairs.append(("order of the classes", ours[0], theirs[0]))
     for key in first.summary.accuracy.keys() & other.summary.accuracy.keys():
         ours, theirs = (run.summary.accuracy[key].num_samples for run in (first, other))
         pairs.append((f"images for {metric_name(key)}", ours, theirs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -90,6 +90,7 @@ class Summary:
     steps: int | None = None
     num_parameters: int | None = None
     train_samples: int | None = None
+    classes: Sequence[str] = ()
     test_samples: int | None = None
     wall_seconds: Mapping[str, float] = field(default_factory=dict)
     images_per_second: float | None = None

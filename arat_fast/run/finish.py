@@ -63,7 +63,9 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
         save_safetensors(
             export_plain(model) if split else model,
             run.out / "model.safetensors",
-            header(describe(config, kind, branch, run.data.train.image_shape)),
+            header(
+                describe(config, kind, branch, run.data.train.image_shape, run.data.train.classes)
+            ),
         )
     start = time.perf_counter()
     with run.display.evaluating() as bar:
@@ -132,6 +134,7 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         "processes": run.ranks.world_size,
         "num_parameters": sum(p.numel() for p in run.model.parameters()),
         "train_samples": run.data.train.num_samples,
+        "classes": list(run.data.train.classes),
         "wall_seconds": {"train": progress.seconds},
         "images_per_second": run.images_seen() / max(progress.seconds, 1e-9),
         "device": describe_device(run.device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from arat_fast.config import Config
+from arat_fast.data.fingerprint import class_order
 from arat_fast.objectives.adversarial_training import NaturalTraining
 from arat_fast.run.state import Run
 from arat_fast.saved.weights import load_weights, read_safetensors
@@ -34,12 +36,13 @@ def natural_config(config: Config) -> Config:
     )
 
 
-def load_natural(model: nn.Module, path: Path) -> dict[str, Any]:
+def load_natural(model: nn.Module, path: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
     """Load the weights of a natural run into a network.
 
     Args:
         model: the network; unchanged where an error is raised.
         path: the run's folder, or weights that a run has exported.
+        classes: names of the images' classes, in the order of their labels.
 
     Returns:
         What is known of the run, as JSON types: "source", and from its folder's summary "epochs",
@@ -62,6 +65,12 @@ def load_natural(model: nn.Module, path: Path) -> dict[str, Any]:
             f"{weights} was trained with {objective}, expected a naturally trained model: "
             "arat-fast train RECIPE --objective.name natural makes one"
         )
+    known = json.loads(metadata.get("classes", "[]"))
+    if class_order(known, classes or known, weights) is not None:
+        raise ValueError(
+            f"{weights} counts the same classes in another order, got {', '.join(known[:3])}, …: "
+            "train the natural model on the same dataset"
+        )
     load_weights(model, tensors, str(weights))
     summary: dict[str, Any] = {}
     with suppress(OSError, ValueError):
@@ -83,7 +92,7 @@ def start_from(run: Run, path: Path) -> None:
     """
     content = b""
     if run.ranks.is_main:
-        content = json.dumps(load_natural(run.model, path)).encode()
+        content = json.dumps(load_natural(run.model, path, run.data.train.classes)).encode()
     known: dict[str, Any] = json.loads(run.ranks.broadcast_bytes(content))
     run.progress.natural_model = known
     for tensor in run.model.state_dict().values():

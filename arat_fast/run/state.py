@@ -18,7 +18,7 @@ from arat_fast.data import load_data
 from arat_fast.data.bad_images import FILE as BAD_IMAGES
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
-from arat_fast.data.fingerprint import Fingerprint
+from arat_fast.data.fingerprint import Fingerprint, class_order
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision, versions
@@ -127,6 +127,7 @@ class Identity:
             "config": config_to_dict(run.config),
             "arithmetic": f"{run.precision} on {run.device.type}".removeprefix("torch."),
             "image_shape": list(run.data.train.image_shape),
+            "classes": list(run.data.train.classes),
             "dataset": run.data.fingerprint._asdict(),
         }
 
@@ -136,6 +137,13 @@ class Identity:
             raise ValueError(
                 f"{source} was trained in {state['arithmetic']}, got {own['arithmetic']}: set "
                 "--train.device and --step.precision to go on with it"
+            )
+        # Runs from before have no names.
+        if class_order(state.get("classes", ()), own["classes"], source) is not None:
+            raise ValueError(
+                f"{source} belongs to a run that counts the same classes in another order, got "
+                f"{', '.join(own['classes'][:3])}, …: put the dataset back as it was, or start a "
+                "new run with --out"
             )
         check_same_dataset(self.run.data.fingerprint, state["dataset"], source)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,11 @@ class SavedNetwork:
         return channels, height, width
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the logits; empty where the file has none."""
+        return tuple(self.facts.get("classes", ()))
+
+    @property
     def num_classes(self) -> int:
         """Number of logits."""
         return network_size(self.model.state_dict(), self.name)[0]
@@ -126,7 +131,11 @@ class SavedNetwork:
 
 
 def describe(
-    config: Config, weights: str, branch: str, image_shape: tuple[int, int, int]
+    config: Config,
+    weights: str,
+    branch: str,
+    image_shape: tuple[int, int, int],
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What is written beside exported weights, as JSON types.
 
@@ -135,6 +144,7 @@ def describe(
         weights: "last" or the kind of the average.
         branch: "adv" or "clean" of a split BatchNorm, or "shared".
         image_shape: (C, H, W).
+        classes: names in the order of the logits; empty where they are not known.
     """
     return {
         "recipe": config.recipe,
@@ -148,6 +158,7 @@ def describe(
         "std": list(config.model.std),
         "image_shape": list(image_shape),
         "additional_data": config.data.unsup is not None,
+        **({"classes": list(classes)} if classes else {}),
     }
 
 
@@ -270,6 +281,7 @@ def _from_training(state: Mapping[str, Any], weights: Which) -> _Content:
         config.average.kind if averaged else "last",
         "both" if is_split(tensors) else "shared",
         tuple(state["run"]["image_shape"]),
+        state["run"].get("classes", ()),
     )
     progress = {
         "steps": state["progress"]["step"],
@@ -330,6 +342,7 @@ _FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
     "std": (lambda values: [float(value) for value in values], lambda _: True),
     "image_shape": (lambda values: [int(value) for value in values], lambda s: len(s) == 3),
     "additional_data": (lambda value: value, (True, False).__contains__),
+    "classes": (lambda names: [str(name) for name in names], lambda n: len(n) == len(set(n))),
 }
 """What :func:`describe` writes: how each is read, and whether it can be."""
 

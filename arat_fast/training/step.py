@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -21,6 +22,13 @@ from arat_fast.models.layers import protect_stem
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
 from arat_fast.training.graph import StepGraphs
+from arat_fast.training.inputs import (
+    check_kinds,
+    check_labels,
+    check_network,
+    num_logits,
+    say_what_was_left_out,
+)
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.values import Values
@@ -145,8 +153,9 @@ class TrainStep:
             start noise, and the ball is centred there.
         generator: source of the attack's random starts, on the model's device; None: PyTorch's
             default one.
-        check_inputs: check that the images of every batch lie in [0, 1]; None checks every batch on
-            the CPU, and the first one on a GPU, which each check would synchronise.
+        check_inputs: check that the images of every batch lie in [0, 1] and that its labels are
+            classes of the network; None checks every batch on the CPU, and the first one on a GPU,
+            which each check would synchronise.
         assemble: how :meth:`from_indices` makes a batch from sample indices and draws.
         accumulate: parts in which a batch goes through the network, one after the other, before the
             update; >= 1. The gradient is that of the whole batch, except that BatchNorm has the
@@ -160,7 +169,12 @@ class TrainStep:
             Triton for CUDA tensors.
 
     Raises:
-        ValueError: a precision or a graph that this device or this optimiser cannot do.
+        ValueError: a precision or a graph that this device or this optimiser cannot do, or a
+            network inside of a wrapper.
+
+    Warns:
+        UserWarning: in the first step, of parameters that are not in the optimiser or no longer in
+            the network, and of what the objective says was left out.
     """
 
     model: nn.Module
@@ -184,6 +198,7 @@ class TrainStep:
     """The network that is attacked, once the first step has folded it."""
 
     def __post_init__(self) -> None:
+        check_network(self.model)
         if self.precision not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"precision must be torch.float32 or torch.bfloat16, got {self.precision}; float16 "
@@ -205,6 +220,8 @@ class TrainStep:
             self._graphs = StepGraphs(modules, self.optimizer, device, self.generator)
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
+        self._num_classes = 0
+        self._before: Values | None = None
 
     def __call__(
         self, x: Tensor, y: Tensor, noise: Tensor | None = None, *, place: Place | None = None
@@ -212,8 +229,10 @@ class TrainStep:
         """Train on one batch.
 
         Args:
-            x: images (N, C, H, W) in [0, 1], N >= 2.
-            y: labels (N,), int64.
+            x: images (N, C, H, W) in [0, 1], in the dtype and on the device of the network, N >= 2;
+                a batch of one, as the last of an epoch can be, has no batch statistics: it is
+                skipped, which is said once, and the metrics are those of the batch before.
+            y: labels (N,), integers in [0, classes).
             noise: start of the attack instead of a random draw; shape of ``x``.
             place: of ``x`` in the batch of all ranks; None: every rank has as many samples.
 
@@ -223,15 +242,31 @@ class TrainStep:
             objective computes such logits, and further metrics of the objective.
 
         Raises:
-            ValueError: a value outside [0, 1] or NaN, in a batch that is checked; a network that
-                cannot be folded or captured.
+            ValueError: an empty batch, or a first one of one sample; another dtype, shape or
+                device; a value outside [0, 1] or NaN, or a label that is no class, in a batch that
+                is checked; a network that cannot be folded or captured.
             BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
+        check_kinds(self.model, x, y)
+        if self.num_calls == 0:
+            say_what_was_left_out(self.model, self.objective, self.optimizer)
         check = self.check_inputs
         if check is None:
             check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
+            self._num_classes = self._num_classes or num_logits(self.model, x)
+            check_labels(y, self._num_classes)
+        if len(x) == 1 and self.ranks.alone:
+            if self._before is None:
+                raise ValueError("a first batch of two samples or more is expected, got one sample")
+            warnings.warn(
+                "a batch of one sample has no batch statistics: it is skipped, and its metrics are "
+                "those of the batch before; DataLoader(drop_last=True) leaves it out",
+                stacklevel=2,
+            )
+            return self._before
+        y = y.long()
         given = (x, y) if noise is None else (x, y, noise)
         return self._run(_as_it_is, given, place)
 
@@ -277,6 +312,7 @@ class TrainStep:
                 raise
         else:
             self.num_calls += 1
+            self._before = values
             return values
         # Outside of the handler, whose traceback holds on to the memory.
         self.forget()
