@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help install demo compare-digits test test-slow lint format bench gpu clean
@@ -21,10 +20,16 @@ help:
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, got " + sys.version.split()[0] + "; set PYTHON=")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 14) else "Python 3.10 to 3.13 is needed, got " + sys.version.split()[0] + "; set PYTHON=")'
 	@echo "installing into $(VENV): torch with CUDA is a few GB, one to several minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
+else
+	sed -e '/--hash/d' -e 's/ [\]$$//' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
+endif
 	@touch $@
 
 demo: install
@@ -33,7 +38,9 @@ demo: install
 # Goes on where it was stopped; OUT= chooses the folder of the runs.
 OUT ?= runs/compare-digits
 compare-digits: install
-	$(BIN)/python -m benchmarks.compare_digits --out $(OUT)
+	$(BIN)/arat-fast compare digits --out $(OUT) --jobs 2 --budget work --ablation \
+	  --variant "arat+swa: --objective.name arat --average.kind swa --average.every 3" \
+	  --train.epochs 12 --train.eval-every 0 --average.kind none --eval.max-samples 200
 
 # One thread a process: the small networks of the tests do not scale, and the processes do. Each
 # process keeps to a stretch of files, whose fixtures it makes once, until the other has none left.

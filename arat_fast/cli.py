@@ -1,4 +1,5 @@
-"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info.
+"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info and
+doctor.
 
 Each command imports what it needs: ``--help`` and ``--version`` wait for no library.
 """
@@ -20,6 +21,7 @@ import tyro
 
 from arat_fast import __version__
 from arat_fast.command_line import UsageError, base_config, choose, parse, shown
+from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
     from arat_fast.config import Config
@@ -33,24 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, with one line on standard error that says what was got
-        and what was expected; 130 or 75 for a run that Ctrl-C or SIGTERM stopped; 1, without
-        returning, where another process of the job was lost. With the environment variable
-        ARAT_FAST_TRACEBACK=1, errors are raised instead.
+        and what was expected; 130 for Ctrl-C and 75 for the other signals of
+        :mod:`arat_fast.stop`, whatever they stopped; 1, without returning, where another process of
+        the job was lost. With the environment variable ARAT_FAST_TRACEBACK=1, errors are raised
+        instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         print(f"arat-fast {__version__}")
         return 0
     try:
-        return _run("arat-fast", arguments, COMMANDS)
+        with end_on_signals():
+            return _run("arat-fast", arguments, COMMANDS)
     except SystemExit as done:
         if done.code:
             raise
         # tyro has printed the help that was asked for.
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("arat-fast: interrupted", file=sys.stderr)
-        return 130
+        return getattr(stopped, "exit_code", 130)
     except Exception as error:
         return _failed(error)
 
@@ -139,7 +143,8 @@ class Train(Command):
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-…-seedN."""
     resume: bool = False
-    """Go on from the checkpoint in the folder, bit for bit; start afresh if there is none."""
+    """Go on from the checkpoint in the folder, bit for bit (on a GPU with --train.deterministic);
+    start afresh if there is none."""
 
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
@@ -151,6 +156,7 @@ class Train(Command):
         out = self.out or Path("runs") / _run_name(config)
         from arat_fast.device import keep_freed_memory
         from arat_fast.distributed import join
+        from arat_fast.files import written_here
         from arat_fast.report import write_report
         from arat_fast.run.loop import train
         from arat_fast.stop import InterruptedRun
@@ -173,7 +179,8 @@ class Train(Command):
             return stopped.exit_code
         if is_main:
             report = write_report(out)
-            _print_accuracy(summary["accuracy"])
+            with written_here(out / "summary.json"):
+                _print_accuracy(summary)
             print(f"report: {report}")
         return 0
 
@@ -222,7 +229,8 @@ class Eval(Command):
     """Seed of the attacks."""
     out: Path | None = None
     """File for the record, NAME.json; default evaluation.json in the run's folder,
-    NAME.evaluation.json beside a file NAME.pt or NAME.safetensors. Attacks are added to a record of
+    NAME.evaluation.json beside a file NAME.pt or NAME.safetensors; with --norm or --eps
+    evaluation-NORM-EPS.json. Attacks are added to a record of
     the same weights, images and settings. Results image by image go beside it as .npz; an
     interrupted evaluation goes on where it was when the same command is given again."""
 
@@ -233,14 +241,14 @@ class Eval(Command):
         from arat_fast.evaluation.record import record_path
 
         keep_freed_memory()
-        path = self.out or record_path(self.checkpoint)
+        path = self.out or record_path(self.checkpoint, self.norm, self.eps)
         settings = {**dataclasses.asdict(self), "out": path}
         try:
             with join(self.device) as ranks:
                 record = evaluate_checkpoint(**settings, ranks=ranks)
                 if not ranks.is_main:
                     return 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             partial = path.with_suffix(".partial")
             if not partial.is_dir():
                 raise
@@ -248,32 +256,37 @@ class Eval(Command):
                 kept = f"what is finished is kept in {partial}, and the same command goes on from"
                 print(f"arat-fast: interrupted; {kept} there:", file=sys.stderr)
                 print(f"    {shlex.join(['arat-fast', 'eval', *arguments])}", file=sys.stderr)
-            return 130
+            return getattr(stopped, "exit_code", 130)
         if "interrupted" in record:
             trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
             print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")
-        _print_accuracy(record["accuracy"])
+        _print_accuracy(record)
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
         print(f"image by image: {per_example}")
         return 0
 
 
-def _print_accuracy(accuracy: dict[str, dict[str, Any]]) -> None:
+def _print_accuracy(found: dict[str, Any]) -> None:
     labels = {
         "clean_branch": "clean (clean branch)",
         "autoattack": "AutoAttack",
         "apgd-ce": "APGD-CE alone",
         "square": "Square alone",
     }
-    for name, record in accuracy.items():
+    for name, record in found["accuracy"].items():
         label = labels.get(name, name.replace("pgd", "PGD-"))
+        ball = ""
+        if "norm" in record:
+            ball = f"  {record['norm']} {shown(record['eps'])}"
         counts = f"{record['correct']}/{record['num_samples']}"
         low, high = (100 * end for end in record["interval"])
         print(
             f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
-            f"95 % interval {low:.2f} to {high:.2f} %"
+            f"95 % interval {low:.2f} to {high:.2f} %{ball}"
         )
+    if "collapsed" in found:
+        print(f"warning: {found['collapsed']}")
 
 
 @dataclass(frozen=True)
@@ -466,8 +479,10 @@ class Prepare(Command):
         if self.path.suffix == ".npz":
             if self.out is None:
                 raise UsageError(f"a folder to write is expected after {self.path}")
-            number = convert_npz(self.path, self.out)
+            number, notes = convert_npz(self.path, self.out)
             print(f"converted: {number:,} images with labels, checksums right")
+            if notes:
+                print(f"images were read from {', '.join(notes)}")
             print(f"folder: {self.out}; mix it in with --data.unsup {self.out}")
             return 0
         if self.out is not None:
@@ -488,20 +503,68 @@ class Info(Command):
     def __call__(self, arguments: list[str]) -> int:
         import torch
 
-        from arat_fast.device import describe_device, has_bf16, source_commit, versions
+        from arat_fast.device import (
+            count_gpus,
+            describe_device,
+            has_bf16,
+            source_commit,
+            versions,
+        )
+        from arat_fast.doctor import last_result, wrong_functions
         from arat_fast.objectives import OBJECTIVES
 
         facts = {**versions(), "commit": source_commit(), "objectives": ", ".join(OBJECTIVES)}
-        for name in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        num_gpus = 0
+        try:
+            num_gpus = count_gpus()
+        except ValueError as error:
+            facts["gpu"] = str(error)
+        for name in ["cpu", *(f"cuda:{i}" for i in range(num_gpus))]:
             device = torch.device(name)
             arithmetic = "bf16" if has_bf16(device) else "no bf16"
             facts[name] = f"{describe_device(device)}, {arithmetic}"
-        gpu = torch.cuda.is_available()
-        facts["kernels"] = "Triton (interpreter or GPU)" if gpu else "reference (no GPU)"
+        facts["kernels"] = "Triton (interpreter or GPU)" if num_gpus else "reference (no GPU)"
+        last = last_result()
+        if last is not None:
+            wrong = ", ".join(wrong_functions(last[0]["operations"])) or "nothing"
+            facts["self-check"] = f"wrong: {wrong} ({last[1]})"
         for name, fact in facts.items():
             if fact:
                 print(f"{name:14} {fact}")
         return 0
+
+
+@dataclass(frozen=True)
+class Doctor(Command):
+    """Hold every kernel to its reference on this machine's GPU, at the shapes of a recipe, and time
+    it. Exits with 1 where one is wrong."""
+
+    recipe: tyro.conf.Positional[str] = "cifar10-resnet18"
+    """Recipe whose network, batch and attack are taken."""
+    device: str = "cuda"
+    """cuda or cuda:N."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast import doctor
+        from arat_fast.build import build_network
+        from arat_fast.device import resolve_device, resolve_precision
+        from arat_fast.display import Display
+        from arat_fast.recipes import recipe
+
+        device, config = resolve_device(self.device), recipe(self.recipe)
+        if device.type != "cuda":
+            raise ValueError(f"the kernels run on a GPU, expected cuda or cuda:N, got {device}")
+        shape, classes = config.image_shape, 10
+        model = build_network(config, classes, shape)
+        operations = doctor.operations_of(
+            model, shape, classes, config.data.batch_size, config.attack
+        )
+        precision = resolve_precision("auto", device)
+        with Display().evaluating() as bar:
+            record, file = doctor.examine(operations, precision, device, whole=True, progress=bar)
+        print(doctor.table(record))
+        print(f"record: {file}")
+        return 1 if doctor.wrong_functions(record["operations"]) else 0
 
 
 COMMANDS: dict[str, type[Command]] = {
@@ -514,4 +577,5 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "data": Data,
     "info": Info,
+    "doctor": Doctor,
 }

@@ -217,6 +217,9 @@ class TrainConfig:
     accumulate: Count = 1
     """Parts in which each process takes its share of a batch, one after the other: the gradient of
     the whole batch with less memory, but for BatchNorm, which sees each part alone; >= 1."""
+    deterministic: bool = False
+    """On a GPU, the same bits from the same start, also of a resumed run and of one process under
+    torchrun: deterministic algorithms, and none chosen by timing. Slower; a CPU needs it not."""
     rollbacks: Annotated[Number, FREE] = 0
     """Times that a loss which is not finite sends the run back to its last checkpoint, with a lower
     learning rate, before the run ends; >= 0."""
@@ -334,6 +337,13 @@ class Config:
             return self.model.norm
         splits = self.objective.splits_batch_norm
         return "split" if splits and model_spec(self.model.name).has_batch_norm else "shared"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a batch, as far as it is known before the images are."""
+        dataset = DATASETS[self.data.name]
+        size = dataset.image_size or (32 if dataset.own else self.data.image_size)
+        return dataset.channels, size, size
 
     @property
     def regularized_layers(self) -> tuple[str, ...]:

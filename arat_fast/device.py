@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -12,23 +13,46 @@ from typing import Literal
 
 import torch
 
+_ABSENT = ("Found no NVIDIA driver", "GPUs are available", "not compiled with CUDA")
+"""What PyTorch says where there is no GPU to use, or this PyTorch is not built for one."""
+
+
+def count_gpus() -> int:
+    """How many GPUs PyTorch can use.
+
+    Raises:
+        ValueError: there are some that it cannot, as with a driver that is too old.
+    """
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        if any(text in str(error) for text in _ABSENT):
+            return 0
+        raise ValueError(
+            f"the GPU cannot be used: {str(error).partition('. ')[0]}; this PyTorch is built for "
+            f"CUDA {torch.version.cuda}: update the driver, or install PyTorch's wheels for a CUDA "
+            "that it knows into this environment; the device cpu (--train.device cpu, --device "
+            "cpu) does without"
+        ) from error
+    return torch.cuda.device_count()
+
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU.
 
     Raises:
-        ValueError: not a device, or a GPU that is not there.
+        ValueError: not a device, or a GPU that is not there or cannot be used.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if count_gpus() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no such GPU: got {name!r}, this machine has {torch.cuda.device_count()}")
+    if device.type == "cuda" and (device.index or 0) >= count_gpus():
+        raise ValueError(f"no such GPU: got {name!r}, this machine has {count_gpus()}")
     return device
 
 
@@ -59,6 +83,17 @@ def resolve_precision(
     return torch.float32
 
 
+def set_deterministic(deterministic: bool, device: torch.device) -> None:
+    """Let a GPU compute the same bits from the same numbers, or as fast as it can."""
+    # Shapes repeat, so that timing cuDNN's algorithms once pays; but timings choose otherwise each
+    # time.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    if deterministic:
+        # Read when cuBLAS begins.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Turn TF32 off for matrix products and convolutions inside the context."""
@@ -69,6 +104,17 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def no_algorithm_search() -> Iterator[None]:
+    """No timing of cuDNN's algorithms inside the context, where shapes do not repeat."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def describe_device(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from rich.progress import (
 QUIET_SECONDS = 10.0
 """Longest silence during an evaluation whose output is not a terminal."""
 
-Unit = Literal["images", "passes"]
+Unit = Literal["images", "passes", "operations"]
 
 
 class SuiteProgress(Protocol):
@@ -144,13 +144,13 @@ class EvaluationBar(_Bar):
         if unit == "passes":
             status = f"{total} images standing, {done:,} forward passes"
         else:
-            status = f"{done} of {total} images"
+            status = f"{done} of {total} {unit}"
         if name != self.name:
             self.name = name
             if self.task is not None:
                 self.progress.update(self.task, total=1, completed=1)
             self.task = self.progress.add_task(name, total=None, status=status)
-            self.line(f"{name}: {total} images")
+            self.line(f"{name}: {total} {'images' if unit == 'passes' else unit}")
         elif self.task is not None:
             self.progress.update(self.task, status=status)
             self.line(f"{name}: {status}", QUIET_SECONDS)

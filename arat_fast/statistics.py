@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 
-Z_95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
-
 
 def wilson_interval(correct: int, num_samples: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion.

@@ -1,17 +1,20 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 end a run at the next step, with a checkpoint."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end a command: a training at its next step, with a
+checkpoint, everything else at once."""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGUSR1"):
-    # What Slurm sends before the end of a job's time, if asked to.
-    EXIT_CODES[signal.SIGUSR1] = 75
+    # What Slurm sends before the end of a job's time, if asked to; and a terminal that is lost.
+    EXIT_CODES |= {signal.SIGUSR1: 75, signal.SIGHUP: 75}
 """Exit code by signal; 75 is EX_TEMPFAIL: start the same command again to go on."""
 
 
@@ -25,6 +28,18 @@ class InterruptedRun(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Terminated(KeyboardInterrupt):
+    """Another signal than Ctrl-C's came, and is treated alike.
+
+    Attributes:
+        exit_code: for the process.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = EXIT_CODES[signal.Signals(number)]
 
 
 class EvaluationStopped(Exception):
@@ -49,18 +64,66 @@ def stop_on_signals() -> Iterator[StopRequest]:
     Outside the main thread no handler can be set, and the request never comes.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int) -> None:
         if request.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number)
 
-    before = {number: signal.signal(number, handle) for number in EXIT_CODES}
-    try:
+    with _handling(handle):
         yield request
+
+
+@contextmanager
+def end_on_signals() -> Iterator[None]:
+    """Have every signal end what is running, as Ctrl-C does.
+
+    Raises:
+        Terminated: one came; from wherever the main thread is. Not again while it ends.
+    """
+    ending = False
+
+    def handle(number: int) -> None:
+        nonlocal ending
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not ending:
+            ending = True
+            raise Terminated(number)
+
+    with _handling(handle):
+        yield
+
+
+@contextmanager
+def _handling(handle: Callable[[int], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            _leave_lost_terminal()
+        handle(number)
+
+    before = {}
+    try:
+        for number in EXIT_CODES:
+            # nohup's wish, or a shell's.
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _leave_lost_terminal() -> None:
+    """Output to a terminal that is gone would be an error; it goes nowhere instead."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            # A terminal is a character device, and no terminal any more once it is gone.
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

@@ -167,8 +167,8 @@ def _pool(x: Tensor) -> Tensor:
 def plain_network(workload: Workload) -> PlainResNet | PlainWideResNet:
     """The plain network of a workload, with fresh weights, on the CPU."""
     if workload.model in RESNETS:
-        return PlainResNet(RESNETS[workload.model][0], workload.resnet_widths)
-    return PlainWideResNet(WIDE_RESNETS[workload.model][0], workload.widen_factor)
+        return PlainResNet(*RESNETS[workload.model])
+    return PlainWideResNet(*WIDE_RESNETS[workload.model])
 
 
 def plain_predictor(width: int) -> nn.Sequential:

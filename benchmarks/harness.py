@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import tyro
 
 from arat_fast.device import describe_device, resolve_device
 from arat_fast.display import Display
-from arat_fast.files import write_atomic, write_json, write_text
+from arat_fast.files import write_json, write_text
 from arat_fast.settings import Count, check_settings
 from benchmarks.machine import describe_machine, rates
 from benchmarks.measure import failure
-from benchmarks.records import RESULTS, unused
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 
 
@@ -35,8 +36,8 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """File for the record; default in benchmarks/results/, named by device and date. The table and
-    the plot lie beside it."""
+    """File for the record; default in benchmarks/results/, named by device and date. The table lies
+    beside it."""
 
     def __post_init__(self) -> None:
         check_settings("--", self)
@@ -45,6 +46,16 @@ class Options:
 
 
 Chosen = TypeVar("Chosen", bound=Options)
+
+
+def unused(folder: Path, stem: str) -> Path:
+    """``stem.json`` in ``folder``, made if need be, or ``stem-2.json`` …: not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, count = folder / f"{stem}.json", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}.json"
+    return path
 
 
 class Bench(Generic[Chosen]):
@@ -120,15 +131,11 @@ class Bench(Generic[Chosen]):
         write_json(self.path, self.record)
         write_text(self.path.with_suffix(".md"), self.table(self.record))
 
-    def finish(self, plot: Callable[[Record, BinaryIO], None] | None = None) -> int:
+    def finish(self) -> int:
         """Write everything, print the table; the exit status, 1 where there is a problem."""
         self.save()
         print(self.table(self.record))
         print(f"record: {self.path}")
-        if plot is not None and any(r.get("status") == "measured" for r in self.record["results"]):
-            picture = self.path.with_suffix(".png")
-            write_atomic(picture, lambda file: plot(self.record, file))
-            print(f"plot:   {picture}")
         return int(bool(self.record["problems"]))
 
 

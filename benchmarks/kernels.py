@@ -23,6 +23,7 @@ from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.image_parts import image_parts
 from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import split_batch_norm
 from benchmarks import harness
@@ -133,18 +134,15 @@ def cosine(device: torch.device, num: int, widths: tuple[int, ...]) -> Work:
     return Work(with_gradients(contestants(distances, eager), layers), inputs, moved, 0.01)
 
 
-def batch_assembly(device: torch.device, num: int, split: bool) -> Work:
-    """Random crop and flip out of a dataset on the device, as float32 or as split bfloat16."""
+def batch_assembly(device: torch.device, num: int) -> Work:
+    """Random crop and flip out of a dataset on the device."""
     draw, padding = Draw(device), 4
     images = draw.integers(256, 50_000, 3, 32, 32, dtype=torch.uint8)
     rng = torch.tensor([1, 2], device=device)
     offsets = draw_crop_flip(rng, num, padding=padding, flip=True)
-    dtype = torch.bfloat16 if split else torch.float32
 
     def ours(index: Tensor) -> Tensor:
-        return crop_flip(
-            images, index, padding=padding, flip=True, rng=rng, dtype=dtype, split=split
-        )
+        return crop_flip(images, index, padding=padding, flip=True, rng=rng)
 
     def eager(index: Tensor) -> Tensor:
         """The usual gather with index tensors."""
@@ -154,17 +152,25 @@ def batch_assembly(device: torch.device, num: int, split: bool) -> Work:
         padded = F.pad(images[index], (padding,) * 4)
         sample = torch.arange(num, device=device)[:, None, None]
         crops = padded[sample, :, rows[:, :, None], cols[:, None, :]]
-        x = (crops.float() / 255).permute(0, 3, 1, 2)
-        if not split:
-            return x
-        high = x.bfloat16()
-        low = (x - high.float()).bfloat16()
-        parts = torch.cat([high, low, high.new_zeros(num, 2, 32, 32)], 1)
-        return parts.contiguous(memory_format=torch.channels_last)
+        return (crops.float() / 255).permute(0, 3, 1, 2)
 
     inputs = [(draw.integers(50_000, num),) for _ in range(20)]
-    moved = num * 1024 * (3 + (16 if split else 12))
+    moved = num * 1024 * (3 + 12)
     return Work(contestants(ours, eager), inputs, moved, 1e-3, exact=True)
+
+
+def parts(device: torch.device, num: int) -> Work:
+    """Images as high and low bfloat16 parts."""
+
+    def eager(x: Tensor) -> Tensor:
+        high = x.bfloat16()
+        low = (x - high.float()).bfloat16()
+        padding = high.new_zeros(num, 2, 32, 32)
+        return torch.cat([high, low, padding], 1).contiguous(memory_format=torch.channels_last)
+
+    draw = Draw(device)
+    inputs = [(draw.normal(num, 3, 32, 32),) for _ in range(20)]
+    return Work(contestants(image_parts, eager), inputs, num * 1024 * (12 + 16), 1e-3, exact=True)
 
 
 def loss_gradient(device: torch.device, num: int, num_classes: int) -> Work:
@@ -436,11 +442,8 @@ OPERATIONS: dict[str, list[partial[Work]]] = {
         partial(cosine, num=512, widths=(512,) * 4),
         partial(cosine, num=512, widths=(320,) + (640,) * 10),
     ],
-    "crop_flip": [
-        partial(batch_assembly, num=num, split=split)
-        for split in (False, True)
-        for num in (512, 4096)
-    ],
+    "crop_flip": [partial(batch_assembly, num=num) for num in (512, 4096)],
+    "image_parts": [partial(parts, num=num) for num in (512, 4096)],
     "cross_entropy_grad": [
         partial(loss_gradient, num=num, num_classes=num_classes)
         for num, num_classes in ((128, 10), (512, 10), (512, 1000), (16_384, 1000))

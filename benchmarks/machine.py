@@ -6,14 +6,14 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from arat_fast.device import describe_device, has_bf16, versions
+from arat_fast.device import describe_device, has_bf16, source_commit, versions
 from benchmarks.measure import free_memory, seconds
-from benchmarks.records import commit, is_changed, output
 
 # Dense bfloat16 with float32 sums, from the makers' data sheets. The first name found in the
 # card's counts.
@@ -92,19 +92,21 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "platform": platform.platform(),
         "versions": versions(),
-        "commit": commit(),
-        "dirty": is_changed(),
+        "commit": source_commit(),
     }
 
 
 def _card(device: torch.device) -> tuple[str, str]:
     """Driver and clocks of a GPU, as ``nvidia-smi`` reads them."""
-    query = ["--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
     uuid = torch.cuda.get_device_properties(device).uuid
-    found = output("nvidia-smi", "-i", f"GPU-{uuid}", *query).split(", ")
-    if len(found) != 3:
+    query = ["--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    command = ["nvidia-smi", "-i", f"GPU-{uuid}", *query]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        driver, sm, memory = done.stdout.strip().split(", ")
+    except (OSError, subprocess.CalledProcessError, ValueError):
         return "unknown", "unknown"
-    return found[0], f"SM {found[1]}, memory {found[2]}"
+    return driver, f"SM {sm}, memory {memory}"
 
 
 def _cpu_clock() -> str:

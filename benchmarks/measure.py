@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,11 +66,6 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return
 
 
 def load_libraries(device: torch.device) -> None:
@@ -85,34 +78,18 @@ def load_libraries(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """The most memory used since it was made, beyond what was used then.
-
-    On a GPU of tensors, in the caching allocator. On Linux without one, of the process, so that
-    memory which the C library kept from earlier work hides part of it. None elsewhere.
-    """
+    """The most memory of tensors that a GPU has held since this was made, beyond what it held
+    then; None on the CPU, whose allocator does not say."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         free_memory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.before: int | None = torch.cuda.memory_allocated(device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _process_memory("VmRSS")
-        except OSError:
-            self.before = None
+            self.before = torch.cuda.memory_allocated(device)
 
     def read(self) -> int | None:
         """Bytes."""
-        if self.before is None:
+        if self.device.type != "cuda":
             return None
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        return _process_memory("VmHWM") - self.before
-
-
-def _process_memory(field: str) -> int:
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[field].split()[0]) * 1024
+        return torch.cuda.max_memory_allocated(self.device) - self.before

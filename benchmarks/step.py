@@ -17,7 +17,6 @@ from benchmarks.harness import Bench, Record, command
 from benchmarks.launches import profile_run
 from benchmarks.measure import free_memory, load_libraries
 from benchmarks.official import check_official
-from benchmarks.plot import plot_step
 from benchmarks.table import step_tables
 from benchmarks.turns import NUM_BATCHES, best_baselines, take_turns, warm
 from benchmarks.workload import Workload, forward_flops
@@ -41,8 +40,6 @@ class Options(harness.Options):
     """Height and width in pixels; >= 8."""
     num_steps: tuple[int, ...] = (10,)
     """Steps of the attack; >= 0."""
-    widths: tuple[float, ...] = (1.0,)
-    """Channels as multiples of the published ones; > 0."""
     steps: Count | None = None
     """Training steps in a turn."""
     official: Path | None = None
@@ -72,7 +69,6 @@ def workloads(options: Options, batch_sizes: tuple[int, ...]) -> list[Workload]:
         "batch_size": batch_sizes,
         "image_size": options.image_sizes,
         "num_steps": options.num_steps,
-        "width": options.widths,
     }
     base = Workload(options.model, **{axis: values[0] for axis, values in axes.items()})
     departing = [replace(base, **{a: value}) for a, values in axes.items() for value in values[1:]]
@@ -80,7 +76,7 @@ def workloads(options: Options, batch_sizes: tuple[int, ...]) -> list[Workload]:
 
 
 def run(options: Options) -> int:
-    """Measure, print the table, and write JSON, Markdown and a plot.
+    """Measure, print the table, and write JSON and Markdown.
 
     Returns:
         0, or 1 if a contestant failed (out of memory is no failure) or left the budget of its
@@ -120,9 +116,6 @@ def run(options: Options) -> int:
         # torch.compile takes longest: a quick run has it once.
         chosen = {n: c for n, c in contestants.items() if not (options.quick and c.compiles)}
         stages.append(partial(_speeds, bench, chosen, workload, steps))
-    speeds_of_last = partial(_speeds, bench, contestants, todo[-1], steps)
-    if not options.quick:
-        stages.append(speeds_of_last)
     if options.correctness:
         smallest = min(workload.batch_size for workload in todo)
         small = replace(todo[0], batch_size=min(128 if on_gpu else 16, smallest))
@@ -132,14 +125,13 @@ def run(options: Options) -> int:
         for name in options.profile
         if name in contestants
     ]
-    if options.quick:
-        # It is the last that is lost if time runs out.
-        stages.append(speeds_of_last)
+    # It is the last that is lost if time runs out.
+    stages.append(partial(_speeds, bench, contestants, todo[-1], steps))
     for stage in stages:
         stage()
         free_memory(bench.device)
         bench.save()
-    return bench.finish(plot_step)
+    return bench.finish()
 
 
 def _speeds(

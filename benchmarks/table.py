@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 BASELINES = ("naive", "tuned", "compiled", "official")
-AXES = {"batch_size": "batch", "image_size": "pixels", "num_steps": "PGD steps", "width": "width"}
+AXES = {"batch_size": "batch", "image_size": "pixels", "num_steps": "PGD steps"}
 """Names of the sizes, for people."""
 Record = dict[str, Any]
 
@@ -20,11 +20,10 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def page(title: str, record: Record, *parts: Sequence[str]) -> str:
     """Title, machine, the parts that are not empty, and problems, with a blank line between."""
     machine, rates = record["machine"], record.get("rates")
-    commit = machine["commit"][:12] + (" with local changes" if machine["dirty"] else "")
     driver = f"driver {machine['driver']}, " if machine["driver"] else ""
     about = (
-        f"{record['date']}; {driver}torch {machine['versions']['torch']}, commit {commit}, clocks "
-        f"as read {machine['clocks']}."
+        f"{record['date']}; {driver}torch {machine['versions']['torch']}, commit "
+        f"{machine['commit']}, clocks as read {machine['clocks']}."
     )
     if rates:
         peak = rates["peak_flops_per_second"]
@@ -47,9 +46,9 @@ def step_tables(record: Record) -> str:
     settings = record["settings"]
     about = (
         f"{settings['image_size']}×{settings['image_size']} pixels, PGD-{settings['num_steps']}, "
-        f"{settings['width']:g} times the published width, but for what the table varies. The "
-        f"contestants take turns; each time is the median of {settings['rounds']} turns of "
-        f"{settings['steps']} steps, the spread is from the shortest to the longest."
+        "but for what the table varies. The contestants take turns; each time is the median of "
+        f"{settings['rounds']} turns of {settings['steps']} steps, the spread is from the shortest "
+        "to the longest."
     )
     return page(
         f"Training step: {settings['model']}",
@@ -62,11 +61,6 @@ def step_tables(record: Record) -> str:
     )
 
 
-def varied(results: Sequence[Record]) -> list[str]:
-    """Those of the :data:`AXES` that have more than one value."""
-    return [axis for axis in AXES if len({entry[axis] for entry in results}) > 1]
-
-
 def _speeds(record: Record) -> list[str]:
     losses = {entry["contestant"]: entry for entry in record["correctness"]}
     # Other jobs on the machine disturb processor time less.
@@ -77,7 +71,11 @@ def _speeds(record: Record) -> list[str]:
         for name in BASELINES
         if any(name in entry.get(field, {}) for entry in record["results"])
     }
-    axes = list(dict.fromkeys(["batch_size", *varied(record["results"])]))
+    axes = [
+        axis
+        for axis in AXES
+        if axis == "batch_size" or len({entry[axis] for entry in record["results"]}) > 1
+    ]
     head = [*(AXES[axis] for axis in axes), "contestant", "images/s", "spread", "MFU"]
     head += ["of matrix product", "memory", *ratios.values()]
     head += ["loss against float32"]
@@ -88,7 +86,7 @@ def _speeds(record: Record) -> list[str]:
             cells += [entry["status"], *["–"] * (len(head) - len(axes) - 2)]
         else:
             cells += [
-                rate(entry["images_per_second"]),
+                _rate(entry["images_per_second"]),
                 f"{entry['spread']:.1%}",
                 "–" if entry["mfu"] is None else f"{entry['mfu']:.1%}",
                 f"{entry['share_of_matmul']:.1%}",
@@ -138,8 +136,7 @@ def _profile(entry: Record, device_type: str) -> list[str]:
     ]
 
 
-def rate(value: float) -> str:
-    """Of images, for people."""
+def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -36,14 +36,10 @@ class Workload:
     """Height and width in pixels; >= 8."""
     num_steps: int = 10
     """Steps of the attack; >= 0."""
-    width: float = 1.0
-    """Channels as a multiple of the published ones; > 0."""
 
     def __str__(self) -> str:
-        width = "" if self.width == 1 else f" × {self.width:g}"
         return (
-            f"{self.model}{width}, batch {self.batch_size}, {self.image_size} pixels, "
-            f"PGD-{self.num_steps}"
+            f"{self.model}, batch {self.batch_size}, {self.image_size} pixels, PGD-{self.num_steps}"
         )
 
     def __post_init__(self) -> None:
@@ -54,8 +50,6 @@ class Workload:
         for name, least in (("batch_size", 2), ("image_size", 8), ("num_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not self.width > 0:
-            raise ValueError(f"width must be > 0, got {self.width}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -72,16 +66,6 @@ class Workload:
         return model_spec(self.model).regularized_layers
 
     @property
-    def resnet_widths(self) -> tuple[int, ...]:
-        """Channels of each stage of a post-activation network."""
-        return tuple(max(4, round(w * self.width)) for w in RESNETS[self.model][1])
-
-    @property
-    def widen_factor(self) -> int:
-        """Of a wide residual network."""
-        return max(1, round(WIDE_RESNETS[self.model][1] * self.width))
-
-    @property
     def forward_equivalents(self) -> int:
         """Forward passes that a step is worth: each attack step is a forward pass and a backward
         pass to the image; a training pass has a backward pass to the weights besides, and there are
@@ -95,9 +79,8 @@ class Workload:
     def network(self) -> nn.Module:
         """Our network with fresh weights, on the CPU."""
         if self.model in RESNETS:
-            blocks = RESNETS[self.model][0]
-            return ResNet(BasicBlock, blocks, self.resnet_widths, NUM_CLASSES)
-        return WideResNet(WIDE_RESNETS[self.model][0], self.widen_factor, NUM_CLASSES)
+            return ResNet(BasicBlock, *RESNETS[self.model], NUM_CLASSES)
+        return WideResNet(*WIDE_RESNETS[self.model], NUM_CLASSES)
 
     def batches(self, count: int, device: torch.device, seed: int) -> list[tuple[Tensor, Tensor]]:
         """Random images in [0, 1] and labels, the same for a seed on every device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,18 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def tar_shard(path: Path, first: int, number: int, suffix: str = ".jpg") -> Path:
+def tar_shard(
+    path: Path, first: int, number: int, suffix: str = ".jpg", names: Sequence[str] = ()
+) -> Path:
     """A WebDataset shard; the label of an image is its number modulo the classes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for index in range(first, first + number):
-            add_member(tar, f"sample/{index:05}{suffix}", encoded(picture(index), suffix))
-            add_member(tar, f"sample/{index:05}.cls", str(index % len(CLASSES)).encode())
+        for place in range(number):
+            index = first + place
+            name = names[place] if names else f"sample/{index:05}{suffix}"
+            add_member(tar, name, encoded(picture(index), suffix))
+            label = str(index % len(CLASSES)).encode()
+            add_member(tar, f"{name.removesuffix(Path(name).suffix)}.cls", label)
     return path
 
 

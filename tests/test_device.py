@@ -1,12 +1,17 @@
-"""What the process does with its memory."""
+"""Which device is taken, and what the process does with its memory."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from arat_fast.cli import main
+from arat_fast.device import resolve_device, set_deterministic
 
 FAULTS = """
 import resource
@@ -48,3 +53,45 @@ def test_freed_memory_is_kept() -> None:
     kept, given_back = faults(keep=True), faults(keep=False)
     assert kept < pages / 100
     assert kept < given_back
+
+
+def test_a_driver_that_is_too_old_is_no_reason_for_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Get")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    # NVML, which is asked first, counts GPUs that this PyTorch cannot use.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("auto", "cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=r"too old .*12020.*; .*update the driver"):
+            resolve_device(name)
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert main(["info"]) == 0 and "too old" in capsys.readouterr().out
+    assert main(["train", "digits", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("too old") == 1
+
+
+@pytest.mark.parametrize("reason", ["No CUDA GPUs are available", "Found no NVIDIA driver on your"])
+def test_without_a_gpu_the_cpu_is_taken(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="this machine has 0"):
+        resolve_device("cuda")
+
+
+def test_deterministic_chooses_no_algorithm_by_its_time() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    seen = []
+    try:
+        for deterministic, device in ((True, gpu), (False, gpu), (True, cpu), (False, cpu)):
+            set_deterministic(deterministic, device)
+            seen.append(torch.backends.cudnn.benchmark)
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        set_deterministic(False, cpu)
+    assert seen == [False, True, False, False]

@@ -22,13 +22,15 @@ from arat_fast.device import describe_device, resolve_device, source_commit, ver
 from arat_fast.display import Display
 from arat_fast.evaluation import ImageSet, ThreatModel
 from arat_fast.evaluation.checkpoint import place_network
-from arat_fast.files import write_json
+from arat_fast.files import make_folder, write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
 from arat_fast.saved.weights import load_weights
+from arat_fast.settings import Count, Number, Range, check_settings
 from arat_fast.training.checkpoint import load_checkpoint
 
 Part = Literal["gradient-conflict", "mixture", "masking"]
 PARTS: tuple[Part, ...] = get_args(Part)
+Several = Annotated[int, Range(low=2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +43,17 @@ class AnalyzeSettings:
     """Recipe whose data, model and threat model are used; needed where a file is no run's own."""
     source: tuple[Path, ...] = ()
     """More networks whose adversarial examples are tried on each; the others given are, too."""
-    num_batches: int = 4
+    num_batches: Count = 4
     """Training batches for gradient conflict and mixture distribution; >= 1."""
-    num_images: int = 200
+    num_images: Number = 200
     """Test images for the attacks, the first ones; 0 for all."""
-    num_steps: int = 50
+    num_steps: Several = 50
     """Steps of PGD, >= 2; the step size is a quarter of the radius."""
-    num_restarts: int = 5
+    num_restarts: Several = 5
     """Runs of PGD in the masking check; >= 2."""
-    num_queries: int = 1000
+    num_queries: Number = 1000
     """Queries of Square for each image in the masking check; 0 leaves it out."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Samples attacked at a time; default the run's."""
     data_root: Path | None = None
     """Folder of the datasets; default the run's."""
@@ -61,10 +63,7 @@ class AnalyzeSettings:
     """Seed of the attacks."""
 
     def __post_init__(self) -> None:
-        for name, low in (("num_batches", 1), ("num_images", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
+        check_settings("", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +176,7 @@ def _open(
     data_config = config.data
     if settings.data_root is not None:
         data_config = dataclasses.replace(data_config, root=settings.data_root)
+        display.say(f"images from {settings.data_root}; the run had them from {config.data.root}")
     key = (data_config, config.seed)
     if key not in loaded:
         with display.evaluating() as bar:
@@ -196,7 +196,7 @@ def _analyze(
 ) -> Analysis:
     path, saved, config, test = opened.path, opened.saved, opened.config, opened.data.test
     folder = path / "analysis" if path.is_dir() else path.with_name(f"{path.stem}.analysis")
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     images = ImageSet.from_batches(test, settings.num_images)
     records, left_out = _of_training(opened, settings)
     if "masking" in settings.parts:

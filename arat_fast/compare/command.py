@@ -22,12 +22,12 @@ from arat_fast.compare.plan import (
     plan_from_record,
     read_record,
 )
-from arat_fast.compare.plane import plane, to_png
+from arat_fast.compare.plane import plane
 from arat_fast.compare.results import Results, evaluate_record
 from arat_fast.compare.runner import GridRunner
 from arat_fast.compare.tables import comparison_page, to_latex, to_markdown
 from arat_fast.config import Config
-from arat_fast.files import write_bytes, write_text
+from arat_fast.files import write_atomic, write_text, written_here
 from arat_fast.stop import InterruptedRun
 
 
@@ -86,8 +86,9 @@ def compare_command(arguments: Sequence[str], base: Config | None) -> int:
         record, source = read_record(options.source), options.source
         if options.out is not None:
             return _run(plan_from_record(record), options.out, options.jobs)
-        folder = source.is_dir()
-        results = write_comparison(source, record) if folder else evaluate_record(record)
+        with written_here(source):
+            folder = source.is_dir()
+            results = write_comparison(source, record) if folder else evaluate_record(record)
         print(to_markdown(results), end="")
         return 0
     if any(argument.partition("=")[0] == "--seed" for argument in arguments):
@@ -110,9 +111,9 @@ def write_comparison(out: Path, record: dict[str, Any]) -> Results:
     results = evaluate_record(record)
     write_text(out / "comparison.md", to_markdown(results))
     write_text(out / "comparison.tex", to_latex(results))
-    figure = plane(results)
-    if figure is not None:
-        write_bytes(out / "comparison.png", to_png(figure))
+    plot = plane(results)
+    if plot is not None:
+        write_atomic(out / "comparison.png", plot.write_png)
     write_text(out / "comparison.html", comparison_page(results))
     return results
 

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import flop_registry
 
 from arat_fast.build import build_network, build_objective
 from arat_fast.config import Config
-from arat_fast.datasets import DATASETS
 from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.training.step import TrainStep
 
@@ -51,9 +50,7 @@ def step_cost(config: Config) -> StepCost:
     Raises:
         ValueError: the configuration does not fit the network.
     """
-    dataset = DATASETS[config.data.name]
-    size = dataset.image_size or (32 if dataset.own else config.data.image_size)
-    shape = dataset.channels, size, size
+    shape = config.image_shape
     with torch.random.fork_rng(devices=[]):
         model = build_network(config, _CLASSES, shape)
         plain = copy.deepcopy(model)

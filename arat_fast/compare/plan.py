@@ -141,9 +141,11 @@ def make_plan(
 def _check_whole(config: Config, methods: Sequence[Method]) -> None:
     """Refuse an ablation whose last row, ARAT with all its parts, lacks one."""
     for method in methods:
+        if method.label != "arat":
+            continue
         own = apply_overrides(config, method.options)
         whole = apply_overrides(own, ALL_PARTS)
-        if method.label == "arat" and (own.objective, own.norm) != (whole.objective, whole.norm):
+        if (own.objective, own.norm) != (whole.objective, whole.norm):
             raise ValueError(
                 f"the ablation ends with ARAT and all its parts, {shlex.join(ALL_PARTS)}, got "
                 f"{own.objective} and model.norm={own.norm}; set others in a --variant of another "

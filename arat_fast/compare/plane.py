@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -19,31 +15,11 @@ from arat_fast.report import style
 _FAR = 1.5
 
 
-@dataclass(frozen=True)
-class _Point:
+class _Point(NamedTuple):
     row: Row
-    color: str
-    marker: str
     robust: Spread
     clean: Spread
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        return self.robust.mean, self.clean.mean
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        return self.robust.std or 0.0, self.clean.std or 0.0
-
-    @property
-    def mark(self) -> dict[str, Any]:
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "markersize": 8,
-            "markerfacecolor": "white" if self.row.method.ablation else self.color,
-            "markeredgewidth": 1.5,
-        }
+    look: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -52,7 +28,7 @@ class _Point:
         return style.plot_text(f"naive {title}" if title.startswith("+") else title, 32)
 
 
-def plane(results: Results) -> Figure | None:
+def plane(results: Results) -> style.Plot | None:
     """Clean accuracy over robust accuracy, every seed and the means, with lines of equal sum.
 
     Rows far to the left of the others, as ordinary training is, are numbers in the legend instead
@@ -62,56 +38,42 @@ def plane(results: Results) -> Figure | None:
         results: of the comparison.
 
     Returns:
-        The figure; None where no row has both accuracies.
+        The plot; None where no row has both accuracies.
     """
-    metric = robust_metric(results)
+    pgd = [metric for metric in results.metrics if metric.startswith("pgd")]
+    found = {metric: _points(results, metric) for metric in ("autoattack", *pgd)}
+    metric = next((metric for metric, points in found.items() if points), None)
     if metric is None:
         return None
-    points = _points(results, metric)
+    points, robust = found[metric], column_name(metric)
     near = _near(points)
     with style.plot_style():
         figure = Figure(figsize=(8.4, 5.2), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.set_xlabel(f"{column_name(metric)} accuracy, %")
+        axes.set_xlabel(f"{robust} accuracy, %")
         axes.set_ylabel("clean accuracy, %")
         for point in near:
             _draw(axes, point)
-        _limits(axes, near)
+        axes.margins(0.1)
+        style.within_percent(axes)
         _equal_sums(axes)
         for point in points:
-            x, y = point.centre
-            missing = f", not shown:\nclean {y:.1f}, robust {x:.1f}"
-            label = point.name + ("" if point in near else missing)
-            axes.plot([], [], **point.mark, linestyle="", label=label)
+            numbers = f"clean {point.clean.mean:.1f}, robust {point.robust.mean:.1f}"
+            label = point.name + ("" if point in near else f", not shown:\n{numbers}")
+            axes.plot([], [], **point.look, linestyle="", label=label)
         figure.legend(loc="outside right upper", labelspacing=0.9)
-    return figure
-
-
-def robust_metric(results: Results) -> str | None:
-    """The accuracy that the plane has as robust: AutoAttack where it was run, PGD else."""
-    pgd = [metric for metric in results.metrics if metric.startswith("pgd")]
-    for metric in ("autoattack", *pgd):
-        if _points(results, metric):
-            return metric
-    return None
-
-
-def describe_plane(results: Results) -> str:
-    """The plane in words, for those who cannot see it."""
-    metric = robust_metric(results) or ""
     described = [
         f"{point.row.method.title} clean {point.clean.mean:.1f}, robust {point.robust.mean:.1f}"
-        for point in _points(results, metric)
+        for point in points
     ]
-    return f"Clean over {column_name(metric)} accuracy in percent: {'; '.join(described)}."
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
+    return style.Plot(
+        "Robustness and accuracy",
+        figure,
+        f"Clean over {robust} accuracy in percent: {'; '.join(described)}.",
+        "Further up and further right is better; along a dashed line the sum of clean and "
+        f"{robust} accuracy stays the same. Large marks are means over the seeds with one standard "
+        "deviation, small ones single seeds; hollow marks belong to the ablation.",
+    )
 
 
 def _points(results: Results, metric: str) -> list[_Point]:
@@ -121,47 +83,32 @@ def _points(results: Results, metric: str) -> list[_Point]:
         # A seed that measured only one of them has no point.
         if clean is None or robust is None or len(clean.values) != len(robust.values):
             continue
-        points.append(_Point(row, style.color(index), style.marker(index), robust, clean))
+        color = style.color(index)
+        look = {"color": color, "marker": style.marker(index), "markersize": 8}
+        look |= {"markerfacecolor": "white" if row.method.ablation else color}
+        points.append(_Point(row, robust, clean, look | {"markeredgewidth": 1.5}))
     return points
 
 
 def _near(points: Sequence[_Point]) -> list[_Point]:
     """The points without those so far to the left that they would squeeze the picture."""
-    ordered = sorted(points, key=lambda point: point.centre[0])
+    ordered = sorted(points, key=lambda point: point.robust.mean)
     for index in range(1, len(ordered) - 1):
-        gap = ordered[index].centre[0] - ordered[index - 1].centre[0]
-        width = ordered[-1].centre[0] - ordered[index].centre[0]
+        gap = ordered[index].robust.mean - ordered[index - 1].robust.mean
+        width = ordered[-1].robust.mean - ordered[index].robust.mean
         if gap > _FAR * max(width, 2.0) and len(ordered) - index > index:
             return ordered[index:]
     return ordered
 
 
 def _draw(axes: Axes, point: _Point) -> None:
-    seeds: dict[str, Any] = {"linestyle": "", "color": point.color, "alpha": 0.45, "zorder": 3}
-    small: dict[str, Any] = {"marker": point.marker, "markersize": 3.2, "markeredgewidth": 0}
-    axes.plot(point.robust.values, point.clean.values, **seeds, **small)
+    seeds: dict[str, Any] = {"linestyle": "", "alpha": 0.45, "zorder": 3, "markeredgewidth": 0}
+    seeds |= {"color": point.look["color"], "marker": point.look["marker"], "markersize": 3.2}
+    axes.plot(point.robust.values, point.clean.values, **seeds)
     # No bar of length 0 where there is one seed.
     x, y = point.robust, point.clean
     bars: dict[str, Any] = {"linewidth": 1.0, "linestyle": "", "capsize": 2.5, "zorder": 4}
-    axes.errorbar([x.mean], [y.mean], xerr=x.std or None, yerr=y.std or None, **point.mark, **bars)
-
-
-def _limits(axes: Axes, points: Sequence[_Point]) -> None:
-    """Room around the marks, hardly beyond 0 and 100, and at least a point of accuracy."""
-    centres = np.array([point.centre for point in points])
-    spreads = np.array([point.spread for point in points])
-    seeds = np.hstack([(p.robust.values, p.clean.values) for p in points]).T
-    marks = np.vstack([centres - spreads, centres + spreads, seeds])
-    lows, highs = marks.min(0), marks.max(0)
-    margins = np.maximum(0.1 * (highs - lows), 0.5)
-    edges = np.minimum(margins / 4, 2.0)
-    left, bottom = np.maximum(lows - margins, -edges)
-    right, top = np.minimum(highs + margins, 100 + edges)
-    axes.set(xlim=(left, right), ylim=(bottom, top))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
-        # No mark outside of 0 to 100, though the margin may reach over it.
-        axis.set_major_formatter(lambda value, _: f"{value:g}" if 0 <= value <= 100 else "")
+    axes.errorbar([x.mean], [y.mean], xerr=x.std or None, yerr=y.std or None, **point.look, **bars)
 
 
 def _equal_sums(axes: Axes) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arat_fast.command_line import apply_overrides
 from arat_fast.compare.plan import Plan, PlannedMethod, other_folder, plan_from_record
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.objectives import known_objective
@@ -240,7 +239,7 @@ def _notes_on(method: PlannedMethod, results: Results) -> list[str]:
     # The module of an objective of one's own may not be at hand.
     known = known_objective(name)
     if known is not None:
-        plain = apply_overrides(plain, ("--objective.name", name))
+        plain = plain.with_objective(name)
     settings = ", ".join(_own_settings(config, config_to_dict(plain), method.ablation))
     own = f"{method.title} has settings of its own: {settings}." if settings else ""
     return [note for note in (own, known.note if known is not None else "") if note]

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict, read_record
+from arat_fast.compare.plan import FORMAT, RECORD, Cell, Plan, plan_to_dict
 from arat_fast.compare.results import read_cell
-from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
-from arat_fast.device import source_commit, versions
-from arat_fast.files import write_json, write_text
+from arat_fast.config import config_to_dict
+from arat_fast.device import count_gpus, source_commit, versions
+from arat_fast.files import LOCK, Lock, write_json
 from arat_fast.stop import InterruptedRun, stop_on_signals
-from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 _POLL_SECONDS = 0.2
 _LOGS = "logs"
-_METRICS = "metrics.jsonl"
 _PATIENCE_SECONDS = 30.0
 
 Say = Callable[[str], None]
@@ -64,7 +57,6 @@ class GridRunner:
         self._slots = environments(self.plan.config.train.device, self.jobs)
         self._grid = self.plan.cells()
         self._cells: dict[str, dict[str, Any]] = {}
-        self._shared: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
         """Run every cell that is not finished.
@@ -74,14 +66,10 @@ class GridRunner:
 
         Raises:
             InterruptedRun: Ctrl-C or SIGTERM came; the runs have saved their state and ended.
-            ValueError: another process works in the folder, or a run in it is of another
-                configuration.
+            BlockingIOError: another comparison, or a run that it left, is at work in the folder.
+            ValueError: a run in the folder is of another configuration.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with _lock(self.out) as lock, stop_on_signals() as stop:
-            if (self.out / RECORD).exists():
-                before = read_record(self.out / RECORD)["cells"]
-                self._shared = {c["run"]: c["shared_training"] for c in before}
+        with Lock(self.out / LOCK) as lock, stop_on_signals() as stop:
             pending = [cell for cell in self._grid if not self._take(cell)]
             self._save()
             total, start = len(pending), time.monotonic()
@@ -94,16 +82,14 @@ class GridRunner:
             jobs: list[_Job] = []
             try:
                 while (pending or jobs) and not stop.signal:
-                    while len(jobs) < len(self._slots) and (cell := self._next(pending, jobs)):
-                        pending.remove(cell)
-                        self._share_training(cell)
-                        jobs.append(self._start(cell, jobs, lock))
+                    while pending and len(jobs) < len(self._slots):
+                        jobs.append(self._start(pending.pop(0), jobs, lock))
                     for job in [j for j in jobs if j.process.poll() is not None]:
                         jobs.remove(job)
                         left = len(pending) + len(jobs)
                         spent = time.monotonic() - start
                         self._end(job, left, spent * left / (total - left))
-                    time.sleep(_POLL_SECONDS if jobs else 0)
+                    time.sleep(_POLL_SECONDS)
             finally:
                 self._stop(jobs)
             if stop.signal:
@@ -117,16 +103,7 @@ class GridRunner:
                 )
         return self._save()
 
-    def _next(self, pending: Sequence[Cell], jobs: Sequence[_Job]) -> Cell | None:
-        """The first run that has not to wait for another's training."""
-        busy = {cell.run for cell in (*pending, *(job.cell for job in jobs))}
-        for cell in pending:
-            source = find_source(cell, self._grid)
-            if source is None or source.run not in busy:
-                return cell
-        return None
-
-    def _start(self, cell: Cell, jobs: Sequence[_Job], lock: int) -> _Job:
+    def _start(self, cell: Cell, jobs: Sequence[_Job], lock: Lock) -> _Job:
         slot = next(i for i in range(len(self._slots)) if i not in {job.slot for job in jobs})
         log = self.out / _LOGS / f"{cell.run}.log"
         log.parent.mkdir(exist_ok=True)
@@ -140,19 +117,9 @@ class GridRunner:
                 # Ctrl-C reaches this process alone, which ends its children in order.
                 start_new_session=True,
                 # The folder stays locked as long as one of them lives.
-                pass_fds=(lock,),
+                pass_fds=(lock.fileno(),),
             )
         return _Job(cell, process, slot, time.monotonic())
-
-    def _share_training(self, cell: Cell) -> None:
-        source = find_source(cell, self._grid)
-        if source is None or self._cells[source.run]["status"] != "finished":
-            return
-        try:
-            if share_training(self.out / source.run, self.out / cell.run, cell.config):
-                self._shared[cell.run] = source.run
-        except ValueError as error:
-            self.say(f"{cell.run} trains by itself: {error}")
 
     def _end(self, job: _Job, left: int, seconds_left: float) -> None:
         cell, seconds = job.cell, time.monotonic() - job.started
@@ -199,7 +166,6 @@ class GridRunner:
             "status": "finished" if finished else "pending",
             "command": shlex.join(["arat-fast", *cell.arguments(self.out)]),
             "config": config,
-            "shared_training": self._shared.get(cell.run),
             **(found or {} if finished else {}),
         }
         return finished
@@ -239,7 +205,7 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs must be >= 1, got {jobs}")
     one = device.startswith("cuda:")
-    gpus = 1 if one else torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    gpus = 1 if one else count_gpus() if device in ("auto", "cuda") else 0
     if gpus:
         if jobs is not None and jobs > gpus:
             raise ValueError(f"--jobs must be at most the {gpus} GPUs, one run on each, got {jobs}")
@@ -254,64 +220,3 @@ def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[int]:
-    """Refuse a folder in which another comparison, or a run that it left, is at work."""
-    # The file stays: whoever removed it could lock another one than the next process does.
-    with open(out / ".lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"another comparison is at work in {out}: wait for it, or choose another folder "
-                "with --out"
-            ) from error
-        yield file.fileno()
-
-
-def same_training(averaging: Config, plain: Config) -> bool:
-    """Whether the raw weights of ``averaging`` are, bit for bit, those that ``plain`` trains.
-
-    SWA copies the weights after a step and never touches them, nor the random generators.
-    """
-    return (
-        averaging.average.kind == "swa"
-        and plain.average.kind == "none"
-        and dataclasses.replace(averaging, average=plain.average) == plain
-    )
-
-
-def find_source(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
-    """The run of ``cells`` whose training ``cell`` can take over; None where there is none."""
-    return next((other for other in cells if same_training(other.config, cell.config)), None)
-
-
-def share_training(source: Path, target: Path, config: Config) -> bool:
-    """Write the checkpoint that a run of ``config`` would have written at the end of its training.
-
-    Args:
-        source: folder of a run whose training is over, of a configuration for which
-            :func:`same_training` holds.
-        target: folder to make; left alone where it holds a checkpoint already.
-        config: of the run.
-
-    Returns:
-        Whether the checkpoint was written.
-
-    Raises:
-        ValueError: the checkpoint of ``source`` is damaged, or was trained in another way.
-    """
-    if (target / CHECKPOINT).exists() or not (source / CHECKPOINT).exists():
-        return False
-    state = load_checkpoint(source / CHECKPOINT)
-    saved = dataclasses.replace(config_from_dict(state["run"]["config"]), average=config.average)
-    check_same_run(config, saved, source / CHECKPOINT)
-    lines = (source / _METRICS).read_bytes()[: state["hooks"]["metrics.jsonl"]["bytes"]]
-    target.mkdir(parents=True, exist_ok=True)
-    write_text(target / _METRICS, lines.decode())
-    state["run"]["config"] = config_to_dict(config)
-    state["average"] = {"num_averaged": 0, "statistics_fresh": True, "model": None}
-    save_checkpoint(target / CHECKPOINT, state)
-    return True

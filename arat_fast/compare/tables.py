@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from arat_fast import __version__
-from arat_fast.compare.plane import describe_plane, plane, robust_metric
+from arat_fast.compare.plane import plane
 from arat_fast.compare.results import (
     SUM,
     Results,
@@ -18,7 +18,6 @@ from arat_fast.compare.results import (
     percentages,
     train_seconds,
 )
-from arat_fast.report import style
 from arat_fast.report.templates import render
 from arat_fast.statistics import wilson_interval
 
@@ -35,7 +34,6 @@ _LATEX = {
 
 def comparison_page(results: Results) -> str:
     """The whole HTML document; it needs nothing else, and links to the reports of its runs."""
-    figure, metric = plane(results), robust_metric(results)
     number = sum(not row.method.ablation for row in results.rows)
     return render(
         "comparison.html.j2",
@@ -48,9 +46,7 @@ def comparison_page(results: Results) -> str:
         conditions=conditions(results),
         cost_note=cost_note(results),
         notes=notes(results),
-        plane=style.to_svg(figure) if figure is not None else None,
-        plane_words=describe_plane(results),
-        robust=column_name(metric) if metric is not None else None,
+        plane=plane(results),
         half_width=_half_width(results),
         percentages=percentages,
         train_seconds=train_seconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from arat_fast.data.crops import CropFlip
 from arat_fast.data.framing import NO_SHIFT, Framing, Shift
 from arat_fast.data.plan import BatchPlan, seeded_generator
+from arat_kernels.implementation import Impl
 
 
 class Batch(NamedTuple):
@@ -36,7 +37,10 @@ class Batches(ABC):
         num_classes: number of classes.
         image_shape: (C, H, W) of a batch.
         classes: class names, one per label.
+        impl: implementation of the cropping; None: the fastest for the device.
     """
+
+    impl: Impl | None = None
 
     def __init__(
         self, plan: BatchPlan, classes: tuple[str, ...], image_shape: tuple[int, int, int]
@@ -88,23 +92,27 @@ def check_samples(images: Tensor, labels: Tensor, num_classes: int, max_value: i
         )
     if images.numel() == 0:
         raise ValueError("the dataset is empty, expected at least one image")
-    check_labels(labels, len(images), num_classes)
+    check_labels(labels, len(images), num_classes, "image {}".format)
     if int(images.max()) > max_value:
         raise ValueError(f"pixels must be <= {max_value}, got {int(images.max())}")
 
 
-def check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
-    """Raise ValueError unless these are labels (num_samples,), int64 in [0, num_classes)."""
+def check_labels(
+    labels: Tensor, num_samples: int, num_classes: int, name: Callable[[int], str]
+) -> None:
+    """Raise ValueError unless these are labels (num_samples,), int64 in [0, num_classes); ``name``
+    is what a sample is called."""
     if labels.shape != (num_samples,) or labels.dtype != torch.int64:
         raise ValueError(
             f"one label per image is expected, int64, got {tuple(labels.shape)} labels of "
             f"{labels.dtype} for {num_samples} images"
         )
-    low, high = (int(v) for v in torch.aminmax(labels))
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels must lie in [0, {num_classes - 1}], got values from {low} to {high}"
-        )
+    for index in (int(labels.argmin()), int(labels.argmax())):
+        if not 0 <= int(labels[index]) < num_classes:
+            raise ValueError(
+                f"{name(index)}: labels must lie in [0, {num_classes - 1}], got "
+                f"{int(labels[index])}"
+            )
 
 
 class ResidentBatches(Batches):
@@ -179,4 +187,4 @@ class ResidentBatches(Batches):
             draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
                 mirror it.
         """
-        return Batch(self._crop_flip(self.images, index, draws), self.labels[index])
+        return Batch(self._crop_flip(self.images, index, draws, self.impl), self.labels[index])

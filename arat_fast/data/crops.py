@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arat_kernels.crop_flip import crop_flip
+from arat_kernels.implementation import Impl
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -94,7 +95,9 @@ class CropFlip:
         self._bordered: Bytes = np.zeros(0, np.uint8)
         self._lock = threading.Lock()
 
-    def __call__(self, images: Tensor, index: Tensor, draws: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, index: Tensor, draws: Tensor, impl: Impl | None = None
+    ) -> Tensor:
         """Gather, crop, mirror and convert.
 
         Args:
@@ -102,11 +105,12 @@ class CropFlip:
             index: samples (N,), int64 in [0, num_samples).
             draws: (N, 3), int32: first row and column of the crop in the padded image, and 1 to
                 mirror it.
+            impl: of the operation; None: on a CPU neither of them, but NumPy.
 
         Returns:
             (N, C, H, W), float32 in [0, 1].
         """
-        if images.device.type != "cpu":
+        if images.device.type != "cpu" or impl is not None:
             return crop_flip(
                 images,
                 index,
@@ -114,6 +118,7 @@ class CropFlip:
                 offsets=draws,
                 max_value=self.max_value,
                 memory_format=self.memory_format,
+                impl=impl,
             )
         # The definition gathers pixel by pixel, which takes a CPU twenty times as long.
         channels_last = self.memory_format == torch.channels_last

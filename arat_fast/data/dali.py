@@ -26,7 +26,8 @@ from arat_fast.data.batches import Batch
 from arat_fast.data.crops import to_unit_range
 from arat_fast.data.framing import Boxes, Framing, Shift
 from arat_fast.data.loader import StreamedBatches, cut_out, read_ahead
-from arat_fast.datasets.encoded import EncodedImages, decode_image, image_size
+from arat_fast.datasets.decoding import as_ppm, decode_image, for_dali
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.extras import install_command
 
 QUEUE_DEPTH = 2
@@ -73,7 +74,8 @@ class DaliBatches(StreamedBatches):
 
     On a CPU, DALI decodes no more than what is cut out, in ``num_workers`` threads (at least one),
     and PyTorch scales it: pixels are those of :class:`LoaderBatches`. On a GPU everything is done
-    there; PNG and other files that the GPU cannot decode are decoded by the CPU first.
+    there; PNG, which the GPU cannot decode, is decoded by the CPU first. Files other than JPEG and
+    PNG, and those that DALI cannot decode, are decoded by Pillow.
 
     Raises:
         ValueError: as for :class:`StreamedBatches`; DALI is not installed.
@@ -88,6 +90,7 @@ class DaliBatches(StreamedBatches):
             make = partial(image_pipeline, self.framing)
         build = partial(make, num_threads=max(self.num_workers, 1), device=self.device)
         self._alone = partial(build, batch_size=1)
+        self._by_pillow: set[int] = set()
         self._stream = DaliStream(partial(build, batch_size=self.plan.largest_share), self.device)
 
     def close(self) -> None:
@@ -98,21 +101,32 @@ class DaliBatches(StreamedBatches):
         """As :meth:`Batches.epoch`."""
         on_gpu = self.device.type == "cuda"
         with ThreadPoolExecutor(max(self.num_workers, 1)) as readers:
-            feed = partial(self._feed, readers, epoch)
-            with closing(read_ahead(feed, range(start_batch, len(self)))) as fed:
+            for batch, outputs in self._decoded(readers, epoch, start_batch):
+                whole = on_gpu or isinstance(self.framing, Shift)
+                pixels = as_tensor(outputs) if whole else self._finish(batch, outputs)
+                x = to_unit_range(pixels, self.max_value, self._buffers)
+                labels = self.samples.labels[torch.tensor(batch.samples)]
+                # A copy from other memory than this can wait for the steps before it.
+                labels = labels.pin_memory() if on_gpu else labels
+                yield Batch(
+                    x.contiguous(memory_format=self.memory_format),
+                    labels.to(self.device, non_blocking=True),
+                )
+
+    def _decoded(
+        self, readers: ThreadPoolExecutor, epoch: int, number: int
+    ) -> Iterator[tuple[_Fed, Any]]:
+        """The batches from ``number`` on, begun again where DALI cannot decode a file that Pillow
+        can: it is given Pillow's pixels then."""
+        feed = partial(self._feed, readers, epoch)
+        while number < len(self):
+            with closing(read_ahead(feed, range(number, len(self)))) as fed:
                 for batch, outputs in self._stream.run(fed):
                     if isinstance(outputs, RuntimeError):
-                        raise self._explain(batch, outputs) from outputs
-                    whole = on_gpu or isinstance(self.framing, Shift)
-                    pixels = as_tensor(outputs) if whole else self._finish(batch, outputs)
-                    x = to_unit_range(pixels, self.max_value, self._buffers)
-                    labels = self.samples.labels[torch.tensor(batch.samples)]
-                    # A copy from other memory than this can wait for the steps before it.
-                    labels = labels.pin_memory() if on_gpu else labels
-                    yield Batch(
-                        x.contiguous(memory_format=self.memory_format),
-                        labels.to(self.device, non_blocking=True),
-                    )
+                        self._by_pillow.update(self._refused(batch, outputs))
+                        break
+                    yield batch, outputs
+                    number += 1
 
     def _feed(self, readers: ThreadPoolExecutor, epoch: int, number: int) -> tuple[_Fed, Inputs]:
         """One batch, and what its pipeline is fed for it."""
@@ -126,9 +140,8 @@ class DaliBatches(StreamedBatches):
                 "mirror": offsets[:, 2].copy(),
             }
         assert isinstance(self.framing, Framing)
-        read = partial(_read, self.samples)
-        contents, sizes = zip(*readers.map(read, index), strict=True)
-        heights, widths = np.array(sizes).T
+        contents, *sizes = zip(*readers.map(self._read, index), strict=True)
+        heights, widths = np.array(sizes)
         draws = self.framing.draw(self.plan, epoch, number)
         boxes, mirror = self.framing.place(heights, widths, draws)
         batch = _Fed(index, contents, boxes, inside(boxes, heights, widths), mirror)
@@ -139,6 +152,15 @@ class DaliBatches(StreamedBatches):
             "mirror": list(mirror.astype(np.int32)),
         }
 
+    def _read(self, index: int) -> tuple[bytes, int, int]:
+        """A file as DALI decodes it, and the height and width of its image."""
+        assert isinstance(self.samples, EncodedImages)
+        content, name = self.samples.read(index), self.samples.name(index)
+        if index not in self._by_pillow:
+            return for_dali(content, name)
+        pixels = decode_image(content, name)
+        return as_ppm(pixels), pixels.shape[0], pixels.shape[1]
+
     def _finish(self, batch: _Fed, outputs: Any) -> Tensor:
         images = self._buffers.empty((len(batch.samples), *self.image_shape), torch.uint8)
         boxes = batch.boxes.copy()
@@ -147,56 +169,38 @@ class DaliBatches(StreamedBatches):
             cut_out(np.asarray(outputs[0][place]), box, bool(mirror), images[place])
         return images
 
-    def _explain(self, batch: _Fed, error: RuntimeError) -> Exception:
-        """Which file of a batch DALI could not decode, or what else is wrong."""
-        source = self.samples
-        reason = told(error)
-        if isinstance(source, EncodedImages):
-            for index, content in zip(batch.samples, batch.contents, strict=True):
-                try:
-                    decode_image(content, source.name(index))
-                except ValueError as found:
-                    return found
-            decodes = partial(self._decodes, source)
-            refused = next((i for i in batch.samples if not decodes(i)), None)
-            # Where none can be decoded, it is not the file: memory is short, or the device fails.
-            if refused is not None and any(map(decodes, batch.samples)):
-                return ValueError(
-                    f"{source.name(refused)}: DALI cannot decode it, though Pillow can; "
-                    f"--data.loader dataloader reads it; DALI says: {reason}"
-                )
-        kind = torch.OutOfMemoryError if "out of memory" in str(error) else RuntimeError
-        return kind(f"DALI cannot make a batch of {len(batch.samples)} images: {reason}")
+    def _refused(self, batch: _Fed, error: RuntimeError) -> list[int]:
+        """The files of a batch that DALI cannot decode.
 
-    def _decodes(self, source: EncodedImages, index: int) -> bool:
-        """Whether DALI can decode a file alone."""
-        content, (height, width) = _read(source, index)
+        Raises:
+            ValueError: one is no readable image.
+            RuntimeError: it is none of the files: memory is short, or the device fails.
+        """
+        source = self.samples
+        refused: list[int] = []
+        if isinstance(source, EncodedImages):
+            sizes = {}
+            for index, content in zip(batch.samples, batch.contents, strict=True):
+                sizes[index] = decode_image(content, source.name(index)).shape[:2]
+            if self._decodes(as_ppm(np.zeros((1, 1, 3), np.uint8)), (1, 1)):
+                files = zip(batch.samples, batch.contents, strict=True)
+                refused = [i for i, content in files if not self._decodes(content, sizes[i])]
+        if not refused:
+            kind = torch.OutOfMemoryError if "out of memory" in str(error) else RuntimeError
+            number = len(batch.samples)
+            raise kind(f"DALI cannot make a batch of {number} images: {told(error)}") from error
+        return refused
+
+    def _decodes(self, content: bytes, size: tuple[int, ...]) -> bool:
+        """Whether DALI can decode a file of that height and width alone."""
         inputs: Inputs = {
             "encoded": [np.frombuffer(content, np.uint8)],
-            "region": [np.array([0, 0, height, width], np.int32)],
+            "region": [np.array([0, 0, *size], np.int32)],
             "shift": [np.zeros(2, np.int32)],
             "mirror": [np.int32(0)],
         }
         ((_, outputs),) = DaliStream(self._alone, self.device).run([(None, inputs)])
         return not isinstance(outputs, RuntimeError)
-
-
-def _read(source: EncodedImages, index: int) -> tuple[bytes, tuple[int, int]]:
-    """A file, and the height and width of its image."""
-    content, name = source.read(index), source.name(index)
-    if may_be_cut(content):
-        decode_image(content, name)
-    return content, image_size(content, name)
-
-
-def may_be_cut(content: bytes) -> bool:
-    """Whether a file can lack its end without DALI noticing, which decodes no more than the part
-    that is asked for: a TIFF, or a JPEG whose last scan has no end marker."""
-    if content.startswith((b"II*\0", b"MM\0*")):
-        return True
-    if not content.startswith(b"\xff\xd8") or content.endswith(b"\xff\xd9"):
-        return False
-    return content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
 
 
 def told(error: RuntimeError) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,30 +13,33 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from arat_fast.data.holdout import with_test_images
-from arat_fast.data.prepare import first_images, open_npz, own_dataset
-from arat_fast.datasets import DATASETS
+from arat_fast.data.load import check_arrays
+from arat_fast.data.prepare import open_npz, own_dataset
+from arat_fast.datasets import DATASETS, Content
 from arat_fast.datasets.base import Samples
-from arat_fast.datasets.encoded import IMAGE_SUFFIXES, FileImages
+from arat_fast.datasets.encoded import FileImages, TarImages
 from arat_fast.datasets.folder import has_class_folders
-from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.members import entries, is_image
+from arat_fast.datasets.prepared import FILES, array_folder
 from arat_fast.datasets.rows import ArrayRows, Images
-from arat_fast.datasets.webdataset import index_shards
+from arat_fast.datasets.webdataset import index_shards, is_shard
 from arat_fast.files import write_atomic
-from arat_fast.recipes import RECIPES
 
 OWN = {
     "folder": "images in folders by class",
     "webdataset": "WebDataset shards",
-    "arrays": "prepared arrays",
+    "arrays": "arrays",
 }
 """What a folder of one's own images is, in words."""
 HELD_OUT = "a tenth held out"
 """Said of the test images of a dataset that has none of its own."""
-ALL_OR_A_TENTH = "--data.unsup takes all, training on them alone holds out a tenth"
+ALL_OR_A_TENTH = f"{HELD_OUT}; --data.unsup takes all"
 """Said of arrays in one folder, which are generated images or a dataset."""
+
+FIRST = 2048
+"""Images of an .npz file that can be looked at."""
 
 TILE = 96
 """Pixels of an image on the contact sheet, each way."""
@@ -60,6 +63,7 @@ class Inspection:
         classes: class names, one per label; empty where there are no labels.
         counts: images by split; those that training holds out for testing are of the test.
         note: on the splits; empty for none.
+        notes: on what is converted.
         per_class: images by class name and split.
         sizes: number of looked-at images by "height x width".
         mean: of red, green and blue over the looked-at images, in [0, 1].
@@ -75,6 +79,7 @@ class Inspection:
     classes: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     note: str = ""
+    notes: list[str] = field(default_factory=list)
     per_class: dict[str, dict[str, int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     mean: list[float] = field(default_factory=list)
@@ -111,9 +116,10 @@ class Inspection:
         if self.mean:
             lines.append("mean         " + ", ".join(f"{v:.4f}" for v in self.mean))
             lines.append("std          " + ", ".join(f"{v:.4f}" for v in self.std))
+        lines += [f"converted    {note}" for note in self.notes]
         lines += [f"unreadable   {reason}" for reason in self.bad[:10]]
         if len(self.bad) > 10:
-            lines.append(f"unreadable   and {len(self.bad) - 10} more")
+            lines.append(f"unreadable   and {len(self.bad) - 10:,} more of {len(self.bad):,}")
         return lines
 
 
@@ -144,11 +150,13 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
     number = min(max_samples, found.out_of)
     spread = np.unique(np.linspace(0, found.out_of - 1, number).astype(np.int64))
     histogram = np.zeros((3, 256), np.int64)
+    lost: Counter[tuple[int, int]] = Counter()
     for part, index in _places(parts, spread):
         try:
             image = part.image(index)
         except ValueError as error:
             found.bad.append(str(error))
+            lost[id(part), int(part.labels[index])] += 1
             continue
         flat = image.reshape(-1, 3)
         # A piece at a time: bincount makes 8 bytes of each value.
@@ -164,6 +172,12 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
         mean = shares @ levels
         found.mean = mean.tolist()
         found.std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1)).tolist()
+    if found.bad and found.use:
+        found.use += " --data.bad-images skip"
+    for part in parts:
+        for label, count in enumerate(torch.bincount(part.labels, minlength=1).tolist()):
+            if 0 < count <= lost[id(part), label]:
+                found.use, found.note = "", f"no image with label {label} can be read in a split"
     if sheet is not None:
         draw_sheet(parts, classes, sheet)
     return found
@@ -180,68 +194,72 @@ def _places(parts: list[Samples], numbers: npt.NDArray[np.int64]) -> list[tuple[
 def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
     """What a dataset is, not yet looked at, and its splits; of some only the first images can be
     looked at, as their length says."""
-    if path.is_file():
-        return _open_file(path)
-    if (path / "images.npy").is_file():
-        arrays = array_folder(path)
-        classes, labels = _numbered(arrays.labels)
-        parts = {"images": dataclasses.replace(arrays, labels=labels)}
-        use = _command("arrays", path)
-        return Inspection(path, OWN["arrays"], use, classes, note=ALL_OR_A_TENTH), parts
+    if path.suffix == ".npz":
+        kind = f"an .npz file of images; convert it with arat-fast data prepare {path} FOLDER"
+        pixels, labels = open_npz(path, FIRST)
+        # An archive is read from its start: a part of it is enough to look at.
+        return _numbered(Inspection(path, kind), Images(ArrayRows(pixels), labels))
     for dataset in DATASETS.values():
         for place, kind in dataset.places.items():
             root = path.parent if path.name == Path(place).parts[0] else path
             if (root / place).exists():
                 content = dataset.read(root)
-                use = _command(dataset.name, root)
-                return Inspection(path, kind, use, content.classes), content.parts
-    dataset = own_dataset(path)
+                check_arrays(dataset, content)
+                return _found(Inspection(path, kind, _command(dataset.name, root)), content)
+    if path.is_file() and not is_shard(path):
+        raise ValueError(
+            f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
+        )
+    dataset = DATASETS["webdataset"] if path.is_file() else own_dataset(path)
     if dataset.name == "folder" and not has_class_folders(path):
-        files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        flat = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+        flat = [file for file in entries(path) if file.is_file() and is_image(file.name)]
         if flat:
             unlabelled = FileImages([(file, 0) for file in flat])
             return Inspection(path, "images without classes"), {"images": unlabelled}
-    content, use, note = dataset.read(path), _command(dataset.name, path), ""
+    found = Inspection(path, OWN[dataset.name], _command(dataset.name, path))
     try:
-        content, note = with_test_images(content), "" if content.test is not None else HELD_OUT
+        content = dataset.read(path)
     except ValueError as error:
-        use, note = "", str(error)
-    kind, bad = OWN[dataset.name], list(content.bad)
-    return Inspection(path, kind, use, content.classes, note=note, bad=bad), content.parts
+        # A shard alone, or generated images, can be a part of a dataset.
+        if path.is_file():
+            shard, found.bad = index_shards([path])
+            return _numbered(found, shard, str(error))
+        if (path / FILES[0]).is_file():
+            return _numbered(found, array_folder(path), str(error))
+        raise
+    if content.test is None:
+        try:
+            content = with_test_images(content)
+            found.note = HELD_OUT if dataset.name != "arrays" else ALL_OR_A_TENTH
+        except ValueError as error:
+            found.use, found.note = "", str(error)
+    return _found(found, content)
 
 
-def _open_file(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
-    if path.suffix == ".npz":
-        shape, all_labels = open_npz(path)
-        classes, labels = _numbered(all_labels)
-        kind = (
-            f"an .npz file of {shape[0]:,} generated images; convert it with arat-fast data "
-            f"prepare {path} FOLDER"
-        )
-        # An archive is read from its start: a part of it is enough to look at.
-        first = Images(ArrayRows(first_images(path, 2048)), labels)
-        return Inspection(path, kind, classes=classes), {"images": first}
-    if path.suffix == ".tar":
-        shard = index_shards([path])
-        classes, shard.labels = _numbered(shard.labels)
-        return Inspection(path, "a tar shard", classes=classes), {"images": shard}
-    raise ValueError(
-        f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
-    )
+def _found(found: Inspection, content: Content) -> tuple[Inspection, Mapping[str, Samples]]:
+    found.classes, found.bad = content.classes, list(content.bad)
+    found.notes = list(content.notes)
+    return found, content.parts
+
+
+def _numbered(
+    found: Inspection, part: Images | TarImages, refusal: str = ""
+) -> tuple[Inspection, Mapping[str, Samples]]:
+    """Images that nothing trains on alone; their classes are the labels that occur."""
+    found.use, found.note = "", refusal
+    values, index = np.unique(part.labels.numpy(), return_inverse=True)
+    found.classes = tuple(str(value) for value in values.tolist())
+    part.labels = torch.from_numpy(index)
+    return found, {"images": part}
 
 
 def _command(name: str, root: Path) -> str:
     """What trains a ResNet-18 on the dataset: its own recipe, or that of images in folders."""
+    from arat_fast.recipes import RECIPES  # With the command line's library.
+
     recipe = f"{name}-resnet18"
     chosen = [recipe] if recipe in RECIPES else ["folder-resnet18", "--data.name", name]
     return shlex.join(["arat-fast", "train", *chosen, "--data.root", str(root)])
-
-
-def _numbered(labels: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """The labels that occur, as the names of classes, and which of these each image is of."""
-    values, index = np.unique(labels.numpy(), return_inverse=True)
-    return tuple(str(value) for value in values.tolist()), torch.from_numpy(index)
 
 
 def draw_sheet(parts: list[Samples], classes: tuple[str, ...], path: Path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arat_fast.config import DataConfig
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
@@ -24,10 +23,13 @@ from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_gener
 from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import EncodedImages, decode_all
-from arat_fast.datasets.prepared import array_folder
+from arat_fast.datasets.members import told
+from arat_fast.datasets.prepared import array_folder, conversions
 from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
+from arat_kernels.implementation import Impl
 
 if TYPE_CHECKING:
+    from arat_fast.config import DataConfig
     from arat_fast.distributed import Ranks
 
 _EVALUATION_SEED = 21
@@ -47,6 +49,7 @@ class DataSplits(NamedTuple):
             either are a sample of all classes.
         fingerprint: of the training images, generated ones included.
         skipped: files that were left out, and why.
+        notes: on what was converted, in words.
     """
 
     train: Batches
@@ -55,6 +58,7 @@ class DataSplits(NamedTuple):
     test: Batches
     fingerprint: Fingerprint
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def load_data(
@@ -66,6 +70,7 @@ def load_data(
     memory_format: torch.memory_format = torch.contiguous_format,
     shard: Shard = WHOLE,
     bad_images: BadImages | None = None,
+    impl: Impl | None = None,
 ) -> DataSplits:
     """Read a dataset and split it.
 
@@ -78,6 +83,7 @@ def load_data(
         shard: this process; all ranks share every batch of ``train`` and ``probe``, while ``val``
             and ``test`` are whole on each, which reads the batches that it evaluates.
         bad_images: finds the files to leave out, where ``config.bad_images`` is "skip".
+        impl: implementation of the cropping; None: the fastest for the device.
 
     Raises:
         FileNotFoundError: the dataset is absent, or could not be downloaded.
@@ -85,9 +91,17 @@ def load_data(
             ``num_val`` leaves too few images to train on.
     """
     dataset = DATASETS[config.name]
-    content = dataset.load(config.root, config.download)
     try:
-        return _splits(
+        content = dataset.load(config.root, config.download)
+    except FileNotFoundError as error:
+        if not dataset.own:
+            raise
+        raise FileNotFoundError(
+            f"{error}; where it was moved, pass its folder: --data.root of train, --data-root of "
+            "eval and analyze"
+        ) from error
+    try:
+        splits = _splits(
             dataset,
             content,
             config,
@@ -100,6 +114,10 @@ def load_data(
         )
     except ValueError as error:
         raise ValueError(f"dataset {config.name}: {error}") from error
+    for batches in (splits.train, splits.probe, splits.val, splits.test):
+        if batches is not None:
+            batches.impl = impl
+    return splits
 
 
 def download_data(config: DataConfig, ranks: Ranks) -> None:
@@ -140,7 +158,7 @@ def _splits(
     root = config.root.expanduser()
     if dataset.image_size is not None:
         content = _in_arrays(content, dataset.image_size, f"{dataset.name} has")
-    _check_arrays(dataset, content)
+    check_arrays(dataset, content)
     content, skipped = _readable(content, config, root, bad_images)
     content = with_validation_images(with_test_images(content), config.num_val)
     identity = fingerprint(content.train.labels, names_below(content.train, root))
@@ -198,7 +216,8 @@ def _splits(
     train, probe = make(content.train, plans, framing, memory_format)
     assert content.test is not None
     val = None if content.val is None else evaluated(content.val)
-    return DataSplits(train, probe, val, evaluated(content.test), identity, skipped)
+    test = evaluated(content.test)
+    return DataSplits(train, probe, val, test, identity, skipped, content.notes)
 
 
 def _batches(
@@ -256,7 +275,9 @@ def _in_arrays(content: Content, size: int, expected: str) -> Content:
     return content.with_parts(decoded)
 
 
-def _check_arrays(dataset: Dataset, content: Content) -> None:
+def check_arrays(dataset: Dataset, content: Content) -> None:
+    """Raise a ValueError unless images in memory are of the size and range of their dataset, each
+    with a label."""
     for part in content.parts.values():
         if isinstance(part, Images) and isinstance(part.rows, ArrayRows):
             shape = (dataset.image_size, dataset.image_size, dataset.channels)
@@ -275,8 +296,7 @@ def _readable(
     skipped = list(content.bad)
     if config.bad_images == "stop":
         if skipped:
-            more = f" (and {len(skipped) - 1:,} files more)" if len(skipped) > 1 else ""
-            raise ValueError(f"{skipped[0]}{more}; remove it, or pass --data.bad-images skip")
+            raise ValueError(f"{told(skipped)}; remove it, or pass --data.bad-images skip")
         return content, ()
     readable: dict[str, Samples] = {}
     for split, part in content.parts.items():
@@ -302,7 +322,9 @@ def _with_generated(content: Content, folder: Path) -> Content:
             f"{int(generated.labels.max())}"
         )
     rows = JoinedRows([train.rows, generated.rows])
-    return content._replace(train=Images(rows, torch.cat([train.labels, generated.labels])))
+    labels = torch.cat([train.labels, generated.labels])
+    notes = (*content.notes, *conversions(generated))
+    return content._replace(train=Images(rows, labels), notes=notes)
 
 
 def _mixed(samples: Samples | None) -> Samples | None:

@@ -61,7 +61,7 @@ class StreamedBatches(Batches):
         memory_format: torch.memory_format = torch.contiguous_format,
         num_workers: int = 0,
     ) -> None:
-        check_labels(samples.labels, len(samples), len(classes))
+        check_labels(samples.labels, len(samples), len(classes), samples.name)
         if isinstance(framing, Framing):
             height, width, channels = framing.size, framing.size, 3
         else:
@@ -108,7 +108,7 @@ class LoaderBatches(StreamedBatches):
             pixels, labels, draws = (t.to(self.device, non_blocking=on_gpu) for t in tensors)
             if isinstance(self.framing, Shift):
                 every = torch.arange(len(pixels), device=self.device)
-                x = self._crop_flip(pixels.permute(0, 3, 1, 2), every, draws)
+                x = self._crop_flip(pixels.permute(0, 3, 1, 2), every, draws, self.impl)
             else:
                 x = to_unit_range(pixels, 255, self._buffers)
             yield Batch(x.contiguous(memory_format=self.memory_format), labels)

@@ -4,56 +4,65 @@ mapped, not loaded; other images of one's own are decoded, to see whether that w
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.encoded import EncodedImages, unreadable
 from arat_fast.datasets.folder import has_class_folders
-from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, array_folder, checksum_line
-from arat_fast.datasets.rows import read_header, read_labels
+from arat_fast.datasets.members import class_name, read_classes
+from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, FILES, array_folder, checksum_line
+from arat_fast.datasets.rows import MappedRows, Pixels, read_header, read_labels, settled
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
-from arat_fast.files import write_text
+from arat_fast.files import folder_atomic, write_text
+
+MAX_RATIO = 100
+"""Bytes that one byte of an archive may unpack to, beyond the first MiB; images are below 20."""
+
+ROWS = 256
+"""Images that are converted at a time."""
 
 
-def open_npz(path: Path) -> tuple[tuple[int, int, int, int], Tensor]:
-    """What an .npz file with ``image`` and ``label`` holds; nothing is unpickled.
+MEMBERS = ("image.npy", "label.npy", "classes.npy")
+"""Arrays of an .npz file: images, labels and, where it has some, the names of the classes."""
+
+
+def open_npz(path: Path, number: int) -> tuple[Pixels, Tensor]:
+    """The first images of an .npz file, and all labels; nothing is unpickled.
 
     Args:
         path: the file, as the EDM sets of generated images are published.
+        number: of images, at most, >= 1.
 
     Returns:
-        the shape of the images (num_samples, height, width, channels), and their labels
-        (num_samples,), int64.
+        images (at most ``number``, height, width, channels), uint8, and labels (num_samples,),
+        int64.
 
     Raises:
-        ValueError: an array is absent, of another shape or dtype, or the file is cut short.
+        ValueError: an array is absent, one is not known, of another shape or dtype, or the file is
+            cut short.
     """
     with _opened(path) as archive:
-        missing = {"image.npy", "label.npy"} - set(archive.namelist())
-        if missing:
-            raise ValueError(
-                f"{path}: expected the arrays image and label, got "
-                f"{', '.join(archive.namelist()) or 'none'}"
-            )
-        with archive.open("image.npy") as file:
-            shape, _ = read_header(file, path, archive.getinfo("image.npy").file_size)
-        if shape[3] not in (1, 3):
-            raise ValueError(f"{path}: expected images of 1 or 3 channels, got {shape}")
-        with archive.open("label.npy") as file:
-            return shape, read_labels(file, path, shape[0])
+        with archive.open(MEMBERS[0]) as file:
+            stored = read_header(file, path, archive.getinfo(MEMBERS[0]).file_size)
+            if stored.fortran:
+                number = stored.shape[0]
+            first = replace(stored, shape=(min(number, stored.shape[0]), *stored.shape[1:]))
+            numbers = first.view(file.read(first.nbytes), 0)
+        pixels = settled(first, [numbers], path).pixels(numbers)
+        with archive.open(MEMBERS[1]) as file:
+            return pixels, read_labels(file, path, stored.shape[0])
 
 
 @contextmanager
@@ -61,6 +70,18 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """An .npz file; what is damaged in it, wherever it is read, is said of the file."""
     try:
         with zipfile.ZipFile(path) as archive:
+            found = archive.namelist()
+            if sorted(found) not in (sorted(MEMBERS), sorted(MEMBERS[:2])):
+                raise ValueError(
+                    f"{path}: expected the arrays image and label, and classes for their names, "
+                    f"got {', '.join(found) or 'none'}"
+                )
+            for member in archive.infolist():
+                if member.file_size > MAX_RATIO * (member.compress_size + 2**20):
+                    raise ValueError(
+                        f"{path}: {member.compress_size:,} bytes unpack to {member.file_size:,}, "
+                        f"expected at most {MAX_RATIO} times as many of images"
+                    )
             yield archive
     # RuntimeError: it is encrypted, or compressed in a way that Python does not know. EINVAL: its
     # directory points outside of it.
@@ -70,27 +91,18 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         raise ValueError(f"{path}: expected an .npz file, but it is damaged: {error}") from error
 
 
-def first_images(path: Path, number: int) -> npt.NDArray[np.uint8]:
-    """The first images of an .npz file: (at most ``number``, height, width, channels)."""
-    with _opened(path) as archive, archive.open("image.npy") as file:
-        shape, _ = read_header(file, path, archive.getinfo("image.npy").file_size)
-        count = min(number, shape[0])
-        content = file.read(count * math.prod(shape[1:]))
-    return np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
-
-
-def convert_npz(path: Path, folder: Path) -> int:
+def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
     """Write the arrays of an .npz file as images.npy and labels.npy, which can be mapped.
 
     The file is read once, in pieces, and its checksums are verified. The folder appears when it is
-    whole.
+    whole and on disk; what a conversion that was killed has left of it goes with the next one.
 
     Args:
         path: the file.
         folder: is made.
 
     Returns:
-        the number of images.
+        the number of images, and what was converted, in words.
 
     Raises:
         FileExistsError: the folder is there already.
@@ -98,28 +110,61 @@ def convert_npz(path: Path, folder: Path) -> int:
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already, expected a folder to make")
-    shape, labels = open_npz(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        made = work / folder.name
-        made.mkdir()
-        with (
-            _opened(path) as archive,
-            archive.open("image.npy") as source,
-            (made / "images.npy").open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target, CHUNK)
-            target.flush()
-            os.fsync(target.fileno())
-        np.save(made / "labels.npy", labels.numpy())
-        lines = (checksum_line(made / name) for name in ("images.npy", "labels.npy"))
+    with _opened(path) as archive, folder_atomic(folder) as made:
+        # What is converted is there twice for a while.
+        needed = 2 * sum(member.file_size for member in archive.infolist())
+        free = shutil.disk_usage(made).free
+        if needed > free:
+            raise OSError(
+                f"cannot write {folder}: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} are "
+                "free: choose a folder on another disk"
+            )
+        raw = made / "raw"
+        raw.mkdir()
+        for name in archive.namelist():
+            with archive.open(name) as source, (raw / name).open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK)
+        try:
+            rows = MappedRows(raw / MEMBERS[0])
+            with (raw / MEMBERS[1]).open("rb") as file:
+                labels = read_labels(file, raw / MEMBERS[1], rows.shape[0])
+            names = _names(raw / MEMBERS[2])
+        except (ValueError, EOFError) as error:
+            raise ValueError(str(error).replace(f"{raw}{os.sep}", f"{path}: ")) from error
+        images = made / FILES[0]
+        if rows.stored.plain:
+            os.replace(raw / MEMBERS[0], images)
+        else:
+            lib: Any = np.lib.format
+            written = lib.open_memmap(images, "w+", np.uint8, rows.shape)
+            for start in range(0, rows.shape[0], ROWS):
+                part = rows.take(np.arange(start, min(start + ROWS, rows.shape[0])))
+                written[start : start + ROWS] = part
+            written.flush()
+            del written
+        shutil.rmtree(raw)
+        np.save(made / FILES[1], labels.numpy())
+        if names:
+            write_text(made / FILES[2], "".join(f"{name}\n" for name in names))
+            if read_classes(made / FILES[2]) != tuple(map(class_name, names)):
+                raise ValueError(f"{path}: expected names of classes of one line each")
+        lines = [checksum_line(file) for file in sorted(made.iterdir())]
         write_text(made / CHECKSUMS, "".join(f"{line}\n" for line in lines))
         array_folder(made)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return shape[0]
+    return rows.shape[0], rows.stored.notes()
+
+
+def _names(path: Path) -> list[str]:
+    """The names of the classes in an .npy file; none where it is absent."""
+    if not path.exists():
+        return []
+    names = np.load(path, allow_pickle=False)
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise ValueError(
+            f"{path}: expected the names of the classes, (num_classes,) str, got {names.dtype} of "
+            f"shape {names.shape}"
+        )
+    return [str(name) for name in names]
 
 
 def verify(path: Path) -> tuple[int, list[str]]:
@@ -135,7 +180,8 @@ def verify(path: Path) -> tuple[int, list[str]]:
         FileNotFoundError, ValueError: it is no such dataset.
     """
     if path.is_file():
-        content = Content(index_shards([path]), None, ())
+        shard, others = index_shards([path])
+        content = Content(shard, None, (), bad=tuple(others))
     else:
         content = own_dataset(path).read(path)
     parts, bad = list(content.parts.values()), list(content.bad)

@@ -21,7 +21,8 @@ class Content(NamedTuple):
         test: the images to evaluate; None where the dataset has no such split.
         classes: class names, one per label.
         val: the images to validate with, where it has both these and test images.
-        bad: what is wrong with the files in its class folders that are no images.
+        bad: what else lies there and was left out, and why.
+        notes: on what was converted, in words.
         max_value: the uint8 value that stands for 1.0.
     """
 
@@ -31,15 +32,20 @@ class Content(NamedTuple):
     val: Samples | None = None
     bad: tuple[str, ...] = ()
     max_value: int = 255
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_splits(
-        cls, splits: Mapping[str, Samples], classes: tuple[str, ...], bad: tuple[str, ...] = ()
+        cls,
+        splits: Mapping[str, Samples],
+        classes: tuple[str, ...],
+        bad: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> Content:
         """By "train", "val" and "test"; of the last two one alone holds the images to evaluate."""
-        if "val" in splits and "test" in splits:
-            return cls(splits["train"], splits["test"], classes, splits["val"], bad)
-        return cls(splits["train"], splits.get("val", splits.get("test")), classes, None, bad)
+        test = splits.get("test", splits.get("val"))
+        val = splits.get("val") if "test" in splits else None
+        return cls(splits["train"], test, classes, val, bad, notes=notes)
 
     def with_parts(self, parts: Mapping[str, Samples]) -> Content:
         """With these instead of its splits, by name; the others stay."""

@@ -12,6 +12,7 @@ import torch
 from arat_fast.datasets.base import Content, Dataset, register
 from arat_fast.datasets.published import check_file, fetch_folder, require_folder
 from arat_fast.datasets.rows import Images
+from arat_fast.files import read_lines
 
 BINARY = {
     "cifar10": (
@@ -55,7 +56,7 @@ def _read_binary(name: str, folder: Path) -> Content:
     for file in (*train, *test, names):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"no dataset file at {folder / file}")
-    lines = map(str.strip, (folder / names).read_text().splitlines())
+    lines = map(str.strip, read_lines(folder / names))
     return Content(
         _binary_images([folder / file for file in train], num_labels),
         _binary_images([folder / file for file in test], num_labels),

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-Pixels = npt.NDArray[np.uint8]
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-"""Names of image files end in one of these, in any case."""
-
-MAX_PIXELS = 150_000_000
-"""Larger images are refused before they are decoded. Pillow refuses about as many itself."""
+from arat_fast.datasets.decoding import Pixels, decode_image
 
 OPEN_SHARDS = 128
 """Archives that are kept open by each :class:`TarImages` of a process; there can be thousands."""
-
-# Pillow reports damage as any of these, depending on the format and on where the damage is.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class EncodedImages(ABC):
@@ -59,6 +49,10 @@ class EncodedImages(ABC):
     def subset(self, index: Tensor) -> EncodedImages:
         """The images ``index`` (N,), int64, in that order."""
 
+    @abstractmethod
+    def num_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each image, (num_samples,); 0 where they cannot be read."""
+
     def image(self, index: int) -> Pixels:
         """One image, as :func:`decode_image`."""
         return decode_image(self.read(index), self.name(index))
@@ -81,7 +75,7 @@ class FileImages(EncodedImages):
         try:
             return path.read_bytes()
         except OSError as error:
-            raise _unreadable(str(path), error) from error
+            raise ValueError(f"{path}: it cannot be read: {error.strerror or error}") from error
 
     def name(self, index: int) -> str:
         """The path of one file."""
@@ -90,6 +84,14 @@ class FileImages(EncodedImages):
     def subset(self, index: Tensor) -> FileImages:
         """The files ``index`` (N,), int64, in that order."""
         return FileImages([self.samples[i] for i in index.tolist()])
+
+    def num_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each file, (num_samples,); 0 where it cannot be read."""
+        sizes = np.zeros(len(self), np.int64)
+        for index, (path, _) in enumerate(self.samples):
+            with suppress(OSError):
+                sizes[index] = path.stat().st_size
+        return sizes
 
 
 class _Shard:
@@ -123,7 +125,7 @@ class TarImages(EncodedImages):
     Args:
         shards: the archives.
         members: (num_samples, 3), int64: archive, first byte and number of bytes of each image.
-        names: of the members, without their suffix.
+        names: of the members.
         labels: (num_samples,), int64.
     """
 
@@ -152,7 +154,7 @@ class TarImages(EncodedImages):
         try:
             content = self._open(self.shards[shard]).read(start, size)
         except OSError as error:
-            raise _unreadable(self.name(index), error) from error
+            raise ValueError(f"{self.name(index)}: it cannot be read: {error}") from error
         if len(content) != size:
             raise ValueError(
                 f"{self.name(index)}: expected {size} bytes, got {len(content)}: the archive was "
@@ -173,63 +175,9 @@ class TarImages(EncodedImages):
             self.labels[index],
         )
 
-
-def image_size(content: bytes, name: str) -> tuple[int, int]:
-    """Height and width of an encoded image, from its header.
-
-    Args:
-        content: of the file.
-        name: of the file, for the message.
-
-    Raises:
-        ValueError: it is no image, or one of more than ``MAX_PIXELS`` pixels.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-    except _DAMAGE as error:
-        raise _unreadable(name, error) from error
-    _check_pixels(height, width, name)
-    return height, width
-
-
-def decode_image(content: bytes, name: str) -> Pixels:
-    """Decode an image as RGB: (height, width, 3); alpha is dropped, 16 bits become 8.
-
-    Args:
-        content: of the file.
-        name: of the file, for the message.
-
-    Raises:
-        ValueError: it is cut short or no image, or has more than ``MAX_PIXELS`` pixels.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            _check_pixels(image.height, image.width, name)
-            if image.mode.startswith("I"):
-                # Pillow would cut 16 bits off at 255.
-                grey = np.round(np.asarray(image, np.float64) / 257).clip(0, 255)
-                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, 2)
-            return np.array(image.convert("RGB"))
-    except _DAMAGE as error:
-        raise _unreadable(name, error) from error
-
-
-def _check_pixels(height: int, width: int, name: str) -> None:
-    if height * width > MAX_PIXELS:
-        raise ValueError(
-            f"{name}: an image of {height} x {width} pixels, expected at most {MAX_PIXELS:,} "
-            "pixels; scale it down first"
-        )
-
-
-def _unreadable(name: str, error: BaseException) -> ValueError:
-    if isinstance(error, ValueError) and str(error).startswith(f"{name}: "):
-        return error
-    reason = " ".join(str(error).split())
-    if isinstance(error, UnidentifiedImageError):
-        reason = "its format is unknown"
-    return ValueError(f"{name}: expected an image file, but reading it fails: {reason}")
+    def num_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each member, (num_samples,)."""
+        return self.members[:, 2]
 
 
 def default_workers() -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
-from arat_fast.datasets.encoded import IMAGE_SUFFIXES, FileImages
-from arat_fast.datasets.splits import folders_in, named_splits, split_folders
-
-_CLUTTER = re.compile(
-    r"thumbs\.db|desktop\.ini|(readme|licen[cs]e|copying|notice)(\.(txt|md|rst))?", re.IGNORECASE
+from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.members import (
+    IMAGE_SUFFIXES,
+    class_name,
+    entries,
+    files_below,
+    folders_in,
+    is_description,
+    is_document,
+    is_image,
+    strays,
 )
+from arat_fast.datasets.splits import named_splits, own_content, split_folders
 
 
 def has_class_folders(root: Path) -> bool:
@@ -22,7 +28,7 @@ def has_class_folders(root: Path) -> bool:
     except ValueError:
         # For class_folders to say; tar_shards takes such folders as they are.
         parts = [folder for _, folder in named_splits(root)]
-    return any(image_files(folder)[0] for part in parts for folder in folders_in(part))
+    return any(image_files([folder])[0] for part in parts for folder in folders_in(part))
 
 
 def _class_splits(root: Path) -> dict[str, Path]:
@@ -37,35 +43,42 @@ def class_folders(root: Path) -> Content:
     """Images in folders by class: ROOT/train/CLASS, ROOT/val/CLASS and ROOT/test/CLASS, of which
     either or both of the last can be absent, or ROOT/CLASS.
 
-    Everything below a class folder counts, but for hidden files and folders and the files that
-    systems and archives leave there (Thumbs.db, README, LICENSE, …).
+    Everything below a class folder counts, but for clutter and the documents that archives bring
+    along; beside the class folders files about the dataset can lie. All else is in ``bad``.
 
     Args:
         root: the folder.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no class, a class without images, a class in one split only, or other splits
-            without one to train on.
+        ValueError: no class or one, a class without images, a class in one split only, splits in a
+            class, or other splits without one to train on.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}, expected one of images by class")
     splits = _class_splits(root)
     train = splits["train"]
-    classes = tuple(folder.name for folder in folders_in(train))
+    by_split = {split: _by_class(folder) for split, folder in splits.items()}
+    classes = tuple(sorted(by_split["train"]))
     if not classes:
         raise ValueError(f"{train}: expected a folder for each class, got none")
+    if len(classes) == 1:
+        raise ValueError(
+            f"{train}: expected a folder for each of two classes or more, got {classes[0]} alone"
+            + _way_out(root, train)
+        )
     parts: dict[str, Samples] = {}
-    bad = []
+    bad = [] if root in splits.values() else strays(root, splits.values(), "the splits alone")
     for split, folder in splits.items():
-        for held_out in folders_in(folder):
-            if held_out.name not in classes:
-                raise ValueError(
-                    f"{folder}: expected the classes of {train}, got {held_out.name} too"
-                )
+        found = by_split[split]
+        bad += strays(
+            folder, [f for each in found.values() for f in each], "a folder for each class"
+        )
+        for name in found.keys() - set(classes):
+            raise ValueError(f"{folder}: expected the classes of {train}, got {name} too")
         samples = []
         for label, name in enumerate(classes):
-            files, others = image_files(folder / name)
+            files, others = image_files(found.get(name, []))
             if not files:
                 raise ValueError(
                     f"{folder / name}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none; "
@@ -74,31 +87,58 @@ def class_folders(root: Path) -> Content:
             samples += [(file, label) for file in files]
             bad += others
         parts[split] = FileImages(samples)
-    return Content.of_splits(parts, classes, tuple(bad))
+    return own_content(root, parts, classes, bad)
 
 
-def image_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The image files below a folder, sorted, and what is wrong with the other files.
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """The folders of each class."""
+    found: dict[str, list[Path]] = {}
+    for each in folders_in(folder):
+        splits = [inner.name for _, inner in named_splits(each)]
+        if splits:
+            raise ValueError(
+                f"{folder}: expected a folder for each class, but {each.name} holds "
+                f"{' and '.join(splits)}; pass {each}, or put the classes into the splits"
+            )
+        found.setdefault(class_name(each.name), []).append(each)
+    return found
 
-    Hidden files and folders and what systems and archives leave behind are passed over.
-    """
+
+def _way_out(root: Path, train: Path) -> str:
+    """What may be meant where there is one class."""
+    inner = folders_in(train)
+    while len(inner) == 1 and not named_splits(inner[0]):
+        inner = folders_in(inner[0])
+    if len(inner) > 1 and train == root:
+        return f"; the classes seem to be in {inner[0].parent}: pass that"
+    if len(inner) > 1:
+        return f"; the classes seem to be in {inner[0].parent}: move them up into {train}"
+    if len(inner) == 1:
+        return f"; the splits seem to be in {inner[0]}: pass that"
+    about = [
+        entry.name for entry in entries(train) if entry.is_file() and is_description(entry.name)
+    ]
+    labels = [name for name in about if not is_document(name)]
+    if labels:
+        return f"; labels are not read from {labels[0]}: put the images into a folder by class"
+    return ""
+
+
+def image_files(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The image files below folders, sorted, and what is wrong with the other files, but for
+    clutter and documents."""
     images, bad = [], []
-    for base, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(base, name))]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names + links:
-            path = Path(base, name)
-            if name.startswith(".") or _CLUTTER.fullmatch(name):
-                continue
-            if not path.is_file():
-                kind = "a link that is not followed" if path.is_symlink() else "no file"
-            elif path.suffix.lower() not in IMAGE_SUFFIXES:
-                kind = "another kind of file"
-            else:
-                images.append(path)
-                continue
-            bad.append(f"{path}: expected an image ({', '.join(IMAGE_SUFFIXES)}), got {kind}")
-    return sorted(images), sorted(bad)
+    for path in sorted(file for folder in folders for file in files_below(folder)):
+        if is_document(path.name):
+            continue
+        if path.is_file() and is_image(path.name):
+            images.append(path)
+            continue
+        kind = "another kind of file"
+        if not path.is_file():
+            kind = "a link that is not followed" if path.is_symlink() else "no file"
+        bad.append(f"{path}: expected an image ({', '.join(IMAGE_SUFFIXES)}), got {kind}")
+    return images, bad
 
 
 register(Dataset("folder", class_folders, own=True))

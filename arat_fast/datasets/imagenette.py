@@ -6,6 +6,8 @@ from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, register
 from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.folder import image_files
+from arat_fast.datasets.members import strays
 from arat_fast.datasets.published import HINT, fetch_folder, require_folder
 
 CLASSES = {
@@ -28,25 +30,22 @@ FOLDER = "imagenette2-160"
 def _read(root: Path) -> Content:
     folder = root / FOLDER
     require_folder(folder, "imagenette")
-    train, test = _images(folder / "train"), _images(folder / "val")
-    return Content(train, test, tuple(CLASSES.values()))
+    (train, bad), (test, more) = _images(folder / "train"), _images(folder / "val")
+    return Content(train, test, tuple(CLASSES.values()), bad=(*bad, *more))
 
 
-def _images(folder: Path) -> FileImages:
+def _images(folder: Path) -> tuple[FileImages, list[str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}, expected one of images by class; {HINT}")
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and entry.name not in CLASSES and not entry.name.startswith("."):
-            raise ValueError(
-                f"{folder}: expected the class folders {', '.join(CLASSES)}, got {entry.name}"
-            )
+    bad = strays(folder, [folder / name for name in CLASSES], f"the folders {', '.join(CLASSES)}")
     samples = []
     for label, (name, title) in enumerate(CLASSES.items()):
-        files = sorted((folder / name).glob("*.[jJ][pP][eE][gG]"))
+        files, others = image_files([folder / name])
         if not files:
             raise ValueError(f"{folder / name}: expected .JPEG images ({title}), got none; {HINT}")
         samples += [(file, label) for file in files]
-    return FileImages(samples)
+        bad += others
+    return FileImages(samples), bad
 
 
 def _fetch(root: Path) -> None:

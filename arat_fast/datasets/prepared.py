@@ -6,8 +6,12 @@ import hashlib
 from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
+from arat_fast.datasets.members import read_classes, strays
 from arat_fast.datasets.rows import Images, MappedRows, read_labels
-from arat_fast.datasets.splits import count_classes, split_folders
+from arat_fast.datasets.splits import own_content, split_folders
+
+FILES = ("images.npy", "labels.npy", "classes.txt")
+"""What is read of a folder of arrays; the last can be absent."""
 
 CHECKSUMS = "SHA256SUMS"
 """What ``sha256sum --check`` reads, in a folder that arat-fast data prepare has made."""
@@ -21,14 +25,15 @@ def array_folder(folder: Path) -> Images:
     Where the folder holds their checksums, both files are read and compared with them first.
 
     Args:
-        folder: holds images.npy, (num_samples, height, width, channels) uint8, and labels.npy.
+        folder: holds images.npy, (num_samples, height, width, channels) uint8 or what
+            :class:`arat_fast.datasets.rows.MappedRows` takes for it, and labels.npy.
 
     Raises:
         FileNotFoundError: a file is absent.
         ValueError: they are something else, not as many labels as images, or differ from their
             checksums.
     """
-    images, labels = folder / "images.npy", folder / "labels.npy"
+    images, labels = folder / FILES[0], folder / FILES[1]
     for path in (images, labels):
         if not path.is_file():
             raise FileNotFoundError(
@@ -40,13 +45,22 @@ def array_folder(folder: Path) -> Images:
     # Without an encoding that can fail: whatever else is in it is not a right checksum.
     sums = folder / CHECKSUMS
     expected = sums.read_text("latin-1").splitlines() if sums.exists() else None
-    for path in (images, labels):
+    for path in (folder / name for name in FILES):
+        if not path.exists():
+            continue
         if expected is not None and checksum_line(path) not in expected:
             raise ValueError(
                 f"{path} differs from its checksum in {CHECKSUMS}, expected what arat-fast data "
                 f"prepare has written: make the folder again, or remove {CHECKSUMS}"
             )
     return arrays
+
+
+def conversions(arrays: Images) -> list[str]:
+    """A note on what the images of a folder are converted from, where they are."""
+    assert isinstance(arrays.rows, MappedRows)
+    said = arrays.rows.stored.notes()
+    return [f"{arrays.rows.path}: read from {', '.join(said)}"] if said else []
 
 
 def checksum_line(path: Path) -> str:
@@ -59,11 +73,20 @@ def checksum_line(path: Path) -> str:
 
 
 def _read(root: Path) -> Content:
-    folders = {"train": root}
-    if not (root / "images.npy").exists():
+    folders, bad = {"train": root}, []
+    if not (root / FILES[0]).exists():
         folders = split_folders(root) or {"train": root / "train"}
-    parts: dict[str, Samples] = {split: array_folder(path) for split, path in folders.items()}
-    return Content.of_splits(parts, tuple(map(str, range(count_classes(root, parts)))))
+        bad = strays(root, [*folders.values(), root / FILES[2]], "arrays by split")
+    parts: dict[str, Samples] = {}
+    notes = []
+    for split, folder in folders.items():
+        parts[split] = arrays = array_folder(folder)
+        bad += strays(
+            folder, [folder / name for name in (*FILES, CHECKSUMS)], " and ".join(FILES[:2])
+        )
+        notes += conversions(arrays)
+    names = read_classes(root / FILES[2])
+    return own_content(root, parts, names, bad, notes)
 
 
 register(Dataset("arrays", _read, own=True))

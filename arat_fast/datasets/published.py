@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+
+from arat_fast.datasets.members import entries
+from arat_fast.files import make_folder, scratch_folder, settle
 
 HINT = "pass --data.download to fetch it"
 
@@ -84,29 +87,41 @@ def unpack(archive: Path, folder: Path) -> None:
     Args:
         archive: a .zip or a tar file of any compression.
         folder: the folder in it, and where that goes; files in it that the archive holds as well
-            are replaced. Members beside the folder are not kept.
+            are replaced.
 
     Raises:
-        ValueError: a member of a tar file lies outside the place of extraction, the archive cannot
-            be read, or there is no such folder in it; nothing is written then.
+        ValueError: a member lies outside the folder, the archive cannot be read, or there is no
+            such folder in it; nothing is written then.
     """
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        # Of a .zip nothing is extracted outside of the place anyway.
-        shutil.unpack_archive(archive, work, filter=None if archive.suffix == ".zip" else "data")
+    with _read(archive, folder), scratch_folder(folder) as work:
+        if archive.suffix == ".zip":
+            # What lies outside would be left out without a word.
+            with zipfile.ZipFile(archive) as members:
+                outside = [n for n in members.namelist() if n[:1] == "/" or ".." in n.split("/")]
+            if outside:
+                raise ValueError(f"{archive}: expected no member outside of it, got {outside[0]}")
+            shutil.unpack_archive(archive, work)
+        else:
+            shutil.unpack_archive(archive, work, filter="data")
         source = work / folder.name
-        if not source.is_dir():
-            raise ValueError(f"{archive}: expected a folder {folder.name} in it, got none")
+        others = [entry.name for entry in entries(work) if entry != source]
+        if not source.is_dir() or others:
+            found = f"{len(others)} others, {', '.join(others[:3])}" if others else "none"
+            raise ValueError(f"{archive}: expected the folder {folder.name} alone, got {found}")
         if not folder.exists():
-            os.replace(source, folder)
+            settle(source, folder)
             return
         for file in (path for path in source.rglob("*") if path.is_file()):
             target = folder / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+            make_folder(target.parent)
+            settle(file, target)
+
+
+@contextmanager
+def _read(archive: Path, folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (shutil.ReadError, tarfile.TarError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{archive}: expected an archive of {folder.name}, but reading it fails: {error}"
         ) from error
-    finally:
-        shutil.rmtree(work)

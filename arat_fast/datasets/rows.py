@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import tokenize
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -19,6 +19,12 @@ Index = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
 HIGHEST_LABEL = 2**63 - 1
+
+CHANNELS = (1, 3)
+"""What an axis of images is the channels by."""
+
+_SAMPLED = 1000
+"""Images of uint8 that are looked at before they are read as levels."""
 
 # What numpy raises for a damaged .npy file, whose header it evaluates as a Python literal.
 _DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError)
@@ -37,8 +43,77 @@ class Rows(Protocol):
         """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How the images of an .npy file lie in it, and what they are read as.
+
+    Attributes:
+        shape: of the array in the file.
+        dtype: of its numbers.
+        fortran: the first axis is the fastest.
+        offset: first byte of its numbers.
+        first: channels come before height and width.
+        unit: its numbers are in [0, 1], rather than uint8's levels.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran: bool
+    offset: int
+    first: bool = False
+    unit: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def images(self) -> tuple[int, int, int, int]:
+        """(num_samples, height, width, channels), as they are read."""
+        number, *size = self.shape
+        height, width, channels = size[1:] + size[:1] if self.first else (*size, 1)[:3]
+        return number, height, width, 3 if channels == 4 else channels
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is read is what lies there."""
+        return self.shape == self.images and self.dtype == np.uint8 and not self.fortran
+
+    def view(self, memory: Any, offset: int | None = None) -> npt.NDArray[Any]:
+        """The numbers of a file that is mapped, as (num_samples, height, width, channels)."""
+        start = self.offset if offset is None else offset
+        stored: npt.NDArray[Any] = np.ndarray(
+            self.shape, self.dtype, memory, start, order="F" if self.fortran else "C"
+        )
+        if len(self.shape) == 3:
+            return stored[..., None]
+        return np.moveaxis(stored, 1, -1) if self.first else stored
+
+    def pixels(self, numbers: npt.NDArray[Any]) -> Pixels:
+        """What numbers of the file, (N, height, width, channels), are as uint8, without alpha."""
+        numbers = numbers[..., : self.images[3]]
+        if self.unit:
+            numbers = np.round(numbers.astype(np.float32) * np.float32(255))
+        return np.ascontiguousarray(numbers, np.uint8)
+
+    def notes(self) -> list[str]:
+        """What is converted, in words."""
+        said = []
+        if self.first or len(self.shape) == 3:
+            axes = "channels, height, width" if self.first else "height, width"
+            said.append(f"(num_samples, {axes})")
+        if self.shape[-3 if self.first else -1] == 4 and len(self.shape) == 4:
+            said.append("an opaque fourth channel, which is dropped")
+        if self.fortran:
+            said.append("Fortran's order")
+        if self.dtype != np.uint8:
+            said.append(f"{self.dtype} in [0, {1 if self.unit else 255}]")
+        return said
+
+
 class MappedRows:
-    """The images of an .npy file, (num_samples, height, width, channels), uint8, left on disk.
+    """The images of an .npy file, left on disk.
 
     A process keeps none of the pages it has read, so that its memory does not grow with the file.
 
@@ -46,28 +121,41 @@ class MappedRows:
         path: the file, as ``numpy.save`` writes it.
 
     Raises:
-        ValueError: it holds something else, or another number of bytes than its header promises.
+        ValueError: it holds something else than :func:`read_header` takes, another number of bytes
+            than its header promises, or values whose meaning is not certain.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self.shape, self._offset = read_header(file, path, path.stat().st_size)
         self._map: mmap.mmap | None = None
+        with path.open("rb") as file:
+            self.stored = read_header(file, path, path.stat().st_size)
+        self.shape = self.stored.images
+        number = self.shape[0]
+        some = np.unique(np.linspace(0, number - 1, min(number, _SAMPLED)).astype(np.int64))
+        # Of uint8 a look at some is enough, others are right where each number is.
+        looked_at = some if self.stored.dtype == np.uint8 else np.arange(number)
+        parts = (
+            self._numbers(part) for part in np.array_split(looked_at, -(-len(looked_at) // 256))
+        )
+        self.stored = settled(self.stored, parts, path)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_map": None}
 
     def take(self, index: Index) -> Pixels:
         """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
+        return self.stored.pixels(self._numbers(index))
+
+    def _numbers(self, index: Index) -> npt.NDArray[Any]:
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if hasattr(mmap, "MADV_RANDOM"):
                 self._map.madvise(mmap.MADV_RANDOM)
-        pixels: Pixels = np.ndarray(self.shape, np.uint8, self._map, self._offset)
-        taken = pixels[index]
-        del pixels
+        numbers = self.stored.view(self._map)
+        taken = numbers[index]
+        del numbers
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
         return taken
@@ -142,7 +230,7 @@ class SelectedRows:
         return self.rows.take(self.index[index])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Images:
     """Images of one size with their labels.
 
@@ -182,19 +270,17 @@ class Images:
         return Images(rows, self.labels[index])
 
 
-def read_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, int, int, int], int]:
-    """What the images of an open .npy file are.
+def read_header(file: IO[bytes], path: Path, size: int) -> Stored:
+    """How the images of an open .npy file lie in it; :func:`settled` says what they mean.
 
     Args:
         file: is left at the first byte of the images.
         path: for messages.
         size: of the file, in bytes.
 
-    Returns:
-        their shape (num_samples, height, width, channels), and their first byte.
-
     Raises:
-        ValueError: it holds something else, no image, or less or more than its header promises.
+        ValueError: it holds no numbers, no image, less or more than its header promises, or axes
+            that are not certainly those of images.
     """
     lib: Any = np.lib.format
     try:
@@ -202,20 +288,81 @@ def read_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, int,
         shape, fortran, dtype = (read or lib.read_array_header_2_0)(file)
     except _DAMAGE as error:
         raise ValueError(f"{path}: expected an .npy array, got {error}") from error
-    if len(shape) != 4 or dtype != np.uint8 or fortran or 0 in shape:
+    stored = Stored(shape, dtype, fortran and len(shape) > 1, file.tell())
+    if dtype.kind not in "uif" or dtype == np.int8:
+        raise _uncertain(stored, path, "levels of uint8 are no such numbers")
+    if 0 in shape:
+        raise _uncertain(stored, path, "at least one image is expected")
+    axis = _channel_axis(shape)
+    if axis is None:
+        raise _uncertain(stored, path, "which axis is which is not certain")
+    stored = replace(stored, first=axis == 1)
+    if size != stored.offset + stored.nbytes:
         raise ValueError(
-            f"{path}: expected images (num_samples, height, width, channels) uint8, at least one "
-            f"image, got {shape} {dtype}"
+            f"{path}: expected {stored.offset + stored.nbytes:,} bytes of images, got {size:,}"
         )
-    offset = file.tell()
-    expected = offset + math.prod(shape)
-    if size != expected:
-        raise ValueError(f"{path}: expected {expected:,} bytes of images, got {size:,}")
-    return shape, offset
+    return stored
+
+
+def _channel_axis(shape: tuple[int, ...]) -> int | None:
+    """The axis of the channels, 3 of grey images without any; None where it could be another."""
+    if len(shape) == 3:
+        return None if shape[2] in (*CHANNELS, 4) else 3
+    if len(shape) != 4:
+        return None
+    first, last = shape[1], shape[3]
+    if last in CHANNELS:
+        return None if first in CHANNELS else 3
+    if first in CHANNELS:
+        return None if last == 4 else 1
+    if (first == 4) == (last == 4):
+        return None
+    return 1 if first == 4 else 3
+
+
+def settled(stored: Stored, parts: Iterable[npt.NDArray[Any]], path: Path) -> Stored:
+    """What the numbers of images mean, by their values.
+
+    Args:
+        stored: how they lie.
+        parts: images (N, height, width, channels).
+        path: for messages.
+
+    Raises:
+        ValueError: some are neither in [0, 1] nor all levels in [0, 255], no level is above 1 of
+            255, or a fourth channel is not opaque.
+    """
+    low, high, whole, opaque = math.inf, -math.inf, True, math.inf
+    for part in parts:
+        if stored.dtype.kind == "f":
+            if not np.isfinite(part).all():
+                raise _uncertain(stored, path, "values are not finite")
+            whole = whole and bool((part == np.floor(part)).all())
+        low, high = min(low, float(part.min())), max(high, float(part.max()))
+        if part.shape[3] == 4:
+            opaque = min(opaque, float(part[..., 3].min()))
+    got = f"values from {low:g} to {high:g}"
+    unit = stored.dtype.kind == "f" and high <= 1
+    white = 1 if unit else 255
+    if low < 0 or high > 255 or not (unit or whole):
+        raise _uncertain(stored, path, got)
+    if not unit and 0 < high <= 1:
+        raise _uncertain(stored, path, f"{got}, of which 255 would be white")
+    if opaque not in (math.inf, white):
+        raise _uncertain(stored, path, "a fourth channel that is no opaque alpha")
+    return replace(stored, unit=unit)
+
+
+def _uncertain(stored: Stored, path: Path, problem: str) -> ValueError:
+    order = " in Fortran's order" if stored.fortran else ""
+    return ValueError(
+        f"{path}: expected images (num_samples, height, width, 1 or 3 channels), uint8, "
+        f"got {stored.shape} {stored.dtype}{order}: {problem}"
+    )
 
 
 def read_labels(file: IO[bytes], path: Path, number: int) -> Tensor:
-    """The labels of an open .npy file.
+    """The labels of an open .npy file: one of each image, a column of them, or one-hot rows.
 
     Args:
         file: is read to its end.
@@ -236,11 +383,18 @@ def read_labels(file: IO[bytes], path: Path, number: int) -> Tensor:
     # At its end the checksum of a member of an .npz file is compared.
     if file.read(1):
         raise ValueError(f"{path}: expected {number} labels, got more bytes")
-    if y.shape != (number,) or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(
-            f"{path}: expected {number} integer labels, one for each image, got {y.dtype} of shape "
-            f"{y.shape}"
-        )
+    got = f"{y.dtype} of shape {y.shape}"
+    if y.shape == (number, 1):
+        y = y[:, 0]
+    elif y.ndim == 2 and len(y) == number and y.dtype.kind in "buif":
+        if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
+            raise ValueError(f"{path}: expected a label of each image, got {got}, not one-hot")
+        y = y.argmax(1)
+    certain = y.dtype.kind in "bui" or (
+        y.dtype.kind == "f" and bool(np.isfinite(y).all() and (y == np.floor(y)).all())
+    )
+    if y.shape != (number,) or not certain:
+        raise ValueError(f"{path}: expected {number} integer labels, one for each image, got {got}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high > HIGHEST_LABEL:
         raise ValueError(f"{path}: expected labels in [0, 2^63), got {low} to {high}")

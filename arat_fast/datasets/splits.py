@@ -1,21 +1,38 @@
-"""The words train, val and test in the names of folders and files, and the labels behind them."""
+"""The words train, val and test in the names of folders and files, and what splits must be."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-from arat_fast.datasets.base import Samples
+from arat_fast.datasets.base import Content, Samples
+from arat_fast.datasets.encoded import EncodedImages, default_workers
+from arat_fast.datasets.members import folders_in, told
+from arat_fast.datasets.rows import Images, Index
 
 Part = TypeVar("Part")
 
 _SPLIT = "(train|val|test)(?:ing|set|id|idation)?"
 _SPLIT_FOLDER = re.compile(_SPLIT, re.IGNORECASE)
 _SPLIT_WORD = re.compile(rf"(?:^|[-_./]){_SPLIT}(?=[-_./0-9])", re.IGNORECASE)
+
+LOOKED_AT = 500
+"""Images of a split that are looked for among those of another at most, evenly spread."""
+
+CANDIDATES = 10_000
+"""Images that may be the same that are compared at most, evenly spread."""
+
+_ROWS = 2**28
+"""Bytes of an array that are compared at most, evenly spread."""
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -93,12 +110,129 @@ def count_classes(root: Path, parts: Mapping[str, Samples]) -> int:
     return len(counts)
 
 
-def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, but for hidden ones."""
-    found = (entry for entry in folder.iterdir() if entry.is_dir())
-    return sorted(entry for entry in found if not entry.name.startswith("."))
-
-
 def splits_in_name(name: str) -> set[str]:
     """Which of train, val and test are words of the name of a file."""
     return {match[1].lower() for match in _SPLIT_WORD.finditer(name)}
+
+
+def own_content(
+    root: Path,
+    parts: Mapping[str, Samples],
+    names: tuple[str, ...] | None = None,
+    bad: Iterable[str] = (),
+    notes: Iterable[str] = (),
+) -> Content:
+    """The content of a dataset of one's own: what all kinds of them are refused for.
+
+    Args:
+        root: of the dataset, for messages.
+        parts: by "train", "val" and "test"; labels >= 0, or all of 1 to their number.
+        names: of the classes; None for their numbers.
+        bad: what is left out, and why.
+        notes: on what was converted.
+
+    Raises:
+        ValueError: fewer than two classes, a label without training images, a class without images
+            in a split, or another number of names.
+    """
+    bad, notes = list(bad), list(notes)
+    lowest = min(int(part.labels.min()) for part in parts.values())
+    highest = int(parts["train"].labels.max())
+    numbers = range(highest + 1)
+    num_labels = len(np.unique(parts["train"].labels.numpy()))
+    if lowest == 1 and num_labels == highest > 1:
+        notes.append(f"labels count from 1 to {highest}: label 1 is class 0")
+        numbers = range(1, highest + 1)
+        for part in parts.values():
+            part.labels = part.labels - 1
+    elif num_labels == 1:
+        raise ValueError(
+            f"{root}: expected two classes or more, got label {highest} for each of the "
+            f"{len(parts['train'])} training images{f'; {told(bad)}' if bad else ''}"
+        )
+    num_classes = count_classes(root, parts)
+    classes = tuple(map(str, numbers)) if names is None else names
+    if len(classes) != num_classes:
+        raise ValueError(
+            f"{root}: expected a name for each of the {num_classes} classes that it has images to "
+            f"train on of, got {len(classes)} names"
+        )
+    for split, part in parts.items():
+        absent = torch.bincount(part.labels, minlength=num_classes) == 0
+        if bool(absent.any()):
+            raise ValueError(
+                f"{root}: expected {split} images of each class, got none of class "
+                f"{classes[int(absent.int().argmax())]}; add some, or remove the class"
+            )
+    left, shared = _without_shared(in_order(parts))
+    return Content.of_splits(left, classes, tuple(bad + shared), tuple(notes))
+
+
+def _without_shared(parts: Mapping[str, Samples]) -> tuple[dict[str, Samples], list[str]]:
+    """Parts without images that one before them has too, and which these are. Where there are many
+    images, some are looked for."""
+    left: dict[str, Samples] = {}
+    bad = []
+    for split, part in parts.items():
+        kept = torch.ones(len(part), dtype=torch.bool)
+        for other in left.values():
+            for index, twin in _same_images(other, part):
+                if kept[index]:
+                    bad.append(
+                        f"{part.name(index)}: expected splits of different images, got the same "
+                        f"as {other.name(twin)}"
+                    )
+                kept[index] = False
+        if not bool(kept.any()):
+            raise ValueError(f"{bad[-1]}: no {split} image is left")
+        left[split] = part if bool(kept.all()) else part.subset(torch.nonzero(kept)[:, 0])
+    return left, bad
+
+
+def _same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
+    """Numbers in the second and in the first split of images that are the same, byte for byte."""
+    if isinstance(first, EncodedImages) and isinstance(second, EncodedImages):
+        chosen = _spread(np.flatnonzero(second.num_bytes()), LOOKED_AT)
+        sizes = first.num_bytes()
+        same_size = np.flatnonzero(np.isin(sizes, second.num_bytes()[chosen]) & (sizes > 0))
+        candidates = _spread(same_size, CANDIDATES)
+        with ThreadPoolExecutor(default_workers()) as pool:
+            contents = dict(
+                zip(pool.map(partial(_digest, first), candidates), candidates, strict=True)
+            )
+            looked_at = pool.map(partial(_digest, second), chosen)
+    else:
+        assert isinstance(first, Images) and isinstance(second, Images)
+        if first.rows.shape[1:] != second.rows.shape[1:]:
+            return
+        number = _ROWS // math.prod(first.rows.shape[1:])
+        candidates = _spread(np.arange(len(first)), number)
+        contents = dict(zip(_row_digests(first, candidates), candidates, strict=True))
+        chosen = _spread(np.arange(len(second)), number)
+        looked_at = _row_digests(second, chosen)
+    contents.pop(b"", None)
+    for index, digest in zip(chosen.tolist(), looked_at, strict=True):
+        if digest in contents:
+            yield index, int(contents[digest])
+
+
+def _spread(index: Index, number: int) -> Index:
+    """At most that many, evenly spread."""
+    if len(index) <= number:
+        return index
+    return index[np.linspace(0, len(index) - 1, number).astype(np.int64)]
+
+
+def _digest(images: EncodedImages, index: int) -> bytes:
+    try:
+        return blake2b(images.read(index)).digest()
+    except ValueError:
+        # For whoever decodes it to say.
+        return b""
+
+
+def _row_digests(images: Images, index: Index) -> Iterator[bytes]:
+    for start in range(0, len(index), 256):
+        for row in images.rows.take(index[start : start + 256]):
+            # One that is blank can be in every split.
+            yield b"" if row.min() == row.max() else blake2b(row.tobytes()).digest()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, register
 from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.folder import image_files
 from arat_fast.datasets.published import HINT, fetch_folder, require_folder
 
 ARCHIVE = (
@@ -25,14 +26,16 @@ def _read(root: Path) -> Content:
     wnids = sorted({line.strip() for line in _lines(folder / "wnids.txt") if line.strip()})
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
     classes = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
-    train = []
+    train, bad = [], []
     for label, wnid in enumerate(wnids):
         images = folder / "train" / wnid / "images"
-        files = sorted(images.glob("*.JPEG"))
+        files, others = image_files([images])
         if not files:
             raise ValueError(f"{images}: expected .JPEG images, got none; {HINT}")
         train += [(file, label) for file in files]
-    return Content(FileImages(train), _test_images(folder / "val", wnids), classes)
+        bad += others
+    test = _test_images(folder / "val", wnids)
+    return Content(FileImages(train), test, classes, bad=tuple(bad))
 
 
 def _test_images(folder: Path, wnids: list[str]) -> FileImages:
@@ -46,7 +49,7 @@ def _test_images(folder: Path, wnids: list[str]) -> FileImages:
                 f"{line[:60]!r}"
             )
         samples.append((images / name, wnids.index(wnid.strip())))
-    there = sorted(images.glob("*.JPEG"))
+    there, _ = image_files([images])
     if not there or sorted(file for file, _ in samples) != there:
         raise ValueError(
             f"{annotations}: expected each image of {images} once, got {len(samples)} lines for "

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
-from arat_fast.datasets.encoded import IMAGE_SUFFIXES, TarImages
+from arat_fast.datasets.encoded import TarImages
+from arat_fast.datasets.members import (
+    IMAGE_SUFFIXES,
+    files_below,
+    is_clutter,
+    is_description,
+    is_document,
+    is_image,
+    read_classes,
+)
 from arat_fast.datasets.rows import HIGHEST_LABEL
-from arat_fast.datasets.splits import count_classes, in_order, splits_in_name
+from arat_fast.datasets.splits import in_order, own_content, splits_in_name
 
 _END = 1024
 """Bytes of zeros at the end of a tar archive, at least."""
@@ -23,31 +32,30 @@ def tar_shards(root: Path) -> Content:
     folder's; a sample is KEY.jpg (or another image) and KEY.cls, its label as a number.
 
     Where no name says a split, all are trained on. ROOT/classes.txt, a name a line, names the
-    classes; without it they are called by their numbers.
+    classes; without it they are called by their numbers. Other members are in ``bad``, but for
+    clutter, documents and files about a sample (KEY.json).
 
     Args:
         root: the folder, or one archive.
 
     Raises:
         FileNotFoundError: no archive is there.
-        ValueError: an archive is compressed, cut short or no tar; an image without a label or a
-            label without an image; two images of one sample; a class without training images; a
-            label that ``classes.txt`` does not have; only some names say a split.
+        ValueError: an archive is compressed, cut short or no tar; it has no image with a label; two
+            images or labels of one sample; only some names say a split; as for
+            :func:`arat_fast.datasets.splits.own_content`.
     """
-    shards = {"train": [root]} if root.is_file() else _shards_by_split(root)
-    parts: dict[str, Samples] = {split: index_shards(paths) for split, paths in shards.items()}
-    num_classes = count_classes(root, parts)
-    classes = tuple(map(str, range(num_classes)))
-    names = (root if root.is_dir() else root.parent) / "classes.txt"
-    if names.is_file():
-        lines = map(str.strip, names.read_text(encoding="utf-8").split("\n"))
-        classes = tuple(line for line in lines if line)
-        if len(classes) != num_classes:
-            raise ValueError(
-                f"{names}: expected a name for each of the labels 0 to {num_classes - 1} that "
-                f"{root} has images to train on of, got {len(classes)} names"
-            )
-    return Content.of_splits(parts, classes)
+    shards, bad = {"train": [root]}, []
+    folder = root.parent
+    if not root.is_file():
+        shards, folder = _shards_by_split(root), root
+        for file in files_below(root):
+            if not is_shard(file) and not is_description(file.name):
+                bad.append(f"{file}: expected .tar archives, got another kind of file")
+    parts: dict[str, Samples] = {}
+    for split, paths in shards.items():
+        parts[split], others = index_shards(paths)
+        bad += others
+    return own_content(root, parts, read_classes(folder / "classes.txt"), bad)
 
 
 def _shards_by_split(root: Path) -> dict[str, list[Path]]:
@@ -74,13 +82,18 @@ def _shards_by_split(root: Path) -> dict[str, list[Path]]:
     return in_order(found)
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file is called an archive."""
+    return path.suffix.lower() == ".tar"
+
+
 def tar_files(root: Path) -> list[Path]:
-    """The archives below a folder, sorted; hidden ones are passed over."""
-    return sorted(path for path in root.rglob("*.tar") if not path.name.startswith("."))
+    """The archives below a folder, sorted."""
+    return [path for path in files_below(root) if is_shard(path)]
 
 
-def index_shards(shards: Sequence[Path]) -> TarImages:
-    """The images of tar shards.
+def index_shards(shards: Sequence[Path]) -> tuple[TarImages, list[str]]:
+    """The images of tar shards, and what is wrong with the other members.
 
     Args:
         shards: the archives.
@@ -88,53 +101,65 @@ def index_shards(shards: Sequence[Path]) -> TarImages:
     Raises:
         ValueError: as for :func:`tar_shards`, as far as an archive alone shows it.
     """
-    members, names, labels = [], [], []
+    members, names, labels, bad = [], [], [], []
     for number, shard in enumerate(shards):
-        for name, (start, size), label in _tar_samples(shard):
-            members.append((number, start, size))
-            names.append(name)
+        samples, others = _tar_samples(shard)
+        bad += others
+        for member, label in samples:
+            members.append((number, member.offset_data, member.size))
+            names.append(member.name)
             labels.append(label)
     if not names:
-        raise ValueError(f"{shards[0]}: expected images with labels, got none")
+        raise ValueError(
+            "; ".join([f"{shards[0]}: expected images with labels, got none", *bad[:1]])
+        )
     index = np.array(members, np.int64).reshape(-1, 3)
-    return TarImages(shards, index, names, torch.tensor(labels, dtype=torch.int64))
+    return TarImages(shards, index, names, torch.tensor(labels, dtype=torch.int64)), bad
 
 
-def _tar_samples(shard: Path) -> list[tuple[str, tuple[int, int], int]]:
-    """Name, place and label of each image in an archive."""
+def _tar_samples(shard: Path) -> tuple[list[tuple[tarfile.TarInfo, int]], list[str]]:
+    """The images of an archive with their labels, and what is wrong with its other members."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
+    others: list[tuple[str, str]] = []
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                name = member.name.removeprefix("./")
+                if member.isdir() or is_clutter(name) or is_document(name):
                     continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key, suffix = f"{folder}/{stem}".lstrip("/"), f".{suffix.lower()}"
-                if suffix in IMAGE_SUFFIXES:
+                # A key can have dots of its own.
+                key, suffix = name.lstrip("/"), ""
+                if "." in PurePosixPath(name).name:
+                    key, _, suffix = key.rpartition(".")
+                if not member.isfile():
+                    others.append(("", f"{name} is a link or a device, expected a file"))
+                elif is_image(name):
                     other = images.setdefault(key, member)
                     if other is not member:
                         raise ValueError(
                             f"{shard}: expected one image for the key {key}, got {other.name} and "
-                            f"{member.name}"
+                            f"{name}"
                         )
-                elif suffix == ".cls":
+                elif suffix.lower() == "cls":
                     if key in labels:
-                        raise ValueError(f"{shard}: expected {member.name} once, got it twice")
+                        raise ValueError(f"{shard}: expected {name} once, got it twice")
                     labels[key] = _label(tar, member, shard)
+                else:
+                    about = key if is_description(name) else ""
+                    others.append((about, f"{name} is neither an image nor a label"))
             _check_end(shard, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"{shard}: expected an uncompressed tar archive, but reading it fails: {error}"
         ) from error
-    for key in sorted(images.keys() ^ labels.keys()):
-        if key in images:
-            raise ValueError(f"{shard}: {images[key].name} has no label, expected {key}.cls")
-        raise ValueError(
-            f"{shard}: {key}.cls has no image, expected one of {', '.join(IMAGE_SUFFIXES)}"
-        )
-    return [(m.name, (m.offset_data, m.size), labels[key]) for key, m in images.items()]
+    paired = images.keys() & labels.keys()
+    suffixes = ", ".join(IMAGE_SUFFIXES)
+    bad = [reason for key, reason in others if key not in paired]
+    bad += [f"{images[k].name} has no label, expected {k}.cls" for k in images if k not in paired]
+    bad += [f"{k}.cls has no image, expected one of {suffixes}" for k in labels if k not in paired]
+    samples = [(member, labels[key]) for key, member in images.items() if key in paired]
+    return samples, [f"{shard}: {reason}" for reason in bad]
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:

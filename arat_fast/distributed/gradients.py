@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from arat_kernels.layout import is_batch_dense
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -105,7 +107,13 @@ class _Bucket:
         )
         sizes = [m.numel() for m in members]
         pieces = zip(torch.split(self.flat, sizes), members, strict=True)
-        self.views = [piece.view(member.shape) for piece, member in pieces]
+        # As the gradients lie in memory, channels_last too, which then are copied as one.
+        self.views = [
+            piece.as_strided(member.shape, member.stride(), piece.storage_offset())
+            if is_batch_dense(member)
+            else piece.view(member.shape)
+            for piece, member in pieces
+        ]
         self.waiting_for = 0
         self.on_full: Any = None
         self._work: Any = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from arat_fast.data.plan import Shard
-from arat_fast.device import resolve_device
+from arat_fast.device import count_gpus, resolve_device
 from arat_fast.distributed.watch import LeftBehindError, Watch, open_store
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def _local_device(name: str, local_rank: int) -> torch.device:
             f"each process takes the GPU of its local rank, got --train.device {name}; set "
             "CUDA_VISIBLE_DEVICES to choose among them"
         )
-    found = torch.cuda.device_count()
+    found = count_gpus()
     if local_rank >= found:
         raise ValueError(
             f"one GPU for each process of a machine is expected, got {found} for local rank "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import check_images
 from arat_fast.attacks.square import SquareLinf
+from arat_fast.device import no_algorithm_search
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
@@ -113,6 +114,7 @@ def autoattack(
     with ExitStack() as stack:
         stack.enter_context(private_random_state(images.x.device))
         stack.enter_context(evaluation_mode(model))
+        stack.enter_context(no_algorithm_search())
         network, not_folded = model, ""
         if fast:
             folded, not_folded = _fast_network(model, images.x)

@@ -28,10 +28,9 @@ from arat_fast.evaluation.record import (
     earlier_record,
     root_of_own_images,
     save_per_example,
-    writing,
 )
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_example
-from arat_fast.files import write_json
+from arat_fast.files import alone, write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
 from arat_fast.saved.weights import network_size
 from arat_fast.training.averaging import refresh_batch_norm
@@ -122,6 +121,8 @@ def evaluate_checkpoint(
     display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
+    if config.data.root != trained.data.root:
+        display.say(f"images from {config.data.root}; the run had them from {trained.data.root}")
     download_data(config.data, ranks)
     with display.evaluating() as bar:
         data = load_data(
@@ -193,13 +194,14 @@ def evaluate_checkpoint(
         **({"matched_by_name": list(found.classes)} if mapped else {}),
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
         "accuracy": suite.record(),
-        **({"left_out": suite.left_out} if suite.left_out else {}),
+        **suite.remarks(),
         "wall_seconds": {"eval": seconds},
     }
     if out is not None:
         arrays = per_example(model, images, suite, config.eval.batch_size, ranks)
         if ranks.is_main:
-            with writing(out):
+            # What another process writes is waited for.
+            with alone(out.with_name(f".{out.name}.lock")):
                 # What another evaluation has written since this one began is kept too.
                 try:
                     earlier = earlier_record(out, facts, settings)

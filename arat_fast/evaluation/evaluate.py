@@ -34,6 +34,10 @@ Progress = Callable[[str, int, int], None]
 """Called with what is running, the samples done and the samples in all."""
 
 
+LARGE_BATCH = 2**16
+"""Numbers in a batch of images whose pass can take long on a CPU; in a smaller one a call after
+every layer would cost more than a hundredth."""
+
 ROUNDING = 1e-6
 """Allowance for float32 rounding: relative to eps, plus as much absolutely."""
 
@@ -179,6 +183,34 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 
 
 @contextmanager
+def interruptible(model: nn.Module, x: Tensor, check: Callable[[], None]) -> Iterator[None]:
+    """Call ``check`` after every pass of a network, on a CPU after every layer of a large one.
+
+    A pass through a large network takes minutes there, its backward half without a line of Python,
+    in which alone a signal is heard of.
+
+    Args:
+        model: the network.
+        x: a batch.
+        check: raises what ends the passes.
+    """
+
+    def after(module: nn.Module, arguments: object, output: object) -> None:
+        check()
+        if every_layer and isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda _: check())  # type: ignore[no-untyped-call]  # in torch
+
+    every_layer = x.device.type == "cpu" and x.numel() >= LARGE_BATCH
+    modules = model.modules() if every_layer else [model]
+    handles = [module.register_forward_hook(after) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def finite_answers(model: nn.Module) -> Iterator[None]:
     """Raise as soon as the network's answer or the gradient of an image is NaN or infinite.
 
@@ -237,7 +269,12 @@ def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
 
 
 def clean_accuracy(
-    model: nn.Module, images: ImageSet, *, batch_size: int, branch: Branch = "adv"
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    batch_size: int,
+    branch: Branch = "adv",
+    check: Callable[[], None] = lambda: None,
 ) -> AttackResult:
     """Accuracy on the images themselves.
 
@@ -246,9 +283,10 @@ def clean_accuracy(
         images: float32 images and labels on the model's device.
         batch_size: samples at a time, >= 1.
         branch: BatchNorm branch; "adv" is the model that is deployed.
+        check: called again and again; what it raises ends the evaluation.
     """
     check_images(images.x)
-    with evaluation_mode(model, branch):
+    with evaluation_mode(model, branch), interruptible(model, images.x[:batch_size], check):
         correct = predict(model, images.x, batch_size).argmax(dim=1) == images.y
     details = {"branch": branch, "precision": "float32", "batch_size": batch_size}
     return AttackResult(correct, images.x, details)
@@ -266,6 +304,7 @@ def pgd_accuracy(
     seed: int = 0,
     pieces: Pieces | None = None,
     progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> AttackResult:
     """Accuracy of the ``adv`` branch under PGD on the cross-entropy.
 
@@ -284,6 +323,7 @@ def pgd_accuracy(
         seed: of the random starts.
         pieces: what is finished already; each batch is one piece.
         progress: told after each batch.
+        check: called again and again; what it raises ends the evaluation.
 
     Raises:
         ValueError: an argument out of range, or images outside [0, 1].
@@ -320,7 +360,7 @@ def pgd_accuracy(
             "generator": generator.get_state(),
         }
 
-    with evaluation_mode(model):
+    with evaluation_mode(model), interruptible(model, images.x[:batch_size], check):
         pairs = zip(
             torch.split(images.x, batch_size), torch.split(images.y, batch_size), strict=True
         )

@@ -15,7 +15,8 @@ from torch import Tensor
 from arat_fast.data.framing import Framing
 from arat_fast.data.loader import cut_out
 from arat_fast.datasets import DATASETS
-from arat_fast.datasets.encoded import IMAGE_SUFFIXES, decode_image
+from arat_fast.datasets.decoding import decode_image
+from arat_fast.datasets.members import files_below, is_image
 from arat_fast.device import resolve_device
 from arat_fast.evaluation.evaluate import evaluation_mode
 from arat_fast.saved.network import SavedNetwork, Which, read_saved
@@ -134,13 +135,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"no picture at {path}")
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    files = [file for file in files_below(path) if is_image(file.name)]
     if not files:
         raise ValueError(f"{path}: expected a folder with images, got none in it")
     return files

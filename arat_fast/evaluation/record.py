@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +25,23 @@ def root_of_own_images(data: DataConfig) -> str | None:
     return str(data.root) if data.name in OWN_IMAGES else None
 
 
-def record_path(checkpoint: Path) -> Path:
+def record_path(checkpoint: Path, norm: str | None = None, eps: float | None = None) -> Path:
     """Where the record of a checkpoint goes unless another file is asked for.
 
     Args:
         checkpoint: a folder or a file.
+        norm, eps: another ball than its own, which is part of the name; None for its own.
     """
+    ball = "".join(f"-{part}" for part in (norm, eps and f"{eps:.6g}") if part is not None)
     if checkpoint.is_dir():
-        return checkpoint / "evaluation.json"
-    return checkpoint.with_name(f"{checkpoint.stem}.evaluation.json")
+        return checkpoint / f"evaluation{ball}.json"
+    return checkpoint.with_name(f"{checkpoint.stem}.evaluation{ball}.json")
+
+
+def record_paths(checkpoint: Path) -> list[Path]:
+    """Where :func:`record_path` has put records of any ball, that of its own first."""
+    own = record_path(checkpoint)
+    return [own, *sorted(own.parent.glob(f"{glob.escape(own.stem)}-*.json"))]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -87,36 +95,6 @@ def _refusal(path: Path, names: list[str], key: str, before: Any, got: Any) -> V
         f"{path} holds {', '.join(names)} of these weights with {key}={before}, got {got}: name "
         "another file with --out, or remove it"
     )
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Wait for every other process that is here with the same file, then keep others waiting;
-    not on Windows, nor on a file system without locks."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        with open(lock, "ab") as file:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock has removed the file; others may have made and locked a new one.
-            if not _is_at(file, lock):
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False
 
 
 def save_per_example(path: Path, arrays: Mapping[str, NDArray[Any]], keep: bool = False) -> None:

@@ -30,8 +30,11 @@ from arat_fast.evaluation.evaluate import (
 from arat_fast.evaluation.pieces import Pieces, checksum
 from arat_fast.files import write_atomic
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d
+from arat_fast.statistics import wilson_interval
 
 NUM_EXAMPLES = 16
+NEARLY_ALL = 0.95
+"""Share of the answers from which a model is said to give but one."""
 
 ATTACKS = ("pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10")
 """What an evaluation can hold beside the clean accuracy. "apgd-ce" and "square" are AutoAttack's
@@ -46,16 +49,23 @@ class SuiteResult:
     Attributes:
         results: of the clean images and of each attack.
         left_out: attacks that were asked for and cannot be run, and why.
+        collapsed: what :func:`collapse` says of the clean images.
         pieces: what is kept on disk until the caller has written the results and removes it.
     """
 
     results: dict[str, AttackResult]
     left_out: dict[str, str] = field(default_factory=dict)
+    collapsed: str = ""
     pieces: Pieces = field(default_factory=Pieces)
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Accuracies, counts and how they were measured, as JSON types."""
         return {name: result.record() for name, result in self.results.items()}
+
+    def remarks(self) -> dict[str, Any]:
+        """What else a record says: "left_out" and "collapsed", where there is something to say."""
+        said = {"left_out": self.left_out, "collapsed": self.collapsed}
+        return {name: value for name, value in said.items() if value}
 
     def strongest_examples(self) -> Tensor:
         """AutoAttack's example where it broke an image that PGD did not, else PGD's; of several
@@ -89,6 +99,7 @@ def evaluate_all(
     num_restarts: int = 1,
     folder: Path | None = None,
     progress: SuiteProgress | None = None,
+    check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> SuiteResult:
     """Clean accuracy of both branches, and accuracy of the ``adv`` branch under attacks.
@@ -106,6 +117,8 @@ def evaluate_all(
             images and settings goes on from them. They stay for the caller to remove, see
             :class:`SuiteResult`. None keeps nothing.
         progress: told what is running.
+        check: called again and again on clean images and in PGD; what it raises ends the
+            evaluation.
         ranks: the processes that share the images; each returns the results of all, adversarial
             images of its own share only, and keeps pieces of its own.
 
@@ -132,7 +145,7 @@ def evaluate_all(
         if not ranks.alone:
             settings["processes"] = [ranks.rank, ranks.world_size]
         pieces = Pieces(folder, checksum(model, {"x": images.x, "y": images.y}, settings))
-    clean = partial(clean_accuracy, model, batch_size=batch_size)
+    clean = partial(clean_accuracy, model, batch_size=batch_size, check=check)
     pgd = partial(
         pgd_accuracy,
         model,
@@ -144,6 +157,7 @@ def evaluate_all(
         seed=seed,
         pieces=pieces,
         progress=progress,
+        check=check,
     )
     full = partial(
         autoattack,
@@ -170,7 +184,49 @@ def evaluate_all(
     results = {
         name: share_evaluation(ranks, evaluate, images) for name, evaluate in evaluations.items()
     }
-    return SuiteResult(results, left_out, pieces)
+    answers = images.y
+    if len(images.y):
+        with evaluation_mode(model):
+            answers = predict(model, images.x, batch_size).argmax(dim=1)
+    given, right = (
+        ranks.sum_(torch.bincount(classes.cpu(), minlength=len(images.classes)))
+        for classes in (answers, images.y)
+    )
+    num_correct = int(results["clean"].correct.sum())
+    collapsed = collapse(given, right, num_correct, images.classes)
+    return SuiteResult(results, left_out, collapsed, pieces)
+
+
+def collapse(answers: Tensor, labels: Tensor, correct: int, classes: Sequence[str]) -> str:
+    """Whether a network has learned nothing, in words; empty where it has, or where the images are
+    all of one class.
+
+    Args:
+        answers: (classes,), how often each was the answer.
+        labels: (classes,), how often each was right.
+        correct: right answers.
+        classes: names.
+    """
+    total = int(labels.sum())
+    majority = int(labels.max())
+    if majority == total:
+        return ""
+    most = int(answers.max())
+    if most >= NEARLY_ALL * total and majority < NEARLY_ALL * total:
+        one = classes[int(answers.argmax())]
+        return f"{100 * most / total:.0f} % of the answers are {one}: the model has collapsed"
+    low, _ = wilson_interval(correct, total)
+    if low <= 1 / len(classes):
+        return (
+            f"clean accuracy cannot be told from chance, {100 / len(classes):.3g} % with "
+            f"{len(classes)} classes"
+        )
+    if low <= majority / total:
+        return (
+            "clean accuracy cannot be told from that of always answering "
+            f"{classes[int(labels.argmax())]}, {100 * majority / total:.3g} %"
+        )
+    return ""
 
 
 def per_example(

@@ -14,7 +14,7 @@ from arat_fast.objectives import OBJECTIVES, Paper
 from arat_fast.report.records import records_of
 from arat_fast.report.run import Accuracy, in_order, read_accuracies
 from arat_fast.report.templates import render
-from arat_fast.report.words import metric_name
+from arat_fast.report.words import metric_name, plain
 from arat_fast.saved.network import SAFETENSORS, SavedNetwork
 from arat_fast.training.checkpoint import CHECKPOINT
 
@@ -92,12 +92,6 @@ def _rank(accuracy: Accuracy, saved: SavedNetwork) -> tuple[bool, int]:
     return own, accuracy.num_samples
 
 
-def radius(eps: float) -> str:
-    """A radius as it is written in papers: whole multiples of 1/255 as a fraction."""
-    steps = round(eps * 255)
-    return f"{steps}/255" if steps and abs(eps * 255 - steps) < 1e-6 else f"{eps:.6g}"
-
-
 def paper_of(record: Mapping[str, Any]) -> Paper | None:
     """The paper of a built-in objective; the name in a file is nothing to import a module by."""
     objective = OBJECTIVES.get(str(record["objective"]))
@@ -125,7 +119,7 @@ def model_card(
         example=example,
         hub_dataset=HUB_DATASETS.get(dataset, dataset),
         paper=paper_of(record),
-        radius=radius(record["eps"]) if record["norm"] and record["eps"] is not None else None,
+        radius=plain(record["eps"]) if record["norm"] and record["eps"] is not None else None,
         figures=[_figure(key, accuracy) for key, accuracy in found.accuracies.items()],
         sources=found.sources,
         summary=found.summary,
@@ -164,7 +158,7 @@ def _local_options() -> set[str]:
 def _figure(key: str, accuracy: Accuracy) -> dict[str, Any]:
     details, ball = accuracy.details, ""
     if {"eps", "norm"} <= details.keys():
-        ball = f"{details['norm']} radius {radius(details['eps'])}"
+        ball = f"{details['norm']} radius {plain(details['eps'])}"
     how = [ball, details.get("implementation")]
     if "version" in details:
         how.append(f"version {details['version']}")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import string
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,10 +14,11 @@ from torch import Tensor, nn
 from arat_fast import __version__, load
 from arat_fast.device import versions
 from arat_fast.evaluation.evaluate import finite_answers
-from arat_fast.export.card import Measured, measured, model_card, paper_of, public_command, radius
+from arat_fast.export.card import Measured, measured, model_card, paper_of, public_command
 from arat_fast.export.programs import require_onnx, save_onnx, save_program
-from arat_fast.files import write_atomic, write_json, write_text
+from arat_fast.files import folder_atomic, write_atomic, write_json, write_text
 from arat_fast.report.templates import render
+from arat_fast.report.words import plain
 from arat_fast.saved.naming import to_scheme
 from arat_fast.saved.network import RECORD, SavedNetwork, Which, header, read_saved
 from arat_fast.saved.plain import save_tensors
@@ -89,16 +87,8 @@ def export_checkpoint(
     name = name or _default_name(record)
     if not set(name) <= _NAME or name.startswith("."):
         raise ValueError(f"--name must be letters, digits, '-', '_' and '.', got {name!r}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        work.chmod(0o755)
+    with folder_atomic(out) as work:
         _write(work, model, record, found, name, license)
-        if out.exists():
-            out.rmdir()
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return record
 
 
@@ -248,7 +238,7 @@ def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
         "dataset": record["dataset"],
         "venue": getattr(paper, "venue", None),
         "architecture": _ARCHITECTURES[record["model"]][0],
-        "eps": radius(record["eps"]),
+        "eps": plain(record["eps"]),
         "clean_acc": _percent(found, "clean", record),
         "reported": None,
         "autoattack_acc": _percent(found, "autoattack", record),

@@ -9,6 +9,7 @@ does the map, the residual and the ReLU.
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_fast.device import full_float32
 from arat_fast.models.batch_norm import PlainBatchNorm2d
-from arat_fast.models.layers import StemConv2d
+from arat_fast.models.layers import GlobalAvgPool2d, StemConv2d, weight_for_parts
 from arat_fast.models.split_batch_norm import (
     ADV,
     SplitBatchNorm2d,
@@ -27,7 +28,9 @@ from arat_fast.models.split_batch_norm import (
     use_branch,
     use_statistics,
 )
+from arat_kernels.forks import around, skip_of
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
 
 _AnyNorm: TypeAlias = SplitBatchNorm2d | _BatchNorm
@@ -106,8 +109,22 @@ class FoldedNetwork(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the constants anew, in the autocast dtype where autocast is on."""
+        if not self._sites:
+            return
+        scales, shifts = _scales_and_shifts([site.norm for site in self._sites])
+        for site, scale, shift in zip(self._sites, scales, shifts, strict=True):
+            site.refresh(scale, shift)
+        wide: list[Tensor] = []
+        rounded: list[Tensor] = []
         for site in self._sites:
-            site.refresh()
+            if isinstance(site, _FoldedConv) and site.keeps_bias:
+                site.bias = site.total_shift()
+                if site.bias.dtype != site.weight.dtype:
+                    wide.append(site.bias)
+                    site.bias = torch.empty_like(site.bias, dtype=site.weight.dtype)
+                    rounded.append(site.bias)
+        if wide:
+            torch._foreach_copy_(rounded, wide)
 
     @torch.no_grad()
     def _compare(self, model: nn.Module, example: Tensor) -> None:
@@ -128,7 +145,7 @@ class FoldedNetwork(nn.Module):
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf: bool = super().is_leaf_module(m, module_qualified_name)
-        return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d, _BatchNorm))
+        return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d, GlobalAvgPool2d, _BatchNorm))
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -155,22 +172,30 @@ class _Site(nn.Module):
         self.impl: Impl | None = impl
         self.constant = False
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The affine map of the BatchNorm on running statistics, (C,) each."""
-        (norm,) = self._norm
-        mean, var = norm.running_mean, norm.running_var
-        weight: Tensor | None = norm.weight
-        bias: Tensor | None = norm.bias
-        assert mean is not None and var is not None
-        if isinstance(norm, SplitBatchNorm2d):
-            mean, var = mean[ADV], var[ADV]
-            weight = None if weight is None else weight[ADV]
-            bias = None if bias is None else bias[ADV]
-        scale = (var + norm.eps).rsqrt()
-        if weight is not None:
-            scale = scale * weight
-        shift = -mean * scale
-        return scale, shift if bias is None else shift + bias
+    @property
+    def norm(self) -> _AnyNorm:
+        return self._norm[0]
+
+
+def _scales_and_shifts(norms: list[_AnyNorm]) -> tuple[list[Tensor], list[Tensor]]:
+    """The affine maps of BatchNorm layers on running statistics, (C,) each."""
+
+    def rows(name: str, missing: float) -> list[Tensor]:
+        found = []
+        for norm in norms:
+            row = getattr(norm, name)
+            if row is None:
+                row = torch.full_like(norm.running_var, missing)  # type: ignore[arg-type]  # has them: _known
+            found.append(row[ADV] if isinstance(norm, SplitBatchNorm2d) else row)
+        return found
+
+    scales = torch._foreach_add(rows("running_var", 0), [norm.eps for norm in norms])
+    torch._foreach_rsqrt_(scales)
+    torch._foreach_mul_(scales, rows("weight", 1))
+    shifts = torch._foreach_neg(rows("running_mean", 0))
+    torch._foreach_mul_(shifts, scales)
+    torch._foreach_add_(shifts, rows("bias", 0))
+    return list(scales), list(shifts)
 
 
 class _FoldedConv(_Site):
@@ -184,25 +209,33 @@ class _FoldedConv(_Site):
         self._conv = (conv,)
         self.shortcut: _FoldedConv | None = None
         """A convolution whose output is only the residual of this one, which adds both biases."""
+        self.bias = None
         self.keeps_bias = True
+        self.of_parts = False
         self._matrices: dict[tuple[int, int], _Matrix] = {}
 
-    def refresh(self) -> None:
+    def refresh(self, scale: Tensor, shift: Tensor) -> None:
+        """The weight and the own shift; the bias is made of the shifts of all."""
         (conv,) = self._conv
-        scale, shift = self.scale_and_shift()
-        if conv.bias is not None:
-            shift = shift + scale * conv.bias
-        self.shift = shift
-        total = shift if self.shortcut is None else shift + self.shortcut.shift
+        self.shift = shift if conv.bias is None else shift + scale * conv.bias
         dtype = conv.weight.dtype
         device_type = conv.weight.device.type
-        if torch.is_autocast_enabled(device_type) and not isinstance(conv, StemConv2d):
+        autocast = torch.is_autocast_enabled(device_type)
+        self.of_parts = autocast and isinstance(conv, StemConv2d) and conv.split_weight is not None
+        if autocast and not isinstance(conv, StemConv2d):
             dtype = torch.get_autocast_dtype(device_type)
-        self.weight = (conv.weight * scale[:, None, None, None]).to(dtype)
-        self.bias = total.to(dtype) if self.keeps_bias else None
+        # The product is rounded as it is stored.
+        weight = torch.empty_like(conv.weight, dtype=dtype)
+        self.weight = torch.mul(conv.weight, scale[:, None, None, None], out=weight)
+        if self.of_parts:
+            self.weight = weight_for_parts(self.weight)
         self._matrices.clear()
         if self.constant:
             self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+
+    def total_shift(self) -> Tensor:
+        """The shift, with that of the shortcut."""
+        return self.shift if self.shortcut is None else self.shift + self.shortcut.shift
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         (conv,) = self._conv
@@ -212,12 +245,14 @@ class _FoldedConv(_Site):
                 x, self._matrix(x, geometry), residual, self.relu, self.impl
             )
             return product
+        if self.of_parts:
+            x = image_parts(x, impl=self.impl)
         out_dtype = self.weight.dtype
         device_type = x.device.type
         if isinstance(conv, StemConv2d) and torch.is_autocast_enabled(device_type):
             out_dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            y: Tensor = _ConvAct.apply(  # type: ignore[no-untyped-call]
+            y, skip = _ConvAct.apply(  # type: ignore[no-untyped-call]
                 x.to(self.weight.dtype),
                 self.weight,
                 self.bias,
@@ -226,7 +261,10 @@ class _FoldedConv(_Site):
                 geometry,
                 self.impl,
             )
-        return y.to(out_dtype)
+        given: Tensor = y.to(out_dtype)
+        if given is y and self.relu:
+            given._skip = skip
+        return given
 
     def _fits_matrix(self, x: Tensor) -> bool:
         """Whether the matrix product takes no more multiplications than the convolution; eight
@@ -248,8 +286,8 @@ class _FrozenAffine(_Site):
     scale: Tensor
     shift: Tensor
 
-    def refresh(self) -> None:
-        self.scale, self.shift = self.scale_and_shift()
+    def refresh(self, scale: Tensor, shift: Tensor) -> None:
+        self.scale, self.shift = scale, shift
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None:
@@ -340,7 +378,8 @@ class _MatrixAct(torch.autograd.Function):
 
 
 class _ConvAct(torch.autograd.Function):
-    """Convolution, bias, residual, ReLU; backward to the input and the residual only."""
+    """Convolution, bias, residual, ReLU, for two readers; backward to the input and the residual
+    only."""
 
     @staticmethod
     def forward(
@@ -352,17 +391,21 @@ class _ConvAct(torch.autograd.Function):
         relu: bool,
         geometry: _Geometry,
         impl: Impl | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         y = _conv_act(x, weight, bias, residual, relu, geometry)
         ctx.relu, ctx.geometry, ctx.impl = relu, geometry, impl
         ctx.save_for_backward(x, weight, *([y] if relu else []))
-        return y
+        ctx.set_materialize_grads(False)
+        return y, y.detach()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
+        if dy is None:
+            dy, dy_skip = dy_skip, None
+        assert dy is not None
         if ctx.relu:
-            dy = relu_backward(dy, saved[0], impl=ctx.impl)
+            dy = relu_backward(dy, saved[0], dy_skip=dy_skip, impl=ctx.impl)
         dx = _input_gradient(dy, x, weight, ctx.geometry) if ctx.needs_input_grad[0] else None
         return dx, None, None, dy if ctx.needs_input_grad[3] else None, None, None, None
 
@@ -370,7 +413,7 @@ class _ConvAct(torch.autograd.Function):
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     # A strided shortcut reads few of the pixels; PyTorch on a CPU also works for the others.
-    few = x.device.type == "cpu" and weight.shape[2:] == (1, 1) and padding == (0, 0)
+    few = not x.is_cuda and weight.shape[2:] == (1, 1) and padding == (0, 0)
     if few and stride != (1, 1):
         dx = torch.zeros_like(x)
         read = dx[:, :, :: stride[0], :: stride[1]]
@@ -400,17 +443,32 @@ def _conv_act(
     relu: bool,
     geometry: _Geometry,
 ) -> Tensor:
+    y: Tensor
     if x.is_cuda and relu and bias is not None and _has_cudnn(x.dtype):
-        y: Tensor
-        if residual is None:
-            y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        else:
-            y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-        return y
+        layer = x.shape, weight.shape, x.dtype, residual is None, geometry
+        try:
+            if layer not in _UNFUSED:
+                if residual is None:
+                    y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+                else:
+                    y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+                return y
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # No engine for this dtype, stride, number of groups or channels.
+            if not _UNFUSED:
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"cuDNN fuses not every convolution here: {reason}", stacklevel=2)
+            _UNFUSED.add(layer)
     y = F.conv2d(x, weight, bias, *geometry)
     if residual is not None:
         y += residual
     return y.relu_() if relu else y
+
+
+_UNFUSED: set[object] = set()
+"""Convolutions that cuDNN was found not to fuse with bias, residual and ReLU."""
 
 
 def _has_cudnn(dtype: torch.dtype) -> bool:
@@ -425,6 +483,12 @@ def _fold(
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], list[_FoldedConv | _FrozenAffine]]:
     """Rewrite the graph in place; the paths by what became of them, and the new layers."""
     modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        # What nothing does would hide who reads what.
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if type(module) is nn.Identity and not _has_hooks(module):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
     nodes = list(network.graph.nodes)
     folded, affine, unfolded = [], [], []
     sites: dict[fx.Node, _FoldedConv | _FrozenAffine] = {}
@@ -473,6 +537,7 @@ def _fold(
             new.replace_all_uses_with(activation)
             activation.args = (new,)
     shortcuts = _merge_biases(sites)
+    _route_forks(network, sites, modules)
     # A shortcut's shift is made before the convolution that adds it.
     ordered = [*shortcuts, *(site for site in sites.values() if site not in shortcuts)]
     return tuple(folded), tuple(affine), tuple(unfolded), ordered
@@ -492,6 +557,33 @@ def _merge_biases(sites: dict[fx.Node, _FoldedConv | _FrozenAffine]) -> list[_Fo
             main.shortcut, shortcut.keeps_bias = shortcut, False
             merged.append(shortcut)
     return merged
+
+
+def _route_forks(
+    network: fx.GraphModule,
+    sites: dict[fx.Node, _FoldedConv | _FrozenAffine],
+    modules: dict[str, nn.Module],
+) -> None:
+    """Give later readers of what a site makes, or of what an affine map is made of, the tensor
+    whose gradient the site's own backward adds."""
+
+    def route(source: fx.Node, site: fx.Node, function: Any, *arguments: fx.Node) -> None:
+        order = {node: place for place, node in enumerate(network.graph.nodes)}
+        readers = [reader for reader in source.users if order[reader] > order[site]]
+        readers = readers[1:] if source is site else readers
+        if readers and not any(_is_in_place(reader, modules) for reader in source.users):
+            with network.graph.inserting_after(site):
+                second = network.graph.call_function(function, arguments)
+            for reader in readers:
+                reader.replace_input_with(source, second)
+
+    for node, site in sites.items():
+        if site.relu:
+            route(node, node, skip_of, node)
+            if isinstance(site, _FrozenAffine):
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                route(source, node, around, node, source)
 
 
 def _mutation_between(

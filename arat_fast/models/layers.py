@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from arat_fast.models.batch_norm import PlainBatchNorm2d
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_statistics
+from arat_kernels.image_parts import image_parts
+from arat_kernels.implementation import Impl
 
 Norm = Literal["split", "shared"]
 
@@ -27,16 +30,46 @@ class StemConv2d(nn.Conv2d):
 
     bfloat16 has a spacing of 2^-8 just below 1, half of a typical PGD step size (2/255). Cast to
     it, part of the perturbation is lost before the network sees it. Under autocast this layer
-    computes in the dtype of the image and casts its *output*.
+    computes in the dtype of the image and casts its *output*; inside :func:`split_stems` it takes
+    the image in two parts.
     """
+
+    split_weight: Tensor | None = None
+    impl: Impl | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         device_type = input.device.type
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return super().forward(input)
+        if self.split_weight is not None and input.dtype == torch.float32:
+            parts = image_parts(input, impl=self.impl)
+            of_parts: Tensor = self._conv_forward(parts, self.split_weight, self.bias)
+            return of_parts
         with torch.autocast(device_type, enabled=False):
             y = super().forward(input)
         return y.to(torch.get_autocast_dtype(device_type))
+
+
+@contextmanager
+def split_stems(networks: Iterable[nn.Module], impl: Impl | None = None) -> Iterator[None]:
+    """Let every :class:`StemConv2d` inside the context compute in bfloat16, under autocast, on the
+    high and the low part of a float32 image (:func:`arat_kernels.image_parts.image_parts`), which
+    lose 2^-16 of it. Their weights must not change meanwhile."""
+    modules = (module for network in networks for module in network.modules())
+    stems = [m for m in modules if isinstance(m, StemConv2d) and m.groups == 1]
+    for stem in stems:
+        stem.split_weight, stem.impl = weight_for_parts(stem.weight), impl
+    try:
+        yield
+    finally:
+        for stem in stems:
+            stem.split_weight = None
+
+
+def weight_for_parts(weight: Tensor) -> Tensor:
+    """The weight (C', C, kH, kW) of a convolution for the parts of its image, in bfloat16."""
+    padding = weight.new_zeros(len(weight), -2 * weight.shape[1] % 8, *weight.shape[2:])
+    return torch.cat([weight, weight, padding], dim=1).bfloat16()
 
 
 @torch.no_grad()
@@ -77,6 +110,31 @@ def protect_stem(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
                 "(--step.precision float32)"
             )
         conv.__class__ = StemConv2d
+
+
+class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
+    """The mean over positions: (N, C, H, W) → (N, C, 1, 1); on a GPU its gradient is one pass."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_cuda:
+            return super().forward(input)
+        mean: Tensor = _Mean.apply(input)  # type: ignore[no-untyped-call]
+        return mean
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.like = torch.empty_like(x, device="meta")
+        return x.mean(dim=(2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        dx = torch.empty_like(ctx.like, dtype=dy.dtype, device=dy.device)
+        return torch.div(dy.expand_as(dx), dx[0, 0].numel(), out=dx)
 
 
 class Normalize(nn.Module):

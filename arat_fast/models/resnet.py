@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_fast.models.layers import GlobalAvgPool2d, Norm, Normalize, StemConv2d, make_norm
 from arat_kernels.split_batch_norm import skip_of
 
 
@@ -127,7 +127,7 @@ class ResNet(nn.Module):
             name = f"layer{index + 1}"
             self.add_module(name, nn.Sequential(*layers))
             self.stages.append(name)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAvgPool2d()
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_fast.models.layers import GlobalAvgPool2d, Norm, Normalize, StemConv2d, make_norm
 from arat_kernels.split_batch_norm import around, skip_of
 
 
@@ -77,7 +77,7 @@ class WideResNet(nn.Module):
         self.block2 = _stage(blocks, width, 2 * width, 2, norm)
         self.block3 = _stage(blocks, 2 * width, 4 * width, 2, norm)
         self.bn1 = make_norm(norm, 4 * width)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAvgPool2d()
         self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -39,10 +39,12 @@ def conflict_words(record: Mapping[str, Any]) -> list[str]:
     ]
     if total["share_std"] is None:
         return sentences
-    error = _CLEAR * total["share_std"] / record["num_batches"] ** 0.5
-    if share < unrelated - error and cosine > 0:
+    share_error, cosine_error = (
+        _CLEAR * total[f"{key}_std"] / record["num_batches"] ** 0.5 for key in ("share", "cosine")
+    )
+    if share < unrelated - share_error and cosine > cosine_error:
         sentences.append("On the whole they pull the same way.")
-    elif share > unrelated + error and cosine < 0:
+    elif share > unrelated + share_error and cosine < -cosine_error:
         sentences.append("On the whole they pull against each other: that is gradient conflict.")
     else:
         sentences.append("Over these batches that is neither clearly together nor clearly apart.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,13 +69,11 @@ class Comparison(NamedTuple):
     Attributes:
         headings: accuracies, their sum where AutoAttack was run, and training.
         rows: the run of the report first.
-        seeds: runs that differ in the seed alone, with the means over them; empty where no two do.
         plots: of all runs.
     """
 
     headings: list[str]
     rows: list[Row]
-    seeds: list[tuple[list[Contestant], list[Cell]]]
     plots: list[Plot]
 
 
@@ -102,18 +99,16 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     return Comparison(
         [*headings, "Training"],
         [_row(contestant, runs[0], metrics) for contestant in contestants],
-        _seeds(contestants, headings),
         [plot for plot in plots if plot is not None],
     )
 
 
-def _shares(run: Run) -> dict[str, float]:
-    """What was measured of a run, by heading."""
-    final = run.summary.accuracy
-    found = {metric_name(key): accuracy.value for key, accuracy in final.items()}
-    if "clean" in final and "autoattack" in final:
-        found["Sum"] = final["clean"].value + final["autoattack"].value
-    return found
+def _sum(run: Run | None) -> float | None:
+    """Clean plus AutoAttack accuracy, where both were measured."""
+    final = run.summary.accuracy if run else {}
+    if not {"clean", "autoattack"} <= final.keys():
+        return None
+    return final["clean"].value + final["autoattack"].value
 
 
 def _same_data(run: Run, other: Run) -> bool:
@@ -144,10 +139,11 @@ def _row(contestant: Contestant, first: Run, metrics: Sequence[str]) -> Row:
                 clear.append(metric_name(key))
         cells.append(cell)
     if "autoattack" in metrics:
-        total, our_total = (_shares(r).get("Sum") if r else None for r in (run, versus))
-        both = total is not None and our_total is not None
-        change = signed_points(our_total - total) if both else ""  # type: ignore[operator]
-        cells.append(Cell(f"{100 * total:.1f}", change=change) if total is not None else Cell())
+        total, our_total = _sum(run), _sum(versus)
+        cell = Cell() if total is None else Cell(f"{100 * total:.1f}")
+        if total is not None and our_total is not None:
+            cell = cell._replace(change=signed_points(our_total - total))
+        cells.append(cell)
     seconds, our_seconds = (
         r.summary.wall_seconds.get("train") if r else None for r in (run, versus)
     )
@@ -171,9 +167,9 @@ def _mismatches(first: Run, other: Run) -> list[str]:
     if a.data.name == b.data.name:
         if not _same_data(first, other):
             pairs.append(("images from", a.data.root, b.data.root))
-        ours, theirs = first.summary.classes, other.summary.classes
-        if ours and theirs and class_order(ours, theirs, first.path) is not None:
-            pairs.append(("order of the classes", ours[0], theirs[0]))
+        names, others = first.summary.classes, other.summary.classes
+        if others and class_order(names, others, first.path) is not None:
+            pairs.append(("order of the classes", names[0], others[0]))
     for key in first.summary.accuracy.keys() & other.summary.accuracy.keys():
         ours, theirs = (run.summary.accuracy[key].num_samples for run in (first, other))
         pairs.append((f"images for {metric_name(key)}", ours, theirs))
@@ -182,39 +178,6 @@ def _mismatches(first: Run, other: Run) -> list[str]:
         for name, ours, theirs in pairs
         if ours != theirs and None not in (ours, theirs)
     ]
-
-
-def _seeds(
-    contestants: Sequence[Contestant], headings: Sequence[str]
-) -> list[tuple[list[Contestant], list[Cell]]]:
-    groups: dict[str, list[Contestant]] = {}
-    for contestant in contestants:
-        config = dataclasses.replace(contestant.run.config, seed=0)
-        groups.setdefault(repr(config), []).append(contestant)
-    if len(groups) == len(contestants):
-        return []
-    found = []
-    for members in groups.values():
-        shares = [_shares(member.run) for member in members]
-        cells = [
-            _mean_cell([each[heading] for each in shares if heading in each], len(members))
-            for heading in headings
-        ]
-        seconds = [member.run.summary.wall_seconds.get("train") for member in members]
-        times = [each for each in seconds if each is not None]
-        cells.append(Cell(duration(sum(times) / len(times))) if times else Cell())
-        found.append((members, cells))
-    return found
-
-
-def _mean_cell(shares: Sequence[float], num_runs: int) -> Cell:
-    if not shares:
-        return Cell()
-    mean = f"{100 * sum(shares) / len(shares):.1f}"
-    if num_runs == 1:
-        return Cell(mean, "one run")
-    of = "" if len(shares) == num_runs else f" ({len(shares)} of {num_runs} runs)"
-    return Cell(mean, f"{100 * min(shares):.1f}{DASH}{100 * max(shares):.1f}{of}")
 
 
 def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plot | None:
@@ -242,9 +205,7 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
         )
     axes.set_xlabel(f"{name} accuracy, %")
     axes.set_ylabel("clean accuracy, %")
-    # A little room for a marker at 0 or at 100, and no more.
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.set(xlim=(max(left, -2), min(right, 102)), ylim=(max(bottom, -2), min(top, 102)))
+    style.within_percent(axes)
     style.legend_above(axes, 1)
     return Plot(
         "The trade-off",

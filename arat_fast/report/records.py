@@ -8,7 +8,7 @@ from typing import Any
 
 from arat_fast.analysis.run import Analysis
 from arat_fast.evaluation.pieces import checksum
-from arat_fast.evaluation.record import read_record, record_path, root_of_own_images
+from arat_fast.evaluation.record import read_record, record_paths, root_of_own_images
 from arat_fast.files import write_atomic
 from arat_fast.report.analysis_plots import (
     Record,
@@ -35,7 +35,7 @@ def records_of(saved: SavedNetwork) -> tuple[dict[str, Mapping[str, Any]], dict[
     """
     found: dict[str, Mapping[str, Any]] = {}
     others: dict[str, str] = {}
-    for path in (record_path(saved.path.parent), record_path(saved.path)):
+    for path in (*record_paths(saved.path.parent), *record_paths(saved.path)):
         if not path.is_file():
             continue
         record = read_record(path)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from arat_fast import __version__
 from arat_fast.config import Config, config_to_dict
-from arat_fast.files import write_text
+from arat_fast.files import write_text, written_here
 from arat_fast.recipes import recipe
 from arat_fast.report import analysis_words, examples, words
 from arat_fast.report.comparison import compare_runs
 from arat_fast.report.curves import run_plots
 from arat_fast.report.records import analysis_plots, records_of
-from arat_fast.report.run import Accuracy, Evaluation, Run, read_accuracies, read_run
+from arat_fast.report.run import Accuracy, Evaluation, Run, Summary, read_accuracies, read_run
 from arat_fast.report.templates import render
 from arat_fast.saved.network import read_saved
 
@@ -69,7 +69,8 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
         ValueError: the configuration of a run is unreadable.
         OSError: the report cannot be written; an older one stays.
     """
-    page = _page(read_run(run), [read_run(path) for path in compare])
+    with written_here(run):
+        page = _page(read_run(run), [read_run(path) for path in compare])
     write_text(run / "report.html", page)
     return run / "report.html"
 
@@ -91,7 +92,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         comparison=compare_runs([run, *others]) if others else None,
         pgd=next((name for name in final if name.startswith("pgd")), None),
         num_tested=max((a.num_samples for a in final.values()), default=None),
-        suspicions=_suspicions(final),
+        suspicions=_suspicions(summary),
         cards=examples.cards(run.examples) if run.examples else [],
         largest_change=examples.largest_change(run.examples) if run.examples else 0.0,
         plots=run_plots(run),
@@ -138,8 +139,9 @@ def _last_numbers(last: Evaluation) -> list[Number]:
     ]
 
 
-def _suspicions(final: Mapping[str, Accuracy]) -> list[str]:
-    """What of the accuracies does not fit together."""
+def _suspicions(summary: Summary) -> list[str]:
+    """What of the accuracies does not fit together, or says that nothing was learned."""
+    final = summary.accuracy
     clean, auto = final.get("clean"), final.get("autoattack")
     pgd = next((a for k, a in final.items() if k.startswith("pgd")), None)
     found = [
@@ -158,6 +160,8 @@ def _suspicions(final: Mapping[str, Accuracy]) -> list[str]:
             "network hides the way uphill from PGD without being robust. Trust AutoAttack."
         )
     rejected = sum(a.details.get("num_rejected", 0) for a in final.values())
+    if summary.collapsed:
+        found.append(f"Check this: {summary.collapsed}.")
     if rejected:
         found.append(
             f"Adversarial images outside the ball or the range, left out of the count: {rejected}."
@@ -186,7 +190,7 @@ def _analysis_words(run: Run) -> dict[str, list[str]]:
 
 def _evaluated(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
     """Records of ``arat-fast eval`` of the run's weights, and why others are not shown."""
-    names = sorted(path.name for path in run.path.glob("*evaluation.json"))
+    names = sorted(path.name for path in run.path.glob("*evaluation*.json"))
     if not names:
         return {}, {}
     try:

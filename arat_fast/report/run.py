@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arat_fast.config import Config, config_from_dict
+from arat_fast.evaluation.pieces import NOT_NPZ
 from arat_fast.statistics import wilson_interval
 
 Numbers = NDArray[np.float64]
@@ -77,8 +77,10 @@ class Summary:
     """summary.json; of a run that has not written one every field is at its default.
 
     Attributes:
+        warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
+        collapsed: that the model has learned nothing, in words.
         wall_seconds: by "train" and "eval".
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
@@ -99,6 +101,7 @@ class Summary:
     precision: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     kernels: str | None = None
+    warnings: Sequence[str] = ()
     command: str | None = None
     commit: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
@@ -106,6 +109,7 @@ class Summary:
     model: str | None = None
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    collapsed: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class Run:
         training_analyses: during training, in order.
         analyses: what ``arat-fast analyze`` found of this state of the training, by part.
         examples: None where there are none.
-        notes: what was missing or unreadable, in words.
+        notes: what the run warned of, and what was missing or unreadable, in words.
     """
 
     path: Path
@@ -218,7 +222,7 @@ def read_run(path: Path) -> Run:
         training_analyses,
         read_analyses(path / "analysis", summary.steps, notes),
         _read(path / "examples.npz", _parse_examples, notes),
-        tuple(notes),
+        (*summary.warnings, *notes),
     )
 
 
@@ -275,7 +279,7 @@ def _read(
         return parse(file)
     except FileNotFoundError:
         notes += [missing] if missing else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+    except (*NOT_NPZ, TypeError, AttributeError):
         notes.append(f"{file.name} cannot be read; it is left out here.")
     return None
 
@@ -312,19 +316,19 @@ def _read_metrics(
     for text in lines:
         try:
             line = json.loads(text)
-        except ValueError:
-            # A run that was killed leaves half a line.
+            kind = line.pop("kind")
+            if kind == "eval":
+                evaluations.append(_from_fields(Evaluation, line))
+            elif kind == "analysis":
+                analyses.append(_from_fields(TrainingAnalysis, line))
+            elif kind == "train":
+                numbers = {n: float(v) for n, v in line.items() if n not in ("step", "run")}
+                epoch = numbers.pop("epoch")
+                for name, value in numbers.items():
+                    points.setdefault(name, []).append((epoch, value))
+        # A run that was killed leaves half a line; what else is there, no run has written.
+        except (ValueError, TypeError, KeyError, AttributeError):
             broken += 1
-            continue
-        kind = line.pop("kind")
-        if kind == "eval":
-            evaluations.append(_from_fields(Evaluation, line))
-        elif kind == "analysis":
-            analyses.append(_from_fields(TrainingAnalysis, line))
-        elif kind == "train":
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    points.setdefault(name, []).append((line["epoch"], value))
     if broken:
         notes.append(f"Lines of metrics.jsonl that could not be read and were left out: {broken}.")
     metrics = {name: Series(*np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}

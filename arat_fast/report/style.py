@@ -121,21 +121,16 @@ class Plot:
 
     def svg(self) -> bytes:
         """The figure as an SVG file."""
-        return to_svg(self.figure)
+        buffer = io.BytesIO()
+        # Outside of the style, the names inside the file would be random.
+        with plot_style():
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()
 
     def write_png(self, file: BinaryIO) -> None:
         """Write the figure as a PNG file, its title in it."""
         self.figure.suptitle(self.title, fontsize=10.5, x=0.01, ha="left")
         self.figure.savefig(file, format="png", dpi=150)
-
-
-def to_svg(figure: Figure) -> bytes:
-    """The figure as an SVG file."""
-    buffer = io.BytesIO()
-    # Outside of the style, the names inside the file would be random.
-    with plot_style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def plot_text(text: str, limit: int = 28) -> str:
@@ -153,6 +148,12 @@ def as_percent(axes: Axes) -> None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def within_percent(axes: Axes) -> None:
+    """Limits that reach no further than a mark's room beyond 0 and 100."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set(xlim=(max(left, -2), min(right, 102)), ylim=(max(bottom, -2), min(top, 102)))
 
 
 def epoch_axis(axes: Axes) -> None:

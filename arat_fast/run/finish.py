@@ -13,6 +13,7 @@ from arat_fast.build import implementation
 from arat_fast.config import config_to_dict
 from arat_fast.data.batches import stream_generator
 from arat_fast.device import describe_device, source_commit, versions
+from arat_fast.doctor import FOLD, GRAPH
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.suite import evaluate_all, save_examples
@@ -80,10 +81,12 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             seed=config.seed,
             folder=run.out / "evaluation.partial",
             progress=run.interruptible(bar),
+            check=run.check_stop,
             ranks=run.ranks,
         )
     summary: dict[str, Any] = {}
     if run.ranks.is_main:
+        run.checkpoints.check()
         examples = suite.strongest_examples()
         save_examples(run.out / "examples.npz", model, images, examples)
         summary = {
@@ -93,7 +96,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             "split": "test",
             "model": kind,
             "accuracy": suite.record(),
-            **({"left_out": suite.left_out} if suite.left_out else {}),
+            **suite.remarks(),
             "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
         }
         write_json(run.out / "summary.json", summary)
@@ -108,7 +111,8 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
         return None
     content = b""
     if run.ranks.is_main:
-        with suppress(OSError, ValueError):
+        # Whatever is in it that is none is replaced.
+        with suppress(OSError, ValueError, AttributeError):
             text = (run.out / "summary.json").read_bytes()
             summary: dict[str, Any] = json.loads(text)
             wanted = config_to_dict(run.config)["eval"]
@@ -121,9 +125,11 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
 def facts(run: Run, status: str) -> dict[str, Any]:
     """What is known of a run whether or not it came to its end."""
     config, progress = run.config, run.progress
-    folded = run.step.folded_network
+    kernels = choose(implementation(config), next(run.model.parameters()))
+    replaced = ", ".join(sorted(run.wrong_on_card.keys() - {FOLD, GRAPH}))
     return {
         "recipe": config.recipe,
+        "run": run.id,
         "status": status,
         "objective": config.objective.name,
         "dataset": config.data.name,
@@ -140,8 +146,10 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         "device": describe_device(run.device),
         "precision": str(run.precision).removeprefix("torch."),
         "versions": versions(),
-        "kernels": choose(implementation(config), next(run.model.parameters())),
-        "folded_batch_norms": len(folded.folded) if folded is not None else 0,
+        "kernels": "; reference: ".join([kernels, *([replaced] if replaced else [])]),
+        "replayed_steps": run.step.num_replayed,
+        "folded_batch_norms": run.step.num_folded,
+        **({"warnings": run.warnings} if run.warnings else {}),
         "command": run.command,
         "commit": source_commit(),
     }

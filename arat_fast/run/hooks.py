@@ -16,7 +16,9 @@ from arat_fast.analysis.snapshot import analyze_training, first_batches, headlin
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
+from arat_fast.files import named, open_log
 from arat_fast.models.registry import MODELS
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.training.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 MAX_SHARE_OF_FIRST = 0.05
 """Of the first weights in an exponential average, above which a run says so."""
+
+
+FEW_FOR_STATISTICS = 64
+"""Images of one process below which a run says that BatchNorm sees them alone."""
 
 
 class Hook:
@@ -80,20 +86,19 @@ class MetricsLog(Hook):
         self.file: BinaryIO | None = None
 
     def begin(self, run: Run) -> None:
-        self.file = open(self.path, "ab")  # noqa: SIM115  # lives as long as the run
+        self.file = open_log(self.path)
 
     def log(self, run: Run, line: dict[str, Any]) -> None:
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
         file = self._cut()
-        try:
+        with named(self.path):
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
-        except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
 
     def sync(self) -> None:
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with named(self.path):
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.file is not None:
@@ -167,6 +172,15 @@ class Remarks(Hook):
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
+        share = run.data.train.plan.largest_share
+        by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
+        norms = (SplitBatchNorm2d, nn.BatchNorm2d)
+        has_norms = any(isinstance(module, norms) for module in run.model.modules())
+        if by_itself and has_norms and share < FEW_FOR_STATISTICS:
+            run.warn(
+                f"each BatchNorm has the statistics of {share} images, this process's share of "
+                f"{config.data.batch_size}: raise --data.batch-size or set --distributed.sync-bn"
+            )
         spec = MODELS.get(config.model.name)
         if config.objective.splits_batch_norm and spec is not None and not spec.has_batch_norm:
             run.display.say(
@@ -221,9 +235,7 @@ class Evaluation(Hook):
         accuracy = lines[-1]["pgd"]
         if train.keep_best and (self.best is None or accuracy > self.best):
             self.best = accuracy
-            run.save()
-            if run.ranks.is_main:
-                run.checkpoints.keep_as_best()
+            run.save(best=True)
 
     def _evaluate(self, run: Run, kind: str, model: nn.Module) -> dict[str, Any]:
         """Accuracies on the validation images, else on the test images."""
@@ -232,7 +244,9 @@ class Evaluation(Hook):
         images = ImageSet.from_batches(batches, config.eval.max_samples, run.ranks.shard)
         clean = share_evaluation(
             run.ranks,
-            lambda own: clean_accuracy(model, own, batch_size=config.eval.batch_size),
+            lambda own: clean_accuracy(
+                model, own, batch_size=config.eval.batch_size, check=run.check_stop
+            ),
             images,
         )
         pgd = share_evaluation(
@@ -246,6 +260,7 @@ class Evaluation(Hook):
                 batch_size=config.eval.batch_size,
                 seed=config.seed,
                 progress=run.interruptible(),
+                check=run.check_stop,
             ),
             images,
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import ResidentBatches
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
-from arat_fast.files import write_json
+from arat_fast.files import LOCK, Lock, write_json
 from arat_fast.run import natural
 from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
 from arat_fast.run.hooks import Hook
@@ -74,7 +74,6 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
         samples += place.total
         ends = progress.step % run.steps_per_epoch == 0 or stopping
         if ends or progress.step - logged >= run.config.train.log_every:
-            run.checkpoints.check()
             means = read_metrics(run)
             seconds = time.perf_counter() - since
             progress.seconds += seconds
@@ -177,23 +176,43 @@ def train(
         The content of ``summary.json``.
 
     Raises:
-        InterruptedRun: Ctrl-C, SIGTERM or SIGUSR1 came, to any of the processes; the state is
-            saved.
+        BlockingIOError: another job is at work in the folder.
+        OvertakenError: another job has taken the folder over, where it could not be locked.
+        InterruptedRun: Ctrl-C or one of the signals of :mod:`arat_fast.stop` came, to any of the
+            processes; the state is saved.
         NotFiniteError: a loss or a weight became NaN; names the step, the term and the last
             checkpoint. Raised by all processes in the same step.
         OSError: a file could not be written; the checkpoint before is whole.
     """
-    run = Run(
-        config,
-        out,
-        resume=resume,
-        command=command,
-        display=display,
-        hooks=hooks,
-        ranks=ranks,
-        bad_images=bad_images,
-    )
-    return train_run(run)
+    with _locked(out, ranks) as lock:
+        run = Run(
+            config,
+            out,
+            resume=resume,
+            command=command,
+            display=display,
+            hooks=hooks,
+            ranks=ranks,
+            bad_images=bad_images,
+            lock=lock if ranks.is_main else None,
+        )
+        return train_run(run)
+
+
+@contextmanager
+def _locked(out: Path, ranks: Ranks) -> Iterator[Lock]:
+    """Let no other job write into the folder until the last process of this one has gone."""
+    path, holder = out / LOCK, b""
+    with ExitStack() as stack:
+        if ranks.is_main:
+            lock = stack.enter_context(Lock(path))
+            holder = lock.holder.encode()
+            if not ranks.alone:
+                lock.share()
+        holder = ranks.broadcast_bytes(holder)
+        if not ranks.is_main:
+            lock = stack.enter_context(Lock(path, holder=holder.decode()))
+        yield lock
 
 
 def train_run(this: Run) -> dict[str, Any]:
@@ -201,7 +220,7 @@ def train_run(this: Run) -> dict[str, Any]:
     try:
         return _run(this)
     except (NotFiniteError, OSError) as error:
-        # The disk may be what failed.
+        # The disk may be what failed, or the folder be another's now, which is raised again.
         with suppress(OSError):
             this.checkpoints.wait()
             if this.ranks.is_main:
@@ -240,6 +259,8 @@ def _run(this: Run) -> dict[str, Any]:
                 except EvaluationStopped:
                     stop(this)
         try:
+            # The memory of captured steps is for the evaluation.
+            this.step.forget()
             model, kind = deploy(this)
             this.checkpoints.wait()
             return evaluate(this, model, kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from arat_fast import doctor
 from arat_fast.build import build_network, build_objective, build_optimizer, implementation
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.data import load_data
@@ -21,14 +24,14 @@ from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint, class_order
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
-from arat_fast.device import resolve_precision, versions
+from arat_fast.device import resolve_precision, set_deterministic, versions
 from arat_fast.display import Display, SuiteProgress, TrainingBar, Unit
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.distributed.batch_norm import synchronize_batch_norm
 from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
-from arat_fast.files import write_json
+from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
@@ -124,6 +127,7 @@ class Identity:
     def state_dict(self) -> dict[str, Any]:
         run = self.run
         return {
+            "id": run.id,
             "config": config_to_dict(run.config),
             "arithmetic": f"{run.precision} on {run.device.type}".removeprefix("torch."),
             "image_shape": list(run.data.train.image_shape),
@@ -146,6 +150,7 @@ class Identity:
                 "new run with --out"
             )
         check_same_dataset(self.run.data.fingerprint, state["dataset"], source)
+        self.run.id = state.get("id", self.run.id)
 
 
 class HookStates:
@@ -177,6 +182,10 @@ class Run:
             evaluation, until it ends.
         bad_images: knows the files to leave out, of a run that this one is a part of; None looks
             for them, or takes those that a run that is resumed has found.
+        lock: of the folder, on rank 0; None: nobody else works in it.
+
+    Attributes:
+        id: in every file of the run, which is the same one however often it is resumed.
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -198,7 +207,9 @@ class Run:
         hooks: Sequence[Hook] = (),
         ranks: Ranks = ALONE,
         bad_images: BadImages | None = None,
+        lock: Lock | None = None,
     ) -> None:
+        self.id = uuid.uuid4().hex
         self.config = config
         self.out = out
         self.resume = resume
@@ -207,12 +218,12 @@ class Run:
         self.display = display or Display()
         if not ranks.is_main:
             self.display = Display(Console(quiet=True))
+        self.warnings: list[str] = []
         self.stop = StopRequest()
-        self.checkpoints = CheckpointFolder(out, config.train.keep_last)
+        self.checkpoints = CheckpointFolder(out, config.train.keep_last, lock)
         saved = self._saved_state()
         self.device = ranks.device(config.train.device)
-        # Shapes repeat, so that timing cuDNN's algorithms once pays.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        set_deterministic(config.train.deterministic, self.device)
         self.precision = resolve_precision(config.step.precision, self.device)
         self.memory_format = (
             torch.channels_last if config.step.channels_last else torch.contiguous_format
@@ -248,8 +259,7 @@ class Run:
         if saved is not None:
             self.restore(saved)
         if ranks.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.remove_leftovers()
+            make_folder(out)
             record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
             write_json(out / "config.json", record)
             if self.bad_images.found:
@@ -270,7 +280,10 @@ class Run:
                 memory_format=self.memory_format,
                 shard=ranks.shard,
                 bad_images=self.bad_images,
+                impl=implementation(config),
             )
+        for note in self.data.notes:
+            self.display.say(note)
         if self.data.skipped:
             first = self.data.skipped[0]
             self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
@@ -293,6 +306,7 @@ class Run:
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
         self.model = build_network(config, *shape).to(self.device)
+        wrong = self.wrong_on_card = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
             synchronize_batch_norm(self.model, ranks.group)
@@ -303,14 +317,18 @@ class Run:
         parameters = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = build_optimizer(config, [p for p in parameters if p.requires_grad])
         self.generator = stream_generator(config.seed, "attack", self.device)
+        last = len(train) - 1
+        share = train.plan.share(last)
         self.step = TrainStep(
             self.model,
             self.objective,
             config.attack,
             self.optimizer,
             precision=self.precision,
-            fold=config.step.fold,
-            graph=config.step.graph,
+            fold=config.step.fold and doctor.FOLD not in wrong,
+            graph="off" if doctor.GRAPH in wrong else config.step.graph,
+            memory_format=self.memory_format,
+            last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,
             assemble=train.assemble if isinstance(train, ResidentBatches) else None,
@@ -318,7 +336,35 @@ class Run:
             ranks=ranks,
             overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
+            say=self.warn,
         )
+
+    def _check_card(self) -> dict[str, str]:
+        """What computes wrongly on this process's GPU, as rank 0 finds it on its own; of kernels
+        the references run instead."""
+        config, train = self.config, self.data.train
+        found: dict[str, str] = {}
+        if self.device.type == "cuda" and self.ranks.is_main and config.step.kernels != "reference":
+            batch = train.plan.largest_share
+            operations = doctor.operations_of(
+                self.model, train.image_shape, train.num_classes, batch, config.attack
+            )
+            with self.display.evaluating() as bar:
+                record, _ = doctor.examine(
+                    operations, self.precision, self.device, whole=False, progress=bar
+                )
+            checked = {*operations, doctor.GRAPH}
+            found = doctor.wrong_functions(
+                {name: r for name, r in record["operations"].items() if name in checked}
+            )
+        found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
+        return found
+
+    def warn(self, text: str) -> None:
+        """Say what the user should know, here and in the summary."""
+        self.warnings.append(text)
+        self.display.say(f"warning: {text}")
 
     def seed_rank(self) -> None:
         """Random numbers of its own for this process, beside those that all share."""
@@ -391,6 +437,17 @@ class Run:
             return self.stop.signal is not None
         return self.vote.result > 0
 
+    def check_stop(self) -> None:
+        """End an evaluation when a signal has come, to this process or another.
+
+        Raises:
+            EvaluationStopped: one has.
+        """
+        if self.stop.signal is not None and not self.ranks.asked:
+            self.ranks.ask(int(self.stop.signal))
+        if self.stop.signal is not None or self.ranks.asked:
+            raise EvaluationStopped
+
     def interruptible(self, show: SuiteProgress | None = None) -> SuiteProgress:
         """Told of the progress of an evaluation, which it ends when a signal comes.
 
@@ -399,10 +456,7 @@ class Run:
         """
 
         def progress(name: str, done: int, total: int, unit: Unit = "images") -> None:
-            if self.stop.signal is not None and not self.ranks.asked:
-                self.ranks.ask(int(self.stop.signal))
-            if self.stop.signal is not None or self.ranks.asked:
-                raise EvaluationStopped
+            self.check_stop()
             if show is not None:
                 show(name, done, total, unit)
 
@@ -423,22 +477,32 @@ class Run:
     # Logs and checkpoints.
 
     def log(self, kind: str, epoch: float, values: dict[str, Any]) -> None:
-        """Hand a line of numbers to every hook."""
-        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, **values}
+        """Hand a line of numbers to every hook.
+
+        Raises:
+            OSError: a checkpoint could not be written, or another process goes on with the run.
+        """
+        self.checkpoints.check()
+        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, "run": self.id, **values}
         for hook in self.hooks:
             hook.log(self, line)
 
-    def save(self) -> None:
+    def save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; every process takes part, rank 0 writes.
+
+        Args:
+            best: it is the best of the run so far.
 
         Raises:
             NotFiniteError: a weight is not finite; the checkpoint before stays.
-            OSError: the checkpoint before could not be written.
+            OSError: the checkpoint before could not be written, or another process goes on with
+                the run.
         """
+        self.checkpoints.check()
         self._check_weights()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if self.ranks.is_main:
-            self.checkpoints.save(self.progress.step, state, self._sync_hooks)
+            self.checkpoints.save(self.progress.step, state, self._sync_hooks, best)
 
     def _sync_hooks(self) -> None:
         for hook in self.hooks:

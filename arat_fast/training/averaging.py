@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD
-from arat_fast.config import AverageConfig
 from arat_fast.data.batches import Batch
 from arat_fast.data.plan import BatchPlan, Place
 from arat_fast.distributed import ALONE, Ranks
@@ -17,6 +16,9 @@ from arat_fast.distributed.batch_norm import running_statistics
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d, copy_network, use_branch
 from arat_fast.objectives.base import Objective
 from arat_fast.training.step import adversarial_batch
+
+if TYPE_CHECKING:
+    from arat_fast.config import AverageConfig
 
 
 class WeightAverage:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Sequence
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arat_fast.files import write_atomic
+from arat_fast.files import Lock, link_atomic, write_atomic
 
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
@@ -191,11 +189,14 @@ class CheckpointFolder:
     Args:
         folder: of the run.
         keep_last: checkpoints kept, the newest included; >= 1.
+        lock: of the folder; nothing is written once another process has it. None: nobody else is
+            there.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, lock: Lock | None = None) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.lock = lock
         self.newest_step: int | None = None
         self._damaged: list[Path] = []
         self._thread: threading.Thread | None = None
@@ -239,13 +240,16 @@ class CheckpointFolder:
             raise ValueError("; ".join(damaged.values()))
         return None
 
-    def save(self, step: int, state: dict[str, Any], before: Callable[[], object]) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], before: Callable[[], object], best: bool = False
+    ) -> None:
         """Copy ``state`` and write it in the background, after the one before it is written.
 
         Args:
             step: of the state.
             state: as for :func:`save_checkpoint`; may change once this has returned.
             before: called by the thread first, to bring other files to disk.
+            best: keep it as the best one too.
 
         Raises:
             OSError: the checkpoint before could not be written.
@@ -256,9 +260,14 @@ class CheckpointFolder:
         def write() -> None:
             try:
                 before()
+                self._check_lock()
                 if self.keep_last > 1 and self.newest_step not in (None, step):
                     self._keep_newest()
-                save_checkpoint(self.newest, on_host())
+                # The best one first: a run that ends in between goes on from before it.
+                target = self.folder / BEST if best else self.newest
+                save_checkpoint(target, on_host())
+                if best:
+                    link_atomic(target, self.newest)
                 self.newest_step = step
                 self._remove_old()
             # Whatever it is: training must not go on without checkpoints.
@@ -282,20 +291,19 @@ class CheckpointFolder:
         self.check()
 
     def check(self) -> None:
-        """Raise the OSError of a write that has failed, for whatever reason; does not wait."""
+        """Raise the OSError of a write that has failed, for whatever reason; does not wait.
+
+        Raises:
+            OvertakenError: another process goes on with the run: nothing may be written any more.
+        """
+        self._check_lock()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def keep_as_best(self) -> None:
-        """Keep the newest checkpoint as the best one."""
-        self.wait()
-        _link(self.newest, self.folder / BEST)
-
-    def remove_leftovers(self) -> None:
-        """Remove what a process that was killed in the middle of writing has left."""
-        for path in self.folder.glob(".checkpoint*.pt.*"):
-            path.unlink()
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
 
     def _candidates(self) -> list[Path]:
         newest = [self.newest] if self.newest.exists() else []
@@ -313,7 +321,7 @@ class CheckpointFolder:
         # A process that was killed before it replaced the newest has left it with two names.
         if self.newest.exists() and not (before and self.newest.samefile(before[0])):
             number = _number(before[0]) + 1 if before else 1
-            _link(self.newest, self.folder / f"checkpoint-{number:08}.pt")
+            link_atomic(self.newest, self.folder / f"checkpoint-{number:08}.pt")
 
     def _remove_old(self) -> None:
         while self._damaged:
@@ -367,19 +375,3 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_map_tensors(item, change) for item in value)
     return value
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, in place of what had it; a copy where the file system has no such
-    thing."""
-    temporary = target.with_name(f".{target.name}.new")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        with open(source, "rb") as content:
-            write_atomic(target, lambda file: shutil.copyfileobj(content, file))
-        return
-    os.replace(temporary, target)
-    # Two names of one file stay as they are.
-    temporary.unlink(missing_ok=True)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from arat_fast.training.memory import BatchTooLargeError
+from arat_fast.data.plan import Place
+from arat_fast.training.memory import BatchTooLargeError, rehearsal
 from arat_fast.training.values import Values
 
-Function = Callable[..., Values]
+Function: TypeAlias = Callable[..., Values]
 
 NUM_WARMUP = 3
 """Steps of a batch shape that run eagerly before it is captured: they choose cuDNN's algorithms,
-compile kernels and make the optimiser's state, and they are training steps like any other."""
+compile kernels and make the optimiser's state, and they are training steps like any other. The
+shape of the last batch, where it is known, is rehearsed once."""
 
 MAX_NUM_SHAPES = 2
 """Batch shapes that are captured, the full batch and the last one of an epoch; more run eagerly."""
@@ -29,6 +33,11 @@ class _Captured:
     inputs: list[Tensor]
     values: Values
     state: object
+
+
+def is_capturable(device: torch.device) -> bool:
+    """Whether the device can replay a step."""
+    return device.type == "cuda"
 
 
 class StepGraphs:
@@ -44,6 +53,9 @@ class StepGraphs:
         optimizer: SGD, or an optimiser with a ``capturable`` mode, which is switched on.
         device: the GPU.
         generator: of the step's random numbers, beside PyTorch's default one.
+        required: a step that cannot be captured is an error; else it goes on eagerly.
+        say: told in one sentence why steps run eagerly for good.
+        last: samples and place of a smaller batch that will come, captured with the first one.
 
     Raises:
         ValueError: an optimiser that cannot be captured.
@@ -55,50 +67,66 @@ class StepGraphs:
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         generator: torch.Generator | None,
+        required: bool,
+        say: Callable[[str], object],
+        last: tuple[int, Place] | None = None,
     ) -> None:
         self.modules = modules
         self.optimizer = optimizer
         self.device = device
         self.generator = generator
+        self.required = required
+        self.last = last
+        self.say = say
+        self.failed = self.full = False
+        self.num_replayed = 0
         self.lrs = make_capturable(optimizer, device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool: Any = None
         self.num_eager: Counter[Any] = Counter()
         self.captured: dict[Any, _Captured] = {}
 
     def run(
         self,
         function: Function,
+        place: Place,
         inputs: tuple[Tensor, ...],
         settings: object,
-        variant: object = None,
     ) -> Values:
-        """One step of ``function(*inputs)``; its metrics, which stay as they are.
+        """One step of ``function(place, True, *inputs)``; its metrics, which stay as they are.
 
         Args:
-            function: the step.
-            inputs: tensors on the device.
+            function: the step; with False it stops before the optimiser's.
+            place: of the inputs in the batch of all processes.
+            inputs: tensors on the device, a row for each sample.
             settings: everything else the step depends on; compared with ``==``.
-            variant: hashable; a graph of its own for each, as for each shape.
 
         Raises:
             ValueError: the step cannot be captured.
             BatchTooLargeError: it can run, but not be captured in the memory there is.
         """
         self._set_lrs()
-        key = (variant, tuple((t.shape, t.stride(), t.dtype) for t in inputs))
+        key = self._key(place, inputs)
         captured = self.captured.get(key)
         state = (settings, self._state())
         if captured is not None and captured.state != state:
             self.forget()
             captured = None
         if captured is None:
-            if self.num_eager[key] < NUM_WARMUP or len(self.captured) >= MAX_NUM_SHAPES:
+            if self.num_eager[key] >= NUM_WARMUP and not self.failed:
+                if len(self.captured) < MAX_NUM_SHAPES:
+                    self._capture_all(function, place, inputs, state)
+                    captured = self.captured.get(key)
+                elif not self.full:
+                    self.full = True
+                    self.say(f"batches of more than {MAX_NUM_SHAPES} shapes: others run eagerly")
+            if captured is None:
                 self.num_eager[key] += 1
-                return self._eagerly(function, inputs)
-            captured = self.captured[key] = self._capture(function, inputs, state)
+                return self._eagerly(function, place, True, *inputs)
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         captured.graph.replay()
+        self.num_replayed += 1
         # A copy: the next replay writes over the graph's own.
         return Values(captured.values.names, captured.values.packed.clone())
 
@@ -106,33 +134,70 @@ class StepGraphs:
         """Give the graphs and their memory back; the next steps run eagerly again."""
         self.captured.clear()
         self.num_eager.clear()
+        self.pool = None
+        # Gradients lie in the memory of a graph, which holds on to all of it.
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
-    def _eagerly(self, function: Function, inputs: tuple[Tensor, ...]) -> Values:
+    @staticmethod
+    def _key(place: Place, inputs: Sequence[Tensor]) -> object:
+        return place, tuple((t.shape, t.stride(), t.dtype) for t in inputs)
+
+    def _eagerly(self, function: Function, *arguments: Any) -> Values:
         # On the stream of the capture, so that nothing in the graph belongs to another one.
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            values = function(*inputs)
+            values = function(*arguments)
         current.wait_stream(self.stream)
         return values
 
-    def _capture(self, function: Function, inputs: tuple[Tensor, ...], state: object) -> _Captured:
+    def _capture_all(
+        self, function: Function, place: Place, inputs: tuple[Tensor, ...], state: object
+    ) -> None:
+        """Capture this batch and the smaller one that will come, so that what does not fit shows
+        at once."""
+        batches = [(place, inputs)]
+        if self.last is not None and self.last[1].total < place.total:
+            num, last_place = self.last
+            batches.append((last_place, tuple(tensor[:num] for tensor in inputs)))
+        try:
+            for number, (at, rows) in enumerate(batches):
+                if number:
+                    with rehearsal(self.modules, self.generator, self.device):
+                        self._eagerly(function, at, False, *rows)
+                self.captured[self._key(at, rows)] = self._capture(function, at, rows, state)
+        except (ValueError, BatchTooLargeError) as error:
+            if self.required:
+                raise
+            self.failed = True
+            self.say(f"{error}; it goes on without one")
+        if self.failed:
+            # Only now: the error held what had been computed.
+            self.forget()
+
+    def _capture(
+        self, function: Function, place: Place, inputs: tuple[Tensor, ...], state: object
+    ) -> _Captured:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)
         static = [tensor.clone() for tensor in inputs]
         self.optimizer.zero_grad(set_to_none=True)
-        pool = next((c.graph.pool() for c in self.captured.values()), None)
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream(self.device)
         try:
             # Thread-local, or a data loader's thread ends the capture.
             with torch.cuda.graph(
-                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
-                values = function(*static)
+                values = function(place, True, *static)
         except RuntimeError as error:
             # The end of a broken capture raises an error of its own over the cause.
             cause = error.__context__ or error
+            end_broken_capture(self.device, self.pool, self.generator)
             self.forget()
             reason = str(cause).splitlines()[0]
             if isinstance(cause, torch.OutOfMemoryError):
@@ -174,6 +239,27 @@ class StepGraphs:
         for group in self.optimizer.param_groups:
             held += [value for name, value in group.items() if name not in ("params", "lr")]
         return tuple(held)
+
+
+def end_broken_capture(
+    device: torch.device, pool: tuple[int, int], generator: torch.Generator | None
+) -> None:
+    """Put right what PyTorch leaves of a capture that did not come to its end: generators that
+    still count as captured, so that every later draw fails, and an allocator that still waits for
+    it.
+
+    Args:
+        device: the GPU.
+        pool: memory of the capture.
+        generator: registered with it, beside PyTorch's default one.
+    """
+    for marked in (torch.cuda.default_generators[device.index or 0], generator):
+        if marked is not None:
+            marked.graphsafe_set_state(marked.clone_state())
+    # It may have failed before or after memory was taken.
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        torch._C._cuda_releasePool(device.index or 0, pool)
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,8 @@ def num_logits(model: nn.Module, x: Tensor) -> int:
         x: images (N, C, H, W), N >= 1.
     """
     with use_statistics(model, "running"):
-        return int(model(x[:1]).shape[1])
+        # Not through its hooks, which are for the loop's own passes.
+        return int(model.forward(x[:1]).shape[1])
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:
@@ -78,14 +79,18 @@ def check_labels(y: Tensor, num_classes: int) -> None:
 
 
 def say_what_was_left_out(
-    model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], object],
 ) -> None:
-    """Warn, in the first step, of what loops forget.
+    """Tell, in the first step, what loops forget.
 
     Args:
         model: the network.
         objective: that it is trained with.
         optimizer: of both.
+        say: told it, a sentence at a time.
     """
     modules = {"network": model, "objective": objective}
     optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -93,18 +98,16 @@ def say_what_was_left_out(
         free = {name: p for name, p in module.named_parameters() if p.requires_grad}
         missing = [name for name, parameter in free.items() if id(parameter) not in optimised]
         if missing:
-            warnings.warn(
+            say(
                 f"{len(missing)} parameters of the {what} are not in the optimiser and stay as "
                 f"they are, the first is {missing[0]}: make it, after convert_split_batch_norm, of "
-                "[*model.parameters(), *objective.parameters()]",
-                stacklevel=3,
+                "[*model.parameters(), *objective.parameters()]"
             )
     strays = optimised - {id(p) for module in modules.values() for p in module.parameters()}
     if strays:
-        warnings.warn(
+        say(
             f"{len(strays)} parameters in the optimiser belong neither to the network nor to the "
-            "objective: make it after convert_split_batch_norm, which replaces parameters",
-            stacklevel=3,
+            "objective: make it after convert_split_batch_norm, which replaces parameters"
         )
     if left_out := objective.left_out():
-        warnings.warn(left_out, stacklevel=3)
+        say(left_out)

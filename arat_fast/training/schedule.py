@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from arat_fast.config import ScheduleConfig
+if TYPE_CHECKING:
+    from arat_fast.config import ScheduleConfig
+
 
 OFFICIAL_FIRST_EPOCH = 0.2
 """The official code's first epoch runs at 0.02, a fifth of its 0.1."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Literal
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from arat_fast.attacks.pgd import PGD, RandomStart, check_images
 from arat_fast.data.batches import Batch
 from arat_fast.data.plan import Place
+from arat_fast.device import resolve_precision
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.models.folding import FoldedNetwork
-from arat_fast.models.layers import protect_stem
+from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
-from arat_fast.training.graph import StepGraphs
+from arat_fast.training.graph import StepGraphs, is_capturable
 from arat_fast.training.inputs import (
     check_kinds,
     check_labels,
@@ -32,7 +33,7 @@ from arat_fast.training.inputs import (
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.values import Values
-from arat_kernels.implementation import Impl, choose
+from arat_kernels.implementation import HAS_TRITON, Impl, choose
 
 Load = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -52,6 +53,7 @@ def method_step(step: TrainStep, load: Load, place: Place, update: bool, *inputs
     start: RandomStart | None = None
     for part in step.sharing.parts(inputs, place):
         x, y = load(*part.inputs[:2])
+        x = x.contiguous(memory_format=step.memory_format)
         if start is None:
             start = step.draw_start(x, place, *inputs[2:])
         own = start.part(part.samples)
@@ -141,14 +143,18 @@ class TrainStep:
         attack: makes the adversarial examples.
         optimizer: any PyTorch optimiser.
         precision: torch.float32, or torch.bfloat16 for autocast; parameters, BatchNorm statistics,
-            losses and images stay float32. The convolutions that the image enters, found in the
+            losses and images stay float32. None takes bfloat16 for float32 parameters where the
+            device has such arithmetic. The convolutions that the image enters, found in the
             first step, become :class:`arat_fast.models.layers.StemConv2d`, which does not round
             the perturbation away.
         fold: with ``attack.bn="running"``, attack a copy whose BatchNorm is folded into the
             convolutions (:class:`arat_fast.models.folding.FoldedNetwork`): the same gradients up to
             rounding, less memory traffic.
         graph: "on" captures the whole step in a CUDA graph after three steps of each batch shape;
-            "auto" does so on a GPU; "off" runs eagerly.
+            "auto" does so on a GPU, where it can; "off" runs eagerly.
+        memory_format: of weights and images; tensor cores want channels_last.
+        last: samples and place of a smaller batch that will come, such as the last one of an
+            epoch, captured along with the first; None: nothing is known of one.
         noisy_clean: the official code's in-place start: the clean branch trains on ``x`` plus the
             start noise, and the ball is centred there.
         generator: source of the attack's random starts, on the model's device; None: PyTorch's
@@ -167,14 +173,13 @@ class TrainStep:
         overlap: send gradients while the backward pass still runs; None: on a GPU.
         impl: implementation of the attack's own operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
+        say: told in one sentence of what keeps the step from running as fast as it could, and in
+            the first step of what the loop forgot: parameters that are not in the optimiser or no
+            longer in the network, and what the objective says was left out.
 
     Raises:
         ValueError: a precision or a graph that this device or this optimiser cannot do, or a
             network inside of a wrapper.
-
-    Warns:
-        UserWarning: in the first step, of parameters that are not in the optimiser or no longer in
-            the network, and of what the objective says was left out.
     """
 
     model: nn.Module
@@ -182,9 +187,11 @@ class TrainStep:
     attack: PGD
     optimizer: torch.optim.Optimizer
     _: KW_ONLY
-    precision: torch.dtype = torch.float32
+    precision: torch.dtype | None = None
     fold: bool = True
-    graph: Literal["auto", "on", "off"] = "off"
+    graph: Literal["auto", "on", "off"] = "auto"
+    memory_format: torch.memory_format = torch.channels_last
+    last: tuple[int, Place] | None = None
     noisy_clean: bool = False
     generator: torch.Generator | None = None
     check_inputs: bool | None = None
@@ -193,31 +200,52 @@ class TrainStep:
     ranks: Ranks = ALONE
     overlap: bool | None = None
     impl: Impl | None = None
+    say: Callable[[str], object] = warnings.warn
     num_calls: int = field(default=0, init=False)
     folded_network: FoldedNetwork | None = field(default=None, init=False)
-    """The network that is attacked, once the first step has folded it."""
+    """The network that is attacked, once a step has folded it."""
+    num_folded: int = field(default=0, init=False)
+    """BatchNorm layers that are folded into the convolution before them in the attack."""
 
     def __post_init__(self) -> None:
         check_network(self.model)
-        if self.precision not in (torch.float32, torch.bfloat16):
+        if self.precision not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
                 f"precision must be torch.float32 or torch.bfloat16, got {self.precision}; float16 "
                 "needs loss scaling, which this step does not do"
             )
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be >= 1, got {self.accumulate}")
-        device = next(self.model.parameters()).device
-        if self.graph == "on" and device.type != "cuda":
+        parameter = next(self.model.parameters())
+        device = parameter.device
+        if self.graph == "on" and not is_capturable(device):
             raise ValueError(
                 f'a CUDA graph needs a GPU, got a model on {device}; set graph to "off" '
                 "(--step.graph off)"
             )
+        self.dtype = self.precision or torch.float32
+        if self.precision is None and parameter.dtype == torch.float32:
+            self.dtype = resolve_precision("auto", device)
+            if device.type == "cuda" and self.dtype == torch.float32:
+                self.say(f"{torch.cuda.get_device_name(device)} has no bf16: training in float32")
+        for module in (self.model, *self.objective.networks()):
+            module.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub
         # Once, not for every operation of every step.
-        self.impl = choose(self.impl, next(self.model.parameters()))
+        self.impl = choose(self.impl, parameter)
+        if device.type == "cuda" and not HAS_TRITON:
+            self.say("triton is not installed: the slower reference operations are used")
         modules = [self.model, self.objective]
         self._graphs: StepGraphs | None = None
-        if self.graph != "off" and device.type == "cuda":
-            self._graphs = StepGraphs(modules, self.optimizer, device, self.generator)
+        if self.graph != "off" and is_capturable(device):
+            required = self.graph == "on"
+            try:
+                self._graphs = StepGraphs(
+                    modules, self.optimizer, device, self.generator, required, self.say, self.last
+                )
+            except ValueError as error:
+                if required:
+                    raise
+                self.say(f"{error}; it goes on without one")
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
         self._num_classes = 0
@@ -249,7 +277,7 @@ class TrainStep:
         """
         check_kinds(self.model, x, y)
         if self.num_calls == 0:
-            say_what_was_left_out(self.model, self.objective, self.optimizer)
+            say_what_was_left_out(self.model, self.objective, self.optimizer, self.say)
         check = self.check_inputs
         if check is None:
             check = x.device.type == "cpu" or self.num_calls == 0
@@ -260,10 +288,9 @@ class TrainStep:
         if len(x) == 1 and self.ranks.alone:
             if self._before is None:
                 raise ValueError("a first batch of two samples or more is expected, got one sample")
-            warnings.warn(
+            self.say(
                 "a batch of one sample has no batch statistics: it is skipped, and its metrics are "
-                "those of the batch before; DataLoader(drop_last=True) leaves it out",
-                stacklevel=2,
+                "those of the batch before; DataLoader(drop_last=True) leaves it out"
             )
             return self._before
         y = y.long()
@@ -283,29 +310,35 @@ class TrainStep:
         assert self.assemble is not None
         return self._run(self.assemble, (index, draws), place)
 
+    @property
+    def num_replayed(self) -> int:
+        """Steps that a CUDA graph has made."""
+        return 0 if self._graphs is None else self._graphs.num_replayed
+
     def forget(self) -> None:
         """Give captured graphs back: steps of other shapes follow, as many as at first."""
         if self._graphs is not None:
+            # Its constants lie in the memory of a graph, which holds on to all of it.
+            self.folded_network = None
             self._graphs.forget()
 
     def _run(self, load: Load, inputs: tuple[Tensor, ...], place: Place | None) -> Values:
         num = len(inputs[0])
         if place is None:
             place = Place(self.ranks.rank * num, self.ranks.world_size * num)
-        if self.num_calls == 0 and self.precision != torch.float32:
+        if self.num_calls == 0 and self.dtype != torch.float32:
             x, _ = load(*inputs[:2])
             for network in (self.model, *self.objective.networks()):
-                protect_stem(network, x, self.precision)
+                protect_stem(network, x, self.dtype)
         if not (self.model.training and self.objective.training):
             self.model.train()
             self.objective.train()
-        function = partial(method_step, self, load, place, True)
+        function = partial(method_step, self, load)
         try:
             if self._graphs is None:
-                values = function(*inputs)
+                values = function(place, True, *inputs)
             else:
-                key = place, load is _as_it_is
-                values = self._graphs.run(function, inputs, self._settings(), key)
+                values = self._graphs.run(function, place, inputs, self._settings())
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
             if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
@@ -317,10 +350,12 @@ class TrainStep:
         # Outside of the handler, whose traceback holds on to the memory.
         self.forget()
         advice = advise(
-            lambda part: method_step(self, load, Place(0, len(part[0])), False, *part),
+            lambda part: function(Place(0, len(part[0])), False, *part),
             inputs,
             [self.model, self.objective],
             self.sharing,
+            self.optimizer,
+            self.generator,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
 
@@ -328,7 +363,7 @@ class TrainStep:
         """What a captured step holds fast beside tensors."""
         numbers = (bool, int, float, str, tuple)
         own = {k: v for k, v in vars(self.objective).items() if isinstance(v, numbers)}
-        return self.attack, self.precision, self.fold, self.noisy_clean, own
+        return self.attack, self.dtype, self.fold, self.noisy_clean, own
 
     def draw_start(self, x: Tensor, place: Place, noise: Tensor | None = None) -> RandomStart:
         """Draw the random start of a batch, once for all its parts.
@@ -354,15 +389,20 @@ class TrainStep:
             return self.model
         if self.folded_network is None:
             self.folded_network = FoldedNetwork(self.model, x, self.impl)
+            self.num_folded = len(self.folded_network.folded)
         else:
             self.folded_network.refresh()
         return self.folded_network
 
-    def autocast(self, device_type: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def autocast(self, device_type: str) -> Iterator[None]:
         """The precision of the step."""
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(device_type, dtype=self.precision)
+        if self.dtype == torch.float32:
+            yield
+            return
+        networks = [self.model, *self.objective.networks()] if device_type == "cuda" else []
+        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks, self.impl):
+            yield
 
 
 def _as_it_is(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

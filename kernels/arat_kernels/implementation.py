@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Triton decides at import whether kernels are interpreted; read at import for the same reason.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -38,12 +39,27 @@ def wide_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
+_replaced: frozenset[str] = frozenset()
+
+
+def replace_operations(names: Iterable[str]) -> None:
+    """Run the reference of these operations wherever Triton would be taken, in this process.
+
+    Args:
+        names: of functions, such as "pgd_step"; empty for none, as at first.
+    """
+    global _replaced
+    _replaced = frozenset(names)
+
+
+def choose(impl: Impl | None, *tensors: Tensor | None, operation: str = "") -> Impl:
     """Decide which implementation runs on ``tensors``.
 
     Args:
-        impl: "triton", "reference", or None: Triton for CUDA tensors, the reference otherwise.
+        impl: "triton", "reference", or None: Triton for CUDA tensors where it is installed,
+            the reference otherwise.
         tensors: every tensor of the call, of any shape and dtype, the first not None.
+        operation: name of the function, for :func:`replace_operations`.
 
     Returns:
         "triton" or "reference".
@@ -61,12 +77,12 @@ def choose(impl: Impl | None, *tensors: Tensor | None) -> Impl:
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ValueError(f"all tensors must be on one device, got {device} and {tensor.device}")
-    on_cuda = device.type == "cuda"
+    on_cuda = tensors[0].is_cuda
     if impl is None:
-        impl = "triton" if on_cuda else "reference"
-    if impl == "reference":
-        return impl
-    if not _HAS_TRITON:
+        impl = "triton" if on_cuda and HAS_TRITON else "reference"
+    if impl == "reference" or operation in _replaced:
+        return "reference"
+    if not HAS_TRITON:
         raise ValueError(
             'impl="triton" needs the triton package, which is not installed; '
             'install it or pass impl="reference"'

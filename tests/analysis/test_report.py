@@ -16,6 +16,7 @@ from arat_fast.cli import main
 from arat_fast.config import AnalyzeConfig
 from arat_fast.report import write_report
 from arat_fast.report.analysis_words import analysis_sentences
+from benchmarks import gradient_conflict
 
 SMALL = "--num-images 20 --num-steps 2 --num-restarts 2 --num-queries 5 --device cpu"
 PARTS = ("gradient-conflict", "mixture", "masking")
@@ -129,6 +130,7 @@ def test_names_are_short_and_different(tmp_path: Path) -> None:
         (0.60, -0.3, 0.01, "gradient conflict"),
         (0.475, 0.1, 0.01, "neither"),
         (0.30, -0.1, 0.01, "neither"),
+        (0.30, 0.001, 0.01, "neither"),
         (0.30, 0.4, 0.5, "neither"),
         # One batch gives no verdict.
         (0.30, 0.4, None, None),
@@ -137,7 +139,7 @@ def test_names_are_short_and_different(tmp_path: Path) -> None:
 def test_words_on_conflict_follow_the_numbers(
     share: float, cosine: float, std: float | None, verdict: str | None
 ) -> None:
-    pair = {"share": share, "share_std": std, "cosine": cosine}
+    pair = {"share": share, "share_std": std, "cosine": cosine, "cosine_std": std}
     counts = {"unrelated": 0.48, "entries": 1000, "num_batches": 4}
     words = analysis_sentences({"gradient-conflict": {"pairs": {"classification": pair}, **counts}})
     assert words[1:] == [] if verdict is None else verdict in words[1]
@@ -159,3 +161,25 @@ def test_words_on_mixture_name_the_worst_layer() -> None:
     (sentence,) = analysis_sentences({"mixture": record})
     assert "0.250" in sentence and "bn2 with 0.400" in sentence and "0.125" in sentence
     assert not analysis_sentences({})
+
+
+def test_the_measurement_of_a_comparison(
+    analysed: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gradient_conflict, "RESULTS", tmp_path / "results")
+    folder = analysed[0].parent
+    for names in (["arat"], ["arat", "at"]):
+        methods = [{"label": name, "title": name.upper()} for name in names]
+        cells = [{"label": name, "run": name} for name in names]
+        record = {"format": 1, "methods": methods, "cells": cells}
+        (folder / "comparison.json").write_text(json.dumps(record))
+        if "at" in names:
+            with pytest.raises(ValueError, match="at has no gradient conflict"):
+                gradient_conflict.main(folder)
+        else:
+            gradient_conflict.main(folder)
+            assert "| ARAT |" in capsys.readouterr().out
+            assert len(list((tmp_path / "results").glob("*.png"))) == 3

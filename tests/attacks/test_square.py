@@ -47,8 +47,7 @@ def images(model: nn.Module, count: int, channels: int) -> tuple[Tensor, Tensor]
         return x, model(x).argmax(dim=1)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("rescale_schedule", [False, True])
+@pytest.mark.parametrize(("channels", "rescale_schedule"), [(1, False), (3, True)])
 def test_same_examples_as_the_reference_code(channels: int, rescale_schedule: bool) -> None:
     model = network(channels)
     x, y = images(model, 24, channels)

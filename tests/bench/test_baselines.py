@@ -19,17 +19,21 @@ from benchmarks.workload import (
     LEARNING_RATE,
     MOMENTUM,
     WEIGHT_DECAY,
+    WIDE_RESNETS,
     Workload,
 )
 
 TINY = [
     Workload("resnet8", batch_size=4, image_size=8, num_steps=2),
-    Workload("wrn34-10", batch_size=4, image_size=8, num_steps=2, width=0.1),
+    Workload("wrn34-10", batch_size=4, image_size=8, num_steps=2),
 ]
 
 
 @pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.model)
-def test_naive_computes_the_terms_of_our_step(workload: Workload) -> None:
+def test_naive_computes_the_terms_of_our_step(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WIDE_RESNETS, "wrn34-10", (34, 1))
     torch.manual_seed(0)
     network = randomize(workload.network().double())
     objective = ARAT(network, workload.layers, workload.image_shape, gamma=workload.gamma).double()

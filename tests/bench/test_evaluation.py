@@ -64,14 +64,14 @@ def test_record(tmp_path: Path) -> None:
 
 
 def test_every_round_has_its_own_seconds_by_attack(tmp_path: Path) -> None:
-    entry, problems = measured(tmp_path, fast_only=True, rounds=3)
-    assert not problems and len(entry["fast_round_seconds"]) == 3
+    entry, problems = measured(tmp_path, fast_only=True, rounds=2)
+    assert not problems and len(entry["fast_round_seconds"]) == 2
     rounds = zip(entry["fast_round_seconds"], entry["fast_round_seconds_by_attack"], strict=True)
     for seconds, by_attack in rounds:
         assert by_attack and 0 < sum(by_attack.values()) <= seconds
 
 
-@pytest.mark.parametrize("differs", [False, True])
+@pytest.mark.parametrize("differs", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_different_robust_sets_fail(
     tmp_path: Path, differs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +88,7 @@ def test_different_robust_sets_fail(
         assert entry["speedup"] == entry["plain_seconds"] / entry["fast_seconds"]
 
 
+@pytest.mark.slow
 def test_the_reference_code_is_pyautoattack() -> None:
     model, images = network()
     threat = ThreatModel(0.05)

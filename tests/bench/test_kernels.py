@@ -17,8 +17,8 @@ from benchmarks.kernels import Options
 
 CASES = [
     partial(kernels.cosine, num=8, widths=(4, 6)),
-    partial(kernels.batch_assembly, num=3, split=False),
-    partial(kernels.batch_assembly, num=3, split=True),
+    partial(kernels.batch_assembly, num=3),
+    partial(kernels.parts, num=3),
     partial(kernels.loss_gradient, num=4, num_classes=5),
     partial(kernels.affine, shape=(2, 3, 4, 4), backward=False),
     partial(kernels.affine, shape=(2, 3, 4, 4), backward=True),

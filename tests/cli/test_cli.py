@@ -232,11 +232,17 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--attack.eps" in settings and "8/255" in settings and "``" not in settings
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "data --help", "eval --help"])
-def test_help_waits_for_no_library(arguments: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "libraries"),
+    [
+        *((a, {"torch", "matplotlib", "numpy"}) for a in ("--help", "--version", "eval --help")),
+        ("train digits --help", {"triton", "matplotlib", "scipy", "torchvision"}),
+    ],
+)
+def test_help_waits_for_no_library(arguments: str, libraries: set[str]) -> None:
     program = (
         "import sys; from arat_fast.cli import main; main(sys.argv[1:])\n"
-        "sys.exit(', '.join({'torch', 'matplotlib', 'numpy'} & set(sys.modules)) or None)"
+        f"sys.exit(', '.join({libraries} & set(sys.modules)) or None)"
     )
     command = [sys.executable, "-c", program, *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -18,12 +18,9 @@ from arat_fast.compare.plan import (
     plan_to_dict,
     read_record,
 )
-from arat_fast.compare.runner import find_source, same_training, share_training
-from arat_fast.config import config_to_dict
 from arat_fast.files import write_json
 from arat_fast.objectives import TRADES
 from arat_fast.recipes import RECIPES, recipe
-from arat_fast.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -213,41 +210,3 @@ def test_files_that_are_no_comparison(content: str, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(content)
     with pytest.raises(ValueError, match=RECORD):
         read_record(tmp_path)
-
-
-def test_training_is_shared_only_where_it_is_the_same() -> None:
-    base = apply_overrides(recipe("digits"), ["--average.kind", "none"])
-    cells = make_plan(base, choose_methods(["arat", "arat+swa", "at"]), (0, 1)).cells()
-    sources = {cell.run: find_source(cell, cells) for cell in cells}
-    found = {run: source.run for run, source in sources.items() if source is not None}
-    assert found == {"arat-seed0": "arat+swa-seed0", "arat-seed1": "arat+swa-seed1"}
-    swa = apply_overrides(base, ["--average.kind", "swa"])
-    assert same_training(swa, base)
-    assert not same_training(swa, apply_overrides(base, ["--optimizer.lr", "0.05"]))
-    assert not same_training(base, swa)
-    # The EMA is evaluated during training, so the files of the run would differ.
-    assert not same_training(apply_overrides(base, ["--average.kind", "ema"]), base)
-
-
-def test_what_is_evaluated_may_have_changed_since_the_shared_training(tmp_path: Path) -> None:
-    plain = apply_overrides(tiny_config(), ["--average.kind", "none"])
-    averaging = apply_overrides(tiny_config(), ["--average.kind", "swa"])
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "metrics.jsonl").write_text("line\n")
-    state = {
-        "run": {"config": config_to_dict(averaging)},
-        "average": {"model": {}},
-        "hooks": {"metrics.jsonl": {"bytes": 5}},
-    }
-    save_checkpoint(source / CHECKPOINT, state)
-    evaluated = apply_overrides(plain, ["--eval.max-samples", "0"])
-    assert share_training(source, tmp_path / "target", evaluated)
-    written = load_checkpoint(tmp_path / "target" / CHECKPOINT)
-    assert written["run"]["config"] == config_to_dict(evaluated)
-    assert written["average"]["model"] is None
-    with pytest.raises(ValueError, match="optimizer.lr"):
-        share_training(
-            source, tmp_path / "other", apply_overrides(plain, ["--optimizer.lr", "0.5"])
-        )
-    assert not (tmp_path / "other").exists()

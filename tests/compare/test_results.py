@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from arat_fast.compare.command import write_comparison
 from arat_fast.compare.methods import choose_methods
 from arat_fast.compare.plan import Plan, PlannedMethod, plan_to_dict, read_record
-from arat_fast.compare.plane import describe_plane, plane
+from arat_fast.compare.plane import plane
 from arat_fast.compare.results import evaluate_record, notes
 from arat_fast.compare.tables import comparison_page, latex_text, to_latex, to_markdown
 from arat_fast.config import config_to_dict
@@ -54,7 +55,6 @@ def make_record(counts: dict[str, list[tuple[int, int, int]]]) -> dict[str, Any]
                 "status": "finished",
                 "command": f"arat-fast train digits --seed {cell.seed}",
                 "config": config_to_dict(cell.config),
-                "shared_training": None,
                 "accuracy": {
                     name: {"value": n / 360, "correct": n, "num_samples": 360}
                     for name, n in found.items()
@@ -79,9 +79,14 @@ def make_record(counts: dict[str, list[tuple[int, int, int]]]) -> dict[str, Any]
     }
 
 
-@pytest.fixture
-def record() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
     return make_record(COUNTS)
+
+
+@pytest.fixture
+def record(made: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(made)
 
 
 def test_mean_and_deviation_over_seeds(record: dict[str, Any]) -> None:
@@ -170,8 +175,7 @@ def test_natural_training_counts_where_the_run_made_it(teacher: str | None, seco
 
 def test_nothing_finished() -> None:
     record = make_record({"at": [(1, 1, 1)]})
-    record["cells"][0] = {"label": "at", "seed": 0, "run": "at-seed0", "status": "pending",
-                          "shared_training": None}  # fmt: skip
+    record["cells"][0] = {"label": "at", "seed": 0, "run": "at-seed0", "status": "pending"}
     results = evaluate_record(record)
     assert plane(results) is None
     assert "| AT | 0 | 23 × 26 |" in to_markdown(results)
@@ -202,9 +206,9 @@ def test_latex(record: dict[str, Any]) -> None:
 
 
 def test_every_mark_of_the_plane_is_named(record: dict[str, Any]) -> None:
-    figure = plane(evaluate_record(record))
-    assert figure is not None
-    (axes,), (legend,) = figure.axes, figure.legends
+    plot = plane(evaluate_record(record))
+    assert plot is not None
+    (axes,), (legend,) = plot.figure.axes, plot.figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     # Far to the left of all others: numbers in the legend, and the axis stays with the others.
     assert names[0].startswith("Natural") and "99.4" in names[0] and "1.1" in names[0]
@@ -212,8 +216,7 @@ def test_every_mark_of_the_plane_is_named(record: dict[str, Any]) -> None:
     assert len(axes.containers) == len(COUNTS) - 1
     assert axes.get_xlim()[0] > 80 and axes.get_ylim()[1] <= 101
     assert any(re.fullmatch(r"sum [\d.]+", text.get_text()) for text in axes.texts)
-    described = describe_plane(evaluate_record(record))
-    assert "AT clean 98.6, robust 88.8" in described and "Natural" in described
+    assert "AT clean 98.6, robust 88.8" in plot.alt and "Natural" in plot.alt
 
 
 def test_without_autoattack_the_attack_that_was_run_is_named() -> None:
@@ -224,9 +227,9 @@ def test_without_autoattack_the_attack_that_was_run_is_named() -> None:
     assert results.metrics == ("clean", "pgd20")
     text = comparison_page(results)
     assert "AutoAttack" not in text and "clean and PGD-20 accuracy" in text
-    figure = plane(results)
-    assert figure is not None
-    for low, high in (figure.axes[0].get_xlim(), figure.axes[0].get_ylim()):
+    plot = plane(results)
+    assert plot is not None
+    for low, high in (plot.figure.axes[0].get_xlim(), plot.figure.axes[0].get_ylim()):
         assert -2 <= low < high <= 102
 
 

@@ -178,8 +178,8 @@ LABELS = torch.tensor([0, 1, 2, 2])
         (IMAGES[:0], LABELS[:0], 255, "empty"),
         (IMAGES, LABELS[:3], 255, "labels"),
         (IMAGES, LABELS.float(), 255, "int64"),
-        (IMAGES, torch.tensor([0, 1, 2, 3]), 255, "from 0 to 3"),
-        (IMAGES, torch.tensor([0, -1, 2, 2]), 255, "from -1 to 2"),
+        (IMAGES, torch.tensor([0, 1, 2, 3]), 255, "image 3: .* got 3"),
+        (IMAGES, torch.tensor([0, -1, 2, 2]), 255, "image 1: .* got -1"),
         (IMAGES, LABELS, 16, "got 17"),
     ],
 )

@@ -19,6 +19,7 @@ from arat_fast.data.dali import (
     as_tensor,
     image_pipeline,
 )
+from arat_fast.datasets.decoding import decode_image
 from arat_fast.datasets.encoded import FileImages
 
 pytestmark = needs_dali
@@ -128,12 +129,27 @@ def test_a_file_cut_below_the_part_that_is_decoded_is_named(
         assert len(list(batches.epoch(0))) == 1
 
 
-def test_a_file_that_only_pillow_reads_is_named(tmp_path: Path) -> None:
-    source = files(tmp_path, 7)
-    path = source.samples[5][0]
-    picture(1).save(path, "GIF")
-    with refused(f"{path}.*dataloader reads it; DALI says: ."):
-        list(make(source).epoch(0))
+def test_what_dali_refuses_is_decoded_by_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GIF stands for files whose headers promise what DALI can decode."""
+    source = files(tmp_path, 20, ".png")
+    for index in (3, 8, 9):
+        picture(1).save(source.samples[index][0], "GIF")
+    plan = BatchPlan(20, 6, shuffle=True)
+    expected = LoaderBatches(source, ("a", "b"), plan, RESIZED, device=CPU)
+    unseen: list[str] = []
+
+    def for_dali(content: bytes, name: str) -> tuple[bytes, int, int]:
+        unseen.append(name)
+        height, width, _ = decode_image(content, name).shape
+        return content, height, width
+
+    monkeypatch.setattr("arat_fast.data.dali.for_dali", for_dali)
+    batches = make(source, shuffle=True)
+    for epoch in (0, 0, 1):
+        assert same(batches.epoch(epoch), expected.epoch(epoch))
+    assert unseen[-17:] and not {str(source.samples[i][0]) for i in (3, 8, 9)} & set(unseen[-17:])
 
 
 def test_an_error_that_is_not_the_files_blames_none(

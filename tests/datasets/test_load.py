@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +159,9 @@ def sized(size: int) -> Callable[[dict[str, Any]], None]:
         ("cifar10", {"edit": sized(24)}, "cifar10 as published"),
         ("cifar10", {"edit": sized(64)}, "cifar10 as published"),
         ("cifar100", {"name": "cifar100", "edit": sized(64)}, "240 images"),
-        ("cifar10", {"edit": labelled(10)}, "0 to 10"),
-        ("cifar10", {"edit": labelled(-1)}, "-1 to 9"),
-        ("svhn", {"labels": [1, 2, 11]}, "from 1 to 11"),
+        ("cifar10", {"edit": labelled(10)}, "image 2: .* got 10"),
+        ("cifar10", {"edit": labelled(-1)}, "image 2: .* got -1"),
+        ("svhn", {"labels": [1, 2, 11]}, "image 2: .* got 11"),
         ("svhn", {"size": 28}, "28x28x3"),
         ("svhn", {"labels": [4]}, "at least 2"),
     ],
@@ -178,7 +178,7 @@ def test_content_that_does_not_fit_is_named(
     ("change", "message"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-5]), "records of 3073"),
-        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]), "0 to 255"),
+        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]), "got 255"),
         (lambda path: path.unlink(), "data_batch_2.bin"),
     ],
 )
@@ -232,7 +232,8 @@ def test_imagenette_as_published(published: Any, tmp_path: Path) -> None:
         (lambda root: None, {"num_val": 11}, "at most 10 .* got 11"),
         (lambda root: (root / "train").rename(root / "t"), {}, "train.*--data.download"),
         (lambda root: (root / "train/n03000684").rename(root / "t"), {}, "n03000684.*got none"),
-        (lambda root: (root / "val/n99999999").mkdir(), {}, "got n99999999"),
+        (lambda root: (root / "val/n03000684").rename(root / "val/n9"), {}, "n03000684.*got none"),
+        (lambda root: shutil.copytree(root / "val", root / "val/n9"), {}, "n9: .*20 files"),
         (lambda root: None, {"image_size": 0}, "image_size"),
     ],
 )
@@ -381,10 +382,16 @@ def test_download_of_another_file_is_refused(tmp_path: Path, mirror: Any) -> Non
     assert not (tmp_path / "cifar-10-batches-py").exists()
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "sibling", "link", "hard link", "cut"])
-@pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        *((suffix, k) for suffix in (".tar.gz", ".zip") for k in ("parent", "absolute", "sibling")),
+        *((".tar.gz", kind) for kind in ("link", "hard link", "cut")),
+        (".zip", "cut"),
+    ],
+)
 def test_an_archive_writes_nothing_outside_its_folder(
-    tmp_path: Path, kind: str, suffix: str
+    tmp_path: Path, suffix: str, kind: str
 ) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     root.mkdir()
@@ -405,10 +412,7 @@ def test_an_archive_writes_nothing_outside_its_folder(
             tar.addfile(member)
     if kind == "cut":
         archive.write_bytes(archive.read_bytes()[:-30])
-    with suppress(ValueError):
+    with refused("outside|alone|link|absolute|reading it fails"):
         unpack(archive, root / "data")
-        assert (root / "data" / "good").read_bytes() == b"good"
-        assert kind != "cut"
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
-    assert {path.name for path in root.iterdir()} <= {archive.name, "data"}
-    assert not any(path.is_symlink() for path in root.rglob("*"))
+    assert [path.name for path in root.iterdir()] == [archive.name]

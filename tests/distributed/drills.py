@@ -20,15 +20,18 @@ from typing import Any, BinaryIO
 
 import torch
 from tiny import OPTIONS
+from torch import Tensor
 
 import arat_fast.distributed.watch as watch_module
 import arat_fast.report
 import arat_fast.run.loop as loop_module
 import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.cli import main as command_line
+from arat_fast.data.plan import Place
 from arat_fast.display import SuiteProgress, Unit
 from arat_fast.run.hooks import Hook
 from arat_fast.run.state import Run
+from arat_fast.training.values import Values
 
 STEPS_PER_EPOCH = 4
 BASE = ["train", "digits", *OPTIONS, "--eval.max-samples", "8", "--train.eval-every", "0"]
@@ -48,6 +51,7 @@ class Drill:
         out: folder of the run.
         extra: further arguments of the command line.
         first_attempt_only: torchrun's restarts are spared.
+        watched: every rank writes what each step is given, :class:`Watch`.
     """
 
     accident: str = "none"
@@ -56,6 +60,7 @@ class Drill:
     out: str = ""
     extra: tuple[str, ...] = ()
     first_attempt_only: bool = False
+    watched: bool = False
 
 
 class Accident(Hook):
@@ -131,6 +136,30 @@ class Accident(Hook):
         return broken
 
 
+class Watch(Hook):
+    """Writes into ``OUT.seen``, for each step and rank, what the step is given: samples, crops, the
+    generator of its random start, and before the first one the whole state."""
+
+    def __init__(self, drill: Drill) -> None:
+        self.folder = Path(f"{drill.out}.seen")
+
+    def begin(self, run: Run) -> None:
+        self.folder.mkdir(exist_ok=True)
+        step, first = run.step.from_indices, run.progress.step
+
+        def watched(index: Tensor, draws: Tensor, *, place: Place) -> Values:
+            assert run.step.generator is not None
+            seen: dict[str, Any] = {"index": index, "draws": draws, "first": place.first}
+            seen["generator"] = run.step.generator.get_state()
+            if run.progress.step == first:
+                names = ("model", "objective", "optimizer", "average")
+                seen["state"] = {name: run.parts[name].state_dict() for name in names}
+            torch.save(seen, self.folder / f"step{run.progress.step}-rank{run.ranks.rank}.pt")
+            return step(index, draws, place=place)
+
+        run.step.from_indices = watched  # type: ignore[method-assign, assignment]
+
+
 def run(drill: Drill) -> int:
     """Run ``arat-fast train`` in this process; its exit code."""
     # The report would be most of the time.
@@ -138,8 +167,10 @@ def run(drill: Drill) -> int:
     # A process is lost sooner than outside of tests.
     watch_module.BEAT_SECONDS, watch_module.LOST_SECONDS = 0.2, 1.5
     spared = drill.first_attempt_only and os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
+    hooks: list[Hook] = [Watch(drill)] if drill.watched else []
     if drill.accident != "none" and not spared:
-        loop_module.train = functools.partial(loop_module.train, hooks=[Accident(drill)])
+        hooks.append(Accident(drill))
+    loop_module.train = functools.partial(loop_module.train, hooks=hooks)
     return command_line([*BASE, *drill.extra, "--out", drill.out, "--resume"])
 
 

@@ -46,7 +46,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         calls.append(backend)
         raise JoinedError
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", group)

@@ -193,14 +193,22 @@ def test_torchattacks10_is_the_reference_code_with_ten_steps(linear: nn.Module) 
         autoattack(linear, images, threat, batch_size=40, version="plus")  # type: ignore[arg-type]
 
 
-def test_random_states_and_gradients_are_left_alone(linear: nn.Module) -> None:
-    """And where all are broken early, the rest is skipped."""
+def test_random_states_and_gradients_are_left_alone(
+    linear: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where all are broken early, the rest is skipped; cuDNN times no algorithms for batches
+    that shrink."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    searches = set()
+    watched = linear.register_forward_hook(lambda *_: searches.add(torch.backends.cudnn.benchmark))
     linear.zero_grad()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     ran = set()
     result = autoattack(
         linear, digits(10), ThreatModel(0.9), batch_size=10, progress=lambda *told: ran.add(told[0])
     )
+    watched.remove()
+    assert searches == {False} and torch.backends.cudnn.benchmark
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2][1])

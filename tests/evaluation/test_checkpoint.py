@@ -19,7 +19,7 @@ from tiny import tiny_config
 
 from arat_fast.display import Display
 from arat_fast.evaluation import checkpoint as module
-from arat_fast.evaluation.record import writing
+from arat_fast.files import alone
 from arat_fast.models import create_model
 from arat_fast.run.loop import train
 from arat_fast.saved import save_safetensors
@@ -287,7 +287,7 @@ def test_one_writes_at_a_time(tmp_path: Path) -> None:
     path.write_text("0")
 
     def add(_: int) -> None:
-        with writing(path):
+        with alone(tmp_path / ".lock"):
             number = int(path.read_text())
             time.sleep(0.002)
             path.write_text(str(number + 1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +204,33 @@ def test_batches_that_are_done_already_change_nothing(tmp_path: Path) -> None:
     assert torch.equal(resumed.x_adv, whole.x_adv) and torch.equal(resumed.correct, whole.correct)
     assert resumed.details == whole.details
     assert (whole.details["precision"], whole.details["batch_size"]) == ("float32", 10)
+
+
+@pytest.mark.parametrize(("batch", "every_layer"), [(8, False), (400, True)])
+def test_a_signal_is_heard_between_layers_of_a_large_batch(batch: int, every_layer: bool) -> None:
+    """Forward and backward; of a small one, between the passes."""
+    network = nn.Sequential(nn.Flatten(), *(nn.Linear(192, 192) for _ in range(6)))
+    calls = 0
+
+    class Stop(BaseException):
+        pass
+
+    def check(limit: int = 10**9) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            raise Stop
+
+    images = ImageSet(torch.rand(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.int64), ("a", "b"))
+    attack: dict[str, Any] = {"num_steps": 1, "alpha": 0.01, "batch_size": batch}
+    expected = pgd_accuracy(network, images, ThreatModel(0.03), **attack)
+    got = pgd_accuracy(network, images, ThreatModel(0.03), **attack, check=check)
+    assert torch.equal(got.x_adv, expected.x_adv)
+    assert not any(module._forward_hooks for module in network.modules())
+    # Three passes of eight modules, and one backward.
+    assert calls == (4 * 8 if every_layer else 3)
+    for limit in range(1, calls + 1):
+        calls = 0
+        with pytest.raises(Stop):
+            pgd_accuracy(network, images, ThreatModel(0.03), **attack, check=partial(check, limit))
+        assert calls == limit

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from kernels.operations import (
+
+from arat_kernels.checks import (
     SLACK,
     Norm,
     Operation,
@@ -24,8 +25,8 @@ from kernels.operations import (
     distance,
     start,
     step,
+    upstream,
 )
-from kernels.support import upstream
 
 Run = Callable[[Operation, Tensors], Tensors]
 NORMS = ("Linf", "L2")
@@ -202,7 +203,7 @@ def starts_follow_seed_and_offset(run: Run) -> None:
 
 
 def unknown_index(run: Run) -> None:
-    for output in ({}, {"dtype": torch.bfloat16, "split": True}):
+    for output in ({}, {"dtype": torch.bfloat16}):
         operation = crops((4, 3, 5, 5), 4, **output)
         tensors = operation.make(2, torch.float32)
         tensors["index"] = torch.tensor([0, 4, -1, 3])

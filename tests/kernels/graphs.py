@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernels.operations import Tensors
+
+from arat_kernels.checks import Tensors
 
 
 def capture(function: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:

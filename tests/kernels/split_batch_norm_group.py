@@ -1,22 +1,15 @@
-"""Two processes against one that has both their batches.
-
-Called as ``python split_batch_norm_group.py RANK FOLDER IMPL`` it is one of the processes, and
-writes its results to ``FOLDER/RANK.pt``. Rank 1 has no clean sample.
-"""
+"""Two processes against one that has both their batches. Rank 1 has no clean sample."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from kernels.operations import Norm, Tensors
-from kernels.support import randn
+from distributed import jobs
 
+from arat_kernels.checks import Norm, Tensors, randn
 from arat_kernels.split_batch_norm import SplitBatchNorm2d, split_batch_norm, use_branch
 
 WHOLE = Norm((3, 5), channels=4, height=3, width=2)
@@ -58,18 +51,18 @@ def results(part: slice, sizes: tuple[int, int], impl: Any, group: Any) -> Tenso
     return {name: t.detach() for name, t in found.items()}
 
 
+def as_rank(folder: Path, impl: str) -> None:
+    """One of the processes; its results are written to ``folder/RANK.pt``."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.save(results(*PARTS[rank], impl, dist.group.WORLD), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def check_two_processes(folder: Path, impl: str) -> None:
     """Run both, then one process on the whole batch, and compare."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, rank, str(folder), impl], env=environment)
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [process.wait(timeout=280) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = jobs.start(as_rank, (folder, impl), 2, folder)
+    assert jobs.wait(processes) == [0, 0], jobs.printed(folder)
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name, expected in results(slice(None), WHOLE.sizes, "reference", None).items():
         if name in ("dweight", "dbias"):
@@ -80,12 +73,3 @@ def check_two_processes(folder: Path, impl: str) -> None:
             got = [torch.cat([first[name], second[name]])]
         for value in got:
             torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8, msg=name)
-
-
-if __name__ == "__main__":
-    given_rank, given_folder, given_impl = sys.argv[1:]
-    store = f"file://{given_folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=int(given_rank), world_size=2)
-    own = results(*PARTS[int(given_rank)], given_impl, dist.group.WORLD)
-    torch.save(own, Path(given_folder, f"{given_rank}.pt"))
-    dist.destroy_process_group()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from kernels.support import randn
 
+from arat_kernels.checks import randn
 from arat_kernels.cosine_invariance import cosine_invariance
 
 P = [randn((4, 6), 0), randn((4, 3), 1)]

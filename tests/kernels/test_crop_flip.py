@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
-from kernels.support import generator
 
+from arat_kernels.checks import generator
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 
 IMAGES = torch.randint(256, (6, 3, 8, 9), generator=generator(0), dtype=torch.uint8)
@@ -28,21 +27,6 @@ def test_without_draws_is_gather_and_division() -> None:
     got = crop_flip(IMAGES, INDEX, max_value=16, memory_format=torch.contiguous_format)
     assert torch.equal(got, IMAGES[INDEX].float() / 16)
     assert got.is_contiguous()
-
-
-@pytest.mark.parametrize("max_value", [255, 16])
-def test_split_loses_no_perturbation(max_value: float) -> None:
-    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(-1, 3, -1, -1)
-    index = torch.tensor([0])
-    parts = crop_flip(every, index, max_value=max_value, dtype=torch.bfloat16, split=True)
-    assert parts.shape == (1, 8, 16, 16) and parts.dtype == torch.bfloat16
-    assert parts.is_contiguous(memory_format=torch.channels_last)
-    exact = crop_flip(every, index, max_value=max_value)
-    assert torch.equal(parts[:, :3], exact.bfloat16())
-    assert ((parts[:, :3].float() + parts[:, 3:6].float()) - exact).abs().max() <= 2**-16 * (
-        255 / max_value
-    )
-    assert torch.equal(parts[:, 6:], torch.zeros(1, 2, 16, 16, dtype=torch.bfloat16))
 
 
 def test_draws_are_uniform_and_follow_the_state() -> None:

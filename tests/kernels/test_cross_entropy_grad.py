@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.support import generator, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from arat_kernels.checks import generator, randn
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 
 LOGITS = 3 * randn((6, 10), 0)

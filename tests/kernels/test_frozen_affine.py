@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from kernels.support import randn
 
+from arat_kernels.checks import randn
 from arat_kernels.frozen_affine import frozen_affine
 
 X = randn((2, 3, 4, 4), 0)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from arat_fast import doctor
 from benchmarks import gpu as runner
 
 
@@ -37,35 +39,54 @@ def test_outcomes_are_counted_by_module(tmp_path: Path) -> None:
     }
 
 
-def test_a_timeout_costs_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def junit_of(arguments: list[str]) -> Path:
+    (option,) = (a for a in arguments if a.startswith("--junit-xml="))
+    return Path(option.partition("=")[2])
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_a_module_without_a_result_is_left_out_and_what_is_there_is_written(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     tests = tmp_path / "tests" / "kernels" / "gpu"
     tests.mkdir(parents=True)
-    for name in ("broken", "good", "hangs"):
+    for name in ("broken", "good", "nccl"):
         (tests / f"test_{name}.py").touch()
-    given: list[float] = []
+    given: dict[str, float] = {}
 
-    def run_module(arguments: list[str], seconds: float) -> str | None:
-        given.append(seconds)
-        name = Path(arguments[-1]).stem
-        if name == "test_hangs":
-            return "stopped"
-        failure = "<failure/>" if name == "test_broken" else ""
-        case = f'<testsuites><testcase classname="gpu.{name}">{failure}</testcase></testsuites>'
-        Path(arguments[-2].partition("=")[2]).write_text(case)
-        return "ended" if failure else None
+    def run_module(arguments: list[str], seconds: float) -> None:
+        given[Path(arguments[-1]).stem] = seconds
+        if arguments[0] != "pytest":
+            return
+        if arguments[-1].endswith("nccl.py"):
+            # What was measured before is on the disk already.
+            assert "test_good" in out.read_text()
+            raise runner.TimeRanOut("stopped")
+        fails = failing and arguments[-1].endswith("broken.py")
+        case = f'<testcase classname="gpu.{Path(arguments[-1]).stem}">'
+        case += f"{'<failure/>' if fails else ''}</testcase>"
+        junit_of(arguments).write_text(f"<testsuites>{case}</testsuites>")
+        if fails:
+            raise RuntimeError("ended")
 
+    out = tmp_path / "gpu_card.json"
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "run_module", run_module)
-    found, problems = runner.run_tests(time.monotonic() + 90)
-    assert {name: counts["passed"] for name, counts in found.items()} == {
-        "test_broken": 0,
-        "test_good": 1,
-    }
-    assert problems == ["tests of test_broken ended", "tests of test_hangs stopped"]
-    assert given[0] == pytest.approx(60, abs=1) and max(given) <= 91
+    monkeypatch.setattr(runner, "compile_ahead", lambda workers: None)
+    monkeypatch.setattr(runner, "count_gpus", lambda: 1)
+    wrong = {"error": "rms", "share": None}
+    records = {"pgd_step-a": {"error": "", "share": 0.5}, "relu_backward-a": wrong}
+    monkeypatch.setattr(doctor, "last_result", lambda: ({"operations": records}, out))
+    status = runner.run(runner.Options(device="cpu", out=out))
+    assert status == (1 if failing else 3)
+    assert {"doctor", "step_card", "kernels_card"} <= given.keys()
+    # As the heaviest it has what is left, the others twice their share.
+    assert given["test_nccl"] > 2 * given["test_broken"] > 0
+    table = out.with_suffix(".md").read_text()
+    assert re.search(r"test_nccl *\| *left out", table) and "wrong: relu_backward-a: rms" in table
 
 
-def test_a_module_that_fails_or_hangs_is_named(
+def test_a_module_that_fails_or_hangs_is_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "ROOT", tmp_path)
@@ -73,5 +94,7 @@ def test_a_module_that_fails_or_hangs_is_named(
     (tmp_path / "some.py").write_text(
         "import sys, time\ntime.sleep(float(sys.argv[1])) or sys.exit(3)"
     )
-    assert "status 3" in str(runner.run_module(["some", "0"], 60))
-    assert "stopped" in str(runner.run_module(["some", "60"], 0.5))
+    with pytest.raises(RuntimeError, match="status 3"):
+        runner.run_module(["some", "0"], 60)
+    with pytest.raises(runner.TimeRanOut):
+        runner.run_module(["some", "60"], 0.5)

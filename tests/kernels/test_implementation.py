@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.operations import OPERATIONS
 
 from arat_kernels import implementation
+from arat_kernels.checks import OPERATIONS
 from arat_kernels.implementation import choose, interpreting
 
 CPU, META = torch.ones(2), torch.ones(2, device="meta")
@@ -46,7 +46,7 @@ def test_every_operation_refuses_what_it_cannot_run(name: str) -> None:
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation, "_HAS_TRITON", False)
+    monkeypatch.setattr(implementation, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="not installed"):
         choose("triton", CPU)
     assert choose(None, CPU) == "reference"

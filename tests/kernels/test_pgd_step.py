@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.support import few, randn
+from kernels.support import few
 
+from arat_kernels.checks import randn
 from arat_kernels.pgd_step import pgd_step, random_start
 
 X = torch.full((2, 3, 4, 4), 0.5)

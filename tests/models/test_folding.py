@@ -357,3 +357,32 @@ def test_autocast_rounds_everything_but_the_image() -> None:
     assert first.dtype == torch.bfloat16 and other.requires_grad
     stem = next(site for site in folded.modules() if getattr(site, "shortcut", 0) is None)
     assert stem.weight.dtype == torch.float32
+
+
+class OnGpu(Tensor):
+    """Numbers on the CPU that take the way of a GPU."""
+
+    is_cuda = True
+
+
+def test_convolutions_that_cudnn_cannot_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run one operation after the other, and are tried once."""
+    tried: list[torch.Size] = []
+
+    def no_engine(x: Tensor, *_: object) -> Tensor:
+        tried.append(x.shape)
+        raise RuntimeError("GET was unable to find an engine\nfrom a library")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", no_engine)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", no_engine)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    model = randomize(create_model("resnet8", 4, norm="shared"))
+    x = torch.rand(3, 3, 8, 8, generator=generator(1))
+    network = FoldedNetwork(model, x, "reference")
+    expected = network(x)
+    with pytest.warns(UserWarning, match="unable to find an engine") as said:
+        got = network(x.as_subclass(OnGpu))
+    num_tried = len(tried)
+    network(x.as_subclass(OnGpu))
+    assert torch.equal(got.as_subclass(Tensor), expected)
+    assert len(said) == 1 and 0 < num_tried == len(tried)

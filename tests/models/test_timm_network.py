@@ -35,6 +35,7 @@ def test_without_timm_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         create_model("convnext-t", 5, norm="shared")
 
 
+@pytest.mark.slow
 @has_timm
 def test_invariance_loss_and_predictor_train_it() -> None:
     torch.manual_seed(0)

@@ -21,6 +21,9 @@ from arat_fast.objectives import ARAT
 class Functional(nn.Module):
     """Keeps its statistics under names of its own."""
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(8))
@@ -32,6 +35,9 @@ class Functional(nn.Module):
 
 class Own(nn.Module):
     """Computes it itself."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +79,7 @@ def test_layers_left_shared_are_named(kind: str) -> None:
     make, name = SHARED[kind]
     with pytest.warns(SharedBatchNormWarning, match=f": {name};"):
         model = convert_split_batch_norm(make())
-    assert isinstance(model[1], SplitBatchNorm2d)
+    assert isinstance(model.get_submodule("1"), SplitBatchNorm2d)
     with pytest.warns(SharedBatchNormWarning, match=f": {name};"):
         ARAT(model, ["1"], (3, 8, 8))
 
@@ -120,7 +126,7 @@ def hooked() -> nn.Module:
         (lambda: nn.LazyBatchNorm2d(), "LazyBatchNorm2d"),
         (lambda: nn.LazyBatchNorm1d(), "LazyBatchNorm1d"),
         (lambda: nn.LazyBatchNorm3d(), "LazyBatchNorm3d"),
-        (lambda: weight_norm(nn.BatchNorm2d(8), dim=None), "parametri"),
+        (lambda: weight_norm(nn.BatchNorm2d(8), dim=-1), "parametri"),
         (hooked, "hooks"),
     ],
 )
@@ -135,4 +141,4 @@ def test_layers_that_cannot_be_split_are_refused(
 def test_a_lazy_network_that_has_run_is_split() -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(4))
     model(torch.rand(2, 3, 8, 8))
-    assert isinstance(convert_split_batch_norm(model)[1], SplitBatchNorm2d)
+    assert isinstance(convert_split_batch_norm(model).get_submodule("1"), SplitBatchNorm2d)

@@ -298,7 +298,12 @@ def test_a_step_trains_what_is_to_be_trained(name: str) -> None:
     trained = trained_by(model, objective)
     assert len({id(p) for p in trained}) == len(trained)
     step = TrainStep(
-        model, objective, ATTACK, torch.optim.SGD(trained, lr=0.05), generator=generator(6)
+        model,
+        objective,
+        ATTACK,
+        torch.optim.SGD(trained, lr=0.05),
+        precision=torch.float32,
+        generator=generator(6),
     )
     x, _, y = triples(16)
     second = [copy.deepcopy(network.state_dict()) for network in objective.networks()]

@@ -181,6 +181,7 @@ def train(compat: str, steps: int) -> Run:
         objective,
         PGD(bn="batch_update"),
         optimizer,
+        memory_format=torch.contiguous_format,
         noisy_clean=compat == "official",
         check_inputs=True,
     )

@@ -1,4 +1,4 @@
-"""A run beside others: differences, means over seeds, and what cannot be compared."""
+"""A run beside others: differences, and what cannot be compared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_comparison_shows_what_the_method_buys(tmp_path: Path) -> None:
     # Newcombe's interval of 349 and 320 of 360 and of 268 and 262 of 360.
     assert row.cells[0].change_interval == "(+4.4 to +12.0)"
     assert row.cells[2].change_interval == "(−4.8 to +8.1)"
-    assert row.clear == ["Clean"] and not row.mismatches and not found.seeds
+    assert row.clear == ["Clean"] and not row.mismatches
     trade_off, over_epochs = found.plots
     assert "A · ARAT, seed 0" in trade_off.alt and "B PGD-20 ends at" in over_epochs.alt
 
@@ -90,23 +90,11 @@ def test_single_points_are_marked_inside_the_frame(tmp_path: Path) -> None:
     assert len(looks) == 4
 
 
-def test_runs_that_differ_in_the_seed_are_averaged(tmp_path: Path) -> None:
-    runs = [
-        write_fake_run(tmp_path / str(seed), seed=seed, epochs=1, correct=(340 + 5 * seed, 9, 8))
-        for seed in range(3)
-    ]
-    other = write_fake_run(tmp_path / "at", objective="at", epochs=1)
-    (ours, clean), (theirs, alone) = (
-        ("".join(member.letter for member in members), cells[0])
-        for members, cells in compare(*runs, other).seeds
-    )
-    # Clean: 340, 345 and 350 of 360.
-    assert ours == "ABC" and (clean.value, clean.small) == ("95.8", "94.4–97.2")
-    assert theirs == "D" and alone.value == "96.9"
+def test_a_run_without_results_has_empty_cells(tmp_path: Path) -> None:
+    ours, other = (write_fake_run(tmp_path / name, epochs=1) for name in ("ours", "other"))
     for name in ("summary.json", "metrics.jsonl"):
         (other / name).unlink()
-    without = compare(runs[0], other)
-    assert not without.seeds and {cell.value for cell in without.rows[1].cells} == {"–"}
+    assert {cell.value for cell in compare(ours, other).rows[1].cells} == {"–"}
 
 
 def test_the_longest_evaluation_is_compared(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 from tiny import assert_same_end, changed, metric_lines, tiny_config, tiny_trainer
 
+from arat_fast.distributed import Ranks
 from arat_fast.evaluation.evaluate import AttackResult, ImageSet
 from arat_fast.run import hooks
-from arat_fast.run.hooks import Hook, MetricsLog
+from arat_fast.run.hooks import Hook, MetricsLog, Remarks
 from arat_fast.run.loop import train
 from arat_fast.run.state import Run
 from arat_fast.stop import InterruptedRun
@@ -194,3 +195,15 @@ def test_best_needs_validation_images(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "set" / "val")
     with pytest.raises(ValueError, match=r"data\.num_val"):
         tiny_trainer(tmp_path / "other", config)
+
+
+@pytest.mark.parametrize(("sync", "batch", "few"), [(False, 32, 1), (True, 32, 0), (False, 64, 0)])
+def test_few_images_of_a_process_are_said(sync: bool, batch: int, few: int, tmp_path: Path) -> None:
+    config = changed(tiny_config(), "distributed", sync_bn=sync)
+    config = changed(config, "data", batch_size=batch, num_val=1200)
+    run = tiny_trainer(tmp_path, config)
+    # As if a second process had the other half of batches twice as large.
+    run.ranks = Ranks(0, 2)
+    Remarks().begin(run)
+    assert len(run.warnings) == few
+    assert all("--distributed.sync-bn" in warning for warning in run.warnings)

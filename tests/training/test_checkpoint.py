@@ -142,8 +142,9 @@ def test_the_last_are_kept(
         monkeypatch.setattr(os, "link", refuse)
     folder = CheckpointFolder(tmp_path, keep)
     # The same step again takes no place.
-    save(folder, 3, 6, 9, 12, 15, 15)
-    folder.keep_as_best()
+    save(folder, 3, 6, 9, 12, 15)
+    folder.save(15, state(15), lambda: None, best=True)
+    folder.wait()
     before = {f"checkpoint-{number:08}.pt": 3 * number for number in (4, 3, 2)[: keep - 1]}
     assert names(tmp_path) == sorted([*ends("", "-best"), *before])
     assert step_in(tmp_path / "checkpoint.pt") == step_in(tmp_path / "checkpoint-best.pt") == 15
@@ -248,13 +249,11 @@ def test_damaged_files_do_not_stay(
 
 
 def test_kept_before_the_newest_was_replaced(tmp_path: Path) -> None:
-    """A process killed in between leaves one file with two names; and files half-made."""
+    """A process killed in between leaves one file with two names, and half of the next."""
     save(CheckpointFolder(tmp_path, 2), 3)
     os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-00000001.pt")
-    for name in (".checkpoint.pt.a1", ".checkpoint-00000001.pt.new", ".checkpoint-best.pt.b2"):
-        (tmp_path / name).touch()
+    (tmp_path / ".checkpoint.pt.new").write_bytes(b"half" * 10_000)
     folder = CheckpointFolder(tmp_path, 2)
-    folder.remove_leftovers()
     assert found_step(folder) == 3
     save(folder, 6)
     assert names(tmp_path) == ends("-00000001", "")

@@ -51,7 +51,7 @@ def test_warm_up_is_linear_and_changes_nothing_after_it(name: str) -> None:
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 0.5), ("sqrt", 0.5**0.5)])
 def test_learning_rate_follows_the_batch(scaling: str, factor: float) -> None:
-    config = changed(tiny_config(), "optimizer", lr_scaling=scaling, base_batch=128)
+    config = changed(tiny_config(), "optimizer", lr_scaling=scaling, base_batch=32)
     assert config.peak_lr == pytest.approx(factor * config.optimizer.lr)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from networks import Operations, generator
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from arat_fast.attacks import PGD
 from arat_fast.data import BatchPlan, ResidentBatches, Shift
 from arat_fast.models import MODELS, convert_split_batch_norm, create_model, use_statistics
-from arat_fast.models.layers import StemConv2d, protect_stem
+from arat_fast.models.layers import StemConv2d, protect_stem, split_stems
 from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
 from arat_fast.training.graph import make_capturable
 from arat_fast.training.step import TrainStep
 from arat_fast.training.values import Values
+from arat_kernels.image_parts import image_parts
 
 BOTH_STATISTICS = pytest.mark.parametrize("bn", ["batch", "running"])
 LAYERS = MODELS["resnet8"].regularized_layers
@@ -48,7 +50,7 @@ def step_of(
 ) -> TrainStep:
     parameters = [*model.parameters(), *objective.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    options = {"generator": generator(3), **options}
+    options = {"generator": generator(3), "precision": torch.float32, **options}
     return TrainStep(model, objective, attack, optimizer, **options)
 
 
@@ -229,6 +231,12 @@ def test_weights_are_cast_once_a_step(bn: str) -> None:
         for name, args, options in operations.seen
         if name == "_to_copy" and options.get("dtype") == torch.bfloat16
     ]
+    # The folded ones are rounded as they are stored.
+    casts += [
+        tuple(args[0].shape)
+        for name, args, options in operations.seen
+        if name == "mul" and "out" in options and options["out"].dtype == torch.bfloat16
+    ]
     # All but the stem's; with folding, once for the attack and once for the training pass.
     weights = [
         tuple(module.weight.shape)
@@ -257,6 +265,32 @@ def test_the_stem_of_any_network_keeps_the_perturbation() -> None:
     step(x, torch.arange(4))
     # [x; x_adv] of the training pass: the image itself, not its rounding.
     assert seen[-1].dtype == torch.float32 and torch.equal(seen[-1][:4], x)
+
+
+def test_a_stem_of_parts_sees_the_perturbation() -> None:
+    """What an attack moves by 2^-12 and less is in the output and in the weight's gradient, which
+    bfloat16 would round away; the weight alone is rounded."""
+    torch.manual_seed(0)
+    stem = StemConv2d(3, 8, 3, padding=1, bias=False)
+    rounded = stem.weight.detach().bfloat16().double()
+    x = 0.25 + 0.5 * torch.rand(2, 3, 6, 6, generator=generator(1)).bfloat16().float()
+    moved = (x + 2.0**-13).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), split_stems([nn.Sequential(stem)]):
+        with torch.autocast("cpu", enabled=False):
+            weight, parts = stem.split_weight.double(), image_parts(moved).double()  # type: ignore[union-attr]
+        seen = F.conv2d(parts, weight, padding=1)
+        y = stem(moved)
+        dx, dweight = torch.autograd.grad(y, (moved, stem.weight), torch.ones_like(y))
+    assert stem.split_weight is None and y.dtype == torch.bfloat16
+    exact = F.conv2d(moved.double(), rounded, padding=1)
+    bound = F.conv2d(moved.double(), rounded.abs(), padding=1)
+    assert ((seen - exact).abs() <= 2.0**-16 * bound).all()
+    assert ((y - exact).abs() <= 2.0**-8 * bound).all()
+    ones = torch.ones_like(exact)
+    expected = torch.nn.grad.conv2d_input(x.shape, rounded, ones, padding=1)
+    torch.testing.assert_close(dx.double(), expected, rtol=2.0**-7, atol=2.0**-7)
+    expected = torch.nn.grad.conv2d_weight(moved.double(), rounded.shape, ones, padding=1)
+    torch.testing.assert_close(dweight.double(), expected, rtol=2.0**-7, atol=0)
 
 
 class OwnConv2d(nn.Conv2d):
@@ -301,7 +335,9 @@ def test_a_torchvision_network(
     model = convert_split_batch_norm(torchvision.models.resnet18(num_classes=4))
     objective = ARAT(model, layers, (3, 32, 32), gamma=1.0)
     parameters = [*model.parameters(), *objective.parameters()]
-    step = TrainStep(model, objective, PGD(num_steps=1, bn=bn), optimizer(parameters))
+    step = TrainStep(
+        model, objective, PGD(num_steps=1, bn=bn), optimizer(parameters), precision=torch.float32
+    )
     objective.start_epoch(0.5)
     x, y = batch(size=32)
     before = copy.deepcopy(model.state_dict())

@@ -83,7 +83,10 @@ def cosine_invariance(
     if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be finite and > 0, got {eps}")
     stopped = [target.detach() for target in targets]
-    if impl != "reference" and choose(impl, *predictions, *targets) == "triton":
+    if (
+        impl != "reference"
+        and choose(impl, *predictions, *targets, operation="cosine_invariance") == "triton"
+    ):
         from arat_kernels.cosine_invariance.triton import forward
 
         if kinds[1] not in (kinds[0], torch.float32):

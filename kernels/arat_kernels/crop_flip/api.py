@@ -26,7 +26,6 @@ def crop_flip(
     max_value: float = 255.0,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.channels_last,
-    split: bool = False,
     impl: Impl | None = None,
 ) -> Tensor:
     """Gather images by index, crop them at random places of their zero-padded selves, mirror some,
@@ -36,11 +35,6 @@ def crop_flip(
     in the batch, the same on every device (:func:`draw_crop_flip`), or given as ``offsets``; with
     neither, images are only gathered and converted. ``rng`` is read on the device and not changed:
     advance it after use (``rng[1].add_(1)``), inside the CUDA graph if there is one.
-
-    With ``split`` the result is for a first layer that computes in bfloat16 without losing the
-    perturbation of an adversarial image: channels 0 … C-1 hold the value rounded to bfloat16, the
-    next C what the rounding left, the rest 0; their number is 2 C rounded up to a multiple of 8.
-    High and low part add up to the float32 value within 2^-16.
 
     Args:
         images: (M, C, H, W), uint8; any strides.
@@ -54,11 +48,10 @@ def crop_flip(
         max_value: the value that becomes 1.0, finite and > 0.
         dtype: of the result: float32, bfloat16 or float16.
         memory_format: of the result: channels_last or contiguous.
-        split: return high and low bfloat16 parts, channels_last; ``dtype`` must be bfloat16.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
 
     Returns:
-        (N, C, H, W), or with ``split`` (N, 8 k, H, W).
+        (N, C, H, W).
 
     Raises:
         ValueError: a shape, a dtype, a device or a value does not fit; the message holds got and
@@ -97,16 +90,11 @@ def crop_flip(
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
     if memory_format not in _FORMATS:
         raise ValueError(f"memory_format must be one of {_FORMATS}, got {memory_format}")
-    if split and (dtype != torch.bfloat16 or memory_format != torch.channels_last):
-        raise ValueError(
-            "split expects dtype=torch.bfloat16 and memory_format=torch.channels_last, "
-            f"got {dtype} and {memory_format}"
-        )
     channels_last = memory_format == torch.channels_last
     arguments = (
-        images, index, rng, offsets, padding, flip, max_value, dtype, channels_last, split
+        images, index, rng, offsets, padding, flip, max_value, dtype, channels_last
     )  # fmt: skip
-    if choose(impl, images, index, rng, offsets) == "triton":
+    if choose(impl, images, index, rng, offsets, operation="crop_flip") == "triton":
         from arat_kernels.crop_flip.triton import forward
 
         x: Tensor = forward(*arguments)

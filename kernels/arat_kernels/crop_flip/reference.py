@@ -19,7 +19,6 @@ def crop_flip_reference(
     max_value: float,
     dtype: torch.dtype,
     channels_last: bool,
-    split: bool,
 ) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.crop_flip.api.crop_flip`."""
     num, device = index.shape[0], images.device
@@ -47,8 +46,6 @@ def crop_flip_reference(
     # images become NaN.
     values = pixels.float()
     values /= torch.where(known, max_value, torch.nan).float().view(num, 1, 1, 1)
-    if split:
-        values = _split(values)
     x = values.to(dtype).permute(0, 3, 1, 2)
     return x if channels_last else x.contiguous()
 
@@ -75,14 +72,6 @@ def _crops(images: Tensor, row: Tensor, shift: Tensor) -> Tensor:
     image = torch.arange(num, device=images.device).view(num, 1)
     start = ((image * height + row) * width + shift) * channels + length
     return pieces.index_select(0, start.flatten()).view(num, height, width, channels)
-
-
-def _split(values: Tensor) -> Tensor:
-    """(..., C) to (..., 8 k): high bfloat16 parts, low ones, zeros."""
-    channels = values.shape[-1]
-    high = values.bfloat16().float()
-    padding = values.new_zeros(*values.shape[:-1], -2 * channels % 8)
-    return torch.cat([high, values - high, padding], -1)
 
 
 def _in_range(t: Tensor, end: int) -> Tensor:

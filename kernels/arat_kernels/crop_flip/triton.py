@@ -14,16 +14,9 @@ from arat_kernels.implementation import warps
 from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
+from arat_kernels.rounding import round_to_bf16
 
 _STREAM: tl.constexpr = tl.constexpr(streams.CROP_FLIP)
-
-
-@triton.jit
-def _round_to_bf16(value):
-    """float32 rounded to the nearest bfloat16, ties to even; the interpreter's cast truncates."""
-    bits = value.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -49,7 +42,7 @@ def crop_flip_kernel(
     index_ptr,  # (N,) int64 or int32
     rng_ptr,  # (2,) int64: seed, offset; or None
     offsets_ptr,  # (N, 3) int32, contiguous: first row, first column, mirrored; or None
-    x_ptr,  # (N, size) any float: (height, width, OUT_CHANNELS), or the channels first
+    x_ptr,  # (N, size) any float: (height, width, CHANNELS), or the channels first
     num_images: tl.int64,
     height: tl.int32,
     width: tl.int32,
@@ -57,19 +50,17 @@ def crop_flip_kernel(
     channel_stride: tl.int64,
     row_stride: tl.int64,
     col_stride: tl.int64,
-    size: tl.int32,  # OUT_CHANNELS * height * width
+    size: tl.int32,  # CHANNELS * height * width
     padding: tl.int32,
     max_value,
-    ALIGNED: tl.constexpr,  # size is a multiple of 16, with the split of 8
+    ALIGNED: tl.constexpr,  # size is a multiple of 16
     CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     FLIP: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if ALIGNED:
-        size = size // 8 * 8 if SPLIT else size // 16 * 16
+        size = size // 16 * 16
     sample = tl.program_id(0).to(tl.int64)
     image = tl.load(index_ptr + sample).to(tl.int64)
     top = padding
@@ -86,8 +77,8 @@ def crop_flip_kernel(
 
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if CHANNELS_LAST:
-        channel = at % OUT_CHANNELS
-        pixel = at // OUT_CHANNELS
+        channel = at % CHANNELS
+        pixel = at // CHANNELS
     else:
         channel = at // (height * width)
         pixel = at % (height * width)
@@ -97,13 +88,9 @@ def crop_flip_kernel(
     col = tl.where(mirrored != 0, width - 1 - col, col) + left - padding
     inside = (row >= 0) & (row < height) & (col >= 0) & (col < width) & (at < size)
     known = (image >= 0) & (image < num_images)
-    source = channel
-    if SPLIT:
-        source = tl.where(channel < CHANNELS, channel, channel - CHANNELS)
-        inside = inside & (source < CHANNELS)
     offset = (
         start_of(image, image_stride)
-        + source * channel_stride
+        + channel * channel_stride
         + row * row_stride
         + col * col_stride
     )
@@ -111,17 +98,13 @@ def crop_flip_kernel(
     # Rounded once, which a product with 1 / max_value is not.
     value = tl.div_rn(value, tl.zeros_like(value) + max_value)
     value = tl.where(known, value, float("nan"))
-    if SPLIT:
-        high = _round_to_bf16(value)
-        value = tl.where(channel < CHANNELS, high, value - high)
-        value = tl.where(source < CHANNELS, value, 0.0)
     if x_ptr.dtype.element_ty == tl.bfloat16:
-        value = _round_to_bf16(value)
+        value = round_to_bf16(value)
     tl.store(x_ptr + start_of(sample, size) + at, value.to(x_ptr.dtype.element_ty), at < size)
 
 
-# Eight neighbours of the output per thread: with the split one pixel, a vector of 16 bytes; the
-# bytes that are read come from the L1, where their line stays.
+# Eight neighbours of the output per thread; the bytes that are read come from the L1, where their
+# line stays.
 BLOCK, NUM_WARPS = 1024, 4
 
 
@@ -136,10 +119,9 @@ def forward(
     max_value: float,
     dtype: torch.dtype,
     channels_last: bool,
-    split: bool,
 ) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.crop_flip.api.crop_flip`."""
-    x = _allocate(images, index, dtype, channels_last, split)
+    x = _allocate(images, index, dtype, channels_last)
     if x.numel() == 0:
         return x
     num_images, channels, height, width = images.shape
@@ -158,30 +140,25 @@ def forward(
             size,
             padding,
             float(max_value),
-            split or size % 16 == 0,
+            size % 16 == 0,
             channels,
-            x.shape[1],
             channels_last,
             flip,
-            split,
             BLOCK,
             num_warps=warps(NUM_WARPS),
         )
     return x
 
 
-def _allocate(
-    images: Tensor, index: Tensor, dtype: torch.dtype, channels_last: bool, split: bool
-) -> Tensor:
+def _allocate(images: Tensor, index: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     _, channels, height, width = images.shape
-    out_channels = -(-2 * channels // 8) * 8 if split else channels
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(
-        (index.shape[0], out_channels, height, width),
+        (index.shape[0], channels, height, width),
         dtype=dtype,
         device=images.device,
         memory_format=memory_format,
     )
 
 
-forward.register_fake(lambda images, index, *given: _allocate(images, index, *given[-3:]))
+forward.register_fake(lambda images, index, *given: _allocate(images, index, *given[-2:]))

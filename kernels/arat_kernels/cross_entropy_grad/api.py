@@ -42,7 +42,10 @@ def cross_entropy_grad(
             f"target must be (N,) = ({logits.shape[0]},) int64 or int32, "
             f"got {target.dtype} of shape {tuple(target.shape)}"
         )
-    if impl != "reference" and choose(impl, logits, target) == "triton":
+    if (
+        impl != "reference"
+        and choose(impl, logits, target, operation="cross_entropy_grad") == "triton"
+    ):
         from arat_kernels.cross_entropy_grad.triton import forward
 
         dlogits, loss = forward(logits, target)

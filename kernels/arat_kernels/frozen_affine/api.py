@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arat_kernels.forks import with_outlets
 from arat_kernels.frozen_affine.reference import frozen_affine_reference, relu_backward_reference
 from arat_kernels.implementation import DTYPES, Impl, choose
 
@@ -60,11 +61,11 @@ def frozen_affine(
             )
     if residual is not None:
         _check_like("residual", residual, "x", x)
-    if choose(impl, x, scale, shift, residual) == "triton":
+    if choose(impl, x, scale, shift, residual, operation="frozen_affine") == "triton":
         from arat_kernels.frozen_affine.triton import forward
 
         y: Tensor = forward(x, scale, shift, residual, relu)
-        return y
+        return with_outlets(y, x) if relu and scale is not None else y
     return frozen_affine_reference(x, scale, shift, residual, relu)
 
 
@@ -94,12 +95,12 @@ def relu_backward(
     _check_like("dy", dy, "y", y)
     if dy_skip is not None:
         _check_like("dy_skip", dy_skip, "y", y)
-    implementation = choose(impl, dy, y, dy_skip)
+    implementation = choose(impl, dy, y, dy_skip, operation="relu_backward")
     with torch.no_grad():
         if implementation == "triton":
             from arat_kernels.frozen_affine.triton import backward
 
-            grad: Tensor = backward(dy, dy_skip, y, None, True, False)[0]
+            grad: Tensor = backward(dy, dy_skip, None, y, None, True, False)[0]
             return grad
         return relu_backward_reference(dy, y, dy_skip)
 

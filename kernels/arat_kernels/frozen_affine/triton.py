@@ -79,6 +79,7 @@ def frozen_affine_fwd_kernel(
 def frozen_affine_bwd_kernel(
     dy_ptr,  # (rows, cols), any float, as in the forward
     dy_skip_ptr,  # (rows, cols) as dy, a second gradient of y, or None
+    dx_around_ptr,  # (rows, cols) as dy, a second gradient of x, or None
     y_ptr,  # (rows, cols) as dy, the saved output, or None without ReLU
     scale_ptr,  # (channels,) any float, or None
     dx_ptr,  # (rows, cols) as dy, or None where not wanted
@@ -105,6 +106,8 @@ def frozen_affine_bwd_kernel(
     if dx_ptr is not None:
         if scale_ptr is not None:
             grad = grad * _constants(scale_ptr, first, col, cols, channels, BY_ROW, ROWS).to(WIDE)
+        if dx_around_ptr is not None:
+            grad = grad + tl.load(dx_around_ptr + at, mask).to(WIDE)
         tl.store(dx_ptr + at, grad.to(dx_ptr.dtype.element_ty), mask)
 
 
@@ -184,14 +187,16 @@ forward.register_fake(lambda x, *_: torch.empty_like(batch_dense(x)))
 def backward(
     dy: Tensor,
     dy_skip: Tensor | None,
+    dx_around: Tensor | None,
     y: Tensor | None,
     scale: Tensor | None,
     needs_dx: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``(dx, dresidual)``; one that is not needed is empty."""
+    """``(dx, dresidual)``; one that is not needed is empty. ``dy_skip`` is added to ``dy``,
+    ``dx_around`` to ``dx``."""
     model = aligned(batch_dense(dy if y is None else y))
-    dx, dresidual = _backward_results(dy, dy_skip, y, scale, needs_dx, needs_dresidual)
+    dx, dresidual = _backward_results(dy, dy_skip, dx_around, y, scale, needs_dx, needs_dresidual)
     if model.numel() == 0:
         return dx, dresidual
     rows, cols, by_row = _geometry(model)
@@ -205,6 +210,7 @@ def backward(
         frozen_affine_bwd_kernel[grid](
             model if y is None else in_layout_of(dy, model),
             None if dy_skip is None else in_layout_of(dy_skip, model),
+            None if dx_around is None else in_layout_of(dx_around, model),
             None if y is None else model,
             _constant(scale, model),
             dx if needs_dx else None,
@@ -221,6 +227,7 @@ refuse_second_derivative(backward)
 def _backward_results(
     dy: Tensor,
     dy_skip: Tensor | None,
+    dx_around: Tensor | None,
     y: Tensor | None,
     scale: Tensor | None,
     needs_dx: bool,
@@ -236,18 +243,24 @@ def _backward_results(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, scale, _, _, relu = inputs
     ctx.save_for_backward(output if relu else None, scale)
+    ctx.set_materialize_grads(False)
+    ctx.dy_skip = ctx.dx_around = None
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     y, scale = ctx.saved_tensors
+    dy_skip, dx_around = ctx.dy_skip, ctx.dx_around
+    ctx.dy_skip = ctx.dx_around = None
+    if dy is None:
+        dy = torch.zeros_like(y)
     needs_dx, _, _, needs_dresidual, _ = ctx.needs_input_grad
     if scale is None:
-        grad = dy if y is None else backward(dy, None, y, None, True, False)[0]
+        grad = dy if y is None else backward(dy, None, None, y, None, True, False)[0]
         return grad if needs_dx else None, None, None, grad if needs_dresidual else None, None
     dx, dresidual = None, dy if needs_dresidual else None
     wants_masked = needs_dresidual and y is not None
     if needs_dx or wants_masked:
-        dx, masked = backward(dy, None, y, scale, needs_dx, wants_masked)
+        dx, masked = backward(dy, dy_skip, dx_around, y, scale, needs_dx, wants_masked)
         dresidual = masked if wants_masked else dresidual
     return dx if needs_dx else None, None, None, dresidual, None
 

@@ -63,7 +63,7 @@ def pgd_step(
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
     with torch.no_grad():
-        if impl != "reference" and choose(impl, x_adv, grad, x) == "triton":
+        if impl != "reference" and choose(impl, x_adv, grad, x, operation="pgd_step") == "triton":
             _check_triton_dtype("x_adv", x_adv)
             from arat_kernels.pgd_step.triton import step
 
@@ -111,7 +111,7 @@ def random_start(
     _check("x", x, norm, eps=eps)
     if first < 0:
         raise ValueError(f"first must be >= 0, got {first}")
-    if impl != "reference" and choose(impl, x, rng) == "triton":
+    if impl != "reference" and choose(impl, x, rng, operation="random_start") == "triton":
         _check_triton_dtype("x", x)
         from arat_kernels.pgd_step.triton import start
 

@@ -1,7 +1,7 @@
 """Two BatchNorms over the two halves of one batch."""
 
+from arat_kernels.forks import around, skip_of
 from arat_kernels.split_batch_norm.api import split_batch_norm
-from arat_kernels.split_batch_norm.forks import around, skip_of
 from arat_kernels.split_batch_norm.module import (
     ADV,
     CLEAN,

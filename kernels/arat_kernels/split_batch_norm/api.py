@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -10,9 +9,6 @@ from torch import Tensor
 
 from arat_kernels.implementation import DTYPES, Impl, choose
 from arat_kernels.split_batch_norm.reference import split_batch_norm_reference
-
-if importlib.util.find_spec("triton"):
-    from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -119,8 +115,13 @@ def split_batch_norm(
     _check(x, weight, bias, running_mean, running_var, sizes, momentum, eps, residual)
     if training and group is None:
         check_counts(x, sizes)
-    chosen = choose(impl, x, weight, bias, running_mean, running_var, residual)
-    y, pooled = (split_batch_norm_triton if chosen == "triton" else split_batch_norm_reference)(
+    tensors = x, weight, bias, running_mean, running_var, residual
+    run = split_batch_norm_reference
+    if choose(impl, *tensors, operation="split_batch_norm") == "triton":
+        from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
+
+        run = split_batch_norm_triton
+    y, pooled = run(
         x,
         weight,
         bias,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
@@ -14,9 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arat_kernels.implementation import Impl, choose
 from arat_kernels.split_batch_norm.api import check_counts
 from arat_kernels.split_batch_norm.reference import split_batch_norm_reference
-
-if importlib.util.find_spec("triton"):
-    from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -117,12 +113,14 @@ class SplitBatchNorm2d(nn.Module):
         update = training and self.statistics != "batch"
         if training and self.group is None and 1 in sizes:
             check_counts(x, sizes)
-        if self.impl == "reference" or (self.impl is None and not x.is_cuda):
-            run = split_batch_norm_reference
-        else:
+        run = split_batch_norm_reference
+        if self.impl != "reference" and (self.impl is not None or x.is_cuda):
             buffers = self.running_mean, self.running_var
-            choose(self.impl, x, self.weight, self.bias, *buffers, residual)
-            run = split_batch_norm_triton
+            tensors = x, self.weight, self.bias, *buffers, residual
+            if choose(self.impl, *tensors, operation="split_batch_norm") == "triton":
+                from arat_kernels.split_batch_norm.triton import split_batch_norm_triton
+
+                run = split_batch_norm_triton
         y, pooled = run(
             x,
             self.weight,
@@ -138,12 +136,8 @@ class SplitBatchNorm2d(nn.Module):
             relu,
             self.pooled_sink is not None,
             None if self.group is None else self.group.group_name,
+            self.num_batches_tracked,
         )
-        if update:
-            if sizes[CLEAN] and sizes[ADV]:
-                self.num_batches_tracked += 1
-            else:
-                self.num_batches_tracked[CLEAN if sizes[CLEAN] else ADV] += 1
         if self.pooled_sink is not None:
             assert pooled is not None
             self.pooled_sink(pooled)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from arat_kernels.implementation import wide_dtype
 from arat_kernels.split_batch_norm.distributed import (
+    count_batch,
     differentiable_sum_over_group,
     move_running_statistics,
     sum_over_group,
@@ -28,8 +29,10 @@ def split_batch_norm_reference(
     relu: bool,
     return_pooled: bool,
     group_name: str | None,
+    tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and results as in :func:`arat_kernels.split_batch_norm.api.split_batch_norm`."""
+    """Arguments and results as in :func:`arat_kernels.split_batch_norm.api.split_batch_norm`;
+    ``tracked`` (2,), int64, counts the batches of each branch that move its running statistics."""
     affine = (weight, bias, running_mean, running_var)
     if training and group_name is not None:
         y = _normalize_over_group(
@@ -55,6 +58,8 @@ def split_batch_norm_reference(
             )
             branches.append(normalized)
         y = branches[0] if len(branches) == 1 else torch.cat(branches)
+    if training and update_running_stats and tracked is not None:
+        count_batch(tracked, sizes)
     pooled = None
     if return_pooled:
         pooled = (y if y.element_size() > 2 else y.float()).relu().mean(dim=(2, 3))

@@ -24,15 +24,16 @@ import triton.language as tl
 from torch import Tensor
 
 from arat_kernels.arrivals import counters, is_last
+from arat_kernels.forks import with_outlets
 from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import aligned, all_aligned
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm.distributed import (
+    count_batch,
     gather_statistics,
     move_running_statistics,
     sum_over_group,
 )
-from arat_kernels.split_batch_norm.forks import with_outlets
 
 # Integer arguments are not specialised on their value, so that the launch table below is all there
 # is to compile; that channels are a multiple of 16 is said by ALIGNED.
@@ -159,7 +160,9 @@ def _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps):
 
 
 # The running statistics are changed in place, where their owner has put them.
-@triton.jit(do_not_specialize=[*_PLAIN, "momentum", "running_mean_ptr", "running_var_ptr"])
+@triton.jit(
+    do_not_specialize=[*_PLAIN, "momentum", "running_mean_ptr", "running_var_ptr", "tracked_ptr"]
+)
 def split_batch_norm_statistics_kernel(
     x_ptr,  # (rows, C) any float
     partial_ptr,  # (segments, 2, C) accumulator dtype: mean and centred sum of squares
@@ -168,6 +171,7 @@ def split_batch_norm_statistics_kernel(
     var_ptr,  # (2, C) accumulator dtype, biased
     running_mean_ptr,  # (2, C) any float, or None: not updated
     running_var_ptr,  # (2, C) any float, or None
+    tracked_ptr,  # (2,) int64, batches that were counted, or None
     channels: tl.int32,
     clean_rows: tl.int64,
     rows: tl.int64,
@@ -222,6 +226,8 @@ def split_batch_norm_statistics_kernel(
             other = (1 - branch) * channels + c
             tl.store(mean_ptr + other, tl.zeros_like(mean), mask=c_ok)
             tl.store(var_ptr + other, tl.zeros_like(mean), mask=c_ok)
+        if tracked_ptr is not None:
+            tl.store(tracked_ptr + branch, tl.load(tracked_ptr + branch) + 1, mask=block == 0)
         if running_mean_ptr is not None:
             unbiased = combined / tl.maximum(total - 1, 1).to(acc)
             old = tl.load(running_mean_ptr + row, mask=c_ok, other=0.0).to(acc)
@@ -444,7 +450,7 @@ def split_batch_norm_bwd_input_kernel(
 
 # Programs per multiprocessor of the reductions: as many as its registers let be resident on sm_90
 # (tests/kernels/aot holds that), so that all begin and end together.
-_RESIDENT, _RESIDENT_WITH_MORE_TENSORS = 3, 2
+RESIDENT, RESIDENT_WITH_MORE_TENSORS = 3, 2
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
 # Of partial results: two accumulators and two loads of 8 elements per thread.
@@ -483,7 +489,7 @@ def _plan(
     tile: dict[int, int],
     per_sample: bool,
     most_tiles: int | None,
-    resident: int = _RESIDENT,
+    resident: int = RESIDENT,
 ) -> _Launch:
     """Cut ``x`` into segments: samples, or as many rows as give each program even work.
 
@@ -533,16 +539,19 @@ def _like(t: Tensor, wanted: bool = True) -> Tensor:
 
 
 @torch.library.custom_op(
-    "arat_kernels::split_batch_norm_statistics", mutates_args=("running_mean", "running_var")
+    "arat_kernels::split_batch_norm_statistics",
+    mutates_args=("running_mean", "running_var", "tracked"),
 )
 def statistics(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    tracked: Tensor | None,
     clean: int,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (2, C), of ``x``; moves the running ones if they are given."""
+    """Mean and biased variance, (2, C), of ``x``; moves the running ones and counts the batch of
+    each branch if they are given."""
     plan = _plan(x, clean, _STATISTICS_TILE, per_sample=False, most_tiles=None)
     mean, var = _statistics_results(x)
     with torch.cuda.device_of(x):
@@ -553,6 +562,7 @@ def statistics(
             var,
             running_mean,
             running_var,
+            tracked,
             *plan.integers,
             momentum,
             BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"],
@@ -637,7 +647,7 @@ def backward_sums(
     """The gradients of bias and weight, (2, 2, C); and the residual's, or nothing. ``dy_skip`` is
     added to ``dy``."""
     more = dpooled is not None or dy_skip is not None
-    resident = _RESIDENT_WITH_MORE_TENSORS if more else _RESIDENT
+    resident = RESIDENT_WITH_MORE_TENSORS if more else RESIDENT
     plan = _plan(x, clean, _BACKWARD_TILE, dpooled is not None, None, resident)
     sums, dresidual = mean.new_empty((2, *mean.shape)), _like(dy, want_dresidual)
     with torch.cuda.device_of(x):
@@ -810,8 +820,9 @@ def split_batch_norm_triton(
     relu: bool,
     return_pooled: bool,
     group_name: str | None,
+    tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and results as in :func:`arat_kernels.split_batch_norm.api.split_batch_norm`."""
+    """As :func:`arat_kernels.split_batch_norm.reference.split_batch_norm_reference`."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -824,7 +835,8 @@ def split_batch_norm_triton(
     counts = None
     if training:
         moved = (running_mean, running_var)
-        here = moved if update_running_stats and group_name is None else (None, None)
+        alone = update_running_stats and group_name is None
+        here = (*moved, tracked) if alone else (None, None, None)
         mean, var = statistics(x.detach(), *here, clean, momentum)
         if group_name is not None:
             area = x.shape[2] * x.shape[3]
@@ -832,6 +844,8 @@ def split_batch_norm_triton(
             mean, var, counts = gather_statistics(mean, var, rows, group_name)
             if update_running_stats:
                 move_running_statistics(*moved, mean, var, counts, momentum)
+                if tracked is not None:
+                    count_batch(tracked, sizes)
     else:
         mean, var = running_mean.to(wide), running_var.to(wide)
         group_name = None
@@ -845,6 +859,6 @@ def split_batch_norm_triton(
     y, pooled, _ = normalize(x, residual, *affine, counts, clean, eps, *flags, group_name)
     if not channels_last:
         y = y.contiguous()
-    elif relu and differentiable and not torch.compiler.is_compiling():
+    elif relu:
         y = with_outlets(y, x)
     return y, pooled if return_pooled else None

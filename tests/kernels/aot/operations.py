@@ -14,13 +14,14 @@ from itertools import product
 
 import torch
 from kernels.aot.launches import Launch, maximal, recorded
-from kernels.support import at_an_odd_place, randn
 from torch import Tensor
 
+from arat_kernels.checks import at_an_odd_place, randn
 from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
 from arat_kernels.frozen_affine import triton as frozen_affine
+from arat_kernels.image_parts import triton as image_parts
 from arat_kernels.pgd_step import triton as pgd_step
 from arat_kernels.split_batch_norm import around, skip_of
 from arat_kernels.split_batch_norm import triton as split_batch_norm
@@ -49,7 +50,7 @@ class Operation:
         """The pointers of ``launch`` whose accesses must be wide."""
         # Small tiles of few classes have less than 16 bytes per thread.
         small = launch.kernel == "cross_entropy_grad_kernel" and launch.given["COLS"] < 1024
-        if small or not launch.given.get("ALIGNED"):
+        if small or not launch.given.get("ALIGNED", launch.kernel == "image_parts_fwd_kernel"):
             return set()
         return set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
 
@@ -106,9 +107,8 @@ def normalize(
     for leaf in (*leaves, *rows[:2]):
         leaf.requires_grad_(differentiable)
     given = rows if affine else [None, None, *rows[2:]]
-    y, features = split_batch_norm.split_batch_norm_triton(
-        x, *given, (1, n - 1), training, parameters, 0.1, 1e-5, extra, relu, pooled, None
-    )
+    options = (training, parameters, 0.1, 1e-5, extra, relu, pooled, None, torch.tensor([0, 0]))
+    y, features = split_batch_norm.split_batch_norm_triton(x, *given, (1, n - 1), *options)
     outputs = [y] if features is None else [y, features]
     outputs += [skip_of(y), around(y, x)] if forks else []
     wanted = leaves + (rows[:2] if parameters and affine else [])
@@ -160,9 +160,12 @@ def affine_shipped() -> None:
         row = torch.zeros(channels)
         for residual, relu in product((x, None), (True, False)):
             frozen_affine.forward(x, row, row, residual, relu)
-            frozen_affine.backward(x, None, x if relu else None, row, True, residual is x)
+            frozen_affine.backward(x, None, None, x if relu else None, row, True, residual is x)
+            if relu:
+                frozen_affine.backward(x, x, x, x, row, True, residual is x)
         # The end of a folded convolution.
-        frozen_affine.backward(x, None, x, None, True, False)
+        for skip in (x, None):
+            frozen_affine.backward(x, skip, None, x, None, True, False)
 
 
 def affine_sweep() -> None:
@@ -182,8 +185,9 @@ def affine_sweep() -> None:
             y = x if relu else None
             for dx in (True, False):
                 if factor is not None and (dx or residual):
-                    frozen_affine.backward(image, None, y, factor, dx, residual)
-            frozen_affine.backward(image, extra, image, None, True, False)
+                    skip, beside = (image if given else None for given in (relu, relu and dx))
+                    frozen_affine.backward(image, skip, beside, y, factor, dx, residual)
+            frozen_affine.backward(image, extra, None, image, None, True, False)
 
 
 def distances(widths: tuple[int, ...], dtype: torch.dtype, target_dtype: torch.dtype) -> None:
@@ -241,14 +245,13 @@ def steps_sweep() -> None:
 def crops_shipped() -> None:
     index = torch.zeros(3, dtype=torch.int64)
     for shape, dtype in product(((5, 1, 8, 8), (5, 3, 32, 32)), FLOATS[:2]):
-        images, split = torch.zeros(shape, dtype=torch.uint8), dtype == torch.bfloat16
-        crop_flip.forward(images, index, RNG, None, 4, True, 255.0, dtype, True, split)
-        crop_flip.forward(images, index, None, None, 0, False, 255.0, dtype, True, split)
+        images = torch.zeros(shape, dtype=torch.uint8)
+        crop_flip.forward(images, index, RNG, None, 4, True, 255.0, dtype, True)
+        crop_flip.forward(images, index, None, None, 0, False, 255.0, dtype, True)
 
 
 def crops_sweep() -> None:
-    outputs = [(d, c, False) for d, c in product(FLOATS[:3], (True, False))]
-    outputs.append((torch.bfloat16, True, True))
+    outputs = list(product(FLOATS[:3], (True, False)))
     for channels, size in product((1, 3), (1, 7, 28, 32)):
         stored = torch.zeros(5, channels, size, size + 1, dtype=torch.uint8)
         views = [*at_places(stored), stored[..., :size], stored.transpose(2, 3)]
@@ -262,6 +265,11 @@ def crops_sweep() -> None:
                 (None, None, False),
             ):
                 crop_flip.forward(images, index, rng, given, 1, flip, 1.0, *output)
+
+
+def parts_launched() -> None:
+    for channels in (1, 3, 4, 5):
+        image_parts.forward(torch.zeros(2, channels, 5, 7))
 
 
 def classes_shipped() -> None:
@@ -301,7 +309,7 @@ OPERATIONS = {
         {
             "frozen_affine_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
             "frozen_affine_bwd_kernel": (
-                "dy_ptr", "dy_skip_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
+                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
             ),
         },
     ),
@@ -326,6 +334,9 @@ OPERATIONS = {
         },
     ),
     "crop_flip": Operation(crops_shipped, crops_sweep, {"crop_flip_kernel": ("x_ptr",)}),
+    "image_parts": Operation(
+        parts_launched, parts_launched, {"image_parts_fwd_kernel": ("parts_ptr",)}
+    ),
     "cross_entropy_grad": Operation(
         classes_shipped,
         classes_sweep,

@@ -22,6 +22,7 @@ from kernels.aot.launches import Launch, maximal, recorded  # noqa: E402
 from kernels.aot.operations import OPERATIONS, launches, normalize  # noqa: E402
 
 from arat_kernels.offsets import start_of  # noqa: E402
+from arat_kernels.split_batch_norm import triton as split_batch_norm  # noqa: E402
 
 # Read only where the statistics, the pooled feature or ReLU need it.
 SOMETIMES_READ = ("split_batch_norm_bwd_input_kernel", "x_ptr")
@@ -97,16 +98,33 @@ def found() -> list[Launch]:
 def test_the_last_program_sees_what_all_have_stored(operation: str, kernel: str) -> None:
     """All threads have stored before one counts, release and acquire reach the whole GPU, and
     nothing is read through the L1 afterwards."""
-    launch = next(
-        launch
-        for launch in launches(operation, False)
-        if launch.kernel == kernel and "running_mean_ptr" not in launch.types
-    )
+    if operation == "split_batch_norm":
+        # As in the attack: no running statistics, which are read as usual.
+        with recorded() as candidates:
+            normalize(64, torch.bfloat16, parameters=False)
+    else:
+        candidates = launches(operation, False)
+    launch = next(launch for launch in candidates if launch.kernel == kernel)
     before, after = compiled(launch, TARGETS["sm_90"]).text.split("atom.global.gpu.acq_rel.add")
     _, _, since = before.rpartition("st.global")
     assert "bar.sync" in since
     loads = re.findall(r"\b(?:ld\.global|cp\.async\.c[ag]\.)[.\w]*", after)
     assert loads and all(".cg" in load for load in loads)
+
+
+def test_as_many_programs_are_resident_as_the_reductions_plan() -> None:
+    """Or the last ones would run alone."""
+    target, checked = TARGETS["sm_90"], 0
+    for launch in launches("split_batch_norm", False):
+        if launch.kernel.endswith(("statistics_kernel", "bwd_sums_kernel")):
+            more = {"dpooled_ptr", "dy_skip_ptr"} & launch.types.keys()
+            planned = (
+                split_batch_norm.RESIDENT_WITH_MORE_TENSORS if more else split_batch_norm.RESIDENT
+            )
+            resident = compiled(launch, target).occupancy * target.warps / launch.num_warps
+            assert resident >= planned, launch.label
+            checked += 1
+    assert checked >= 6
 
 
 def test_launches_are_covered_by_those_that_do_more(found: list[Launch]) -> None:

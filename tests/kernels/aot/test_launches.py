@@ -31,6 +31,7 @@ from arat_kernels.cosine_invariance import triton as cosine_invariance  # noqa: 
 from arat_kernels.crop_flip import triton as crop_flip  # noqa: E402
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad  # noqa: E402
 from arat_kernels.frozen_affine import triton as frozen_affine  # noqa: E402
+from arat_kernels.image_parts import triton as image_parts  # noqa: E402
 from arat_kernels.pgd_step import triton as pgd_step  # noqa: E402
 from arat_kernels.split_batch_norm import triton as split_batch_norm  # noqa: E402
 
@@ -51,9 +52,10 @@ ONE_LAUNCH: dict[str, Callable[[], object]] = {
         ROW[:11], LAYERS, LAYERS, 1e-8
     ),
     "frozen_affine_fwd_kernel": lambda: frozen_affine.forward(X, ROW, ROW, X, True),
-    "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, ROW, True, True),
+    "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, X, ROW, True, True),
+    "image_parts_fwd_kernel": lambda: image_parts.forward(X),
     "crop_flip_kernel": lambda: crop_flip.forward(
-        X.byte(), INDEX, RNG, None, 1, True, 1.0, torch.float32, True, False
+        X.byte(), INDEX, RNG, None, 1, True, 1.0, torch.float32, True
     ),
     "cross_entropy_grad_kernel": lambda: cross_entropy_grad.forward(X[0, 0, :4], INDEX),
 }

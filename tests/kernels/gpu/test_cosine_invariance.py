@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from kernels.graphs import capture
-from kernels.operations import SLACK, assert_equal, distance, on_gpu
-from kernels.support import to_float64
 
 from arat_kernels.arrivals import Counters
+from arat_kernels.checks import SLACK, assert_equal, distance, on_gpu, to_float64
 from arat_kernels.cosine_invariance import triton as kernels
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.operations import assert_equal, crops, on_gpu
+
+from arat_kernels.checks import assert_equal, crops, on_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -14,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 OUTPUTS: list[dict[str, Any]] = [
     {"dtype": dtype, "memory_format": layout} for dtype in DTYPES for layout in LAYOUTS
-] + [{"dtype": torch.bfloat16, "split": True}]
+]
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.operations import classes, on_gpu
+
+from arat_kernels.checks import classes, on_gpu
 
 pytestmark = pytest.mark.gpu
 

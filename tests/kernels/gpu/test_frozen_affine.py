@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-from kernels.operations import Tensors, affine, assert_equal, on_gpu, relu
+
+from arat_kernels.checks import Tensors, affine, assert_equal, on_gpu, relu
 
 pytestmark = pytest.mark.gpu
 

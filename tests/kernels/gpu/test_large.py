@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernels.operations import (
+from kernels.support import EPS_OF
+from torch import Tensor
+
+from arat_kernels.checks import (
     ALPHA,
     EPS,
     SLACK,
@@ -16,12 +19,10 @@ from kernels.operations import (
     affine,
     classes,
     crops,
+    randn,
     start,
     step,
 )
-from kernels.support import EPS_OF, randn
-from torch import Tensor
-
 from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.split_batch_norm import split_batch_norm
 

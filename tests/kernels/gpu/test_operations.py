@@ -10,8 +10,15 @@ import pytest
 import torch
 from kernels.edges import EDGES, Run
 from kernels.graphs import capture
-from kernels.operations import OPERATIONS, Operation, Tensors, assert_equal, on_gpu
-from kernels.support import at_an_odd_place
+
+from arat_kernels.checks import (
+    OPERATIONS,
+    Operation,
+    Tensors,
+    assert_equal,
+    at_an_odd_place,
+    on_gpu,
+)
 
 pytestmark = pytest.mark.gpu
 every_operation = pytest.mark.parametrize("name", OPERATIONS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.operations import SLACK, on_gpu, start, step
+
+from arat_kernels.checks import SLACK, on_gpu, start, step
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-from kernels.operations import Norm, assert_equal
+
+from arat_kernels.checks import Norm, assert_equal
 
 pytestmark = pytest.mark.gpu
 

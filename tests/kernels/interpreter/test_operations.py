@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from kernels.edges import EDGES, Run
-from kernels.operations import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal
-from kernels.support import at_an_odd_place
 from torch import Tensor
 
+from arat_kernels.checks import DIFFERENTIABLE, OPERATIONS, Tensors, assert_equal, at_an_odd_place
 from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
 from arat_kernels.frozen_affine import triton as frozen_affine
+from arat_kernels.image_parts import triton as image_parts
 from arat_kernels.pgd_step import triton as pgd_step
 from arat_kernels.split_batch_norm import triton as split_batch_norm
 
@@ -134,7 +134,8 @@ def bn_arguments(which: str) -> tuple[Any, ...]:
     tensors, affine, mask = bn_tensors()
     x, residual = tensors["x"], tensors["residual"]
     if which == "statistics":
-        return x, tensors["running_mean"], tensors["running_var"], 3, 0.1
+        counts = torch.tensor([4, 7])
+        return x, tensors["running_mean"], tensors["running_var"], counts, 3, 0.1
     if which == "normalize":
         leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:])]  # type: ignore[union-attr]
         return (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False, None)
@@ -159,8 +160,8 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),
     "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True)),
     "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False)),
-    "affine backward": (frozen_affine.backward, lambda: (X, None, X, ROW, True, True)),
-    "relu backward": (frozen_affine.backward, lambda: (X, X, X, None, True, False)),
+    "affine backward": (frozen_affine.backward, lambda: (X, X, X, X, ROW, True, True)),
+    "relu backward": (frozen_affine.backward, lambda: (X, X, None, X, None, True, False)),
     "cosine": (
         cosine_invariance.forward,
         lambda: ([t.clone().requires_grad_() for t in ROWS], ROWS, 1e-8),
@@ -173,13 +174,14 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "entropy backward": (cross_entropy_grad.backward, lambda: (ROWS[0], ROWS[0], ROW)),
     "step": (pgd_step.step, lambda: (X.clone(), X, X, 0.1, 0.1, "Linf")),
     "start": (pgd_step.start, lambda: (X[:, :, ::2], RNG, 0.1, "L2", 7)),
+    "parts": (image_parts.forward, lambda: (LEAF,)),
     "crops": (
         crop_flip.forward,
-        lambda: (IMAGES, INDEX, RNG, None, 1, True, 255.0, torch.float32, False, False),
+        lambda: (IMAGES, INDEX, RNG, None, 1, True, 255.0, torch.float32, False),
     ),
     "given crops": (
         crop_flip.forward,
-        lambda: (IMAGES, INDEX, None, OFFSETS, 1, False, 16.0, torch.bfloat16, True, True),
+        lambda: (IMAGES, INDEX, None, OFFSETS, 1, False, 16.0, torch.bfloat16, True),
     ),
 }
 

@@ -10,7 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.operations import (
+from kernels.support import few
+from torch import Tensor
+
+from arat_kernels.arrivals import counters
+from arat_kernels.checks import (
     ALPHA,
     EPS,
     SLACK,
@@ -23,18 +27,16 @@ from kernels.operations import (
     crops,
     distance,
     image_tensors,
+    randn,
     relu,
     start,
     step,
 )
-from kernels.support import few, randn
-from torch import Tensor
-
-from arat_kernels.arrivals import counters
 from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import relu_backward
+from arat_kernels.image_parts import image_parts
 from arat_kernels.layout import same_strides
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,7 +45,7 @@ NORMS = ["Linf", "L2"]
 FLAGS = list(product([True, False], repeat=3))
 OUTPUTS: list[dict[str, Any]] = [
     {"dtype": dtype, "memory_format": layout} for dtype in DTYPES for layout in LAYOUTS
-] + [{"dtype": torch.bfloat16, "split": True}]
+]
 WIDTHS = [(33, (100, 7)), (3, (600,)), (2, (2100, 30)), (2, tuple(range(8, 21)))]
 
 OPTIONS = ("residual", "relu", "pooled", "affine", "training")
@@ -209,6 +211,20 @@ def test_relu_backward_is_what_autograd_computes_for_a_folded_convolution() -> N
     got = relu_backward(dy, y.detach(), dy_skip=dy_skip, impl="triton")
     torch.testing.assert_close(got, expected[0])
     torch.testing.assert_close(got, expected[1])
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_parts_of_images_add_up(channels: int, impl: Any) -> None:
+    """Within 2^-16, far below the 2^-12 of TF32; the gradient is that of the high part."""
+    x = image_tensors(0, torch.float32, (2, channels, 5, 7))["x"].requires_grad_()
+    got = image_parts(x, impl=impl)
+    high, low, rest = got.double().split([channels, channels, got.shape[1] - 2 * channels], 1)
+    assert got.shape[1] % 8 == 0 and not rest.any()
+    assert ((high + low - x).abs() <= 2.0**-16 * x.abs()).all()
+    upstream = randn(tuple(got.shape), 1, torch.bfloat16)
+    (dx,) = torch.autograd.grad(got, x, upstream)
+    assert torch.equal(dx, upstream[:, :channels].float())
 
 
 def test_gradcheck_of_the_loops_over_a_long_row() -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernels.operations import Norm
 from kernels.split_batch_norm_group import check_two_processes
 from torch import Tensor, nn
 
 import arat_kernels.split_batch_norm.triton as implementation
+from arat_kernels.checks import Norm
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
@@ -87,6 +87,21 @@ def test_gradients_at_forks(parameters: bool, statistics: Any) -> None:
         found.append(torch.autograd.grad(out.sin().sum(), wanted))
     for got in found[:2]:
         torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_batches_are_counted(impl: Any) -> None:
+    """Of each branch that has samples, where its running statistics move; by 65 channels, once."""
+    norm = SplitBatchNorm2d(65)
+    norm.impl = impl
+    x = Norm(channels=65).make(0, torch.float32)["x"]
+    for num_clean, statistics in ((3, None), (5, None), (0, None), (0, "batch"), (2, "running")):
+        with (
+            use_branch(norm, "both", num_clean),
+            use_statistics(norm, statistics or "batch_update"),
+        ):
+            norm(x)
+    assert norm.num_batches_tracked.tolist() == [2, 2]
 
 
 def test_an_outlet_that_is_not_read_has_no_gradient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Literal
 
 import pytest
@@ -258,8 +259,10 @@ def test_folded_network_on_the_gpu(dtype: torch.dtype) -> None:
         assert error.sqrt() <= 2 * (allowed.sqrt() + scale.sqrt())
 
 
-def test_a_step_that_cannot_be_captured_says_so() -> None:
-    step = make_step(graph="on")
+@pytest.mark.parametrize("graph", ["on", "auto"])
+def test_a_step_that_cannot_be_captured_says_so(graph: Literal["on", "auto"]) -> None:
+    said: list[str] = []
+    step = make_step(graph=graph, say=said.append)
 
     def reads(logits: Tensor) -> Tensor:
         assert float(logits.sum()) == float(logits.sum())
@@ -270,11 +273,21 @@ def test_a_step_that_cannot_be_captured_says_so() -> None:
     y = torch.randint(10, (BATCH,), device="cuda")
     for _ in range(NUM_WARMUP):
         step(x, y)
-    with pytest.raises(ValueError, match=r"cannot be captured in a CUDA graph.*--step\.graph off"):
-        step(x, y)
-    # Nothing is left behind: the same step goes on eagerly.
+    cause = r"cannot be captured in a CUDA graph.*--step\.graph off"
+    if graph == "on":
+        with pytest.raises(ValueError, match=cause):
+            step(x, y)
+    else:
+        assert all(step(x, y)["loss"].isfinite() for _ in range(2))
+        (warning,) = said
+        assert re.search(cause, warning)
+    # Nothing is left behind.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    assert step(x, y)["loss"].isfinite()
+    assert torch.rand(1, device="cuda") != torch.rand(1, device="cuda", generator=step.generator)
+    freed = torch.cuda.memory_reserved()
+    del step
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < freed
 
 
 @pytest.mark.parametrize("name", ["lbgat", "arrest"])

@@ -1,8 +1,8 @@
 """Tensors with several readers, whose gradients one backward kernel adds.
 
 Where an output feeds a convolution and a skip connection, autograd adds their two gradients in a
-pass of its own. The kernels of split BatchNorm take both instead, if the second reader is given
-:func:`skip_of` the output, or :func:`around` it the input.
+pass of its own. The kernels of split BatchNorm and of the frozen affine map take both instead, if
+the second reader is given :func:`skip_of` the output, or :func:`around` it the input.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class _Outlets(torch.autograd.Function):
 
 
 def with_outlets(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` with :func:`skip_of` and :func:`around` it; the node that made it, of which nothing
-    else may read, finds their gradients as its ``dy_skip`` and ``dx_around``."""
+    """``y`` with :func:`skip_of` and :func:`around` it; the node that made it of ``x``, and whose
+    output nothing else may read, finds their gradients as its ``dy_skip`` and ``dx_around``."""
+    if not y.requires_grad or torch.compiler.is_compiling():
+        return y
     main, skip, beside = _Outlets.apply(y, x.detach(), y.grad_fn)  # type: ignore[no-untyped-call]
     main._skip = skip
     if x.requires_grad:
@@ -49,12 +51,18 @@ def skip_of(y: Tensor) -> Tensor:
     is added inside of the backward of what made ``y``, and is no part of the gradient of ``y``
     itself. Otherwise ``y``.
     """
-    second: Tensor = vars(y).get("_skip", y)
-    return second
+    return _outlet(y, "_skip", y)
 
 
 def around(y: Tensor, x: Tensor) -> Tensor:
     """``x`` for its second reader, where the normalisation with ReLU that made ``y`` of it is the
     first; as :func:`skip_of`."""
-    second: Tensor = vars(y).get("_around", x)
-    return second
+    return _outlet(y, "_around", x)
+
+
+def _outlet(y: Tensor, name: str, otherwise: Tensor) -> Tensor:
+    # torch.fx traces with what is no tensor and has every attribute, Dynamo sees no attributes.
+    if torch.compiler.is_compiling():
+        return otherwise
+    found: Tensor = vars(y).get(name, otherwise)
+    return found

@@ -1,0 +1,380 @@
+"""The self-check: what the kernels compute on this card, against their references."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.attacks.pgd import PGD
+from arat_fast.device import source_commit, versions
+from arat_fast.files import write_json
+from arat_fast.models.folding import FoldedNetwork
+from arat_fast.models.registry import create_model
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_branch, use_statistics
+from arat_fast.objectives import ARAT
+from arat_fast.training.graph import NUM_WARMUP
+from arat_fast.training.step import TrainStep
+from arat_kernels.checks import (
+    UPSTREAM,
+    Norm,
+    Operation,
+    Tensors,
+    affine,
+    classes,
+    crops,
+    distance,
+    parts,
+    randn,
+    relu,
+    start,
+    step,
+)
+from arat_kernels.implementation import Impl, replace_operations
+
+SECONDS = 20.0
+"""What the check before a run may take; what is left then is checked before the next one."""
+
+FOLD, GRAPH = "fold", "captured step"
+"""What is checked beside kernels: the folded network, and the replay of a training step."""
+
+Progress = Callable[[str, int, int, Literal["operations"]], object]
+Record = dict[str, Any]
+
+
+def operations_of(
+    model: nn.Module, image_shape: tuple[int, int, int], num_classes: int, batch: int, attack: PGD
+) -> dict[str, Operation]:
+    """Every operation at the shapes of a training step; a name is the function's, then the shape.
+
+    Args:
+        model: the network, on any device; not run, nor changed.
+        image_shape: (C, H, W).
+        num_classes: of the logits.
+        batch: samples of one process in a batch.
+        attack: its norm, radius and step size.
+    """
+    calls: dict[tuple[Any, ...], None] = {}
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        given = dict(zip(("x", "residual", "relu"), args, strict=False)) | options
+        fused = given.get("residual") is not None, bool(given.get("relu"))
+        calls[(*args[0].shape[1:], *fused, isinstance(layer, SplitBatchNorm2d))] = None
+
+    # On no device: shapes alone.
+    shadow = copy.deepcopy(model).to("meta")
+    for layer in shadow.modules():
+        if isinstance(layer, (SplitBatchNorm2d, nn.BatchNorm2d)):
+            layer.register_forward_pre_hook(note, with_kwargs=True)
+        if isinstance(layer, SplitBatchNorm2d):
+            layer.impl = "reference"
+    with torch.no_grad(), use_statistics(shadow, "running"):
+        shadow(torch.empty(2, *image_shape, device="meta"))
+    images, ball = (batch, *image_shape), f"{attack.norm}-{_joined(batch, *image_shape)}"
+    radius: Any = {"norm": attack.norm, "eps": attack.eps, "shape": images}
+    widths = tuple({call[0] for call in calls}) or (num_classes,)
+    found = {
+        f"crop_flip-{_joined(*images)}": crops(images, batch),
+        f"image_parts-{_joined(*images)}": parts(images),
+        f"random_start-{ball}": start(**radius),
+        f"pgd_step-{ball}": step(alpha=attack.alpha, **radius),
+        f"cross_entropy_grad-{_joined(batch, num_classes)}": classes(batch, num_classes),
+        f"cosine_invariance-{_joined(batch, *widths)}": distance(batch, widths),
+    }
+    for channels, height, width, residual, rectified, is_split in calls:
+        shape = batch, channels, height, width
+        name = _joined(*shape) + "-residual" * residual + "-relu" * rectified
+        found[f"frozen_affine-{name}"] = affine(rectified, shape=shape)
+        found[f"relu_backward-{_joined(*shape)}"] = relu(shape=shape)
+        if is_split:
+            norm = Norm((batch, batch), *shape[1:], residual=residual, relu=rectified)
+            found[f"split_batch_norm-{name}"] = norm.operation
+    found[f"{FOLD}-{type(model).__name__}"] = folded(model, (min(batch, 16), *image_shape))
+    return found
+
+
+def _joined(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
+
+
+def folded(model: nn.Module, shape: tuple[int, ...]) -> Operation:
+    """The network that is attacked on running statistics, whose convolutions cuDNN fuses; its
+    reference is the network itself.
+
+    Args:
+        model: the network; a copy is run.
+        shape: of the images.
+    """
+
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        # The low precision is the network's; images stay float32.
+        return {"x": randn(shape, seed).sigmoid(), "like": torch.zeros(1, dtype=dtype)}
+
+    def call(t: Tensors, impl: Impl | None) -> Tensor:
+        x, dtype = t["x"], t["like"].dtype
+        network = copy.deepcopy(model).to(x.device, x.dtype)
+        with torch.autocast(x.device.type, dtype, enabled=dtype == torch.bfloat16):
+            if impl == "triton":
+                network = FoldedNetwork(network, x.detach())
+            with use_branch(network, "adv"), use_statistics(network, "running"):
+                logits: Tensor = network(x)
+        return logits
+
+    return Operation(call, make, ("x",))
+
+
+def check(
+    operations: Mapping[str, Operation],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    known: Mapping[str, Record] | None = None,
+    seconds: float = SECONDS,
+    rate: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Record]:
+    """Hold operations to their references.
+
+    Args:
+        operations: by name.
+        dtype: of activations: float32 or bfloat16.
+        device: where they run.
+        known: records that are there already.
+        seconds: after which no further one is begun.
+        rate: bytes per second that a copy reads and writes; with it each operation is timed.
+        progress: told what is done, how many are and of how many.
+
+    Returns:
+        By name: "error", empty where it is right; "share" of the error budget that it took; and
+        "microseconds" and "share_of_copy" where it was timed. What does not fit into the memory is
+        left out.
+    """
+    records, begun = dict(known or {}), time.monotonic()
+    for number, (name, operation) in enumerate(operations.items()):
+        if name in records or time.monotonic() - begun > seconds:
+            continue
+        if progress is not None:
+            progress("self-check", number, len(operations), "operations")
+        record: Record = {"error": "", "share": None}
+        try:
+            with device:
+                tensors = operation.make(0, dtype)
+            record["share"] = operation.check(tensors)
+            if rate is not None:
+                record |= _speed(operation, tensors, rate)
+        except torch.OutOfMemoryError:
+            continue
+        except Exception as error:  # whatever a compiler or a driver raises
+            record["error"] = _described(error)
+        finally:
+            UPSTREAM.clear()
+        records[name] = record
+    return records
+
+
+def _described(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _speed(operation: Operation, tensors: Tensors, rate: float, calls: int = 20) -> Record:
+    """Time of a forward call in a CUDA graph, and its bytes as a share of what a copy moves."""
+    given = {name: t.detach() for name, t in tensors.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        out = operation.call(given, "triton")
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                operation.call(given, "triton")
+    seconds = _timed(graph.replay) / calls
+    tensors_moved = [*given.values(), *([out] if isinstance(out, Tensor) else out)]
+    moved = sum(t.numel() * t.element_size() for t in tensors_moved)
+    return {"microseconds": 1e6 * seconds, "share_of_copy": moved / seconds / rate}
+
+
+def _timed(call: Callable[[], object], times: int = 9) -> float:
+    """Seconds of a call on the GPU, the median of some."""
+    found: list[float] = []
+    for _ in range(times):
+        begin, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / 1e3)
+    return sorted(found)[times // 2]
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that a large copy on the GPU reads and writes."""
+    size = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _timed(lambda: target.copy_(source))
+
+
+def check_graph(device: torch.device, dtype: torch.dtype) -> Record:
+    """A captured training step of a small network against the eager one; as of :func:`check`."""
+
+    def losses(graph: Literal["on", "off"]) -> list[float]:
+        torch.manual_seed(0)
+        model = create_model("resnet8", 10).to(device)
+        objective = ARAT(model, ["layer3.0.bn1"], (3, 16, 16)).to(device)
+        objective.start_epoch(0.5)
+        step = TrainStep(
+            model,
+            objective,
+            PGD(num_steps=1),
+            torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.01),
+            precision=dtype,
+            graph=graph,
+            generator=torch.Generator(device).manual_seed(0),
+        )
+        x = torch.linspace(0, 1, 32 * 3 * 16 * 16, device=device).view(32, 3, 16, 16)
+        y = torch.arange(32, device=device) % 10
+        return [float(value) for value in [step(x, y)["loss"] for _ in range(NUM_WARMUP + 2)]]
+
+    try:
+        with torch.random.fork_rng([device]):
+            pairs = zip(losses("on"), losses("off"), strict=True)
+            apart = max(abs(a - b) / abs(b) for a, b in pairs)
+    except Exception as error:  # whatever a driver raises
+        return {"error": _described(error), "share": None}
+    # The same kernels; a step that froze something is off by far more.
+    share = apart / 0.02
+    return {"error": "" if share <= 1 else f"losses differ by {apart:.1%}", "share": share}
+
+
+def wrong_functions(records: Mapping[str, Record]) -> dict[str, str]:
+    """The functions of which a call was wrong, and how far off."""
+    wrong: dict[str, str] = {}
+    for name, record in records.items():
+        if record["error"]:
+            wrong.setdefault(name.partition("-")[0], f"{name}: {record['error']}")
+    return wrong
+
+
+def replace_wrong(wrong: Mapping[str, str], required: bool, warn: Callable[[str], object]) -> None:
+    """Let references run in place of kernels that are wrong, in this process.
+
+    Args:
+        wrong: from :func:`wrong_functions`.
+        required: the kernels were asked for.
+        warn: told of each, and of :data:`FOLD` and :data:`GRAPH`, which the caller leaves out.
+
+    Raises:
+        ValueError: a kernel is wrong and was asked for.
+    """
+    for name, reason in wrong.items():
+        text = f"wrong on this card: {reason}"
+        if required and name not in (FOLD, GRAPH):
+            raise ValueError(f"{text}; set --step.kernels auto or reference")
+        warn(f"{text}; the slower way is taken: please report what arat-fast doctor prints")
+    replace_operations(wrong)
+
+
+def card(device: torch.device) -> Record:
+    """What a check's result belongs to."""
+    found = torch.cuda.get_device_properties(device)
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "card": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "driver": driver.read_text().splitlines()[0] if driver.is_file() else None,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "commit": source_commit(),
+        "versions": versions(),
+    }
+
+
+def cache_folder() -> Path:
+    """Where results are kept."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "arat-fast" / "self-check"
+
+
+def examine(
+    operations: Mapping[str, Operation],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    whole: bool,
+    progress: Progress | None = None,
+) -> tuple[Record, Path]:
+    """Check a card, and keep the result.
+
+    Args:
+        operations: from :func:`operations_of`.
+        dtype: of activations.
+        device: the GPU.
+        whole: check and time everything, however long it takes; else what is not known yet of this
+            card with these versions, for :data:`SECONDS`.
+        progress: as for :func:`check`.
+
+    Returns:
+        The record, "operations" of which are the records by name, and its file.
+    """
+    facts: Record = {**card(device), "dtype": str(dtype).removeprefix("torch.")}
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    file = cache_folder() / f"{key[:16]}.json"
+    known: dict[str, Record] = {}
+    if not whole:
+        with suppress(OSError, ValueError, KeyError):
+            known = json.loads(file.read_text())["operations"]
+    rate = copy_rate(device) if whole else None
+    if rate is not None:
+        facts["copy_gb_per_s"] = round(rate / 1e9, 1)
+    seconds = math.inf if whole else SECONDS
+    found = {GRAPH: known.get(GRAPH) or check_graph(device, dtype), **known}
+    found = check(
+        operations, dtype, device, known=found, seconds=seconds, rate=rate, progress=progress
+    )
+    torch.cuda.empty_cache()
+    record = {**facts, "operations": found}
+    if found != known:
+        # Not to be able to keep it is no reason not to train.
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, record)
+    return record, file
+
+
+def last_result() -> tuple[Record, Path] | None:
+    """The newest record and its file."""
+    files = sorted(cache_folder().glob("*.json"), key=lambda file: file.stat().st_mtime)
+    with suppress(OSError, ValueError):
+        return (json.loads(files[-1].read_text()), files[-1]) if files else None
+    return None
+
+
+def table(record: Record) -> str:
+    """A record for people to read."""
+    facts = {k: v for k, v in record.items() if k not in ("operations", "versions")}
+    facts |= record["versions"]
+    rows = [f"{name:20} {fact}" for name, fact in facts.items() if fact is not None]
+    rows.append(f"{'operation':52} {'of budget':>9} {'µs':>9} {'of copy':>8}")
+    for name, found in record["operations"].items():
+        columns = [
+            "" if found.get(key) is None else shown.format(found[key])
+            for key, shown in (
+                ("share", "{:.2f}"),
+                ("microseconds", "{:.1f}"),
+                ("share_of_copy", "{:.0%}"),
+            )
+        ]
+        row = f"{name:52} {columns[0]:>9} {columns[1]:>9} {columns[2]:>8}"
+        rows.append(f"{row}  WRONG: {found['error']}" if found["error"] else row)
+    return "\n".join(rows)

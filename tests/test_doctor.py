@@ -1,0 +1,101 @@
+"""The self-check: what is wrong is seen, kept, and replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from arat_fast import doctor
+from arat_fast.attacks import PGD
+from arat_fast.cli import main
+from arat_fast.models import create_model
+from arat_kernels.checks import OPERATIONS, Operation, Tensors
+from arat_kernels.implementation import Impl, choose
+
+CPU = torch.device("cpu")
+
+
+def with_kernel(operation: Operation, off: float) -> Operation:
+    """The reference as the kernel, one number of whose last result is ``off``."""
+
+    def call(t: Tensors, impl: Impl | None) -> Tensor | Sequence[Tensor]:
+        out = operation.call(t, "reference")
+        if impl == "triton":
+            last = out if isinstance(out, Tensor) else out[-1]
+            # As a kernel would: autograd knows nothing of it.
+            last.data[(-1,) * last.ndim] += off
+        return out
+
+    return dataclasses.replace(operation, call=call)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_that_is_wrong_is_seen(name: str) -> None:
+    records = doctor.check(
+        {
+            name: with_kernel(OPERATIONS[name], 0.0),
+            f"{name}-off": with_kernel(OPERATIONS[name], 0.3),
+        },
+        torch.float32,
+        CPU,
+    )
+    assert records[name]["error"] == "" and records[name]["share"] <= 1
+    assert list(doctor.wrong_functions(records)) == [name.partition("-")[0]]
+
+
+def test_what_does_not_compile_is_wrong_and_what_does_not_fit_is_unknown() -> None:
+    def fails(error: type[Exception]) -> Operation:
+        def call(t: Tensors, impl: Impl | None) -> Tensor:
+            raise error("no such instruction")
+
+        return dataclasses.replace(OPERATIONS["pgd_step"], call=call)
+
+    operations = {"pgd_step-a": fails(RuntimeError), "relu-a": fails(torch.OutOfMemoryError)}
+    records = doctor.check(operations, torch.float32, CPU)
+    assert list(records) == ["pgd_step-a"] and "instruction" in records["pgd_step-a"]["error"]
+    assert doctor.check(operations, torch.float32, CPU, known=records, seconds=-math.inf) == records
+
+
+def test_wrong_kernels_are_replaced_or_refused() -> None:
+    said: list[str] = []
+    wrong = {"pgd_step": "pgd_step-Linf: rms error 1", "fold": "fold-ResNet: off"}
+    try:
+        doctor.replace_wrong(wrong, False, said.append)
+        assert len(said) == 2 and "rms error 1" in said[0] and "doctor" in said[0]
+        assert choose("triton", torch.ones(1), operation="pgd_step") == "reference"
+        with pytest.raises(ValueError, match=r"rms error 1.*--step\.kernels"):
+            doctor.replace_wrong(wrong, True, said.append)
+    finally:
+        doctor.replace_wrong({}, False, said.append)
+    with pytest.raises(ValueError, match="CUDA"):
+        choose("triton", torch.ones(1), operation="pgd_step")
+
+
+@pytest.mark.parametrize("norm", ["split", "shared"])
+def test_operations_have_the_shapes_of_the_step(norm: str) -> None:
+    model = create_model("resnet8", 4, norm=norm)  # type: ignore[arg-type]  # one of its values
+    operations = doctor.operations_of(model, (3, 8, 8), 4, 6, PGD(norm="L2"))
+    functions = {name.partition("-")[0] for name in operations}
+    assert functions == {name.partition("-")[0] for name in OPERATIONS} - (
+        set() if norm == "split" else {"split_batch_norm"}
+    ) | {doctor.FOLD}
+    assert "pgd_step-L2-6x3x8x8" in operations
+    assert any(re.fullmatch(r"frozen_affine-6x\d+x8x8-residual-relu", n) for n in operations)
+    for operation in operations.values():
+        kernel = with_kernel(operation, 0.0)
+        made = kernel.make(0, torch.bfloat16)
+        assert all(result.isfinite().all() for result in kernel.results(made, "reference").values())
+    fold = operations[next(name for name in operations if name.startswith(doctor.FOLD))]
+    # On a CPU the folded network is no kernel.
+    assert fold.check(fold.make(0, torch.float32)) <= 1
+
+
+def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 2
+    assert "GPU" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""One job writes into a folder at a time, and a job whose folder was taken stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import changed, tiny_config
+
+from arat_fast.display import Display
+from arat_fast.files import LOCK, Lock, OvertakenError
+from arat_fast.run.hooks import Hook
+from arat_fast.run.loop import train
+from arat_fast.run.state import Run
+from arat_fast.training.checkpoint import load_checkpoint
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from arat_fast.files import Lock
+lock = Lock(Path(sys.argv[1]))
+if os.fork() == 0:
+    print("held", flush=True)
+    time.sleep(60)
+os.wait()
+"""
+
+
+def test_a_lock_is_one_jobs_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run" / LOCK
+    with Lock(path) as lock:
+        lock.check()
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on "):
+            Lock(path)
+        lock.share()
+        with Lock(path, holder=lock.holder) as other:
+            lock.release()
+            with pytest.raises(BlockingIOError):
+                Lock(path)
+            other.check()
+        # Another machine's folder has no such file.
+        Lock(path, holder=lock.holder).release()
+    assert not path.exists()
+    (path.parent / "file").touch()
+    Lock(path).release()
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_lock_ends_with_its_process_whatever_that_has_forked(tmp_path: Path) -> None:
+    """A data loader's worker lives on for seconds."""
+    path = tmp_path / LOCK
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with pytest.raises(BlockingIOError, match=f"process {holder.pid} on "):
+        Lock(path)
+    holder.kill()
+    holder.wait()
+    Lock(path).release()
+    assert not path.exists()
+    holder.stdout.close()
+
+
+@pytest.mark.parametrize("take", [Path.unlink, lambda path: path.write_text("process 7 on b, x")])
+def test_who_has_lost_a_lock_is_told_and_leaves_it(
+    tmp_path: Path, take: Callable[[Path], object]
+) -> None:
+    path = tmp_path / LOCK
+    with Lock(path) as lock:
+        take(path)
+        before = path.exists()
+        with pytest.raises(OvertakenError, match="taken over by"):
+            lock.check()
+    assert path.exists() == before
+
+
+class At(Hook):
+    """Calls ``act`` before the second epoch."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        if epoch == 1:
+            run.checkpoints.wait()
+            self.act()
+
+
+CONFIG = changed(tiny_config(epochs=2), "train", eval_every=0)
+QUIET = Display(Console(quiet=True))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, resume: bool) -> None:
+    out = tmp_path / "run"
+
+    def again() -> None:
+        with pytest.raises(BlockingIOError, match="--out"):
+            train(CONFIG, out, resume=resume, display=QUIET)
+
+    summary = train(CONFIG, out, display=QUIET, hooks=[At(again)])
+    assert not (out / LOCK).exists()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    ids = {summary["run"], load_checkpoint(out / "checkpoint.pt")["run"]["id"]}
+    assert len(ids | {line["run"] for line in lines}) == 1
+    assert train(CONFIG, out, resume=True, display=QUIET)["run"] == summary["run"]
+
+
+def test_a_run_that_was_overtaken_writes_nothing_more(tmp_path: Path) -> None:
+    """As after an hour on another machine, on a file system without locks."""
+    files = {}
+
+    def overtake() -> None:
+        (tmp_path / LOCK).write_text("process 7 on another, x")
+        files.update({path.name: path.read_bytes() for path in tmp_path.glob("*.*")})
+
+    with pytest.raises(OvertakenError, match="process 7 on another"):
+        train(CONFIG, tmp_path, display=QUIET, hooks=[At(overtake)])
+    assert "summary.json" not in files and "checkpoint.pt" in files
+    assert files == {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+
+
+def test_refused_settings_leave_no_folder(tmp_path: Path) -> None:
+    config = changed(CONFIG, "data", num_val=1437)
+    with pytest.raises(ValueError):
+        train(config, tmp_path / "run", display=QUIET)
+    assert not (tmp_path / "run").exists()
