@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arat_fast.files import make_folder, write_atomic
+
+NOT_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What a damaged .npz file raises, wherever the damage is."""
 
 Tensors = dict[str, Tensor]
 
@@ -80,8 +84,7 @@ class Pieces:
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
     """The content of an .npz file; None where there is none that can be read."""
-    unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-    with suppress(*unreadable), np.load(path, allow_pickle=False) as arrays:
+    with suppress(*NOT_NPZ), np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
     return None
 
