@@ -84,10 +84,9 @@ def _failed(error: Exception) -> int:
         if _is_first() or not isinstance(error, UsageError):
             _complain(error)
         return 2
-    import torch
 
     from arat_fast.distributed import LeftBehindError
-    from arat_fast.training.memory import BatchTooLargeError
+    from arat_fast.training.memory import BatchTooLargeError, is_out_of_memory
 
     if isinstance(error, LeftBehindError):
         if str(error):
@@ -96,7 +95,7 @@ def _failed(error: Exception) -> int:
         sys.stderr.flush()
         # The libraries' own clean-up would wait for the process that is lost.
         os._exit(error.exit_code)
-    if not isinstance(error, torch.OutOfMemoryError):
+    if not isinstance(error, MemoryError) and not is_out_of_memory(error):
         raise error
     message = str(error)
     if not isinstance(error, BatchTooLargeError):

@@ -152,7 +152,7 @@ class DataConfig:
     data prepare has written."""
     unsup_fraction: Annotated[float, Range(above=0, below=1)] = 0.7
     """Share of the generated images in a training batch, in (0, 1)."""
-    image_size: int = 128
+    image_size: Annotated[int, Range(low=1, high=8192)] = 128
     """Image files: height and width of the crops."""
     num_workers: Annotated[Number, FREE] = 4
     """Processes (dataloader) that read and decode, 0 for the training process; or threads (dali):

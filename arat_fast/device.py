@@ -153,7 +153,8 @@ def source_commit() -> str | None:
         return None
     try:
         result = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -188,20 +189,31 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is cut, damaged or no JSON; names the file.
+        ValueError: it is cut, damaged or something else; names the file.
     """
     content = path.read_bytes()
     try:
-        return parse_json(content)
+        found = parse_json(content)
+        if isinstance(found, dict):
+            return found
+        reason = f"{type(found).__name__}"
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not whole: expected JSON, got {len(content)} bytes ({error})"
-        ) from error
+        reason = str(error)
+    raise ValueError(f"{path}: expected a JSON object, got {len(content)} bytes: {reason}")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that is damaged, so that it is neither used nor lost; its new name."""
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    os.replace(path, aside)
+    _sync(path.parent)
+    return aside
 
 
 class OvertakenError(OSError):

@@ -125,7 +125,11 @@ TRIALS = {
     "prepare": Trial(generated, PREPARE, PREPARE, "out"),
 }
 AMOUNTS = [("run", 23), ("resume", 17), ("prepare", 1)] + [
-    pytest.param(name, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for name in TRIALS
+    # A comparison is its runs, and takes as long.
+    pytest.param(
+        name, 40 if name == "compare" else 1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]
+    )
+    for name in TRIALS
 ]
 """Each call, or one in so many."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from numpy.random import Generator
 from pictures import encoded, image_folder, picture, tar_shard
 from rich.console import Console
+from test_disk_faults import popen
 from tiny import TinyRun, leaves
 
 import arat_fast
@@ -263,6 +265,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        patch.setattr(subprocess, "Popen", popen)
         trained()
         EVAL()
         command("export", "run", "--format", "hub", "--out", "out")()

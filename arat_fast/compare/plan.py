@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from arat_fast.command_line import apply_overrides, overrides_of
 from arat_fast.compare.cost import step_cost
 from arat_fast.compare.methods import ALL_PARTS, Method
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
+from arat_fast.files import read_json
 from arat_fast.run.natural import natural_config
 
 Budget = Literal["epochs", "work"]
@@ -295,10 +295,7 @@ def read_record(path: Path) -> dict[str, Any]:
             f"no comparison at {file}: expected the folder that arat-fast compare wrote, or its "
             f"{RECORD}"
         )
-    record: dict[str, Any] = {}
-    with suppress(ValueError):
-        record = json.loads(file.read_text(encoding="utf-8"))
-    known = isinstance(record, dict) and {"methods", "cells"} <= record.keys()
-    if not known or record.get("format") != FORMAT:
+    record = read_json(file)
+    if not {"methods", "cells"} <= record.keys() or record.get("format") != FORMAT:
         raise ValueError(f"{file} is no comparison of format {FORMAT}")
     return record

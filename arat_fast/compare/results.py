@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from arat_fast.compare.plan import Plan, PlannedMethod, other_folder, plan_from_record
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
+from arat_fast.files import read_json
 from arat_fast.objectives import known_objective
 
 SUM = "sum"
@@ -160,8 +160,8 @@ def read_cell(folder: Path, config: Config) -> dict[str, Any] | None:
         "natural_model",
     )
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        saved = config_from_dict(json.loads(source.read_text(encoding="utf-8"))["config"])
+        summary = read_json(folder / "summary.json")
+        saved = config_from_dict(read_json(source)["config"])
         found = {name: summary[name] for name in kept}
     except (OSError, ValueError, KeyError):
         return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from arat_fast.data.fingerprint import fingerprint, names_below
 from arat_fast.datasets.encoded import EncodedImages, unreadable
+from arat_fast.files import read_json
 
 if TYPE_CHECKING:
     from arat_fast.distributed import Ranks
@@ -42,7 +43,7 @@ class BadImages:
         self.found: dict[str, dict[str, str]] = {}
         if folder is not None:
             with suppress(OSError, ValueError):
-                self.found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+                self.found = read_json(folder / FILE)
 
     def among(self, source: EncodedImages, root: Path) -> dict[int, str]:
         """What is wrong with the images that cannot be read, by number.

@@ -178,9 +178,11 @@ class Watch:
                 self._listen()
                 lost = self._silent(SILENT_SECONDS)
         except RuntimeError:
+            # The launcher's end, or rank 0's.
             self._store_lost = True
-            return
-        # The main thread leaves the next meeting or collective, but may not come to one for long.
+            lost = self._silent(SILENT_SECONDS)
+        # The main thread leaves the next meeting or collective, but may not come to one for long,
+        # or wait in it for a process that hangs.
         if not self.stopped.wait(LEAVE_SECONDS):
             if lost and self.claim():
                 print(f"arat-fast: error: {self._told(lost)}", file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ from arat_fast.evaluation.record import (
     earlier_record,
     root_of_own_images,
     save_per_example,
+    set_damaged_aside,
 )
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_example
 from arat_fast.files import alone, write_json
@@ -164,6 +165,8 @@ def evaluate_checkpoint(
         pgd = {"num_restarts": num_restarts, "alpha": alpha}
         settings[f"pgd{config.eval.num_steps}"] = pgd
     if out is not None and ranks.is_main:
+        for moved in set_damaged_aside(out):
+            display.say(f"warning: {moved}")
         earlier_record(out, facts, settings)
     for name, reason in attacks_left_out(attacks, data.test.num_classes).items():
         display.say(f"{name} is left out: {reason}")

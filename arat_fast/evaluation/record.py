@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from arat_fast.config import OWN_IMAGES, DataConfig
 from arat_fast.evaluation.pieces import read_arrays
-from arat_fast.files import write_atomic
+from arat_fast.files import read_json, set_aside, write_atomic
 
 _NEVER_REPLACED = ("dataset", "root", "split", "norm", "eps", "seed")
 """Where these differ, results are others, however many images they are of."""
@@ -47,10 +46,22 @@ def record_paths(checkpoint: Path) -> list[Path]:
 def read_record(path: Path) -> dict[str, Any]:
     """The content of a record; {} where there is none that can be read."""
     with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
+        return read_json(path)
     return {}
+
+
+def set_damaged_aside(path: Path) -> list[str]:
+    """Move a record, and the results image by image beside it, out of the way where they are
+    damaged: the new ones would replace them. Says what was moved.
+
+    Args:
+        path: of the record; there need be none.
+    """
+    moved = []
+    for file, read in ((path, read_record), (path.with_suffix(".npz"), read_arrays)):
+        if file.exists() and not read(file):
+            moved.append(f"{file} is damaged and was moved to {set_aside(file)}")
+    return moved
 
 
 def earlier_record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from arat_fast.config import Config, config_from_dict
 from arat_fast.evaluation.pieces import NOT_NPZ
+from arat_fast.files import parse_json, read_json
 from arat_fast.statistics import wilson_interval
 
 Numbers = NDArray[np.float64]
@@ -204,7 +204,7 @@ def read_run(path: Path) -> Run:
             "that `arat-fast train` printed"
         )
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = read_json(file)
         config, version = config_from_dict(stored["config"]), str(stored["version"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} does not hold a run's configuration ({error})") from error
@@ -238,7 +238,7 @@ def read_analyses(
     """
     found: dict[str, Mapping[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
-        record = _read(file, lambda f: json.loads(f.read_text(encoding="utf-8")), notes)
+        record = _read(file, read_json, notes)
         if record is None:
             continue
         before = record["steps"]
@@ -285,7 +285,7 @@ def _read(
 
 
 def _parse_summary(file: Path) -> Summary:
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json(file)
     stored["accuracy"] = read_accuracies(stored.get("accuracy", {}))
     return _from_fields(Summary, stored)
 
@@ -315,7 +315,7 @@ def _read_metrics(
     broken = 0
     for text in lines:
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             kind = line.pop("kind")
             if kind == "eval":
                 evaluations.append(_from_fields(Evaluation, line))

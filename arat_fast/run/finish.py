@@ -16,12 +16,14 @@ from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.doctor import FOLD, GRAPH
 from arat_fast.evaluation import ThreatModel
 from arat_fast.evaluation.evaluate import ImageSet
+from arat_fast.evaluation.pieces import read_arrays
 from arat_fast.evaluation.suite import evaluate_all, save_examples
-from arat_fast.files import write_json
+from arat_fast.files import read_json, write_json
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.run.state import Run
 from arat_fast.saved import export_plain, save_safetensors
-from arat_fast.saved.network import describe, header
+from arat_fast.saved.network import SAFETENSORS, describe, header
+from arat_fast.saved.weights import read_safetensors
 from arat_fast.training.averaging import refresh_batch_norm
 from arat_kernels.implementation import choose
 
@@ -50,6 +52,24 @@ def deploy(run: Run) -> tuple[nn.Module, str]:
     return run.average.model, run.config.average.kind
 
 
+def export(run: Run, model: nn.Module, kind: str) -> None:
+    """Write the deployed weights to model.safetensors."""
+    split = any(isinstance(m, SplitBatchNorm2d) for m in model.modules())
+    save_safetensors(
+        export_plain(model) if split else model,
+        run.out / SAFETENSORS,
+        header(
+            describe(
+                run.config,
+                kind,
+                "adv" if split else "shared",
+                run.data.train.image_shape,
+                run.data.train.classes,
+            )
+        ),
+    )
+
+
 def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
     """Export and evaluate the deployed weights; the content of the summary, on rank 0.
 
@@ -58,16 +78,8 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
     """
     config = run.config
     images = ImageSet.from_batches(run.data.test, config.eval.max_samples, run.ranks.shard)
-    split = any(isinstance(m, SplitBatchNorm2d) for m in model.modules())
     if run.ranks.is_main:
-        branch = "adv" if split else "shared"
-        save_safetensors(
-            export_plain(model) if split else model,
-            run.out / "model.safetensors",
-            header(
-                describe(config, kind, branch, run.data.train.image_shape, run.data.train.classes)
-            ),
-        )
+        export(run, model, kind)
     start = time.perf_counter()
     with run.display.evaluating() as bar:
         suite = evaluate_all(
@@ -106,20 +118,37 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
 
 
 def finished_summary(run: Run) -> dict[str, Any] | None:
-    """The summary of a run that had come to its end, evaluated as it is asked for now."""
+    """The summary of a run that had come to its end, evaluated as it is asked for now.
+
+    Weights that are damaged or missing are written again; with damaged examples there is none, and
+    the evaluation, which makes them, is made again.
+    """
     if run.progress.step < run.total_steps:
         return None
     content = b""
     if run.ranks.is_main:
-        # Whatever is in it that is none is replaced.
-        with suppress(OSError, ValueError, AttributeError):
-            text = (run.out / "summary.json").read_bytes()
-            summary: dict[str, Any] = json.loads(text)
-            wanted = config_to_dict(run.config)["eval"]
-            if summary.get("status") == "finished" and summary.get("evaluation") == wanted:
-                content = text
+        with suppress(OSError, ValueError):
+            summary = read_json(run.out / "summary.json")
+            wanted = {"status": "finished", "evaluation": config_to_dict(run.config)["eval"]}
+            # Of this run: another's may have been copied here.
+            wanted["run"] = summary.get("run") and run.id
+            whole = read_arrays(run.out / "examples.npz") is not None
+            if whole and all(summary.get(key) == value for key, value in wanted.items()):
+                content = json.dumps(summary).encode()
     content = run.ranks.broadcast_bytes(content)
-    return json.loads(content) if content else None
+    if not content:
+        return None
+    said = "is finished already; nothing was trained or evaluated"
+    if run.ranks.is_main:
+        try:
+            read_safetensors(run.out / SAFETENSORS)
+        except (OSError, ValueError):
+            export(run, *deploy(run))
+            said += f", {SAFETENSORS} was written again"
+        if not (run.out / "metrics.jsonl").exists():
+            said += "; metrics.jsonl is missing, and with it the curves"
+    run.display.say(f"{run.out} {said}")
+    return dict(json.loads(content))
 
 
 def facts(run: Run, status: str) -> dict[str, Any]:

@@ -115,7 +115,8 @@ class MetricsLog(Hook):
     def _cut(self) -> BinaryIO:
         assert self.file is not None
         if self.keep is not None:
-            self.file.truncate(min(self.keep, self.path.stat().st_size))
+            # Whole lines only, whatever has become of the file.
+            self.file.truncate(self.path.read_bytes()[: self.keep].rfind(b"\n") + 1)
             self.file.seek(0, os.SEEK_END)
             self.keep = None
         return self.file

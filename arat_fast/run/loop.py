@@ -242,7 +242,6 @@ def _run(this: Run) -> dict[str, Any]:
     this.ranks.meet()
     finished = finished_summary(this)
     if finished is not None:
-        this.display.say(f"{this.out} is finished already; nothing was trained or evaluated")
         return finished
     if this.objective.starts_from_natural and this.progress.natural_model is None:
         _start_from_natural(this)

@@ -13,6 +13,7 @@ from torch import nn
 
 from arat_fast.config import Config
 from arat_fast.data.fingerprint import class_order
+from arat_fast.files import parse_json, read_json
 from arat_fast.objectives.adversarial_training import NaturalTraining
 from arat_fast.run.state import Run
 from arat_fast.saved.weights import load_weights, read_safetensors
@@ -65,7 +66,7 @@ def load_natural(model: nn.Module, path: Path, classes: Sequence[str] = ()) -> d
             f"{weights} was trained with {objective}, expected a naturally trained model: "
             "arat-fast train RECIPE --objective.name natural makes one"
         )
-    known = json.loads(metadata.get("classes", "[]"))
+    known = parse_json(metadata.get("classes", "[]"))
     if class_order(known, classes or known, weights) is not None:
         raise ValueError(
             f"{weights} counts the same classes in another order, got {', '.join(known[:3])}, …: "
@@ -74,7 +75,7 @@ def load_natural(model: nn.Module, path: Path, classes: Sequence[str] = ()) -> d
     load_weights(model, tensors, str(weights))
     summary: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        summary = json.loads((weights.parent / "summary.json").read_text())
+        summary = read_json(weights.parent / "summary.json")
     return {
         "source": str(path),
         "epochs": summary.get("epochs"),

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from arat_fast.build import build_network
 from arat_fast.config import Config, config_from_dict
 from arat_fast.datasets import DATASETS
+from arat_fast.files import parse_json, read_json
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.recipes import recipe as recipe_by_name
 from arat_fast.saved.naming import SCHEMES, to_own
@@ -236,14 +236,14 @@ def _main_file(path: Path) -> Path:
     """Of a folder what tells most: a run's checkpoint, an export's record, bare weights."""
     if not path.is_dir() or (path / CHECKPOINT).is_file():
         return path / CHECKPOINT if path.is_dir() else path
-    if (path / RECORD).is_file() and "format" in _read_json(path / RECORD):
+    if (path / RECORD).is_file() and "format" in read_json(path / RECORD):
         return path / RECORD
     return path / (SAFETENSORS if (path / SAFETENSORS).is_file() else CHECKPOINT)
 
 
 def _read(path: Path, weights: Which) -> _Content:
     if path.name == RECORD:
-        return _from_export(path, _read_json(path))
+        return _from_export(path, read_json(path))
     content: object
     strings: dict[str, str] = {}
     if path.suffix == ".safetensors":
@@ -304,15 +304,6 @@ def _from_export(path: Path, record: Mapping[str, Any]) -> _Content:
     return _of_tensors(file, state_dict_of(weights, file), _parse(path, record))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = None
-    with suppress(ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got something else")
-    return content
-
-
 def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a header or a record, with their types; what else is there is left out."""
     facts = {}
@@ -323,7 +314,7 @@ def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         try:
             # In a header everything is a string.
             is_json = isinstance(value, str) and read is not str
-            facts[key] = read(json.loads(value) if is_json else value)
+            facts[key] = read(parse_json(value) if is_json else value)
             if not fits(facts[key]):
                 raise ValueError("not a value of it")
         except (ValueError, TypeError) as error:

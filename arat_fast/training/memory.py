@@ -16,7 +16,7 @@ class BatchTooLargeError(torch.OutOfMemoryError):
     """The step ran out of memory; the message says what would fit."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether the device's memory did not suffice."""
     # PyTorch has no type of its own for the CPU.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -6,8 +6,10 @@ import dataclasses
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +25,7 @@ from tiny import assert_same_end, leaves
 from arat_fast.training.checkpoint import CheckpointFolder, load_checkpoint
 
 EPOCHS = ("--train.epochs", "3")
+LONG = ("--train.epochs", "1000")
 SECOND, TOTAL = 2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH
 
 
@@ -216,28 +219,85 @@ def test_twenty_interruptions(tmp_path: Path) -> None:
     assert_same_end(tmp_path / "whole", out, numbers=False)
 
 
-def torchrun(drill: Drill, *options: str) -> subprocess.CompletedProcess[str]:
-    """The real launcher, of two processes."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            *options,
-            drills.__file__,
-            drills.as_json(drill),
-        ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        },
-        capture_output=True,
+def launcher(drill: Drill, *options: str) -> subprocess.Popen[str]:
+    """The real torchrun, of two processes."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    return subprocess.Popen(
+        [sys.executable, *torchrun, drills.__file__, drills.as_json(drill)],
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=200,
     )
+
+
+def torchrun(drill: Drill, *options: str) -> subprocess.CompletedProcess[str]:
+    """What torchrun comes to."""
+    process = launcher(drill, *options)
+    out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only there a process hears of its parent's end"
+)
+@pytest.mark.parametrize("blocked", [False, True])
+def test_ranks_end_with_their_launcher(
+    whole: Callable[[int], Path], tmp_path: Path, blocked: bool
+) -> None:
+    """Also one that waits for another, which hangs."""
+    out = tmp_path / "run"
+    drill = Drill("SIGSTOP", 6, 1, str(out), EPOCHS) if blocked else Drill(out=str(out))
+    process = launcher(drill if blocked else dataclasses.replace(drill, extra=LONG))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until((out / "checkpoint.pt").exists, 120)
+    ranks = [int(pid) for pid in children.read_text().split()]
+    if blocked:
+        wait_until(lambda: any(map(is_stopped, ranks)), 60)
+    process.kill()
+    alive = [pid for pid in ranks if not (blocked and is_stopped(pid))]
+    assert len(alive) == 2 - blocked
+    start = time.monotonic()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive), 45)
+    print(f"{len(alive)} ranks ended {time.monotonic() - start:.1f} s after the launcher")
+    for pid in set(ranks) - set(alive):
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 45)
+    if blocked:
+        finish(tmp_path / "logs", out, 2)
+        assert_same_end(whole(2), out, numbers=False)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_keeps_the_folder(whole: Callable[[int], Path], tmp_path: Path) -> None:
+    """For longer than the others wait for it; then it goes on, and ends."""
+    out, log = tmp_path / "run", tmp_path / "first"
+    log.mkdir()
+    extra = (*EPOCHS, "--distributed.timeout", "5")
+    processes = jobs.start(drills.as_rank, (Drill("SIGSTOP", 6, 1, str(out), extra),), 2, log)
+    processes[0].join(120)
+    assert processes[0].exitcode == 1, jobs.printed(log)
+    codes, text = go(tmp_path / "logs", 2, Drill(out=str(out), extra=EPOCHS))
+    assert 2 in codes and f"at work in {out}" in text, text
+    pid = processes[1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGCONT)
+    assert jobs.wait(processes) == [1, 1], jobs.printed(log)
+    finish(tmp_path / "logs", out, 2)
+    assert_same_end(whole(2), out, numbers=False)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import sys
 import time
@@ -40,8 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(path: Path, **options: Any) -> dict[str, Any]:
-    options = {"attacks": ["pgd"], "max_samples": 30, "device": "cpu", **options}
-    return module.evaluate_checkpoint(path, display=QUIET, **options)
+    own = {"attacks": ["pgd"], "max_samples": 30, "device": "cpu", "display": QUIET}
+    return module.evaluate_checkpoint(path, **{**own, **options})
 
 
 def test_statistics_are_refreshed_with_the_attack_of_the_run(
@@ -216,6 +217,22 @@ def test_attacks_are_added_to_a_record_and_none_is_lost(run: Path, tmp_path: Pat
     save_checkpoint(tmp_path / "other.pt", state)
     other = evaluate(tmp_path / "other.pt", **options)
     assert set(other["accuracy"]) == {"clean", "clean_branch", "pgd1"}
+
+
+def test_a_damaged_record_is_moved_aside(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options: dict[str, Any] = {"max_samples": 10, "eps": 0.1, "out": out}
+    record = evaluate(run, **options)["accuracy"]
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    console = Console(file=io.StringIO(), width=1000)
+    for number, damage in enumerate((b"", b"[" * 100_000, whole["record.json"][:-9]), 1):
+        out.write_bytes(damage)
+        (tmp_path / "record.npz").write_bytes(whole["record.npz"][:-9])
+        assert evaluate(run, **options, display=Display(console))["accuracy"] == record
+        assert (tmp_path / f"record.json.damaged{number}").read_bytes() == damage
+        assert json.loads(out.read_text())["accuracy"] == record
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert shown.count("warning: ") == 6 and str(tmp_path / "record.npz.damaged3") in shown
 
 
 @pytest.mark.parametrize(

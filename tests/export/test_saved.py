@@ -187,6 +187,7 @@ def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
     ("content", "keyword"),
     [
         ("{", "JSON"),
+        ("[" * 100_000, "nested"),
         ("[]", "object"),
         ('{"format": "pickle"}', "robustbench"),
         ('{"format": "onnx", "weights_file": "model.onnx"}', "onnxruntime"),
@@ -198,6 +199,18 @@ def test_records_that_are_no_export(content: str, keyword: str, tmp_path: Path) 
     with pytest.raises(ValueError, match=keyword) as error:
         arat_fast.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_absurd_values_are_one_sentence(run: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(run / "checkpoint.pt")
+    state["run"]["config"]["data"]["image_size"] = 10**9
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(ValueError, match=r"image_size must be in \[1, 8192\]"):
+        arat_fast.load(tmp_path)
+    path = tmp_path / "m.safetensors"
+    save_safetensors(create_model("resnet8", 10, 1, norm="shared"), path, {"mean": "[" * 100_000})
+    with pytest.raises(ValueError, match="mean=.*nested"):
+        arat_fast.load(path)
 
 
 def test_the_version_can_be_read_without_torch() -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import (
     TinyRun,
@@ -28,6 +32,7 @@ from tiny import (
 import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch
+from arat_fast.evaluation.pieces import read_arrays
 from arat_fast.models import create_model
 from arat_fast.stop import InterruptedRun
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
@@ -171,6 +176,33 @@ def test_what_does_not_belong_to_the_run_is_refused(whole: Whole, tmp_path: Path
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         tiny_trainer(tmp_path, resume=True)
     assert (tmp_path / "checkpoint.pt").stat().st_size == len(content) // 2
+
+
+def test_a_finished_run_makes_again_what_it_lacks(whole: Whole, tmp_path: Path) -> None:
+    out, config = tmp_path / "run", CONFIGS["ema"]
+    shutil.copytree(whole("ema"), out)
+    weights, examples = out / "model.safetensors", out / "examples.npz"
+    content, summary = weights.read_bytes(), (out / "summary.json").read_bytes()
+
+    def again() -> str:
+        console = Console(file=io.StringIO(), width=1000)
+        tiny_trainer(out, config, resume=True, console=console).run()
+        assert weights.read_bytes() == content
+        return str(console.file.getvalue())  # type: ignore[attr-defined]  # a StringIO
+
+    for damage in (b"", content[:-1] + b"x"):
+        weights.write_bytes(damage)
+        assert "model.safetensors was written again" in again()
+    assert (out / "summary.json").read_bytes() == summary
+    arrays = read_arrays(examples)
+    for damage in (b"", examples.read_bytes()[:-100]):
+        examples.write_bytes(damage)
+        again()
+        made = read_arrays(examples)
+        assert arrays is not None and made is not None
+        assert all(np.array_equal(made[name], array) for name, array in arrays.items())
+    (out / "metrics.jsonl").unlink()
+    assert "metrics.jsonl is missing" in again()
 
 
 def test_a_run_with_other_steps_keeps_the_checkpoint_before(tmp_path: Path) -> None:
