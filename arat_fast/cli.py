@@ -1,4 +1,5 @@
-"""The command ``arat-fast``: train, eval, compare, analyze, report, export, data, info, doctor.
+"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info and
+doctor.
 
 Each command imports what it needs: ``--help`` and ``--version`` wait for no library.
 """
@@ -287,6 +288,43 @@ def _print_accuracy(found: dict[str, Any]) -> None:
         print(f"warning: {found['collapsed']}")
 
 
+@dataclass(frozen=True)
+class Predict(Command):
+    """The class of pictures, and how sure the network is of it."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
+    pictures: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+    branch: Literal["adv", "clean"] | None = None
+    """BatchNorm branch of a network with two; default adv, the robust one."""
+    weights: Literal["deployed", "last"] = "deployed"
+    """deployed: the average where the run has one. last: the weights of the last step."""
+    recipe: str | None = None
+    """Recipe whose network it is, where the file does not say."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Print a list of objects with file, label, confidence and problem."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        import json
+
+        from arat_fast.evaluation.pictures import predict_pictures
+
+        options = dataclasses.asdict(self)
+        as_json = options.pop("json")
+        found = predict_pictures(**options)
+        if as_json:
+            print(json.dumps([vars(p) | {"file": str(p.file)} for p in found], indent=1))
+        else:
+            width = max(len(str(p.file)) for p in found)
+            for p in found:
+                answer = f"{100 * p.confidence:6.2f} %  {p.label}"
+                print(p.problem or f"{p.file!s:{width}}  {answer}")
+        return 2 if any(p.problem for p in found) else 0
+
+
 class Compare(Command):
     """Methods over several seeds, as a table, LaTeX and a plane: compare RECIPE [--objectives NAME
     ...] [--seeds N ...] [--ablation] [overrides]. Goes on where it stopped; compare --from DIR
@@ -531,6 +569,7 @@ class Doctor(Command):
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "eval": Eval,
+    "predict": Predict,
     "compare": Compare,
     "analyze": Analyze,
     "report": Report,

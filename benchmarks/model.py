@@ -65,9 +65,9 @@ class Node(NamedTuple):
         return next((k for k, *names in KINDS if any(n in self.name for n in names)), "elementwise")
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.nodes: list[Node] = []
 
     def __torch_dispatch__(

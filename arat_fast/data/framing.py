@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,9 @@ class Framing:
     Source: the random resized crop of Szegedy et al., CVPR 2015 (arXiv 1409.4842), section 6.
     """
 
+    NUM_DRAWS: ClassVar[int] = 3 + 2 * ATTEMPTS
+    """Random numbers that place one image."""
+
     size: int
     kind: Kind = "pad"
     random: bool = False
@@ -112,12 +115,12 @@ class Framing:
             raise ValueError(f"padding must be >= 0, got {self.padding}")
 
     def draw(self, plan: BatchPlan, epoch: int, number: int) -> Tensor:
-        """Random numbers of this rank's share of a batch, (N, 3 + 2 ATTEMPTS), float64, in [0, 1).
+        """Random numbers of this rank's share of a batch, (N, NUM_DRAWS), float64, in [0, 1).
 
         They belong to the places of the whole batch, and are 0 where nothing is random.
         """
         batch = plan.batch(number)
-        shape = (batch.stop - batch.start, 3 + 2 * ATTEMPTS)
+        shape = (batch.stop - batch.start, self.NUM_DRAWS)
         if not (self.random or self.flip):
             return torch.zeros(shape, dtype=torch.float64)[plan.share(number)]
         generator = seeded_generator(plan.seed, epoch, number)
@@ -140,7 +143,7 @@ class Framing:
         Args:
             heights: of the images (N,), in pixels.
             widths: of the images (N,), in pixels.
-            draws: (N, 3 + 2 ATTEMPTS), from :meth:`draw`.
+            draws: (N, NUM_DRAWS), from :meth:`draw`.
 
         Returns:
             (N, 4) boxes: first row, first column, height and width; of kind "pad" they can reach

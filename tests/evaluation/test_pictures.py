@@ -1,0 +1,78 @@
+"""Pictures are seen as the test images of the run were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loading import CPU
+from pictures import image_folder
+from PIL import Image
+from tiny import OPTIONS
+
+import arat_fast
+from arat_fast.cli import main
+from arat_fast.data import load_data
+from arat_fast.datasets.digits import load_digits
+from arat_fast.evaluation.pictures import predict_pictures
+from arat_fast.saved.network import read_saved
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pictures") / "run"
+    arguments = ["train", "digits", *OPTIONS, "--train.epochs", "2", "--out", str(out)]
+    assert main(arguments) == 0
+    return out
+
+
+def test_digits_as_pictures(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = load_digits(False)[0][:9]
+    # White is 16 in the dataset and 255 in a picture.
+    pixels = (images.numpy() * 255 / 16).round().astype(np.uint8)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture[0]).save(tmp_path / f"{number}.png")
+    large = Image.fromarray(pixels[0, 0]).resize((16, 16), Image.Resampling.NEAREST)
+    large.convert("RGB").save(tmp_path / "large.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    assert main(["predict", str(digits_run), str(tmp_path), "--json"]) == 2
+    found = {Path(p["file"]).stem: p for p in json.loads(capsys.readouterr().out)}
+    with torch.no_grad():
+        probabilities = arat_fast.load(digits_run)(torch.from_numpy(pixels) / 255).softmax(1)
+    for number, row in enumerate(probabilities):
+        assert found[str(number)]["label"] == str(int(row.argmax()))
+        assert found[str(number)]["confidence"] == pytest.approx(float(row.max()), abs=1e-5)
+    assert "cut.png" in found["cut"]["problem"] and not found["cut"]["label"]
+    assert found["large"]["confidence"] == pytest.approx(found["0"]["confidence"], abs=1e-5)
+
+    assert main(["predict", str(digits_run), str(tmp_path / "3.png")]) == 0
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and line.split()[-1] == found["3"]["label"]
+    assert main(["predict", str(digits_run), str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("crop", ["resized", "pad"])
+def test_pictures_of_a_folder_are_framed_as_in_evaluation(tmp_path: Path, crop: str) -> None:
+    folder, out = tmp_path / "images", tmp_path / "run"
+    image_folder(folder)
+    options = ["--data.root", str(folder), "--data.image-size", "32", "--data.batch-size", "8"]
+    options += ["--model.name", "resnet8", "--data.crop", crop, "--data.loader", "dataloader"]
+    options += ["--train.epochs", "1", "--eval.num-steps", "1", "--eval.no-autoattack"]
+    options += ["--attack.num-steps", "1", "--data.num-workers", "0", "--train.device", "cpu"]
+    assert main(["train", "folder-resnet18", *options, "--out", str(out)]) == 0
+    config = read_saved(out).config
+    assert config is not None
+    test = load_data(config.data, device=CPU, seed=0, eval_batch_size=50).test
+    (x, _), *_ = test.epoch(0)
+    with torch.no_grad():
+        expected = arat_fast.load(out)(x).softmax(1)
+    files = [Path(test.samples.name(i)) for i in range(len(x))]  # type: ignore[attr-defined]
+    for row, prediction in zip(expected, predict_pictures(out, files), strict=True):
+        assert prediction.label == test.classes[int(row.argmax())]
+        assert prediction.confidence == pytest.approx(float(row.max()), abs=1e-5)
