@@ -118,7 +118,7 @@ def test_val_and_test_are_both_used(tmp_path: Path, loader: str) -> None:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_bad_files_stop_the_run_or_are_skipped_and_counted(
     tmp_path: Path, loader: str, num_workers: int
 ) -> None:
