@@ -236,7 +236,7 @@ def test_keys_of_any_dots(tmp_path: Path, key: str, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train-1.tar.gz", "train-1.tgz", "a.png", "labels.parquet", "b.idx"]
+    "name", ["train-1.tar.gz", "train-1.tgz", "a.png", "labels.parquet", "b.idx", "val/classes.txt"]
 )
 def test_what_lies_beside_shards_is_counted(tmp_path: Path, name: str) -> None:
     tar_shard(tmp_path / "train-0.tar", 0, 12)
@@ -505,6 +505,17 @@ def test_labels_mean_the_same_in_all_arrays(tmp_path: Path, names: str, fits: bo
             continue
         with refused(f"{place.name}/classes.txt.* cat for label 0, got dog"):
             load("arrays", root, **options)
+
+
+def test_generated_images_that_are_evaluated_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for split, pixels in (("train", PIXELS), ("test", PIXELS ^ 1)):
+        arrays(root / split, pixels, LABELS)
+    generated = arrays(tmp_path / "more", np.concatenate([PIXELS ^ 2, PIXELS[5:7] ^ 1]), [0, 1] * 7)
+    with refused("more: image 12: .* one of the test images; 2 are"):
+        load("arrays", root, unsup=generated, unsup_fraction=0.5, batch_size=4)
+    alike = arrays(tmp_path / "alike", PIXELS, LABELS)
+    load("arrays", root, unsup=alike, unsup_fraction=0.5, batch_size=4)
 
 
 def test_blank_images_can_be_in_every_split(tmp_path: Path) -> None:
