@@ -124,10 +124,14 @@ TRIALS = {
     **{f"export {f}": Trial(lambda: trained(*BEST), e, e, "out") for f, e in EXPORTS.items()},
     "prepare": Trial(generated, PREPARE, PREPARE, "out"),
 }
-AMOUNTS = [("run", 23), ("resume", 17), ("prepare", 1)] + [
+EXHAUSTIVE = "EXHAUSTIVE" in os.environ
+SHARE = 1 if EXHAUSTIVE else 9
+AMOUNTS = [("run", 23), ("prepare", 1)] + [
     # A comparison is its runs, and takes as long.
     pytest.param(
-        name, 40 if name == "compare" else 1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]
+        name,
+        SHARE * (40 if name == "compare" else 1),
+        marks=[pytest.mark.slow, pytest.mark.timeout(1800)],
     )
     for name in TRIALS
 ]

@@ -4,6 +4,7 @@ one line, at once; where there is a checksum, what is read is what was written."
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -40,7 +41,11 @@ from arat_fast.saved.network import read_saved
 from arat_fast.training.checkpoint import load_checkpoint
 
 SECONDS = 30.0
-AMOUNTS = [3, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+EXHAUSTIVE = "EXHAUSTIVE" in os.environ
+AMOUNTS = [
+    3,
+    pytest.param(300 if EXHAUSTIVE else 20, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
+]
 OPTIONS = shlex.split(
     "--data.num-val 1421 --data.batch-size 8 --train.epochs 1 --train.log-every 1 --train.device "
     "cpu --attack.num-steps 1 --eval.num-steps 1 --eval.no-autoattack --eval.max-samples 8"

@@ -24,7 +24,7 @@ from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import EncodedImages, decode_all
 from arat_fast.datasets.members import told
-from arat_fast.datasets.prepared import array_folder, conversions
+from arat_fast.datasets.prepared import array_folder, class_names, conversions
 from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
 from arat_kernels.implementation import Impl
 
@@ -321,6 +321,7 @@ def _with_generated(content: Content, folder: Path) -> Content:
             f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got "
             f"{int(generated.labels.max())}"
         )
+    class_names(folder, content.classes, "the training images")
     rows = JoinedRows([train.rows, generated.rows])
     labels = torch.cat([train.labels, generated.labels])
     notes = (*content.notes, *conversions(generated))

@@ -49,7 +49,9 @@ def tar_shards(root: Path) -> Content:
     if not root.is_file():
         shards, folder = _shards_by_split(root), root
         for file in files_below(root):
-            if not is_shard(file) and not is_description(file.name):
+            # DALI's index of a shard.
+            index = file.suffix == ".idx" and file.with_suffix(".tar").is_file()
+            if not (is_shard(file) or index or is_description(file.name)):
                 bad.append(f"{file}: expected .tar archives, got another kind of file")
     parts: dict[str, Samples] = {}
     for split, paths in shards.items():

@@ -18,6 +18,8 @@ from arat_fast.report import write_report
 from arat_fast.report.analysis_words import analysis_sentences
 from benchmarks import gradient_conflict
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--num-images 20 --num-steps 2 --num-restarts 2 --num-queries 5 --device cpu"
 PARTS = ("gradient-conflict", "mixture", "masking")
 

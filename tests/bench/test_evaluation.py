@@ -71,7 +71,8 @@ def test_every_round_has_its_own_seconds_by_attack(tmp_path: Path) -> None:
         assert by_attack and 0 < sum(by_attack.values()) <= seconds
 
 
-@pytest.mark.parametrize("differs", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("differs", [False, True])
 def test_different_robust_sets_fail(
     tmp_path: Path, differs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def test_cost_of_a_step(name: str, passes: float, attacks: bool) -> None:
     assert cost.attacks == attacks
 
 
+@pytest.mark.slow
 def test_equal_work() -> None:
     base = apply_overrides(recipe("digits"), ["--train.epochs", "23"])
     methods = choose_methods(
@@ -168,6 +169,7 @@ def test_options_that_do_not_fit_are_found_before_anything_runs(
         make_plan(tiny_config(), [Method("mine", "mine", options)], (0,))
 
 
+@pytest.mark.slow
 def test_the_last_row_of_the_ablation_has_all_parts() -> None:
     methods = choose_methods([], ablation=True)
     fits = apply_overrides(tiny_config(), ["--objective.gamma", "9"])
@@ -177,6 +179,7 @@ def test_the_last_row_of_the_ablation_has_all_parts() -> None:
             make_plan(apply_overrides(tiny_config(), switch), methods, (0,))
 
 
+@pytest.mark.slow
 def test_the_grid_of_a_folder_can_grow_but_not_change(tmp_path: Path) -> None:
     base = tiny_config()
     saved = make_plan(base, choose_methods(["at"]), (0, 1), command="the first")

@@ -201,7 +201,8 @@ def shard_by_shard(case: Case, num_ranks: int) -> dict[str, Tensor]:
                 model.train()
                 x, y = epochs[rank][number]
                 place = shards[rank].plan.place(number)
-                x = x.double()
+                # As the step lays them: the numbers of a start belong to positions in memory.
+                x = x.double().contiguous(memory_format=torch.channels_last)
                 start = RandomStart(keys=key, first=place.first)
                 x_adv = attack(model, x, y, start)
                 loss = objective(model, x, x_adv, y, start).loss * (len(x) / place.total)

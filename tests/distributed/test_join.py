@@ -74,21 +74,25 @@ def test_a_gpu_by_number_or_too_few(
 LOST = r"rank {} \(.* lost"
 
 
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("actions", "codes", "words", "options"),
     [
         # Rank 0 writes for long, before a collective or after a stop that all have agreed on.
         ((f"{LATE} meet sum", *2 * ["meet sum"]), [0, 0, 0], None, {}),
-        ((f"{LATE} agreed", *2 * ["agreed"]), [75, 75, 75], None, {"own_store": True}),
+        slow((f"{LATE} agreed", *2 * ["agreed"]), [75, 75, 75], None, {"own_store": True}),
         # An error, while the others are done, or wait in a collective, or work by themselves.
         (("1 fail", "", ""), [2, 1, 1], "disk", {}),
-        (("1 fail", "", ""), [2, 1, 1], "disk", {"own_store": True}),
-        (("sum", "fail", "sum"), [1, 2, 1], "disk", {}),
-        (("60", "fail", "60"), [1, 2, 1], "disk", {}),
+        slow(("1 fail", "", ""), [2, 1, 1], "disk", {"own_store": True}),
+        slow(("sum", "fail", "sum"), [1, 2, 1], "disk", {}),
+        slow(("60", "fail", "60"), [1, 2, 1], "disk", {}),
         # A death.
         (("meet", "SIGKILL", "meet"), [1, -9, 1], LOST.format(1), {}),
-        (("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {}),
-        (("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {"own_store": True}),
+        slow(("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {}),
+        slow(("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {"own_store": True}),
         # Of a machine that has the store: the first process of another one says it.
         (
             ("meet 1 SIGKILL", "meet SIGKILL", "meet meet"),
@@ -97,7 +101,7 @@ LOST = r"rank {} \(.* lost"
             {"own_store": True, "per_machine": 2},
         ),
         # Alive and late for a collective; standing still.
-        (("sum", "60", "sum"), [1, None, 1], "step 0", {}),
+        slow(("sum", "60", "sum"), [1, None, 1], "step 0", {}),
         (("meet", "SIGSTOP", "meet"), [1, None, 1], LOST.format(1), {}),
     ],
 )

@@ -90,7 +90,13 @@ def test_an_official_checkpoint(tmp_path: Path) -> None:
     assert named.facts["eps"] == 0.12 and named.facts["weights"] == "file"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("wrn34-10", "convnext-t")))
+        for name in MODELS
+    ],
+)
 def test_every_built_in_network_is_read_back(name: str, tmp_path: Path) -> None:
     if name == "convnext-t":
         pytest.importorskip("timm")

@@ -15,6 +15,7 @@ from arat_fast import doctor
 from benchmarks import gpu as runner
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_it_says_so_and_exits_2() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu"]

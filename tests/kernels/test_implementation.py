@@ -41,6 +41,8 @@ def test_every_operation_refuses_what_it_cannot_run(name: str) -> None:
     with pytest.raises(ValueError, match="impl"):
         operation.call(tensors, wrong)
     other = "x" if "x" in tensors else list(tensors)[-1]
+    if len(tensors) == 1:
+        return
     with pytest.raises(ValueError, match="one device"):
         operation.call({**tensors, other: tensors[other].to("meta")}, None)
 
@@ -52,6 +54,7 @@ def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(None, CPU) == "reference"
 
 
+@pytest.mark.slow
 def test_every_operation_imports_without_triton() -> None:
     """A finder that knows no triton stands for a machine without it."""
     script = """
