@@ -49,7 +49,7 @@ test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
 
-# EXHAUSTIVE=1: every place of a crash and 300 mutations of each file, instead of a share: hours.
+# EXHAUSTIVE=1: every place of a crash, 300 mutations of each file and all bits, not a share: hours.
 test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 

@@ -24,8 +24,9 @@ from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import EncodedImages, decode_all
 from arat_fast.datasets.members import told
-from arat_fast.datasets.prepared import array_folder, conversions
+from arat_fast.datasets.prepared import array_folder, class_names, conversions
 from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
+from arat_fast.datasets.splits import same_images
 from arat_kernels.implementation import Impl
 
 if TYPE_CHECKING:
@@ -321,6 +322,14 @@ def _with_generated(content: Content, folder: Path) -> Content:
             f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got "
             f"{int(generated.labels.max())}"
         )
+    class_names(folder, content.classes, "the training images")
+    for split, part in content.parts.items():
+        shared = [] if split == "train" else [i for i, _ in same_images(part, generated)]
+        if shared:
+            raise ValueError(
+                f"{generated.name(shared[0])}: expected images to train on, got one of the {split} "
+                f"images; {len(shared):,} are found in both: take them out"
+            )
     rows = JoinedRows([train.rows, generated.rows])
     labels = torch.cat([train.labels, generated.labels])
     notes = (*content.notes, *conversions(generated))

@@ -26,6 +26,13 @@ _CLUTTER = re.compile(
 )
 _DOCUMENT = re.compile(r"(readme|licen[cs]e|copying|notice)(\.(txt|md|rst))?", re.IGNORECASE)
 
+_BESIDE = re.compile(
+    # What torchvision keeps beside ImageNet's train and val.
+    r"ilsvrc2012_(devkit_t12\.tar\.gz|img_(train|val|test)\w*\.tar)|meta\.bin"
+    r"|(md5|sha\d+)sums?|checksums",
+    re.IGNORECASE,
+)
+
 
 def is_clutter(name: str) -> bool:
     """Whether a path, as a folder or an archive has it, is hidden or left there by a system, or
@@ -40,7 +47,9 @@ def is_document(name: str) -> bool:
 
 def is_description(name: str) -> bool:
     """Whether a file is about the dataset, rather than a part of it."""
-    return is_document(name) or PurePosixPath(name).suffix.lower() in DESCRIPTIONS
+    file = PurePosixPath(name)
+    known = is_document(name) or _BESIDE.fullmatch(file.name) is not None
+    return known or file.suffix.lower() in DESCRIPTIONS
 
 
 def is_image(name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
@@ -56,6 +58,30 @@ def array_folder(folder: Path) -> Images:
     return arrays
 
 
+def class_names(
+    folder: Path, expected: Sequence[str] | None, source: object
+) -> tuple[str, ...] | None:
+    """The names of the classes of a folder of arrays; None where it has none.
+
+    Args:
+        folder: the folder.
+        expected: what the same labels are called elsewhere; None where that is not known.
+        source: where, for the error.
+
+    Raises:
+        ValueError: they are others, or in another order, so that a label means something else.
+    """
+    names = read_classes(folder / FILES[2])
+    if names is None or expected is None or names == tuple(expected):
+        return names
+    pairs = enumerate(zip_longest(names, expected, fillvalue="none"))
+    label, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise ValueError(
+        f"{folder / FILES[2]}: expected the classes of {source} in their order, {theirs} for label "
+        f"{label}, got {ours}; count the labels alike, or remove the file where they are"
+    )
+
+
 def conversions(arrays: Images) -> list[str]:
     """A note on what the images of a folder are converted from, where they are."""
     assert isinstance(arrays.rows, MappedRows)
@@ -85,7 +111,9 @@ def _read(root: Path) -> Content:
             folder, [folder / name for name in (*FILES, CHECKSUMS)], " and ".join(FILES[:2])
         )
         notes += conversions(arrays)
-    names = read_classes(root / FILES[2])
+    names = None
+    for folder in dict.fromkeys((root, *folders.values())):
+        names = class_names(folder, names, f"{root} and its splits") or names
     return own_content(root, parts, names, bad, notes)
 
 

@@ -329,8 +329,8 @@ def settled(stored: Stored, parts: Iterable[npt.NDArray[Any]], path: Path) -> St
         path: for messages.
 
     Raises:
-        ValueError: some are neither in [0, 1] nor all levels in [0, 255], no level is above 1 of
-            255, or a fourth channel is not opaque.
+        ValueError: some are neither in [0, 1] nor all levels in [0, 255], none reaches a quarter of
+            white, or a fourth channel is not opaque.
     """
     low, high, whole, opaque = math.inf, -math.inf, True, math.inf
     for part in parts:
@@ -346,8 +346,9 @@ def settled(stored: Stored, parts: Iterable[npt.NDArray[Any]], path: Path) -> St
     white = 1 if unit else 255
     if low < 0 or high > 255 or not (unit or whole):
         raise _uncertain(stored, path, got)
-    if not unit and 0 < high <= 1:
-        raise _uncertain(stored, path, f"{got}, of which 255 would be white")
+    if 0 < high < white / 4:
+        problem = f"{got}, of which {white} would be white: scale them up to it"
+        raise _uncertain(stored, path, problem)
     if opaque not in (math.inf, white):
         raise _uncertain(stored, path, "a fourth channel that is no opaque alpha")
     return replace(stored, unit=unit)

@@ -176,7 +176,7 @@ def _without_shared(parts: Mapping[str, Samples]) -> tuple[dict[str, Samples], l
     for split, part in parts.items():
         kept = torch.ones(len(part), dtype=torch.bool)
         for other in left.values():
-            for index, twin in _same_images(other, part):
+            for index, twin in same_images(other, part):
                 if kept[index]:
                     bad.append(
                         f"{part.name(index)}: expected splits of different images, got the same "
@@ -189,7 +189,7 @@ def _without_shared(parts: Mapping[str, Samples]) -> tuple[dict[str, Samples], l
     return left, bad
 
 
-def _same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
+def same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
     """Numbers in the second and in the first split of images that are the same, byte for byte."""
     if isinstance(first, EncodedImages) and isinstance(second, EncodedImages):
         chosen = _spread(np.flatnonzero(second.num_bytes()), LOOKED_AT)

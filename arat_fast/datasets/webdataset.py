@@ -23,6 +23,9 @@ from arat_fast.datasets.members import (
 from arat_fast.datasets.rows import HIGHEST_LABEL
 from arat_fast.datasets.splits import in_order, own_content, splits_in_name
 
+NAMES = "classes.txt"
+"""Beside the shards: the names of the classes, a name a line."""
+
 _END = 1024
 """Bytes of zeros at the end of a tar archive, at least."""
 
@@ -49,13 +52,17 @@ def tar_shards(root: Path) -> Content:
     if not root.is_file():
         shards, folder = _shards_by_split(root), root
         for file in files_below(root):
-            if not is_shard(file) and not is_description(file.name):
+            # DALI's index of a shard.
+            index = file.suffix == ".idx" and file.with_suffix(".tar").is_file()
+            if file.name == NAMES and file.parent != root:
+                bad.append(f"{file}: expected the names of the classes in {root / NAMES}")
+            elif not (is_shard(file) or index or is_description(file.name)):
                 bad.append(f"{file}: expected .tar archives, got another kind of file")
     parts: dict[str, Samples] = {}
     for split, paths in shards.items():
         parts[split], others = index_shards(paths)
         bad += others
-    return own_content(root, parts, read_classes(folder / "classes.txt"), bad)
+    return own_content(root, parts, read_classes(folder / NAMES), bad)
 
 
 def _shards_by_split(root: Path) -> dict[str, list[Path]]:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_fast.device import full_float32
 from arat_fast.models.batch_norm import PlainBatchNorm2d
-from arat_fast.models.layers import GlobalAvgPool2d, StemConv2d, weight_for_parts
+from arat_fast.models.layers import StemConv2d, weight_for_parts
 from arat_fast.models.split_batch_norm import (
     ADV,
     SplitBatchNorm2d,
@@ -145,7 +145,7 @@ class FoldedNetwork(nn.Module):
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf: bool = super().is_leaf_module(m, module_qualified_name)
-        return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d, GlobalAvgPool2d, _BatchNorm))
+        return leaf or isinstance(m, (SplitBatchNorm2d, StemConv2d, _BatchNorm))
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

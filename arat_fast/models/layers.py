@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,31 +110,6 @@ def protect_stem(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
                 "(--step.precision float32)"
             )
         conv.__class__ = StemConv2d
-
-
-class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
-    """The mean over positions: (N, C, H, W) → (N, C, 1, 1); on a GPU its gradient is one pass."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not input.is_cuda:
-            return super().forward(input)
-        mean: Tensor = _Mean.apply(input)  # type: ignore[no-untyped-call]
-        return mean
-
-
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.like = torch.empty_like(x, device="meta")
-        return x.mean(dim=(2, 3), keepdim=True)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        dx = torch.empty_like(ctx.like, dtype=dy.dtype, device=dy.device)
-        return torch.div(dy.expand_as(dx), dx[0, 0].numel(), out=dx)
 
 
 class Normalize(nn.Module):

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import GlobalAvgPool2d, Norm, Normalize, StemConv2d, make_norm
-from arat_kernels.split_batch_norm import skip_of
+from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_kernels import forks
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -46,7 +46,8 @@ class BasicBlock(_Shortcut):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn1(self.conv1(x), relu=True)
         out = self.conv2(out)
-        x = skip_of(x)
+        if forks.made:
+            x = forks.skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
         out = self.bn2(out, identity, relu=True)
         return out
@@ -72,7 +73,8 @@ class Bottleneck(_Shortcut):
         out: Tensor = self.bn1(self.conv1(x), relu=True)
         out = self.bn2(self.conv2(out), relu=True)
         out = self.conv3(out)
-        x = skip_of(x)
+        if forks.made:
+            x = forks.skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
         out = self.bn3(out, identity, relu=True)
         return out
@@ -127,12 +129,14 @@ class ResNet(nn.Module):
             name = f"layer{index + 1}"
             self.add_module(name, nn.Sequential(*layers))
             self.stages.append(name)
-        self.avgpool = GlobalAvgPool2d()
+        self.avgpool = nn.Identity()  # the name of the mean over positions
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.bn1(self.conv1(self.normalize(x)), relu=True))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        logits: Tensor = self.linear(self.avgpool(x).flatten(1))
+        # So its gradient is written once, in channels_last, which a 2-d pooling layer's is not.
+        pooled = x.movedim(1, -1).mean((1, 2))
+        logits: Tensor = self.linear(self.avgpool(pooled))
         return logits

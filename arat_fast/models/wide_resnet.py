@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import GlobalAvgPool2d, Norm, Normalize, StemConv2d, make_norm
-from arat_kernels.split_batch_norm import around, skip_of
+from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_kernels import forks
 
 
 class PreActBlock(nn.Module):
@@ -28,8 +28,10 @@ class PreActBlock(nn.Module):
         activated = self.bn1(x, relu=True)
         out: Tensor = self.conv2(self.bn2(self.conv1(activated), relu=True))
         if self.convShortcut is None:
-            return out + around(activated, x)
-        shortcut: Tensor = self.convShortcut(skip_of(activated))
+            return out + (forks.around(activated, x) if forks.made else x)
+        if forks.made:
+            activated = forks.skip_of(activated)
+        shortcut: Tensor = self.convShortcut(activated)
         return out + shortcut
 
 
@@ -77,7 +79,7 @@ class WideResNet(nn.Module):
         self.block2 = _stage(blocks, width, 2 * width, 2, norm)
         self.block3 = _stage(blocks, 2 * width, 4 * width, 2, norm)
         self.bn1 = make_norm(norm, 4 * width)
-        self.avgpool = GlobalAvgPool2d()
+        self.avgpool = nn.Identity()  # the name of the mean over positions
         self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -89,5 +91,7 @@ class WideResNet(nn.Module):
         x = self.conv1(self.normalize(x))
         x = self.block3(self.block2(self.block1(x)))
         x = self.bn1(x, relu=True)
-        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        # So its gradient is written once, in channels_last, which a 2-d pooling layer's is not.
+        pooled = x.movedim(1, -1).mean((1, 2))
+        logits: Tensor = self.fc(self.avgpool(pooled))
         return logits

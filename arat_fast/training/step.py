@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Literal
@@ -394,12 +394,12 @@ class TrainStep:
             self.folded_network.refresh()
         return self.folded_network
 
-    @contextmanager
-    def autocast(self, device_type: str) -> Iterator[None]:
+    def autocast(self, device_type: str) -> AbstractContextManager[None]:
         """The precision of the step."""
-        if self.dtype == torch.float32:
-            yield
-            return
+        return nullcontext() if self.dtype == torch.float32 else self._autocast(device_type)
+
+    @contextmanager
+    def _autocast(self, device_type: str) -> Iterator[None]:
         networks = [self.model, *self.objective.networks()] if device_type == "cuda" else []
         with torch.autocast(device_type, dtype=self.dtype), split_stems(networks, self.impl):
             yield

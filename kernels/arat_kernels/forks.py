@@ -3,6 +3,7 @@
 Where an output feeds a convolution and a skip connection, autograd adds their two gradients in a
 pass of its own. The kernels of split BatchNorm and of the frozen affine map take both instead, if
 the second reader is given :func:`skip_of` the output, or :func:`around` it the input.
+Blocks look for them only where :data:`made` says that there are any.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+made = False
+"""Whether a kernel of this process has ever given outlets; the reference never does."""
 
 
 class _Outlets(torch.autograd.Function):
@@ -36,6 +40,8 @@ def with_outlets(y: Tensor, x: Tensor) -> Tensor:
     output nothing else may read, finds their gradients as its ``dy_skip`` and ``dx_around``."""
     if not y.requires_grad or torch.compiler.is_compiling():
         return y
+    global made
+    made = True
     main, skip, beside = _Outlets.apply(y, x.detach(), y.grad_fn)  # type: ignore[no-untyped-call]
     main._skip = skip
     if x.requires_grad:

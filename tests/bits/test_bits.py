@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from bits.bits import CASES, SAME, TABLE, environment, run
+
+SHARE = ["arat", "official", "trades", "lbgat", "swa", "bf16", "folded", "two-ranks", "autoattack"]
+"""The cases that are tried unless EXHAUSTIVE is set."""
 
 RECORDS = json.loads(TABLE.read_text())
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES if "EXHAUSTIVE" in os.environ else SHARE)
 def test_bits(case: str, tmp_path: Path) -> None:
     """A run's weights, optimiser state, metrics and evaluation, by their digests."""
     if environment() not in RECORDS:

@@ -113,13 +113,13 @@ def test_command_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_npz_is_counted_as_a_whole(tmp_path: Path) -> None:
-    images = np.full((3000, 2, 2, 3), 51, np.uint8)
+    images = np.full((3000, 2, 2, 3), 102, np.uint8)
     path = npz(tmp_path / "many.npz", image=images, label=np.array([0] * 2050 + [7] * 950))
     found = inspect(path, tmp_path / "sheet.png")
     assert found.counts == {"images": 3000}
     assert found.per_class == {"0": {"images": 2050}, "7": {"images": 950}}
     assert (found.looked_at, found.out_of) == (2000, 2048)
-    assert found.mean == pytest.approx([0.2] * 3) and found.std == pytest.approx([0] * 3)
+    assert found.mean == pytest.approx([0.4] * 3) and found.std == pytest.approx([0] * 3)
 
 
 def test_huge_labels_are_shown_not_counted_through(tmp_path: Path) -> None:

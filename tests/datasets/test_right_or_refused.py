@@ -198,6 +198,7 @@ HARMLESS = [
     *("README.md", "labels.csv", "val/classes.txt", ".hidden/a.png", "train/cat/._1.png"),
     *("train/cat/@eaDir/a.png", "__MACOSX/cat/a.png", "train/.ipynb_checkpoints/a.png"),
     *("train/cat/Thumbs.db", "train/cat/LICENSE", "$RECYCLE.BIN/a.png", "notes/about.txt"),
+    *("ILSVRC2012_img_train.tar", "ILSVRC2012_devkit_t12.tar.gz", "meta.bin", "SHA256SUMS"),
 ]
 STRAY = [
     *("a.png", "backup.tar", "pets.zip", "train/a.JPG", "unlabelled/a.png", "model.pt"),
@@ -234,11 +235,14 @@ def test_keys_of_any_dots(tmp_path: Path, key: str, suffix: str) -> None:
     assert inspect(shard).counts == found.counts
 
 
-@pytest.mark.parametrize("name", ["train-1.tar.gz", "train-1.tgz", "a.png", "labels.parquet"])
+@pytest.mark.parametrize(
+    "name", ["train-1.tar.gz", "train-1.tgz", "a.png", "labels.parquet", "b.idx", "val/classes.txt"]
+)
 def test_what_lies_beside_shards_is_counted(tmp_path: Path, name: str) -> None:
     tar_shard(tmp_path / "train-0.tar", 0, 12)
     put("__MACOSX/._train-0.tar")(tmp_path)
     put("sizes.json")(tmp_path)
+    put("train-0.idx")(tmp_path)
     put(name)(tmp_path)
     with refused(name):
         load("webdataset", tmp_path)
@@ -453,6 +457,9 @@ def test_arrays_whose_meaning_is_certain_are_read(
         (PIXELS / 127.5 - 1, LABELS, "from -1"),
         (PIXELS / 100, LABELS, "from 0 to 2.55"),
         (PIXELS // 128, LABELS, "from 0 to 1"),
+        (PIXELS // 16 + 1.0, LABELS, "from 1 to 16, of which 255"),
+        (PIXELS // 8, LABELS, "from 0 to 31, of which 255"),
+        (PIXELS / 255**2, LABELS, "to 0.0039.*, of which 1 would"),
         (np.where(PIXELS.max() == PIXELS, np.nan, PIXELS / 255), LABELS, "not finite"),
         (PIXELS.astype(np.complex64), LABELS, "complex64"),
         (PIXELS, LABELS * 0, "label 0 for each"),
@@ -480,6 +487,35 @@ def test_arrays_whose_meaning_is_not_certain_are_refused(
             raise error
     else:
         assert not found.use and found.note
+
+
+@pytest.mark.parametrize(("names", "fits"), [("cat\ndog\nowl", True), ("dog\ncat\nowl", False)])
+def test_labels_mean_the_same_in_all_arrays(tmp_path: Path, names: str, fits: bool) -> None:
+    """Names lie beside the arrays of a split, as they are prepared, and beside generated images."""
+    root = tmp_path / "set"
+    for folder, pixels in ((root / "train", PIXELS), (root / "val", PIXELS ^ 1)):
+        arrays(folder, pixels, LABELS)
+    generated = arrays(tmp_path / "more", PIXELS ^ 2, LABELS)
+    options = {"unsup": generated, "unsup_fraction": 0.5, "batch_size": 4}
+    put("train/classes.txt", b"cat\ndog\nowl")(root)
+    for place in (generated, root / "val"):
+        put("classes.txt", names.encode())(place)
+        if fits:
+            assert load("arrays", root, **options).train.classes == CLASSES
+            continue
+        with refused(f"{place.name}/classes.txt.* cat for label 0, got dog"):
+            load("arrays", root, **options)
+
+
+def test_generated_images_that_are_evaluated_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for split, pixels in (("train", PIXELS), ("test", PIXELS ^ 1)):
+        arrays(root / split, pixels, LABELS)
+    generated = arrays(tmp_path / "more", np.concatenate([PIXELS ^ 2, PIXELS[5:7] ^ 1]), [0, 1] * 7)
+    with refused("more: image 12: .* one of the test images; 2 are"):
+        load("arrays", root, unsup=generated, unsup_fraction=0.5, batch_size=4)
+    alike = arrays(tmp_path / "alike", PIXELS, LABELS)
+    load("arrays", root, unsup=alike, unsup_fraction=0.5, batch_size=4)
 
 
 def test_blank_images_can_be_in_every_split(tmp_path: Path) -> None:

@@ -90,14 +90,6 @@ def move_running_statistics(
     running_var.lerp_(unbiased.to(running_var.dtype), share.to(running_var.dtype))
 
 
-def count_batch(tracked: Tensor, sizes: tuple[int, int]) -> None:
-    """Count a batch, (2,) int64, for each branch that has samples here."""
-    if all(sizes):
-        tracked += 1
-    else:
-        tracked[0 if sizes[0] else 1] += 1
-
-
 def batch_norm_over_group(
     x: Tensor,
     weight: Tensor | None,

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from arat_kernels.implementation import wide_dtype
 from arat_kernels.split_batch_norm.distributed import (
-    count_batch,
     differentiable_sum_over_group,
     move_running_statistics,
     sum_over_group,
@@ -59,7 +58,7 @@ def split_batch_norm_reference(
             branches.append(normalized)
         y = branches[0] if len(branches) == 1 else torch.cat(branches)
     if training and update_running_stats and tracked is not None:
-        count_batch(tracked, sizes)
+        (tracked if all(sizes) else tracked[0 if sizes[0] else 1]).add_(1)
     pooled = None
     if return_pooled:
         pooled = (y if y.element_size() > 2 else y.float()).relu().mean(dim=(2, 3))

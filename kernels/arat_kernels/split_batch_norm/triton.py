@@ -29,7 +29,6 @@ from arat_kernels.implementation import refuse_second_derivative, warps, wide_dt
 from arat_kernels.layout import aligned, all_aligned
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm.distributed import (
-    count_batch,
     gather_statistics,
     move_running_statistics,
     sum_over_group,
@@ -845,7 +844,7 @@ def split_batch_norm_triton(
             if update_running_stats:
                 move_running_statistics(*moved, mean, var, counts, momentum)
                 if tracked is not None:
-                    count_batch(tracked, sizes)
+                    (tracked if all(sizes) else tracked[0 if sizes[0] else 1]).add_(1)
     else:
         mean, var = running_mean.to(wide), running_var.to(wide)
         group_name = None
