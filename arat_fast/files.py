@@ -42,6 +42,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)
             file.flush()
             os.fsync(descriptor)
+        if not _is_at(descriptor, work):
+            raise OSError(f"cannot write {path}: {work.name} is gone or another process's")
         os.replace(work, path)
         _sync(path.parent)
 
@@ -93,7 +95,7 @@ def settle(source: Path, path: Path) -> None:
 @contextmanager
 def alone(work: Path, make: Callable[[Path], int] | None = None) -> Iterator[int]:
     """Make a file, or take one that was left, and keep every other process waiting for it until it
-    is removed, or renamed; not on a file system without locks.
+    is removed, or renamed; on a file system without locks, whoever comes later takes its name.
 
     Args:
         work: the file.
@@ -105,8 +107,14 @@ def alone(work: Path, make: Callable[[Path], int] | None = None) -> Iterator[int
     while True:
         descriptor = (make or _new_file)(work)
         try:
-            with suppress(OSError):
+            try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:
+                if make is None:
+                    # Two must not write into one file.
+                    work.unlink(missing_ok=True)
+                    left, descriptor = descriptor, _new_file(work, os.O_EXCL)
+                    os.close(left)
             # Whoever held the lock has removed or renamed it.
             if not _is_at(descriptor, work):
                 continue
@@ -401,13 +409,13 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
-def _new_file(path: Path) -> int:
+def _new_file(path: Path, flags: int = 0) -> int:
     # Never through a link that another user has put there, nor into the file of another name that
     # a killed link_atomic has left here.
     with suppress(FileNotFoundError):
         if path.lstat().st_nlink > 1:
             path.unlink()
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
 
 
 def _new_folder(path: Path) -> int:

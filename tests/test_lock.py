@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from rich.console import Console
 from tiny import changed, tiny_config
 
 from arat_fast.display import Display
-from arat_fast.files import LOCK, Lock, OvertakenError
+from arat_fast.files import LOCK, Lock, OvertakenError, write_atomic, write_bytes
 from arat_fast.run.hooks import Hook
 from arat_fast.run.loop import train
 from arat_fast.run.state import Run
@@ -123,6 +126,30 @@ def test_a_run_that_was_overtaken_writes_nothing_more(tmp_path: Path) -> None:
         train(CONFIG, tmp_path, display=QUIET, hooks=[At(overtake)])
     assert "summary.json" not in files and "checkpoint.pt" in files
     assert files == {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+
+
+def test_two_writers_without_locks_leave_a_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "record"
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"first")
+        file.flush()
+        write_bytes(path, b"second, whole")
+        file.write(b" goes on")
+
+    with pytest.raises(OSError, match="another process's"):
+        write_atomic(path, write)
+    assert path.read_bytes() == b"second, whole"
+    (tmp_path / ".record.new").write_bytes(b"left by one that was killed, and longer")
+    write_bytes(path, b"third")
+    assert path.read_bytes() == b"third"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_refused_settings_leave_no_folder(tmp_path: Path) -> None:
