@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from arat_fast.stop import leave_lost_output
+
 QUIET_SECONDS = 10.0
 """Longest silence during an evaluation whose output is not a terminal."""
 
@@ -50,14 +52,15 @@ class Display:
         self.console = console or Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        """Print one line, above a bar if there is one."""
+        """Print one line, above a bar if there is one; nothing where nobody can read it."""
+        leave_lost_output()
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def training(self, total_steps: int, done: int) -> Iterator[TrainingBar]:
         """A bar over the steps of a run, at step ``done``."""
         bar = TrainingBar(self, total_steps, done)
-        with bar.progress:
+        with bar.shown():
             yield bar
 
     @contextmanager
@@ -65,7 +68,7 @@ class Display:
         """A line that tells which attack, or which check of the data, is running and how far it
         is."""
         bar = EvaluationBar(self)
-        with bar.progress:
+        with bar.shown():
             yield bar
 
 
@@ -84,6 +87,15 @@ class _Bar:
             disable=not self.is_terminal,
             speed_estimate_period=period,
         )
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        leave_lost_output()
+        with self.progress:
+            try:
+                yield
+            finally:
+                leave_lost_output()
 
     def line(self, text: str, quiet: float = 0.0) -> None:
         """Print a line where there is no bar, unless one came less than ``quiet`` seconds ago."""

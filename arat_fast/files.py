@@ -207,6 +207,26 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: expected a JSON object, got {len(content)} bytes: {reason}")
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text, with or without the mark that some systems put first.
+
+    Raises:
+        ValueError: a line is in another encoding.
+    """
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: line {line}: expected UTF-8, got another encoding; save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path}: line {line}: expected UTF-8 text, got a zero byte")
+    return text.replace("\r\n", "\n").split("\n")
+
+
 def set_aside(path: Path) -> Path:
     """Rename a file that is damaged, so that it is neither used nor lost; its new name."""
     names = (path.with_name(f"{path.name}.damaged{number}") for number in itertools.count(1))
@@ -382,7 +402,11 @@ def _beside(path: Path) -> Path:
 
 
 def _new_file(path: Path) -> int:
-    # Never through a link that another user has put there.
+    # Never through a link that another user has put there, nor into the file of another name that
+    # a killed link_atomic has left here.
+    with suppress(FileNotFoundError):
+        if path.lstat().st_nlink > 1:
+            path.unlink()
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
@@ -410,23 +434,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text, with or without the mark that some systems put first.
-
-    Raises:
-        ValueError: a line is in another encoding.
-    """
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}: line {line}: expected UTF-8, got another encoding; save the file as UTF-8"
-        ) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}: line {line}: expected UTF-8 text, got a zero byte")
-    return text.replace("\r\n", "\n").split("\n")

@@ -4,8 +4,8 @@ checkpoint, everything else at once."""
 from __future__ import annotations
 
 import os
+import select
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -61,7 +61,8 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn the first of the signals into a request; a second SIGINT raises KeyboardInterrupt.
 
-    Outside the main thread no handler can be set, and the request never comes.
+    Outside the main thread no handler can be set, and the request never comes. One that came too
+    late for what was running is the earlier handler's.
     """
     request = StopRequest()
 
@@ -72,6 +73,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     with _handling(handle):
         yield request
+    if request.signal is not None and callable(signal.getsignal(request.signal)):
+        signal.raise_signal(request.signal)
 
 
 @contextmanager
@@ -102,8 +105,7 @@ def _handling(handle: Callable[[int], None]) -> Iterator[None]:
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGINT:
-            _leave_lost_terminal()
+        leave_lost_output()
         handle(number)
 
     before = {}
@@ -118,12 +120,15 @@ def _handling(handle: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
-def _leave_lost_terminal() -> None:
-    """Output to a terminal that is gone would be an error; it goes nowhere instead."""
+def leave_lost_output() -> None:
+    """Output to a terminal that is gone, or that nobody reads any more, would be an error; it goes
+    nowhere instead."""
+    watched = select.poll()
     for descriptor in (1, 2):
-        with suppress(OSError):
-            # A terminal is a character device, and no terminal any more once it is gone.
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+        watched.register(descriptor, 0)
+    for descriptor, found in watched.poll(0):
+        if found & (select.POLLERR | select.POLLHUP):
+            with suppress(OSError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)

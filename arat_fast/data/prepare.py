@@ -111,8 +111,11 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
     if folder.exists():
         raise FileExistsError(f"{folder} is there already, expected a folder to make")
     with _opened(path) as archive, folder_atomic(folder) as made:
-        # What is converted is there twice for a while.
-        needed = 2 * sum(member.file_size for member in archive.infolist())
+        needed = sum(member.file_size for member in archive.infolist())
+        with archive.open(MEMBERS[0]) as file:
+            # What is converted is there twice for a while.
+            if not read_header(file, path, archive.getinfo(MEMBERS[0]).file_size).plain:
+                needed *= 2
         free = shutil.disk_usage(made).free
         if needed > free:
             raise OSError(

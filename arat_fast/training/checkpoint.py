@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arat_fast.files import Lock, link_atomic, write_atomic
+from arat_fast.training.memory import is_out_of_memory
 
 FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
@@ -111,6 +112,9 @@ def read_tensors(raw: bytes, path: Path) -> object:
         return content
     # Damaged content can raise anything.
     except Exception as error:
+        # What its checksums say is whole is not given up because memory is short just now.
+        if members and (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            raise
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign and members:
             raise ValueError(

@@ -14,6 +14,7 @@ import pytest
 from tiny import OPTIONS
 
 from arat_fast.cli import main
+from arat_fast.stop import Terminated, end_on_signals, stop_on_signals
 from arat_fast.training.checkpoint import load_checkpoint
 
 EARLY = """
@@ -40,6 +41,16 @@ def test_during_the_start(
     assert main([*command.split(), "--objective.name", f"early{number}:Mine"]) == code
     assert signal.getsignal(number) is before
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_that_comes_too_late_for_a_part_ends_the_whole() -> None:
+    """As for the natural training that others begin with."""
+    with pytest.raises(Terminated) as ended, end_on_signals():
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        raise AssertionError("the signal was lost")
+    assert ended.value.exit_code == 75
 
 
 def start(out: Path, **keywords: object) -> subprocess.Popen[bytes]:
@@ -85,3 +96,22 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_output_that_nobody_reads_any_more_ends_no_run(tmp_path: Path, kind: str) -> None:
+    """As when Ctrl-C ends the tee behind it too, or a run that was disowned outlives its
+    terminal."""
+    ours, theirs = os.pipe() if kind == "pipe" else pty.openpty()
+    process = start(tmp_path, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    os.close(ours)
+    metrics = tmp_path / "metrics.jsonl"
+    size, latest = metrics.stat().st_size, time.monotonic() + 60
+    while metrics.stat().st_size < 5 * size and process.poll() is None:
+        assert time.monotonic() < latest
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert '"interrupted"' in (tmp_path / "summary.json").read_text()

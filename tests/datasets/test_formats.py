@@ -579,10 +579,16 @@ def test_an_npz_that_unpacks_to_more_than_images_do(tmp_path: Path) -> None:
 
 def test_space_is_looked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = npz(tmp_path / "edm.npz", number=50)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with zipfile.ZipFile(source) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    space = types.SimpleNamespace(free=size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: space)
     with pytest.raises(OSError, match="are free"):
         convert_npz(source, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edm.npz"]
+    # Images that need no conversion are never there twice.
+    space.free = size
+    assert convert_npz(source, tmp_path / "out")[0] == 50
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,22 @@ def test_a_file_that_cannot_be_read_is_not_given_up(tmp_path: Path) -> None:
     assert found is not None and found.state["progress"]["step"] == 6 and not found.problems
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_one_that_finds_no_memory_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save(CheckpointFolder(tmp_path, 2), 3, 6)
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        CheckpointFolder(tmp_path, 2).find()
+
+
 def test_steps_that_are_numbered_anew_cost_no_checkpoint(tmp_path: Path) -> None:
     """With more processes an epoch has fewer steps; what is whole stays, in its order."""
     save(CheckpointFolder(tmp_path, 3), 20, 40, 60)
@@ -258,6 +274,18 @@ def test_kept_before_the_newest_was_replaced(tmp_path: Path) -> None:
     save(folder, 6)
     assert names(tmp_path) == ends("-00000001", "")
     assert step_in(tmp_path / "checkpoint-00000001.pt") == 3
+
+
+def test_the_best_one_outlives_a_kill_between_its_two_names(tmp_path: Path) -> None:
+    """The next checkpoint is not written into its file."""
+    folder = CheckpointFolder(tmp_path, 1)
+    folder.save(3, state(3), lambda: None, best=True)
+    folder.wait()
+    best = tmp_path / "checkpoint-best.pt"
+    os.link(best, tmp_path / ".checkpoint.pt.new")
+    save(CheckpointFolder(tmp_path, 1), 6)
+    assert [step_in(path) for path in (best, tmp_path / "checkpoint.pt")] == [3, 6]
+    assert names(tmp_path) == ends("-best", "")
 
 
 def test_all_damaged(tmp_path: Path) -> None:
