@@ -322,6 +322,11 @@ def _with_generated(content: Content, folder: Path) -> Content:
             f"{folder}: pseudo-labels must lie in [0, {num_classes - 1}], got "
             f"{int(generated.labels.max())}"
         )
+    if content.max_value != 255:
+        raise ValueError(
+            f"{folder}: white is 255 in generated images, expected {content.max_value} as in the "
+            "training images: give both as your own arrays, scaled to 255"
+        )
     class_names(folder, content.classes, "the training images")
     for split, part in content.parts.items():
         shared = [] if split == "train" else [i for i, _ in same_images(part, generated)]

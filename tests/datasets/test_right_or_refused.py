@@ -514,6 +514,10 @@ def test_generated_images_that_are_evaluated_are_refused(tmp_path: Path) -> None
     generated = arrays(tmp_path / "more", np.concatenate([PIXELS ^ 2, PIXELS[5:7] ^ 1]), [0, 1] * 7)
     with refused("more: image 12: .* one of the test images; 2 are"):
         load("arrays", root, unsup=generated, unsup_fraction=0.5, batch_size=4)
+    grey = arrays(tmp_path / "grey", RNG.integers(0, 256, (20, 8, 8, 1), np.uint8), [0, 1] * 10)
+    for loader in ("resident", "dataloader"):
+        with refused("white is 255 in generated images, expected 16"):
+            load("digits", root, unsup=grey, unsup_fraction=0.5, batch_size=4, loader=loader)
     alike = arrays(tmp_path / "alike", PIXELS, LABELS)
     load("arrays", root, unsup=alike, unsup_fraction=0.5, batch_size=4)
 
