@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from arat_fast.config import Config
 from arat_fast.evaluation.record import read_record
+from arat_fast.files import written_here
 from arat_fast.objectives import OBJECTIVES, Paper
 from arat_fast.report.records import records_of
 from arat_fast.report.run import Accuracy, in_order, read_accuracies
@@ -69,7 +70,8 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
     records |= records_of(saved)[0]
     chosen: dict[str, tuple[Accuracy, str]] = {}
     for source, record in records.items():
-        accuracies = read_accuracies(record.get("accuracy", {}))
+        with written_here(folder / source):
+            accuracies = read_accuracies(record.get("accuracy", {}))
         other = accuracies.pop("clean_branch", None)
         if branch == "clean":
             # Attacks are run on the deployed branch.

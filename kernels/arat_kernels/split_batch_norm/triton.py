@@ -659,7 +659,7 @@ def backward_sums(
             *plan.integers,
             eps,
             RELU=relu,
-            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"],
+            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"] // (2 if more else 1),
             **plan.constants,
         )
     return sums, dresidual
