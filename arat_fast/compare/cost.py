@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from arat_fast.build import build_network, build_objective
 from arat_fast.config import Config
+from arat_fast.data.batches import Batch
 from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.training.step import TrainStep
 
@@ -65,7 +66,7 @@ def step_cost(config: Config) -> StepCost:
             graph="off",
             generator=torch.Generator().manual_seed(0),
             # Called with numbers of samples, a step looks at no input before it works.
-            assemble=lambda x, y: (x, y),
+            assemble=Batch,
         )
         x = torch.zeros(_BATCH, *shape)
         with _Multiplications() as whole:
