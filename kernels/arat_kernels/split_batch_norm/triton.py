@@ -659,7 +659,7 @@ def backward_sums(
             *plan.integers,
             eps,
             RELU=relu,
-            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"] // (2 if more else 1),
+            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"] // (1 if dy_skip is None else 2),
             **plan.constants,
         )
     return sums, dresidual
