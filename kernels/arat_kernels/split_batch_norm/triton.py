@@ -452,8 +452,9 @@ def split_batch_norm_bwd_input_kernel(
 RESIDENT, RESIDENT_WITH_MORE_TENSORS = 3, 2
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
-# Of partial results: two accumulators and two loads of 8 elements per thread.
-_COMBINED_TILE = 2048
+# Bytes of partial results at once: two accumulators and two loads of 4 registers per thread. With 8
+# some launches spill, for channels that are no multiple of 16.
+_COMBINED_BYTES = 4096
 # Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor, so that
 # several blocks are resident and hide latency. The pooled forward and the backward hold more values
 # in registers.
@@ -564,7 +565,7 @@ def statistics(
             tracked,
             *plan.integers,
             momentum,
-            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"],
+            BLOCK_S=_COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
             **plan.constants,
         )
     return mean, var
@@ -659,7 +660,7 @@ def backward_sums(
             *plan.integers,
             eps,
             RELU=relu,
-            BLOCK_S=_COMBINED_TILE // plan.constants["BLOCK_C"] // (1 if dy_skip is None else 2),
+            BLOCK_S=_COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
             **plan.constants,
         )
     return sums, dresidual
