@@ -104,7 +104,7 @@ def _merged(
     means = tl.zeros((BLOCK_S, BLOCK_C), acc)
     squares = tl.zeros((BLOCK_S, BLOCK_C), acc)
     # Chan's formula, lane by lane; products in an order that does not overflow before 0 does.
-    for i in tl.range(0, number, BLOCK_S, num_stages=3):
+    for i in tl.range(0, number, BLOCK_S, num_stages=2):
         k = (i + s).to(tl.int64)
         ok = (k < number)[:, None] & c_ok[None, :]
         mean, inner = _partials(partial_ptr, k, ok, channels, c)
@@ -452,9 +452,9 @@ def split_batch_norm_bwd_input_kernel(
 RESIDENT, RESIDENT_WITH_MORE_TENSORS = 3, 2
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
-# Bytes of partial results at once: two accumulators and two loads of 4 registers per thread. With 8
+# Bytes of partial results at once: two accumulators and two loads of 2 registers per thread. With 4
 # some launches spill, for channels that are no multiple of 16.
-_COMBINED_BYTES = 4096
+_COMBINED_BYTES = 2048
 # Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor, so that
 # several blocks are resident and hide latency. The pooled forward and the backward hold more values
 # in registers.
