@@ -452,9 +452,9 @@ def split_batch_norm_bwd_input_kernel(
 RESIDENT, RESIDENT_WITH_MORE_TENSORS = 3, 2
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
-# Bytes of partial results at once: two accumulators and two loads of 2 registers per thread. With 4
+# Bytes of partial results at once: two accumulators and two loads of 4 registers per thread. With 8
 # some launches spill, for channels that are no multiple of 16.
-_COMBINED_BYTES = 2048
+_COMBINED_BYTES = 4096
 # Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor, so that
 # several blocks are resident and hide latency. The pooled forward and the backward hold more values
 # in registers.
