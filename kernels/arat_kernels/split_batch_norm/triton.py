@@ -104,7 +104,7 @@ def _merged(
     means = tl.zeros((BLOCK_S, BLOCK_C), acc)
     squares = tl.zeros((BLOCK_S, BLOCK_C), acc)
     # Chan's formula, lane by lane; products in an order that does not overflow before 0 does.
-    for i in tl.range(0, number, BLOCK_S, num_stages=2):
+    for i in tl.range(0, number, BLOCK_S, num_stages=3):
         k = (i + s).to(tl.int64)
         ok = (k < number)[:, None] & c_ok[None, :]
         mean, inner = _partials(partial_ptr, k, ok, channels, c)
@@ -194,7 +194,8 @@ def split_batch_norm_statistics_kernel(
     d = tl.where(ok, x - shift[None, :], 0.0)
     sums = d
     squares = d * d
-    for i in tl.range(BLOCK_R, count, BLOCK_R, num_stages=3):
+    # Narrow accesses have a mask each, which gfx942 keeps in scalar registers: two stages fit.
+    for i in tl.range(BLOCK_R, count, BLOCK_R, num_stages=3 if ALIGNED else 2):
         ok = (r < count - i)[:, None] & c_ok[None, :]
         x = tl.load(x_ptr + start_of(first + i, channels) + local, mask=ok, other=0.0).to(acc)
         d = tl.where(ok, x - shift[None, :], 0.0)
