@@ -129,12 +129,14 @@ class AttackResult:
             processes, those of this one.
         details: how it was done, as JSON types.
         after: ``correct`` as it was after each of several attacks.
+        answers: (n,) int64: the classes answered, of clean images, of this process's own.
     """
 
     correct: Tensor
     x_adv: Tensor
     details: dict[str, Any]
     after: dict[str, Tensor] = field(default_factory=dict)
+    answers: Tensor | None = None
 
     @property
     def accuracy(self) -> float:
@@ -287,9 +289,9 @@ def clean_accuracy(
     """
     check_images(images.x)
     with evaluation_mode(model, branch), interruptible(model, images.x[:batch_size], check):
-        correct = predict(model, images.x, batch_size).argmax(dim=1) == images.y
+        answers = predict(model, images.x, batch_size).argmax(dim=1)
     details = {"branch": branch, "precision": "float32", "batch_size": batch_size}
-    return AttackResult(correct, images.x, details)
+    return AttackResult(answers == images.y, images.x, details, answers=answers)
 
 
 def pgd_accuracy(
@@ -450,4 +452,4 @@ def share_evaluation(
             details[name] = total
     if "attacks" in details:
         details["attacks"] = {name: float(mask.double().mean()) for name, mask in after.items()}
-    return AttackResult(correct, result.x_adv, details, after)
+    return AttackResult(correct, result.x_adv, details, after, result.answers)

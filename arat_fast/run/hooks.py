@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MAX_SHARE_OF_FIRST = 0.05
 """Of the first weights in an exponential average, above which a run says so."""
 
-
 FEW_FOR_STATISTICS = 64
 """Images of one process below which a run says that BatchNorm sees them alone."""
 

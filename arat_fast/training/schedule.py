@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from arat_fast.config import ScheduleConfig
 
-
 OFFICIAL_FIRST_EPOCH = 0.2
 """The official code's first epoch runs at 0.02, a fifth of its 0.1."""
 
