@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -47,6 +49,19 @@ def test_every_operation_that_is_wrong_is_seen(name: str) -> None:
     )
     assert records[name]["error"] == "" and records[name]["share"] <= 1
     assert list(doctor.wrong_functions(records)) == [name.partition("-")[0]]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_seen_where_python_leaves_assertions_out() -> None:
+    program = (
+        "import dataclasses, torch; from arat_fast import doctor; from arat_kernels import checks; "
+        "own = checks.OPERATIONS['relu_backward']; "
+        "call = lambda t, impl: own.call(t, 'reference') + 0.3 * (impl == 'triton'); "
+        "wrong = {'relu': dataclasses.replace(own, call=call)}; "
+        "found = doctor.check(wrong, torch.float32, torch.device('cpu')); "
+        "raise SystemExit(not found['relu']['error'])"
+    )
+    assert subprocess.run([sys.executable, "-O", "-c", program]).returncode == 0
 
 
 def test_what_does_not_compile_is_wrong_and_what_does_not_fit_is_unknown() -> None:

@@ -23,6 +23,12 @@ from arat_kernels.split_batch_norm import split_batch_norm
 Tensors = dict[str, Tensor]
 
 
+def hold(right: bool, says: str) -> None:
+    """``assert``, also where Python leaves those out (``-O``)."""
+    if not right:
+        raise AssertionError(says)
+
+
 def generator(seed: int) -> torch.Generator:
     """A generator of its own, so that no check depends on another; on torch's default device."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
@@ -36,8 +42,8 @@ def randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32)
 def at_an_odd_place(t: Tensor) -> Tensor:
     """The same numbers, laid out the same, not at a multiple of 16 bytes."""
     store = t.new_empty(t.numel() + 1)
-    moved = store.as_strided(t.shape, t.stride(), 1)
-    assert moved.copy_(t.detach()).data_ptr() % 16
+    moved = store.as_strided(t.shape, t.stride(), 1).copy_(t.detach())
+    hold(bool(moved.data_ptr() % 16), "memory begins at a multiple of 16 bytes")
     return moved
 
 
@@ -85,12 +91,12 @@ def assert_within_budget(
     Returns:
         The larger share of its budget that one of the two took.
     """
-    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} != {tuple(truth.shape)}"
-    assert truth.dtype == torch.float64, f"{name}: the truth must be float64, got {truth.dtype}"
+    hold(got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} != {tuple(truth.shape)}")
+    hold(truth.dtype == torch.float64, f"{name}: the truth must be float64, got {truth.dtype}")
     if truth.numel() == 0:
         return 0.0
-    assert bool(torch.isfinite(truth).all()), f"{name}: the truth itself is not finite"
-    assert bool(torch.isfinite(got).all()), f"{name}: holds NaN or infinity"
+    hold(bool(torch.isfinite(truth).all()), f"{name}: the truth itself is not finite")
+    hold(bool(torch.isfinite(got).all()), f"{name}: holds NaN or infinity")
     rounding, share = torch.finfo(got.dtype).eps / 2, 0.0
     sizes: dict[str, Callable[[Tensor], float]] = {
         "rms": lambda t: t.square().mean().sqrt().item(),
@@ -100,7 +106,7 @@ def assert_within_budget(
         error = size(got.detach().double() - truth)
         own = size(baseline.detach().double() - truth)
         allowed = factor * (own + rounding * size(truth))
-        assert error <= allowed, f"{name}: {measure} error {error:.3e}, allowed {allowed:.3e}"
+        hold(error <= allowed, f"{name}: {measure} error {error:.3e}, allowed {allowed:.3e}")
         share = max(share, error / allowed if allowed else 0.0)
     return share
 
@@ -157,11 +163,11 @@ class Operation:
         if self.atol is not None:
             assert_equal(got, baseline, self.atol)
             return 0.0
-        assert got.keys() == baseline.keys()
+        hold(got.keys() == baseline.keys(), f"results {[*got]} != {[*baseline]}")
         truth = self.results(to_float64(tensors), "reference")
         summed, share = {f"d{leaf}" for leaf in self.summed}, 0.0
         for name, expected in truth.items():
-            assert got[name].dtype == baseline[name].dtype, name
+            hold(got[name].dtype == baseline[name].dtype, f"{name}: {got[name].dtype}")
             times = 4.0 if name in summed and not expected.is_cuda else factor
             own = assert_within_budget(got[name], expected, baseline[name], name, times)
             share = max(share, own)
@@ -170,7 +176,7 @@ class Operation:
 
 def assert_equal(got: Tensors, expected: Tensors, atol: float = 0) -> None:
     """The same bits, NaN included."""
-    assert got.keys() == expected.keys()
+    hold(got.keys() == expected.keys(), f"results {[*got]} != {[*expected]}")
     for name, value in expected.items():
         says = partial("{}: {}".format, name)
         torch.testing.assert_close(got[name], value, rtol=0, atol=atol, equal_nan=True, msg=says)
