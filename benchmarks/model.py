@@ -28,6 +28,7 @@ from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import split_stems
 from arat_fast.models.registry import model_spec
 from arat_fast.objectives import ARAT
+from arat_fast.training.rounding import rounded_weights
 from arat_fast.training.step import TrainStep
 from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload, forward_flops
 
@@ -174,7 +175,11 @@ def recorded(workload: Workload, bn: str) -> list[Node]:
         x = x.contiguous(memory_format=torch.channels_last)
         y = torch.empty(workload.batch_size, dtype=torch.int64)
         recorder: _Recorder = enter(_Recorder())
-        with torch.autocast("cpu", torch.bfloat16), split_stems([network]):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            split_stems([network]),
+            rounded_weights([network, objective], torch.bfloat16),
+        ):
             step(x, y)
     return recorder.nodes
 

@@ -218,15 +218,17 @@ class _FoldedConv(_Site):
         """The weight and the own shift; the bias is made of the shifts of all."""
         (conv,) = self._conv
         self.shift = shift if conv.bias is None else shift + scale * conv.bias
-        dtype = conv.weight.dtype
-        device_type = conv.weight.device.type
+        # The parameter, whatever stands in its place for the time of a step.
+        own = conv._parameters["weight"]
+        assert own is not None
+        dtype, device_type = own.dtype, own.device.type
         autocast = torch.is_autocast_enabled(device_type)
         self.of_parts = autocast and isinstance(conv, StemConv2d) and conv.split_weight is not None
         if autocast and not isinstance(conv, StemConv2d):
             dtype = torch.get_autocast_dtype(device_type)
         # The product is rounded as it is stored.
-        weight = torch.empty_like(conv.weight, dtype=dtype)
-        self.weight = torch.mul(conv.weight, scale[:, None, None, None], out=weight)
+        weight = torch.empty_like(own, dtype=dtype)
+        self.weight = torch.mul(own, scale[:, None, None, None], out=weight)
         if self.of_parts:
             self.weight = weight_for_parts(self.weight)
         self._matrices.clear()
