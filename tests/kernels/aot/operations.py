@@ -159,10 +159,11 @@ def affine_shipped() -> None:
         x = torch.zeros(2, channels, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
         row = torch.zeros(channels)
         for residual, relu in product((x, None), (True, False)):
-            frozen_affine.forward(x, row, row, residual, relu)
+            frozen_affine.forward(x, row, row, residual, relu, None)
             frozen_affine.backward(x, None, None, x if relu else None, row, True, residual is x)
             if relu:
                 frozen_affine.backward(x, x, x, x, row, True, residual is x)
+        frozen_affine.forward(x, row, row, None, True, x)
         # The end of a folded convolution.
         for skip in (x, None):
             frozen_affine.backward(x, skip, None, x, None, True, False)
@@ -181,7 +182,9 @@ def affine_sweep() -> None:
             x = at_places(image)[residual]
             factor = at_places(scale)[relu] if with_scale else None
             extra = image if residual else None
-            frozen_affine.forward(x, factor, shift, extra, relu)
+            frozen_affine.forward(x, factor, shift, extra, relu, None)
+            if with_scale and relu and not residual:
+                frozen_affine.forward(x, factor, shift, None, True, image)
             y = x if relu else None
             for dx in (True, False):
                 if factor is not None and (dx or residual):
@@ -307,7 +310,7 @@ OPERATIONS = {
         affine_shipped,
         affine_sweep,
         {
-            "frozen_affine_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
+            "frozen_affine_fwd_kernel": ("x_ptr", "addend_ptr", "sum_ptr", "residual_ptr", "y_ptr"),
             "frozen_affine_bwd_kernel": (
                 "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
             ),

@@ -158,8 +158,9 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "normalize": (split_batch_norm.normalize, lambda: bn_arguments("normalize")),
     "sums": (split_batch_norm.backward_sums, lambda: bn_arguments("sums")),
     "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),
-    "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True)),
-    "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False)),
+    "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True, None)),
+    "affine of a sum": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, None, True, X)),
+    "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False, None)),
     "affine backward": (frozen_affine.backward, lambda: (X, X, X, X, ROW, True, True)),
     "relu backward": (frozen_affine.backward, lambda: (X, X, None, X, None, True, False)),
     "cosine": (
