@@ -36,7 +36,7 @@ from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload,
 KINDS = (
     ("convolution, forward", "conv_forward"),
     ("convolution, gradients", "conv_input", "conv_weight"),
-    ("BN statistics", "batch_norm_statistics"),
+    ("BN statistics", "batch_norm_statistics", "sum_statistics"),
     ("BN normalise", "split_batch_norm_normalize"),
     ("BN backward sums", "backward_sums"),
     ("BN backward input", "split_batch_norm_backward_input"),

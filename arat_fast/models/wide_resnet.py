@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
 from arat_kernels import forks
+from arat_kernels.split_batch_norm import add_for
 
 
 class PreActBlock(nn.Module):
@@ -27,12 +28,13 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = self.bn1(x, relu=True)
         out: Tensor = self.conv2(self.bn2(self.conv1(activated), relu=True))
+        if not forks.made:
+            return out + (x if self.convShortcut is None else self.convShortcut(activated))
         if self.convShortcut is None:
-            return out + (forks.around(activated, x) if forks.made else x)
-        if forks.made:
-            activated = forks.skip_of(activated)
-        shortcut: Tensor = self.convShortcut(activated)
-        return out + shortcut
+            shortcut = forks.around(activated, x)
+        else:
+            shortcut = self.convShortcut(forks.skip_of(activated))
+        return add_for(self.bn2, out, shortcut)
 
 
 def _stage(num: int, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:

@@ -22,7 +22,7 @@ _PRODUCTS: dict[type[nn.Module], tuple[str, ...]] = {
 
 @contextmanager
 def rounded_weights(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Let convolutions and linear layers inside the context read their weights rounded to ``dtype``.
+    """Let convolutions and linear layers inside the context read weights rounded to ``dtype``.
 
     Autocast rounds each by a launch of its own, and each gradient by another; here those that
     travel together between processes (:data:`arat_fast.distributed.gradients.BUCKET_BYTES`) are

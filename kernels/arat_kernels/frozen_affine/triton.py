@@ -173,8 +173,8 @@ def forward(
     relu: bool,
     addend: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in :mod:`arat_kernels.frozen_affine.api`; the result, and ``x + addend``, which is
-    empty without one."""
+    """Arguments as in :mod:`arat_kernels.frozen_affine.api`; the result, and ``x + addend``, empty
+    without one."""
     x = aligned(batch_dense(x))
     y, summed = _forward_results(x, addend)
     if x.numel() == 0:

@@ -124,6 +124,8 @@ def normalize_shipped() -> None:
             normalize(channels, dtype, relu=False, parameters=parameters)
             normalize(channels, dtype, forks=True, parameters=parameters)
             normalize(channels, dtype, residual=True, forks=True, parameters=parameters)
+        x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+        split_batch_norm.sum_statistics(x, x, 1)
         normalize(channels, dtype, pooled=True)
         normalize(channels, dtype, relu=False, pooled=True)
         normalize(channels, dtype, residual=True, pooled=True)
@@ -143,6 +145,7 @@ def normalize_sweep() -> None:
         # The gradient where the statistics are those of several processes.
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
         row = torch.zeros(2, channels, dtype=split_batch_norm.wide_dtype(x))
+        split_batch_norm.sum_statistics(x, x, 2)
         counts, sums = row[:, 0].contiguous(), torch.stack([row, row])
         mask = torch.zeros(27, (channels + 7) // 8, dtype=torch.uint8)
         for pooled, affine, (bits, relu) in product(
@@ -296,7 +299,7 @@ OPERATIONS = {
         normalize_shipped,
         normalize_sweep,
         {
-            "split_batch_norm_statistics_kernel": ("x_ptr",),
+            "split_batch_norm_statistics_kernel": ("x_ptr", "addend_ptr", "sum_ptr"),
             "split_batch_norm_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
             "split_batch_norm_bwd_sums_kernel": (
                 "dy_ptr", "dy_skip_ptr", "x_ptr", "dresidual_ptr",

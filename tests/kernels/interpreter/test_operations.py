@@ -155,6 +155,7 @@ OFFSETS = torch.tensor([[0, 2, 1], [1, 1, 0]], dtype=torch.int32)
 
 OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "statistics": (split_batch_norm.statistics, lambda: bn_arguments("statistics")),
+    "sum statistics": (split_batch_norm.sum_statistics, lambda: (LEAF, X, 1)),
     "normalize": (split_batch_norm.normalize, lambda: bn_arguments("normalize")),
     "sums": (split_batch_norm.backward_sums, lambda: bn_arguments("sums")),
     "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),
