@@ -230,9 +230,13 @@ def steps(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> None:
     if len(shape) == 4 and dtype == torch.bfloat16:
         x = x.to(memory_format=torch.channels_last)
     for image, gradient in product(at_places(x), at_places(grad)):
-        pgd_step.step(image, gradient, x, 0.1, 1.0, norm)
+        pgd_step.step(image, gradient, x, None, 0.1, 1.0, norm)
         for first in (0, 1, 16):
             pgd_step.start(image, at_places(RNG)[1], 0.1, norm, first)
+    if len(shape) == 4:
+        image = x.to(memory_format=torch.channels_last)
+        parts = image_parts.forward(image)
+        pgd_step.step(image, parts.to(dtype), image, parts, 0.1, 1.0, norm)
 
 
 def steps_shipped() -> None:
