@@ -99,7 +99,8 @@ def operations_of(
         if is_split:
             norm = Norm((batch, batch), *shape[1:], residual=residual, relu=rectified)
             found[f"split_batch_norm-{name}"] = norm.operation
-    found[f"{FOLD}-{type(model).__name__}"] = folded(model, (min(batch, 16), *image_shape))
+    few, size = (min(batch, 16), *image_shape), sum(p.numel() for p in model.parameters())
+    found[f"{FOLD}-{type(model).__name__}-{size}-{_joined(*few)}"] = folded(model, few)
     return found
 
 
@@ -142,6 +143,7 @@ def check(
     seconds: float = SECONDS,
     rate: float | None = None,
     progress: Progress | None = None,
+    keep: Callable[[dict[str, Record]], object] = lambda records: None,
 ) -> dict[str, Record]:
     """Hold operations to their references.
 
@@ -153,11 +155,15 @@ def check(
         seconds: after which no further one is begun.
         rate: bytes per second that a copy reads and writes; with it each operation is timed.
         progress: told what is done, how many are and of how many.
+        keep: told all records after each one.
 
     Returns:
         By name: "error", empty where it is right; "share" of the error budget that it took; and
         "microseconds" and "share_of_copy" where it was timed. What does not fit into the memory is
         left out.
+
+    Raises:
+        ValueError: an operation has broken the process's access to the GPU; its record is kept.
     """
     records, begun = dict(known or {}), time.monotonic()
     for number, (name, operation) in enumerate(operations.items()):
@@ -179,7 +185,23 @@ def check(
         finally:
             UPSTREAM.clear()
         records[name] = record
+        keep(records)
+        if record["error"] and _is_lost(device):
+            raise ValueError(
+                f"{name} has broken this process's access to the GPU: {record['error']}; start "
+                "again, and its reference runs in its place"
+            )
     return records
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether nothing runs on the GPU any more in this process, as after an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _described(error: Exception) -> str:
@@ -326,6 +348,9 @@ def examine(
 
     Returns:
         The record, "operations" of which are the records by name, and its file.
+
+    Raises:
+        ValueError: as :func:`check`.
     """
     facts: Record = {**card(device), "dtype": str(dtype).removeprefix("torch.")}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -337,18 +362,30 @@ def examine(
     rate = copy_rate(device) if whole else None
     if rate is not None:
         facts["copy_gb_per_s"] = round(rate / 1e9, 1)
-    seconds = math.inf if whole else SECONDS
-    found = {GRAPH: known.get(GRAPH) or check_graph(device, dtype), **known}
-    found = check(
-        operations, dtype, device, known=found, seconds=seconds, rate=rate, progress=progress
-    )
-    torch.cuda.empty_cache()
-    record = {**facts, "operations": found}
-    if found != known:
+    record: Record = {**facts, "operations": known}
+
+    def keep(records: dict[str, Record]) -> None:
+        record["operations"] = records
         # Not to be able to keep it is no reason not to train.
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, record)
+
+    found = check(
+        operations,
+        dtype,
+        device,
+        known=known,
+        seconds=math.inf if whole else 0.75 * SECONDS,
+        rate=rate,
+        progress=progress,
+        keep=keep,
+    )
+    if GRAPH not in found:
+        # Of what a run takes in their place.
+        replace_operations(wrong_functions(found))
+        keep({**found, GRAPH: check_graph(device, dtype)})
+    torch.cuda.empty_cache()
     return record, file
 
 

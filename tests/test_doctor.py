@@ -77,6 +77,16 @@ def test_what_does_not_compile_is_wrong_and_what_does_not_fit_is_unknown() -> No
     assert doctor.check(operations, torch.float32, CPU, known=records, seconds=-math.inf) == records
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and works")
+def test_a_gpu_that_is_lost_ends_the_check_and_what_broke_it_is_kept() -> None:
+    kept: list[dict[str, doctor.Record]] = []
+    operations = {name: OPERATIONS["pgd_step"] for name in ("pgd_step-a", "pgd_step-b")}
+    with pytest.raises(ValueError, match=r"pgd_step-a.*start again"):
+        doctor.check(operations, torch.float32, torch.device("cuda"), keep=kept.append)
+    assert [list(records) for records in kept] == [["pgd_step-a"]]
+    assert list(doctor.wrong_functions(kept[0])) == ["pgd_step"]
+
+
 def test_wrong_kernels_are_replaced_or_refused() -> None:
     said: list[str] = []
     wrong = {"pgd_step": "pgd_step-Linf: rms error 1", "fold": "fold-ResNet: off"}
