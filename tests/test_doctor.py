@@ -51,6 +51,18 @@ def test_every_operation_that_is_wrong_is_seen(name: str) -> None:
     assert list(doctor.wrong_functions(records)) == [name.partition("-")[0]]
 
 
+@pytest.mark.parametrize("name", ["frozen_affine", "split_batch_norm"])
+def test_numbers_for_which_rounding_would_decide_what_relu_does_are_moved(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = operation.make(0, torch.float32)
+    assert operation.off_the_edges(tensors) is tensors
+    _, before = operation.edges[-1]
+    tensors["residual"] -= before(tensors) * (torch.rand(tensors["x"].shape) < 0.2)
+    moved = operation.off_the_edges(tensors)
+    assert before(tensors).abs().min() < 1e-6 and before(moved).abs().min() > 1e-5
+    assert moved["residual"].stride() == tensors["residual"].stride()
+
+
 @pytest.mark.slow
 def test_what_is_wrong_is_seen_where_python_leaves_assertions_out() -> None:
     program = (
