@@ -61,11 +61,12 @@ def to_float64(value: Any) -> Any:
 def upstream(like: Tensor, seed: int) -> Tensor:
     """A random gradient of ``like``, of so few binary digits that it is the same in every dtype.
 
-    Made once and kept in :data:`UPSTREAM`: a CUDA graph cannot capture the copy from the host.
+    Made once and kept in :data:`UPSTREAM`: a CUDA graph cannot capture a generator of its own.
     """
     key = (like.shape, like.stride(), like.dtype, like.device, seed)
     if key not in UPSTREAM:
-        numbers = (32 * randn(tuple(like.shape), seed, torch.float64)).round() / 32
+        with like.device:
+            numbers = (32 * randn(tuple(like.shape), seed, torch.float64)).round() / 32
         UPSTREAM[key] = torch.empty_like(like.detach()).copy_(numbers)
     return UPSTREAM[key]
 
