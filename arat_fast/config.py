@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import tyro
 
 from arat_fast import objectives
-from arat_fast.attacks.pgd import PGD, check_length
+from arat_fast.attacks.pgd import PGD
 from arat_fast.datasets import DATASETS
 from arat_fast.models.registry import model_spec
 from arat_fast.objectives import ARAT, OBJECTIVES, ForeignSettings, known_objective, objective_type
@@ -313,7 +313,7 @@ class Config:
                 f"{type(self.objective).__qualname__}"
             )
         if self.eval.alpha is not None:
-            check_length("eval.alpha", self.eval.alpha, self.attack.norm)
+            self.attack.ball.check("eval.alpha", self.eval.alpha)
         # These can have validation images of their own, as the trainer finds out.
         own = self.data.name in OWN_IMAGES
         if self.train.keep_best and not ((self.data.num_val or own) and self.train.eval_every):

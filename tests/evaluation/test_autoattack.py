@@ -50,7 +50,12 @@ def digits(count: int, num_classes: int = 10) -> ImageSet:
 
 
 @pytest.mark.parametrize(
-    ("norm", "eps"), [("Linf", 0.04), pytest.param("L2", 0.25, marks=pytest.mark.slow)]
+    ("norm", "eps"),
+    [
+        ("Linf", 0.04),
+        pytest.param("L2", 0.25, marks=pytest.mark.slow),
+        pytest.param("L1", 0.8, marks=pytest.mark.slow),
+    ],
 )
 def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps: float) -> None:
     images, threat = digits(40), ThreatModel(eps, norm)  # type: ignore[arg-type]
