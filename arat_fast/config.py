@@ -267,6 +267,34 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TargetsConfig:
+    label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
+    """Mass of each target that is spread evenly over all classes, in [0, 1)."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Pairs of training images: mixup blends them, cutmix puts a rectangle of one into the other;
+    clean and adversarial images are made of the same mix."""
+    mix_alpha: Positive = 1.0
+    """The share of an image in its mix is drawn from Beta(mix_alpha, mix_alpha); > 0."""
+    class_weights: tuple[Weight, ...] = ()
+    """Factor of the classification loss for each class, in their order; empty for 1. Each >= 0."""
+
+    def __post_init__(self) -> None:
+        check_settings("targets.", self)
+
+
+@dataclass(frozen=True)
+class AWPConfig:
+    gamma: Weight = 0.0
+    """Adversarial weight perturbation: its length relative to each layer's weights; 0 for none,
+    0.01 with at, 0.005 with trades as published. It costs a pass through the network and back."""
+    warmup: Number = 0
+    """Epochs before it begins; 10 with trades as published."""
+
+    def __post_init__(self) -> None:
+        check_settings("awp.", self)
+
+
+@dataclass(frozen=True)
 class AnalyzeConfig:
     every: Annotated[Number, FREE] = 0
     """Epochs between two analyses during training (gradient conflict, mixture distribution), also
@@ -300,6 +328,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    awp: AWPConfig = field(default_factory=AWPConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:

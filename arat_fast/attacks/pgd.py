@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arat_fast.attacks.norms import NORMS, Norm
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
-from arat_fast.settings import Count, NormName, Number, check_settings
+from arat_fast.settings import Count, NormName, Number, Weight, check_settings
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.implementation import Impl, choose
 
@@ -55,6 +55,11 @@ class PGD:
     uniform radius) and is not clamped, as published. Only gradients of the images are computed: no
     parameter gradient, no ``.grad``, and except under ``batch_update`` no BatchNorm buffer changes.
 
+    One step of 5/4 of the radius is FGSM-RS (Wong et al., ICLR 2020, arXiv 2001.03994). With
+    ``num_steps=1, alpha=eps, start_radius=2, project=False`` it is N-FGSM (de Jorge et al., NeurIPS
+    2022, arXiv 2202.01181, algorithm 1): the images that are trained on lie up to three radii away.
+    The authors' code of both also clamps the start to [0, 1].
+
     Source: Madry et al., ICLR 2018; the order of projection and clamp as in arXiv 2402.14648.
     """
 
@@ -74,6 +79,10 @@ class PGD:
     """BatchNorm in the attack: "batch" (statistics of the attacked batch, running statistics
     untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of
     the attack moves the running statistics)."""
+    start_radius: Weight = 1.0
+    """Radius of the ball that the random start is drawn from, in eps; >= 0, 2 in N-FGSM."""
+    project: bool = True
+    """Project on the ball after each step; N-FGSM does not, and leaves it."""
 
     def __post_init__(self) -> None:
         check_settings("attack.", self)
@@ -143,7 +152,8 @@ class PGD:
         if not self.random_start:
             return x.clone()
         key = _draw_key(start.generator, x.device) if start.keys is None else start.keys[restart]
-        return self.ball.random_start(x, key, eps=self.eps, first=start.first, impl=impl)
+        radius = self.start_radius * self.eps
+        return self.ball.random_start(x, key, eps=radius, first=start.first, impl=impl)
 
     def draw_keys(
         self, generator: torch.Generator | None, device: torch.device, first_given: bool = False
@@ -173,6 +183,8 @@ class PGD:
         impl: Impl | None,
     ) -> Tensor:
         ball = self.ball
+        # Where it is not projected, the clamp to the range is what is left.
+        radius = self.eps if self.project else ball.reach(x[0].numel())
         for _ in range(self.num_steps):
             x_adv.requires_grad_()
             with torch.enable_grad():
@@ -183,7 +195,7 @@ class PGD:
                 else:
                     (grad,) = torch.autograd.grad(loss_fn(logits).sum(), x_adv)
             x_adv = x_adv.detach()
-            ball.step(x_adv, grad, x, eps=self.eps, alpha=self.alpha, impl=impl)
+            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, impl=impl)
         return x_adv if self.num_steps else x_adv.clamp_(0, 1)
 
 

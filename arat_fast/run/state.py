@@ -39,6 +39,7 @@ from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, traini
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 from arat_fast.training.schedule import learning_rate, progressive_size
 from arat_fast.training.step import TrainStep
+from arat_fast.training.targets import Targets
 
 PROBE_SAMPLES = 1000
 """The official code measures the balance on batches until it has seen this many samples."""
@@ -331,6 +332,7 @@ class Run:
             last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,
+            targets=Targets.of(config.targets, train.num_classes, self.device),
             assemble=train.assemble if isinstance(train, ResidentBatches) else None,
             accumulate=config.train.accumulate,
             ranks=ranks,

@@ -144,6 +144,29 @@ def test_equals_a_direct_transcription(norm: Norm, bn: Bn) -> None:
     assert (x_adv - x).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("start_radius", "project", "alpha"), [(1.0, True, 0.125), (2.0, False, 0.1)]
+)
+def test_single_steps_are_those_of_their_papers(
+    start_radius: float, project: bool, alpha: float
+) -> None:
+    """FGSM-RS, and N-FGSM, which leaves the ball."""
+    model = randomize(create_model("resnet8", 4)).double()
+    x, y = batch()
+    attack = PGD(0.1, alpha, 1, start_radius=start_radius, project=project)
+    begin = attack.start(x, RandomStart(generator(3)))
+    assert start_radius * 0.099 < perturbation_norm(x, begin, "Linf").max() <= start_radius * 0.1
+    image = begin.detach().requires_grad_()
+    F.cross_entropy(export_plain(model, "adv").train()(image), y, reduction="sum").backward()
+    assert image.grad is not None
+    delta = begin - x + alpha * image.grad.sign()
+    if project:
+        delta = delta.clamp(-0.1, 0.1)
+    x_adv = attack(model, x, y, RandomStart(generator(3)))
+    assert (x_adv - (x + delta).clamp(0, 1)).abs().max() <= 1e-15
+    assert (perturbation_norm(x, x_adv, "Linf").max() > 0.25) is not project
+
+
 @NORMS
 def test_random_start_and_generator(norm: Norm) -> None:
     x, y = batch(samples=200)
