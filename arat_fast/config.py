@@ -295,6 +295,20 @@ class AWPConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    act: Literal["say", "stop", "smaller-step", "more-steps", "off"] = "say"
+    """Catastrophic overfitting, watched for where the attack has one or two steps, by PGD-10 on 32
+    images: say it and go on; stop; go back to the last good state with half the attack's step size,
+    or with twice as many steps of half the size; or do not watch."""
+    every: Number = 0
+    """Training steps between two looks, rounded up to train.log_every; 0 for as many as keep their
+    passes through the network within 2 % of the training's."""
+
+    def __post_init__(self) -> None:
+        check_settings("watch.", self)
+
+
+@dataclass(frozen=True)
 class AnalyzeConfig:
     every: Annotated[Number, FREE] = 0
     """Epochs between two analyses during training (gradient conflict, mixture distribution), also
@@ -330,6 +344,7 @@ class Config:
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     awp: AWPConfig = field(default_factory=AWPConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:

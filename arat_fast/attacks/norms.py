@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, get_args
 
 from torch import Tensor
 
 from arat_fast.settings import NormName
-from arat_kernels.implementation import Impl
 from arat_kernels.pgd_step import pgd_step, random_start
 
 
@@ -24,11 +25,20 @@ class Norm(ABC):
     largest: ClassVar[float] = math.inf
     """Largest radius that makes sense for images in [0, 1]."""
     has_kernel: ClassVar[bool] = True
-    """Whether steps and starts have a Triton kernel; else PyTorch operations run on any device."""
+    """Whether steps and starts have a Triton kernel beside the reference."""
     num_targets: ClassVar[int] = 9
     """Classes that standard AutoAttack's APGD aims at."""
+    step: ClassVar[Callable[..., Tensor]]
+    """:func:`arat_kernels.pgd_step.pgd_step` in this norm."""
+    random_start: ClassVar[Callable[..., Tensor]]
+    """:func:`arat_kernels.pgd_step.random_start` in this norm."""
     limit: ClassVar[str]
     """What an attacker may do with an image, ``{eps}`` in place of the radius."""
+
+    def __init_subclass__(cls) -> None:
+        # Not methods, which every step of an attack would pass through.
+        cls.step = staticmethod(partial(pgd_step, norm=cls.name))
+        cls.random_start = staticmethod(partial(random_start, norm=cls.name))
 
     @abstractmethod
     def size(self, delta: Tensor) -> Tensor:
@@ -54,22 +64,6 @@ class Norm(ABC):
             eps: radius.
         """
         return eps * draw / self.size(draw).view(-1, *[1] * (draw.ndim - 1))
-
-    def step(
-        self, x_adv: Tensor, grad: Tensor, x: Tensor, *, eps: float, alpha: float, impl: Impl | None
-    ) -> None:
-        """One step of ``x_adv`` up the gradient, back into the ball around ``x`` and into [0, 1],
-        in place; as :func:`arat_kernels.pgd_step.pgd_step`."""
-        impl = impl if self.has_kernel else "reference"
-        pgd_step(x_adv, grad, x, eps=eps, alpha=alpha, norm=self.name, impl=impl)
-
-    def random_start(
-        self, x: Tensor, key: Tensor, *, eps: float, first: int, impl: Impl | None
-    ) -> Tensor:
-        """A random point of the ball around ``x``, not clamped; as
-        :func:`arat_kernels.pgd_step.random_start`."""
-        impl = impl if self.has_kernel else "reference"
-        return random_start(x, key, eps=eps, norm=self.name, first=first, impl=impl)
 
     def check(self, name: str, value: float) -> None:
         """Raise ValueError unless a radius or a step size is one for images in [0, 1].

@@ -152,8 +152,9 @@ class PGD:
         if not self.random_start:
             return x.clone()
         key = _draw_key(start.generator, x.device) if start.keys is None else start.keys[restart]
-        radius = self.start_radius * self.eps
-        return self.ball.random_start(x, key, eps=radius, first=start.first, impl=impl)
+        ball, radius = self.ball, self.start_radius * self.eps
+        own = impl if ball.has_kernel else "reference"
+        return ball.random_start(x, key, eps=radius, first=start.first, impl=own)
 
     def draw_keys(
         self, generator: torch.Generator | None, device: torch.device, first_given: bool = False
@@ -183,6 +184,7 @@ class PGD:
         impl: Impl | None,
     ) -> Tensor:
         ball = self.ball
+        own = impl if ball.has_kernel else "reference"
         # Where it is not projected, the clamp to the range is what is left.
         radius = self.eps if self.project else ball.reach(x[0].numel())
         for _ in range(self.num_steps):
@@ -195,7 +197,7 @@ class PGD:
                 else:
                     (grad,) = torch.autograd.grad(loss_fn(logits).sum(), x_adv)
             x_adv = x_adv.detach()
-            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, impl=impl)
+            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, impl=own)
         return x_adv if self.num_steps else x_adv.clamp_(0, 1)
 
 

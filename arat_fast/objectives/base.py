@@ -278,15 +278,6 @@ class Objective(nn.Module, ABC):
         """
 
 
-def class_of(y: Tensor) -> Tensor:
-    """The class of each sample, (N,), int64.
-
-    Args:
-        y: classes (N,), int64, or weights of the classes (N, K), of which it is the largest.
-    """
-    return y if y.ndim == 1 else y.argmax(dim=1)
-
-
 def widen(logits: Tensor) -> Tensor:
     """Half-precision logits as float32, others unchanged: losses are never computed in half."""
     return logits.float() if logits.element_size() < 4 else logits

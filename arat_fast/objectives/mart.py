@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from arat_fast.attacks.pgd import RandomStart
 from arat_fast.models.split_batch_norm import use_branch
 from arat_fast.objectives import base
-from arat_fast.objectives.base import ObjectiveOutput, Paper, class_of, widen
+from arat_fast.objectives.base import ObjectiveOutput, Paper, widen
 from arat_fast.objectives.normal_start import NormalStart, check_weight
 from arat_fast.settings import Weight
 
@@ -66,7 +66,7 @@ class MART(NormalStart):
             logits_clean, logits_adv = widen(model(x)), widen(model(x_adv))
         clean, adv = logits_clean.log_softmax(dim=1), logits_adv.softmax(dim=1)
         two = adv.topk(2, dim=1).indices
-        label = class_of(y)
+        label = y if y.ndim == 1 else y.argmax(dim=1)
         rival = torch.where(two[:, 0] == label, two[:, 1], two[:, 0])
         margin = F.nll_loss((1.0001 - adv + _FLOOR).log(), rival)
         # Of logarithms: a probability that underflows would have no gradient but NaN.

@@ -32,6 +32,10 @@ FEW_FOR_STATISTICS = 64
 """Images of one process below which a run says that BatchNorm sees them alone."""
 
 
+class Restart(Exception):
+    """Raised by a hook that has put the run back to an earlier step: it goes on from there."""
+
+
 class Hook:
     """Something that is told of a run's course; every method may be left out.
 

@@ -72,7 +72,7 @@ class AWP:
         # Autocast and split stems hold on to what they have made of the weights before.
         torch.clear_autocast_cache()
         with step.autocast(x.device.type):
-            output = step.objective(step.model, x, x_adv, y, start)
+            output: ObjectiveOutput = step.objective(step.model, x, x_adv, y, start)
             found = torch.autograd.grad(output.loss, parameters, allow_unused=True)
         with torch.no_grad():
             torch._foreach_copy_(weights, own)
@@ -80,7 +80,7 @@ class AWP:
         known = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
         return dataclasses.replace(
             output,
-            loss=_KnownGradient.apply(output.loss.detach(), list(known.values()), *known),
+            loss=_KnownGradient.apply(output.loss.detach(), list(known.values()), *known),  # type: ignore[no-untyped-call]  # torch's
             terms={name: term.detach() for name, term in output.terms.items()},
         )
 
@@ -94,5 +94,5 @@ class _KnownGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *torch._foreach_mul(ctx.gradients, dloss)

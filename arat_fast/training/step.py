@@ -21,7 +21,7 @@ from arat_fast.distributed import ALONE, Ranks
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
-from arat_fast.objectives.base import Objective, ObjectiveOutput, class_of
+from arat_fast.objectives.base import Objective, ObjectiveOutput
 from arat_fast.training.awp import AWP
 from arat_fast.training.graph import StepGraphs, is_capturable
 from arat_fast.training.inputs import (
@@ -125,7 +125,7 @@ def adversarial_batch(
 
 
 def _values_of(output: ObjectiveOutput, y: Tensor) -> Values:
-    label = class_of(y)
+    label = y if y.ndim == 1 else y.argmax(dim=1)
     values = {"loss": output.loss, **output.terms, **output.metrics}
     for name, logits in (("clean", output.logits_clean), ("adv", output.logits_adv)):
         if logits is not None:

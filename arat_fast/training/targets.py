@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -86,7 +85,9 @@ class Targets:
 
         def mixed(*inputs: Tensor) -> tuple[Tensor, Tensor]:
             x, y = load(*inputs)
-            target = F.one_hot(y, self.num_classes).to(x.dtype)
+            # Not one_hot, which asks the device for the largest label.
+            classes = torch.arange(self.num_classes, device=y.device)
+            target = (y[:, None] == classes).to(x.dtype)
             share = _beta(self.alpha, generator, x)
             x, target = self.mix(x, target, share, generator)
             weight = target @ self.weights.to(x.dtype)

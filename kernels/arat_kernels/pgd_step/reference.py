@@ -26,10 +26,10 @@ def pgd_step_reference(
 
 def random_start_reference(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.pgd_step.api.random_start`."""
+    delta = STARTS[norm](x, rng, eps, first)
     x = x if is_batch_dense(x) else x.contiguous()
     # The numbers belong to positions in memory, so a channels_last x costs no permutation.
     in_memory_order = torch.empty_like(x)
-    delta = STARTS[norm](x, rng, eps, first)
     in_memory_order.as_strided((x.numel(),), (1,)).copy_(delta.flatten())
     return x + in_memory_order
 
@@ -99,7 +99,7 @@ def _start_l2(x: Tensor, rng: Tensor, eps: float, first: int) -> Tensor:
     sample, (w0, w1, w2, w3) = _words_by_sample(x, rng, first)
     normals = torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), -1)
     direction = normals.flatten(1)[:, : math.prod(x.shape[1:])].to(x.dtype)
-    length = torch.linalg.vector_norm(direction, dim=1).clamp_min(MIN_NORM)
+    length: Tensor = torch.linalg.vector_norm(direction, dim=1).clamp_min(MIN_NORM)
     return direction * (_radii(x, rng, eps, sample) / length)[:, None]
 
 
