@@ -232,6 +232,9 @@ class StepConfig:
     """Capture the whole step in a CUDA graph; auto does so on a GPU."""
     channels_last: bool = True
     """Memory format of weights and activations."""
+    compile: bool = False
+    """Run the attack's passes through torch.compile, for networks that the kernels do not cover;
+    the first step then takes a minute or more."""
     noisy_clean: bool = False
     """The official code's in-place start: the clean branch trains on the image plus the start
     noise, and the ball is centred there."""

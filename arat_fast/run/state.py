@@ -368,6 +368,7 @@ class Run:
             ranks=ranks,
             overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
+            compile=config.step.compile,
             say=self.warn,
         )
 
