@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -253,7 +253,7 @@ class TrainStep:
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
         # For the attack alone: the features of the training pass would change the code.
-        self._unfolded = torch.compile(self.model) if self.compile else self.model
+        self._unfolded = cast(nn.Module, torch.compile(self.model)) if self.compile else self.model
         self._num_classes = 0
         self._before: Values | None = None
 

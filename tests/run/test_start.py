@@ -20,6 +20,7 @@ from arat_fast.models import create_model
 from arat_fast.recipes import recipe
 from arat_fast.run.hooks import Hook
 from arat_fast.saved import save_safetensors, state_dict_to_official
+from arat_fast.saved.naming import to_own
 
 
 def starting(source: Path | str, **settings: Any) -> Config:
@@ -62,6 +63,13 @@ def test_weights_of_a_file(tmp_path: Path, kind: str) -> None:
     plain = with_objective(starting(path), "at")
     state = tiny_trainer(tmp_path / "plain", plain).model.state_dict()
     assert torch.equal(state["bn1.weight"], expected["bn1.weight"])
+
+
+def test_names_of_robustbench_preact_resnet() -> None:
+    with torch.device("meta"):
+        own = create_model("preact-resnet18", 10, norm="shared").state_dict()
+    theirs = {name.replace(".convShortcut.", ".shortcut.0."): t for name, t in own.items()}
+    assert theirs.keys() != own.keys() == to_own(theirs, own).keys()
 
 
 def test_another_classifier_stays_fresh_and_the_body_waits(tmp_path: Path) -> None:

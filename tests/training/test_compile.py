@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from networks import generator
@@ -11,7 +13,12 @@ from arat_fast import ARAT, PGD, TrainStep, convert_split_batch_norm
 
 
 @pytest.mark.slow
-def test_the_attack_is_compiled_and_the_network_stays_as_it_is() -> None:
+def test_the_attack_is_compiled_and_the_network_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The default compiler takes half a minute for this.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
     def trained(compile: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(144, 3)
