@@ -150,9 +150,9 @@ class Start(Hook):
 
 
 def test_the_radius_grows_and_a_resumed_run_has_that_of_its_epoch(tmp_path: Path) -> None:
-    attack = PGD(eps=0.3, alpha=0.2, eps_warmup=2)
-    assert [attack.at_epoch(e).eps for e in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
-    assert PGD().at_epoch(0) == PGD()
+    attack = PGD(eps=0.3, eps_warmup=2)
+    assert [attack.eps_at(e) for e in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert PGD().eps_at(0) == PGD().eps
     config = changed(tiny_config(2, kind="none"), "attack", eps_warmup=1)
     run = tiny_trainer(tmp_path / "run", config)
     radii: list[float] = []
