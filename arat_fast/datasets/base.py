@@ -67,6 +67,8 @@ class Dataset:
         name: as ``--data.name`` says it.
         read: what its files below a root hold; FileNotFoundError where they are absent, ValueError
             where they hold something else. Heavy libraries are imported in there.
+        linked: likewise where links that ``read`` refuses are to be followed; None where it refuses
+            none.
         fetch: downloads it into a root; None where nobody publishes it.
         image_size: height and width of all images, which are kept as arrays; None for images of
             any size, or where only the files say it.
@@ -80,6 +82,7 @@ class Dataset:
 
     name: str
     read: Callable[[Path], Content]
+    linked: Callable[[Path], Content] | None = None
     fetch: Callable[[Path], None] | None = None
     image_size: int | None = None
     channels: int = 3
@@ -89,25 +92,27 @@ class Dataset:
     places: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
 
-    def load(self, root: Path, download: bool = False) -> Content:
+    def load(self, root: Path, download: bool = False, follow_links: bool = False) -> Content:
         """What its files hold, fetched first where they are absent or damaged.
 
         Args:
             root: the folder of the datasets; of one's own images their folder.
             download: fetch them.
+            follow_links: also to class folders that are links.
 
         Raises:
             FileNotFoundError: it is absent, or could not be downloaded.
             ValueError: a file is not the published one, or holds something else.
         """
         root = root.expanduser()
+        read = self.linked if follow_links and self.linked is not None else self.read
         try:
-            return self.read(root)
+            return read(root)
         except (FileNotFoundError, ValueError):
             if self.fetch is None or not download:
                 raise
         self.fetch(root)
-        return self.read(root)
+        return read(root)
 
 
 DATASETS: dict[str, Dataset] = {}
