@@ -67,8 +67,6 @@ class Dataset:
         name: as ``--data.name`` says it.
         read: what its files below a root hold; FileNotFoundError where they are absent, ValueError
             where they hold something else. Heavy libraries are imported in there.
-        linked: likewise where links that ``read`` refuses are to be followed; None where it refuses
-            none.
         fetch: downloads it into a root; None where nobody publishes it.
         image_size: height and width of all images, which are kept as arrays; None for images of
             any size, or where only the files say it.
@@ -78,11 +76,11 @@ class Dataset:
         own: images of one's own, which differ with the place where they lie.
         places: what lies in its root, and what the dataset is then, in words.
         label: what a report calls it; the name by default.
+        linked: as ``read``, which follows the links that that refuses; None where it refuses none.
     """
 
     name: str
     read: Callable[[Path], Content]
-    linked: Callable[[Path], Content] | None = None
     fetch: Callable[[Path], None] | None = None
     image_size: int | None = None
     channels: int = 3
@@ -91,6 +89,7 @@ class Dataset:
     own: bool = False
     places: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
+    linked: Callable[[Path], Content] | None = None
 
     def load(self, root: Path, download: bool = False, follow_links: bool = False) -> Content:
         """What its files hold, fetched first where they are absent or damaged.
