@@ -462,6 +462,8 @@ class Inspect(Command):
     where that folder is in it."""
     max_samples: int = 2000
     """Images decoded for sizes, mean and std, evenly spread; >= 1."""
+    follow_links: bool = False
+    """Also read class folders that are links to folders elsewhere."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.data.inspect import inspect
@@ -471,7 +473,7 @@ class Inspect(Command):
             # Never into the dataset: the sheet would be one of its images.
             path, here = self.path.resolve(), Path.cwd()
             sheet = (path.parent if here.is_relative_to(path) else here) / f"{path.name}-sheet.png"
-        found = inspect(self.path, sheet, self.max_samples)
+        found = inspect(self.path, sheet, self.max_samples, self.follow_links)
         print("\n".join(found.lines()))
         print(f"sheet        {sheet}")
         return 0
@@ -486,6 +488,8 @@ class Prepare(Command):
     """An .npz file with image and label, a folder of images by class, or tar shards."""
     out: tyro.conf.Positional[Path | None] = None
     """Folder to make of an .npz file."""
+    follow_links: bool = False
+    """Also read class folders that are links to folders elsewhere."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.data.prepare import convert_npz, verify
@@ -501,7 +505,7 @@ class Prepare(Command):
             return 0
         if self.out is not None:
             raise UsageError(f"{self.path} is used as it is: no folder to write, got {self.out}")
-        number, bad = verify(self.path)
+        number, bad = verify(self.path, self.follow_links)
         for reason in bad:
             print(f"unreadable: {reason}")
         print(f"{number - len(bad):,} of {number:,} files can be decoded")
