@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,9 @@ class TrainStep:
         overlap: send gradients while the backward pass still runs; None: on a GPU.
         impl: implementation of the attack's own operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
+        compile: run the attack's passes, nearly all there are, through :func:`torch.compile`, for
+            networks that the kernels do not cover; the network itself stays as it is, module paths
+            included. A folded copy is not compiled.
         say: told in one sentence of what keeps the step from running as fast as it could, and in
             the first step of what the loop forgot: parameters that are not in the optimiser or no
             longer in the network, and what the objective says was left out.
@@ -206,6 +209,7 @@ class TrainStep:
     ranks: Ranks = ALONE
     overlap: bool | None = None
     impl: Impl | None = None
+    compile: bool = False
     say: Callable[[str], object] = warnings.warn
     num_calls: int = field(default=0, init=False)
     folded_network: FoldedNetwork | None = field(default=None, init=False)
@@ -254,6 +258,8 @@ class TrainStep:
                 self.say(f"{error}; it goes on without one")
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
+        # For the attack alone: the features of the training pass would change the code.
+        self._unfolded = cast(nn.Module, torch.compile(self.model)) if self.compile else self.model
         self.perturb_weights(self.awp)
         self._num_classes = 0
         self._before: Values | None = None
@@ -429,7 +435,7 @@ class TrainStep:
     def attacked(self, attack: PGD, x: Tensor) -> nn.Module:
         """The network whose input gradients the attack follows."""
         if attack.bn != "running" or not self.fold:
-            return self.model
+            return self._unfolded
         if self.folded_network is None:
             self.folded_network = FoldedNetwork(self.model, x, self.impl)
             self.num_folded = len(self.folded_network.folded)
