@@ -104,14 +104,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
             written = [
                 value
                 for argument, value in zip(func._schema.arguments, args, strict=False)
-                if argument.alias_info is not None and argument.alias_info.is_write
+                if argument.alias_info is not None
+                and argument.alias_info.is_write
+                and value is not out
             ]
             flops = 0
             if name in ("mm", "addmm", "bmm", "baddbmm"):
                 left = args[1] if "add" in name else args[0]
                 flops = 2 * out.numel() * left.shape[-1]
+            # What a copy writes, it does not read.
+            read = args[1:] if name in ("copy_", "_foreach_copy_") else args
             self._add(
-                name, (args, [v for k, v in kwargs.items() if k != "out"], out, written), flops
+                name, (read, [v for k, v in kwargs.items() if k != "out"], out, written), flops
             )
         return out
 

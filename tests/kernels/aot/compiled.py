@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import triton
@@ -72,12 +73,13 @@ class Report:
     text: str = field(repr=False)
 
 
+@lru_cache(256)
 def compiled(launch: Launch, target: Target) -> Report:
     """Compile a launch, recorded for NVIDIA, for ``target``: AMD's warps are twice as wide, and
     half as many are compiled, as :func:`arat_kernels.implementation.warps` gives."""
     source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
     num_warps = max(1, launch.num_warps * 32 // target.gpu.warp_size)
-    options = {"num_warps": num_warps}
+    options = {"num_warps": num_warps, "enable_fp_fusion": launch.fuses}
     if target.gpu.backend == "cuda":
         options["num_stages"] = launch.num_stages
     kernel = triton.compile(source, target=target.gpu, options=options)
