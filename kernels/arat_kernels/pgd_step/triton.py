@@ -247,16 +247,17 @@ def random_start_l2_kernel(
 LINF_BLOCK, LINF_WARPS = 1024, 4
 # One block per sample, so that both norms stay inside it. Largest sample held in registers by a
 # block of that size, with its warps (3 x 64 x 64 is 12288); longer ones loop over L2_LOOP_BLOCK,
-# and so do odd ones over 4096, whose narrow accesses need too many registers.
+# and so do odd ones and those with parts over 4096, whose narrow accesses need too many registers.
 L2_BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
 L2_LOOP_BLOCK, L2_LOOP_WARPS = 4096, 8
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _l2_block(size: int) -> tuple[int, int, bool]:
-    """Block, warps and whether one block holds a sample of ``size`` elements."""
+def _l2_block(size: int, regular: bool = True) -> tuple[int, int, bool]:
+    """Block, warps and whether one block holds a sample of ``size`` elements, ``regular`` where all
+    are read by 16 bytes."""
     for block, num_warps in L2_BLOCKS:
-        if size <= block and (size % 16 == 0 or block <= L2_LOOP_BLOCK):
+        if size <= block and (size % 16 == 0 and regular or block <= L2_LOOP_BLOCK):
             return block, num_warps, True
     return L2_LOOP_BLOCK, L2_LOOP_WARPS, False
 
@@ -330,7 +331,7 @@ def _step_l2(
     x_adv: Tensor, grad: Tensor, x: Tensor, parts: Tensor | None, eps: float, alpha: float
 ) -> None:
     size = x[0].numel()
-    block, num_warps, one_block = _l2_block(size)
+    block, num_warps, one_block = _l2_block(size, regular=parts is None)
     pgd_step_l2_kernel[(x.shape[0],)](
         x_adv,
         grad,

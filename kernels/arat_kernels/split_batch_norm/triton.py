@@ -584,7 +584,8 @@ def _launch_statistics(
     clean: int,
     momentum: float,
 ) -> None:
-    plan = _plan(x, clean, _STATISTICS_TILE, per_sample=False, most_tiles=None)
+    resident = RESIDENT if addend is None else RESIDENT_WITH_MORE_TENSORS
+    plan = _plan(x, clean, _STATISTICS_TILE, False, None, resident)
     with torch.cuda.device_of(x):
         split_batch_norm_statistics_kernel[plan.grid](
             *all_aligned(x, addend),

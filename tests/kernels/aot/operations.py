@@ -52,7 +52,9 @@ class Operation:
         small = launch.kernel.startswith("cross_entropy") and launch.given["COLS"] < 1024
         if small or not launch.given.get("ALIGNED", launch.kernel == "image_parts_fwd_kernel"):
             return set()
-        return set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
+        wide = set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
+        # The gradient of parts is three of the eight channels of a pixel.
+        return wide - ({"grad_ptr"} if "parts_ptr" in launch.types else set())
 
 
 @cache
