@@ -21,6 +21,7 @@ import tyro
 
 from arat_fast import __version__
 from arat_fast.command_line import UsageError, base_config, choose, parse, shown
+from arat_fast.settings import NormName
 from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class Eval(Command):
     """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
     recipe: str | None = None
     """Recipe whose data, model and threat model are used; needed where the file is no run's own."""
-    norm: Literal["Linf", "L2"] | None = None
+    norm: NormName | None = None
     """Norm of the ball; default the run's, another one needs --eps."""
     eps: float | None = None
     """Radius of the ball; default the run's."""

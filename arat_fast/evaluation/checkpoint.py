@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -34,6 +34,7 @@ from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_examp
 from arat_fast.files import alone, write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
 from arat_fast.saved.weights import network_size
+from arat_fast.settings import NormName
 from arat_fast.training.averaging import refresh_batch_norm
 
 Section = TypeVar("Section", DataConfig, EvalConfig)
@@ -43,7 +44,7 @@ def evaluate_checkpoint(
     checkpoint: Path,
     *,
     recipe: str | None = None,
-    norm: Literal["Linf", "L2"] | None = None,
+    norm: NormName | None = None,
     eps: float | None = None,
     num_steps: int | None = None,
     alpha: float | None = None,

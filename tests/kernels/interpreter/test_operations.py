@@ -171,6 +171,10 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
         cross_entropy_grad.forward,
         lambda: (ROWS[0].clone().requires_grad_(), torch.tensor([1, 7, 0])),
     ),
+    "weighted entropy": (
+        cross_entropy_grad.forward_weighted,
+        lambda: (ROWS[0].clone().requires_grad_(), ROWS[0].abs()),
+    ),
     "entropy backward": (cross_entropy_grad.backward, lambda: (ROWS[0], ROWS[0], ROW)),
     "step": (pgd_step.step, lambda: (X.clone(), X, X, 0.1, 0.1, "Linf")),
     "start": (pgd_step.start, lambda: (X[:, :, ::2], RNG, 0.1, "L2", 7)),
