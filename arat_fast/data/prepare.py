@@ -25,10 +25,7 @@ from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, FILES, array_folder, c
 from arat_fast.datasets.rows import MappedRows, Pixels, read_header, read_labels, settled
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
-from arat_fast.files import folder_atomic, write_text
-
-MAX_RATIO = 100
-"""Bytes that one byte of an archive may unpack to, beyond the first MiB; images are below 20."""
+from arat_fast.files import check_ratio, folder_atomic, write_text
 
 ROWS = 256
 """Images that are converted at a time."""
@@ -76,12 +73,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
                     f"{path}: expected the arrays image and label, and classes for their names, "
                     f"got {', '.join(found) or 'none'}"
                 )
-            for member in archive.infolist():
-                if member.file_size > MAX_RATIO * (member.compress_size + 2**20):
-                    raise ValueError(
-                        f"{path}: {member.compress_size:,} bytes unpack to {member.file_size:,}, "
-                        f"expected at most {MAX_RATIO} times as many of images"
-                    )
+            check_ratio(archive, path)
             yield archive
     # RuntimeError: it is encrypted, or compressed in a way that Python does not know. EINVAL: its
     # directory points outside of it.
@@ -99,17 +91,15 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
 
     Args:
         path: the file.
-        folder: is made.
+        folder: absent or empty.
 
     Returns:
         the number of images, and what was converted, in words.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder has files in it.
         ValueError: as for :func:`open_npz`; a checksum is wrong.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already, expected a folder to make")
     with _opened(path) as archive, folder_atomic(folder) as made:
         needed = sum(member.file_size for member in archive.infolist())
         with archive.open(MEMBERS[0]) as file:
@@ -170,11 +160,12 @@ def _names(path: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def verify(path: Path) -> tuple[int, list[str]]:
+def verify(path: Path, follow_links: bool = False) -> tuple[int, list[str]]:
     """Decode every image of a folder of one's own, or of one tar shard.
 
     Args:
         path: the dataset.
+        follow_links: also to class folders that are links.
 
     Returns:
         the number of files, and what is wrong with those that cannot be decoded.
@@ -186,7 +177,7 @@ def verify(path: Path) -> tuple[int, list[str]]:
         shard, others = index_shards([path])
         content = Content(shard, None, (), bad=tuple(others))
     else:
-        content = own_dataset(path).read(path)
+        content = own_dataset(path).load(path, follow_links=follow_links)
     parts, bad = list(content.parts.values()), list(content.bad)
     for part in parts:
         # Arrays are whole, or were refused.

@@ -12,16 +12,23 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from arat_fast import doctor
-from arat_fast.build import build_network, build_objective, build_optimizer, implementation
+from arat_fast.build import (
+    build_network,
+    build_objective,
+    build_optimizer,
+    implementation,
+    learning_parts,
+)
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.data import load_data
 from arat_fast.data.bad_images import FILE as BAD_IMAGES
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint, class_order
+from arat_fast.data.given import Given, given_splits
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision, set_deterministic, versions
@@ -34,9 +41,11 @@ from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.run.overfitting import OverfittingWatch
+from arat_fast.run.start import start_from_weights
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, training_state
+from arat_fast.training.memory import is_out_of_memory
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 from arat_fast.training.schedule import learning_rate, progressive_size
 from arat_fast.training.step import TrainStep
@@ -70,8 +79,15 @@ class Progress:
         self.rate_factor = 1.0
         self.num_rollbacks = 0
         self.natural_model: dict[str, Any] | None = None
+        self.steps_left_out = 0
+        """Of those that were made, by how many fewer there are in epochs of this length."""
         self.ends_epoch = False
         """Whether a checkpoint left nothing of its epoch but the end."""
+
+    @property
+    def steps_made(self) -> int:
+        """Those of the optimiser, which no change of the processes numbers anew."""
+        return self.step + self.steps_left_out
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "ends_epoch"}
@@ -81,6 +97,7 @@ class Progress:
         own = self.steps_per_epoch
         epoch, batch = divmod(state["step"], state["steps_per_epoch"])
         vars(self).update(state, step=epoch * own + min(batch, own), steps_per_epoch=own)
+        self.steps_left_out += state["step"] - self.step
         self.ends_epoch = batch >= own
 
 
@@ -185,6 +202,8 @@ class Run:
         bad_images: knows the files to leave out, of a run that this one is a part of; None looks
             for them, or takes those that a run that is resumed has found.
         lock: of the folder, on rank 0; None: nobody else works in it.
+        model: the caller's own network, which is trained itself; None builds the configured one.
+        data: the caller's own training and test images; None loads the configured ones.
 
     Attributes:
         id: in every file of the run, which is the same one however often it is resumed.
@@ -210,7 +229,10 @@ class Run:
         ranks: Ranks = ALONE,
         bad_images: BadImages | None = None,
         lock: Lock | None = None,
+        model: nn.Module | None = None,
+        data: tuple[Given, Given] | None = None,
     ) -> None:
+        self.given_model, self.given_data = model, data
         self.id = uuid.uuid4().hex
         self.config = config
         self.out = out
@@ -260,6 +282,8 @@ class Run:
         self.is_resumed = saved is not None
         if saved is not None:
             self.restore(saved)
+        elif config.init is not None:
+            start_from_weights(self, config.init)
         if ranks.is_main:
             make_folder(out)
             record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
@@ -269,21 +293,20 @@ class Run:
 
     def _load_data(self, bad_images: BadImages | None) -> None:
         config, ranks = self.config, self.ranks
-        download_data(config.data, ranks)
-        with self.display.evaluating() as bar:
-            # Also without a checkpoint: the natural run before may have begun with these files.
-            found = BadImages(self.out if self.resume else None, ranks, bar)
-            self.bad_images = bad_images or found
-            self.data = load_data(
-                config.data,
-                device=self.device,
-                seed=config.seed,
+        if self.given_data is not None:
+            self.bad_images = BadImages()
+            self.data = given_splits(
+                *self.given_data,
+                batch_size=config.data.batch_size,
                 eval_batch_size=config.eval.batch_size,
-                memory_format=self.memory_format,
+                seed=config.seed,
+                device=self.device,
+                num_workers=config.data.num_workers,
                 shard=ranks.shard,
-                bad_images=self.bad_images,
-                impl=implementation(config),
+                model=self.given_model,
             )
+        else:
+            self._read_data(bad_images)
         for note in self.data.notes:
             self.display.say(note)
         if self.data.skipped:
@@ -303,11 +326,29 @@ class Run:
         for name, reason in attacks_left_out(self.attacks, self.data.test.num_classes).items():
             self.display.say(f"{name} is left out of the evaluation: {reason}")
 
+    def _read_data(self, bad_images: BadImages | None) -> None:
+        config, ranks = self.config, self.ranks
+        download_data(config.data, ranks)
+        with self.display.evaluating() as bar:
+            # Also without a checkpoint: the natural run before may have begun with these files.
+            found = BadImages(self.out if self.resume else None, ranks, bar)
+            self.bad_images = bad_images or found
+            self.data = load_data(
+                config.data,
+                device=self.device,
+                seed=config.seed,
+                eval_batch_size=config.eval.batch_size,
+                memory_format=self.memory_format,
+                shard=ranks.shard,
+                bad_images=self.bad_images,
+                impl=implementation(config),
+            )
+
     def _build(self) -> None:
         config, ranks, train = self.config, self.ranks, self.data.train
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
-        self.model = build_network(config, *shape).to(self.device)
+        self.model = build_network(config, *shape, given=self.given_model).to(self.device)
         wrong = self.wrong_on_card = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
@@ -316,8 +357,8 @@ class Run:
         if not ranks.is_main:
             # The weights are the same everywhere; what dropout draws is not.
             self.seed_rank()
-        parameters = [*self.model.parameters(), *self.objective.parameters()]
-        self.optimizer = build_optimizer(config, [p for p in parameters if p.requires_grad])
+        self.learning_parts = learning_parts(config, self.model, self.objective, train.image_shape)
+        self.optimizer = build_optimizer(config, self.learning_parts)
         self.generator = stream_generator(config.seed, "attack", self.device)
         last = len(train) - 1
         share = train.plan.share(last)
@@ -339,6 +380,7 @@ class Run:
             ranks=ranks,
             overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
+            compile=config.step.compile,
             say=self.warn,
         )
 
@@ -361,6 +403,9 @@ class Run:
                 {name: r for name, r in record["operations"].items() if name in checked}
             )
         found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        if doctor.GRAPH in found and config.step.graph == "on":
+            reason = found[doctor.GRAPH]
+            raise ValueError(f"wrong on this card: {reason}; set --step.graph auto or off")
         doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
         return found
 
@@ -410,8 +455,9 @@ class Run:
         )
         if self.progress.rate_factor != 1:
             self.rate *= self.progress.rate_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        epoch = self.progress.step // self.steps_per_epoch
+        for group, part in zip(self.optimizer.param_groups, self.learning_parts, strict=True):
+            group["lr"] = self.rate * part.factor if epoch >= part.frozen_epochs else 0.0
 
     def probe(self, epoch: int) -> float:
         """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""
@@ -486,7 +532,8 @@ class Run:
             OSError: a checkpoint could not be written, or another process goes on with the run.
         """
         self.checkpoints.check()
-        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, "run": self.id, **values}
+        step = self.progress.steps_made
+        line = {"kind": kind, "step": step, "epoch": epoch, "run": self.id, **values}
         for hook in self.hooks:
             hook.log(self, line)
 
@@ -512,9 +559,23 @@ class Run:
             hook.sync()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
+        """Take over the state of a checkpoint.
+
+        Raises:
+            ValueError: it is not a run's of this configuration, though it says so.
+        """
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            # What each part raises for what it has not written.
+            except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{self.checkpoints.newest} holds another {name} than this run's: "
+                    f"{type(error).__name__}: {reason}"
+                ) from error
         # The same step again takes no place of another checkpoint.
         if self.checkpoints.newest_step is not None:
             self.checkpoints.newest_step = self.progress.step
