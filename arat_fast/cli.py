@@ -1,5 +1,5 @@
-"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info and
-doctor.
+"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info,
+layers and doctor.
 
 Each command imports what it needs: ``--help`` and ``--version`` wait for no library.
 """
@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from arat_fast import __version__
-from arat_fast.command_line import UsageError, base_config, choose, parse, shown
+from arat_fast.command_line import (
+    NetworkName,
+    UsageError,
+    base_config,
+    choose,
+    parse,
+    shown,
+)
 from arat_fast.settings import NormName
 from arat_fast.stop import end_on_signals
 
@@ -227,6 +234,7 @@ class Eval(Command):
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
     """Seed of the attacks."""
+    model: NetworkName = field(default_factory=NetworkName)
     out: Path | None = None
     """File for the record, NAME.json; default evaluation.json in the run's folder,
     NAME.evaluation.json beside a file NAME.pt or NAME.safetensors; with --norm or --eps
@@ -243,6 +251,7 @@ class Eval(Command):
         keep_freed_memory()
         path = self.out or record_path(self.checkpoint, self.norm, self.eps)
         settings = {**dataclasses.asdict(self), "out": path}
+        del settings["model"]
         try:
             with join(self.device) as ranks:
                 record = evaluate_checkpoint(**settings, ranks=ranks)
@@ -305,6 +314,7 @@ class Predict(Command):
     """Recipe whose network it is, where the file does not say."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    model: NetworkName = field(default_factory=NetworkName)
     json: bool = False
     """Print a list of objects with file, label, confidence and problem."""
 
@@ -315,6 +325,7 @@ class Predict(Command):
 
         options = dataclasses.asdict(self)
         as_json = options.pop("json")
+        del options["model"]
         found = predict_pictures(**options)
         if as_json:
             print(json.dumps([vars(p) | {"file": str(p.file)} for p in found], indent=1))
@@ -411,11 +422,14 @@ class Export(Command):
     """Name of the model on its card or in RobustBench."""
     license: str = "unknown"
     """hub: identifier of the weights' licence, for example apache-2.0."""
+    model: NetworkName = field(default_factory=NetworkName)
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.export.folder import export_checkpoint
 
-        record = export_checkpoint(**dataclasses.asdict(self))
+        options = dataclasses.asdict(self)
+        del options["model"]
+        record = export_checkpoint(**options)
         difference, largest = record["largest_difference"], record["largest_logit"]
         relative = difference / largest if largest else 0.0
         print(
@@ -539,6 +553,37 @@ class Info(Command):
 
 
 @dataclass(frozen=True)
+class Layers(Command):
+    """The layers of a network, by the paths that --objective.layers takes; a star marks those that
+    ARAT regularises where none are named."""
+
+    model: tyro.conf.Positional[str]
+    """A name as --model.name takes it."""
+    image_size: int | None = None
+    """Height and width of the images; default the network's own, else 32."""
+    channels: int = 3
+    """Channels of the images."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.models.features import default_layers, run_layers
+        from arat_fast.models.registry import MODELS, create_model, image_size, import_model
+
+        import_model(self.model)
+        size = self.image_size or image_size(self.model) or 32
+        model = create_model(self.model, 10, self.channels, "shared", image_size=size)
+        shape = self.channels, size, size
+        spec = MODELS.get(self.model)
+        chosen = spec.regularized_layers if spec else default_layers(model, shape)
+        layers = run_layers(model, shape)
+        width = max(len(layer.path) for layer in layers)
+        for path, module, (_, *rest) in layers:
+            mark = "*" if path in chosen else " "
+            size_of = " x ".join(map(str, rest))
+            print(f"{mark} {path:{width}}  {type(module).__name__:20} {size_of}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor(Command):
     """Hold every kernel to its reference on this machine's GPU, at the shapes of a recipe, and time
     it. Exits with 1 where one is wrong."""
@@ -581,5 +626,6 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "data": Data,
     "info": Info,
+    "layers": Layers,
     "doctor": Doctor,
 }

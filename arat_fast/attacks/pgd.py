@@ -79,6 +79,8 @@ class PGD:
     """BatchNorm in the attack: "batch" (statistics of the attacked batch, running statistics
     untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of
     the attack moves the running statistics)."""
+    eps_warmup: Number = 0
+    """Epochs of a run in which the radius grows, from one to the next, to eps; 0 for none; >= 0."""
     start_radius: Weight = 1.0
     """Radius of the ball that the random start is drawn from, in eps; >= 0, 2 in N-FGSM."""
     project: bool = True
@@ -93,6 +95,10 @@ class PGD:
     def ball(self) -> Norm:
         """The norm itself."""
         return NORMS[self.norm]
+
+    def eps_at(self, epoch: int) -> float:
+        """The radius in an epoch of a run, counted from 0: :attr:`eps_warmup`."""
+        return min((epoch + 1) / (self.eps_warmup + 1), 1.0) * self.eps
 
     def __call__(
         self,

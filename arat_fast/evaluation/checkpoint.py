@@ -33,7 +33,6 @@ from arat_fast.evaluation.record import (
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_example
 from arat_fast.files import alone, write_json
 from arat_fast.saved.network import SavedNetwork, read_saved
-from arat_fast.saved.weights import network_size
 from arat_fast.settings import NormName
 from arat_fast.training.averaging import refresh_batch_norm
 
@@ -244,7 +243,7 @@ def place_network(
         ValueError: it has other classes, another number of them or of image channels, or it needs
             statistics for an objective of one's own.
     """
-    classes, channels = network_size(saved.model.state_dict(), saved.name)
+    classes, channels = saved.num_classes, saved.image_shape[0]
     expected = data.test.num_classes, data.test.image_shape[0]
     if (classes, channels) != expected:
         raise ValueError(

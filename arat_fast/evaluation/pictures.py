@@ -91,7 +91,7 @@ def _answers(
     problems: dict[Path, str] = {}
     for file in files:
         try:
-            pixels[file] = _framed(saved, decode_image(file.read_bytes(), str(file)))
+            pixels[file] = framed(saved, decode_image(file.read_bytes(), str(file)))
         except (ValueError, OSError) as error:
             problems[file] = str(error)
     answers = {}
@@ -108,7 +108,7 @@ def _answers(
             yield Prediction(file, label, confidence)
 
 
-def _framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
+def framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
     """What the network sees of a picture (height, width, 3), uint8: (C, H, W), uint8."""
     channels, size, _ = saved.image_shape
     height, width = image.shape[:2]
@@ -122,12 +122,12 @@ def _framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
         nothing = torch.zeros(1, Framing.NUM_DRAWS, dtype=torch.float64)
         boxes, _ = Framing(size, kind).place([height], [width], nothing)
         box = boxes[0].tolist()
-    framed = torch.empty(3, size, size, dtype=torch.uint8)
-    cut_out(image, box, False, framed)
+    picture = torch.empty(3, size, size, dtype=torch.uint8)
+    cut_out(image, box, False, picture)
     if channels == 1:
-        grey = np.tensordot(_LUMA, framed.numpy(), 1).round()
+        grey = np.tensordot(_LUMA, picture.numpy(), 1).round()
         return torch.from_numpy(grey.astype(np.uint8))[None]
-    return framed
+    return picture
 
 
 def _files(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,6 @@ from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.files import named, open_log
-from arat_fast.models.registry import MODELS
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.training.awp import AWP
 from arat_fast.training.memory import is_out_of_memory
@@ -170,14 +170,14 @@ class Remarks(Hook):
             run.display.say(f"nothing to resume in {run.out}: a new run")
         resumed = f" from step {step}" if step else ""
         epochs = config.train.epochs
-        together = "" if ranks.alone else f" in {ranks.world_size} processes"
+        share = run.data.train.plan.largest_share
+        together = "" if ranks.alone else f" in {ranks.world_size} processes of {share} images each"
         run.display.say(
             f"{config.recipe}: {config.objective.name}, {config.model.name}, "
             f"{run.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
-        share = run.data.train.plan.largest_share
         by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
         norms = (SplitBatchNorm2d, nn.BatchNorm2d)
         has_norms = any(isinstance(module, norms) for module in run.model.modules())
@@ -186,11 +186,13 @@ class Remarks(Hook):
                 f"each BatchNorm has the statistics of {share} images, this process's share of "
                 f"{config.data.batch_size}: raise --data.batch-size or set --distributed.sync-bn"
             )
-        spec = MODELS.get(config.model.name)
-        if config.objective.splits_batch_norm and spec is not None and not spec.has_batch_norm:
+        layers = getattr(run.objective, "layers", ())
+        if layers:
+            run.display.say(f"regularised layers: {', '.join(layers)}")
+        if config.objective.splits_batch_norm and not has_norms:
             run.display.say(
-                f"{config.model.name} has LayerNorm and no BatchNorm to split: both kinds of "
-                f"images share every layer, and {config.objective.name} is its loss alone"
+                f"{config.model.name} has no BatchNorm to split: both kinds of images share every "
+                f"layer, and {config.objective.name} is its loss alone"
             )
 
     def log(self, run: Run, line: dict[str, Any]) -> None:
@@ -212,6 +214,17 @@ class Remarks(Hook):
                 f"{run.average.start_step + 1} still count {100 * share:.0f} %; train longer, "
                 "lower --average.decay, or --average.kind none"
             )
+
+
+class EpsWarmup(Hook):
+    """Gives the step's attack the radius of the epoch: ``attack.eps_warmup``."""
+
+    def begin(self, run: Run) -> None:
+        self.before_epoch(run, run.progress.step // run.steps_per_epoch)
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        eps = run.config.attack.eps_at(epoch)
+        run.step.attack = dataclasses.replace(run.step.attack, eps=eps)
 
 
 class Evaluation(Hook):
@@ -352,4 +365,4 @@ class Analysis(Hook):
 def default_hooks(run: Run) -> list[Hook]:
     """Those of every run; rank 0 alone writes logs."""
     logs = [MetricsLog(run.out / "metrics.jsonl"), TensorBoard()] if run.ranks.is_main else []
-    return [*logs, Remarks(), Evaluation(), WeightPerturbation(), Analysis()]
+    return [*logs, Remarks(), EpsWarmup(), Evaluation(), WeightPerturbation(), Analysis()]

@@ -169,7 +169,7 @@ class OverfittingWatch(Hook):
     def _set_attack(self) -> None:
         if self.run is not None and self.alpha is not None and self.num_steps is not None:
             self.run.step.attack = dataclasses.replace(
-                self.run.config.attack, alpha=self.alpha, num_steps=self.num_steps
+                self.run.step.attack, alpha=self.alpha, num_steps=self.num_steps
             )
 
     def _keep(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
 from arat_fast.training.awp import AWP
-from arat_fast.training.graph import StepGraphs, is_capturable
+from arat_fast.training.graph import Function, StepGraphs, is_capturable
 from arat_fast.training.inputs import (
     check_kinds,
     check_labels,
@@ -177,6 +177,9 @@ class TrainStep:
         overlap: send gradients while the backward pass still runs; None: on a GPU.
         impl: implementation of the attack's own operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
+        compile: run the attack's passes, nearly all there are, through :func:`torch.compile`, for
+            networks that the kernels do not cover; the network itself stays as it is, module paths
+            included. A folded copy is not compiled.
         say: told in one sentence of what keeps the step from running as fast as it could, and in
             the first step of what the loop forgot: parameters that are not in the optimiser or no
             longer in the network, and what the objective says was left out.
@@ -206,6 +209,7 @@ class TrainStep:
     ranks: Ranks = ALONE
     overlap: bool | None = None
     impl: Impl | None = None
+    compile: bool = False
     say: Callable[[str], object] = warnings.warn
     num_calls: int = field(default=0, init=False)
     folded_network: FoldedNetwork | None = field(default=None, init=False)
@@ -254,6 +258,8 @@ class TrainStep:
                 self.say(f"{error}; it goes on without one")
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
+        # For the attack alone: the features of the training pass would change the code.
+        self._unfolded = cast(nn.Module, torch.compile(self.model)) if self.compile else self.model
         self.perturb_weights(self.awp)
         self._num_classes = 0
         self._before: Values | None = None
@@ -364,7 +370,7 @@ class TrainStep:
                 values = self._graphs.run(function, place, inputs, self._settings())
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
-            if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             self.num_calls += 1
@@ -373,7 +379,7 @@ class TrainStep:
         # Outside of the handler, whose traceback holds on to the memory.
         self.forget()
         advice = advise(
-            lambda part: function(Place(0, len(part[0])), False, *part),
+            partial(self._attempt, function),
             inputs,
             [self.model, self.objective],
             self.sharing,
@@ -381,6 +387,26 @@ class TrainStep:
             self.generator,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
+
+    def _attempt(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
+        """The first steps of a training on batches of this size, captures included."""
+        num = len(inputs[0])
+        batches = [(Place(0, num), inputs)]
+        if self._graphs is None:
+            for _ in range(2):
+                # Memory is cut up otherwise the second time.
+                function(batches[0][0], True, *inputs)
+            return
+        if self._graphs.last is not None and num > 2:
+            # Of another batch size the last batch has another one, smaller by one at least.
+            batches.append((Place(0, num - 1), tuple(tensor[:-1] for tensor in inputs)))
+        try:
+            self._graphs.attempt(function, batches, self._settings())
+        except ValueError:
+            if self._graphs.required:
+                raise
+        finally:
+            self.forget()
 
     def _settings(self) -> tuple[object, ...]:
         """What a captured step holds fast beside tensors."""
@@ -409,7 +435,7 @@ class TrainStep:
     def attacked(self, attack: PGD, x: Tensor) -> nn.Module:
         """The network whose input gradients the attack follows."""
         if attack.bn != "running" or not self.fold:
-            return self.model
+            return self._unfolded
         if self.folded_network is None:
             self.folded_network = FoldedNetwork(self.model, x, self.impl)
             self.num_folded = len(self.folded_network.folded)
