@@ -403,6 +403,9 @@ class Run:
                 {name: r for name, r in record["operations"].items() if name in checked}
             )
         found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        if doctor.GRAPH in found and config.step.graph == "on":
+            reason = found[doctor.GRAPH]
+            raise ValueError(f"wrong on this card: {reason}; set --step.graph auto or off")
         doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
         return found
 
