@@ -284,8 +284,9 @@ def _print_accuracy(found: dict[str, Any]) -> None:
             f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
             f"95 % interval {low:.2f} to {high:.2f} %{ball}"
         )
-    if "collapsed" in found:
-        print(f"warning: {found['collapsed']}")
+    for remark in ("collapsed", "randomised"):
+        if remark in found:
+            print(f"warning: {found[remark]}")
 
 
 @dataclass(frozen=True)

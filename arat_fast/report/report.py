@@ -160,8 +160,8 @@ def _suspicions(summary: Summary) -> list[str]:
             "network hides the way uphill from PGD without being robust. Trust AutoAttack."
         )
     rejected = sum(a.details.get("num_rejected", 0) for a in final.values())
-    if summary.collapsed:
-        found.append(f"Check this: {summary.collapsed}.")
+    remarks = (summary.collapsed, summary.randomised)
+    found += [f"Check this: {remark}." for remark in remarks if remark]
     if rejected:
         found.append(
             f"Adversarial images outside the ball or the range, left out of the count: {rejected}."
