@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from arat_fast import __version__
-from arat_fast.command_line import UsageError, base_config, choose, parse, shown
+from arat_fast.command_line import UsageError, base_config, choose, number, parse, shown
 from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
-    from arat_fast.config import Config
+    from arat_fast.config import Config, ModelConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,17 +192,30 @@ def _run_name(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Eval(Command):
-    """Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights or an
-    official AR-AT checkpoint."""
+    """Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights, an
+    official AR-AT checkpoint or anybody's network, in one ball or several."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Path | None] = None
     """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
+    model_name: Annotated[str | None, tyro.conf.arg(name="model.name")] = None
+    """Anybody's network, as --model.name of train takes it, with its --weights."""
+    weights: Path | None = None
+    """Its state dict, .safetensors or written by torch.save."""
+    mean: Annotated[tuple[float, ...], tyro.conf.arg(name="model.mean")] = ()
+    """Per-channel mean subtracted inside that network; empty for what it or its file says."""
+    std: Annotated[tuple[float, ...], tyro.conf.arg(name="model.std")] = ()
+    """Per-channel standard deviation divided by inside that network."""
+    data: str | None = None
+    """Other images of the same classes: a folder by class, an .npz file, tar shards, or a dataset's
+    name, such as cifar10.1; cifar10-c or cifar100-c for the published mean over corruptions and
+    severities, where nothing attacks. Images that are not split are all taken."""
     recipe: str | None = None
-    """Recipe whose data, model and threat model are used; needed where the file is no run's own."""
+    """Recipe whose data, model and threat model are used; needed where the file is no run's own,
+    unless --data and --eps are given with --model.name."""
     norm: Literal["Linf", "L2"] | None = None
     """Norm of the ball; default the run's, another one needs --eps."""
-    eps: float | None = None
-    """Radius of the ball; default the run's."""
+    eps: tuple[str, ...] = ()
+    """Radii of the ball, one after the other; L2:0.5 is one in another norm. Default the run's."""
     num_steps: int | None = None
     """Steps of PGD; default the run's."""
     alpha: float | None = None
@@ -229,24 +242,68 @@ class Eval(Command):
     out: Path | None = None
     """File for the record, NAME.json; default evaluation.json in the run's folder,
     NAME.evaluation.json beside a file NAME.pt or NAME.safetensors; with --norm or --eps
-    evaluation-NORM-EPS.json. Attacks are added to a record of
+    evaluation-NORM-EPS.json, with --data evaluation-DATA.json. Attacks are added to a record of
     the same weights, images and settings. Results image by image go beside it as .npz; an
     interrupted evaluation goes on where it was when the same command is given again."""
 
     def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.config import ModelConfig
+        from arat_fast.datasets.corruptions import FOLDERS
         from arat_fast.device import keep_freed_memory
-        from arat_fast.distributed import join
-        from arat_fast.evaluation.checkpoint import evaluate_checkpoint
         from arat_fast.evaluation.record import record_path
 
         keep_freed_memory()
-        path = self.out or record_path(self.checkpoint, self.norm, self.eps)
-        settings = {**dataclasses.asdict(self), "out": path}
+        if (self.checkpoint is None) == (self.weights is None):
+            raise UsageError("one of CHECKPOINT and --weights FILE is expected after eval")
+        if (self.model_name is None) != (self.weights is None):
+            raise UsageError("--model.name and --weights go together: a network and its state dict")
+        model = self.model_name and ModelConfig(self.model_name, mean=self.mean, std=self.std)
+        checkpoint = self.checkpoint or self.weights
+        assert checkpoint is not None
+        if self.data in FOLDERS:
+            return self._corruptions(checkpoint, model or None)
+        options = dataclasses.asdict(self)
+        for name in ("model_name", "weights", "mean", "std"):
+            del options[name]
+        options |= {"checkpoint": checkpoint, "model": model or None}
+        records = []
+        for norm, eps in self._balls():
+            path = record_path(checkpoint, norm, eps, self.data)
+            if self.out is not None:
+                several = len(self.eps) > 1
+                path = record_path(self.out, norm, eps) if several else self.out
+            record = self._evaluate({**options, "norm": norm, "eps": eps, "out": path}, arguments)
+            if isinstance(record, int):
+                return record
+            records.append(record)
+        if len(records) > 1:
+            _print_balls(records)
+        return 0
+
+    def _balls(self) -> list[tuple[Any, float | None]]:
+        """Norms and radii; None for the run's own."""
+        found = []
+        for ball in self.eps:
+            norm, _, radius = ball.rpartition(":")
+            if norm not in ("", "Linf", "L2"):
+                raise UsageError(f"--eps expects RADIUS, Linf:RADIUS or L2:RADIUS, got {ball}")
+            try:
+                found.append((norm or self.norm, number(radius)))
+            except ValueError as error:
+                raise UsageError(f"--eps: {error}") from None
+        return found or [(self.norm, None)]
+
+    def _evaluate(self, options: dict[str, Any], arguments: list[str]) -> dict[str, Any] | int:
+        """The record in one ball, printed; an exit code where there is no more to do."""
+        from arat_fast.distributed import join
+        from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+
+        path = options["out"]
         try:
             with join(self.device) as ranks:
-                record = evaluate_checkpoint(**settings, ranks=ranks)
+                record = evaluate_checkpoint(**options, ranks=ranks)
                 if not ranks.is_main:
-                    return 0
+                    return record
         except KeyboardInterrupt as stopped:
             partial = path.with_suffix(".partial")
             if not partial.is_dir():
@@ -263,7 +320,43 @@ class Eval(Command):
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
         print(f"image by image: {per_example}")
+        return record
+
+    def _corruptions(self, checkpoint: Path, model: ModelConfig | None) -> int:
+        from arat_fast.evaluation.corruptions import evaluate_corruptions
+        from arat_fast.evaluation.record import record_path
+
+        if not _is_first():
+            return 0
+        out = self.out or record_path(checkpoint, data=self.data)
+        record = evaluate_corruptions(
+            checkpoint,
+            str(self.data),
+            model=model,
+            recipe=self.recipe,
+            data_root=self.data_root,
+            batch_size=self.batch_size,
+            max_samples=self.max_samples,
+            device=self.device,
+            out=out,
+        )
+        for name, severities in record["corruptions"].items():
+            print(f"{name:18}" + "".join(f"{100 * value:8.2f}" for value in severities))
+        number = f"{record['num_samples']:,}"
+        print(f"mean {100 * record['mean']:.2f} % over 15 corruptions, 5 severities of {number}")
+        print(f"record: {out}")
         return 0
+
+
+def _print_balls(records: list[dict[str, Any]]) -> None:
+    """Accuracies by ball and attack."""
+    attacks = list(dict.fromkeys(name for record in records for name in record["accuracy"]))
+    print(f"{'ball':16}" + "".join(f"{name:>18}" for name in attacks))
+    for record in records:
+        ball = f"{record['norm']} {shown(record['eps'])}"
+        values = (record["accuracy"].get(name) for name in attacks)
+        shares = (f"{100 * v['value']:.2f} %" if v else "-" for v in values)
+        print(f"{ball:16}" + "".join(f"{share:>18}" for share in shares))
 
 
 def _print_accuracy(found: dict[str, Any]) -> None:

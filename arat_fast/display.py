@@ -24,7 +24,7 @@ from arat_fast.stop import leave_lost_output
 QUIET_SECONDS = 10.0
 """Longest silence during an evaluation whose output is not a terminal."""
 
-Unit = Literal["images", "passes", "operations"]
+Unit = Literal["images", "passes", "operations", "corruptions"]
 
 
 class SuiteProgress(Protocol):

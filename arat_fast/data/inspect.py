@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arat_fast.data.holdout import with_test_images
 from arat_fast.data.load import check_arrays
-from arat_fast.data.prepare import open_npz, own_dataset
+from arat_fast.data.prepare import is_generated, open_npz, own_dataset
 from arat_fast.datasets import DATASETS, Content
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import FileImages, TarImages
@@ -31,6 +31,7 @@ OWN = {
     "folder": "images in folders by class",
     "webdataset": "WebDataset shards",
     "arrays": "arrays",
+    "npz": "an .npz file of images with labels",
 }
 """What a folder of one's own images is, in words."""
 HELD_OUT = "a tenth held out"
@@ -194,7 +195,7 @@ def _places(parts: list[Samples], numbers: npt.NDArray[np.int64]) -> list[tuple[
 def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
     """What a dataset is, not yet looked at, and its splits; of some only the first images can be
     looked at, as their length says."""
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and is_generated(path):
         kind = f"an .npz file of images; convert it with arat-fast data prepare {path} FOLDER"
         pixels, labels = open_npz(path, FIRST)
         # An archive is read from its start: a part of it is enough to look at.
@@ -206,11 +207,11 @@ def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
                 content = dataset.read(root)
                 check_arrays(dataset, content)
                 return _found(Inspection(path, kind, _command(dataset.name, root)), content)
-    if path.is_file() and not is_shard(path):
+    if path.is_file() and not (is_shard(path) or path.suffix == ".npz"):
         raise ValueError(
             f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
         )
-    dataset = DATASETS["webdataset"] if path.is_file() else own_dataset(path)
+    dataset = own_dataset(path)
     if dataset.name == "folder" and not has_class_folders(path):
         flat = [file for file in entries(path) if file.is_file() and is_image(file.name)]
         if flat:
@@ -221,7 +222,7 @@ def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
         content = dataset.read(path)
     except ValueError as error:
         # A shard alone, or generated images, can be a part of a dataset.
-        if path.is_file():
+        if dataset.name == "webdataset" and path.is_file():
             shard, found.bad = index_shards([path])
             return _numbered(found, shard, str(error))
         if (path / FILES[0]).is_file():

@@ -222,6 +222,35 @@ def read_saved(
     return SavedNetwork(path, model.eval(), config, facts, **content.progress)
 
 
+def read_weights(
+    path: Path, config: Config, num_classes: int, image_shape: tuple[int, int, int]
+) -> SavedNetwork:
+    """A network with the weights of a file that holds nothing else, whoever wrote it.
+
+    Args:
+        path: of a state dict, .safetensors or by ``torch.save``, bare or in the usual wrapping;
+            what it normalises with itself is taken over.
+        config: names the network; its own module is imported.
+        num_classes: number of logits.
+        image_shape: (C, H, W).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or does not fit the network.
+    """
+    is_safe = path.suffix == ".safetensors"
+    tensors = read_safetensors(path)[0] if is_safe else read_tensor_file(path)
+    content = _of_tensors(path, state_dict_of(tensors, path), {})
+    facts = {**vars(config.model), **content.facts}
+    options = {"mean": tuple(facts["mean"]), "std": tuple(facts["std"])}
+    model = create_model(config.model.name, num_classes, image_shape[0], "shared", **options)
+    # Files from before PyTorch 0.4.1 do not count batches.
+    counts = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
+    load_weights(model, {**counts, **content.tensors}, str(path))
+    facts = {**describe(config, "file", "shared", image_shape), **content.facts}
+    return SavedNetwork(path, model.eval(), config, facts)
+
+
 @dataclass(frozen=True)
 class _Content:
     """Of a file: tensors under the names of the built-in network, and what it says of them."""
