@@ -17,7 +17,11 @@ from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.fingerprint import Fingerprint, fingerprint, names_below
 from arat_fast.data.framing import NO_SHIFT, Framing, Shift
-from arat_fast.data.holdout import with_test_images, with_validation_images
+from arat_fast.data.holdout import (
+    stratified_split,
+    with_test_images,
+    with_validation_images,
+)
 from arat_fast.data.loader import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
 from arat_fast.datasets import DATASETS, Content, Dataset
@@ -169,6 +173,7 @@ def _splits(
     if all_to_test and content.test is None:
         content = content._replace(test=content.train)
     content = with_validation_images(with_test_images(content), config.num_val)
+    content = _limited(content, config.limit)
     identity = fingerprint(content.train.labels, names_below(content.train, root))
     loader: str = config.loader
     framing: Shift | Framing = Shift(config.padding, config.flip)
@@ -318,6 +323,21 @@ def _readable(
         readable[split] = part.subset(kept)
         skipped += bad.values()
     return content.with_parts(readable), tuple(skipped)
+
+
+def _limited(content: Content, limit: int) -> Content:
+    """With so many of the training images; 0 for all."""
+    if not 0 < limit < len(content.train):
+        return content
+    counts = torch.bincount(content.train.labels, minlength=len(content.classes))
+    if limit < len(counts):
+        raise ValueError(
+            f"data.limit must leave an image of each of the {len(counts)} classes, got {limit}"
+        )
+    # The rest, rather than these, is what leaves none of a class without images.
+    chosen, _ = stratified_split(content.train.labels, len(content.train) - limit)
+    note = f"a trial: {limit:,} of {len(content.train):,} training images"
+    return content._replace(train=content.train.subset(chosen), notes=(*content.notes, note))
 
 
 def _with_generated(content: Content, folder: Path) -> Content:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,8 @@ def names_in(archive: zipfile.ZipFile, member: str, path: Path) -> list[str]:
         ValueError: it holds something else.
     """
     with archive.open(member) as file:
-        names = np.lib.format.read_array(file, allow_pickle=False)
+        lib: Any = np.lib.format
+        names = lib.read_array(file, allow_pickle=False)
     if names.ndim != 1 or names.dtype.kind != "U":
         raise ValueError(
             f"{path}: expected the names of the classes, (num_classes,) str, got {names.dtype} of "
@@ -114,17 +116,16 @@ def _members(path: Path, members: list[str]) -> dict[str, dict[str, str]]:
         words = re.split(r"[_\-. ]", member.removesuffix(".npy").lower())
         splits = [word for word in words if word in _SPLITS]
         (kind, *others) = [word for word in words if word not in _SPLITS] or [""]
-        name = {True: "images", False: "labels"}.get(kind in _IMAGES)
+        name = "images" if kind in _IMAGES else "labels"
         if others or len(splits) > 1 or kind not in _IMAGES | _LABELS:
             raise ValueError(
                 f"{path}: expected images and labels, x and y, x_train and y_train, images and "
                 f"labels, train_images, …, and classes for their names, got {member}"
             )
-        assert name is not None
-        split = found.setdefault(_SPLITS[splits[0]] if splits else "train", {})
-        if name in split:
-            raise ValueError(f"{path}: expected one array, got {split[name]} and {member}")
-        split[name] = member
+        held = found.setdefault(_SPLITS[splits[0]] if splits else "train", {})
+        if name in held:
+            raise ValueError(f"{path}: expected one array, got {held[name]} and {member}")
+        held[name] = member
     for split, held in found.items():
         if len(held) < 2:
             only = next(iter(held.values()))

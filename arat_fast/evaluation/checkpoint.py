@@ -210,6 +210,7 @@ def evaluate_checkpoint(
         **facts,
         "classes": list(images.classes),
         **({"matched_by_name": list(found.classes)} if mapped else {}),
+        **({"train_limit": trained.data.limit} if trained.data.limit else {}),
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
         "accuracy": suite.record(),
         **suite.remarks(),
