@@ -211,6 +211,9 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
     log_every: Annotated[Count, FREE] = 20
     """Steps between two lines of metrics.jsonl; >= 1."""
+    loggers: Annotated[tuple[Literal["tensorboard", "csv", "wandb"], ...], FREE] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: TensorBoard where it is installed, metrics.csv at
+    the end, Weights & Biases."""
     eval_every: Annotated[Number, FREE] = 5
     """Epochs between two evaluations (clean, PGD) during training; 0 for none."""
     checkpoint_every: Annotated[Count, FREE] = 1

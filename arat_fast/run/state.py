@@ -33,6 +33,7 @@ from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
+from arat_fast.run.loggers import loggers
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, training_state
@@ -242,7 +243,7 @@ class Run:
         )
         self.metrics = StepMetrics(ranks)
         self.vote = Vote(ranks)
-        self.hooks = [*default_hooks(self), *hooks]
+        self.hooks = [*default_hooks(self), *loggers(self), *hooks]
         self.parts: dict[str, Stateful] = {
             "run": Identity(self),
             "progress": self.progress,
