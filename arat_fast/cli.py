@@ -504,11 +504,21 @@ class Export(Command):
     """Name of the model on its card or in RobustBench."""
     license: str = "unknown"
     """hub: identifier of the weights' licence, for example apache-2.0."""
+    push: str | None = None
+    """hub: upload the folder to this repository, USER/NAME, made where it is absent; needs the
+    extra hub and what hf auth login leaves. arat_fast.load("hf:USER/NAME") loads it."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.export.folder import export_checkpoint
+        from arat_fast.saved.hub import push, require_hub
 
-        record = export_checkpoint(**dataclasses.asdict(self))
+        options = dataclasses.asdict(self)
+        repository = options.pop("push")
+        if repository is not None:
+            if self.format != "hub":
+                raise UsageError(f"--push is for --format hub, got {self.format}")
+            require_hub()
+        record = export_checkpoint(**options)
         difference, largest = record["largest_difference"], record["largest_logit"]
         relative = difference / largest if largest else 0.0
         print(
@@ -519,6 +529,8 @@ class Export(Command):
         if self.format == "hub" and self.license == "unknown":
             print("licence: unknown; add --license ID, for example apache-2.0")
         print(f"folder: {self.out}")
+        if repository is not None:
+            print(f"uploaded: {push(self.out, repository)}")
         return 0
 
 

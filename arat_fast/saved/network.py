@@ -23,6 +23,7 @@ from arat_fast.datasets import DATASETS
 from arat_fast.files import parse_json, read_json
 from arat_fast.models.registry import create_model, model_spec
 from arat_fast.recipes import recipe as recipe_by_name
+from arat_fast.saved.hub import SCHEME, fetched
 from arat_fast.saved.naming import SCHEMES, to_own
 from arat_fast.saved.official import detect, is_official, official_to_state_dict
 from arat_fast.saved.plain import export_plain
@@ -187,7 +188,8 @@ def read_saved(
         ValueError: the file is damaged or does not fit the network it names, or a recipe is
             needed.
     """
-    path = _main_file(Path(path))
+    name = str(path)
+    path = _main_file(fetched(name[len(SCHEME) :]) if name.startswith(SCHEME) else Path(path))
     content = _read(path, weights)
     found = content.facts
     if weights == "last" and found.get("weights", "file") not in ("last", "file"):
@@ -327,7 +329,8 @@ def _from_export(path: Path, record: Mapping[str, Any]) -> _Content:
         hint = f"run its {name} with {reader}" if reader else f"expected {', '.join(SCHEMES)}"
         raise ValueError(f"{path.parent} is an export in the format {scheme}: {hint}")
     file = path.parent / name
-    if not file.resolve().is_relative_to(path.parent.resolve()):
+    # By its name: in the cache of a hub files are links to where they lie.
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{path} names the file {name}, expected one in its own folder")
     weights = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_tensor_file(file)
     return _of_tensors(file, state_dict_of(weights, file), _parse(path, record))
