@@ -1,5 +1,5 @@
-"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info and
-doctor.
+"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info,
+layers and doctor.
 
 Each command imports what it needs: ``--help`` and ``--version`` wait for no library.
 """
@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from arat_fast import __version__
-from arat_fast.command_line import UsageError, base_config, choose, number, parse, shown
+from arat_fast.command_line import (
+    NetworkName,
+    UsageError,
+    base_config,
+    choose,
+    number,
+    parse,
+    shown,
+)
 from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
@@ -198,7 +206,8 @@ class Eval(Command):
     checkpoint: tyro.conf.Positional[Path | None] = None
     """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
     model_name: Annotated[str | None, tyro.conf.arg(name="model.name")] = None
-    """Anybody's network, as --model.name of train takes it, with its --weights."""
+    """Anybody's network, as --model.name of train takes it, with its --weights; of a run whose
+    network is one's own its name, which imports its module."""
     weights: Path | None = None
     """Its state dict, .safetensors or written by torch.save."""
     mean: Annotated[tuple[float, ...], tyro.conf.arg(name="model.mean")] = ()
@@ -250,39 +259,59 @@ class Eval(Command):
         from arat_fast.config import ModelConfig
         from arat_fast.datasets.corruptions import FOLDERS
         from arat_fast.device import keep_freed_memory
+        from arat_fast.distributed import join
+        from arat_fast.evaluation.checkpoint import evaluate_checkpoint
         from arat_fast.evaluation.record import record_path
 
         keep_freed_memory()
         if (self.checkpoint is None) == (self.weights is None):
             raise UsageError("one of CHECKPOINT and --weights FILE is expected after eval")
-        if (self.model_name is None) != (self.weights is None):
-            raise UsageError("--model.name and --weights go together: a network and its state dict")
-        model = self.model_name and ModelConfig(self.model_name, mean=self.mean, std=self.std)
+        if self.weights is not None and self.model_name is None:
+            raise UsageError("--weights FILE is a network's, expected --model.name too")
+        model = None
+        if self.model_name is not None:
+            # Its own module is imported.
+            model = ModelConfig(self.model_name, mean=self.mean, std=self.std)
+        model = model if self.weights is not None else None
         checkpoint = self.checkpoint or self.weights
         assert checkpoint is not None
         if self.data in FOLDERS:
-            return self._corruptions(checkpoint, model or None)
+            return self._corruptions(checkpoint, model)
         options = dataclasses.asdict(self)
         for name in ("model_name", "weights", "mean", "std"):
             del options[name]
-        options |= {"checkpoint": checkpoint, "model": model or None}
+        options |= {"checkpoint": checkpoint, "model": model}
         records = []
-        for norm, eps in self._balls():
-            path = record_path(checkpoint, norm, eps, self.data)
-            if self.out is not None:
-                several = len(self.eps) > 1
-                path = record_path(self.out, norm, eps) if several else self.out
-            record = self._evaluate({**options, "norm": norm, "eps": eps, "out": path}, arguments)
-            if isinstance(record, int):
-                return record
-            records.append(record)
+        path = checkpoint
+        try:
+            with join(self.device) as ranks:
+                for norm, eps in self._balls():
+                    path = record_path(checkpoint, norm, eps, self.data)
+                    if self.out is not None:
+                        several = len(self.eps) > 1
+                        path = record_path(self.out, norm, eps) if several else self.out
+                    ball = {"norm": norm, "eps": eps, "out": path}
+                    records.append(evaluate_checkpoint(**{**options, **ball}, ranks=ranks))
+                    if ranks.is_main:
+                        self._print(records[-1], path)
+                if not ranks.is_main:
+                    return 0
+        except KeyboardInterrupt as stopped:
+            partial = path.with_suffix(".partial")
+            if not partial.is_dir():
+                raise
+            if _is_first():
+                kept = f"what is finished is kept in {partial}, and the same command goes on from"
+                print(f"arat-fast: interrupted; {kept} there:", file=sys.stderr)
+                print(f"    {shlex.join(['arat-fast', 'eval', *arguments])}", file=sys.stderr)
+            return getattr(stopped, "exit_code", 130)
         if len(records) > 1:
             _print_balls(records)
         return 0
 
     def _balls(self) -> list[tuple[Any, float | None]]:
         """Norms and radii; None for the run's own."""
-        found = []
+        found: list[tuple[Any, float | None]] = []
         for ball in self.eps:
             norm, _, radius = ball.rpartition(":")
             if norm not in ("", "Linf", "L2"):
@@ -293,26 +322,7 @@ class Eval(Command):
                 raise UsageError(f"--eps: {error}") from None
         return found or [(self.norm, None)]
 
-    def _evaluate(self, options: dict[str, Any], arguments: list[str]) -> dict[str, Any] | int:
-        """The record in one ball, printed; an exit code where there is no more to do."""
-        from arat_fast.distributed import join
-        from arat_fast.evaluation.checkpoint import evaluate_checkpoint
-
-        path = options["out"]
-        try:
-            with join(self.device) as ranks:
-                record = evaluate_checkpoint(**options, ranks=ranks)
-                if not ranks.is_main:
-                    return record
-        except KeyboardInterrupt as stopped:
-            partial = path.with_suffix(".partial")
-            if not partial.is_dir():
-                raise
-            if _is_first():
-                kept = f"what is finished is kept in {partial}, and the same command goes on from"
-                print(f"arat-fast: interrupted; {kept} there:", file=sys.stderr)
-                print(f"    {shlex.join(['arat-fast', 'eval', *arguments])}", file=sys.stderr)
-            return getattr(stopped, "exit_code", 130)
+    def _print(self, record: dict[str, Any], path: Path) -> None:
         if "interrupted" in record:
             trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
             print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")
@@ -320,7 +330,6 @@ class Eval(Command):
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
         print(f"image by image: {per_example}")
-        return record
 
     def _corruptions(self, checkpoint: Path, model: ModelConfig | None) -> int:
         from arat_fast.evaluation.corruptions import evaluate_corruptions
@@ -398,6 +407,7 @@ class Predict(Command):
     """Recipe whose network it is, where the file does not say."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    model: NetworkName = field(default_factory=NetworkName)
     json: bool = False
     """Print a list of objects with file, label, confidence and problem."""
 
@@ -408,6 +418,7 @@ class Predict(Command):
 
         options = dataclasses.asdict(self)
         as_json = options.pop("json")
+        del options["model"]
         found = predict_pictures(**options)
         if as_json:
             print(json.dumps([vars(p) | {"file": str(p.file)} for p in found], indent=1))
@@ -507,12 +518,14 @@ class Export(Command):
     push: str | None = None
     """hub: upload the folder to this repository, USER/NAME, made where it is absent; needs the
     extra hub and what hf auth login leaves. arat_fast.load("hf:USER/NAME") loads it."""
+    model: NetworkName = field(default_factory=NetworkName)
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.export.folder import export_checkpoint
         from arat_fast.saved.hub import push, require_hub
 
         options = dataclasses.asdict(self)
+        del options["model"]
         repository = options.pop("push")
         if repository is not None:
             if self.format != "hub":
@@ -640,6 +653,37 @@ class Info(Command):
 
 
 @dataclass(frozen=True)
+class Layers(Command):
+    """The layers of a network, by the paths that --objective.layers takes; a star marks those that
+    ARAT regularises where none are named."""
+
+    model: tyro.conf.Positional[str]
+    """A name as --model.name takes it."""
+    image_size: int | None = None
+    """Height and width of the images; default the network's own, else 32."""
+    channels: int = 3
+    """Channels of the images."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.models.features import default_layers, run_layers
+        from arat_fast.models.registry import MODELS, create_model, image_size, import_model
+
+        import_model(self.model)
+        size = self.image_size or image_size(self.model) or 32
+        model = create_model(self.model, 10, self.channels, "shared", image_size=size)
+        shape = self.channels, size, size
+        spec = MODELS.get(self.model)
+        chosen = spec.regularized_layers if spec else default_layers(model, shape)
+        layers = run_layers(model, shape)
+        width = max(len(layer.path) for layer in layers)
+        for path, module, (_, *rest) in layers:
+            mark = "*" if path in chosen else " "
+            size_of = " x ".join(map(str, rest))
+            print(f"{mark} {path:{width}}  {type(module).__name__:20} {size_of}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor(Command):
     """Hold every kernel to its reference on this machine's GPU, at the shapes of a recipe, and time
     it. Exits with 1 where one is wrong."""
@@ -682,5 +726,6 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "data": Data,
     "info": Info,
+    "layers": Layers,
     "doctor": Doctor,
 }

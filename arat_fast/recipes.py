@@ -141,7 +141,12 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 
 
-def recipe(name: str, compat: Compat = "paper", objective: str | None = None) -> Config:
+def recipe(
+    name: str,
+    compat: Compat = "paper",
+    objective: str | None = None,
+    model: str | None = None,
+) -> Config:
     """The configuration called ``name``.
 
     Args:
@@ -151,9 +156,10 @@ def recipe(name: str, compat: Compat = "paper", objective: str | None = None) ->
             learning-rate schedule with its slow first epoch, the balance measured on 1,024 samples,
             and two training passes where one BatchNorm is shared.
         objective: another one than the recipe's, at its own defaults.
+        model: another network than the recipe's; see :meth:`Config.with_model`.
 
     Raises:
-        ValueError: unknown recipe or compat.
+        ValueError: unknown recipe, compat, objective or model.
     """
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
@@ -162,6 +168,8 @@ def recipe(name: str, compat: Compat = "paper", objective: str | None = None) ->
     config = RECIPES[name]()
     if objective is not None:
         config = config.with_objective(objective)
+    if model is not None:
+        config = config.with_model(model)
     if compat == "paper":
         return config
     if compat != "official":

@@ -76,11 +76,19 @@ class PGD:
     """BatchNorm in the attack: "batch" (statistics of the attacked batch, running statistics
     untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of
     the attack moves the running statistics)."""
+    eps_warmup: Number = 0
+    """Epochs of a run over which radius and step size grow to theirs, epoch by epoch; 0 for none;
+    >= 0."""
 
     def __post_init__(self) -> None:
         check_settings("attack.", self)
         check_length("attack.eps", self.eps, self.norm)
         check_length("attack.alpha", self.alpha, self.norm)
+
+    def at_epoch(self, epoch: int) -> PGD:
+        """The attack of a run's epoch, counted from 0: :attr:`eps_warmup`."""
+        share = min((epoch + 1) / (self.eps_warmup + 1), 1.0)
+        return dataclasses.replace(self, eps=share * self.eps, alpha=share * self.alpha)
 
     def __call__(
         self,

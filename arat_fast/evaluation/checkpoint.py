@@ -37,7 +37,6 @@ from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_examp
 from arat_fast.files import alone, write_json
 from arat_fast.recipes import recipe as recipe_by_name
 from arat_fast.saved.network import SavedNetwork, read_saved, read_weights
-from arat_fast.saved.weights import network_size
 from arat_fast.training.averaging import refresh_batch_norm
 
 Section = TypeVar("Section", DataConfig, EvalConfig)
@@ -120,11 +119,11 @@ def evaluate_checkpoint(
         evaluation = dataclasses.replace(trained.eval, alpha=None)
         config = dataclasses.replace(trained, attack=attack, eval=evaluation)
     given = {"num_steps": num_steps, "alpha": alpha, "batch_size": batch_size}
-    images = _replaced(config.data, root=data_root)
+    image_source = _replaced(config.data, root=data_root)
     if data is not None:
-        images = _other_images(images, data, data_root, saved)
+        image_source = _other_images(image_source, data, data_root, saved)
     config = dataclasses.replace(
-        config, data=images, eval=_replaced(config.eval, max_samples=max_samples, **given)
+        config, data=image_source, eval=_replaced(config.eval, max_samples=max_samples, **given)
     )
     if saved is None or saved.statistics_fresh:
         # Generated images are for training.
@@ -307,7 +306,7 @@ def place_network(
         ValueError: it has other classes, another number of them or of image channels, or it needs
             statistics for an objective of one's own.
     """
-    classes, channels = network_size(saved.model.state_dict(), saved.name)
+    classes, channels = saved.num_classes, saved.image_shape[0]
     expected = data.test.num_classes, data.test.image_shape[0]
     if (classes, channels) != expected:
         raise ValueError(

@@ -16,7 +16,6 @@ from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.files import named, open_log
-from arat_fast.models.registry import MODELS
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.training.memory import is_out_of_memory
 
@@ -148,11 +147,13 @@ class Remarks(Hook):
                 f"each BatchNorm has the statistics of {share} images, this process's share of "
                 f"{config.data.batch_size}: raise --data.batch-size or set --distributed.sync-bn"
             )
-        spec = MODELS.get(config.model.name)
-        if config.objective.splits_batch_norm and spec is not None and not spec.has_batch_norm:
+        layers = getattr(run.objective, "layers", ())
+        if layers:
+            run.display.say(f"regularised layers: {', '.join(layers)}")
+        if config.objective.splits_batch_norm and not has_norms:
             run.display.say(
-                f"{config.model.name} has LayerNorm and no BatchNorm to split: both kinds of "
-                f"images share every layer, and {config.objective.name} is its loss alone"
+                f"{config.model.name} has no BatchNorm to split: both kinds of images share every "
+                f"layer, and {config.objective.name} is its loss alone"
             )
 
     def log(self, run: Run, line: dict[str, Any]) -> None:
@@ -174,6 +175,16 @@ class Remarks(Hook):
                 f"{run.average.start_step + 1} still count {100 * share:.0f} %; train longer, "
                 "lower --average.decay, or --average.kind none"
             )
+
+
+class EpsWarmup(Hook):
+    """Gives the step the attack of the epoch: ``attack.eps_warmup``."""
+
+    def begin(self, run: Run) -> None:
+        self.before_epoch(run, run.progress.step // run.steps_per_epoch)
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        run.step.attack = run.config.attack.at_epoch(epoch)
 
 
 class Evaluation(Hook):
@@ -303,4 +314,4 @@ class Analysis(Hook):
 def default_hooks(run: Run) -> list[Hook]:
     """Those of every run; rank 0 alone writes logs."""
     logs = [MetricsLog(run.out / "metrics.jsonl")] if run.ranks.is_main else []
-    return [*logs, Remarks(), Evaluation(), Analysis()]
+    return [*logs, Remarks(), EpsWarmup(), Evaluation(), Analysis()]

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from arat_fast.config import Config
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import ResidentBatches
+from arat_fast.data.given import Given
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.files import LOCK, Lock, write_json
+from arat_fast.models.split_batch_norm import copy_network
 from arat_fast.run import natural
 from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
 from arat_fast.run.hooks import Hook
@@ -168,6 +171,8 @@ def train(
     hooks: Sequence[Hook] = (),
     ranks: Ranks = ALONE,
     bad_images: BadImages | None = None,
+    model: nn.Module | None = None,
+    data: tuple[Given, Given] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, evaluate, and write the summary.
 
@@ -196,6 +201,8 @@ def train(
             ranks=ranks,
             bad_images=bad_images,
             lock=lock if ranks.is_main else None,
+            model=model,
+            data=data,
         )
         return train_run(run)
 
@@ -244,7 +251,8 @@ def _run(this: Run) -> dict[str, Any]:
     finished = finished_summary(this)
     if finished is not None:
         return finished
-    if this.objective.starts_from_natural and this.progress.natural_model is None:
+    natural_first = this.objective.starts_from_natural or this.config.train.natural_epochs > 0
+    if natural_first and this.progress.natural_model is None:
         _start_from_natural(this)
     for hook in this.hooks:
         hook.begin(this)
@@ -271,7 +279,7 @@ def _run(this: Run) -> dict[str, Any]:
 
 def _start_from_natural(this: Run) -> None:
     """Start from a natural model: the teacher that is given, or one that is trained first."""
-    teacher = this.config.objective.teacher  # type: ignore[attr-defined]  # settings of such a one
+    teacher = getattr(this.config.objective, "teacher", None)
     if teacher is not None:
         natural.start_from(this, teacher)
         return
@@ -292,6 +300,9 @@ def _start_from_natural(this: Run) -> None:
             display=this.display,
             ranks=this.ranks,
             bad_images=this.bad_images,
+            # A network of its own, which the caller's starts from.
+            model=None if this.given_model is None else copy_network(this.given_model),
+            data=this.given_data,
         )
     natural.start_from(this, folder)
     assert this.progress.natural_model is not None

@@ -12,16 +12,23 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from arat_fast import doctor
-from arat_fast.build import build_network, build_objective, build_optimizer, implementation
+from arat_fast.build import (
+    build_network,
+    build_objective,
+    build_optimizer,
+    implementation,
+    learning_parts,
+)
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.data import load_data
 from arat_fast.data.bad_images import FILE as BAD_IMAGES
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint, class_order
+from arat_fast.data.given import Given, given_splits
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision, set_deterministic, versions
@@ -34,6 +41,7 @@ from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.run.loggers import loggers
+from arat_fast.run.start import start_from_weights
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, training_state
@@ -184,6 +192,8 @@ class Run:
         bad_images: knows the files to leave out, of a run that this one is a part of; None looks
             for them, or takes those that a run that is resumed has found.
         lock: of the folder, on rank 0; None: nobody else works in it.
+        model: the caller's own network, which is trained itself; None builds the configured one.
+        data: the caller's own training and test images; None loads the configured ones.
 
     Attributes:
         id: in every file of the run, which is the same one however often it is resumed.
@@ -209,7 +219,10 @@ class Run:
         ranks: Ranks = ALONE,
         bad_images: BadImages | None = None,
         lock: Lock | None = None,
+        model: nn.Module | None = None,
+        data: tuple[Given, Given] | None = None,
     ) -> None:
+        self.given_model, self.given_data = model, data
         self.id = uuid.uuid4().hex
         self.config = config
         self.out = out
@@ -260,6 +273,8 @@ class Run:
         self.is_resumed = saved is not None
         if saved is not None:
             self.restore(saved)
+        elif config.init is not None:
+            start_from_weights(self, config.init)
         if ranks.is_main:
             make_folder(out)
             record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
@@ -269,21 +284,20 @@ class Run:
 
     def _load_data(self, bad_images: BadImages | None) -> None:
         config, ranks = self.config, self.ranks
-        download_data(config.data, ranks)
-        with self.display.evaluating() as bar:
-            # Also without a checkpoint: the natural run before may have begun with these files.
-            found = BadImages(self.out if self.resume else None, ranks, bar)
-            self.bad_images = bad_images or found
-            self.data = load_data(
-                config.data,
-                device=self.device,
-                seed=config.seed,
+        if self.given_data is not None:
+            self.bad_images = BadImages()
+            self.data = given_splits(
+                *self.given_data,
+                batch_size=config.data.batch_size,
                 eval_batch_size=config.eval.batch_size,
-                memory_format=self.memory_format,
+                seed=config.seed,
+                device=self.device,
+                num_workers=config.data.num_workers,
                 shard=ranks.shard,
-                bad_images=self.bad_images,
-                impl=implementation(config),
+                model=self.given_model,
             )
+        else:
+            self._read_data(bad_images)
         for note in self.data.notes:
             self.display.say(note)
         if self.data.skipped:
@@ -303,11 +317,29 @@ class Run:
         for name, reason in attacks_left_out(self.attacks, self.data.test.num_classes).items():
             self.display.say(f"{name} is left out of the evaluation: {reason}")
 
+    def _read_data(self, bad_images: BadImages | None) -> None:
+        config, ranks = self.config, self.ranks
+        download_data(config.data, ranks)
+        with self.display.evaluating() as bar:
+            # Also without a checkpoint: the natural run before may have begun with these files.
+            found = BadImages(self.out if self.resume else None, ranks, bar)
+            self.bad_images = bad_images or found
+            self.data = load_data(
+                config.data,
+                device=self.device,
+                seed=config.seed,
+                eval_batch_size=config.eval.batch_size,
+                memory_format=self.memory_format,
+                shard=ranks.shard,
+                bad_images=self.bad_images,
+                impl=implementation(config),
+            )
+
     def _build(self) -> None:
         config, ranks, train = self.config, self.ranks, self.data.train
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
-        self.model = build_network(config, *shape).to(self.device)
+        self.model = build_network(config, *shape, given=self.given_model).to(self.device)
         wrong = self.wrong_on_card = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
@@ -316,8 +348,8 @@ class Run:
         if not ranks.is_main:
             # The weights are the same everywhere; what dropout draws is not.
             self.seed_rank()
-        parameters = [*self.model.parameters(), *self.objective.parameters()]
-        self.optimizer = build_optimizer(config, [p for p in parameters if p.requires_grad])
+        self.learning_parts = learning_parts(config, self.model, self.objective, train.image_shape)
+        self.optimizer = build_optimizer(config, self.learning_parts)
         self.generator = stream_generator(config.seed, "attack", self.device)
         last = len(train) - 1
         share = train.plan.share(last)
@@ -418,8 +450,9 @@ class Run:
         )
         if self.progress.rate_factor != 1:
             self.rate *= self.progress.rate_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        epoch = self.progress.step // self.steps_per_epoch
+        for group, part in zip(self.optimizer.param_groups, self.learning_parts, strict=True):
+            group["lr"] = self.rate * part.factor if epoch >= part.frozen_epochs else 0.0
 
     def probe(self, epoch: int) -> float:
         """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""
