@@ -46,7 +46,7 @@ def learning_rate(
             return peak * OFFICIAL_FIRST_EPOCH
         return peak * config.decay ** _milestones_passed(config, epoch - 1, epochs)
     if config.name == "range":
-        return peak * RANGE ** (1 - (step + 1) / total)
+        return peak * math.pow(RANGE, 1 - (step + 1) / total)
     done = (step + 0.5) / total
     if config.name == "cosine":
         return peak * (1 + math.cos(math.pi * done)) / 2
