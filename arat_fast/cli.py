@@ -265,7 +265,7 @@ class Eval(Command):
 
         keep_freed_memory()
         if (self.checkpoint is None) == (self.weights is None):
-            raise UsageError("one of CHECKPOINT and --weights FILE is expected after eval")
+            raise UsageError("PATH or --weights FILE is expected after eval")
         if self.weights is not None and self.model_name is None:
             raise UsageError("--weights FILE is a network's, expected --model.name too")
         model = None
@@ -566,6 +566,9 @@ class Inspect(Command):
     where that folder is in it."""
     max_samples: int = 2000
     """Images decoded for sizes, mean and std, evenly spread; >= 1."""
+    eps: tuple[float, ...] = ()
+    """Radii to choose from: some images, and beside each of them itself with random signs of each
+    radius, go to NAME-radii.png beside the sheet."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.data.inspect import inspect
@@ -575,9 +578,14 @@ class Inspect(Command):
             # Never into the dataset: the sheet would be one of its images.
             path, here = self.path.resolve(), Path.cwd()
             sheet = (path.parent if here.is_relative_to(path) else here) / f"{path.name}-sheet.png"
-        found = inspect(self.path, sheet, self.max_samples)
+        radii = sheet.with_name(f"{sheet.stem.removesuffix('-sheet')}-radii.png")
+        found = inspect(
+            self.path, sheet, self.max_samples, radii=(radii, self.eps) if self.eps else None
+        )
         print("\n".join(found.lines()))
         print(f"sheet        {sheet}")
+        if self.eps:
+            print(f"radii        {radii}: as it is, {', '.join(map(shown, self.eps))}")
         return 0
 
 

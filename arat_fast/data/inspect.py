@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from arat_fast.attacks.pgd import check_length
 from arat_fast.data.holdout import with_test_images
 from arat_fast.data.load import check_arrays
 from arat_fast.data.prepare import is_generated, open_npz, own_dataset
@@ -124,13 +125,20 @@ class Inspection:
         return lines
 
 
-def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> Inspection:
+def inspect(
+    path: Path,
+    sheet: Path | None = None,
+    max_samples: int = 2000,
+    *,
+    radii: tuple[Path, Sequence[float]] | None = None,
+) -> Inspection:
     """Find out what a dataset is.
 
     Args:
         path: a file or a folder.
         sheet: PNG file for the contact sheet; None for none.
         max_samples: images that are decoded for sizes, mean and std, evenly spread; >= 1.
+        radii: PNG file for :func:`draw_radii`, and the radii; None for none.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -181,6 +189,8 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
                 found.use, found.note = "", f"no image with label {label} can be read in a split"
     if sheet is not None:
         draw_sheet(parts, classes, sheet)
+    if radii is not None:
+        draw_radii(parts, radii[1], radii[0])
     return found
 
 
@@ -304,4 +314,37 @@ def draw_sheet(parts: list[Samples], classes: tuple[str, ...], path: Path) -> No
         while caption and pen.textlength(caption, font=font) > TILE:
             caption = caption[:-2].rstrip("…") + "…"
         pen.text((left, top + TILE + 1), caption, fill=(60, 60, 60), font=font)
+    write_atomic(path, lambda file: sheet.save(file, "PNG"))
+
+
+def draw_radii(parts: list[Samples], radii: Sequence[float], path: Path) -> None:
+    """Write images beside themselves with random signs of each radius: every pixel at the edge of
+    the L∞ ball, where the perturbations of an attack are too.
+
+    Args:
+        parts: the splits; four images of the first, evenly spread, that can be read.
+        radii: in [0, 1].
+        path: PNG file.
+
+    Raises:
+        ValueError: a radius is out of range.
+    """
+    for eps in radii:
+        check_length("eps", eps, "Linf")
+    source = np.random.default_rng(0)
+    number = min(4, len(parts[0]))
+    side = 2 * TILE
+    sheet = Image.new("RGB", ((1 + len(radii)) * side, number * side), (255, 255, 255))
+    for row, index in enumerate(np.linspace(0, len(parts[0]) - 1, number).astype(int).tolist()):
+        try:
+            image = parts[0].image(index)
+        except ValueError:
+            continue
+        signs = source.integers(0, 2, image.shape) * 2.0 - 1
+        for column, eps in enumerate((0.0, *radii)):
+            pixels = (image + 255 * eps * signs).round().clip(0, 255).astype(np.uint8)
+            shown = Image.fromarray(pixels)
+            scale = side / max(shown.size)
+            size = (max(round(shown.width * scale), 1), max(round(shown.height * scale), 1))
+            sheet.paste(shown.resize(size, Image.Resampling.NEAREST), (column * side, row * side))
     write_atomic(path, lambda file: sheet.save(file, "PNG"))
