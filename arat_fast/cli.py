@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -29,6 +29,7 @@ from arat_fast.command_line import (
     parse,
     shown,
 )
+from arat_fast.settings import NormName
 from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class Eval(Command):
     recipe: str | None = None
     """Recipe whose data, model and threat model are used; needed where the file is no run's own,
     unless --data and --eps are given with --model.name."""
-    norm: Literal["Linf", "L2"] | None = None
+    norm: NormName | None = None
     """Norm of the ball; default the run's, another one needs --eps."""
     eps: tuple[str, ...] = ()
     """Radii of the ball, one after the other; L2:0.5 is one in another norm. Default the run's."""
@@ -314,8 +315,8 @@ class Eval(Command):
         found: list[tuple[Any, float | None]] = []
         for ball in self.eps:
             norm, _, radius = ball.rpartition(":")
-            if norm not in ("", "Linf", "L2"):
-                raise UsageError(f"--eps expects RADIUS, Linf:RADIUS or L2:RADIUS, got {ball}")
+            if norm not in ("", *get_args(NormName)):
+                raise UsageError(f"--eps expects RADIUS or NORM:RADIUS, as L2:0.5, got {ball}")
             try:
                 found.append((norm or self.norm, number(radius)))
             except ValueError as error:

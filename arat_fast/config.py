@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import tyro
 
 from arat_fast import objectives
-from arat_fast.attacks.pgd import PGD, check_length
+from arat_fast.attacks.pgd import PGD
 from arat_fast.datasets import DATASETS
 from arat_fast.models.layers import Activation
 from arat_fast.models.registry import MODELS, image_size, import_model, is_known
@@ -235,6 +235,9 @@ class StepConfig:
     """Capture the whole step in a CUDA graph; auto does so on a GPU."""
     channels_last: bool = True
     """Memory format of weights and activations."""
+    compile: bool = False
+    """Run the attack's passes through torch.compile, for networks that the kernels do not cover;
+    the first step then takes a minute or more."""
     noisy_clean: bool = False
     """The official code's in-place start: the clean branch trains on the image plus the start
     noise, and the ball is centred there."""
@@ -322,6 +325,48 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TargetsConfig:
+    label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
+    """Mass of each target that is spread evenly over all classes, in [0, 1)."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Pairs of training images: mixup blends them, cutmix puts a rectangle of one into the other;
+    clean and adversarial images are made of the same mix."""
+    mix_alpha: Positive = 1.0
+    """The share of an image in its mix is drawn from Beta(mix_alpha, mix_alpha); > 0."""
+    class_weights: tuple[Weight, ...] = ()
+    """Factor of the classification loss for each class, in their order; empty for 1. Each >= 0."""
+
+    def __post_init__(self) -> None:
+        check_settings("targets.", self)
+
+
+@dataclass(frozen=True)
+class AWPConfig:
+    gamma: Weight = 0.0
+    """Adversarial weight perturbation: its length relative to each layer's weights; 0 for none,
+    0.01 with at, 0.005 with trades as published. It costs a pass through the network and back."""
+    warmup: Number = 0
+    """Epochs before it begins; 10 with trades as published."""
+
+    def __post_init__(self) -> None:
+        check_settings("awp.", self)
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    act: Literal["say", "stop", "smaller-step", "more-steps", "off"] = "say"
+    """Catastrophic overfitting, watched for where the attack has one or two steps, by PGD-10 on 32
+    images: say it and go on; stop; go back to the last good state with half the attack's step size,
+    or with twice as many steps of half the size; or do not watch."""
+    every: Number = 0
+    """Training steps between two looks, rounded up to train.log_every; 0 for as many as keep their
+    passes through the network within 2 % of the training's."""
+
+    def __post_init__(self) -> None:
+        check_settings("watch.", self)
+
+
+@dataclass(frozen=True)
 class AnalyzeConfig:
     every: Annotated[Number, FREE] = 0
     """Epochs between two analyses during training (gradient conflict, mixture distribution), also
@@ -361,6 +406,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    awp: AWPConfig = field(default_factory=AWPConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
@@ -379,7 +427,7 @@ class Config:
                 f"{self.init_freeze_epochs}"
             )
         if self.eval.alpha is not None:
-            check_length("eval.alpha", self.eval.alpha, self.attack.norm)
+            self.attack.ball.check("eval.alpha", self.eval.alpha)
         # These can have validation images of their own, as the trainer finds out.
         own = self.data.name in OWN_IMAGES
         if self.train.keep_best and not ((self.data.num_val or own) and self.train.eval_every):

@@ -23,7 +23,7 @@ from arat_fast.config import (
     StepConfig,
     TrainConfig,
 )
-from arat_fast.objectives import ARAT
+from arat_fast.objectives import ARAT, AdversarialTraining
 
 GAMMA = {"resnet18": 30.0, "wrn34-10": 100.0}
 """Published weight of the invariance loss by network."""
@@ -45,6 +45,19 @@ def digits() -> Config:
         train=TrainConfig(epochs=23, log_every=10, eval_every=4),
         eval=EvalConfig(alpha=0.02),
     )
+
+
+N_FGSM = PGD(alpha=8 / 255, num_steps=1, start_radius=2.0, project=False)
+"""One step of the radius from noise of twice the radius, not projected (de Jorge et al., NeurIPS
+2022, arXiv 2202.01181, algorithm 1 and section 4: alpha = eps, k = 2 eps)."""
+
+
+def digits_nfgsm() -> Config:
+    """The digits with single-step training, N-FGSM, watched for catastrophic overfitting."""
+    config = digits()
+    attack = dataclasses.replace(N_FGSM, eps=config.attack.eps, alpha=config.attack.eps)
+    objective = AdversarialTraining.Settings("at")
+    return dataclasses.replace(config, recipe="digits-nfgsm", objective=objective, attack=attack)
 
 
 def fashion_mnist(model: str) -> Config:
@@ -121,6 +134,7 @@ def imagenet(model: str = "resnet50", attack: Literal["pgd3", "fgsm"] = "pgd3") 
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
+    "digits-nfgsm": digits_nfgsm,
     "fashion-mnist-resnet8": partial(fashion_mnist, "resnet8-s2"),
     "fashion-mnist-resnet18": partial(fashion_mnist, "resnet18"),
     "imagenet-resnet50": imagenet,

@@ -16,4 +16,4 @@ def _absent(root: Path) -> Content:
     )
 
 
-register(Dataset(GIVEN, _absent, own=True, label="images given in Python"))
+register(Dataset(GIVEN, _absent, label="images given in Python"))

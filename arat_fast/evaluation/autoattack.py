@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from arat_fast.attacks.norms import NORMS
 from arat_fast.attacks.pgd import check_images
 from arat_fast.attacks.square import SquareLinf
 from arat_fast.device import no_algorithm_search
@@ -66,7 +67,8 @@ def autoattack(
 
     APGD on the cross-entropy (100 steps), targeted APGD on the DLR loss (9 targets, 100 steps),
     targeted FAB (9 targets, 100 steps) and Square (5,000 queries), each on what the ones before
-    left standing. With fewer than ten classes, all the other classes are targets.
+    left standing. With fewer than ten classes, all the other classes are targets. In L1 APGD starts
+    from larger balls, five times on the cross-entropy, and aims at five classes.
 
     The fast path attacks the network in float32 with its BatchNorm folded into the convolutions,
     and Square asks each question once. Nothing is left out: what a success is, is decided by the
@@ -161,7 +163,7 @@ def autoattack(
                 num_disputed += disputed
             after[name] = robust.clone()
     implementation = f"pyautoattack {metadata.version('pyautoattack')}"
-    if "square" in attacks and threat.norm == "Linf" and fast:
+    if "square" in attacks and run.own_square:
         own = "arat_fast.attacks.SquareLinf"
         implementation = own if tuple(attacks) == ("square",) else f"{implementation}, {own}"
     details = {
@@ -196,6 +198,11 @@ class _Attacks:
     fast: bool
     course: _Course
 
+    @property
+    def own_square(self) -> bool:
+        """Whether Square is the one that asks each question once."""
+        return self.fast and self.threat.ball is NORMS[SquareLinf.norm]
+
     def piece(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensors:
         """Attack ``network``; what only that loses is attacked again on the network itself.
 
@@ -220,7 +227,7 @@ class _Attacks:
 
     def attack(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """What the attack returns, unchecked."""
-        own_square = name == "square" and self.threat.norm == "Linf" and self.fast
+        own_square = name == "square" and self.own_square
         # These draw nothing that depends on the other images, so that each thread takes them
         # through all steps on its own images.
         by_parts = name == "fab-t" or own_square
@@ -257,7 +264,8 @@ class _Attacks:
             device=x.device,
             version="rand" if self.version == "rand" else "standard",
         )
-        adversary.apgd_targeted.n_target_classes = self.num_targets
+        apgd_targets = self.num_targets if self.short else self.threat.ball.num_targets
+        adversary.apgd_targeted.n_target_classes = min(apgd_targets, self.num_targets)
         adversary.fab.n_target_classes = self.num_targets
         adversary.square.n_queries = NUM_QUERIES
         if self.version == "torchattacks10":

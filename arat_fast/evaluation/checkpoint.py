@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -37,6 +37,7 @@ from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_examp
 from arat_fast.files import alone, write_json
 from arat_fast.recipes import recipe as recipe_by_name
 from arat_fast.saved.network import SavedNetwork, read_saved, read_weights
+from arat_fast.settings import NormName
 from arat_fast.training.averaging import refresh_batch_norm
 
 Section = TypeVar("Section", DataConfig, EvalConfig)
@@ -48,7 +49,7 @@ def evaluate_checkpoint(
     model: ModelConfig | None = None,
     data: str | None = None,
     recipe: str | None = None,
-    norm: Literal["Linf", "L2"] | None = None,
+    norm: NormName | None = None,
     eps: float | None = None,
     num_steps: int | None = None,
     alpha: float | None = None,
@@ -241,7 +242,7 @@ def foreign_config(
     model: ModelConfig | None,
     recipe: str | None,
     data: str | None,
-    norm: Literal["Linf", "L2"] | None,
+    norm: NormName | None,
     eps: float | None,
 ) -> Config:
     """What is known of somebody's network: by a recipe, or by what was asked for.

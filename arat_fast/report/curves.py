@@ -131,13 +131,39 @@ def _accuracy(run: Run) -> Plot | None:
             look: dict[str, Any] = {"markerfacecolor": "white", "linewidth": 1.0}
             draw_series(axes, series, label, color, (0, (3, 2)), marker, **look)
             described.append(f"{label} ends at {percent(series.values[-1])}")
+    looks = [(look.epoch, look.pgd, look.num_steps) for look in run.looks if look.pgd is not None]
+    if looks:
+        epochs, values, steps = zip(*looks, strict=True)
+        series = Series(np.array(epochs), np.array(values))
+        label = f"PGD-{steps[0]}, watched"
+        draw_series(axes, series, label, style.PURPLE, style.DASHES[1], ".")
+        described.append(f"{label} ends at {percent(values[-1])}")
+    for place, words in _falls(run):
+        axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)
+        described.append(words)
     if not described:
         return None
     style.as_percent(axes)
     caption = "Lines: batches as they were trained on, in training mode."
     if run.evaluations:
         caption += " Marks: evaluations of the whole split, in eval mode."
+    if looks:
+        caption += " Dots: the watch for catastrophic overfitting, a few images."
+    if falls := _falls(run):
+        caption += f" Dotted upright: {'; '.join(words for _, words in falls)}."
     return _finish(figure, axes, "Accuracy", described, caption)
+
+
+def _falls(run: Run) -> list[tuple[float, str]]:
+    """Where robustness was lost, and where the run went back to, with words for each."""
+    found = []
+    for look in run.looks:
+        if look.fell:
+            found.append((look.epoch, f"catastrophic overfitting in epoch {look.epoch:.1f}"))
+        if look.fell_at is not None:
+            words = f"back here from catastrophic overfitting in epoch {look.fell_at:.1f}"
+            found.append((look.epoch, words))
+    return found
 
 
 def _loss(run: Run) -> Plot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.files import named, open_log
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.training.awp import AWP
 from arat_fast.training.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ MAX_SHARE_OF_FIRST = 0.05
 
 FEW_FOR_STATISTICS = 64
 """Images of one process below which a run says that BatchNorm sees them alone."""
+
+
+class Restart(Exception):
+    """Raised by a hook that has put the run back to an earlier step: it goes on from there."""
 
 
 class Hook:
@@ -178,13 +184,14 @@ class Remarks(Hook):
 
 
 class EpsWarmup(Hook):
-    """Gives the step the attack of the epoch: ``attack.eps_warmup``."""
+    """Gives the step's attack the radius of the epoch: ``attack.eps_warmup``."""
 
     def begin(self, run: Run) -> None:
         self.before_epoch(run, run.progress.step // run.steps_per_epoch)
 
     def before_epoch(self, run: Run, epoch: int) -> None:
-        run.step.attack = run.config.attack.at_epoch(epoch)
+        eps = run.config.attack.eps_at(epoch)
+        run.step.attack = dataclasses.replace(run.step.attack, eps=eps)
 
 
 class Evaluation(Hook):
@@ -258,6 +265,17 @@ class Evaluation(Hook):
         self.best, self.evaluated_epoch = state["best"], state["evaluated_epoch"]
 
 
+class WeightPerturbation(Hook):
+    """Adversarial weight perturbation, from the end of its warm-up on."""
+
+    def begin(self, run: Run) -> None:
+        self.before_epoch(run, run.progress.step // run.steps_per_epoch)
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        awp = run.config.awp
+        run.step.perturb_weights(AWP(awp.gamma) if awp.gamma and epoch >= awp.warmup else None)
+
+
 class Analysis(Hook):
     """Gradient conflict and mixture distribution every few epochs, on rank 0's share."""
 
@@ -314,4 +332,4 @@ class Analysis(Hook):
 def default_hooks(run: Run) -> list[Hook]:
     """Those of every run; rank 0 alone writes logs."""
     logs = [MetricsLog(run.out / "metrics.jsonl")] if run.ranks.is_main else []
-    return [*logs, Remarks(), EpsWarmup(), Evaluation(), Analysis()]
+    return [*logs, Remarks(), EpsWarmup(), Evaluation(), WeightPerturbation(), Analysis()]

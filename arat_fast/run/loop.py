@@ -23,10 +23,10 @@ from arat_fast.files import LOCK, Lock, write_json
 from arat_fast.models.split_batch_norm import copy_network
 from arat_fast.run import natural
 from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
-from arat_fast.run.hooks import Hook
+from arat_fast.run.hooks import Hook, Restart
 from arat_fast.run.state import Run
 from arat_fast.stop import EXIT_CODES, EvaluationStopped, InterruptedRun, stop_on_signals
-from arat_fast.training.metrics import NotFiniteError
+from arat_fast.training.metrics import CatastrophicOverfittingError, NotFiniteError
 
 
 def train_epochs(run: Run) -> None:
@@ -188,6 +188,7 @@ def train(
             processes; the state is saved.
         NotFiniteError: a loss or a weight became NaN; names the step, the term and the last
             checkpoint. Raised by all processes in the same step.
+        CatastrophicOverfittingError: as ``config.watch`` asks.
         OSError: a file could not be written; the checkpoint before is whole.
     """
     with _locked(out, ranks) as lock:
@@ -227,7 +228,7 @@ def train_run(this: Run) -> dict[str, Any]:
     """Train a run that is built, evaluate, and write the summary; as :func:`train`."""
     try:
         return _run(this)
-    except (NotFiniteError, OSError) as error:
+    except (NotFiniteError, CatastrophicOverfittingError, OSError) as error:
         # The disk may be what failed, or the folder be another's now, which is raised again.
         with suppress(OSError):
             this.checkpoints.wait()
@@ -264,6 +265,8 @@ def _run(this: Run) -> dict[str, Any]:
                     break
                 except NotFiniteError as error:
                     roll_back(this, error)
+                except Restart:
+                    continue
                 except EvaluationStopped:
                     stop(this)
         try:

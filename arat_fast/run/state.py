@@ -41,6 +41,7 @@ from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.run.loggers import loggers
+from arat_fast.run.overfitting import OverfittingWatch
 from arat_fast.run.start import start_from_weights
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
@@ -48,6 +49,7 @@ from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, traini
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 from arat_fast.training.schedule import learning_rate, progressive_size
 from arat_fast.training.step import TrainStep
+from arat_fast.training.targets import Targets
 
 PROBE_SAMPLES = 1000
 """The official code measures the balance on batches until it has seen this many samples."""
@@ -256,7 +258,7 @@ class Run:
         )
         self.metrics = StepMetrics(ranks)
         self.vote = Vote(ranks)
-        self.hooks = [*default_hooks(self), *loggers(self), *hooks]
+        self.hooks = [*default_hooks(self), OverfittingWatch(), *loggers(self), *hooks]
         self.parts: dict[str, Stateful] = {
             "run": Identity(self),
             "progress": self.progress,
@@ -365,11 +367,13 @@ class Run:
             last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,
+            targets=Targets.of(config.targets, train.num_classes, self.device),
             assemble=train.assemble if isinstance(train, ResidentBatches) else None,
             accumulate=config.train.accumulate,
             ranks=ranks,
             overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
+            compile=config.step.compile,
             say=self.warn,
         )
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from arat_fast.attacks.norms import NORMS
 from arat_fast.build import build_network
 from arat_fast.config import Config, config_from_dict, recorded_model
 from arat_fast.datasets import DATASETS
@@ -410,7 +411,7 @@ _FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
     **{key: (str, bool) for key in ("recipe", "model", "objective", "weights")},
     "branch": (str, ("adv", "clean", "shared").__contains__),
     "activation": (str, ("relu", "silu").__contains__),
-    "norm": (str, ("Linf", "L2").__contains__),
+    "norm": (str, NORMS.__contains__),
     "eps": (float, lambda eps: 0 <= eps < math.inf),
     "mean": (lambda values: [float(value) for value in values], lambda _: True),
     "std": (lambda values: [float(value) for value in values], lambda _: True),

@@ -335,6 +335,17 @@ def classes(num: int = 6, num_classes: int = 10) -> Operation:
     return Operation(call, make, ("logits",))
 
 
+def weighted(num: int = 6, num_classes: int = 10) -> Operation:
+    """:func:`classes` with weights of the classes, which need not sum to 1."""
+    operation = classes(num, num_classes)
+
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        weights = torch.rand((num, num_classes), generator=generator(seed + 2))
+        return operation.make(seed, dtype) | {"target": weights}
+
+    return replace(operation, make=make)
+
+
 EPS, ALPHA = 8 / 255, 2 / 255
 # Rounding of x ± eps in float32, for values up to 1.
 SLACK = 2.0**-23
@@ -404,6 +415,7 @@ OPERATIONS: dict[str, Operation] = {
     "relu_backward": relu(),
     "cosine_invariance": distance(),
     "cross_entropy_grad": classes(),
+    "cross_entropy_grad-weighted": weighted(),
     "pgd_step": step(),
     "pgd_step-L2": step("L2"),
     "random_start": start(first=1),

@@ -91,6 +91,25 @@ def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps
     assert result.accuracy <= pgd.accuracy
 
 
+@pytest.mark.slow
+def test_apgd_in_l1_is_the_reference_codes(linear: nn.Module) -> None:
+    """Its larger first balls, five starts, and no example that rounding pushes out of the ball."""
+    images, threat = digits(40), ThreatModel(0.8, "L1")
+    names = ("apgd-ce", "apgd-t")
+    result = autoattack(linear, images, threat, batch_size=40, seed=5, attacks=names)
+    with torch.random.fork_rng():
+        reference = AutoAttack(linear, norm="L1", eps=0.8, seed=5, version="standard")
+        reference.attacks_to_run = list(names)
+        x_adv, _ = reference.run_standard_evaluation(images.x, images.y, batch_size=40)
+        expected = linear(x_adv).argmax(1) == images.y
+    assert torch.equal(result.correct, expected)
+    assert 0 < result.accuracy < 1
+    assert threat.allows(images.x, result.x_adv).all()
+    assert result.details["num_rejected"] == 0
+    pgd = pgd_accuracy(linear, images, threat, num_steps=20, alpha=0.2, batch_size=40)
+    assert result.accuracy <= pgd.accuracy < 1
+
+
 @pytest.fixture(scope="module")
 def convolutional() -> nn.Module:
     """Split BatchNorm, a residual and a projection, trained a little on noised digits."""

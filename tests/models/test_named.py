@@ -14,6 +14,7 @@ from tiny import changed, tiny_config
 from torch import Tensor, nn
 
 from arat_fast.build import build_network, build_objective
+from arat_fast.cli import main
 from arat_fast.command_line import base_config, overrides_of
 from arat_fast.config import ForeignModel, ModelConfig, config_from_dict, config_to_dict
 from arat_fast.models import MODELS, SplitBatchNorm2d, create_model
@@ -142,6 +143,14 @@ def test_the_rule() -> None:
     assert default_layers(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2)) == ("0",)
     with pytest.raises(ValueError, match="takes no images"):
         default_layers(Tokens(), (3, 2, 2))
+
+
+def test_the_layers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "resnet8", "--image-size", "8"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    starred = tuple(line[1] for line in lines if line[0] == "*")
+    assert starred == MODELS["resnet8"].regularized_layers
+    assert ["layer3.0", "BasicBlock", "128", "x", "2", "x", "2"] in lines
 
 
 def test_files_are_cropped_as_the_network_wants_them() -> None:

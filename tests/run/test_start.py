@@ -20,6 +20,7 @@ from arat_fast.models import create_model
 from arat_fast.recipes import recipe
 from arat_fast.run.hooks import Hook
 from arat_fast.saved import save_safetensors, state_dict_to_official
+from arat_fast.saved.naming import to_own
 
 
 def starting(source: Path | str, **settings: Any) -> Config:
@@ -62,6 +63,13 @@ def test_weights_of_a_file(tmp_path: Path, kind: str) -> None:
     plain = with_objective(starting(path), "at")
     state = tiny_trainer(tmp_path / "plain", plain).model.state_dict()
     assert torch.equal(state["bn1.weight"], expected["bn1.weight"])
+
+
+def test_names_of_robustbench_preact_resnet() -> None:
+    with torch.device("meta"):
+        own = create_model("preact-resnet18", 10, norm="shared").state_dict()
+    theirs = {name.replace(".convShortcut.", ".shortcut.0."): t for name, t in own.items()}
+    assert theirs.keys() != own.keys() == to_own(theirs, own).keys()
 
 
 def test_another_classifier_stays_fresh_and_the_body_waits(tmp_path: Path) -> None:
@@ -142,9 +150,9 @@ class Start(Hook):
 
 
 def test_the_radius_grows_and_a_resumed_run_has_that_of_its_epoch(tmp_path: Path) -> None:
-    attack = PGD(eps=0.3, alpha=0.2, eps_warmup=2)
-    assert [attack.at_epoch(e).eps for e in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
-    assert PGD().at_epoch(0) == PGD()
+    attack = PGD(eps=0.3, eps_warmup=2)
+    assert [attack.eps_at(e) for e in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert PGD().eps_at(0) == PGD().eps
     config = changed(tiny_config(2, kind="none"), "attack", eps_warmup=1)
     run = tiny_trainer(tmp_path / "run", config)
     radii: list[float] = []
