@@ -130,7 +130,7 @@ def autoattack(
     after: dict[str, Tensor] = {}
     num_rejected = num_disputed = 0
     x_adv = images.x.clone()
-    course = _Course(title, attacks, num_targets, version, progress)
+    course = _Course(title, attacks, threat, num_targets, version, progress)
     run = _Attacks(model, threat, batch_size, seed, num_targets, version, fast, course)
     with ExitStack() as stack:
         stack.enter_context(private_random_state(images.x.device))
@@ -199,6 +199,11 @@ class _Attacks:
     course: _Course
 
     @property
+    def short(self) -> bool:
+        """Whether the attacks run with torchattacks' settings."""
+        return self.version == "torchattacks10"
+
+    @property
     def own_square(self) -> bool:
         """Whether Square is the one that asks each question once."""
         return self.fast and self.threat.ball is NORMS[SquareLinf.norm]
@@ -246,7 +251,7 @@ class _Attacks:
                 num_queries=NUM_QUERIES,
                 seed=self.seed,
                 batch_size=self.batch_size,
-                rescale_schedule=self.version == "torchattacks10",
+                rescale_schedule=self.short,
             )
             return square(ticking, x, y, share=None if shared is None else shared.map_parts)
         reference = partial(self._reference, name, ticking)
@@ -268,7 +273,7 @@ class _Attacks:
         adversary.apgd_targeted.n_target_classes = min(apgd_targets, self.num_targets)
         adversary.fab.n_target_classes = self.num_targets
         adversary.square.n_queries = NUM_QUERIES
-        if self.version == "torchattacks10":
+        if self.short:
             _shorten(adversary)
         adversary.attacks_to_run = [name]
         found: Tensor = adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
@@ -281,6 +286,7 @@ class _Course:
 
     title: str
     attacks: Sequence[str]
+    threat: ThreatModel
     num_targets: int
     version: Version
     progress: SuiteProgress | None
@@ -290,7 +296,10 @@ class _Course:
     def passes(self, name: str) -> int:
         """Forward passes of one image that withstands an attack."""
         steps = SHORT_STEPS if self.version == "torchattacks10" else NUM_STEPS
-        targets = 1 if name in RAND else self.num_targets
+        targets = {"apgd-ce": 1, "apgd-dlr": 1}.get(name, self.num_targets)
+        if self.threat.norm == "L1" and name.startswith("apgd"):
+            # As many restarts as it has targets.
+            targets = self.threat.ball.num_targets
         of_step = {"fab-t": 2}.get(name, NUM_DRAWS if self.version == "rand" else 1)
         return NUM_QUERIES if name == "square" else targets * (of_step * steps + 2)
 
