@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from arat_fast.attacks.pgd import check_length
+from arat_fast.attacks.norms import NORMS
 from arat_fast.data.holdout import with_test_images
 from arat_fast.data.load import check_arrays
 from arat_fast.data.prepare import is_generated, open_npz, own_dataset
@@ -330,7 +330,7 @@ def draw_radii(parts: list[Samples], radii: Sequence[float], path: Path) -> None
         ValueError: a radius is out of range.
     """
     for eps in radii:
-        check_length("eps", eps, "Linf")
+        NORMS["Linf"].check("eps", eps)
     source = np.random.default_rng(0)
     number = min(4, len(parts[0]))
     side = 2 * TILE
