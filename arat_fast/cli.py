@@ -570,6 +570,8 @@ class Inspect(Command):
     eps: tuple[float, ...] = ()
     """Radii to choose from: some images, and beside each of them itself with random signs of each
     radius, go to NAME-radii.png beside the sheet."""
+    follow_links: bool = False
+    """Also read class folders that are links to folders elsewhere."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.data.inspect import inspect
@@ -581,7 +583,11 @@ class Inspect(Command):
             sheet = (path.parent if here.is_relative_to(path) else here) / f"{path.name}-sheet.png"
         radii = sheet.with_name(f"{sheet.stem.removesuffix('-sheet')}-radii.png")
         found = inspect(
-            self.path, sheet, self.max_samples, radii=(radii, self.eps) if self.eps else None
+            self.path,
+            sheet,
+            self.max_samples,
+            self.follow_links,
+            radii=(radii, self.eps) if self.eps else None,
         )
         print("\n".join(found.lines()))
         print(f"sheet        {sheet}")
@@ -599,6 +605,8 @@ class Prepare(Command):
     """An .npz file with image and label, a folder of images by class, or tar shards."""
     out: tyro.conf.Positional[Path | None] = None
     """Folder to make of an .npz file."""
+    follow_links: bool = False
+    """Also read class folders that are links to folders elsewhere."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.data.prepare import convert_npz, verify
@@ -614,7 +622,7 @@ class Prepare(Command):
             return 0
         if self.out is not None:
             raise UsageError(f"{self.path} is used as it is: no folder to write, got {self.out}")
-        number, bad = verify(self.path)
+        number, bad = verify(self.path, self.follow_links)
         for reason in bad:
             print(f"unreadable: {reason}")
         print(f"{number - len(bad):,} of {number:,} files can be decoded")

@@ -174,6 +174,8 @@ class DataConfig:
     itself."""
     download: Annotated[bool, FREE] = False
     """Fetch the dataset into root where it is absent."""
+    follow_links: Annotated[bool, FREE] = False
+    """folder: also read class folders that are links to folders elsewhere."""
     batch_size: Annotated[int, Range(low=2)] = 128
     """Samples in a training batch, over all processes; >= 2."""
     loader: Annotated[Literal["auto", "resident", "dali", "dataloader"], FREE] = "auto"

@@ -129,6 +129,7 @@ def inspect(
     path: Path,
     sheet: Path | None = None,
     max_samples: int = 2000,
+    follow_links: bool = False,
     *,
     radii: tuple[Path, Sequence[float]] | None = None,
 ) -> Inspection:
@@ -138,6 +139,7 @@ def inspect(
         path: a file or a folder.
         sheet: PNG file for the contact sheet; None for none.
         max_samples: images that are decoded for sizes, mean and std, evenly spread; >= 1.
+        follow_links: also to class folders that are links.
         radii: PNG file for :func:`draw_radii`, and the radii; None for none.
 
     Raises:
@@ -148,7 +150,7 @@ def inspect(
         raise ValueError(f"max_samples must be >= 1, got {max_samples}")
     if not path.exists():
         raise FileNotFoundError(f"nothing at {path}, expected a dataset's file or folder")
-    found, splits = _open(path)
+    found, splits = _open(path, follow_links)
     parts, classes = list(splits.values()), found.classes
     for split, part in splits.items():
         found.counts[split] = len(part.labels)
@@ -202,7 +204,7 @@ def _places(parts: list[Samples], numbers: npt.NDArray[np.int64]) -> list[tuple[
     return [(parts[w], n - starts[w]) for w, n in zip(which, numbers.tolist(), strict=True)]
 
 
-def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
+def _open(path: Path, follow_links: bool) -> tuple[Inspection, Mapping[str, Samples]]:
     """What a dataset is, not yet looked at, and its splits; of some only the first images can be
     looked at, as their length says."""
     if path.suffix == ".npz" and is_generated(path):
@@ -228,8 +230,10 @@ def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
             unlabelled = FileImages([(file, 0) for file in flat])
             return Inspection(path, "images without classes"), {"images": unlabelled}
     found = Inspection(path, OWN[dataset.name], _command(dataset.name, path))
+    if follow_links:
+        found.use += " --data.follow-links"
     try:
-        content = dataset.read(path)
+        content = dataset.load(path, follow_links=follow_links)
     except ValueError as error:
         # A shard alone, or generated images, can be a part of a dataset.
         if dataset.name == "webdataset" and path.is_file():

@@ -100,7 +100,7 @@ def load_data(
     """
     dataset = DATASETS[config.name]
     try:
-        content = dataset.load(config.root, config.download)
+        content = dataset.load(config.root, config.download, config.follow_links)
     except FileNotFoundError as error:
         if not dataset.own:
             raise

@@ -81,17 +81,15 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
 
     Args:
         path: the file.
-        folder: is made.
+        folder: absent or empty.
 
     Returns:
         the number of images, and what was converted, in words.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder has files in it.
         ValueError: as for :func:`open_npz`; a checksum is wrong.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already, expected a folder to make")
     with _opened(path) as archive, folder_atomic(folder) as made:
         needed = sum(member.file_size for member in archive.infolist())
         with archive.open(MEMBERS[0]) as file:
@@ -139,11 +137,12 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
     return rows.shape[0], rows.stored.notes()
 
 
-def verify(path: Path) -> tuple[int, list[str]]:
+def verify(path: Path, follow_links: bool = False) -> tuple[int, list[str]]:
     """Decode every image of a folder of one's own, or of one tar shard.
 
     Args:
         path: the dataset.
+        follow_links: also to class folders that are links.
 
     Returns:
         the number of files, and what is wrong with those that cannot be decoded.
@@ -155,7 +154,7 @@ def verify(path: Path) -> tuple[int, list[str]]:
         shard, others = index_shards([path])
         content = Content(shard, None, (), bad=tuple(others))
     else:
-        content = own_dataset(path).read(path)
+        content = own_dataset(path).load(path, follow_links=follow_links)
     parts, bad = list(content.parts.values()), list(content.bad)
     for part in parts:
         # Arrays are whole, or were refused.

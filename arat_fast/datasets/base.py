@@ -76,6 +76,7 @@ class Dataset:
         own: images of one's own, which differ with the place where they lie.
         places: what lies in its root, and what the dataset is then, in words.
         label: what a report calls it; the name by default.
+        linked: as ``read``, which follows the links that that refuses; None where it refuses none.
     """
 
     name: str
@@ -88,26 +89,29 @@ class Dataset:
     own: bool = False
     places: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
+    linked: Callable[[Path], Content] | None = None
 
-    def load(self, root: Path, download: bool = False) -> Content:
+    def load(self, root: Path, download: bool = False, follow_links: bool = False) -> Content:
         """What its files hold, fetched first where they are absent or damaged.
 
         Args:
             root: the folder of the datasets; of one's own images their folder.
             download: fetch them.
+            follow_links: also to class folders that are links.
 
         Raises:
             FileNotFoundError: it is absent, or could not be downloaded.
             ValueError: a file is not the published one, or holds something else.
         """
         root = root.expanduser()
+        read = self.linked if follow_links and self.linked is not None else self.read
         try:
-            return self.read(root)
+            return read(root)
         except (FileNotFoundError, ValueError):
             if self.fetch is None or not download:
                 raise
         self.fetch(root)
-        return self.read(root)
+        return read(root)
 
 
 DATASETS: dict[str, Dataset] = {}

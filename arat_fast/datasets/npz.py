@@ -17,9 +17,7 @@ import numpy as np
 from arat_fast.datasets.base import Content, Dataset, Samples, register
 from arat_fast.datasets.rows import ArrayRows, Images, Pixels, read_header, read_labels, settled
 from arat_fast.datasets.splits import in_order, own_content
-
-MAX_RATIO = 100
-"""Bytes that one byte of an archive may unpack to, beyond the first MiB; images are below 20."""
+from arat_fast.files import check_ratio
 
 _IMAGES = frozenset(("x", "image", "images", "data", "imgs"))
 _LABELS = frozenset(("y", "label", "labels", "target", "targets"))
@@ -44,12 +42,7 @@ def opened_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.file_size > MAX_RATIO * (member.compress_size + 2**20):
-                    raise ValueError(
-                        f"{path}: {member.compress_size:,} bytes unpack to {member.file_size:,}, "
-                        f"expected at most {MAX_RATIO} times as many of images"
-                    )
+            check_ratio(archive, path)
             yield archive
     # RuntimeError: it is encrypted, or compressed in a way that Python does not know. EINVAL: its
     # directory points outside of it.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from arat_fast.config import Config, config_from_dict
 from arat_fast.evaluation.pieces import NOT_NPZ
-from arat_fast.files import parse_json, read_json
+from arat_fast.files import check_ratio, parse_json, read_json
 from arat_fast.statistics import wilson_interval
 
 Numbers = NDArray[np.float64]
@@ -319,6 +319,7 @@ def _from_fields(kind: type[T], stored: Mapping[str, Any]) -> T:
 
 def _parse_examples(file: Path) -> Examples:
     with np.load(file, allow_pickle=False) as archive:
+        check_ratio(archive.zip, file)
         arrays = {f.name: archive[f.name] for f in fields(Examples)}
     return Examples(**arrays | {"classes": tuple(map(str, arrays["classes"]))})
 

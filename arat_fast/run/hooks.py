@@ -137,14 +137,14 @@ class Remarks(Hook):
             run.display.say(f"nothing to resume in {run.out}: a new run")
         resumed = f" from step {step}" if step else ""
         epochs = config.train.epochs
-        together = "" if ranks.alone else f" in {ranks.world_size} processes"
+        share = run.data.train.plan.largest_share
+        together = "" if ranks.alone else f" in {ranks.world_size} processes of {share} images each"
         run.display.say(
             f"{config.recipe}: {config.objective.name}, {config.model.name}, "
             f"{run.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
-        share = run.data.train.plan.largest_share
         by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
         norms = (SplitBatchNorm2d, nn.BatchNorm2d)
         has_norms = any(isinstance(module, norms) for module in run.model.modules())

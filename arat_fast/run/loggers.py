@@ -43,7 +43,7 @@ class TensorBoard(Hook):
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            step = run.progress.step
+            step = run.progress.steps_made
             purge = step + 1 if step else None
             self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=purge)
 

@@ -46,6 +46,7 @@ from arat_fast.run.start import start_from_weights
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, training_state
+from arat_fast.training.memory import is_out_of_memory
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 from arat_fast.training.schedule import learning_rate, progressive_size
 from arat_fast.training.step import TrainStep
@@ -79,8 +80,15 @@ class Progress:
         self.rate_factor = 1.0
         self.num_rollbacks = 0
         self.natural_model: dict[str, Any] | None = None
+        self.steps_left_out = 0
+        """Of those that were made, by how many fewer there are in epochs of this length."""
         self.ends_epoch = False
         """Whether a checkpoint left nothing of its epoch but the end."""
+
+    @property
+    def steps_made(self) -> int:
+        """Those of the optimiser, which no change of the processes numbers anew."""
+        return self.step + self.steps_left_out
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "ends_epoch"}
@@ -90,6 +98,7 @@ class Progress:
         own = self.steps_per_epoch
         epoch, batch = divmod(state["step"], state["steps_per_epoch"])
         vars(self).update(state, step=epoch * own + min(batch, own), steps_per_epoch=own)
+        self.steps_left_out += state["step"] - self.step
         self.ends_epoch = batch >= own
 
 
@@ -396,6 +405,9 @@ class Run:
                 {name: r for name, r in record["operations"].items() if name in checked}
             )
         found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        if doctor.GRAPH in found and config.step.graph == "on":
+            reason = found[doctor.GRAPH]
+            raise ValueError(f"wrong on this card: {reason}; set --step.graph auto or off")
         doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
         return found
 
@@ -533,7 +545,8 @@ class Run:
             OSError: a checkpoint could not be written, or another process goes on with the run.
         """
         self.checkpoints.check()
-        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, "run": self.id, **values}
+        step = self.progress.steps_made
+        line = {"kind": kind, "step": step, "epoch": epoch, "run": self.id, **values}
         for hook in self.hooks:
             hook.log(self, line)
 
@@ -559,9 +572,23 @@ class Run:
             hook.sync()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
+        """Take over the state of a checkpoint.
+
+        Raises:
+            ValueError: it is not a run's of this configuration, though it says so.
+        """
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            # What each part raises for what it has not written.
+            except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{self.checkpoints.newest} holds another {name} than this run's: "
+                    f"{type(error).__name__}: {reason}"
+                ) from error
         # The same step again takes no place of another checkpoint.
         if self.checkpoints.newest_step is not None:
             self.checkpoints.newest_step = self.progress.step

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import arat_fast.training.checkpoint as checkpoint_module
+from arat_fast.evaluation.pieces import read_arrays
 from arat_fast.files import write_atomic, write_json
 from arat_fast.training.checkpoint import (
     FORMAT,
@@ -342,3 +344,19 @@ def test_a_failed_write_is_told_later_and_keeps_the_one_before(
         assert step_in(folder.newest) == 1
     save(folder, 3)
     assert names(tmp_path) == ends("-00000001", "")
+
+
+def test_an_archive_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path) -> None:
+    """As its directory says; 6 MB can be 6 GB of zeros."""
+    arrays, checkpoint = tmp_path / "arrays.npz", tmp_path / "checkpoint.pt"
+    np.savez(arrays, a=np.zeros(3))
+    save_checkpoint(checkpoint, state(1))
+    assert read_arrays(arrays) is not None
+    for path in (arrays, checkpoint):
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.infolist()[0].file_size = 2**31
+            archive.writestr("more", b"")
+    assert read_arrays(arrays) is None
+    with pytest.raises(ValueError) as refused:
+        load_checkpoint(checkpoint)
+    assert "unpack to 2,147,483,648" in str(refused.value.__cause__)
