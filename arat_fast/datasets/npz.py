@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
-from arat_fast.datasets.rows import ArrayRows, Images, Pixels, read_header, read_labels, settled
+from arat_fast.datasets.rows import (
+    DAMAGE,
+    ArrayRows,
+    Images,
+    Pixels,
+    read_header,
+    read_labels,
+    settled,
+)
 from arat_fast.datasets.splits import in_order, own_content
 from arat_fast.files import check_ratio
 
@@ -93,7 +101,10 @@ def names_in(archive: zipfile.ZipFile, member: str, path: Path) -> list[str]:
     """
     with archive.open(member) as file:
         lib: Any = np.lib.format
-        names = lib.read_array(file, allow_pickle=False)
+        try:
+            names = lib.read_array(file, allow_pickle=False)
+        except DAMAGE as error:
+            raise ValueError(f"{path}: expected an array of names, got {error}") from error
     if names.ndim != 1 or names.dtype.kind != "U":
         raise ValueError(
             f"{path}: expected the names of the classes, (num_classes,) str, got {names.dtype} of "

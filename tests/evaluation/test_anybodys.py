@@ -40,7 +40,7 @@ def test_the_robust_set_is_that_of_the_reference_code(
     torch.save({"state_dict": state}, tmp_path / "w.pt")
     np.savez(tmp_path / "set.npz", x=pixels, y=y.numpy())
     arguments = ["eval", "--model.name", "networks:classifier", "--weights", str(tmp_path / "w.pt")]
-    arguments += ["--data", str(tmp_path / "set.npz"), "--eps", repr(eps), "L2:0.01"]
+    arguments += ["--data", str(tmp_path / "set.npz"), "--eps", repr(eps), "L2:2"]
     arguments += ["--batch-size", "64", "--device", "cpu", "--num-steps", "2"]
     assert main(arguments) == 0
     table = capsys.readouterr().out.splitlines()[-3:]
