@@ -109,6 +109,7 @@ def run(options: Options) -> int:
     }
     bench.record |= {"correctness": [], "profile": []}
     bench.measure_rates()
+    bench.save()
     largest = max(todo, key=lambda workload: workload.batch_size)
 
     stages: list[Callable[[], None]] = []

@@ -85,6 +85,7 @@ def test_a_captured_run_is_the_eager_one(config: Config, tmp_path: Path) -> None
     assert_same_numbers(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_captured_anew(tmp_path: Path) -> None:
     config = configured(tiny_config(3))
     eagerly(tiny_trainer(tmp_path / "off", config).run)
