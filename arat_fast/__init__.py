@@ -68,7 +68,7 @@ def load(
     Args:
         path: a run's folder, a ``checkpoint.pt``, a ``model.safetensors``, an official AR-AT
             checkpoint, or a folder that ``arat-fast export`` wrote in the format hub, robustbench,
-            torchvision or timm.
+            torchvision or timm; "hf:USER/NAME" is one on the Hugging Face Hub.
         branch: of a network with split BatchNorm; None is "adv", the robust one.
         weights: "deployed", the average where the run has one, or "last".
         recipe: tells which network a safetensors file is that does not say so itself.

@@ -121,10 +121,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    name: Literal["steps", "official_steps", "cosine", "onecycle"] = "steps"
+    name: Literal["steps", "official_steps", "cosine", "onecycle", "range"] = "steps"
     """steps: times decay at each milestone. official_steps: the same one epoch later, and a
     first epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine
-    down."""
+    down. range: a test that finds a learning rate, from a thousandth of it up, by equal factors."""
     milestones: tuple[Annotated[float, Range(above=0, high=1)], ...] = (0.75, 0.9)
     """Share of the epochs done when the learning rate drops: 0.75 of 100 is before epoch 76."""
     decay: Annotated[float, Range(above=0, high=1)] = 0.1
@@ -192,6 +192,9 @@ class DataConfig:
     num_val: Number = 0
     """Training images held out for validation, the same ones in every run; 0 for none, or where the
     dataset has train, val and test."""
+    limit: Number = 0
+    """Training images used, with the class shares of all, the same ones in every run; 0 for all.
+    For trials; every record says so."""
     unsup: Path | None = None
     """Generated images with pseudo-labels, mixed into every training batch: a folder that arat-fast
     data prepare has written."""
@@ -249,6 +252,9 @@ class StepConfig:
 class TrainConfig:
     epochs: Count = 100
     """Epochs; >= 1."""
+    max_steps: Annotated[Number, FREE] = 0
+    """Steps after which the run ends as if they were all, with the learning rates of the whole
+    one; 0 for all. For trials; with more steps and --resume it goes on."""
     natural_epochs: Number = 0
     """Epochs of natural training first, with a schedule of their own, in the folder natural of the
     run; >= 0."""
@@ -256,6 +262,9 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
     log_every: Annotated[Count, FREE] = 20
     """Steps between two lines of metrics.jsonl; >= 1."""
+    loggers: Annotated[tuple[Literal["tensorboard", "csv", "wandb"], ...], FREE] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: TensorBoard where it is installed, metrics.csv at
+    the end, Weights & Biases."""
     eval_every: Annotated[Number, FREE] = 5
     """Epochs between two evaluations (clean, PGD) during training; 0 for none."""
     checkpoint_every: Annotated[Count, FREE] = 1

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+PARENT = "ARAT_FAST_PARENT"
+"""The variable that names the process with which ``python -m arat_fast`` ends."""
 _PR_SET_PDEATHSIG = 1
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGUSR1"):

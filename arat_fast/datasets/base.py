@@ -72,7 +72,7 @@ class Dataset:
             any size, or where only the files say it.
         channels: of an image.
         num_classes: number of classes; None where only the files say it.
-        crop: what image files are cut to by default.
+        crop: what image files are cut to by default; None where images are in arrays.
         own: images of one's own, which differ with the place where they lie.
         places: what lies in its root, and what the dataset is then, in words.
         label: what a report calls it; the name by default.
@@ -85,7 +85,7 @@ class Dataset:
     image_size: int | None = None
     channels: int = 3
     num_classes: int | None = None
-    crop: Literal["pad", "resized"] = "resized"
+    crop: Literal["pad", "resized"] | None = "resized"
     own: bool = False
     places: Mapping[str, str] = field(default_factory=dict)
     label: str = ""

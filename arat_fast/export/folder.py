@@ -35,7 +35,17 @@ _HEADER = (
     *("recipe", "model", "objective", "weights", "branch"),
     *("norm", "eps", "mean", "std", "image_shape", "additional_data", "classes"),
 )
-_TRAINING = ("epochs", "steps", "seed", "precision", "device", "versions", "commit")
+_TRAINING = (
+    "epochs",
+    "steps",
+    "limit",
+    "max_steps",
+    "seed",
+    "precision",
+    "device",
+    "versions",
+    "commit",
+)
 _ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
 
 

@@ -37,7 +37,7 @@ def run_plots(run: Run) -> list[Plot]:
     makers: list[tuple[str | None, Callable[[Run], Plot | None]]] = [
         (None, _accuracy),
         ("loss", _loss),
-        ("lr", _learning_rate),
+        ("lr", _range_test if run.config.schedule.name == "range" else _learning_rate),
         ("w_adv", _weights),
         (None, _invariance),
         ("images_per_second", _throughput),
@@ -189,6 +189,21 @@ def _learning_rate(run: Run) -> Plot:
     # As it was: a running mean would round off its corners.
     caption = "Learning rate of each logged step."
     return _plot("Learning rate", [line], caption, described, smooth=False)
+
+
+def _range_test(run: Run) -> Plot:
+    """Loss over the learning rate, on a logarithmic axis."""
+    rates, losses = run.metrics["lr"].values, run.metrics["loss"].values
+    figure, axes = style.new_axes(height=3.1)
+    axes.semilogx(rates, losses, color=style.LINE, linewidth=0.7)
+    mean = style.running_mean(losses, max(len(losses) // 20, 1))
+    axes.semilogx(rates, mean, color=style.INK)
+    lowest = int(np.nanargmin(mean))
+    axes.set_ylim(0, 1.5 * float(np.nanmax(mean[: lowest + 1])))
+    axes.set_xlabel("learning rate")
+    at = f"the loss is lowest at {rates[lowest]:.3g}"
+    caption = f"Range test: {at}; a third to a tenth of where it turns is a usual learning rate."
+    return Plot("Loss by learning rate", figure, f"From {rates[0]:.3g}: {at}.", caption)
 
 
 def _weights(run: Run) -> Plot:

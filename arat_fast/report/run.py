@@ -97,7 +97,7 @@ class Summary:
         warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
-        collapsed: that the model has learned nothing, in words.
+        collapsed, randomised: as :class:`arat_fast.evaluation.suite.SuiteResult` says them.
         wall_seconds: by "train" and "eval".
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
@@ -127,6 +127,7 @@ class Summary:
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     collapsed: str = ""
+    randomised: str = ""
 
 
 @dataclass(frozen=True)

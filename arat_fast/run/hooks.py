@@ -6,14 +6,13 @@ import dataclasses
 import json
 import math
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import nn
 
-from arat_fast.analysis.snapshot import analyze_training, first_batches, headline_numbers
+from arat_fast.analysis.snapshot import analyze_training, first_batches
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
@@ -126,38 +125,6 @@ class MetricsLog(Hook):
         return self.file
 
 
-class TensorBoard(Hook):
-    """Scalars for TensorBoard in the run's folder, where it is installed."""
-
-    def __init__(self) -> None:
-        self.writer: Any = None
-
-    def begin(self, run: Run) -> None:
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            step = run.progress.steps_made
-            purge = step + 1 if step else None
-            self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=purge)
-
-    def log(self, run: Run, line: dict[str, Any]) -> None:
-        if self.writer is None:
-            return
-        numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
-        prefix = line["kind"]
-        if line["kind"] == "eval":
-            prefix = f"{line['split']}/{line['model']}"
-            numbers = {name: line[name] for name in ("clean", "pgd")}
-        elif line["kind"] == "analysis":
-            numbers = headline_numbers(line)
-        for name, value in numbers.items():
-            self.writer.add_scalar(f"{prefix}/{name}", value, line["step"])
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
 class Remarks(Hook):
     """Says what a run is and what it finds out on its way."""
 
@@ -170,14 +137,14 @@ class Remarks(Hook):
             run.display.say(f"nothing to resume in {run.out}: a new run")
         resumed = f" from step {step}" if step else ""
         epochs = config.train.epochs
-        together = "" if ranks.alone else f" in {ranks.world_size} processes"
+        share = run.data.train.plan.largest_share
+        together = "" if ranks.alone else f" in {ranks.world_size} processes of {share} images each"
         run.display.say(
             f"{config.recipe}: {config.objective.name}, {config.model.name}, "
             f"{run.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
-        share = run.data.train.plan.largest_share
         by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
         norms = (SplitBatchNorm2d, nn.BatchNorm2d)
         has_norms = any(isinstance(module, norms) for module in run.model.modules())
@@ -364,5 +331,5 @@ class Analysis(Hook):
 
 def default_hooks(run: Run) -> list[Hook]:
     """Those of every run; rank 0 alone writes logs."""
-    logs = [MetricsLog(run.out / "metrics.jsonl"), TensorBoard()] if run.ranks.is_main else []
+    logs = [MetricsLog(run.out / "metrics.jsonl")] if run.ranks.is_main else []
     return [*logs, Remarks(), EpsWarmup(), Evaluation(), WeightPerturbation(), Analysis()]

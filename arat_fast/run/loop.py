@@ -51,7 +51,7 @@ def train_epochs(run: Run) -> None:
             run.metrics.start_epoch()
             run.objective.start_epoch(progress.clean_accuracy, partial(run.probe, epoch))
         train_epoch(run, epoch, batch)
-        if progress.step % run.steps_per_epoch == 0:
+        if run.is_epoch_over:
             end_epoch(run)
         if run.is_asked_to_stop:
             stop(run)
@@ -63,6 +63,7 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
     """The steps of an epoch from ``start_batch`` on, or until a signal comes."""
     progress = run.progress
     resident = isinstance(run.data.train, ResidentBatches)
+    last = min((epoch + 1) * run.steps_per_epoch, run.total_steps)
     step = run.step.from_indices if resident else run.step
     logged, samples, since = progress.step, 0, time.perf_counter()
     for inputs, place in run.batches(epoch, start_batch):
@@ -75,7 +76,7 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
         progress.step += 1
         run.bar.advance()
         samples += place.total
-        ends = progress.step % run.steps_per_epoch == 0 or stopping
+        ends = progress.step == last or stopping
         if ends or progress.step - logged >= run.config.train.log_every:
             means = read_metrics(run)
             seconds = time.perf_counter() - since
@@ -96,7 +97,7 @@ def end_epoch(run: Run) -> None:
     means = {name: run.metrics.epoch_mean(name) for name in run.metrics.epoch_sums}
     rate = run.images_seen() / max(progress.seconds, 1e-9)
     run.bar.end_epoch(done, settings.epochs, status(means, rate))
-    if done % settings.checkpoint_every == 0 or done == settings.epochs:
+    if done % settings.checkpoint_every == 0 or progress.step == run.total_steps:
         run.save()
 
 

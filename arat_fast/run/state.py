@@ -40,6 +40,7 @@ from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
+from arat_fast.run.loggers import loggers
 from arat_fast.run.overfitting import OverfittingWatch
 from arat_fast.run.start import start_from_weights
 from arat_fast.stop import EvaluationStopped, StopRequest
@@ -256,7 +257,8 @@ class Run:
         self._build()
         train = self.data.train
         self.steps_per_epoch = len(train)
-        self.total_steps = self.steps_per_epoch * config.train.epochs
+        whole = self.steps_per_epoch * config.train.epochs
+        self.total_steps = min(config.train.max_steps or whole, whole)
         self.progress = Progress(self.steps_per_epoch, train.num_classes)
         self.average = WeightAverage(
             config.average,
@@ -265,7 +267,7 @@ class Run:
         )
         self.metrics = StepMetrics(ranks)
         self.vote = Vote(ranks)
-        self.hooks = [*default_hooks(self), OverfittingWatch(), *hooks]
+        self.hooks = [*default_hooks(self), OverfittingWatch(), *loggers(self), *hooks]
         self.parts: dict[str, Stateful] = {
             "run": Identity(self),
             "progress": self.progress,
@@ -403,6 +405,9 @@ class Run:
                 {name: r for name, r in record["operations"].items() if name in checked}
             )
         found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        if doctor.GRAPH in found and config.step.graph == "on":
+            reason = found[doctor.GRAPH]
+            raise ValueError(f"wrong on this card: {reason}; set --step.graph auto or off")
         doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
         return found
 
@@ -423,11 +428,14 @@ class Run:
     def batches(self, epoch: int, start: int) -> Iterator[tuple[tuple[Tensor, Tensor], Place]]:
         """What the step is called with, batch by batch, and this process's place in each."""
         data = self.data.train
-        places = map(data.plan.place, range(start, len(data)))
+        stop = min(len(data), self.total_steps - epoch * self.steps_per_epoch)
+        # First of each pair: where the run ends within an epoch, no other batch is made.
+        places = map(data.plan.place, range(start, stop))
         if isinstance(data, ResidentBatches):
-            yield from zip(data.epoch_indices(epoch, start), places, strict=True)
+            indices = data.epoch_indices(epoch, start)
+            yield from ((inputs, place) for place, inputs in zip(places, indices, strict=False))
             return
-        for (x, y), place in zip(data.epoch(epoch, start), places, strict=True):
+        for place, (x, y) in zip(places, data.epoch(epoch, start), strict=False):
             yield (self._scaled(x, epoch).contiguous(memory_format=self.memory_format), y), place
 
     def _scaled(self, x: Tensor, epoch: int) -> Tensor:
@@ -440,6 +448,12 @@ class Run:
             self.size = size
         # Between 0 and 1 up to rounding, which the attack does not allow.
         return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+
+    @property
+    def is_epoch_over(self) -> bool:
+        """Whether the last step was that of an epoch, or of the run."""
+        step = self.progress.step
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
 
     def set_rate(self) -> None:
         """Give the optimiser the learning rate of the step that follows."""
@@ -501,10 +515,12 @@ class Run:
             EvaluationStopped: from the function that is returned.
         """
 
-        def progress(name: str, done: int, total: int, unit: Unit = "images") -> None:
+        def progress(
+            name: str, done: int, total: int, unit: Unit = "images", note: str = ""
+        ) -> None:
             self.check_stop()
             if show is not None:
-                show(name, done, total, unit)
+                show(name, done, total, unit, note)
 
         return progress
 

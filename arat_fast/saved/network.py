@@ -24,6 +24,7 @@ from arat_fast.datasets import DATASETS
 from arat_fast.files import parse_json, read_json
 from arat_fast.models.registry import MODELS, adopt_model, create_model, image_size
 from arat_fast.recipes import recipe as recipe_by_name
+from arat_fast.saved.hub import SCHEME, fetched
 from arat_fast.saved.naming import SCHEMES, to_own
 from arat_fast.saved.official import detect, is_official, official_to_state_dict
 from arat_fast.saved.plain import export_plain
@@ -188,7 +189,7 @@ def read_saved(
         ValueError: the file is damaged or does not fit the network it names, or a recipe is
             needed.
     """
-    path = _main_file(Path(path))
+    path = _main_file(path)
     content = _read(path, weights)
     found = content.facts
     if weights == "last" and found.get("weights", "file") not in ("last", "file"):
@@ -248,6 +249,45 @@ def _size(name: str, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) ->
     return len(found["classes"]), int(found["image_shape"][0])
 
 
+def read_weights(
+    path: Path, config: Config, num_classes: int, image_shape: tuple[int, int, int]
+) -> SavedNetwork:
+    """A network with the weights of a file that holds nothing else, whoever wrote it.
+
+    Args:
+        path: of a state dict, .safetensors or by ``torch.save``, bare or in the usual wrapping;
+            what it normalises with itself is taken over.
+        config: names the network; its own module is imported.
+        num_classes: number of logits.
+        image_shape: (C, H, W).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or does not fit the network.
+    """
+    is_safe = path.suffix == ".safetensors"
+    tensors = read_safetensors(path)[0] if is_safe else read_tensor_file(path)
+    content = _of_tensors(path, state_dict_of(tensors, path), {})
+    own = config.model
+    normalization = {
+        key: tuple(content.facts.get(key, getattr(own, key))) for key in ("mean", "std")
+    }
+    model = create_model(
+        own.name,
+        num_classes,
+        image_shape[0],
+        "shared",
+        **normalization,
+        activation=own.activation,
+        image_size=image_shape[1],
+    )
+    # Files from before PyTorch 0.4.1 do not count batches.
+    counts = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
+    load_weights(model, {**counts, **content.tensors}, str(path))
+    facts = {**describe(config, "file", "shared", image_shape), **content.facts, **normalization}
+    return SavedNetwork(path, model.eval(), config, facts, num_classes)
+
+
 @dataclass(frozen=True)
 class Content:
     """Of a file: tensors under the names of the built-in network, and what it says of them."""
@@ -271,8 +311,11 @@ def read_content(path: Path) -> Content:
     return _read(_main_file(path), "deployed")
 
 
-def _main_file(path: Path) -> Path:
-    """Of a folder what tells most: a run's checkpoint, an export's record, bare weights."""
+def _main_file(path: str | Path) -> Path:
+    """Of a folder what tells most: a run's checkpoint, an export's record, bare weights; a folder
+    on the hub is fetched."""
+    name = str(path)
+    path = fetched(name[len(SCHEME) :]) if name.startswith(SCHEME) else Path(path)
     if not path.is_dir() or (path / CHECKPOINT).is_file():
         return path / CHECKPOINT if path.is_dir() else path
     if (path / RECORD).is_file() and "format" in read_json(path / RECORD):
@@ -337,7 +380,8 @@ def _from_export(path: Path, record: Mapping[str, Any]) -> Content:
         hint = f"run its {name} with {reader}" if reader else f"expected {', '.join(SCHEMES)}"
         raise ValueError(f"{path.parent} is an export in the format {scheme}: {hint}")
     file = path.parent / name
-    if not file.resolve().is_relative_to(path.parent.resolve()):
+    # By its name: in the cache of a hub files are links to where they lie.
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{path} names the file {name}, expected one in its own folder")
     weights = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_tensor_file(file)
     return _of_tensors(file, state_dict_of(weights, file), _parse(path, record))

@@ -23,7 +23,7 @@ from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
 from arat_fast.training.awp import AWP
-from arat_fast.training.graph import StepGraphs, is_capturable
+from arat_fast.training.graph import Function, StepGraphs, is_capturable
 from arat_fast.training.inputs import (
     check_kinds,
     check_labels,
@@ -370,7 +370,7 @@ class TrainStep:
                 values = self._graphs.run(function, place, inputs, self._settings())
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
-            if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             self.num_calls += 1
@@ -379,7 +379,7 @@ class TrainStep:
         # Outside of the handler, whose traceback holds on to the memory.
         self.forget()
         advice = advise(
-            lambda part: function(Place(0, len(part[0])), False, *part),
+            partial(self._attempt, function),
             inputs,
             [self.model, self.objective],
             self.sharing,
@@ -387,6 +387,26 @@ class TrainStep:
             self.generator,
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
+
+    def _attempt(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
+        """The first steps of a training on batches of this size, captures included."""
+        num = len(inputs[0])
+        batches = [(Place(0, num), inputs)]
+        if self._graphs is None:
+            for _ in range(2):
+                # Memory is cut up otherwise the second time.
+                function(batches[0][0], True, *inputs)
+            return
+        if self._graphs.last is not None and num > 2:
+            # Of another batch size the last batch has another one, smaller by one at least.
+            batches.append((Place(0, num - 1), tuple(tensor[:-1] for tensor in inputs)))
+        try:
+            self._graphs.attempt(function, batches, self._settings())
+        except ValueError:
+            if self._graphs.required:
+                raise
+        finally:
+            self.forget()
 
     def _settings(self) -> tuple[object, ...]:
         """What a captured step holds fast beside tensors."""

@@ -84,7 +84,8 @@ class Changed(Hook):
 
 
 @pytest.mark.parametrize(
-    ("act", "num_steps", "alpha"), [("more-steps", 2, 0.015), ("smaller-step", 1, 0.015)]
+    ("act", "num_steps", "alpha"),
+    [("more-steps", 2, 0.015), pytest.param("smaller-step", 1, 0.015, marks=pytest.mark.slow)],
 )
 def test_a_cure_goes_on_from_the_last_good_state(
     act: str, num_steps: int, alpha: float, tmp_path: Path
@@ -108,6 +109,7 @@ def test_a_cure_goes_on_from_the_last_good_state(
     assert (back.epoch, back.fell_at) == (1.5, 2.25)
 
 
+@pytest.mark.slow
 def test_cures_come_to_an_end(tmp_path: Path) -> None:
     falls = [0.8, *[0.1] * 20]
     run = tiny_trainer(tmp_path / "run", watched("smaller-step"), hooks=[Scripted(*falls)])

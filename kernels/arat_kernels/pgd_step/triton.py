@@ -314,6 +314,8 @@ def _draw_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: i
         numel % 16 == 0,
         LINF_BLOCK // 4,
         num_warps=warps(LINF_WARPS),
+        # Product and sum are rounded each, as the reference's are.
+        enable_fp_fusion=False,
     )
 
 

@@ -30,6 +30,13 @@ def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     operation.check(operation.make(0, dtype))
 
 
+def test_the_nan_that_a_gpu_computes_is_seen() -> None:
+    x = torch.rand(2, 3, 4, 4)
+    x.view(torch.int32)[1, 2, 3, 0] = 0x7FFFFFFF
+    parts = image_parts.forward(x)
+    assert parts.isnan().nonzero().tolist() == [[1, 2, 3, 0], [1, 5, 3, 0]]
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_tensors_at_odd_places(name: str) -> None:
     operation = OPERATIONS[name]
