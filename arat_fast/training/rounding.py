@@ -53,6 +53,19 @@ def rounded_weights(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
             del attributes[name]
 
 
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """The parameters themselves for a while, inside of :func:`rounded_weights`: for what runs
+    ``model`` without autocast."""
+    places = [(vars(m), name) for m in model.modules() for name in _PRODUCTS.get(type(m), ())]
+    taken = [(own, name, own.pop(name)) for own, name in places if name in own]
+    try:
+        yield
+    finally:
+        for attributes, name, copy in taken:
+            attributes[name] = copy
+
+
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:

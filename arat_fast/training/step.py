@@ -32,7 +32,7 @@ from arat_fast.training.inputs import (
     say_what_was_left_out,
 )
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
-from arat_fast.training.rounding import rounded_weights
+from arat_fast.training.rounding import rounded_weights, whole_weights
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.targets import Load, Targets
 from arat_fast.training.values import Values
@@ -438,7 +438,9 @@ class TrainStep:
         if attack.bn != "running" or not self.fold:
             return self._unfolded
         if self.folded_network is None:
-            self.folded_network = FoldedNetwork(self.model, x, self.impl)
+            # It compares the two in float32 first.
+            with whole_weights(self.model):
+                self.folded_network = FoldedNetwork(self.model, x, self.impl)
             self.num_folded = len(self.folded_network.folded)
         else:
             self.folded_network.refresh()
