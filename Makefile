@@ -52,6 +52,7 @@ test: install
 # EXHAUSTIVE=1: every place of a crash, 300 mutations of each file and all bits, not a share: hours.
 test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests/kernels/interpreter
 
 lint: install
 	$(BIN)/ruff check

@@ -116,7 +116,10 @@ def test_second_derivatives_are_refused(name: str) -> None:
         torch.autograd.grad(gradient.square().sum() + leaf.square().sum(), leaf)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if "-" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "-" in n else ()) for n in OPERATIONS],
+)
 def test_compiles_to_one_graph(name: str) -> None:
     operation = OPERATIONS[name]
 

@@ -79,7 +79,13 @@ STARTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*product(CASES, DTYPES[:2]), ("random_start", torch.float32)], ids=str
+    ("name", "dtype"),
+    [
+        *product(CASES, DTYPES[:2]),
+        ("random_start", torch.float32),
+        *(pytest.param(name, DTYPES[2], marks=pytest.mark.slow) for name in CASES),
+    ],
+    ids=str,
 )
 def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     for operation in CASES.get(name, STARTS):
@@ -91,10 +97,15 @@ def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [flags for flags in product([True, False], repeat=5) if sum(flags) % 2], ids=str
+    "flags",
+    [
+        pytest.param(flags, marks=() if sum(flags) % 2 else pytest.mark.slow)
+        for flags in product([True, False], repeat=5)
+    ],
+    ids=str,
 )
-def test_every_combination_of_four_options(flags: tuple[bool, ...]) -> None:
-    """Of the five, the last one following from the others."""
+def test_every_combination_of_options(flags: tuple[bool, ...]) -> None:
+    """Every one of four, the fifth following from them, is among the fast ones."""
     norm = Norm(channels=16).changed(**dict(zip(OPTIONS, flags, strict=True)))
     norm.operation.check(norm.make(0, torch.bfloat16))
 

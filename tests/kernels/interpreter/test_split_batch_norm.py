@@ -38,13 +38,18 @@ def test_many_tiles_and_segments(
     operation.check(operation.make(0, torch.float32))
 
 
-def test_more_segments_than_are_combined_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "sizes", [(20, 37), pytest.param((70, 140), marks=pytest.mark.slow)], ids=str
+)
+def test_more_segments_than_are_combined_at_once(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """16, that is: a tile is a segment of the statistics, a sample one of the sums; the last ones
     of a branch are not like the first."""
     monkeypatch.setattr(implementation, "_programs", lambda *_: 1000)
-    norm = Norm((20, 37), 64, 8, 4, residual=False)
+    norm = Norm(sizes, 64, 8, 4, residual=False)
     tensors = norm.make(0, torch.float32)
-    for end in (20, 57):
+    for end in (sizes[0], sum(sizes)):
         tensors["x"][end - 6 : end] += 5.0
     norm.operation.check(tensors)
 
