@@ -30,6 +30,7 @@ from arat_kernels.checks import (
     Norm,
     Operation,
     Tensors,
+    added_affine,
     affine,
     classes,
     crops,
@@ -96,6 +97,8 @@ def operations_of(
         shape = batch, channels, height, width
         name = _joined(*shape) + "-residual" * residual + "-relu" * rectified
         found[f"frozen_affine-{name}"] = affine(rectified, shape=shape)
+        if rectified and not residual:
+            found[f"frozen_affine-{name}-sum"] = added_affine(shape=shape)
         found[f"relu_backward-{_joined(*shape)}"] = relu(shape=shape)
         if is_split:
             norm = Norm((batch, batch), *shape[1:], residual=residual, relu=rectified)

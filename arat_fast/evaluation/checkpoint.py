@@ -141,7 +141,7 @@ def evaluate_checkpoint(
             device=target,
             seed=config.seed,
             eval_batch_size=config.eval.batch_size,
-            bad_images=BadImages(checkpoint.parent, ranks, bar),
+            bad_images=BadImages((saved.path if saved else checkpoint).parent, ranks, bar),
             all_to_test=data is not None,
         )
     test = splits.test

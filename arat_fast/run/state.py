@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -429,13 +430,14 @@ class Run:
         """What the step is called with, batch by batch, and this process's place in each."""
         data = self.data.train
         stop = min(len(data), self.total_steps - epoch * self.steps_per_epoch)
-        # First of each pair: where the run ends within an epoch, no other batch is made.
         places = map(data.plan.place, range(start, stop))
+        # Where the run ends within an epoch, no other batch is made.
         if isinstance(data, ResidentBatches):
-            indices = data.epoch_indices(epoch, start)
-            yield from ((inputs, place) for place, inputs in zip(places, indices, strict=False))
+            indices = islice(data.epoch_indices(epoch, start), len(range(start, stop)))
+            yield from zip(indices, places, strict=True)
             return
-        for place, (x, y) in zip(places, data.epoch(epoch, start), strict=False):
+        batches = islice(data.epoch(epoch, start), len(range(start, stop)))
+        for (x, y), place in zip(batches, places, strict=True):
             yield (self._scaled(x, epoch).contiguous(memory_format=self.memory_format), y), place
 
     def _scaled(self, x: Tensor, epoch: int) -> Tensor:

@@ -393,7 +393,8 @@ def test_diverging_loss_names_step_term_and_checkpoint(
         calls += 1
         output = forward(self, *batch)
         if calls == 7:
-            output.terms["invariance/layer3.0.bn1"] *= float("nan")
+            term = output.terms["invariance/layer3.0.bn1"]
+            output.terms["invariance/layer3.0.bn1"] = term * float("nan")
         return output
 
     monkeypatch.setattr(ARAT, "forward", poisoned)

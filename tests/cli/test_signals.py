@@ -38,6 +38,8 @@ def test_during_the_start(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        pytest.skip("the signal is ignored, as under nohup, and stays so")
     assert main([*command.split(), "--objective.name", f"early{number}:Mine"]) == code
     assert signal.getsignal(number) is before
     assert not (tmp_path / "runs").exists()

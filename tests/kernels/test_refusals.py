@@ -139,7 +139,7 @@ BAD: dict[Callable[..., object], tuple[Change, list[tuple[str, Change]]]] = {
             ("rng", {"rng": torch.tensor([1, 2, 3])}),
             ("rng", {"rng": torch.tensor([1, 2, 3, 4])[::2]}),
             ("eps", {"eps": math.inf}),
-            ("norm", {"norm": "L1"}),
+            ("norm", {"norm": "L3"}),
         ],
     ),
     crop_flip: (

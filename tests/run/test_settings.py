@@ -81,7 +81,7 @@ def test_ranges_are_said() -> None:
         (PGD, {"alpha": -1}),
         (PGD, {"num_steps": -1}),
         (PGD, {"num_restarts": 0}),
-        (PGD, {"norm": "L1"}),
+        (PGD, {"norm": "L3"}),
         (PGD, {"bn": "train"}),
     ],
 )
