@@ -173,7 +173,7 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
         found.mean = mean.tolist()
         found.std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1)).tolist()
     if found.bad and found.use:
-        found.use += " --data.bad-images skip"
+        found.use += f" --data.bad-images skip{'' if lost else '-strays'}"
     for part in parts:
         for label, count in enumerate(torch.bincount(part.labels, minlength=1).tolist()):
             if 0 < count <= lost[id(part), label]:

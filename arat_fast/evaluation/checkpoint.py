@@ -25,6 +25,7 @@ from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.evaluate import ImageSet, ThreatModel
 from arat_fast.evaluation.pieces import checksum
 from arat_fast.evaluation.record import (
+    checksum_of_images,
     earlier_record,
     root_of_own_images,
     save_per_example,
@@ -123,7 +124,8 @@ def evaluate_checkpoint(
     if not ranks.is_main:
         display = Display(Console(quiet=True))
     if config.data.root != trained.data.root:
-        display.say(f"images from {config.data.root}; the run had them from {trained.data.root}")
+        before = f"; the run had them from {trained.data.root}" if saved.steps is not None else ""
+        display.say(f"images from {config.data.root}{before}")
     download_data(config.data, ranks)
     with display.evaluating() as bar:
         data = load_data(
@@ -158,6 +160,7 @@ def evaluate_checkpoint(
         "device": describe_device(target),
         "versions": versions(),
         "commit": source_commit(),
+        "images_sha256": checksum_of_images(found),
     }
     alpha = config.eval.step_size(config.attack.eps)
     settings: dict[str, dict[str, Any]] = {name: {} for name in attacks if name != "pgd"}

@@ -21,7 +21,7 @@ from arat_fast.data import load_data
 from arat_fast.data.bad_images import FILE as BAD_IMAGES
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
-from arat_fast.data.fingerprint import Fingerprint, class_order
+from arat_fast.data.fingerprint import Fingerprint, class_names, class_order
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision, set_deterministic, versions
@@ -131,7 +131,7 @@ class Identity:
             "config": config_to_dict(run.config),
             "arithmetic": f"{run.precision} on {run.device.type}".removeprefix("torch."),
             "image_shape": list(run.data.train.image_shape),
-            "classes": list(run.data.train.classes),
+            "classes": list(run.class_names),
             "dataset": run.data.fingerprint._asdict(),
         }
 
@@ -264,6 +264,11 @@ class Run:
             write_json(out / "config.json", record)
             if self.bad_images.found:
                 write_json(out / BAD_IMAGES, self.bad_images.found)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One per label; empty where the dataset has none."""
+        return class_names(self.config.data.name, self.data.train.classes)
 
     def _load_data(self, bad_images: BadImages | None) -> None:
         config, ranks = self.config, self.ranks
