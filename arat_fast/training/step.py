@@ -276,6 +276,7 @@ class TrainStep:
             BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
         check_kinds(self.model, x, y)
+        y = y.long()
         if self.num_calls == 0:
             say_what_was_left_out(self.model, self.objective, self.optimizer, self.say)
         check = self.check_inputs
@@ -293,7 +294,6 @@ class TrainStep:
                 "those of the batch before; DataLoader(drop_last=True) leaves it out"
             )
             return self._before
-        y = y.long()
         given = (x, y) if noise is None else (x, y, noise)
         return self._run(_as_it_is, given, place)
 
