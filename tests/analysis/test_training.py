@@ -182,10 +182,7 @@ class OwnObjective(TRADES):
 @pytest.mark.parametrize(
     ("name", "has_conflict", "has_mixture"),
     [
-        ("trades", True, True),
-        ("arrest", True, True),
         ("lbgat", False, True),
-        ("at", False, True),
         ("natural", False, False),
         (f"{__name__}:OwnObjective", True, True),
     ],

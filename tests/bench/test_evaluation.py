@@ -34,11 +34,11 @@ def network() -> tuple[torch.nn.Module, ImageSet]:
     return model, ImageSet(x, y, tuple("abcde"))
 
 
-def measured(tmp_path: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
+def measured(tmp_path: Path, eps: float = 0.05, **options: Any) -> tuple[dict[str, Any], list[str]]:
     """The entry and the problems."""
     given = Options((tmp_path,), device="cpu", out=tmp_path / "record.json", **options)
     bench = Bench("eval", given, lambda record: "", QUIET)
-    return module.measure(bench, *network(), ThreatModel(0.05)), bench.record["problems"]
+    return module.measure(bench, *network(), ThreatModel(eps)), bench.record["problems"]
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_record(tmp_path: Path) -> None:
 
 
 def test_every_round_has_its_own_seconds_by_attack(tmp_path: Path) -> None:
-    entry, problems = measured(tmp_path, fast_only=True, rounds=2)
+    entry, problems = measured(tmp_path, 0.2, fast_only=True, rounds=2)
     assert not problems and len(entry["fast_round_seconds"]) == 2
     rounds = zip(entry["fast_round_seconds"], entry["fast_round_seconds_by_attack"], strict=True)
     for seconds, by_attack in rounds:

@@ -14,7 +14,7 @@ from benchmarks.workload import Workload, forward_flops
 HELD = {"batch": ((128, 2207.3), (277, 5472.1)), "running": ((65, 1288.6), (310, 5539.5))}
 
 
-@pytest.mark.parametrize("bn", HELD)
+@pytest.mark.parametrize("bn", ["batch", pytest.param("running", marks=pytest.mark.slow)])
 def test_no_step_launches_or_moves_more_than_was_reached(bn: str) -> None:
     found = []
     for num_steps in (1, 2):

@@ -79,11 +79,11 @@ def test_one_process_under_torchrun_equals_one_without(whole: Callable[[int], Pa
         slow(Drill("SIGUSR1", 6), [75, 75], 8, "stopped .*--resume"),
         slow(Drill("SIGINT", 6, 1), [130, 130], 8, "stopped .*--resume"),
         # In an evaluation between epochs and in the last; the rank that still works hears of it.
-        (Drill("evaluation", STEPS_PER_EPOCH, 1), [75, 75], STEPS_PER_EPOCH, "stopped"),
+        slow(Drill("evaluation", STEPS_PER_EPOCH, 1), [75, 75], STEPS_PER_EPOCH, "stopped"),
         slow(Drill("evaluation", TOTAL, 1), [75, 75], TOTAL, "stopped"),
         slow(Drill("kill in write", SECOND, 0), [-9, 1], STEPS_PER_EPOCH, r"error: rank 0 \("),
         slow(Drill("full disk", SECOND, 0), [2, 1], STEPS_PER_EPOCH, r"error: .*checkpoint.pt"),
-        (Drill("nan", 6, 1), [1, 2], STEPS_PER_EPOCH, r"error: .* step 6 on rank 1"),
+        slow(Drill("nan", 6, 1), [1, 2], STEPS_PER_EPOCH, r"error: .* step 6 on rank 1"),
         slow(Drill("nan", 6), [1, 2], STEPS_PER_EPOCH, r"error: .* rank 0, 1"),
     ],
     ids=lambda value: f"{value.accident}-{value.rank}" if isinstance(value, Drill) else "",

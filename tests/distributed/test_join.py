@@ -94,7 +94,7 @@ def slow(*values: object) -> object:
         slow(("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {}),
         slow(("0.5 SIGKILL", "sum", "sum"), [-9, 1, 1], LOST.format(0), {"own_store": True}),
         # Of a machine that has the store: the first process of another one says it.
-        (
+        slow(
             ("meet 1 SIGKILL", "meet SIGKILL", "meet meet"),
             [-9, -9, 1],
             LOST.format(0),
@@ -102,7 +102,7 @@ def slow(*values: object) -> object:
         ),
         # Alive and late for a collective; standing still.
         slow(("sum", "60", "sum"), [1, None, 1], "step 0", {}),
-        (("meet", "SIGSTOP", "meet"), [1, None, 1], LOST.format(1), {}),
+        slow(("meet", "SIGSTOP", "meet"), [1, None, 1], LOST.format(1), {}),
     ],
 )
 def test_one_says_why_and_all_end(

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from networks import generator, randomize
-from tiny import tiny_config
 from torch import Tensor, nn
 
 import arat_fast
@@ -48,18 +47,6 @@ onnx_only = pytest.mark.skipif(
 robustbench_only = pytest.mark.skipif(
     importlib.util.find_spec("robustbench") is None, reason="robustbench is not installed"
 )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with an average and normalisation, whose command names a folder."""
-    config = tiny_config(epochs=1, kind="ema", start=0.0, decay=0.5)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, mean=(0.3,), std=(0.4,))
-    )
-    out = tmp_path_factory.mktemp("export") / "run"
-    arat_fast.train(config, out, command="arat-fast train digits --out /home/me/run --seed 0")
-    return out
 
 
 def weights(path: Path, name: str, recipe_name: str, normalize: bool = False) -> nn.Module:
@@ -93,18 +80,18 @@ def run_example(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return names["model"]
 
 
-def test_hub_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_folder(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "hub"
-    record = export_checkpoint(run, "hub", out, license="mit", name="robust-digits")
+    record = export_checkpoint(ema_run, "hub", out, license="mit", name="robust-digits")
     files = {"README.md", "config.json", "example.py", "model.safetensors"}
     assert {p.name for p in out.iterdir()} == files
     assert record == json.loads((out / "config.json").read_text())
     assert (record["branch"], record["weights"]) == ("adv", "ema")
     assert record["largest_difference"] == 0 < record["largest_logit"]
     assert record["classes"] == list("0123456789")
-    x, expected = images(7, 1, 8, 8), arat_fast.load(run)
+    x, expected = images(7, 1, 8, 8), arat_fast.load(ema_run)
     assert torch.equal(run_example(out, monkeypatch)(x), expected(x))
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((ema_run / "summary.json").read_text())
     card = (out / "README.md").read_text()
     assert card.startswith('---\nlicense: "mit"\n') and '- "digits"' in card
     for name, label in (("clean", "Clean"), ("pgd1", "PGD-1")):
@@ -118,21 +105,21 @@ def test_hub_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
 
 
-def test_figures_of_other_weights_are_not_on_the_card(run: Path, tmp_path: Path) -> None:
-    clean = export_checkpoint(run, "hub", tmp_path / "clean", branch="clean")
-    summary = json.loads((run / "summary.json").read_text())
+def test_figures_of_other_weights_are_not_on_the_card(ema_run: Path, tmp_path: Path) -> None:
+    clean = export_checkpoint(ema_run, "hub", tmp_path / "clean", branch="clean")
+    summary = json.loads((ema_run / "summary.json").read_text())
     assert list(clean["accuracy"]) == ["clean"]
     assert clean["accuracy"]["clean"]["correct"] == summary["accuracy"]["clean_branch"]["correct"]
     assert "not robust" in (tmp_path / "clean" / "README.md").read_text()
-    last = export_checkpoint(run, "hub", tmp_path / "last", weights="last")
+    last = export_checkpoint(ema_run, "hub", tmp_path / "last", weights="last")
     assert last["weights"] == "last" and last["accuracy"] == {}
     assert "Nothing was measured of these weights" in (tmp_path / "last" / "README.md").read_text()
 
 
-def test_what_eval_found_of_a_run_is_on_its_card(run: Path, tmp_path: Path) -> None:
+def test_what_eval_found_of_a_run_is_on_its_card(ema_run: Path, tmp_path: Path) -> None:
     """Figures on more images replace the run's own."""
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    shutil.copytree(ema_run, copy)
     out = copy / "evaluation.json"
     evaluate_checkpoint(copy, attacks=["pgd"], max_samples=60, device="cpu", out=out, num_steps=2)
     found = export_checkpoint(copy, "hub", tmp_path / "hub")["accuracy"]
@@ -156,19 +143,24 @@ def test_additional_data_are_said(
     metadata: dict[str, str], additional: bool | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "m.safetensors"
-    plain = weights(path, "resnet18", "cifar10-resnet18")
-    save_safetensors(plain, path, {"recipe": "cifar10-resnet18", **metadata})
-    record = export_checkpoint(path, "robustbench", tmp_path / "robustbench")
-    assert record["additional_data"] is additional
-    (file,) = (tmp_path / "robustbench" / "model_info" / "cifar10" / "Linf").iterdir()
-    entry = json.loads(file.read_text())
-    assert entry["additional_data"] is additional
-    assert ("Additional images" in entry["footnote"]) is bool(additional)
-    hub = export_checkpoint(tmp_path / "robustbench", "hub", tmp_path / "hub")
+    plain = create_model("resnet8", 10, 1, norm="shared")
+    save_safetensors(plain, path, {"recipe": "digits", **metadata})
+    hub = export_checkpoint(path, "hub", tmp_path / "hub")
     assert hub["additional_data"] is additional
     card = (tmp_path / "hub" / "README.md").read_text()
     said = {True: "other additional images", False: "No images but", None: "not known"}
     assert [text in card for text in said.values()] == [key is additional for key in said]
+
+
+def test_additional_data_are_in_robustbenchs_entry_and_read_back(tmp_path: Path) -> None:
+    path, out = tmp_path / "m.safetensors", tmp_path / "robustbench"
+    plain = weights(path, "resnet18", "cifar10-resnet18")
+    save_safetensors(plain, path, {"recipe": "cifar10-resnet18", "additional_data": "true"})
+    assert export_checkpoint(path, "robustbench", out)["additional_data"] is True
+    (file,) = (out / "model_info" / "cifar10" / "Linf").iterdir()
+    entry = json.loads(file.read_text())
+    assert entry["additional_data"] is True and "Additional images" in entry["footnote"]
+    assert export_checkpoint(out, "hub", tmp_path / "hub")["additional_data"] is True
 
 
 def test_additional_data_of_a_run() -> None:
@@ -190,9 +182,9 @@ def test_robustbench_takes_the_ball_of_a_recipe(tmp_path: Path) -> None:
     assert (record["recipe"], record["objective"]) == ("cifar10-resnet18", "arat")
 
 
-def test_front_matter_is_yaml(run: Path, tmp_path: Path) -> None:
+def test_front_matter_is_yaml(ema_run: Path, tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml")
-    export_checkpoint(run, "hub", tmp_path / "hub")
+    export_checkpoint(ema_run, "hub", tmp_path / "hub")
     _, front, _ = (tmp_path / "hub" / "README.md").read_text().split("---\n", 2)
     content = yaml.safe_load(front)
     assert content["license"] == "unknown"
@@ -200,9 +192,9 @@ def test_front_matter_is_yaml(run: Path, tmp_path: Path) -> None:
     assert result["dataset"]["split"] == "test" and len(result["metrics"]) == 2
 
 
-def test_program(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_checkpoint(run, "torch-export", tmp_path / "program")
-    program, expected = run_example(tmp_path / "program", monkeypatch), arat_fast.load(run)
+def test_program(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_checkpoint(ema_run, "torch-export", tmp_path / "program")
+    program, expected = run_example(tmp_path / "program", monkeypatch), arat_fast.load(ema_run)
     for batch in (1, 7, 64):
         x = images(batch, 1, 8, 8)
         assert (program(x) - expected(x)).abs().max() <= 1e-6
@@ -223,11 +215,11 @@ def test_program_in_float64(tmp_path: Path) -> None:
 
 
 @onnx_only
-def test_onnx(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_checkpoint(run, "onnx", tmp_path / "onnx")
+def test_onnx(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_checkpoint(ema_run, "onnx", tmp_path / "onnx")
     files = {"config.json", "example.py", "model.onnx"}
     assert {p.name for p in (tmp_path / "onnx").iterdir()} == files
-    session, expected = run_example(tmp_path / "onnx", monkeypatch), arat_fast.load(run)
+    session, expected = run_example(tmp_path / "onnx", monkeypatch), arat_fast.load(ema_run)
     for batch in (1, 7, 64):
         x = images(batch, 1, 8, 8)
         (logits,) = session.run(None, {"image": x.numpy()})
@@ -236,7 +228,10 @@ def test_onnx(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_onnx_that_is_not_installed(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ema_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -245,14 +240,14 @@ def test_onnx_that_is_not_installed(
         lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
     )
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 2
+    assert main(["export", str(ema_run), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "pip install -e '.[onnx]'" in error
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("normalize", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_torchvision(
     name: str, normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +323,7 @@ def robustbench_resnet18(state: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(pooled, state["linear.weight"], state["linear.bias"])
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("normalize", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_robustbench_resnet18(
     normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,32 +487,32 @@ def test_names_go_there_and_back(name: str, scheme: str) -> None:
     ],
 )
 def test_what_is_refused(
-    run: Path,
+    ema_run: Path,
     tmp_path: Path,
     options: list[str],
     keyword: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["export", str(run), "--out", str(tmp_path / "out"), *options]) == 2
+    assert main(["export", str(ema_run), "--out", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and keyword in error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_empty_stays(run: Path) -> None:
-    before = {path.name for path in run.iterdir()}
+def test_a_folder_that_is_not_empty_stays(ema_run: Path) -> None:
+    before = {path.name for path in ema_run.iterdir()}
     with pytest.raises(FileExistsError, match="--out"):
-        export_checkpoint(run, "hub", run)
-    assert {path.name for path in run.iterdir()} == before
+        export_checkpoint(ema_run, "hub", ema_run)
+    assert {path.name for path in ema_run.iterdir()} == before
 
 
 def test_other_logits_are_not_exported(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = create_model("resnet8", 10, 1, norm="shared").eval()
     monkeypatch.setattr(folder, "load", lambda path: other)
     with pytest.raises(ValueError, match="logits"):
-        export_checkpoint(run, "hub", tmp_path / "out")
+        export_checkpoint(ema_run, "hub", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

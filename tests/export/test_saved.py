@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Literal
 import pytest
 import torch
 from networks import generator, randomize
-from tiny import tiny_config, tiny_trainer
 from torch import Tensor
 
 import arat_fast
@@ -26,23 +24,13 @@ Branch = Literal["clean", "adv"]
 X = torch.rand(5, 1, 8, 8, generator=generator(3))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with normalisation inside its network and an exponential average."""
-    config = tiny_config(epochs=1, kind="ema", start=0.0, decay=0.5)
-    model = dataclasses.replace(config.model, mean=(0.3,), std=(0.4,))
-    out = tmp_path_factory.mktemp("saved") / "run"
-    tiny_trainer(out, dataclasses.replace(config, model=model)).run()
-    return out
-
-
 def assert_near(got: Tensor, expected: Tensor) -> None:
     assert (got - expected).abs().max() <= 1e-6
 
 
-def test_a_run_is_its_deployed_network(run: Path) -> None:
+def test_a_run_is_its_deployed_network(ema_run: Path) -> None:
     """Folder, checkpoint and exported weights are one network, its normalisation included."""
-    state = load_checkpoint(run / "checkpoint.pt")
+    state = load_checkpoint(ema_run / "checkpoint.pt")
     network = create_model("resnet8", 10, 1, "split", (0.3,), (0.4,)).eval()
 
     def logits(weights: dict[str, Tensor], branch: Branch) -> Tensor:
@@ -52,19 +40,19 @@ def test_a_run_is_its_deployed_network(run: Path) -> None:
 
     deployed = logits(state["average"]["model"], "adv")
     clean, last = logits(state["average"]["model"], "clean"), logits(state["model"], "adv")
-    for path in (run, run / "checkpoint.pt", run / "model.safetensors"):
+    for path in (ema_run, ema_run / "checkpoint.pt", ema_run / "model.safetensors"):
         model = arat_fast.load(path)
-        assert not model.training and torch.equal(model(X), arat_fast.load(run)(X))
+        assert not model.training and torch.equal(model(X), arat_fast.load(ema_run)(X))
     # The run's own network is in another memory format.
-    assert_near(arat_fast.load(run)(X), deployed)
-    assert_near(arat_fast.load(run, branch="clean")(X), clean)
-    assert_near(arat_fast.load(str(run), weights="last")(X), last)
+    assert_near(arat_fast.load(ema_run)(X), deployed)
+    assert_near(arat_fast.load(ema_run, branch="clean")(X), clean)
+    assert_near(arat_fast.load(str(ema_run), weights="last")(X), last)
     for other in (clean, last):
         assert (other - deployed).abs().max() > 1e-3
 
 
-def test_what_a_file_says_of_itself(run: Path) -> None:
-    whole, weights = read_saved(run), read_saved(run / "model.safetensors")
+def test_what_a_file_says_of_itself(ema_run: Path) -> None:
+    whole, weights = read_saved(ema_run), read_saved(ema_run / "model.safetensors")
     assert whole.weights == weights.weights == "ema"
     assert whole.name == weights.name == "resnet8"
     assert whole.facts["branch"] == "both" and weights.facts["branch"] == "adv"
@@ -74,10 +62,12 @@ def test_what_a_file_says_of_itself(run: Path) -> None:
     assert header(describe(weights.config, "ema", "adv", (1, 8, 8)))["mean"] == "[0.3]"
 
 
-def test_a_run_without_its_checkpoint_is_read_from_its_weights(run: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_checkpoint_is_read_from_its_weights(
+    ema_run: Path, tmp_path: Path
+) -> None:
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((run / name).read_bytes())
-    assert torch.equal(arat_fast.load(tmp_path)(X), arat_fast.load(run)(X))
+        (tmp_path / name).write_bytes((ema_run / name).read_bytes())
+    assert torch.equal(arat_fast.load(tmp_path)(X), arat_fast.load(ema_run)(X))
 
 
 def test_an_official_checkpoint(tmp_path: Path) -> None:
@@ -127,15 +117,15 @@ def test_a_network_of_one_batch_norm_has_no_branch_to_choose(tmp_path: Path) -> 
         arat_fast.load(path, branch="adv")
 
 
-def test_an_average_whose_statistics_were_never_estimated(run: Path, tmp_path: Path) -> None:
-    state = load_checkpoint(run / "checkpoint.pt")
+def test_an_average_whose_statistics_were_never_estimated(ema_run: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(ema_run / "checkpoint.pt")
     state["average"]["statistics_fresh"] = False
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     with pytest.raises(ValueError, match="--resume") as error:
         arat_fast.load(tmp_path)
     assert "\n" not in str(error.value)
     assert torch.equal(
-        arat_fast.load(tmp_path, weights="last")(X), arat_fast.load(run, weights="last")(X)
+        arat_fast.load(tmp_path, weights="last")(X), arat_fast.load(ema_run, weights="last")(X)
     )
 
 
@@ -181,12 +171,12 @@ def test_what_a_recipe_says_of_bare_weights(tmp_path: Path) -> None:
     assert saved.config is not None and saved.config.attack.eps == 0.5
 
 
-def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_read(ema_run: Path, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.safetensors"):
         with pytest.raises(FileNotFoundError):
             arat_fast.load(path)
     with pytest.raises(ValueError, match="ema"):
-        arat_fast.load(run / "model.safetensors", weights="last")
+        arat_fast.load(ema_run / "model.safetensors", weights="last")
 
 
 @pytest.mark.parametrize(
@@ -207,8 +197,8 @@ def test_records_that_are_no_export(content: str, keyword: str, tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
-def test_absurd_values_are_one_sentence(run: Path, tmp_path: Path) -> None:
-    state = load_checkpoint(run / "checkpoint.pt")
+def test_absurd_values_are_one_sentence(ema_run: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(ema_run / "checkpoint.pt")
     state["run"]["config"]["data"]["image_size"] = 10**9
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     with pytest.raises(ValueError, match=r"image_size must be in \[1, 8192\]"):

@@ -52,21 +52,6 @@ def test_start_lies_in_the_ball(size: int, num: int, norm: Any) -> None:
         assert (torch.linalg.vector_norm(delta.double(), dim=1) <= 0.25 * (1 + 1e-6)).all()
 
 
-@few(20)
-@given(
-    size=st.integers(1, 30),
-    parts=st.lists(st.integers(0, 4), min_size=1, max_size=4),
-    norm=st.sampled_from(["Linf", "L2"]),
-)
-def test_parts_of_a_batch_start_as_the_whole(size: int, parts: list[int], norm: Any) -> None:
-    whole = random_start(torch.zeros(sum(parts), size), RNG, eps=0.25, norm=norm)
-    first, drawn = 0, []
-    for num in parts:
-        drawn.append(random_start(torch.zeros(num, size), RNG, eps=0.25, norm=norm, first=first))
-        first += num
-    assert torch.equal(torch.cat(drawn), whole)
-
-
 def test_linf_start_is_uniform() -> None:
     draws = random_start(torch.zeros(64, 1024), RNG, eps=1.0).double()
     # Means over n numbers of variance v stay within 5 sqrt(v / n).

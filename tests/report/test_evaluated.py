@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config, tiny_trainer
 
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.report import write_report
@@ -16,10 +16,10 @@ from arat_fast.report.words import interval
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(ema_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of an epoch, of which 30 images were evaluated later."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    tiny_trainer(folder, tiny_config(1)).run()
+    shutil.copytree(ema_run, folder)
     evaluate_checkpoint(
         folder,
         attacks=["pgd"],

@@ -154,13 +154,19 @@ def test_an_evaluation_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.Mon
     assert metric_lines(tmp_path / "cut", "eval") == metric_lines(tmp_path / "whole", "eval")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    tiny_trainer(out, tiny_config(epochs=3)).run()
+    return out
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_signal_during_an_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """The evaluation, of the weights or of their average, is made again when the run goes on."""
     config = tiny_config(epochs=3)
-    tiny_trainer(tmp_path / "whole", config).run()
     pgd, calls = hooks.pgd_accuracy, []
 
     def interrupted(*args: Any, **options: Any) -> AttackResult:
@@ -175,9 +181,9 @@ def test_signal_during_an_evaluation(
             tiny_trainer(tmp_path / "cut", config).run()
     assert stopped.value.exit_code == 75
     tiny_trainer(tmp_path / "cut", config, resume=True).run()
-    lines = metric_lines(tmp_path / "whole", "eval")
+    lines = metric_lines(whole, "eval")
     assert len(lines) == 2 and metric_lines(tmp_path / "cut", "eval") == lines
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(whole, tmp_path / "cut")
 
 
 def test_best_needs_validation_images(tmp_path: Path) -> None:

@@ -88,13 +88,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 @pytest.mark.parametrize(
     ("name", "step", "number", "exit_code"),
     [
-        ("ema", 1, signal.SIGINT, 130),
+        slow("ema", 1, signal.SIGINT, 130),
         ("ema", STEPS_PER_EPOCH + 2, signal.SIGTERM, 75),
         ("ema", 2 * STEPS_PER_EPOCH, signal.SIGINT, 130),
         slow("ema", 2 * STEPS_PER_EPOCH + 1, signal.SIGUSR1, 75),
         ("swa", 9, signal.SIGINT, 130),
         slow("no average", 9, signal.SIGINT, 130),
-        ("official", 5, signal.SIGINT, 130),
+        slow("official", 5, signal.SIGINT, 130),
         slow("bf16", 6, signal.SIGINT, 130),
         ("lbgat", 6, signal.SIGINT, 130),
         slow("lbgat 6", 6, signal.SIGINT, 130),

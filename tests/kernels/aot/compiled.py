@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import triton
@@ -72,6 +73,7 @@ class Report:
     text: str = field(repr=False)
 
 
+@lru_cache(256)
 def compiled(launch: Launch, target: Target) -> Report:
     """Compile a launch, recorded for NVIDIA, for ``target``: AMD's warps are twice as wide, and
     half as many are compiled, as :func:`arat_kernels.implementation.warps` gives."""

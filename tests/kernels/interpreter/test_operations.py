@@ -107,7 +107,7 @@ def test_second_derivatives_are_refused(name: str) -> None:
         torch.autograd.grad(gradient.square().sum() + leaf.square().sum(), leaf)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "-" not in name])
 def test_compiles_to_one_graph(name: str) -> None:
     operation = OPERATIONS[name]
 

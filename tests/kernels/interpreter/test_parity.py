@@ -44,7 +44,8 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NORMS = ["Linf", "L2"]
 FLAGS = list(product([True, False], repeat=3))
 OUTPUTS: list[dict[str, Any]] = [
-    {"dtype": dtype, "memory_format": layout} for dtype in DTYPES for layout in LAYOUTS
+    {"dtype": dtype, "memory_format": layout}
+    for dtype, layout in zip(DTYPES, [*LAYOUTS, LAYOUTS[1]], strict=True)
 ]
 WIDTHS = [(33, (100, 7)), (3, (600,)), (2, (2100, 30)), (2, tuple(range(8, 21)))]
 
@@ -78,7 +79,7 @@ STARTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*product(CASES, DTYPES), ("random_start", torch.float32)], ids=str
+    ("name", "dtype"), [*product(CASES, DTYPES[:2]), ("random_start", torch.float32)], ids=str
 )
 def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     for operation in CASES.get(name, STARTS):
@@ -105,7 +106,7 @@ def test_every_combination_of_options(flags: tuple[bool, ...]) -> None:
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@few(8)
+@few(5)
 def test_any_batch_norm(dtype: torch.dtype, seed: int, **options: Any) -> None:
     norm = Norm(**options)
     counts = [size * norm.height * norm.width for size in norm.sizes if size]

@@ -36,13 +36,13 @@ def test_many_tiles_and_segments(
     operation.check(operation.make(0, torch.float32))
 
 
-def test_hundreds_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile is a segment of the statistics, a sample one of the sums; the last ones of a branch
-    are not like the first."""
+def test_more_segments_than_are_combined_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16, that is: a tile is a segment of the statistics, a sample one of the sums; the last ones
+    of a branch are not like the first."""
     monkeypatch.setattr(implementation, "_programs", lambda *_: 1000)
-    norm = Norm((70, 140), 64, 8, 4, residual=False)
+    norm = Norm((20, 37), 64, 8, 4, residual=False)
     tensors = norm.make(0, torch.float32)
-    for end in (70, 210):
+    for end in (20, 57):
         tensors["x"][end - 6 : end] += 5.0
     norm.operation.check(tensors)
 
