@@ -150,6 +150,9 @@ class Identity:
                 "new run with --out"
             )
         check_same_dataset(self.run.data.fingerprint, state["dataset"], source)
+        before, now = (each["config"]["data"]["root"] for each in (state, own))
+        if before != now:
+            self.run.display.say(f"images from {now}; the run had them from {before}")
         self.run.id = state.get("id", self.run.id)
 
 
