@@ -18,7 +18,7 @@ from arat_fast.training.checkpoint import kind_of
 from arat_fast.training.metrics import NotFiniteError
 
 _INSIDE = re.compile(
-    r"(^|\.)(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"(^|\.)(?:(?:_orig_mod|_forward_module|_(?:fsdp|checkpoint)_wrapped_module)\.)+"
 )
 """What torch.compile, Fabric, FSDP and checkpointing put into names, of any part of a network."""
 
