@@ -1,5 +1,5 @@
-"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info and
-doctor.
+"""The command ``arat-fast``: train, eval, predict, compare, analyze, report, export, data, info,
+layers and doctor.
 
 Each command imports what it needs: ``--help`` and ``--version`` wait for no library.
 """
@@ -15,16 +15,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
 from arat_fast import __version__
-from arat_fast.command_line import UsageError, base_config, choose, parse, shown
+from arat_fast.command_line import (
+    NetworkName,
+    UsageError,
+    base_config,
+    choose,
+    number,
+    parse,
+    shown,
+)
+from arat_fast.settings import NormName
 from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
-    from arat_fast.config import Config
+    from arat_fast.config import Config, ModelConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,17 +201,31 @@ def _run_name(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Eval(Command):
-    """Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights or an
-    official AR-AT checkpoint."""
+    """Clean, PGD and AutoAttack accuracy of a checkpoint, a run's folder, exported weights, an
+    official AR-AT checkpoint or anybody's network, in one ball or several."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Path | None] = None
     """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
+    model_name: Annotated[str | None, tyro.conf.arg(name="model.name")] = None
+    """Anybody's network, as --model.name of train takes it, with its --weights; of a run whose
+    network is one's own its name, which imports its module."""
+    weights: Path | None = None
+    """Its state dict, .safetensors or written by torch.save."""
+    mean: Annotated[tuple[float, ...], tyro.conf.arg(name="model.mean")] = ()
+    """Per-channel mean subtracted inside that network; empty for what it or its file says."""
+    std: Annotated[tuple[float, ...], tyro.conf.arg(name="model.std")] = ()
+    """Per-channel standard deviation divided by inside that network."""
+    data: str | None = None
+    """Other images of the same classes: a folder by class, an .npz file, tar shards, or a dataset's
+    name, such as cifar10.1; cifar10-c or cifar100-c for the published mean over corruptions and
+    severities, where nothing attacks. Images that are not split are all taken."""
     recipe: str | None = None
-    """Recipe whose data, model and threat model are used; needed where the file is no run's own."""
-    norm: Literal["Linf", "L2"] | None = None
+    """Recipe whose data, model and threat model are used; needed where the file is no run's own,
+    unless --data and --eps are given with --model.name."""
+    norm: NormName | None = None
     """Norm of the ball; default the run's, another one needs --eps."""
-    eps: float | None = None
-    """Radius of the ball; default the run's."""
+    eps: tuple[str, ...] = ()
+    """Radii of the ball, one after the other; L2:0.5 is one in another norm. Default the run's."""
     num_steps: int | None = None
     """Steps of PGD; default the run's."""
     alpha: float | None = None
@@ -229,22 +252,49 @@ class Eval(Command):
     out: Path | None = None
     """File for the record, NAME.json; default evaluation.json in the run's folder,
     NAME.evaluation.json beside a file NAME.pt or NAME.safetensors; with --norm or --eps
-    evaluation-NORM-EPS.json. Attacks are added to a record of
+    evaluation-NORM-EPS.json, with --data evaluation-DATA.json. Attacks are added to a record of
     the same weights, images and settings. Results image by image go beside it as .npz; an
     interrupted evaluation goes on where it was when the same command is given again."""
 
     def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.config import ModelConfig
+        from arat_fast.datasets.corruptions import FOLDERS
         from arat_fast.device import keep_freed_memory
         from arat_fast.distributed import join
         from arat_fast.evaluation.checkpoint import evaluate_checkpoint
         from arat_fast.evaluation.record import record_path
 
         keep_freed_memory()
-        path = self.out or record_path(self.checkpoint, self.norm, self.eps)
-        settings = {**dataclasses.asdict(self), "out": path}
+        if (self.checkpoint is None) == (self.weights is None):
+            raise UsageError("PATH or --weights FILE is expected after eval")
+        if self.weights is not None and self.model_name is None:
+            raise UsageError("--weights FILE is a network's, expected --model.name too")
+        model = None
+        if self.model_name is not None:
+            # Its own module is imported.
+            model = ModelConfig(self.model_name, mean=self.mean, std=self.std)
+        model = model if self.weights is not None else None
+        checkpoint = self.checkpoint or self.weights
+        assert checkpoint is not None
+        if self.data in FOLDERS:
+            return self._corruptions(checkpoint, model)
+        options = dataclasses.asdict(self)
+        for name in ("model_name", "weights", "mean", "std"):
+            del options[name]
+        options |= {"checkpoint": checkpoint, "model": model}
+        records = []
+        path = checkpoint
         try:
             with join(self.device) as ranks:
-                record = evaluate_checkpoint(**settings, ranks=ranks)
+                for norm, eps in self._balls():
+                    path = record_path(checkpoint, norm, eps, self.data)
+                    if self.out is not None:
+                        several = len(self.eps) > 1
+                        path = record_path(self.out, norm, eps) if several else self.out
+                    ball = {"norm": norm, "eps": eps, "out": path}
+                    records.append(evaluate_checkpoint(**{**options, **ball}, ranks=ranks))
+                    if ranks.is_main:
+                        self._print(records[-1], path)
                 if not ranks.is_main:
                     return 0
         except KeyboardInterrupt as stopped:
@@ -256,6 +306,24 @@ class Eval(Command):
                 print(f"arat-fast: interrupted; {kept} there:", file=sys.stderr)
                 print(f"    {shlex.join(['arat-fast', 'eval', *arguments])}", file=sys.stderr)
             return getattr(stopped, "exit_code", 130)
+        if len(records) > 1:
+            _print_balls(records)
+        return 0
+
+    def _balls(self) -> list[tuple[Any, float | None]]:
+        """Norms and radii; None for the run's own."""
+        found: list[tuple[Any, float | None]] = []
+        for ball in self.eps:
+            norm, _, radius = ball.rpartition(":")
+            if norm not in ("", *get_args(NormName)):
+                raise UsageError(f"--eps expects RADIUS or NORM:RADIUS, as L2:0.5, got {ball}")
+            try:
+                found.append((norm or self.norm, number(radius)))
+            except ValueError as error:
+                raise UsageError(f"--eps: {error}") from None
+        return found or [(self.norm, None)]
+
+    def _print(self, record: dict[str, Any], path: Path) -> None:
         if "interrupted" in record:
             trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
             print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")
@@ -263,7 +331,42 @@ class Eval(Command):
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
         print(f"image by image: {per_example}")
+
+    def _corruptions(self, checkpoint: Path, model: ModelConfig | None) -> int:
+        from arat_fast.evaluation.corruptions import evaluate_corruptions
+        from arat_fast.evaluation.record import record_path
+
+        if not _is_first():
+            return 0
+        out = self.out or record_path(checkpoint, data=self.data)
+        record = evaluate_corruptions(
+            checkpoint,
+            str(self.data),
+            model=model,
+            recipe=self.recipe,
+            data_root=self.data_root,
+            batch_size=self.batch_size,
+            max_samples=self.max_samples,
+            device=self.device,
+            out=out,
+        )
+        for name, severities in record["corruptions"].items():
+            print(f"{name:18}" + "".join(f"{100 * value:8.2f}" for value in severities))
+        number = f"{record['num_samples']:,}"
+        print(f"mean {100 * record['mean']:.2f} % over 15 corruptions, 5 severities of {number}")
+        print(f"record: {out}")
         return 0
+
+
+def _print_balls(records: list[dict[str, Any]]) -> None:
+    """Accuracies by ball and attack."""
+    attacks = list(dict.fromkeys(name for record in records for name in record["accuracy"]))
+    print(f"{'ball':16}" + "".join(f"{name:>18}" for name in attacks))
+    for record in records:
+        ball = f"{record['norm']} {shown(record['eps'])}"
+        values = (record["accuracy"].get(name) for name in attacks)
+        shares = (f"{100 * v['value']:.2f} %" if v else "-" for v in values)
+        print(f"{ball:16}" + "".join(f"{share:>18}" for share in shares))
 
 
 def _print_accuracy(found: dict[str, Any]) -> None:
@@ -284,8 +387,9 @@ def _print_accuracy(found: dict[str, Any]) -> None:
             f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
             f"95 % interval {low:.2f} to {high:.2f} %{ball}"
         )
-    if "collapsed" in found:
-        print(f"warning: {found['collapsed']}")
+    for remark in ("collapsed", "randomised"):
+        if remark in found:
+            print(f"warning: {found[remark]}")
 
 
 @dataclass(frozen=True)
@@ -304,6 +408,7 @@ class Predict(Command):
     """Recipe whose network it is, where the file does not say."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    model: NetworkName = field(default_factory=NetworkName)
     json: bool = False
     """Print a list of objects with file, label, confidence and problem."""
 
@@ -314,6 +419,7 @@ class Predict(Command):
 
         options = dataclasses.asdict(self)
         as_json = options.pop("json")
+        del options["model"]
         found = predict_pictures(**options)
         if as_json:
             print(json.dumps([vars(p) | {"file": str(p.file)} for p in found], indent=1))
@@ -410,11 +516,23 @@ class Export(Command):
     """Name of the model on its card or in RobustBench."""
     license: str = "unknown"
     """hub: identifier of the weights' licence, for example apache-2.0."""
+    push: str | None = None
+    """hub: upload the folder to this repository, USER/NAME, made where it is absent; needs the
+    extra hub and what hf auth login leaves. arat_fast.load("hf:USER/NAME") loads it."""
+    model: NetworkName = field(default_factory=NetworkName)
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.export.folder import export_checkpoint
+        from arat_fast.saved.hub import push, require_hub
 
-        record = export_checkpoint(**dataclasses.asdict(self))
+        options = dataclasses.asdict(self)
+        del options["model"]
+        repository = options.pop("push")
+        if repository is not None:
+            if self.format != "hub":
+                raise UsageError(f"--push is for --format hub, got {self.format}")
+            require_hub()
+        record = export_checkpoint(**options)
         difference, largest = record["largest_difference"], record["largest_logit"]
         relative = difference / largest if largest else 0.0
         print(
@@ -425,6 +543,8 @@ class Export(Command):
         if self.format == "hub" and self.license == "unknown":
             print("licence: unknown; add --license ID, for example apache-2.0")
         print(f"folder: {self.out}")
+        if repository is not None:
+            print(f"uploaded: {push(self.out, repository)}")
         return 0
 
 
@@ -447,6 +567,11 @@ class Inspect(Command):
     where that folder is in it."""
     max_samples: int = 2000
     """Images decoded for sizes, mean and std, evenly spread; >= 1."""
+    eps: tuple[float, ...] = ()
+    """Radii to choose from: some images, and beside each of them itself with random signs of each
+    radius, go to NAME-radii.png beside the sheet."""
+    follow_links: bool = False
+    """Also read class folders that are links to folders elsewhere."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.data.inspect import inspect
@@ -456,9 +581,18 @@ class Inspect(Command):
             # Never into the dataset: the sheet would be one of its images.
             path, here = self.path.resolve(), Path.cwd()
             sheet = (path.parent if here.is_relative_to(path) else here) / f"{path.name}-sheet.png"
-        found = inspect(self.path, sheet, self.max_samples)
+        radii = sheet.with_name(f"{sheet.stem.removesuffix('-sheet')}-radii.png")
+        found = inspect(
+            self.path,
+            sheet,
+            self.max_samples,
+            self.follow_links,
+            radii=(radii, self.eps) if self.eps else None,
+        )
         print("\n".join(found.lines()))
         print(f"sheet        {sheet}")
+        if self.eps:
+            print(f"radii        {radii}: as it is, {', '.join(map(shown, self.eps))}")
         return 0
 
 
@@ -471,6 +605,8 @@ class Prepare(Command):
     """An .npz file with image and label, a folder of images by class, or tar shards."""
     out: tyro.conf.Positional[Path | None] = None
     """Folder to make of an .npz file."""
+    follow_links: bool = False
+    """Also read class folders that are links to folders elsewhere."""
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.data.prepare import convert_npz, verify
@@ -486,7 +622,7 @@ class Prepare(Command):
             return 0
         if self.out is not None:
             raise UsageError(f"{self.path} is used as it is: no folder to write, got {self.out}")
-        number, bad = verify(self.path)
+        number, bad = verify(self.path, self.follow_links)
         for reason in bad:
             print(f"unreadable: {reason}")
         print(f"{number - len(bad):,} of {number:,} files can be decoded")
@@ -534,6 +670,37 @@ class Info(Command):
 
 
 @dataclass(frozen=True)
+class Layers(Command):
+    """The layers of a network, by the paths that --objective.layers takes; a star marks those that
+    ARAT regularises where none are named."""
+
+    model: tyro.conf.Positional[str]
+    """A name as --model.name takes it."""
+    image_size: int | None = None
+    """Height and width of the images; default the network's own, else 32."""
+    channels: int = 3
+    """Channels of the images."""
+
+    def __call__(self, arguments: list[str]) -> int:
+        from arat_fast.models.features import default_layers, run_layers
+        from arat_fast.models.registry import MODELS, create_model, image_size, import_model
+
+        import_model(self.model)
+        size = self.image_size or image_size(self.model) or 32
+        model = create_model(self.model, 10, self.channels, "shared", image_size=size)
+        shape = self.channels, size, size
+        spec = MODELS.get(self.model)
+        chosen = spec.regularized_layers if spec else default_layers(model, shape)
+        layers = run_layers(model, shape)
+        width = max(len(layer.path) for layer in layers)
+        for path, module, (_, *rest) in layers:
+            mark = "*" if path in chosen else " "
+            size_of = " x ".join(map(str, rest))
+            print(f"{mark} {path:{width}}  {type(module).__name__:20} {size_of}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor(Command):
     """Hold every kernel to its reference on this machine's GPU, at the shapes of a recipe, and time
     it. Exits with 1 where one is wrong."""
@@ -576,5 +743,6 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "data": Data,
     "info": Info,
+    "layers": Layers,
     "doctor": Doctor,
 }

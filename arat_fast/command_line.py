@@ -10,6 +10,7 @@ import difflib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -25,6 +26,21 @@ _NUMBERS = ConstructorRegistry()
 
 class UsageError(ValueError):
     """The command line cannot be understood."""
+
+
+@dataclass(frozen=True)
+class NetworkName:
+    """The network of a saved run, where it is one's own."""
+
+    name: str | None = None
+    """Of a run whose network is one's own, package.module:callable. Its module is imported, which a
+    name in a file does not do."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            from arat_fast.models.registry import import_model
+
+            import_model(self.name)
 
 
 def parse(
@@ -86,16 +102,17 @@ def base_config(name: str, arguments: Sequence[str]) -> Config:
 
     Args:
         name: of the recipe.
-        arguments: what was typed after it; ``--compat`` and ``--objective.name`` decide which
-            settings there are and what they are by default.
+        arguments: what was typed after it; ``--compat``, ``--objective.name`` and ``--model.name``
+            decide which settings there are and what they are by default.
 
     Raises:
-        ValueError: unknown recipe, compat or objective.
+        ValueError: unknown recipe, compat, objective or model.
     """
     from arat_fast.recipes import recipe
 
     compat: Any = _value_of("--compat", arguments) or "paper"
-    return recipe(name, compat, _value_of("--objective.name", arguments))
+    typed = (_value_of(option, arguments) for option in ("--objective.name", "--model.name"))
+    return recipe(name, compat, *typed)
 
 
 def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
@@ -109,6 +126,8 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
         raise UsageError(f"settings are expected, got --help; see {program} --help")
     objective = _value_of("--objective.name", arguments)
     config = config if objective is None else config.with_objective(objective)
+    model = _value_of("--model.name", arguments)
+    config = config if model is None else config.with_model(model)
     return parse(type(config), arguments, program, config)
 
 
@@ -116,20 +135,34 @@ def overrides_of(config: Config) -> list[str]:
     """The overrides that make the recipe into this configuration; the seed always.
 
     Inverse of :func:`apply_overrides` on the recipe.
+
+    Raises:
+        ValueError: it names an objective or a network of one's own that nobody has imported.
     """
-    from arat_fast.config import config_to_dict
+    from arat_fast.config import ForeignModel, config_to_dict
+    from arat_fast.objectives import ForeignSettings
     from arat_fast.recipes import recipe
 
+    for part in (config.objective, config.model):
+        if isinstance(part, (ForeignSettings, ForeignModel)):
+            raise ValueError(
+                f"{part.name} is not imported on a file's word alone: start from the recipe, and "
+                "name it on the command line"
+            )
     arguments = ["--compat", config.compat] if config.compat != "paper" else []
     objective = config.objective.name
     if objective != recipe(config.recipe).objective.name:
         arguments += ["--objective.name", objective]
-    defaults = config_to_dict(recipe(config.recipe, config.compat, objective))
+    if config.model.name != recipe(config.recipe).model.name:
+        arguments += ["--model.name", config.model.name]
+    defaults = config_to_dict(recipe(config.recipe, config.compat, objective, config.model.name))
     for section, values in config_to_dict(config).items():
         if isinstance(values, dict):
             for name, value in values.items():
                 if value != defaults[section][name]:
                     arguments += _override(f"{section}.{name}", value)
+        elif section.startswith("init") and values != defaults[section]:
+            arguments += [f"--{section.replace('_', '-')}", str(values)]
     return [*arguments, "--seed", str(config.seed)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import tyro
 
 from arat_fast import objectives
-from arat_fast.attacks.pgd import PGD, check_length
+from arat_fast.attacks.pgd import PGD
 from arat_fast.datasets import DATASETS
-from arat_fast.models.registry import model_spec
+from arat_fast.models.layers import Activation
+from arat_fast.models.registry import MODELS, image_size, import_model, is_known
 from arat_fast.objectives import ARAT, OBJECTIVES, ForeignSettings, known_objective, objective_type
 from arat_fast.settings import (
     FREE,
@@ -38,18 +40,38 @@ Compat = Literal["paper", "official"]
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "resnet18"
-    """resnet8 (8×8 images), resnet8-s2 (28×28, first convolution of stride 2), resnet18, wrn34-10
-    (32×32), resnet50 or convnext-t (224×224; by timm, an extra; it has no BatchNorm to split)."""
+    """resnet8 (8×8 images), resnet8-s2 (28×28, first convolution of stride 2), resnet18,
+    preact-resnet18, wrn28-10, wrn34-10, wrn70-16 (32×32), resnet50 or convnext-t (224×224; by timm,
+    an extra; it has no BatchNorm to split); timm:NAME, torchvision:NAME, or
+    mypackage.mymodule:make, which takes num_classes and gives a network."""
     norm: Literal["auto", "split", "shared"] = "auto"
     """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto"
     splits for ARAT and for LBGAT guided by its own clean branch."""
     mean: tuple[float, ...] = ()
-    """Per-channel mean subtracted inside the network; empty for no normalisation."""
+    """Per-channel mean subtracted inside the network; empty for no normalisation, with timm and
+    torchvision for that of the network's own configuration."""
     std: tuple[float, ...] = ()
     """Per-channel standard deviation divided by inside the network."""
+    activation: Activation = "relu"
+    """Of the built-in networks with BatchNorm: relu, in one operation with BatchNorm, or silu."""
 
     def __post_init__(self) -> None:
-        model_spec(self.name)
+        check_settings("model.", self)
+        import_model(self.name)
+
+
+@dataclass(frozen=True)
+class ForeignModel(ModelConfig):
+    """What a file says of a network of one's own that was not imported, as
+    :class:`arat_fast.objectives.ForeignSettings` for an objective."""
+
+    def __post_init__(self) -> None:
+        check_settings("model.", self)
+
+
+def recorded_model(name: str) -> type[ModelConfig]:
+    """The class of a model's settings whose name stands in a file: it imports nobody's module."""
+    return ForeignModel if ":" in name and not is_known(name) else ModelConfig
 
 
 @dataclass(frozen=True)
@@ -69,19 +91,40 @@ class OptimizerConfig:
     """Weight decay on every parameter; >= 0."""
     nesterov: bool = False
     """Nesterov's momentum."""
+    lr_factors: tuple[str, ...] = ()
+    """Learning rates of parts of the network, PATH=FACTOR by module path, for example layer1=0.1
+    linear=10; of several the longest counts; >= 0."""
 
     def __post_init__(self) -> None:
         check_settings("optimizer.", self)
+        self.factors()
         if self.name == "adamw" and self.nesterov:
             raise ValueError("optimizer.nesterov is SGD's, got optimizer.name=adamw")
+
+    def factors(self) -> dict[str, float]:
+        """``lr_factors`` by module path.
+
+        Raises:
+            ValueError: one is not PATH=FACTOR.
+        """
+        found = {}
+        for item in self.lr_factors:
+            path, _, factor = item.rpartition("=")
+            try:
+                found[path] = float(factor)
+            except ValueError:
+                found[path] = -1.0
+            if not path or not 0 <= found[path] < math.inf:
+                raise ValueError(f"optimizer.lr_factors expects PATH=FACTOR, got {item!r}")
+        return found
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    name: Literal["steps", "official_steps", "cosine", "onecycle"] = "steps"
+    name: Literal["steps", "official_steps", "cosine", "onecycle", "range"] = "steps"
     """steps: times decay at each milestone. official_steps: the same one epoch later, and a
     first epoch at a fifth of the learning rate. cosine: to zero. onecycle: linear up, cosine
-    down."""
+    down. range: a test that finds a learning rate, from a thousandth of it up, by equal factors."""
     milestones: tuple[Annotated[float, Range(above=0, high=1)], ...] = (0.75, 0.9)
     """Share of the epochs done when the learning rate drops: 0.75 of 100 is before epoch 76."""
     decay: Annotated[float, Range(above=0, high=1)] = 0.1
@@ -131,6 +174,8 @@ class DataConfig:
     itself."""
     download: Annotated[bool, FREE] = False
     """Fetch the dataset into root where it is absent."""
+    follow_links: Annotated[bool, FREE] = False
+    """folder: also read class folders that are links to folders elsewhere."""
     batch_size: Annotated[int, Range(low=2)] = 128
     """Samples in a training batch, over all processes; >= 2."""
     loader: Annotated[Literal["auto", "resident", "dali", "dataloader"], FREE] = "auto"
@@ -147,6 +192,9 @@ class DataConfig:
     num_val: Number = 0
     """Training images held out for validation, the same ones in every run; 0 for none, or where the
     dataset has train, val and test."""
+    limit: Number = 0
+    """Training images used, with the class shares of all, the same ones in every run; 0 for all.
+    For trials; every record says so."""
     unsup: Path | None = None
     """Generated images with pseudo-labels, mixed into every training batch: a folder that arat-fast
     data prepare has written."""
@@ -189,6 +237,9 @@ class StepConfig:
     """Capture the whole step in a CUDA graph; auto does so on a GPU."""
     channels_last: bool = True
     """Memory format of weights and activations."""
+    compile: bool = False
+    """Run the attack's passes through torch.compile, for networks that the kernels do not cover;
+    the first step then takes a minute or more."""
     noisy_clean: bool = False
     """The official code's in-place start: the clean branch trains on the image plus the start
     noise, and the ball is centred there."""
@@ -201,10 +252,19 @@ class StepConfig:
 class TrainConfig:
     epochs: Count = 100
     """Epochs; >= 1."""
+    max_steps: Annotated[Number, FREE] = 0
+    """Steps after which the run ends as if they were all, with the learning rates of the whole
+    one; 0 for all. For trials; with more steps and --resume it goes on."""
+    natural_epochs: Number = 0
+    """Epochs of natural training first, with a schedule of their own, in the folder natural of the
+    run; >= 0."""
     device: Annotated[str, FREE] = "auto"
     """auto, cpu, cuda or cuda:N."""
     log_every: Annotated[Count, FREE] = 20
     """Steps between two lines of metrics.jsonl; >= 1."""
+    loggers: Annotated[tuple[Literal["tensorboard", "csv", "wandb"], ...], FREE] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: TensorBoard where it is installed, metrics.csv at
+    the end, Weights & Biases."""
     eval_every: Annotated[Number, FREE] = 5
     """Epochs between two evaluations (clean, PGD) during training; 0 for none."""
     checkpoint_every: Annotated[Count, FREE] = 1
@@ -267,6 +327,48 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TargetsConfig:
+    label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
+    """Mass of each target that is spread evenly over all classes, in [0, 1)."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Pairs of training images: mixup blends them, cutmix puts a rectangle of one into the other;
+    clean and adversarial images are made of the same mix."""
+    mix_alpha: Positive = 1.0
+    """The share of an image in its mix is drawn from Beta(mix_alpha, mix_alpha); > 0."""
+    class_weights: tuple[Weight, ...] = ()
+    """Factor of the classification loss for each class, in their order; empty for 1. Each >= 0."""
+
+    def __post_init__(self) -> None:
+        check_settings("targets.", self)
+
+
+@dataclass(frozen=True)
+class AWPConfig:
+    gamma: Weight = 0.0
+    """Adversarial weight perturbation: its length relative to each layer's weights; 0 for none,
+    0.01 with at, 0.005 with trades as published. It costs a pass through the network and back."""
+    warmup: Number = 0
+    """Epochs before it begins; 10 with trades as published."""
+
+    def __post_init__(self) -> None:
+        check_settings("awp.", self)
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    act: Literal["say", "stop", "smaller-step", "more-steps", "off"] = "say"
+    """Catastrophic overfitting, watched for where the attack has one or two steps, by PGD-10 on 32
+    images: say it and go on; stop; go back to the last good state with half the attack's step size,
+    or with twice as many steps of half the size; or do not watch."""
+    every: Number = 0
+    """Training steps between two looks, rounded up to train.log_every; 0 for as many as keep their
+    passes through the network within 2 % of the training's."""
+
+    def __post_init__(self) -> None:
+        check_settings("watch.", self)
+
+
+@dataclass(frozen=True)
 class AnalyzeConfig:
     every: Annotated[Number, FREE] = 0
     """Epochs between two analyses during training (gradient conflict, mixture distribution), also
@@ -288,6 +390,12 @@ class Config:
     compat: Compat = "paper"
     """official: reproduce what the official code really runs, in every point where it differs from
     the method as published."""
+    init: str | None = None
+    """Weights to start from: a run, a .pt or .safetensors file, also RobustBench's or the official
+    code's, or timm for those that it publishes. BatchNorm of one branch fills both; a classifier of
+    another size stays fresh."""
+    init_freeze_epochs: Number = 0
+    """Epochs in which the classifier and the objective's own parts are trained alone; >= 0."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: objectives.Settings = field(default_factory=lambda: ARAT.Settings("arat"))
     attack: PGD = field(default_factory=PGD)
@@ -300,6 +408,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    awp: AWPConfig = field(default_factory=AWPConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
@@ -312,8 +423,13 @@ class Config:
                 f"objective.name={self.objective.name} has the settings of another objective, got "
                 f"{type(self.objective).__qualname__}"
             )
+        if self.init_freeze_epochs and self.init is None:
+            raise ValueError(
+                f"init_freeze_epochs is for a run that starts from weights (--init), got "
+                f"{self.init_freeze_epochs}"
+            )
         if self.eval.alpha is not None:
-            check_length("eval.alpha", self.eval.alpha, self.attack.norm)
+            self.attack.ball.check("eval.alpha", self.eval.alpha)
         # These can have validation images of their own, as the trainer finds out.
         own = self.data.name in OWN_IMAGES
         if self.train.keep_best and not ((self.data.num_val or own) and self.train.eval_every):
@@ -332,11 +448,13 @@ class Config:
 
     @property
     def norm(self) -> Literal["split", "shared"]:
-        """The BatchNorm that is really used."""
+        """The BatchNorm that is asked for; a network that is not built in and has none is not
+        split."""
         if self.model.norm != "auto":
             return self.model.norm
-        splits = self.objective.splits_batch_norm
-        return "split" if splits and model_spec(self.model.name).has_batch_norm else "shared"
+        spec = MODELS.get(self.model.name)
+        splits = self.objective.splits_batch_norm and (spec is None or spec.has_batch_norm)
+        return "split" if splits else "shared"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -345,10 +463,15 @@ class Config:
         size = dataset.image_size or (32 if dataset.own else self.data.image_size)
         return dataset.channels, size, size
 
-    @property
-    def regularized_layers(self) -> tuple[str, ...]:
-        """The layers of the objective's distance: those asked for, else those published."""
-        return self.objective.regularized_layers(model_spec(self.model.name).regularized_layers)
+    def with_model(self, name: str) -> Config:
+        """This configuration with another network; images in files are cropped to the size that a
+        network which is not built in is meant for."""
+        model = dataclasses.replace(self.model, name=name)
+        size = None if name in MODELS else image_size(name)
+        if name == self.model.name or size is None or DATASETS[self.data.name].image_size:
+            return dataclasses.replace(self, model=model)
+        data = dataclasses.replace(self.data, image_size=size)
+        return dataclasses.replace(self, model=model, data=data)
 
     def with_objective(self, name: str) -> Config:
         """This configuration with another objective, at that one's own defaults."""
@@ -383,6 +506,8 @@ def config_from_dict(values: dict[str, Any]) -> Config:
             fields = dict(values.get(name, {}))
             if name == "objective":
                 part, fields = _objective_fields(fields)
+            elif name == "model":
+                part = recorded_model(fields["name"])
             types = get_type_hints(part)
             arguments[name] = part(**{k: _from_json(types.get(k), v) for k, v in fields.items()})
         return Config(**arguments)

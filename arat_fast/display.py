@@ -24,20 +24,23 @@ from arat_fast.stop import leave_lost_output
 QUIET_SECONDS = 10.0
 """Longest silence during an evaluation whose output is not a terminal."""
 
-Unit = Literal["images", "passes", "operations"]
+Unit = Literal["images", "passes", "operations", "corruptions"]
 
 
 class SuiteProgress(Protocol):
     """Told how far an evaluation of several parts is."""
 
-    def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
-        """``done`` of ``total`` images; passes: ``done`` forward passes so far, ``total`` images
-        that still stand.
+    def __call__(
+        self, name: str, done: int, total: int, unit: Unit = "images", note: str = ""
+    ) -> None:
+        """``done`` of ``total``; of an attack's forward passes of an image ``total`` is the most
+        there can be.
 
         Args:
             name: what is running.
             done, total: >= 0.
             unit: what is counted.
+            note: what else there is to say.
         """
 
 
@@ -148,21 +151,22 @@ class EvaluationBar(_Bar):
 
     def __init__(self, display: Display) -> None:
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        super().__init__(display, *columns)
+        super().__init__(display, *columns, BarColumn(bar_width=20))
         self.task: TaskID | None = None
 
-    def __call__(self, name: str, done: int, total: int, unit: Unit = "images") -> None:
+    def __call__(
+        self, name: str, done: int, total: int, unit: Unit = "images", note: str = ""
+    ) -> None:
         """As :class:`SuiteProgress`."""
+        status = f"{done} of {total} {unit}"
         if unit == "passes":
-            status = f"{total} images standing, {done:,} forward passes"
-        else:
-            status = f"{done} of {total} {unit}"
+            status = f"{100 * done / max(total, 1):.0f} %, {note}"
         if name != self.name:
             self.name = name
             if self.task is not None:
                 self.progress.update(self.task, total=1, completed=1)
-            self.task = self.progress.add_task(name, total=None, status=status)
-            self.line(f"{name}: {total} {'images' if unit == 'passes' else unit}")
+            self.task = self.progress.add_task(name, total=total, status=status)
+            self.line(f"{name}: {note if unit == 'passes' else f'{total} {unit}'}")
         elif self.task is not None:
-            self.progress.update(self.task, status=status)
+            self.progress.update(self.task, completed=done, status=status)
             self.line(f"{name}: {status}", QUIET_SECONDS)

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD
-from arat_fast.device import source_commit, versions
+from arat_fast.device import no_algorithm_search, source_commit, versions
 from arat_fast.files import write_json
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.registry import create_model
@@ -86,11 +86,12 @@ def operations_of(
     found = {
         f"crop_flip-{_joined(*images)}": crops(images, batch),
         f"image_parts-{_joined(*images)}": parts(images),
-        f"random_start-{ball}": start(**radius),
-        f"pgd_step-{ball}": step(alpha=attack.alpha, **radius),
         f"cross_entropy_grad-{_joined(batch, num_classes)}": classes(batch, num_classes),
         f"cosine_invariance-{_joined(batch, *widths)}": distance(batch, widths),
     }
+    if attack.ball.has_kernel:
+        found[f"random_start-{ball}"] = start(**radius)
+        found[f"pgd_step-{ball}"] = step(alpha=attack.alpha, **radius)
     for channels, height, width, residual, rectified, is_split in calls:
         shape = batch, channels, height, width
         name = _joined(*shape) + "-residual" * residual + "-relu" * rectified
@@ -99,7 +100,8 @@ def operations_of(
         if is_split:
             norm = Norm((batch, batch), *shape[1:], residual=residual, relu=rectified)
             found[f"split_batch_norm-{name}"] = norm.operation
-    found[f"{FOLD}-{type(model).__name__}"] = folded(model, (min(batch, 16), *image_shape))
+    few, size = (min(batch, 16), *image_shape), sum(p.numel() for p in model.parameters())
+    found[f"{FOLD}-{type(model).__name__}-{size}-{_joined(*few)}"] = folded(model, few)
     return found
 
 
@@ -130,7 +132,8 @@ def folded(model: nn.Module, shape: tuple[int, ...]) -> Operation:
                 logits: Tensor = network(x)
         return logits
 
-    return Operation(call, make, ("x",))
+    # Whole numbers of the gradient follow where either rounds to another side of a ReLU.
+    return Operation(call, make, ("x",), on_card=4.0)
 
 
 def check(
@@ -142,6 +145,7 @@ def check(
     seconds: float = SECONDS,
     rate: float | None = None,
     progress: Progress | None = None,
+    keep: Callable[[dict[str, Record]], object] = lambda records: None,
 ) -> dict[str, Record]:
     """Hold operations to their references.
 
@@ -153,11 +157,15 @@ def check(
         seconds: after which no further one is begun.
         rate: bytes per second that a copy reads and writes; with it each operation is timed.
         progress: told what is done, how many are and of how many.
+        keep: told all records after each one.
 
     Returns:
         By name: "error", empty where it is right; "share" of the error budget that it took; and
         "microseconds" and "share_of_copy" where it was timed. What does not fit into the memory is
         left out.
+
+    Raises:
+        ValueError: an operation has broken the process's access to the GPU; its record is kept.
     """
     records, begun = dict(known or {}), time.monotonic()
     for number, (name, operation) in enumerate(operations.items()):
@@ -179,7 +187,23 @@ def check(
         finally:
             UPSTREAM.clear()
         records[name] = record
+        keep(records)
+        if record["error"] and _is_lost(device):
+            raise ValueError(
+                f"{name} has broken this process's access to the GPU: {record['error']}; start "
+                "again, and its reference runs in its place"
+            )
     return records
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether nothing runs on the GPU any more in this process, as after an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _described(error: Exception) -> str:
@@ -244,15 +268,19 @@ def check_graph(device: torch.device, dtype: torch.dtype) -> Record:
         )
         x = torch.linspace(0, 1, 32 * 3 * 16 * 16, device=device).view(32, 3, 16, 16)
         y = torch.arange(32, device=device) % 10
-        return [float(value) for value in [step(x, y)["loss"] for _ in range(NUM_WARMUP + 2)]]
+        # Other images in every step, or a graph that reads its first ones would pass.
+        steps = range(NUM_WARMUP + 2)
+        return [float(value) for value in [step(x.roll(i, 0), y)["loss"] for i in steps]]
 
     try:
         with torch.random.fork_rng([device]):
-            pairs = zip(losses("on"), losses("off"), strict=True)
-            apart = max(abs(a - b) / abs(b) for a, b in pairs)
+            captured, eager = losses("on"), losses("off")
     except Exception as error:  # whatever a driver raises
         return {"error": _described(error), "share": None}
+    if not all(map(math.isfinite, (*captured, *eager))):
+        return {"error": f"losses {captured}, eagerly {eager}", "share": None}
     # The same kernels; a step that froze something is off by far more.
+    apart = max(abs(a - b) / abs(b) for a, b in zip(captured, eager, strict=True))
     share = apart / 0.02
     return {"error": "" if share <= 1 else f"losses differ by {apart:.1%}", "share": share}
 
@@ -326,6 +354,9 @@ def examine(
 
     Returns:
         The record, "operations" of which are the records by name, and its file.
+
+    Raises:
+        ValueError: as :func:`check`.
     """
     facts: Record = {**card(device), "dtype": str(dtype).removeprefix("torch.")}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -337,18 +368,32 @@ def examine(
     rate = copy_rate(device) if whole else None
     if rate is not None:
         facts["copy_gb_per_s"] = round(rate / 1e9, 1)
-    seconds = math.inf if whole else SECONDS
-    found = {GRAPH: known.get(GRAPH) or check_graph(device, dtype), **known}
-    found = check(
-        operations, dtype, device, known=found, seconds=seconds, rate=rate, progress=progress
-    )
-    torch.cuda.empty_cache()
-    record = {**facts, "operations": found}
-    if found != known:
+    record: Record = {**facts, "operations": known}
+
+    def keep(records: dict[str, Record]) -> None:
+        record["operations"] = records
         # Not to be able to keep it is no reason not to train.
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, record)
+
+    # A search takes longer than the check, which has one batch of each shape.
+    with nullcontext() if whole else no_algorithm_search():
+        found = check(
+            operations,
+            dtype,
+            device,
+            known=known,
+            seconds=math.inf if whole else 0.75 * SECONDS,
+            rate=rate,
+            progress=progress,
+            keep=keep,
+        )
+        if GRAPH not in found:
+            # Of what a run takes in their place.
+            replace_operations(wrong_functions(found))
+            keep({**found, GRAPH: check_graph(device, dtype)})
+    torch.cuda.empty_cache()
     return record, file
 
 

@@ -9,16 +9,24 @@ import json
 import os
 import shutil
 import socket
+import sys
+import time
 import uuid
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO
 
+MAX_RATIO = 100
+"""Bytes that one byte of an archive may unpack to, beyond the first MiB; images are below 20, and
+what this package writes is not compressed."""
 LOCK = ".lock"
 """Of a folder in which one job writes at a time."""
+WAIT_SECONDS = 2.0
+"""For another process that writes the same file or folder, before it is said."""
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -59,11 +67,20 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         path: the folder; absent or empty.
 
     Raises:
-        OSError: it cannot be made, or there are files in it.
+        FileExistsError: there are files in it.
+        OSError: it cannot be made.
     """
     with scratch_folder(path) as work:
+        # The process that was waited for may have made it.
+        check_empty(path)
         yield work
         settle(work, path)
+
+
+def check_empty(path: Path) -> None:
+    """FileExistsError where there is anything at ``path`` but an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} has files in it already: choose another --out or OUT")
 
 
 @contextmanager
@@ -71,10 +88,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path``, which is removed in the end; of two processes one waits."""
     work = _beside(path)
     make_folder(path.parent)
-    with named(path), alone(work, _new_folder):
-        for left in work.iterdir():
-            _remove(left)
-        yield work
+    # A file of its own: NFS locks no folders.
+    with named(path), alone(path.with_name(f".{path.name}.lock")):
+        try:
+            _remove(work)
+            work.mkdir()
+            yield work
+        finally:
+            _remove(work)
 
 
 def settle(source: Path, path: Path) -> None:
@@ -93,28 +114,27 @@ def settle(source: Path, path: Path) -> None:
 
 
 @contextmanager
-def alone(work: Path, make: Callable[[Path], int] | None = None) -> Iterator[int]:
+def alone(work: Path) -> Iterator[int]:
     """Make a file, or take one that was left, and keep every other process waiting for it until it
-    is removed, or renamed; on a file system without locks, whoever comes later takes its name.
+    is removed, or renamed, with a word where that takes long; on a file system without locks,
+    whoever comes later takes its name.
 
     Args:
         work: the file.
-        make: opens it, or something else.
 
     Returns:
         Its descriptor.
     """
     while True:
-        descriptor = (make or _new_file)(work)
+        descriptor = _new_file(work)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _wait(descriptor, work)
             except OSError:
-                if make is None:
-                    # Two must not write into one file.
-                    work.unlink(missing_ok=True)
-                    left, descriptor = descriptor, _new_file(work, os.O_EXCL)
-                    os.close(left)
+                # Two must not write into one file.
+                work.unlink(missing_ok=True)
+                left, descriptor = descriptor, _new_file(work, os.O_EXCL)
+                os.close(left)
             # Whoever held the lock has removed or renamed it.
             if not _is_at(descriptor, work):
                 continue
@@ -122,13 +142,26 @@ def alone(work: Path, make: Callable[[Path], int] | None = None) -> Iterator[int
                 yield descriptor
             finally:
                 if _is_at(descriptor, work):
-                    _remove(work)
+                    work.unlink()
                 # A process that was forked meanwhile has the file open too.
                 with suppress(OSError):
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
             return
         finally:
             os.close(descriptor)
+
+
+def _wait(descriptor: int, work: Path) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)
+    print(
+        f"arat-fast: waiting for another process, which writes {work}", file=sys.stderr, flush=True
+    )
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def make_folder(path: Path) -> None:
@@ -233,6 +266,20 @@ def read_lines(path: Path) -> list[str]:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(f"{path}: line {line}: expected UTF-8 text, got a zero byte")
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def check_ratio(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse an archive that unpacks to more than :data:`MAX_RATIO` says.
+
+    Raises:
+        ValueError: names ``path``.
+    """
+    for member in archive.infolist():
+        if member.file_size > MAX_RATIO * (member.compress_size + 2**20):
+            raise ValueError(
+                f"{path}: {member.compress_size:,} bytes unpack to {member.file_size:,}, expected "
+                f"at most {MAX_RATIO} times as many"
+            )
 
 
 def set_aside(path: Path) -> Path:
@@ -418,16 +465,11 @@ def _new_file(path: Path, flags: int = 0) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
 
 
-def _new_folder(path: Path) -> int:
-    path.mkdir(exist_ok=True)
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

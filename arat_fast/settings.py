@@ -52,6 +52,9 @@ Number = Annotated[int, Range(low=0)]
 Weight = Annotated[float, Range(low=0)]
 Positive = Annotated[float, Range(above=0)]
 
+NormName = Literal["Linf", "L2", "L1"]
+"""A norm, on the command line and in records; :data:`arat_fast.attacks.NORMS` has them."""
+
 
 def check_settings(section: str, settings: Any) -> None:
     """Compare every field of a dataclass with the limits in its type; tuples element by element.

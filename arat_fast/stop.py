@@ -3,14 +3,19 @@ checkpoint, everything else at once."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+PARENT = "ARAT_FAST_PARENT"
+"""The variable that names the process with which ``python -m arat_fast`` ends."""
+_PR_SET_PDEATHSIG = 1
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGUSR1"):
     # What Slurm sends before the end of a job's time, if asked to; and a terminal that is lost.
@@ -118,6 +123,12 @@ def _handling(handle: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when the one that started it ends, killed or not (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_lost_output() -> None:

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from arat_fast.data import load_data
 from arat_fast.data.bad_images import BadImages
 from arat_fast.device import full_float32
-from arat_fast.display import Display
+from arat_fast.display import Display, SuiteProgress, Unit
 from arat_fast.evaluation.autoattack import NUM_TARGETS, private_random_state
 from arat_fast.evaluation.autoattack import autoattack as run_autoattack
 from arat_fast.evaluation.checkpoint import place_network
 from arat_fast.evaluation.evaluate import (
     ImageSet,
-    Progress,
     ThreatModel,
     evaluation_mode,
     predict,
@@ -122,7 +121,7 @@ def measure(
 
     def fast() -> None:
         with bench.display.evaluating() as bar:
-            clock = _Clock(bench.device, partial(bar, unit="passes"))
+            clock = _Clock(bench.device, bar)
             result = run_autoattack(
                 model,
                 images,
@@ -221,17 +220,19 @@ def reference_robust(
 class _Clock:
     """Passes progress on, and notes when each attack began."""
 
-    def __init__(self, device: torch.device, show: Progress) -> None:
+    def __init__(self, device: torch.device, show: SuiteProgress) -> None:
         self.device = device
         self.show = show
         self.starts: dict[str, float] = {}
 
-    def __call__(self, name: str, done: int, total: int) -> None:
-        attack = name.rpartition(" ")[2]
+    def __call__(
+        self, name: str, done: int, total: int, unit: Unit = "images", note: str = ""
+    ) -> None:
+        attack = name.partition(" ")[2].partition(" ")[0]
         if attack not in self.starts:
             synchronize(self.device)
             self.starts[attack] = time.perf_counter()
-        self.show(name, done, total)
+        self.show(name, done, total, unit, note)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each attack; the last one ends now."""

@@ -109,6 +109,7 @@ def run(options: Options) -> int:
     }
     bench.record |= {"correctness": [], "profile": []}
     bench.measure_rates()
+    bench.save()
     largest = max(todo, key=lambda workload: workload.batch_size)
 
     stages: list[Callable[[], None]] = []
@@ -116,6 +117,11 @@ def run(options: Options) -> int:
         # torch.compile takes longest: a quick run has it once.
         chosen = {n: c for n, c in contestants.items() if not (options.quick and c.compiles)}
         stages.append(partial(_speeds, bench, chosen, workload, steps))
+    last = partial(_speeds, bench, contestants, todo[-1], steps)
+    # It is the last that is lost if time runs out.
+    last_of_all = any(contestant.compiles for contestant in contestants.values())
+    if not last_of_all:
+        stages.append(last)
     if options.correctness:
         smallest = min(workload.batch_size for workload in todo)
         small = replace(todo[0], batch_size=min(128 if on_gpu else 16, smallest))
@@ -125,8 +131,8 @@ def run(options: Options) -> int:
         for name in options.profile
         if name in contestants
     ]
-    # It is the last that is lost if time runs out.
-    stages.append(partial(_speeds, bench, contestants, todo[-1], steps))
+    if last_of_all:
+        stages.append(last)
     for stage in stages:
         stage()
         free_memory(bench.device)

@@ -162,3 +162,8 @@ def published_predictors(predictors: nn.Module) -> list[nn.Sequential]:
         module.load_state_dict({k.removeprefix("predictor_x."): v for k, v in state.items()})
         modules.append(module)
     return modules
+
+
+def classifier(num_classes: int) -> nn.Module:
+    """One's own network, as a command names it: ``networks:classifier``."""
+    return TinyNet(classes=num_classes)

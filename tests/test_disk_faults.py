@@ -126,7 +126,7 @@ TRIALS = {
 }
 EXHAUSTIVE = "EXHAUSTIVE" in os.environ
 SHARE = 1 if EXHAUSTIVE else 9
-AMOUNTS = [("run", 23), ("prepare", 1)] + [
+AMOUNTS = [("run", 46), ("prepare", 1)] + [
     # A comparison is its runs, and takes as long.
     pytest.param(
         name,

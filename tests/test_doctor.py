@@ -51,6 +51,18 @@ def test_every_operation_that_is_wrong_is_seen(name: str) -> None:
     assert list(doctor.wrong_functions(records)) == [name.partition("-")[0]]
 
 
+@pytest.mark.parametrize("name", ["frozen_affine", "split_batch_norm"])
+def test_numbers_for_which_rounding_would_decide_what_relu_does_are_moved(name: str) -> None:
+    operation = OPERATIONS[name]
+    tensors = operation.make(0, torch.float32)
+    assert operation.off_the_edges(tensors) is tensors
+    _, before = operation.edges[-1]
+    tensors["residual"] -= before(tensors) * (torch.rand(tensors["x"].shape) < 0.2)
+    moved = operation.off_the_edges(tensors)
+    assert before(tensors).abs().min() < 1e-6 and before(moved).abs().min() > 1e-5
+    assert moved["residual"].stride() == tensors["residual"].stride()
+
+
 @pytest.mark.slow
 def test_what_is_wrong_is_seen_where_python_leaves_assertions_out() -> None:
     program = (
@@ -75,6 +87,16 @@ def test_what_does_not_compile_is_wrong_and_what_does_not_fit_is_unknown() -> No
     records = doctor.check(operations, torch.float32, CPU)
     assert list(records) == ["pgd_step-a"] and "instruction" in records["pgd_step-a"]["error"]
     assert doctor.check(operations, torch.float32, CPU, known=records, seconds=-math.inf) == records
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and works")
+def test_a_gpu_that_is_lost_ends_the_check_and_what_broke_it_is_kept() -> None:
+    kept: list[dict[str, doctor.Record]] = []
+    operations = {name: OPERATIONS["pgd_step"] for name in ("pgd_step-a", "pgd_step-b")}
+    with pytest.raises(ValueError, match=r"pgd_step-a.*start again"):
+        doctor.check(operations, torch.float32, torch.device("cuda"), keep=kept.append)
+    assert [list(records) for records in kept] == [["pgd_step-a"]]
+    assert list(doctor.wrong_functions(kept[0])) == ["pgd_step"]
 
 
 def test_wrong_kernels_are_replaced_or_refused() -> None:

@@ -8,7 +8,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,8 +19,9 @@ import pytest
 from rich.console import Console
 from tiny import changed, tiny_config
 
+from arat_fast import files
 from arat_fast.display import Display
-from arat_fast.files import LOCK, Lock, OvertakenError, write_atomic, write_bytes
+from arat_fast.files import LOCK, Lock, OvertakenError, folder_atomic, write_atomic, write_bytes
 from arat_fast.run.hooks import Hook
 from arat_fast.run.loop import train
 from arat_fast.run.state import Run
@@ -150,6 +154,35 @@ def test_two_writers_without_locks_leave_a_whole_file(
     write_bytes(path, b"third")
     assert path.read_bytes() == b"third"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def write_folder(path: Path, go_on: threading.Event) -> None:
+    with folder_atomic(path) as made:
+        (made / "first").write_bytes(b"whole")
+        go_on.wait(30)
+
+
+def test_who_waited_for_a_folder_does_not_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two exports, or conversions, into one folder at once; that one waits is said."""
+    monkeypatch.setattr(files, "WAIT_SECONDS", 0.1)
+    path, go_on, said = tmp_path / "out", threading.Event(), ""
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(write_folder, path, go_on)
+        while not (tmp_path / ".out.new" / "first").exists():
+            time.sleep(0.01)
+        second = pool.submit(write_folder, path, go_on)
+        while "waiting" not in said:
+            said += capfd.readouterr().err
+        go_on.set()
+        first.result(30)
+        with pytest.raises(FileExistsError, match="has files"):
+            second.result(30)
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/first",
+    ]
 
 
 def test_refused_settings_leave_no_folder(tmp_path: Path) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
 from tiny import OPTIONS
+from torch import nn
+from torch.utils.data import Dataset
 
 import arat_fast
 from arat_fast.cli import main
+from arat_fast.command_line import apply_overrides
 
 README = Path(__file__).parent.parent / "README.md"
 FILES = [README, *sorted((README.parent / "docs").glob("*.md"))]
@@ -72,6 +78,46 @@ def test_objective_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert main(["eval", "run", "--attacks", "pgd", "--max-samples", "40"]) == 0
     evaluated = json.loads(Path("run/evaluation.json").read_text())["accuracy"]["clean"]
     assert evaluated["value"] == summary["accuracy"]["clean"]["value"]
+
+
+class Digits(Dataset[Any]):
+    """A few digits, as a caller has them."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, start: int, stop: int) -> None:
+        digits = load_digits()
+        self.x = torch.tensor(digits.images[start:stop] / 16).float()[:, None]
+        self.y = digits.target[start:stop].tolist()
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.x[index], self.y[index]
+
+
+def test_your_network_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("arat_fast.models.registry._sources", {})
+    images = Image.fromarray((Digits(0, 1).x[0, 0] * 255).round().to(torch.uint8).numpy())
+    images.save("photo.png")
+    config = apply_overrides(arat_fast.recipe("digits"), [*OPTIONS, "--train.epochs", "1"])
+    names = {
+        "arat_fast": arat_fast,
+        "network": nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+        ),
+        "train_data": Digits(0, 64),
+        "test_data": Digits(64, 96),
+    }
+    monkeypatch.setattr(arat_fast, "recipe", lambda name: config, raising=False)
+    exec(snippet(README.parent / "docs" / "your-network.md"), names)
+    assert names["label"] in Digits.classes and 0.1 <= float(str(names["confidence"])) <= 1
+    printed = capsys.readouterr().out.split()
+    assert 0 <= float(printed[0]) <= 1 and printed[-1] == names["label"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

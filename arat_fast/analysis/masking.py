@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,7 +190,7 @@ def radii(threat: ThreatModel, num_pixels: int) -> list[float]:
         threat: the ball.
         num_pixels: values in an image, channels included.
     """
-    full = 1.0 if threat.norm == "Linf" else math.sqrt(num_pixels)
+    full = threat.ball.reach(num_pixels)
     values = [threat.eps / 2]
     while 2 * values[-1] < 0.9 * full:
         values.append(2 * values[-1])
@@ -307,18 +306,14 @@ class _Attacks:
         return Tried("gradient", name, result.correct, settings)
 
     def random(self) -> Tried:
-        """Random points of the ball: its corners in L∞, its surface in L2."""
+        """Random points of the ball: its corners in L∞, its surface else."""
         generator = self._generator()
         eps = self.threat.eps
 
         def draws(x: Tensor, y: Tensor) -> Iterator[Tensor]:
             for _ in range(_RANDOM_DRAWS):
                 draw = torch.randn(x.shape, generator=generator, device=x.device)
-                if self.threat.norm == "Linf":
-                    delta = eps * draw.sign()
-                else:
-                    delta = eps * draw / draw.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                yield (x + delta).clamp(0, 1)
+                yield (x + self.threat.ball.farthest(draw, eps)).clamp(0, 1)
 
         name = f"{_RANDOM_DRAWS} random points"
         return self._tried("random", name, {"num_draws": _RANDOM_DRAWS}, draws)

@@ -15,6 +15,7 @@ from torch import nn
 from arat_fast.analysis.masking import masking_check
 from arat_fast.analysis.snapshot import analyze_training, first_batches
 from arat_fast.build import build_network, build_objective
+from arat_fast.command_line import NetworkName
 from arat_fast.config import Config, DataConfig
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.bad_images import BadImages
@@ -77,6 +78,7 @@ class AnalyzeOptions:
     settings: Annotated[AnalyzeSettings, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=AnalyzeSettings
     )
+    model: NetworkName = dataclasses.field(default_factory=NetworkName)
 
 
 class Analysis(NamedTuple):

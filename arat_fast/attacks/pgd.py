@@ -1,22 +1,20 @@
-"""Projected gradient descent in L-infinity and L2 balls (Madry et al., 2018)."""
+"""Projected gradient descent (Madry et al., 2018)."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arat_fast.attacks.norms import NORMS, Norm
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
-from arat_fast.settings import Count, Number, check_settings
+from arat_fast.settings import Count, NormName, Number, Weight, check_settings
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.implementation import Impl, choose
-from arat_kernels.pgd_step import pgd_step, random_start
 
 AttackLoss = Callable[[Tensor], Tensor]
 
@@ -51,11 +49,16 @@ class RandomStart:
 class PGD:
     """Projected gradient descent on the ``adv`` branch; ``attack(model, x, y)`` returns ``x_adv``.
 
-    Each of ``num_steps`` steps adds ``alpha * sign(grad)`` (L2: ``alpha * grad / ||grad||``),
-    projects on the ball of radius ``eps`` around ``x`` and clamps to [0, 1]. The random start is
-    uniform in the ball (L2: a uniform direction and a uniform radius) and is not clamped, as
-    published. Only gradients of the images are computed: no parameter gradient, no ``.grad``, and
-    except under ``batch_update`` no BatchNorm buffer changes.
+    Each of ``num_steps`` steps adds ``alpha * sign(grad)`` (L2: ``alpha * grad / ||grad||``; L1:
+    the same length along few coordinates), projects on the ball of radius ``eps`` around ``x`` and
+    clamps to [0, 1]. The random start is uniform in the ball (L2 and L1: a uniform direction and a
+    uniform radius) and is not clamped, as published. Only gradients of the images are computed: no
+    parameter gradient, no ``.grad``, and except under ``batch_update`` no BatchNorm buffer changes.
+
+    One step of 5/4 of the radius is FGSM-RS (Wong et al., ICLR 2020, arXiv 2001.03994). With
+    ``num_steps=1, alpha=eps, start_radius=2, project=False`` it is N-FGSM (de Jorge et al., NeurIPS
+    2022, arXiv 2202.01181, algorithm 1): the images that are trained on lie up to three radii away.
+    The authors' code of both also clamps the start to [0, 1].
 
     Source: Madry et al., ICLR 2018; the order of projection and clamp as in arXiv 2402.14648.
     """
@@ -66,7 +69,7 @@ class PGD:
     """Step size, same units and limits."""
     num_steps: Number = 10
     """Gradient steps; >= 0."""
-    norm: Literal["Linf", "L2"] = "Linf"
+    norm: NormName = "Linf"
     """Norm of the ball."""
     random_start: bool = True
     """Start at a random point of the ball instead of the image."""
@@ -76,11 +79,26 @@ class PGD:
     """BatchNorm in the attack: "batch" (statistics of the attacked batch, running statistics
     untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of
     the attack moves the running statistics)."""
+    eps_warmup: Number = 0
+    """Epochs of a run in which the radius grows, from one to the next, to eps; 0 for none; >= 0."""
+    start_radius: Weight = 1.0
+    """Radius of the ball that the random start is drawn from, in eps; >= 0, 2 in N-FGSM."""
+    project: bool = True
+    """Project on the ball after each step; N-FGSM does not, and leaves it."""
 
     def __post_init__(self) -> None:
         check_settings("attack.", self)
-        check_length("attack.eps", self.eps, self.norm)
-        check_length("attack.alpha", self.alpha, self.norm)
+        self.ball.check("attack.eps", self.eps)
+        self.ball.check("attack.alpha", self.alpha)
+
+    @property
+    def ball(self) -> Norm:
+        """The norm itself."""
+        return NORMS[self.norm]
+
+    def eps_at(self, epoch: int) -> float:
+        """The radius in an epoch of a run, counted from 0: :attr:`eps_warmup`."""
+        return min((epoch + 1) / (self.eps_warmup + 1), 1.0) * self.eps
 
     def __call__(
         self,
@@ -140,7 +158,9 @@ class PGD:
         if not self.random_start:
             return x.clone()
         key = _draw_key(start.generator, x.device) if start.keys is None else start.keys[restart]
-        return random_start(x, key, eps=self.eps, norm=self.norm, first=start.first, impl=impl)
+        ball, radius = self.ball, self.start_radius * self.eps
+        own = impl if ball.has_kernel else "reference"
+        return ball.random_start(x, key, eps=radius, first=start.first, impl=own)
 
     def draw_keys(
         self, generator: torch.Generator | None, device: torch.device, first_given: bool = False
@@ -169,6 +189,10 @@ class PGD:
         x_adv: Tensor,
         impl: Impl | None,
     ) -> Tensor:
+        ball = self.ball
+        own = impl if ball.has_kernel else "reference"
+        # Where it is not projected, the clamp to the range is what is left.
+        radius = self.eps if self.project else ball.reach(x[0].numel())
         for _ in range(self.num_steps):
             x_adv.requires_grad_()
             with torch.enable_grad():
@@ -179,7 +203,7 @@ class PGD:
                 else:
                     (grad,) = torch.autograd.grad(loss_fn(logits).sum(), x_adv)
             x_adv = x_adv.detach()
-            pgd_step(x_adv, grad, x, eps=self.eps, alpha=self.alpha, norm=self.norm, impl=impl)
+            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, impl=own)
         return x_adv if self.num_steps else x_adv.clamp_(0, 1)
 
 
@@ -197,32 +221,14 @@ def _loss_without_grad(model: nn.Module, x: Tensor, per_sample: AttackLoss) -> T
     return per_sample(model(x))
 
 
-def perturbation_norm(x: Tensor, x_adv: Tensor, norm: Literal["Linf", "L2"]) -> Tensor:
+def perturbation_norm(x: Tensor, x_adv: Tensor, norm: NormName) -> Tensor:
     """Norm of ``x_adv - x`` of each sample, (N,) in float64.
 
     Args:
         x, x_adv: images (N, …), same shape.
-        norm: "Linf" or "L2".
+        norm: "Linf", "L2" or "L1".
     """
-    delta = (x_adv.double() - x.double()).flatten(1)
-    return delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
-
-
-def check_length(name: str, value: float, norm: str) -> None:
-    """Raise ValueError unless a radius or a step size is one for images in [0, 1].
-
-    Args:
-        name: of the setting, for the message.
-        value: >= 0; in L∞ at most 1, which reaches every image.
-        norm: "Linf" or "L2".
-    """
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
-    if norm == "Linf" and value > 1:
-        hint = f"; did you mean {value:g}/255?" if value <= 255 else ""
-        raise ValueError(
-            f"{name} must be in [0, 1] with Linf, since images lie in [0, 1], got {value:g}{hint}"
-        )
+    return NORMS[norm].size(x_adv.double() - x.double())
 
 
 def check_images(x: Tensor) -> None:

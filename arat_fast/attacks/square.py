@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from arat_fast.settings import NormName
 
 P_INIT = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -34,6 +37,8 @@ class SquareLinf:
     Source: Andriushchenko et al., ECCV 2020 (arXiv 1912.00049), algorithms 1 and 2, in the version
     that AutoAttack runs: margin loss, one restart.
     """
+
+    norm: ClassVar[NormName] = "Linf"
 
     def __init__(
         self,

@@ -167,14 +167,15 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
         cost = step_cost(own)
         # Settings of one that starts from a natural network, which is trained first if not given.
         trains_first = cost.starts_from_natural and getattr(own.objective, "teacher", None) is None
-        natural = natural_config(own) if trains_first else None
+        natural = natural_config(own) if trains_first or own.train.natural_epochs else None
         natural_passes = step_cost(natural).passes if natural else 0.0
     except ValueError as error:
         raise ValueError(f"{method.label}: {error}") from error
     epochs, options = own.train.epochs, method.options
     natural_epochs = natural.train.epochs if natural else 0
     if work is not None and cost.attacks and "--train.epochs" not in names:
-        if natural and getattr(own.objective, "teacher_epochs", None) is None:
+        given = getattr(own.objective, "teacher_epochs", None) or own.train.natural_epochs
+        if natural and not given:
             # As many natural epochs as others.
             natural_epochs = epochs = max(1, round(work / (cost.passes + natural_passes)))
         else:

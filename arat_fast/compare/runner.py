@@ -17,7 +17,7 @@ from arat_fast.compare.results import read_cell
 from arat_fast.config import config_to_dict
 from arat_fast.device import count_gpus, source_commit, versions
 from arat_fast.files import LOCK, Lock, write_json
-from arat_fast.stop import InterruptedRun, stop_on_signals
+from arat_fast.stop import PARENT, InterruptedRun, stop_on_signals
 
 _POLL_SECONDS = 0.2
 _LOGS = "logs"
@@ -113,7 +113,7 @@ class GridRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._slots[slot]},
+                env={**os.environ, **self._slots[slot], PARENT: str(os.getpid())},
                 # Ctrl-C reaches this process alone, which ends its children in order.
                 start_new_session=True,
                 # The folder stays locked as long as one of them lives.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from arat_fast.attacks.norms import NORMS
 from arat_fast.data.holdout import with_test_images
 from arat_fast.data.load import check_arrays
-from arat_fast.data.prepare import open_npz, own_dataset
+from arat_fast.data.prepare import is_generated, open_npz, own_dataset
 from arat_fast.datasets import DATASETS, Content
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.encoded import FileImages, TarImages
@@ -31,6 +32,7 @@ OWN = {
     "folder": "images in folders by class",
     "webdataset": "WebDataset shards",
     "arrays": "arrays",
+    "npz": "an .npz file of images with labels",
 }
 """What a folder of one's own images is, in words."""
 HELD_OUT = "a tenth held out"
@@ -123,13 +125,22 @@ class Inspection:
         return lines
 
 
-def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> Inspection:
+def inspect(
+    path: Path,
+    sheet: Path | None = None,
+    max_samples: int = 2000,
+    follow_links: bool = False,
+    *,
+    radii: tuple[Path, Sequence[float]] | None = None,
+) -> Inspection:
     """Find out what a dataset is.
 
     Args:
         path: a file or a folder.
         sheet: PNG file for the contact sheet; None for none.
         max_samples: images that are decoded for sizes, mean and std, evenly spread; >= 1.
+        follow_links: also to class folders that are links.
+        radii: PNG file for :func:`draw_radii`, and the radii; None for none.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -139,7 +150,7 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
         raise ValueError(f"max_samples must be >= 1, got {max_samples}")
     if not path.exists():
         raise FileNotFoundError(f"nothing at {path}, expected a dataset's file or folder")
-    found, splits = _open(path)
+    found, splits = _open(path, follow_links)
     parts, classes = list(splits.values()), found.classes
     for split, part in splits.items():
         found.counts[split] = len(part.labels)
@@ -180,6 +191,8 @@ def inspect(path: Path, sheet: Path | None = None, max_samples: int = 2000) -> I
                 found.use, found.note = "", f"no image with label {label} can be read in a split"
     if sheet is not None:
         draw_sheet(parts, classes, sheet)
+    if radii is not None:
+        draw_radii(parts, radii[1], radii[0])
     return found
 
 
@@ -191,10 +204,10 @@ def _places(parts: list[Samples], numbers: npt.NDArray[np.int64]) -> list[tuple[
     return [(parts[w], n - starts[w]) for w, n in zip(which, numbers.tolist(), strict=True)]
 
 
-def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
+def _open(path: Path, follow_links: bool) -> tuple[Inspection, Mapping[str, Samples]]:
     """What a dataset is, not yet looked at, and its splits; of some only the first images can be
     looked at, as their length says."""
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and is_generated(path):
         kind = f"an .npz file of images; convert it with arat-fast data prepare {path} FOLDER"
         pixels, labels = open_npz(path, FIRST)
         # An archive is read from its start: a part of it is enough to look at.
@@ -206,22 +219,24 @@ def _open(path: Path) -> tuple[Inspection, Mapping[str, Samples]]:
                 content = dataset.read(root)
                 check_arrays(dataset, content)
                 return _found(Inspection(path, kind, _command(dataset.name, root)), content)
-    if path.is_file() and not is_shard(path):
+    if path.is_file() and not (is_shard(path) or path.suffix == ".npz"):
         raise ValueError(
             f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
         )
-    dataset = DATASETS["webdataset"] if path.is_file() else own_dataset(path)
+    dataset = own_dataset(path)
     if dataset.name == "folder" and not has_class_folders(path):
         flat = [file for file in entries(path) if file.is_file() and is_image(file.name)]
         if flat:
             unlabelled = FileImages([(file, 0) for file in flat])
             return Inspection(path, "images without classes"), {"images": unlabelled}
     found = Inspection(path, OWN[dataset.name], _command(dataset.name, path))
+    if follow_links:
+        found.use += " --data.follow-links"
     try:
-        content = dataset.read(path)
+        content = dataset.load(path, follow_links=follow_links)
     except ValueError as error:
         # A shard alone, or generated images, can be a part of a dataset.
-        if path.is_file():
+        if dataset.name == "webdataset" and path.is_file():
             shard, found.bad = index_shards([path])
             return _numbered(found, shard, str(error))
         if (path / FILES[0]).is_file():
@@ -303,4 +318,37 @@ def draw_sheet(parts: list[Samples], classes: tuple[str, ...], path: Path) -> No
         while caption and pen.textlength(caption, font=font) > TILE:
             caption = caption[:-2].rstrip("…") + "…"
         pen.text((left, top + TILE + 1), caption, fill=(60, 60, 60), font=font)
+    write_atomic(path, lambda file: sheet.save(file, "PNG"))
+
+
+def draw_radii(parts: list[Samples], radii: Sequence[float], path: Path) -> None:
+    """Write images beside themselves with random signs of each radius: every pixel at the edge of
+    the L∞ ball, where the perturbations of an attack are too.
+
+    Args:
+        parts: the splits; four images of the first, evenly spread, that can be read.
+        radii: in [0, 1].
+        path: PNG file.
+
+    Raises:
+        ValueError: a radius is out of range.
+    """
+    for eps in radii:
+        NORMS["Linf"].check("eps", eps)
+    source = np.random.default_rng(0)
+    number = min(4, len(parts[0]))
+    side = 2 * TILE
+    sheet = Image.new("RGB", ((1 + len(radii)) * side, number * side), (255, 255, 255))
+    for row, index in enumerate(np.linspace(0, len(parts[0]) - 1, number).astype(int).tolist()):
+        try:
+            image = parts[0].image(index)
+        except ValueError:
+            continue
+        signs = source.integers(0, 2, image.shape) * 2.0 - 1
+        for column, eps in enumerate((0.0, *radii)):
+            pixels = (image + 255 * eps * signs).round().clip(0, 255).astype(np.uint8)
+            shown = Image.fromarray(pixels)
+            scale = side / max(shown.size)
+            size = (max(round(shown.width * scale), 1), max(round(shown.height * scale), 1))
+            sheet.paste(shown.resize(size, Image.Resampling.NEAREST), (column * side, row * side))
     write_atomic(path, lambda file: sheet.save(file, "PNG"))

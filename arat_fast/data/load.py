@@ -17,7 +17,11 @@ from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.fingerprint import Fingerprint, fingerprint, names_below
 from arat_fast.data.framing import NO_SHIFT, Framing, Shift
-from arat_fast.data.holdout import with_test_images, with_validation_images
+from arat_fast.data.holdout import (
+    stratified_split,
+    with_test_images,
+    with_validation_images,
+)
 from arat_fast.data.loader import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
 from arat_fast.datasets import DATASETS, Content, Dataset
@@ -72,6 +76,7 @@ def load_data(
     shard: Shard = WHOLE,
     bad_images: BadImages | None = None,
     impl: Impl | None = None,
+    all_to_test: bool = False,
 ) -> DataSplits:
     """Read a dataset and split it.
 
@@ -85,6 +90,8 @@ def load_data(
             and ``test`` are whole on each, which reads the batches that it evaluates.
         bad_images: finds the files to leave out, where ``config.bad_images`` is "skip".
         impl: implementation of the cropping; None: the fastest for the device.
+        all_to_test: of a dataset without test images all are tested, rather than a tenth: nothing
+            is trained on it.
 
     Raises:
         FileNotFoundError: the dataset is absent, or could not be downloaded.
@@ -93,7 +100,7 @@ def load_data(
     """
     dataset = DATASETS[config.name]
     try:
-        content = dataset.load(config.root, config.download)
+        content = dataset.load(config.root, config.download, config.follow_links)
     except FileNotFoundError as error:
         if not dataset.own:
             raise
@@ -112,6 +119,7 @@ def load_data(
             memory_format,
             shard,
             bad_images or BadImages(),
+            all_to_test,
         )
     except ValueError as error:
         raise ValueError(f"dataset {config.name}: {error}") from error
@@ -155,13 +163,17 @@ def _splits(
     memory_format: torch.memory_format,
     shard: Shard,
     bad_images: BadImages,
+    all_to_test: bool,
 ) -> DataSplits:
     root = config.root.expanduser()
     if dataset.image_size is not None:
         content = _in_arrays(content, dataset.image_size, f"{dataset.name} has")
     check_arrays(dataset, content)
     content, skipped = _readable(content, config, root, bad_images)
+    if all_to_test and content.test is None:
+        content = content._replace(test=content.train)
     content = with_validation_images(with_test_images(content), config.num_val)
+    content = _limited(content, config.limit)
     identity = fingerprint(content.train.labels, names_below(content.train, root))
     loader: str = config.loader
     framing: Shift | Framing = Shift(config.padding, config.flip)
@@ -170,7 +182,7 @@ def _splits(
             raise ValueError(
                 "data.unsup is mixed with images in arrays (cifar10, …), got images in files"
             )
-        cut = dataset.crop if config.crop == "auto" else config.crop
+        cut = (dataset.crop or "pad") if config.crop == "auto" else config.crop
         framing = Framing(config.image_size, cut, True, config.padding, config.flip)
         content = content._replace(test=_mixed(content.test), val=_mixed(content.val))
         if loader == "resident":
@@ -282,7 +294,7 @@ def check_arrays(dataset: Dataset, content: Content) -> None:
     for part in content.parts.values():
         if isinstance(part, Images) and isinstance(part.rows, ArrayRows):
             shape = (dataset.image_size, dataset.image_size, dataset.channels)
-            if part.rows.shape[1:] != shape:
+            if dataset.image_size is not None and part.rows.shape[1:] != shape:
                 raise ValueError(
                     f"expected images of {'x'.join(map(str, shape))}, got "
                     f"{'x'.join(map(str, part.rows.shape[1:]))}"
@@ -313,6 +325,21 @@ def _readable(
         readable[split] = part.subset(kept)
         skipped += bad.values()
     return content.with_parts(readable), tuple(skipped)
+
+
+def _limited(content: Content, limit: int) -> Content:
+    """With so many of the training images; 0 for all."""
+    if not 0 < limit < len(content.train):
+        return content
+    counts = torch.bincount(content.train.labels, minlength=len(content.classes))
+    if limit < len(counts):
+        raise ValueError(
+            f"data.limit must leave an image of each of the {len(counts)} classes, got {limit}"
+        )
+    # The rest, rather than these, is what leaves none of a class without images.
+    chosen, _ = stratified_split(content.train.labels, len(content.train) - limit)
+    note = f"a trial: {limit:,} of {len(content.train):,} training images"
+    return content._replace(train=content.train.subset(chosen), notes=(*content.notes, note))
 
 
 def _with_generated(content: Content, folder: Path) -> Content:

@@ -219,35 +219,35 @@ def read_ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Generator
 
 
 def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Tensor) -> None:
-    """Write a part of an image, scaled where its size is another one, into a square.
+    """Write a part of an image, scaled where its size is another one.
 
     Args:
         image: (height, width, 3), uint8.
         box: first row, first column, height and width of the part; beyond the image there are
             zeros, but a part that is scaled lies inside.
         mirror: mirror it horizontally.
-        out: (3, size, size), uint8; written.
+        out: (3, height, width), uint8, of any size; written.
     """
     # By NumPy, in this thread: PyTorch would share each copy between its threads, which then wait
     # for the next one in a loop, on the cores that decode.
     top, left, height, width = box
-    size = out.shape[1]
-    square = out.numpy()
-    if (height, width) == (size, size):
-        inside = image[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)]
+    size = (out.shape[1], out.shape[2])
+    written = out.numpy()
+    if (height, width) == size:
+        inside = image[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
         inside = inside.transpose(2, 0, 1)
-        if inside.shape != square.shape:
-            square.fill(0)
+        if inside.shape != written.shape:
+            written.fill(0)
         first, left = max(-top, 0), max(-left, 0)
-        square[:, first : first + inside.shape[1], left : left + inside.shape[2]] = inside
+        written[:, first : first + inside.shape[1], left : left + inside.shape[2]] = inside
         if mirror:
-            square[:] = square[:, :, ::-1].copy()
+            written[:] = written[:, :, ::-1].copy()
     else:
         part = torch.from_numpy(image[top : top + height, left : left + width])
         scaled = F.interpolate(
-            part.permute(2, 0, 1)[None], size=(size, size), mode="bilinear", antialias=True
+            part.permute(2, 0, 1)[None], size=size, mode="bilinear", antialias=True
         )
-        square[:] = scaled[0].numpy()[:, :, :: -1 if mirror else 1]
+        written[:] = scaled[0].numpy()[:, :, :: -1 if mirror else 1]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -3,14 +3,11 @@ mapped, not loaded; other images of one's own are decoded, to see whether that w
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,12 @@ from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.encoded import EncodedImages, unreadable
 from arat_fast.datasets.folder import has_class_folders
 from arat_fast.datasets.members import class_name, read_classes
+from arat_fast.datasets.npz import names_in, opened_npz, pixels_in
 from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, FILES, array_folder, checksum_line
-from arat_fast.datasets.rows import MappedRows, Pixels, read_header, read_labels, settled
+from arat_fast.datasets.rows import MappedRows, Pixels, read_header, read_labels
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
 from arat_fast.files import folder_atomic, write_text
-
-MAX_RATIO = 100
-"""Bytes that one byte of an archive may unpack to, beyond the first MiB; images are below 20."""
 
 ROWS = 256
 """Images that are converted at a time."""
@@ -54,41 +49,28 @@ def open_npz(path: Path, number: int) -> tuple[Pixels, Tensor]:
             cut short.
     """
     with _opened(path) as archive:
-        with archive.open(MEMBERS[0]) as file:
-            stored = read_header(file, path, archive.getinfo(MEMBERS[0]).file_size)
-            if stored.fortran:
-                number = stored.shape[0]
-            first = replace(stored, shape=(min(number, stored.shape[0]), *stored.shape[1:]))
-            numbers = first.view(file.read(first.nbytes), 0)
-        pixels = settled(first, [numbers], path).pixels(numbers)
+        pixels, total, _ = pixels_in(archive, MEMBERS[0], path, number)
         with archive.open(MEMBERS[1]) as file:
-            return pixels, read_labels(file, path, stored.shape[0])
+            return pixels, read_labels(file, path, total)
+
+
+def is_generated(path: Path) -> bool:
+    """Whether an .npz file has the names of generated images' arrays, :data:`MEMBERS`."""
+    with opened_npz(path) as archive:
+        return set(archive.namelist()) <= set(MEMBERS)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """An .npz file; what is damaged in it, wherever it is read, is said of the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = archive.namelist()
-            if sorted(found) not in (sorted(MEMBERS), sorted(MEMBERS[:2])):
-                raise ValueError(
-                    f"{path}: expected the arrays image and label, and classes for their names, "
-                    f"got {', '.join(found) or 'none'}"
-                )
-            for member in archive.infolist():
-                if member.file_size > MAX_RATIO * (member.compress_size + 2**20):
-                    raise ValueError(
-                        f"{path}: {member.compress_size:,} bytes unpack to {member.file_size:,}, "
-                        f"expected at most {MAX_RATIO} times as many of images"
-                    )
-            yield archive
-    # RuntimeError: it is encrypted, or compressed in a way that Python does not know. EINVAL: its
-    # directory points outside of it.
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise ValueError(f"{path}: expected an .npz file, but it is damaged: {error}") from error
+    """An .npz file that holds :data:`MEMBERS`, the last one or not."""
+    with opened_npz(path) as archive:
+        found = archive.namelist()
+        if sorted(found) not in (sorted(MEMBERS), sorted(MEMBERS[:2])):
+            raise ValueError(
+                f"{path}: expected the arrays image and label, and classes for their names, "
+                f"got {', '.join(found) or 'none'}"
+            )
+        yield archive
 
 
 def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
@@ -99,17 +81,15 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
 
     Args:
         path: the file.
-        folder: is made.
+        folder: absent or empty.
 
     Returns:
         the number of images, and what was converted, in words.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder has files in it.
         ValueError: as for :func:`open_npz`; a checksum is wrong.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already, expected a folder to make")
     with _opened(path) as archive, folder_atomic(folder) as made:
         needed = sum(member.file_size for member in archive.infolist())
         with archive.open(MEMBERS[0]) as file:
@@ -131,7 +111,7 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
             rows = MappedRows(raw / MEMBERS[0])
             with (raw / MEMBERS[1]).open("rb") as file:
                 labels = read_labels(file, raw / MEMBERS[1], rows.shape[0])
-            names = _names(raw / MEMBERS[2])
+            names = names_in(archive, MEMBERS[2], path) if MEMBERS[2] in archive.namelist() else []
         except (ValueError, EOFError) as error:
             raise ValueError(str(error).replace(f"{raw}{os.sep}", f"{path}: ")) from error
         images = made / FILES[0]
@@ -157,24 +137,12 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
     return rows.shape[0], rows.stored.notes()
 
 
-def _names(path: Path) -> list[str]:
-    """The names of the classes in an .npy file; none where it is absent."""
-    if not path.exists():
-        return []
-    names = np.load(path, allow_pickle=False)
-    if names.ndim != 1 or names.dtype.kind != "U":
-        raise ValueError(
-            f"{path}: expected the names of the classes, (num_classes,) str, got {names.dtype} of "
-            f"shape {names.shape}"
-        )
-    return [str(name) for name in names]
-
-
-def verify(path: Path) -> tuple[int, list[str]]:
+def verify(path: Path, follow_links: bool = False) -> tuple[int, list[str]]:
     """Decode every image of a folder of one's own, or of one tar shard.
 
     Args:
         path: the dataset.
+        follow_links: also to class folders that are links.
 
     Returns:
         the number of files, and what is wrong with those that cannot be decoded.
@@ -186,7 +154,7 @@ def verify(path: Path) -> tuple[int, list[str]]:
         shard, others = index_shards([path])
         content = Content(shard, None, (), bad=tuple(others))
     else:
-        content = own_dataset(path).read(path)
+        content = own_dataset(path).load(path, follow_links=follow_links)
     parts, bad = list(content.parts.values()), list(content.bad)
     for part in parts:
         # Arrays are whole, or were refused.
@@ -196,10 +164,10 @@ def verify(path: Path) -> tuple[int, list[str]]:
 
 
 def own_dataset(root: Path) -> Dataset:
-    """What a folder of one's own images is: "arrays", "webdataset" or, if nothing else, "folder".
-
-    Stray archives beside class folders do not count.
-    """
+    """What one's own images are: "npz" or "webdataset" of a file, "arrays", "webdataset" or, if
+    nothing else, "folder" of a folder, where stray archives beside class folders do not count."""
+    if root.is_file():
+        return DATASETS["npz" if root.suffix == ".npz" else "webdataset"]
     folders = [root, *(folder for _, folder in named_splits(root))]
     if any((folder / FILES[0]).is_file() for folder in folders):
         return DATASETS["arrays"]

@@ -72,10 +72,11 @@ class Dataset:
             any size, or where only the files say it.
         channels: of an image.
         num_classes: number of classes; None where only the files say it.
-        crop: what image files are cut to by default.
+        crop: what image files are cut to by default; None where images are in arrays.
         own: images of one's own, which differ with the place where they lie.
         places: what lies in its root, and what the dataset is then, in words.
         label: what a report calls it; the name by default.
+        linked: as ``read``, which follows the links that that refuses; None where it refuses none.
     """
 
     name: str
@@ -84,30 +85,33 @@ class Dataset:
     image_size: int | None = None
     channels: int = 3
     num_classes: int | None = None
-    crop: Literal["pad", "resized"] = "resized"
+    crop: Literal["pad", "resized"] | None = "resized"
     own: bool = False
     places: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
+    linked: Callable[[Path], Content] | None = None
 
-    def load(self, root: Path, download: bool = False) -> Content:
+    def load(self, root: Path, download: bool = False, follow_links: bool = False) -> Content:
         """What its files hold, fetched first where they are absent or damaged.
 
         Args:
             root: the folder of the datasets; of one's own images their folder.
             download: fetch them.
+            follow_links: also to class folders that are links.
 
         Raises:
             FileNotFoundError: it is absent, or could not be downloaded.
             ValueError: a file is not the published one, or holds something else.
         """
         root = root.expanduser()
+        read = self.linked if follow_links and self.linked is not None else self.read
         try:
-            return self.read(root)
+            return read(root)
         except (FileNotFoundError, ValueError):
             if self.fetch is None or not download:
                 raise
         self.fetch(root)
-        return self.read(root)
+        return read(root)
 
 
 DATASETS: dict[str, Dataset] = {}

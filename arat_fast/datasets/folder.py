@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, Samples, register
@@ -42,7 +44,7 @@ def _class_splits(root: Path) -> dict[str, Path]:
     return splits or {"train": root}
 
 
-def class_folders(root: Path) -> Content:
+def class_folders(root: Path, follow_links: bool = False) -> Content:
     """Images in folders by class: ROOT/train/CLASS, ROOT/val/CLASS and ROOT/test/CLASS, of which
     either or both of the last can be absent, or ROOT/CLASS.
 
@@ -51,17 +53,18 @@ def class_folders(root: Path) -> Content:
 
     Args:
         root: the folder.
+        follow_links: whether class folders can be links.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no class or one, a class without images, a class in one split only, splits in a
-            class, or other splits without one to train on.
+        ValueError: a link that is not to be followed, no class or one, a class without images, a
+            class in one split only, splits in a class, or other splits without one to train on.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}, expected one of images by class")
     splits = _class_splits(root)
     train = splits["train"]
-    by_split = {split: _by_class(folder) for split, folder in splits.items()}
+    by_split = {split: _by_class(folder, follow_links) for split, folder in splits.items()}
     classes = tuple(sorted(by_split["train"]))
     if not classes:
         raise ValueError(f"{train}: expected a folder for each class, got none")
@@ -98,10 +101,16 @@ def class_folders(root: Path) -> Content:
     return own_content(root, parts, classes, bad)
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
+def _by_class(folder: Path, follow_links: bool) -> dict[str, list[Path]]:
     """The folders of each class."""
     found: dict[str, list[Path]] = {}
     for each in folders_in(folder):
+        if each.is_symlink() and not follow_links:
+            raise ValueError(
+                f"{each} is a link to {os.readlink(each)}: a class folder that is a link is "
+                "followed only with --data.follow-links (--follow-links of data inspect and "
+                "prepare)"
+            )
         splits = [inner.name for _, inner in named_splits(each)]
         if splits:
             raise ValueError(
@@ -149,4 +158,6 @@ def image_files(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
     return images, bad
 
 
-register(Dataset("folder", class_folders, own=True))
+register(
+    Dataset("folder", class_folders, linked=partial(class_folders, follow_links=True), own=True)
+)

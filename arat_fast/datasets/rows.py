@@ -27,7 +27,7 @@ _SAMPLED = 1000
 """Images of uint8 that are looked at before they are read as levels."""
 
 # What numpy raises for a damaged .npy file, whose header it evaluates as a Python literal.
-_DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError)
+DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError)
 
 
 class Rows(Protocol):
@@ -286,7 +286,7 @@ def read_header(file: IO[bytes], path: Path, size: int) -> Stored:
     try:
         read = lib.read_array_header_1_0 if lib.read_magic(file) == (1, 0) else None
         shape, fortran, dtype = (read or lib.read_array_header_2_0)(file)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: expected an .npy array, got {error}") from error
     stored = Stored(shape, dtype, fortran and len(shape) > 1, file.tell())
     if dtype.kind not in "uif" or dtype == np.int8:
@@ -379,7 +379,7 @@ def read_labels(file: IO[bytes], path: Path, number: int) -> Tensor:
     lib: Any = np.lib.format
     try:
         y = lib.read_array(file, allow_pickle=False)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         got = "objects of Python, which are never unpickled" if "Object" in str(error) else error
         raise ValueError(f"{path}: expected an .npy array of labels, got {got}") from error
     # At its end the checksum of a member of an .npz file is compared.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -19,12 +16,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from arat_fast.data.plan import Shard
 from arat_fast.device import count_gpus, resolve_device
 from arat_fast.distributed.watch import LeftBehindError, Watch, open_store
+from arat_fast.stop import end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PR_SET_PDEATHSIG = 1
 
 
 class Ranks:
@@ -225,8 +222,8 @@ def join(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl"
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     limit = datetime.timedelta(seconds=timeout)
     try:
         store = open_store(rank, world_size, limit)

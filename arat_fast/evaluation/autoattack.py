@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from arat_fast.attacks.norms import NORMS
 from arat_fast.attacks.pgd import check_images
 from arat_fast.attacks.square import SquareLinf
 from arat_fast.device import no_algorithm_search
+from arat_fast.display import SuiteProgress
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
-    Progress,
     ThreatModel,
     accept,
     evaluation_mode,
@@ -33,11 +36,18 @@ from arat_fast.evaluation.pieces import Pieces, Tensors
 from arat_fast.models.folding import FoldedNetwork
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+RAND = ("apgd-ce", "apgd-dlr")
+"""AutoAttack's version "rand", for networks that draw random numbers."""
+NUM_DRAWS = 20
+"""Passes whose gradients "rand" averages at every step (expectation over transformation)."""
+NUM_STEPS = 100
 NUM_TARGETS = 9
 NUM_QUERIES = 5000
 MIN_CLASSES = 4
 SHORT_STEPS = 10
-Version = Literal["standard", "torchattacks10"]
+RANDOMISED = 1e-4
+"""Difference of two equal calls, relative to the largest logit, that is more than rounding."""
+Version = Literal["standard", "torchattacks10", "rand"]
 
 
 def autoattack(
@@ -51,13 +61,14 @@ def autoattack(
     seed: int = 0,
     fast: bool = True,
     pieces: Pieces | None = None,
-    progress: Progress | None = None,
+    progress: SuiteProgress | None = None,
 ) -> AttackResult:
     """Accuracy of the ``adv`` branch under AutoAttack.
 
     APGD on the cross-entropy (100 steps), targeted APGD on the DLR loss (9 targets, 100 steps),
     targeted FAB (9 targets, 100 steps) and Square (5,000 queries), each on what the ones before
-    left standing. With fewer than ten classes, all the other classes are targets.
+    left standing. With fewer than ten classes, all the other classes are targets. In L1 APGD starts
+    from larger balls, five times on the cross-entropy, and aims at five classes.
 
     The fast path attacks the network in float32 with its BatchNorm folded into the convolutions,
     and Square asks each question once. Nothing is left out: what a success is, is decided by the
@@ -69,18 +80,23 @@ def autoattack(
     all the other classes are targets however many there are, and Square adapts its schedule to the
     number of queries.
 
+    Version "rand" is for networks that answer the same image differently: APGD on the cross-entropy
+    and on the untargeted DLR loss, with the mean gradient of 20 draws at every step. Each answer
+    that decides, before and after an attack, is one draw.
+
     Args:
         model: the network, in any mode.
         images: float32 images and labels on the model's device.
         threat: ball of the attack.
         batch_size: samples attacked at once, >= 1.
-        version: "standard", or "torchattacks10".
-        attacks: those of the four to run, in this order; fewer are not AutoAttack.
+        version: "standard", "torchattacks10" or "rand".
+        attacks: those of the four to run, in this order; fewer are not AutoAttack. "rand" has its
+            own two.
         seed: of every attack. The global random state is left as it was.
         fast: take the fast path; otherwise the reference code as it is, on the network itself.
         pieces: what is finished already; each attack on each batch is one piece.
-        progress: told the name of the attack, the forward passes so far and the survivors; called
-            at every forward pass.
+        progress: told the attack, its forward passes so far and how many there can be, the images
+            that stand and the time left; called at every forward pass.
 
     Returns:
         The survivors, also after each attack; ``details["attacks"]`` holds the accuracy after each,
@@ -92,29 +108,36 @@ def autoattack(
 
     Source: Croce and Hein, ICML 2020 (arXiv 2003.01690), version "standard".
     """
-    if version not in ("standard", "torchattacks10"):
-        raise ValueError(f'version must be "standard" or "torchattacks10", got {version!r}')
+    if version not in get_args(Version):
+        raise ValueError(f"version must be one of {', '.join(get_args(Version))}, got {version!r}")
     check_images(images.x)
     num_classes = len(images.classes)
     if num_classes < MIN_CLASSES:
         raise ValueError(f"AutoAttack needs at least {MIN_CLASSES} classes, got {num_classes}")
-    unknown = [name for name in attacks if name not in STANDARD]
+    if version == "rand":
+        # A folded network would be another one, and threads would share its draws.
+        attacks, fast = RAND, False
+    unknown = [name for name in attacks if name not in (*STANDARD, *RAND)]
     if unknown or not attacks:
         raise ValueError(f"attacks must be among {', '.join(STANDARD)}, got {list(attacks)}")
     short = version == "torchattacks10"
     num_targets = num_classes - 1 if short else min(NUM_TARGETS, num_classes - 1)
-    title = "AutoAttack (torchattacks, 10 steps)" if short else "AutoAttack"
-    if tuple(attacks) != STANDARD:
+    titles = {"torchattacks10": "AutoAttack (torchattacks, 10 steps)", "rand": "AutoAttack (rand)"}
+    title = titles.get(version, "AutoAttack")
+    if tuple(attacks) not in (STANDARD, RAND):
         title = "Of AutoAttack:"
     pieces = pieces or Pieces()
     after: dict[str, Tensor] = {}
     num_rejected = num_disputed = 0
     x_adv = images.x.clone()
-    run = _Attacks(model, threat, batch_size, seed, num_targets, short, fast, title, progress)
+    course = _Course(title, attacks, threat, num_targets, version, progress)
+    run = _Attacks(model, threat, batch_size, seed, num_targets, version, fast, course)
     with ExitStack() as stack:
         stack.enter_context(private_random_state(images.x.device))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(no_algorithm_search())
+        # What the network itself draws.
+        torch.manual_seed(seed)
         network, not_folded = model, ""
         if fast:
             folded, not_folded = _fast_network(model, images.x)
@@ -127,7 +150,8 @@ def autoattack(
             for number, indices in enumerate(torch.split(survivors, batch_size)):
                 if len(indices) == 0:
                     continue
-                run.survivors = int(robust.sum())
+                start = number * batch_size
+                course.begin(name, start, len(indices), len(survivors), int(robust.sum()))
                 piece = partial(run.piece, name, network, images.x[indices], images.y[indices])
                 kept = f"{version}-{'-'.join(attacks)}-{name}-{number}"
                 found = pieces.get(kept, piece, images.x.device)
@@ -139,7 +163,7 @@ def autoattack(
                 num_disputed += disputed
             after[name] = robust.clone()
     implementation = f"pyautoattack {metadata.version('pyautoattack')}"
-    if "square" in attacks and threat.norm == "Linf" and fast:
+    if "square" in attacks and run.own_square:
         own = "arat_fast.attacks.SquareLinf"
         implementation = own if tuple(attacks) == ("square",) else f"{implementation}, {own}"
     details = {
@@ -151,7 +175,7 @@ def autoattack(
         "version": version,
         "norm": threat.norm,
         "eps": threat.eps,
-        **_settings(attacks, short, num_targets),
+        **_settings(attacks, version, num_targets),
         "seed": seed,
         "batch_size": batch_size,
         "attacks": {name: float(mask.double().mean()) for name, mask in after.items()},
@@ -163,22 +187,26 @@ def autoattack(
 
 @dataclass
 class _Attacks:
-    """Runs one attack on some images; the fields are those of :func:`autoattack`.
-
-    Attributes:
-        survivors: images that still stand, to be told.
-    """
+    """Runs one attack on some images; the fields are those of :func:`autoattack`."""
 
     model: nn.Module
     threat: ThreatModel
     batch_size: int
     seed: int
     num_targets: int
-    short: bool
+    version: Version
     fast: bool
-    title: str
-    progress: Progress | None
-    survivors: int = 0
+    course: _Course
+
+    @property
+    def short(self) -> bool:
+        """Whether the attacks run with torchattacks' settings."""
+        return self.version == "torchattacks10"
+
+    @property
+    def own_square(self) -> bool:
+        """Whether Square is the one that asks each question once."""
+        return self.fast and self.threat.ball is NORMS[SquareLinf.norm]
 
     def piece(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensors:
         """Attack ``network``; what only that loses is attacked again on the network itself.
@@ -204,7 +232,7 @@ class _Attacks:
 
     def attack(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """What the attack returns, unchecked."""
-        own_square = name == "square" and self.threat.norm == "Linf" and self.fast
+        own_square = name == "square" and self.own_square
         # These draw nothing that depends on the other images, so that each thread takes them
         # through all steps on its own images.
         by_parts = name == "fab-t" or own_square
@@ -214,8 +242,7 @@ class _Attacks:
         def tick() -> None:
             if shared is not None and shared.stopped.is_set():
                 raise Stopped
-            if self.progress is not None:
-                self.progress(f"{self.title} {name}", -(-next(passes) // parts), self.survivors)
+            self.course.tick(-(-next(passes) // parts))
 
         ticking = _Ticking(network if shared is None else shared.network, tick)
         if own_square:
@@ -240,9 +267,10 @@ class _Attacks:
             eps=self.threat.eps,
             seed=self.seed,
             device=x.device,
-            version="standard",
+            version="rand" if self.version == "rand" else "standard",
         )
-        adversary.apgd_targeted.n_target_classes = self.num_targets
+        apgd_targets = self.num_targets if self.short else self.threat.ball.num_targets
+        adversary.apgd_targeted.n_target_classes = min(apgd_targets, self.num_targets)
         adversary.fab.n_target_classes = self.num_targets
         adversary.square.n_queries = NUM_QUERIES
         if self.short:
@@ -250,6 +278,65 @@ class _Attacks:
         adversary.attacks_to_run = [name]
         found: Tensor = adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
         return found
+
+
+@dataclass
+class _Course:
+    """Tells how far the attacks are; the fields are those of :func:`autoattack`."""
+
+    title: str
+    attacks: Sequence[str]
+    threat: ThreatModel
+    num_targets: int
+    version: Version
+    progress: SuiteProgress | None
+    spent: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def passes(self, name: str) -> int:
+        """Forward passes of one image that withstands an attack."""
+        steps = SHORT_STEPS if self.version == "torchattacks10" else NUM_STEPS
+        targets = {"apgd-ce": 1, "apgd-dlr": 1}.get(name, self.num_targets)
+        if self.threat.norm == "L1" and name.startswith("apgd"):
+            # As many restarts as it has targets.
+            targets = self.threat.ball.num_targets
+        of_step = {"fab-t": 2}.get(name, NUM_DRAWS if self.version == "rand" else 1)
+        return NUM_QUERIES if name == "square" else targets * (of_step * steps + 2)
+
+    def begin(self, name: str, done: int, images: int, total: int, standing: int) -> None:
+        """A batch of ``images`` of an attack's ``total`` begins, ``done`` are done."""
+        self.name, self.done, self.images, self.total = name, done, images, total
+        self.standing, self.before = standing, 0
+        number = list(self.attacks).index(name) + 1
+        self.label = f"{self.title} {name} ({number} of {len(self.attacks)})"
+        later = self.attacks[number:]
+        self.later = standing * sum(self.passes(each) * _WEIGHTS.get(each, 2) for each in later)
+
+    def tick(self, number: int) -> None:
+        """The batch is at that forward pass, counted from 1."""
+        if self.progress is None:
+            return
+        passes, weight = self.passes(self.name), _WEIGHTS.get(self.name, 2)
+        # The reference code makes a few passes more, to see what it attacks.
+        number = min(number, passes)
+        self.spent += (number - self.before) * self.images * weight
+        self.before = number
+        # Batches as if each had as many images as this one.
+        done = self.done * passes + number * self.images
+        all_passes = self.total * passes
+        left = (all_passes - done) * weight + self.later
+        seconds = left * (time.perf_counter() - self.started) / self.spent if self.spent else 0.0
+        note = f"{self.standing} images standing"
+        if number > _FIRST_PASSES:
+            note += f", {timedelta(seconds=round(seconds))} left if all of them hold"
+        self.progress(self.label, done, all_passes, "passes", note)
+
+
+_WEIGHTS = {"fab-t": 1.5, "square": 1.0}
+"""Passes that a forward pass of an attack stands for, with its share of backward ones; 2 of the
+others."""
+_FIRST_PASSES = 10
+"""Of a batch, before which its speed is not known."""
 
 
 def _fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
@@ -263,11 +350,13 @@ def _fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     return folded, ""
 
 
-def _settings(attacks: Sequence[str], short: bool, num_targets: int) -> dict[str, int]:
+def _settings(attacks: Sequence[str], version: Version, num_targets: int) -> dict[str, int]:
     """Steps, targets and queries of those attacks that have them."""
     found: dict[str, int] = {}
     if tuple(attacks) != ("square",):
-        found["num_steps"] = SHORT_STEPS if short else 100
+        found["num_steps"] = SHORT_STEPS if version == "torchattacks10" else NUM_STEPS
+    if version == "rand":
+        found["num_draws"] = NUM_DRAWS
     if "apgd-t" in attacks or "fab-t" in attacks:
         found["num_targets"] = num_targets
     if "square" in attacks:
@@ -300,6 +389,22 @@ class _Ticking(nn.Module):
         self.tick()
         logits: Tensor = self.model(x)
         return logits
+
+
+@torch.no_grad()
+def is_randomised(model: nn.Module, images: ImageSet) -> bool:
+    """Whether two equal calls of the ``adv`` branch differ by more than rounding.
+
+    Args:
+        model: the network, in any mode.
+        images: the first 32 are taken; of none the answer is no.
+    """
+    x = images.x[:32]
+    if not len(x):
+        return False
+    with private_random_state(x.device), evaluation_mode(model):
+        first, second = model(x), model(x)
+    return bool((first - second).abs().max() > RANDOMISED * first.abs().max())
 
 
 @contextmanager

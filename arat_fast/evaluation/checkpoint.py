@@ -6,19 +6,22 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import nn
 
+from arat_fast.attacks import PGD
 from arat_fast.build import build_objective
-from arat_fast.config import Config, DataConfig, EvalConfig
+from arat_fast.config import OWN_IMAGES, Config, DataConfig, EvalConfig, ModelConfig
 from arat_fast.data import DataSplits, load_data
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import stream_generator
 from arat_fast.data.fingerprint import class_order
 from arat_fast.data.load import download_data
+from arat_fast.data.prepare import own_dataset
+from arat_fast.datasets import DATASETS
 from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
@@ -33,8 +36,9 @@ from arat_fast.evaluation.record import (
 )
 from arat_fast.evaluation.suite import attacks_left_out, evaluate_all, per_example
 from arat_fast.files import alone, write_json
-from arat_fast.saved.network import SavedNetwork, read_saved
-from arat_fast.saved.weights import network_size
+from arat_fast.recipes import recipe as recipe_by_name
+from arat_fast.saved.network import SavedNetwork, read_saved, read_weights
+from arat_fast.settings import NormName
 from arat_fast.training.averaging import refresh_batch_norm
 
 Section = TypeVar("Section", DataConfig, EvalConfig)
@@ -43,8 +47,10 @@ Section = TypeVar("Section", DataConfig, EvalConfig)
 def evaluate_checkpoint(
     checkpoint: Path,
     *,
+    model: ModelConfig | None = None,
+    data: str | None = None,
     recipe: str | None = None,
-    norm: Literal["Linf", "L2"] | None = None,
+    norm: NormName | None = None,
     eps: float | None = None,
     num_steps: int | None = None,
     alpha: float | None = None,
@@ -59,11 +65,14 @@ def evaluate_checkpoint(
     display: Display | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Accuracies of a checkpoint on the test images of its dataset.
+    """Accuracies of a checkpoint on the test images of its dataset, or on others.
 
     Args:
         checkpoint: a run's folder, its checkpoint, exported weights or their folder, or an official
-            AR-AT file.
+            AR-AT file; with ``model`` any file of that network's weights.
+        model: the network that a file holds nothing but the weights of; its module is imported.
+        data: other images with the same classes: a dataset by its name, or a folder or a file of
+            one's own; where these have no test images, all of them are taken. None: the run's own.
         recipe: gives data, model and threat model; needed where the file does not hold them. A
             run's own checkpoint does; its exported weights name recipe, model and ball.
         norm, eps, num_steps, alpha, batch_size, data_root: override the run's; None keeps them.
@@ -96,8 +105,8 @@ def evaluate_checkpoint(
     if out is not None and (out.suffix != ".json" or out.is_dir()):
         raise ValueError(f"--out expects the name of a JSON file, NAME.json, got {out}")
     target = ranks.device(device)
-    saved = read_saved(checkpoint, recipe=recipe, with_config=True)
-    trained = saved.config
+    saved = None if model else read_saved(checkpoint, recipe=recipe, with_config=True)
+    trained = saved.config if saved else foreign_config(model, recipe, data, norm, eps)
     assert trained is not None
     if norm not in (None, trained.attack.norm) and eps is None:
         raise ValueError(
@@ -112,31 +121,37 @@ def evaluate_checkpoint(
         evaluation = dataclasses.replace(trained.eval, alpha=None)
         config = dataclasses.replace(trained, attack=attack, eval=evaluation)
     given = {"num_steps": num_steps, "alpha": alpha, "batch_size": batch_size}
+    image_source = _replaced(config.data, root=data_root)
+    if data is not None:
+        image_source = _other_images(image_source, data, data_root, saved)
     config = dataclasses.replace(
-        config,
-        data=_replaced(config.data, root=data_root),
-        eval=_replaced(config.eval, max_samples=max_samples, **given),
+        config, data=image_source, eval=_replaced(config.eval, max_samples=max_samples, **given)
     )
-    if saved.statistics_fresh:
+    if saved is None or saved.statistics_fresh:
         # Generated images are for training.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=None))
     display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
-    if config.data.root != trained.data.root:
+    if data is None and config.data.root != trained.data.root:
         before = f"; the run had them from {trained.data.root}" if saved.steps is not None else ""
         display.say(f"images from {config.data.root}{before}")
     download_data(config.data, ranks)
     with display.evaluating() as bar:
-        data = load_data(
+        splits = load_data(
             config.data,
             device=target,
             seed=config.seed,
             eval_batch_size=config.eval.batch_size,
-            bad_images=BadImages(saved.path.parent, ranks, bar),
+            bad_images=BadImages(checkpoint.parent, ranks, bar),
+            all_to_test=data is not None,
         )
-    model = place_network(saved, trained, data, target, by_name=True)
-    found = ImageSet.from_batches(data.test, max_samples, ranks.shard)
+    test = splits.test
+    if saved is None:
+        saved = read_weights(checkpoint, trained, test.num_classes, test.image_shape)
+    placed = dataclasses.replace(trained, data=config.data)
+    network = place_network(saved, placed, splits, target, by_name=True)
+    found = ImageSet.from_batches(test, max_samples, ranks.shard)
     images = found.in_order(saved.classes, saved.path)
     mapped = images is not found
     if mapped:
@@ -147,11 +162,11 @@ def evaluate_checkpoint(
     threat = ThreatModel(config.attack.eps, config.attack.norm)
     facts = {
         "model": saved.weights,
-        "weights_sha256": checksum(model),
+        "weights_sha256": checksum(network),
         "dataset": config.data.name,
         "root": root_of_own_images(config.data),
         "split": "test",
-        "num_samples": min(max_samples or data.test.num_samples, data.test.num_samples),
+        "num_samples": min(max_samples or test.num_samples, test.num_samples),
         "norm": threat.norm,
         "eps": threat.eps,
         "seed": seed,
@@ -171,12 +186,12 @@ def evaluate_checkpoint(
         for moved in set_damaged_aside(out):
             display.say(f"warning: {moved}")
         earlier_record(out, facts, settings)
-    for name, reason in attacks_left_out(attacks, data.test.num_classes).items():
+    for name, reason in attacks_left_out(attacks, test.num_classes).items():
         display.say(f"{name} is left out: {reason}")
     start = time.perf_counter()
     with display.evaluating() as bar:
         suite = evaluate_all(
-            model,
+            network,
             images,
             threat,
             num_steps=config.eval.num_steps,
@@ -190,21 +205,22 @@ def evaluate_checkpoint(
             ranks=ranks,
         )
     seconds = time.perf_counter() - start
-    total_steps = (saved.steps_per_epoch or len(data.train)) * trained.train.epochs
+    total_steps = (saved.steps_per_epoch or len(splits.train)) * trained.train.epochs
     unfinished = saved.steps is not None and saved.steps < total_steps
     record: dict[str, Any] = {
         "checkpoint": str(saved.path),
-        "recipe": config.recipe,
+        "recipe": config.recipe or None,
         **facts,
         "classes": list(images.classes),
         **({"matched_by_name": list(found.classes)} if mapped else {}),
+        **({"train_limit": trained.data.limit} if trained.data.limit else {}),
         **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
         "accuracy": suite.record(),
         **suite.remarks(),
         "wall_seconds": {"eval": seconds},
     }
     if out is not None:
-        arrays = per_example(model, images, suite, config.eval.batch_size, ranks)
+        arrays = per_example(network, images, suite, config.eval.batch_size, ranks)
         if ranks.is_main:
             # What another process writes is waited for.
             with alone(out.with_name(f".{out.name}.lock")):
@@ -223,6 +239,54 @@ def evaluate_checkpoint(
     ranks.meet()
     suite.pieces.remove()
     return record
+
+
+def foreign_config(
+    model: ModelConfig | None,
+    recipe: str | None,
+    data: str | None,
+    norm: NormName | None,
+    eps: float | None,
+) -> Config:
+    """What is known of somebody's network: by a recipe, or by what was asked for.
+
+    Raises:
+        ValueError: no recipe says which data or which radius, and neither is given.
+    """
+    assert model is not None
+    if recipe is not None:
+        return dataclasses.replace(recipe_by_name(recipe), model=model)
+    if data is None or eps is None:
+        raise ValueError(
+            f"{model.name} names no data and no ball: expected --data and --eps, or --recipe NAME"
+        )
+    return Config(recipe="", model=model, attack=PGD(eps=eps, alpha=eps / 4, norm=norm or "Linf"))
+
+
+def _other_images(
+    images: DataConfig, data: str, root: Path | None, saved: SavedNetwork | None
+) -> DataConfig:
+    """The settings of other images, cropped as those of the run."""
+    if saved is not None and not saved.statistics_fresh:
+        raise ValueError(
+            f"{saved.path} needs BatchNorm statistics of its own images, got other ones: finish "
+            "the run with --resume first"
+        )
+    if data in DATASETS:
+        root = root or (Path("data") if images.name in OWN_IMAGES else images.root)
+        return dataclasses.replace(images, name=data, root=root, num_val=0)
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no images at {path}, expected a folder, an .npz file, tar shards, or one of "
+            f"{', '.join(DATASETS)}"
+        )
+    # Where images were arrays of one size, files of that size are taken as they are.
+    arrays = DATASETS[images.name].image_size is not None or DATASETS[images.name].crop is None
+    kept = (
+        {} if saved is None or not arrays else {"crop": "pad", "image_size": saved.image_shape[1]}
+    )
+    return _replaced(images, name=own_dataset(path).name, root=path, num_val=0, **kept)
 
 
 def place_network(
@@ -246,7 +310,7 @@ def place_network(
         ValueError: it has other classes, another number of them or of image channels, or it needs
             statistics for an objective of one's own.
     """
-    classes, channels = network_size(saved.model.state_dict(), saved.name)
+    classes, channels = saved.num_classes, saved.image_shape[0]
     expected = data.test.num_classes, data.test.image_shape[0]
     if (classes, channels) != expected:
         raise ValueError(

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from arat_fast.attacks.norms import NORMS, Norm
 from arat_fast.attacks.pgd import (
     PGD,
     RandomStart,
     check_images,
-    check_length,
     perturbation_norm,
 )
 from arat_fast.data.batches import Batches
@@ -26,6 +26,7 @@ from arat_fast.distributed import Ranks
 from arat_fast.evaluation.pieces import Pieces
 from arat_fast.models.split_batch_norm import Branch, use_branch, use_statistics
 from arat_fast.saved.weights import check_finite
+from arat_fast.settings import NormName
 from arat_fast.statistics import wilson_interval
 from arat_fast.stop import EvaluationStopped
 from arat_fast.training.metrics import NotFiniteError
@@ -48,14 +49,19 @@ class ThreatModel:
 
     Attributes:
         eps: radius in units of the image range, >= 0; in Linf at most 1.
-        norm: "Linf" or "L2".
+        norm: "Linf", "L2" or "L1".
     """
 
     eps: float
-    norm: Literal["Linf", "L2"] = "Linf"
+    norm: NormName = "Linf"
 
     def __post_init__(self) -> None:
-        check_length("eps", self.eps, self.norm)
+        self.ball.check("eps", self.eps)
+
+    @property
+    def ball(self) -> Norm:
+        """The norm itself."""
+        return NORMS[self.norm]
 
     def allows(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Whether each adversarial image is one, (N,) bool; NaN never is.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arat_fast.data.framing import Framing
+from arat_fast.data.framing import Framing, Kind
 from arat_fast.data.loader import cut_out
 from arat_fast.datasets import DATASETS
 from arat_fast.datasets.decoding import decode_image
@@ -57,7 +57,7 @@ def predict_pictures(
     """The class of each picture.
 
     Decoded and framed as the test images of the run were. Where those were arrays of one size, a
-    picture of another size is cut to the square in its middle and scaled; where they were grey, it
+    picture of another size is cut to their shape in its middle and scaled; where they were grey, it
     becomes grey.
 
     Args:
@@ -91,7 +91,7 @@ def _answers(
     problems: dict[Path, str] = {}
     for file in files:
         try:
-            pixels[file] = _framed(saved, decode_image(file.read_bytes(), str(file)))
+            pixels[file] = framed(saved, decode_image(file.read_bytes(), str(file)))
         except (ValueError, OSError) as error:
             problems[file] = str(error)
     answers = {}
@@ -108,26 +108,30 @@ def _answers(
             yield Prediction(file, label, confidence)
 
 
-def _framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
+def framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
     """What the network sees of a picture (height, width, 3), uint8: (C, H, W), uint8."""
-    channels, size, _ = saved.image_shape
+    channels, rows, columns = saved.image_shape
     height, width = image.shape[:2]
-    config = saved.config
-    dataset = None if config is None else DATASETS[config.data.name]
-    if config is None or dataset is None or dataset.image_size is not None:
-        side = min(height, width)
-        box = [(height - side) // 2, (width - side) // 2, side, side]
+    kind: Kind | None = None
+    if saved.config is not None and DATASETS[saved.config.data.name].image_size is None:
+        kind = DATASETS[saved.config.data.name].crop
+        if kind is not None and saved.config.data.crop != "auto":
+            kind = saved.config.data.crop
+    if kind is None:
+        # The largest part in the middle of the shape of the network's images.
+        scale = min(height / rows, width / columns)
+        part = [round(rows * scale), round(columns * scale)]
+        box = [(height - part[0]) // 2, (width - part[1]) // 2, *part]
     else:
-        kind = dataset.crop if config.data.crop == "auto" else config.data.crop
         nothing = torch.zeros(1, Framing.NUM_DRAWS, dtype=torch.float64)
-        boxes, _ = Framing(size, kind).place([height], [width], nothing)
+        boxes, _ = Framing(rows, kind).place([height], [width], nothing)
         box = boxes[0].tolist()
-    framed = torch.empty(3, size, size, dtype=torch.uint8)
-    cut_out(image, box, False, framed)
+    picture = torch.empty(3, rows, columns, dtype=torch.uint8)
+    cut_out(image, box, False, picture)
     if channels == 1:
-        grey = np.tensordot(_LUMA, framed.numpy(), 1).round()
+        grey = np.tensordot(_LUMA, picture.numpy(), 1).round()
         return torch.from_numpy(grey.astype(np.uint8))[None]
-    return framed
+    return picture
 
 
 def _files(path: Path) -> list[Path]:

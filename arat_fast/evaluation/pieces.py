@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from arat_fast.files import make_folder, write_atomic
+from arat_fast.files import check_ratio, make_folder, write_atomic
 
 NOT_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What a damaged .npz file raises, wherever the damage is."""
@@ -85,6 +85,7 @@ class Pieces:
 def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
     """The content of an .npz file; None where there is none that can be read."""
     with suppress(*NOT_NPZ), np.load(path, allow_pickle=False) as arrays:
+        check_ratio(arrays.zip, path)
         return dict(arrays)
     return None
 

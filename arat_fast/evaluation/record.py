@@ -42,14 +42,22 @@ def checksum_of_images(images: ImageSet) -> str:
     return hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
 
 
-def record_path(checkpoint: Path, norm: str | None = None, eps: float | None = None) -> Path:
+def record_path(
+    checkpoint: Path,
+    norm: str | None = None,
+    eps: float | None = None,
+    data: str | None = None,
+) -> Path:
     """Where the record of a checkpoint goes unless another file is asked for.
 
     Args:
         checkpoint: a folder or a file.
         norm, eps: another ball than its own, which is part of the name; None for its own.
+        data: other images than its own, likewise: a dataset's name, or where it lies.
     """
-    ball = "".join(f"-{part}" for part in (norm, eps and f"{eps:.6g}") if part is not None)
+    data = data and Path(data).stem if data is None or "/" in data else data
+    parts = (data, norm, eps and f"{eps:.6g}")
+    ball = "".join(f"-{part}" for part in parts if part is not None)
     if checkpoint.is_dir():
         return checkpoint / f"evaluation{ball}.json"
     return checkpoint.with_name(f"{checkpoint.stem}.evaluation{ball}.json")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arat_fast.device import describe_device, versions
 from arat_fast.display import SuiteProgress
 from arat_fast.distributed import ALONE, Ranks
-from arat_fast.evaluation.autoattack import MIN_CLASSES, autoattack
+from arat_fast.evaluation.autoattack import MIN_CLASSES, autoattack, is_randomised
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
@@ -36,6 +36,11 @@ NUM_EXAMPLES = 16
 NEARLY_ALL = 0.95
 """Share of the answers from which a model is said to give but one."""
 
+RANDOMISED = (
+    "two equal calls of the network give different answers: AutoAttack is its version rand, with "
+    "the mean gradient of 20 draws; every answer that was counted is one draw"
+)
+
 ATTACKS = ("pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10")
 """What an evaluation can hold beside the clean accuracy. "apgd-ce" and "square" are AutoAttack's
 first and last attack alone; "aa-torchattacks10" overstates robustness and is for comparison with
@@ -50,12 +55,14 @@ class SuiteResult:
         results: of the clean images and of each attack.
         left_out: attacks that were asked for and cannot be run, and why.
         collapsed: what :func:`collapse` says of the clean images.
+        randomised: that the network answers equal images differently, and what that changes.
         pieces: what is kept on disk until the caller has written the results and removes it.
     """
 
     results: dict[str, AttackResult]
     left_out: dict[str, str] = field(default_factory=dict)
     collapsed: str = ""
+    randomised: str = ""
     pieces: Pieces = field(default_factory=Pieces)
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -63,8 +70,13 @@ class SuiteResult:
         return {name: result.record() for name, result in self.results.items()}
 
     def remarks(self) -> dict[str, Any]:
-        """What else a record says: "left_out" and "collapsed", where there is something to say."""
-        said = {"left_out": self.left_out, "collapsed": self.collapsed}
+        """What else a record says: "left_out", "collapsed" and "randomised", where there is
+        something to say."""
+        said = {
+            "left_out": self.left_out,
+            "collapsed": self.collapsed,
+            "randomised": self.randomised,
+        }
         return {name: value for name, value in said.items() if value}
 
     def strongest_examples(self) -> Tensor:
@@ -166,11 +178,12 @@ def evaluate_all(
         batch_size=batch_size,
         seed=seed,
         pieces=pieces,
-        progress=None if progress is None else partial(progress, unit="passes"),
+        progress=progress,
     )
+    randomised = ranks.largest(int(is_randomised(model, images))) > 0
     available: dict[str, Callable[[ImageSet], AttackResult]] = {
         "pgd": pgd,
-        "autoattack": full,
+        "autoattack": partial(full, version="rand") if randomised else full,
         "apgd-ce": partial(full, attacks=("apgd-ce",)),
         "square": partial(full, attacks=("square",)),
         "aa-torchattacks10": partial(full, version="torchattacks10"),
@@ -192,7 +205,7 @@ def evaluate_all(
     )
     num_correct = int(results["clean"].correct.sum())
     collapsed = collapse(given, right, num_correct, images.classes)
-    return SuiteResult(results, left_out, collapsed, pieces)
+    return SuiteResult(results, left_out, collapsed, RANDOMISED if randomised else "", pieces)
 
 
 def collapse(answers: Tensor, labels: Tensor, correct: int, classes: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from arat_fast.device import versions
 from arat_fast.evaluation.evaluate import finite_answers
 from arat_fast.export.card import Measured, measured, model_card, paper_of, public_command
 from arat_fast.export.programs import require_onnx, save_onnx, save_program
-from arat_fast.files import folder_atomic, write_atomic, write_json, write_text
+from arat_fast.files import check_empty, folder_atomic, write_atomic, write_json, write_text
 from arat_fast.report.templates import render
 from arat_fast.report.words import plain
 from arat_fast.saved.naming import to_scheme
@@ -35,7 +35,17 @@ _HEADER = (
     *("recipe", "model", "objective", "weights", "branch"),
     *("norm", "eps", "mean", "std", "image_shape", "additional_data", "classes"),
 )
-_TRAINING = ("epochs", "steps", "seed", "precision", "device", "versions", "commit")
+_TRAINING = (
+    "epochs",
+    "steps",
+    "limit",
+    "max_steps",
+    "seed",
+    "precision",
+    "device",
+    "versions",
+    "commit",
+)
 _ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
 
 
@@ -76,8 +86,7 @@ def export_checkpoint(
     """
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} has files in it already: choose another folder with --out")
+    check_empty(out)
     if format == "onnx":
         require_onnx()
     saved = read_saved(checkpoint, recipe=recipe, weights=weights)

@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from arat_fast.models.batch_norm import PlainBatchNorm2d
-from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_statistics
 
 
 @contextmanager
@@ -66,3 +68,105 @@ def _pool(features: dict[str, Tensor], path: str, output: Tensor) -> None:
             f"got {tuple(output.shape)}"
         )
     features[path] = wide
+
+
+class Layer(NamedTuple):
+    """A module that ran in a forward pass: its path, itself, and the shape of its output."""
+
+    path: str
+    module: nn.Module
+    shape: tuple[int, ...]
+
+
+@torch.no_grad()
+def run_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
+    """The modules of a network in the order in which they end, found by running two black images.
+
+    Args:
+        model: any network; neither its buffers nor its mode change.
+        image_shape: (C, H, W).
+
+    Raises:
+        ValueError: the network does not take such images, or gives no logits (N, classes).
+    """
+    layers: list[Layer] = []
+    reference = next(model.parameters())
+    images = torch.zeros(2, *image_shape, device=reference.device, dtype=reference.dtype)
+
+    def note(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            layers.append(Layer(path, module, tuple(output.shape)))
+
+    kind = type(model).__name__
+    with use_statistics(model, "running"), ExitStack() as stack:
+        for path, module in model.named_modules():
+            if path:
+                handle = module.register_forward_hook(partial(note, path))
+                stack.callback(handle.remove)
+        try:
+            logits = model(images)
+        except Exception as error:  # the network's own code runs
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{kind} takes no images of shape {image_shape}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{kind} is expected to give logits (N, classes), got {got}")
+    return layers
+
+
+def default_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """The layers that ARAT regularises where none are named, for any network.
+
+    They are the BatchNorm layers of the last resolution stage, those whose outputs are as large as
+    that of the last one, shortcuts aside, as published for ResNet-18. Without BatchNorm it is the
+    pooled feature: the last layer before the classifier whose feature is as wide as the
+    classifier's input. Empty where there is neither.
+
+    Args:
+        model: any network.
+        image_shape: (C, H, W).
+
+    Raises:
+        ValueError: as :func:`run_layers`.
+    """
+    layers = run_layers(model, image_shape)
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, SplitBatchNorm2d)
+    norms = [layer for layer in layers if isinstance(layer.module, kinds)]
+    if norms:
+        main = [n for n in norms if not any(word in n.path for word in _SHORTCUTS)]
+        last = main[-1].shape[2:]
+        return tuple(dict.fromkeys(n.path for n in main if n.shape[2:] == last))
+    classifiers = [n for n, layer in enumerate(layers) if isinstance(layer.module, nn.Linear)]
+    if classifiers:
+        classifier = layers[classifiers[-1]].module
+        for layer in reversed(layers[: classifiers[-1]]):
+            if _width(layer.shape) == classifier.in_features and not isinstance(
+                layer.module, nn.Dropout
+            ):
+                return (layer.path,)
+    return ()
+
+
+def classifier_path(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    """The module path of the layer that makes the logits: the last linear or convolutional one.
+
+    Args:
+        model: any network.
+        image_shape: (C, H, W).
+
+    Raises:
+        ValueError: as :func:`run_layers`, or there is none.
+    """
+    for layer in reversed(run_layers(model, image_shape)):
+        if isinstance(layer.module, (nn.Linear, nn.Conv2d)):
+            return layer.path
+    raise ValueError(f"{type(model).__name__} has no linear or convolutional layer")
+
+
+_SHORTCUTS = ("shortcut", "downsample")
+"""In the paths of layers beside the main path, here, in torchvision and in timm."""
+
+
+def _width(shape: tuple[int, ...]) -> int | None:
+    """Of the pooled feature of an output; None where there is none."""
+    return {2: shape[-1], 3: shape[-1], 4: shape[1]}.get(len(shape)) if len(shape) > 1 else None

@@ -16,6 +16,7 @@ from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
 
 Norm = Literal["split", "shared"]
+Activation = Literal["relu", "silu"]
 
 
 def make_norm(norm: Norm, num_features: int) -> nn.Module:
@@ -23,6 +24,11 @@ def make_norm(norm: Norm, num_features: int) -> nn.Module:
     if norm == "split":
         return SplitBatchNorm2d(num_features)
     return PlainBatchNorm2d(num_features)
+
+
+def beside_relu(activation: Activation) -> nn.Module:
+    """What follows a BatchNorm that applies ReLU itself where that is the activation."""
+    return nn.Identity() if activation == "relu" else nn.SiLU()
 
 
 class StemConv2d(nn.Conv2d):

@@ -7,7 +7,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_fast.models.layers import (
+    Activation,
+    Norm,
+    Normalize,
+    StemConv2d,
+    beside_relu,
+    make_norm,
+)
 from arat_kernels import forks
 
 
@@ -35,8 +42,16 @@ class BasicBlock(_Shortcut):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        norm: Norm,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
+        self.relu, self.act = activation == "relu", beside_relu(activation)
         self.conv1 = _conv(in_channels, width, 3, stride)
         self.bn1 = make_norm(norm, width)
         self.conv2 = _conv(width, width, 3)
@@ -44,12 +59,12 @@ class BasicBlock(_Shortcut):
         self._make_shortcut(in_channels, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn1(self.conv1(x), relu=True)
+        out: Tensor = self.act(self.bn1(self.conv1(x), relu=self.relu))
         out = self.conv2(out)
         if forks.made:
             x = forks.skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
-        out = self.bn2(out, identity, relu=True)
+        out = self.act(self.bn2(out, identity, relu=self.relu))
         return out
 
 
@@ -58,8 +73,16 @@ class Bottleneck(_Shortcut):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        norm: Norm,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
+        self.relu, self.act = activation == "relu", beside_relu(activation)
         out_channels = width * self.expansion
         self.conv1 = _conv(in_channels, width, 1)
         self.bn1 = make_norm(norm, width)
@@ -70,13 +93,13 @@ class Bottleneck(_Shortcut):
         self._make_shortcut(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn1(self.conv1(x), relu=True)
-        out = self.bn2(self.conv2(out), relu=True)
+        out: Tensor = self.act(self.bn1(self.conv1(x), relu=self.relu))
+        out = self.act(self.bn2(self.conv2(out), relu=self.relu))
         out = self.conv3(out)
         if forks.made:
             x = forks.skip_of(x)
         identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
-        out = self.bn3(out, identity, relu=True)
+        out = self.act(self.bn3(out, identity, relu=self.relu))
         return out
 
 
@@ -94,6 +117,7 @@ class ResNet(nn.Module):
             3×3 max-pooling, stride 2).
         norm: "split" or "shared" BatchNorm.
         mean, std: per-channel normalisation inside the network; empty for none.
+        activation: "relu", in one operation with BatchNorm, or "silu", after it.
 
     Shapes: images (N, in_channels, H, W) in [0, 1] → logits (N, num_classes).
     """
@@ -109,8 +133,10 @@ class ResNet(nn.Module):
         norm: Norm = "split",
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
+        self.relu, self.act = activation == "relu", beside_relu(activation)
         self.normalize = Normalize(mean, std) if mean else nn.Identity()
         kernel, stride = {"cifar": (3, 1), "strided": (3, 2), "imagenet": (7, 2)}[stem]
         self.conv1 = StemConv2d(
@@ -124,7 +150,7 @@ class ResNet(nn.Module):
             layers = []
             for i in range(blocks):
                 stride = 2 if index > 0 and i == 0 else 1
-                layers.append(block(channels, width, stride, norm))
+                layers.append(block(channels, width, stride, norm, activation))
                 channels = width * block.expansion
             name = f"layer{index + 1}"
             self.add_module(name, nn.Sequential(*layers))
@@ -133,7 +159,8 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.bn1(self.conv1(self.normalize(x)), relu=True))
+        x = self.act(self.bn1(self.conv1(self.normalize(x)), relu=self.relu))
+        x = self.maxpool(x)
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         # So its gradient is written once, in channels_last, which a 2-d pooling layer's is not.

@@ -1,21 +1,38 @@
-"""Wide residual networks with pre-activation blocks (Zagoruyko and Komodakis, 2016)."""
+"""Residual networks with pre-activation blocks (He et al., 2016b), wide ones (Zagoruyko and
+Komodakis, 2016) and of the usual width."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
-from arat_fast.models.layers import Norm, Normalize, StemConv2d, make_norm
+from arat_fast.models.layers import (
+    Activation,
+    Norm,
+    Normalize,
+    StemConv2d,
+    beside_relu,
+    make_norm,
+)
 from arat_kernels import forks
 
 
 class PreActBlock(nn.Module):
     """BN-ReLU-3×3 twice; where the width changes, the shortcut starts after the first ReLU."""
 
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        norm: Norm,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
+        self.relu, self.act = activation == "relu", beside_relu(activation)
         self.bn1 = make_norm(norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn2 = make_norm(norm, width)
@@ -25,8 +42,9 @@ class PreActBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = self.bn1(x, relu=True)
-        out: Tensor = self.conv2(self.bn2(self.conv1(activated), relu=True))
+        activated = self.act(self.bn1(x, relu=self.relu))
+        out: Tensor = self.act(self.bn2(self.conv1(activated), relu=self.relu))
+        out = self.conv2(out)
         if self.convShortcut is None:
             return out + (forks.around(activated, x) if forks.made else x)
         if forks.made:
@@ -35,10 +53,24 @@ class PreActBlock(nn.Module):
         return out + shortcut
 
 
-def _stage(num: int, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
-    blocks = [PreActBlock(in_channels, width, stride, norm)]
-    blocks += [PreActBlock(width, width, 1, norm) for _ in range(num - 1)]
-    return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
+def _stage(
+    num: int, in_channels: int, width: int, stride: int, norm: Norm, activation: Activation
+) -> nn.Sequential:
+    blocks = [PreActBlock(in_channels, width, stride, norm, activation)]
+    blocks += [PreActBlock(width, width, 1, norm, activation) for _ in range(num - 1)]
+    return nn.Sequential(*blocks)
+
+
+def _named_stage(*args: Any) -> nn.Module:
+    return nn.Sequential(OrderedDict(layer=_stage(*args)))
+
+
+def _initialize(model: nn.Module, classifier: nn.Linear) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels
+            nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+    nn.init.zeros_(classifier.bias)
 
 
 class WideResNet(nn.Module):
@@ -51,6 +83,7 @@ class WideResNet(nn.Module):
         in_channels: channels of the image.
         norm: "split" or "shared" BatchNorm.
         mean, std: per-channel normalisation inside the network; empty for none.
+        activation: "relu", in one operation with BatchNorm, or "silu", after it.
 
     Shapes: images (N, in_channels, H, W) in [0, 1] → logits (N, num_classes).
 
@@ -67,31 +100,67 @@ class WideResNet(nn.Module):
         norm: Norm = "split",
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 6n + 4 (10, 16, 22, 28, 34 …), got {depth}")
         blocks = (depth - 4) // 6
         width = 16 * widen_factor
+        self.relu, self.act = activation == "relu", beside_relu(activation)
         self.normalize = Normalize(mean, std) if mean else nn.Identity()
         self.conv1 = StemConv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.block1 = _stage(blocks, 16, width, 1, norm)
-        self.block2 = _stage(blocks, width, 2 * width, 2, norm)
-        self.block3 = _stage(blocks, 2 * width, 4 * width, 2, norm)
+        self.block1 = _named_stage(blocks, 16, width, 1, norm, activation)
+        self.block2 = _named_stage(blocks, width, 2 * width, 2, norm, activation)
+        self.block3 = _named_stage(blocks, 2 * width, 4 * width, 2, norm, activation)
         self.bn1 = make_norm(norm, 4 * width)
         self.avgpool = nn.Identity()  # the name of the mean over positions
         self.fc = nn.Linear(4 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = math.prod(module.kernel_size) * module.out_channels
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-        nn.init.zeros_(self.fc.bias)
+        _initialize(self, self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(self.normalize(x))
         x = self.block3(self.block2(self.block1(x)))
-        x = self.bn1(x, relu=True)
+        x = self.act(self.bn1(x, relu=self.relu))
         # So its gradient is written once, in channels_last, which a 2-d pooling layer's is not.
         pooled = x.movedim(1, -1).mean((1, 2))
         logits: Tensor = self.fc(self.avgpool(pooled))
+        return logits
+
+
+class PreActResNet(nn.Module):
+    """ResNet-18 with pre-activation blocks: ``conv1``, ``layer1`` to ``layer4`` of two blocks,
+    ``bn``, ``avgpool``, ``linear``.
+
+    Args, shapes: as :class:`WideResNet`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        norm: Norm = "split",
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__()
+        self.relu, self.act = activation == "relu", beside_relu(activation)
+        self.normalize = Normalize(mean, std) if mean else nn.Identity()
+        self.conv1 = StemConv2d(in_channels, 64, 3, 1, 1, bias=False)
+        self.layer1 = _stage(2, 64, 64, 1, norm, activation)
+        self.layer2 = _stage(2, 64, 128, 2, norm, activation)
+        self.layer3 = _stage(2, 128, 256, 2, norm, activation)
+        self.layer4 = _stage(2, 256, 512, 2, norm, activation)
+        self.bn = make_norm(norm, 512)
+        self.avgpool = nn.Identity()  # the name of the mean over positions
+        self.linear = nn.Linear(512, num_classes)
+        _initialize(self, self.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(self.normalize(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.act(self.bn(x, relu=self.relu))
+        pooled = x.movedim(1, -1).mean((1, 2))
+        logits: Tensor = self.linear(self.avgpool(pooled))
         return logits

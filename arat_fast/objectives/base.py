@@ -170,7 +170,8 @@ class Objective(nn.Module, ABC):
             model: the network, in training mode.
             x: images (N, C, H, W) in [0, 1].
             x_adv: adversarial images, same shape; ``x`` itself where ``needs_attack`` is False.
-            y: labels (N,), int64.
+            y: classes (N,), int64, or targets (N, K), weights of the classes in the dtype of
+                ``x``, as ``torch.nn.functional.cross_entropy`` takes them.
             start: of the attack; source of further random numbers.
         """
 
@@ -183,7 +184,7 @@ class Objective(nn.Module, ABC):
         Args:
             model: the network.
             x: images (N, C, H, W) in [0, 1].
-            y: labels (N,), int64.
+            y: classes (N,) or targets (N, K), as for :meth:`forward`.
 
         Returns:
             (N, classes) → (N,), or None.

@@ -25,7 +25,8 @@ class MART(NormalStart):
     ``-log(1 - max_{k != y} p(x_adv)_k)``. Gradients reach both sides of the divergence and the
     weight. The attack maximises the cross-entropy on running statistics, from a start of normal
     noise, whatever ``bn`` and ``random_start`` of the step's attack say. Clean and adversarial
-    images pass through the network one after the other.
+    images pass through the network one after the other. With targets (N, K) the class with the
+    largest weight stands for ``y`` outside of the cross-entropy.
 
     Args:
         beta: weight of the divergence, >= 0; 6 in the published code, 5 in the paper.
@@ -65,11 +66,12 @@ class MART(NormalStart):
             logits_clean, logits_adv = widen(model(x)), widen(model(x_adv))
         clean, adv = logits_clean.log_softmax(dim=1), logits_adv.softmax(dim=1)
         two = adv.topk(2, dim=1).indices
-        rival = torch.where(two[:, 0] == y, two[:, 1], two[:, 0])
+        label = y if y.ndim == 1 else y.argmax(dim=1)
+        rival = torch.where(two[:, 0] == label, two[:, 1], two[:, 0])
         margin = F.nll_loss((1.0001 - adv + _FLOOR).log(), rival)
         # Of logarithms: a probability that underflows would have no gradient but NaN.
         divergences = F.kl_div((adv + _FLOOR).log(), clean, reduction="none", log_target=True)
-        unsure = 1.0000001 - clean.gather(1, y[:, None])[:, 0].exp()
+        unsure = 1.0000001 - clean.gather(1, label[:, None])[:, 0].exp()
         terms = {
             "ce_adv": F.cross_entropy(logits_adv, y),
             "margin": margin,

@@ -37,7 +37,7 @@ def run_plots(run: Run) -> list[Plot]:
     makers: list[tuple[str | None, Callable[[Run], Plot | None]]] = [
         (None, _accuracy),
         ("loss", _loss),
-        ("lr", _learning_rate),
+        ("lr", _range_test if run.config.schedule.name == "range" else _learning_rate),
         ("w_adv", _weights),
         (None, _invariance),
         ("images_per_second", _throughput),
@@ -131,13 +131,39 @@ def _accuracy(run: Run) -> Plot | None:
             look: dict[str, Any] = {"markerfacecolor": "white", "linewidth": 1.0}
             draw_series(axes, series, label, color, (0, (3, 2)), marker, **look)
             described.append(f"{label} ends at {percent(series.values[-1])}")
+    looks = [(look.epoch, look.pgd, look.num_steps) for look in run.looks if look.pgd is not None]
+    if looks:
+        epochs, values, steps = zip(*looks, strict=True)
+        series = Series(np.array(epochs), np.array(values))
+        label = f"PGD-{steps[0]}, watched"
+        draw_series(axes, series, label, style.PURPLE, style.DASHES[1], ".")
+        described.append(f"{label} ends at {percent(values[-1])}")
+    for place, words in _falls(run):
+        axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)
+        described.append(words)
     if not described:
         return None
     style.as_percent(axes)
     caption = "Lines: batches as they were trained on, in training mode."
     if run.evaluations:
         caption += " Marks: evaluations of the whole split, in eval mode."
+    if looks:
+        caption += " Dots: the watch for catastrophic overfitting, a few images."
+    if falls := _falls(run):
+        caption += f" Dotted upright: {'; '.join(words for _, words in falls)}."
     return _finish(figure, axes, "Accuracy", described, caption)
+
+
+def _falls(run: Run) -> list[tuple[float, str]]:
+    """Where robustness was lost, and where the run went back to, with words for each."""
+    found = []
+    for look in run.looks:
+        if look.fell:
+            found.append((look.epoch, f"catastrophic overfitting in epoch {look.epoch:.1f}"))
+        if look.fell_at is not None:
+            words = f"back here from catastrophic overfitting in epoch {look.fell_at:.1f}"
+            found.append((look.epoch, words))
+    return found
 
 
 def _loss(run: Run) -> Plot:
@@ -163,6 +189,21 @@ def _learning_rate(run: Run) -> Plot:
     # As it was: a running mean would round off its corners.
     caption = "Learning rate of each logged step."
     return _plot("Learning rate", [line], caption, described, smooth=False)
+
+
+def _range_test(run: Run) -> Plot:
+    """Loss over the learning rate, on a logarithmic axis."""
+    rates, losses = run.metrics["lr"].values, run.metrics["loss"].values
+    figure, axes = style.new_axes(height=3.1)
+    axes.semilogx(rates, losses, color=style.LINE, linewidth=0.7)
+    mean = style.running_mean(losses, max(len(losses) // 20, 1))
+    axes.semilogx(rates, mean, color=style.INK)
+    lowest = int(np.nanargmin(mean))
+    axes.set_ylim(0, 1.5 * float(np.nanmax(mean[: lowest + 1])))
+    axes.set_xlabel("learning rate")
+    at = f"the loss is lowest at {rates[lowest]:.3g}"
+    caption = f"Range test: {at}; a third to a tenth of where it turns is a usual learning rate."
+    return Plot("Loss by learning rate", figure, f"From {rates[0]:.3g}: {at}.", caption)
 
 
 def _weights(run: Run) -> Plot:

@@ -13,6 +13,7 @@ from arat_fast.recipes import recipe
 from arat_fast.report import analysis_words, examples, words
 from arat_fast.report.comparison import compare_runs
 from arat_fast.report.curves import run_plots
+from arat_fast.report.radii import by_radius
 from arat_fast.report.records import analysis_plots, records_of
 from arat_fast.report.run import Accuracy, Evaluation, Run, Summary, read_accuracies, read_run
 from arat_fast.report.templates import render
@@ -103,6 +104,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         analysis_words=_analysis_words(run),
         shared_settings={k: v for k, v in summary.evaluation.items() if k not in _OF_ONE_ATTACK},
         records=records,
+        radii=by_radius([final, *(record["accuracy"] for record in records.values())]),
         not_shown=not_shown,
         settings=settings,
         num_changed=num_changed,
@@ -160,8 +162,8 @@ def _suspicions(summary: Summary) -> list[str]:
             "network hides the way uphill from PGD without being robust. Trust AutoAttack."
         )
     rejected = sum(a.details.get("num_rejected", 0) for a in final.values())
-    if summary.collapsed:
-        found.append(f"Check this: {summary.collapsed}.")
+    remarks = (summary.collapsed, summary.randomised)
+    found += [f"Check this: {remark}." for remark in remarks if remark]
     if rejected:
         found.append(
             f"Adversarial images outside the ball or the range, left out of the count: {rejected}."

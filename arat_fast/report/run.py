@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from arat_fast.config import Config, config_from_dict
 from arat_fast.evaluation.pieces import NOT_NPZ
-from arat_fast.files import parse_json, read_json
+from arat_fast.files import check_ratio, parse_json, read_json
 from arat_fast.statistics import wilson_interval
 
 Numbers = NDArray[np.float64]
@@ -59,6 +59,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A look at catastrophic overfitting: a line of metrics.jsonl of the kind ``watch``.
+
+    Attributes:
+        pgd: accuracy on a few images; None where the run went back to this epoch.
+        fell: robustness has gone since the look before.
+        fell_at: epoch of the fall that the run went back from.
+    """
+
+    epoch: float
+    pgd: float | None = None
+    num_steps: int = 0
+    fell: bool = False
+    fell_at: float | None = None
+
+
+@dataclass(frozen=True)
 class TrainingAnalysis:
     """One analysis during training: a line of metrics.jsonl of the kind ``analysis``.
 
@@ -80,7 +97,7 @@ class Summary:
         warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
-        collapsed: that the model has learned nothing, in words.
+        collapsed, randomised: as :class:`arat_fast.evaluation.suite.SuiteResult` says them.
         wall_seconds: by "train" and "eval".
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
@@ -110,6 +127,7 @@ class Summary:
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     collapsed: str = ""
+    randomised: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,7 @@ class Run:
         summary: how it ended and what was measured then.
         metrics: what was logged along training, by name.
         evaluations: during training, in order.
+        looks: at catastrophic overfitting, in order.
         training_analyses: during training, in order.
         analyses: what ``arat-fast analyze`` found of this state of the training, by part.
         examples: None where there are none.
@@ -159,6 +178,7 @@ class Run:
     summary: Summary
     metrics: Mapping[str, Series]
     evaluations: tuple[Evaluation, ...]
+    looks: tuple[Look, ...]
     training_analyses: tuple[TrainingAnalysis, ...]
     analyses: Mapping[str, Mapping[str, Any]]
     examples: Examples | None
@@ -211,7 +231,7 @@ def read_run(path: Path) -> Run:
     notes: list[str] = []
     missing = "There is no summary.json: the run is still going on, or it was stopped."
     summary = _read(path / "summary.json", _parse_summary, notes, missing) or Summary()
-    metrics, evaluations, training_analyses = _read_metrics(path / "metrics.jsonl", notes)
+    metrics, evaluations, looks, training_analyses = _read_metrics(path / "metrics.jsonl", notes)
     return Run(
         path,
         version,
@@ -219,6 +239,7 @@ def read_run(path: Path) -> Run:
         summary,
         metrics,
         evaluations,
+        looks,
         training_analyses,
         read_analyses(path / "analysis", summary.steps, notes),
         _read(path / "examples.npz", _parse_examples, notes),
@@ -298,15 +319,21 @@ def _from_fields(kind: type[T], stored: Mapping[str, Any]) -> T:
 
 def _parse_examples(file: Path) -> Examples:
     with np.load(file, allow_pickle=False) as archive:
+        check_ratio(archive.zip, file)
         arrays = {f.name: archive[f.name] for f in fields(Examples)}
     return Examples(**arrays | {"classes": tuple(map(str, arrays["classes"]))})
 
 
 def _read_metrics(
     file: Path, notes: list[str]
-) -> tuple[dict[str, Series], tuple[Evaluation, ...], tuple[TrainingAnalysis, ...]]:
+) -> tuple[
+    dict[str, Series],
+    tuple[Evaluation, ...],
+    tuple[Look, ...],
+    tuple[TrainingAnalysis, ...],
+]:
     points: dict[str, list[tuple[float, float]]] = {}
-    evaluations, analyses = [], []
+    evaluations, looks, analyses = [], [], []
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -319,6 +346,8 @@ def _read_metrics(
             kind = line.pop("kind")
             if kind == "eval":
                 evaluations.append(_from_fields(Evaluation, line))
+            elif kind == "watch":
+                looks.append(_from_fields(Look, line))
             elif kind == "analysis":
                 analyses.append(_from_fields(TrainingAnalysis, line))
             elif kind == "train":
@@ -332,4 +361,4 @@ def _read_metrics(
     if broken:
         notes.append(f"Lines of metrics.jsonl that could not be read and were left out: {broken}.")
     metrics = {name: Series(*np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}
-    return metrics, tuple(evaluations), tuple(analyses)
+    return metrics, tuple(evaluations), tuple(looks), tuple(analyses)

@@ -124,13 +124,7 @@ def weights_name(model: str | None) -> str | None:
 
 def threat_words(config: Config) -> str:
     """What the attacker may do."""
-    eps = plain(config.attack.eps)
-    if config.attack.norm == "L2":
-        return (
-            f"may change the whole image by at most {eps} in Euclidean length (L2), "
-            "on a brightness scale from 0 to 1"
-        )
-    return f"may change every pixel by at most {eps} on a brightness scale from 0 to 1 (L∞ norm)"
+    return config.attack.ball.limit.format(eps=plain(config.attack.eps))
 
 
 def _change(name: str, value: Any) -> str:

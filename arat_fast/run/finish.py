@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from arat_fast.build import implementation
-from arat_fast.config import config_to_dict
+from arat_fast.config import Config, config_to_dict
 from arat_fast.data.batches import stream_generator
 from arat_fast.device import describe_device, source_commit, versions
 from arat_fast.doctor import FOLD, GRAPH
@@ -151,6 +151,12 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
     return dict(json.loads(content))
 
 
+def trial_limits(config: Config) -> dict[str, int]:
+    """What makes a run a trial: "limit" of the training images and "max_steps", where set."""
+    limits = {"limit": config.data.limit, "max_steps": config.train.max_steps}
+    return {name: limit for name, limit in limits.items() if limit}
+
+
 def facts(run: Run, status: str) -> dict[str, Any]:
     """What is known of a run whether or not it came to its end."""
     config, progress = run.config, run.progress
@@ -163,7 +169,10 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         "objective": config.objective.name,
         "dataset": config.data.name,
         "seed": config.seed,
-        "epochs": config.train.epochs,
+        "epochs": run.total_steps / run.steps_per_epoch
+        if config.train.max_steps
+        else config.train.epochs,
+        **trial_limits(config),
         "natural_model": progress.natural_model,
         "steps": progress.step,
         "processes": run.ranks.world_size,

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import nn
 
-from arat_fast.analysis.snapshot import analyze_training, first_batches, headline_numbers
+from arat_fast.analysis.snapshot import analyze_training, first_batches
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.files import named, open_log
-from arat_fast.models.registry import MODELS
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.training.awp import AWP
 from arat_fast.training.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ MAX_SHARE_OF_FIRST = 0.05
 
 FEW_FOR_STATISTICS = 64
 """Images of one process below which a run says that BatchNorm sees them alone."""
+
+
+class Restart(Exception):
+    """Raised by a hook that has put the run back to an earlier step: it goes on from there."""
 
 
 class Hook:
@@ -121,38 +125,6 @@ class MetricsLog(Hook):
         return self.file
 
 
-class TensorBoard(Hook):
-    """Scalars for TensorBoard in the run's folder, where it is installed."""
-
-    def __init__(self) -> None:
-        self.writer: Any = None
-
-    def begin(self, run: Run) -> None:
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            step = run.progress.step
-            purge = step + 1 if step else None
-            self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=purge)
-
-    def log(self, run: Run, line: dict[str, Any]) -> None:
-        if self.writer is None:
-            return
-        numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
-        prefix = line["kind"]
-        if line["kind"] == "eval":
-            prefix = f"{line['split']}/{line['model']}"
-            numbers = {name: line[name] for name in ("clean", "pgd")}
-        elif line["kind"] == "analysis":
-            numbers = headline_numbers(line)
-        for name, value in numbers.items():
-            self.writer.add_scalar(f"{prefix}/{name}", value, line["step"])
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
 class Remarks(Hook):
     """Says what a run is and what it finds out on its way."""
 
@@ -165,14 +137,14 @@ class Remarks(Hook):
             run.display.say(f"nothing to resume in {run.out}: a new run")
         resumed = f" from step {step}" if step else ""
         epochs = config.train.epochs
-        together = "" if ranks.alone else f" in {ranks.world_size} processes"
+        share = run.data.train.plan.largest_share
+        together = "" if ranks.alone else f" in {ranks.world_size} processes of {share} images each"
         run.display.say(
             f"{config.recipe}: {config.objective.name}, {config.model.name}, "
             f"{run.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
-        share = run.data.train.plan.largest_share
         by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
         norms = (SplitBatchNorm2d, nn.BatchNorm2d)
         has_norms = any(isinstance(module, norms) for module in run.model.modules())
@@ -181,11 +153,13 @@ class Remarks(Hook):
                 f"each BatchNorm has the statistics of {share} images, this process's share of "
                 f"{config.data.batch_size}: raise --data.batch-size or set --distributed.sync-bn"
             )
-        spec = MODELS.get(config.model.name)
-        if config.objective.splits_batch_norm and spec is not None and not spec.has_batch_norm:
+        layers = getattr(run.objective, "layers", ())
+        if layers:
+            run.display.say(f"regularised layers: {', '.join(layers)}")
+        if config.objective.splits_batch_norm and not has_norms:
             run.display.say(
-                f"{config.model.name} has LayerNorm and no BatchNorm to split: both kinds of "
-                f"images share every layer, and {config.objective.name} is its loss alone"
+                f"{config.model.name} has no BatchNorm to split: both kinds of images share every "
+                f"layer, and {config.objective.name} is its loss alone"
             )
 
     def log(self, run: Run, line: dict[str, Any]) -> None:
@@ -207,6 +181,17 @@ class Remarks(Hook):
                 f"{run.average.start_step + 1} still count {100 * share:.0f} %; train longer, "
                 "lower --average.decay, or --average.kind none"
             )
+
+
+class EpsWarmup(Hook):
+    """Gives the step's attack the radius of the epoch: ``attack.eps_warmup``."""
+
+    def begin(self, run: Run) -> None:
+        self.before_epoch(run, run.progress.step // run.steps_per_epoch)
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        eps = run.config.attack.eps_at(epoch)
+        run.step.attack = dataclasses.replace(run.step.attack, eps=eps)
 
 
 class Evaluation(Hook):
@@ -280,6 +265,17 @@ class Evaluation(Hook):
         self.best, self.evaluated_epoch = state["best"], state["evaluated_epoch"]
 
 
+class WeightPerturbation(Hook):
+    """Adversarial weight perturbation, from the end of its warm-up on."""
+
+    def begin(self, run: Run) -> None:
+        self.before_epoch(run, run.progress.step // run.steps_per_epoch)
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        awp = run.config.awp
+        run.step.perturb_weights(AWP(awp.gamma) if awp.gamma and epoch >= awp.warmup else None)
+
+
 class Analysis(Hook):
     """Gradient conflict and mixture distribution every few epochs, on rank 0's share."""
 
@@ -335,5 +331,5 @@ class Analysis(Hook):
 
 def default_hooks(run: Run) -> list[Hook]:
     """Those of every run; rank 0 alone writes logs."""
-    logs = [MetricsLog(run.out / "metrics.jsonl"), TensorBoard()] if run.ranks.is_main else []
-    return [*logs, Remarks(), Evaluation(), Analysis()]
+    logs = [MetricsLog(run.out / "metrics.jsonl")] if run.ranks.is_main else []
+    return [*logs, Remarks(), EpsWarmup(), Evaluation(), WeightPerturbation(), Analysis()]

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from arat_fast.config import Config
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import ResidentBatches
+from arat_fast.data.given import Given
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.files import LOCK, Lock, write_json
+from arat_fast.models.split_batch_norm import copy_network
 from arat_fast.run import natural
 from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
-from arat_fast.run.hooks import Hook
+from arat_fast.run.hooks import Hook, Restart
 from arat_fast.run.state import Run
 from arat_fast.stop import EXIT_CODES, EvaluationStopped, InterruptedRun, stop_on_signals
-from arat_fast.training.metrics import NotFiniteError
+from arat_fast.training.metrics import CatastrophicOverfittingError, NotFiniteError
 
 
 def train_epochs(run: Run) -> None:
@@ -48,7 +51,7 @@ def train_epochs(run: Run) -> None:
             run.metrics.start_epoch()
             run.objective.start_epoch(progress.clean_accuracy, partial(run.probe, epoch))
         train_epoch(run, epoch, batch)
-        if progress.step % run.steps_per_epoch == 0:
+        if run.is_epoch_over:
             end_epoch(run)
         if run.is_asked_to_stop:
             stop(run)
@@ -60,6 +63,7 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
     """The steps of an epoch from ``start_batch`` on, or until a signal comes."""
     progress = run.progress
     resident = isinstance(run.data.train, ResidentBatches)
+    last = min((epoch + 1) * run.steps_per_epoch, run.total_steps)
     step = run.step.from_indices if resident else run.step
     logged, samples, since = progress.step, 0, time.perf_counter()
     for inputs, place in run.batches(epoch, start_batch):
@@ -72,7 +76,7 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
         progress.step += 1
         run.bar.advance()
         samples += place.total
-        ends = progress.step % run.steps_per_epoch == 0 or stopping
+        ends = progress.step == last or stopping
         if ends or progress.step - logged >= run.config.train.log_every:
             means = read_metrics(run)
             seconds = time.perf_counter() - since
@@ -93,7 +97,7 @@ def end_epoch(run: Run) -> None:
     means = {name: run.metrics.epoch_mean(name) for name in run.metrics.epoch_sums}
     rate = run.images_seen() / max(progress.seconds, 1e-9)
     run.bar.end_epoch(done, settings.epochs, status(means, rate))
-    if done % settings.checkpoint_every == 0 or done == settings.epochs:
+    if done % settings.checkpoint_every == 0 or progress.step == run.total_steps:
         run.save()
 
 
@@ -167,6 +171,8 @@ def train(
     hooks: Sequence[Hook] = (),
     ranks: Ranks = ALONE,
     bad_images: BadImages | None = None,
+    model: nn.Module | None = None,
+    data: tuple[Given, Given] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, evaluate, and write the summary.
 
@@ -182,6 +188,7 @@ def train(
             processes; the state is saved.
         NotFiniteError: a loss or a weight became NaN; names the step, the term and the last
             checkpoint. Raised by all processes in the same step.
+        CatastrophicOverfittingError: as ``config.watch`` asks.
         OSError: a file could not be written; the checkpoint before is whole.
     """
     with _locked(out, ranks) as lock:
@@ -195,6 +202,8 @@ def train(
             ranks=ranks,
             bad_images=bad_images,
             lock=lock if ranks.is_main else None,
+            model=model,
+            data=data,
         )
         return train_run(run)
 
@@ -219,7 +228,7 @@ def train_run(this: Run) -> dict[str, Any]:
     """Train a run that is built, evaluate, and write the summary; as :func:`train`."""
     try:
         return _run(this)
-    except (NotFiniteError, OSError) as error:
+    except (NotFiniteError, CatastrophicOverfittingError, OSError) as error:
         # The disk may be what failed, or the folder be another's now, which is raised again.
         with suppress(OSError):
             this.checkpoints.wait()
@@ -243,7 +252,8 @@ def _run(this: Run) -> dict[str, Any]:
     finished = finished_summary(this)
     if finished is not None:
         return finished
-    if this.objective.starts_from_natural and this.progress.natural_model is None:
+    natural_first = this.objective.starts_from_natural or this.config.train.natural_epochs > 0
+    if natural_first and this.progress.natural_model is None:
         _start_from_natural(this)
     for hook in this.hooks:
         hook.begin(this)
@@ -255,6 +265,8 @@ def _run(this: Run) -> dict[str, Any]:
                     break
                 except NotFiniteError as error:
                     roll_back(this, error)
+                except Restart:
+                    continue
                 except EvaluationStopped:
                     stop(this)
         try:
@@ -270,7 +282,7 @@ def _run(this: Run) -> dict[str, Any]:
 
 def _start_from_natural(this: Run) -> None:
     """Start from a natural model: the teacher that is given, or one that is trained first."""
-    teacher = this.config.objective.teacher  # type: ignore[attr-defined]  # settings of such a one
+    teacher = getattr(this.config.objective, "teacher", None)
     if teacher is not None:
         natural.start_from(this, teacher)
         return
@@ -291,6 +303,9 @@ def _start_from_natural(this: Run) -> None:
             display=this.display,
             ranks=this.ranks,
             bad_images=this.bad_images,
+            # A network of its own, which the caller's starts from.
+            model=None if this.given_model is None else copy_network(this.given_model),
+            data=this.given_data,
         )
     natural.start_from(this, folder)
     assert this.progress.natural_model is not None

@@ -16,7 +16,7 @@ from arat_fast.data.fingerprint import class_order
 from arat_fast.files import parse_json, read_json
 from arat_fast.objectives.adversarial_training import NaturalTraining
 from arat_fast.run.state import Run
-from arat_fast.saved.weights import load_weights, read_safetensors
+from arat_fast.saved.weights import fill_branches, load_weights, read_safetensors
 
 FOLDER = "natural"
 """Folder, inside a run's own, of the natural run that it trains first."""
@@ -29,7 +29,10 @@ def natural_config(config: Config) -> Config:
         objective=NaturalTraining.Settings("natural"),
         train=dataclasses.replace(
             config.train,
-            epochs=getattr(config.objective, "teacher_epochs", None) or config.train.epochs,
+            epochs=getattr(config.objective, "teacher_epochs", None)
+            or config.train.natural_epochs
+            or config.train.epochs,
+            natural_epochs=0,
             eval_every=0,
             keep_best=False,
         ),
@@ -72,7 +75,7 @@ def load_natural(model: nn.Module, path: Path, classes: Sequence[str] = ()) -> d
             f"{weights} counts the same classes in another order, got {', '.join(known[:3])}, …: "
             "train the natural model on the same dataset"
         )
-    load_weights(model, tensors, str(weights))
+    load_weights(model, fill_branches(tensors, model.state_dict()), str(weights))
     summary: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         summary = read_json(weights.parent / "summary.json")

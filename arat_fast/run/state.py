@@ -12,16 +12,23 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from arat_fast import doctor
-from arat_fast.build import build_network, build_objective, build_optimizer, implementation
+from arat_fast.build import (
+    build_network,
+    build_objective,
+    build_optimizer,
+    implementation,
+    learning_parts,
+)
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.data import load_data
 from arat_fast.data.bad_images import FILE as BAD_IMAGES
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
 from arat_fast.data.fingerprint import Fingerprint, class_names, class_order
+from arat_fast.data.given import Given, given_splits
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision, set_deterministic, versions
@@ -33,12 +40,17 @@ from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import Lock, make_folder, write_json
 from arat_fast.run.hooks import Hook, default_hooks
+from arat_fast.run.loggers import loggers
+from arat_fast.run.overfitting import OverfittingWatch
+from arat_fast.run.start import start_from_weights
 from arat_fast.stop import EvaluationStopped, StopRequest
 from arat_fast.training.averaging import WeightAverage
 from arat_fast.training.checkpoint import CheckpointFolder, read_tensors, training_state
+from arat_fast.training.memory import is_out_of_memory
 from arat_fast.training.metrics import NotFiniteError, StepMetrics
 from arat_fast.training.schedule import learning_rate, progressive_size
 from arat_fast.training.step import TrainStep
+from arat_fast.training.targets import Targets
 
 PROBE_SAMPLES = 1000
 """The official code measures the balance on batches until it has seen this many samples."""
@@ -68,8 +80,15 @@ class Progress:
         self.rate_factor = 1.0
         self.num_rollbacks = 0
         self.natural_model: dict[str, Any] | None = None
+        self.steps_left_out = 0
+        """Of those that were made, by how many fewer there are in epochs of this length."""
         self.ends_epoch = False
         """Whether a checkpoint left nothing of its epoch but the end."""
+
+    @property
+    def steps_made(self) -> int:
+        """Those of the optimiser, which no change of the processes numbers anew."""
+        return self.step + self.steps_left_out
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "ends_epoch"}
@@ -79,6 +98,7 @@ class Progress:
         own = self.steps_per_epoch
         epoch, batch = divmod(state["step"], state["steps_per_epoch"])
         vars(self).update(state, step=epoch * own + min(batch, own), steps_per_epoch=own)
+        self.steps_left_out += state["step"] - self.step
         self.ends_epoch = batch >= own
 
 
@@ -186,6 +206,8 @@ class Run:
         bad_images: knows the files to leave out, of a run that this one is a part of; None looks
             for them, or takes those that a run that is resumed has found.
         lock: of the folder, on rank 0; None: nobody else works in it.
+        model: the caller's own network, which is trained itself; None builds the configured one.
+        data: the caller's own training and test images; None loads the configured ones.
 
     Attributes:
         id: in every file of the run, which is the same one however often it is resumed.
@@ -211,7 +233,10 @@ class Run:
         ranks: Ranks = ALONE,
         bad_images: BadImages | None = None,
         lock: Lock | None = None,
+        model: nn.Module | None = None,
+        data: tuple[Given, Given] | None = None,
     ) -> None:
+        self.given_model, self.given_data = model, data
         self.id = uuid.uuid4().hex
         self.config = config
         self.out = out
@@ -235,7 +260,8 @@ class Run:
         self._build()
         train = self.data.train
         self.steps_per_epoch = len(train)
-        self.total_steps = self.steps_per_epoch * config.train.epochs
+        whole = self.steps_per_epoch * config.train.epochs
+        self.total_steps = min(config.train.max_steps or whole, whole)
         self.progress = Progress(self.steps_per_epoch, train.num_classes)
         self.average = WeightAverage(
             config.average,
@@ -244,7 +270,7 @@ class Run:
         )
         self.metrics = StepMetrics(ranks)
         self.vote = Vote(ranks)
-        self.hooks = [*default_hooks(self), *hooks]
+        self.hooks = [*default_hooks(self), OverfittingWatch(), *loggers(self), *hooks]
         self.parts: dict[str, Stateful] = {
             "run": Identity(self),
             "progress": self.progress,
@@ -261,6 +287,8 @@ class Run:
         self.is_resumed = saved is not None
         if saved is not None:
             self.restore(saved)
+        elif config.init is not None:
+            start_from_weights(self, config.init)
         if ranks.is_main:
             make_folder(out)
             record = {"version": versions().get("arat-fast"), "config": config_to_dict(config)}
@@ -275,21 +303,20 @@ class Run:
 
     def _load_data(self, bad_images: BadImages | None) -> None:
         config, ranks = self.config, self.ranks
-        download_data(config.data, ranks)
-        with self.display.evaluating() as bar:
-            # Also without a checkpoint: the natural run before may have begun with these files.
-            found = BadImages(self.out if self.resume else None, ranks, bar)
-            self.bad_images = bad_images or found
-            self.data = load_data(
-                config.data,
-                device=self.device,
-                seed=config.seed,
+        if self.given_data is not None:
+            self.bad_images = BadImages()
+            self.data = given_splits(
+                *self.given_data,
+                batch_size=config.data.batch_size,
                 eval_batch_size=config.eval.batch_size,
-                memory_format=self.memory_format,
+                seed=config.seed,
+                device=self.device,
+                num_workers=config.data.num_workers,
                 shard=ranks.shard,
-                bad_images=self.bad_images,
-                impl=implementation(config),
+                model=self.given_model,
             )
+        else:
+            self._read_data(bad_images)
         for note in self.data.notes:
             self.display.say(note)
         if self.data.skipped:
@@ -309,11 +336,29 @@ class Run:
         for name, reason in attacks_left_out(self.attacks, self.data.test.num_classes).items():
             self.display.say(f"{name} is left out of the evaluation: {reason}")
 
+    def _read_data(self, bad_images: BadImages | None) -> None:
+        config, ranks = self.config, self.ranks
+        download_data(config.data, ranks)
+        with self.display.evaluating() as bar:
+            # Also without a checkpoint: the natural run before may have begun with these files.
+            found = BadImages(self.out if self.resume else None, ranks, bar)
+            self.bad_images = bad_images or found
+            self.data = load_data(
+                config.data,
+                device=self.device,
+                seed=config.seed,
+                eval_batch_size=config.eval.batch_size,
+                memory_format=self.memory_format,
+                shard=ranks.shard,
+                bad_images=self.bad_images,
+                impl=implementation(config),
+            )
+
     def _build(self) -> None:
         config, ranks, train = self.config, self.ranks, self.data.train
         torch.manual_seed(config.seed)
         shape = train.num_classes, train.image_shape
-        self.model = build_network(config, *shape).to(self.device)
+        self.model = build_network(config, *shape, given=self.given_model).to(self.device)
         wrong = self.wrong_on_card = self._check_card()
         self.objective = build_objective(config, self.model, *shape)
         if config.distributed.sync_bn and ranks.group is not None:
@@ -322,8 +367,8 @@ class Run:
         if not ranks.is_main:
             # The weights are the same everywhere; what dropout draws is not.
             self.seed_rank()
-        parameters = [*self.model.parameters(), *self.objective.parameters()]
-        self.optimizer = build_optimizer(config, [p for p in parameters if p.requires_grad])
+        self.learning_parts = learning_parts(config, self.model, self.objective, train.image_shape)
+        self.optimizer = build_optimizer(config, self.learning_parts)
         self.generator = stream_generator(config.seed, "attack", self.device)
         last = len(train) - 1
         share = train.plan.share(last)
@@ -339,11 +384,13 @@ class Run:
             last=(share.stop - share.start, train.plan.place(last)),
             noisy_clean=config.step.noisy_clean,
             generator=self.generator,
+            targets=Targets.of(config.targets, train.num_classes, self.device),
             assemble=train.assemble if isinstance(train, ResidentBatches) else None,
             accumulate=config.train.accumulate,
             ranks=ranks,
             overlap={"auto": None, "on": True, "off": False}[config.distributed.overlap],
             impl=implementation(config),
+            compile=config.step.compile,
             say=self.warn,
         )
 
@@ -366,6 +413,9 @@ class Run:
                 {name: r for name, r in record["operations"].items() if name in checked}
             )
         found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        if doctor.GRAPH in found and config.step.graph == "on":
+            reason = found[doctor.GRAPH]
+            raise ValueError(f"wrong on this card: {reason}; set --step.graph auto or off")
         doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
         return found
 
@@ -386,11 +436,14 @@ class Run:
     def batches(self, epoch: int, start: int) -> Iterator[tuple[tuple[Tensor, Tensor], Place]]:
         """What the step is called with, batch by batch, and this process's place in each."""
         data = self.data.train
-        places = map(data.plan.place, range(start, len(data)))
+        stop = min(len(data), self.total_steps - epoch * self.steps_per_epoch)
+        # First of each pair: where the run ends within an epoch, no other batch is made.
+        places = map(data.plan.place, range(start, stop))
         if isinstance(data, ResidentBatches):
-            yield from zip(data.epoch_indices(epoch, start), places, strict=True)
+            indices = data.epoch_indices(epoch, start)
+            yield from ((inputs, place) for place, inputs in zip(places, indices, strict=False))
             return
-        for (x, y), place in zip(data.epoch(epoch, start), places, strict=True):
+        for place, (x, y) in zip(places, data.epoch(epoch, start), strict=False):
             yield (self._scaled(x, epoch).contiguous(memory_format=self.memory_format), y), place
 
     def _scaled(self, x: Tensor, epoch: int) -> Tensor:
@@ -404,6 +457,12 @@ class Run:
         # Between 0 and 1 up to rounding, which the attack does not allow.
         return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
+    @property
+    def is_epoch_over(self) -> bool:
+        """Whether the last step was that of an epoch, or of the run."""
+        step = self.progress.step
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
+
     def set_rate(self) -> None:
         """Give the optimiser the learning rate of the step that follows."""
         self.rate = learning_rate(
@@ -415,8 +474,9 @@ class Run:
         )
         if self.progress.rate_factor != 1:
             self.rate *= self.progress.rate_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        epoch = self.progress.step // self.steps_per_epoch
+        for group, part in zip(self.optimizer.param_groups, self.learning_parts, strict=True):
+            group["lr"] = self.rate * part.factor if epoch >= part.frozen_epochs else 0.0
 
     def probe(self, epoch: int) -> float:
         """Accuracy of the clean branch, in eval mode, on the first samples of a training epoch."""
@@ -463,10 +523,12 @@ class Run:
             EvaluationStopped: from the function that is returned.
         """
 
-        def progress(name: str, done: int, total: int, unit: Unit = "images") -> None:
+        def progress(
+            name: str, done: int, total: int, unit: Unit = "images", note: str = ""
+        ) -> None:
             self.check_stop()
             if show is not None:
-                show(name, done, total, unit)
+                show(name, done, total, unit, note)
 
         return progress
 
@@ -491,7 +553,8 @@ class Run:
             OSError: a checkpoint could not be written, or another process goes on with the run.
         """
         self.checkpoints.check()
-        line = {"kind": kind, "step": self.progress.step, "epoch": epoch, "run": self.id, **values}
+        step = self.progress.steps_made
+        line = {"kind": kind, "step": step, "epoch": epoch, "run": self.id, **values}
         for hook in self.hooks:
             hook.log(self, line)
 
@@ -517,9 +580,23 @@ class Run:
             hook.sync()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
+        """Take over the state of a checkpoint.
+
+        Raises:
+            ValueError: it is not a run's of this configuration, though it says so.
+        """
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            # What each part raises for what it has not written.
+            except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{self.checkpoints.newest} holds another {name} than this run's: "
+                    f"{type(error).__name__}: {reason}"
+                ) from error
         # The same step again takes no place of another checkpoint.
         if self.checkpoints.newest_step is not None:
             self.checkpoints.newest_step = self.progress.step

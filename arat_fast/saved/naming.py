@@ -65,6 +65,10 @@ def from_scheme(state: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
 def to_own(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
     """:func:`from_scheme` of the scheme that gives the names ``own``; unchanged if none does."""
     candidates = [from_scheme(state, scheme) for scheme in SCHEMES]
+    # RobustBench's PreActResNet, whose names are not those of its WideResNet.
+    candidates.append(
+        {_replaced(n, ((".shortcut.0.", ".convShortcut."),)): t for n, t in state.items()}
+    )
     return next((named for named in candidates if named.keys() == set(own)), dict(state))
 
 

@@ -1,6 +1,6 @@
 """A saved network without its dataset, whoever wrote the file.
 
-A file is read in three steps: what it holds (tensors and facts, :class:`_Content`), what a recipe
+A file is read in three steps: what it holds (tensors and facts, :class:`Content`), what a recipe
 adds to that, and the network.
 """
 
@@ -17,12 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from arat_fast.attacks.norms import NORMS
 from arat_fast.build import build_network
-from arat_fast.config import Config, config_from_dict
+from arat_fast.config import Config, config_from_dict, recorded_model
 from arat_fast.datasets import DATASETS
 from arat_fast.files import parse_json, read_json
-from arat_fast.models.registry import create_model, model_spec
+from arat_fast.models.registry import MODELS, adopt_model, create_model, image_size
 from arat_fast.recipes import recipe as recipe_by_name
+from arat_fast.saved.hub import SCHEME, fetched
 from arat_fast.saved.naming import SCHEMES, to_own
 from arat_fast.saved.official import detect, is_official, official_to_state_dict
 from arat_fast.saved.plain import export_plain
@@ -64,6 +66,7 @@ class SavedNetwork:
             network with split BatchNorm, and "weights" is "file" where the file does not say.
         steps: steps trained; None where the file does not say.
         steps_per_epoch: of the run; None where the file does not say.
+        num_classes: number of logits.
         statistics_fresh: False for an SWA average whose BatchNorm statistics were not yet
             re-estimated.
     """
@@ -72,13 +75,14 @@ class SavedNetwork:
     model: nn.Module
     config: Config | None
     facts: Mapping[str, Any]
+    num_classes: int
     steps: int | None = None
     steps_per_epoch: int | None = None
     statistics_fresh: bool = True
 
     @property
     def name(self) -> str:
-        """Name of the built-in network that it is."""
+        """Name of the network that it is."""
         return str(self.facts["model"])
 
     @property
@@ -96,11 +100,6 @@ class SavedNetwork:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of the logits; empty where the file has none."""
         return tuple(self.facts.get("classes", ()))
-
-    @property
-    def num_classes(self) -> int:
-        """Number of logits."""
-        return network_size(self.model.state_dict(), self.name)[0]
 
     def plain(self, branch: Literal["adv", "clean"] | None = None) -> tuple[nn.Module, str]:
         """The network with ordinary BatchNorm, in eval mode, and the branch that it is.
@@ -156,6 +155,7 @@ def describe(
         "eps": config.attack.eps,
         "mean": list(config.model.mean),
         "std": list(config.model.std),
+        "activation": config.model.activation,
         "image_shape": list(image_shape),
         "additional_data": config.data.unsup is not None,
         **({"classes": list(classes)} if classes else {}),
@@ -173,6 +173,7 @@ def read_saved(
     recipe: str | None = None,
     weights: Which = "deployed",
     with_config: bool = False,
+    model: str | nn.Module | Callable[..., nn.Module] | None = None,
 ) -> SavedNetwork:
     """Read a network, whatever wrote it, without its dataset.
 
@@ -181,13 +182,14 @@ def read_saved(
         recipe: gives the configuration where the file does not hold it.
         weights: "deployed", the average where the run has one, or "last".
         with_config: refuse a file whose data and threat model are not known.
+        model: of a network of one's own, as in :func:`arat_fast.load`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or does not fit the network it names, or a recipe is
             needed.
     """
-    path = _main_file(Path(path))
+    path = _main_file(path)
     content = _read(path, weights)
     found = content.facts
     if weights == "last" and found.get("weights", "file") not in ("last", "file"):
@@ -195,35 +197,99 @@ def read_saved(
     config = content.config or _config(path, found, recipe, with_config)
     # Recipes have no additional data; the run may have had some.
     known = {} if config is None else describe(config, "file", "adv", (0, 0, 0))
-    facts = {"branch": "adv", "weights": "file", "mean": (), "std": (), **known}
-    facts |= {"additional_data": None, **found}
+    facts: dict[str, Any] = {
+        "branch": "adv",
+        "weights": "file",
+        "mean": (),
+        "std": (),
+        "activation": "relu",
+    }
+    facts |= {**known, "additional_data": None, **found}
     if "model" not in facts:
         raise ValueError(f"{path} {_NO_RECIPE}")
     name, tensors = facts["model"], content.tensors
+    if model is not None and name not in MODELS:
+        adopt_model(name, model)
     norm: Literal["split", "shared"] = "split" if is_split(tensors) else "shared"
     try:
-        if content.config is None:
+        if name in MODELS and content.config is None:
             with torch.device("meta"):
                 tensors = to_own(tensors, create_model(name, 2, norm=norm).state_dict())
-        classes, channels = network_size(tensors, name)
+        classes, channels = _size(name, tensors, found)
+        if "image_shape" not in found:
+            size = image_size(name)
+            if config is not None:
+                size = DATASETS[config.data.name].image_size or config.data.image_size
+            facts["image_shape"] = (channels, size, size)
         if content.config is not None:
-            model = build_network(content.config, classes, tuple(found["image_shape"]))
+            network = build_network(content.config, classes, tuple(found["image_shape"]))
         else:
-            normalization = tuple(facts["mean"]), tuple(facts["std"])
-            model = create_model(name, classes, channels, norm, *normalization)
+            network = create_model(
+                name,
+                classes,
+                channels,
+                norm,
+                tuple(facts["mean"]),
+                tuple(facts["std"]),
+                facts["activation"],
+                facts["image_shape"][1],
+            )
     except ValueError as error:
         raise ValueError(f"{path} does not fit the network: {error}") from error
-    load_weights(model, tensors, str(path))
-    if "image_shape" not in found:
-        size = model_spec(name).image_size
-        if config is not None:
-            size = DATASETS[config.data.name].image_size or config.data.image_size
-        facts["image_shape"] = (channels, size, size)
-    return SavedNetwork(path, model.eval(), config, facts, **content.progress)
+    load_weights(network, tensors, str(path))
+    return SavedNetwork(path, network.eval(), config, facts, classes, **content.progress)
+
+
+def _size(name: str, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of logits and of image channels."""
+    if name in MODELS:
+        return network_size(tensors, name)
+    if not {"classes", "image_shape"} <= found.keys():
+        raise ValueError(f"of {name} a run's own file is expected, which names classes and images")
+    return len(found["classes"]), int(found["image_shape"][0])
+
+
+def read_weights(
+    path: Path, config: Config, num_classes: int, image_shape: tuple[int, int, int]
+) -> SavedNetwork:
+    """A network with the weights of a file that holds nothing else, whoever wrote it.
+
+    Args:
+        path: of a state dict, .safetensors or by ``torch.save``, bare or in the usual wrapping;
+            what it normalises with itself is taken over.
+        config: names the network; its own module is imported.
+        num_classes: number of logits.
+        image_shape: (C, H, W).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or does not fit the network.
+    """
+    is_safe = path.suffix == ".safetensors"
+    tensors = read_safetensors(path)[0] if is_safe else read_tensor_file(path)
+    content = _of_tensors(path, state_dict_of(tensors, path), {})
+    own = config.model
+    normalization = {
+        key: tuple(content.facts.get(key, getattr(own, key))) for key in ("mean", "std")
+    }
+    model = create_model(
+        own.name,
+        num_classes,
+        image_shape[0],
+        "shared",
+        **normalization,
+        activation=own.activation,
+        image_size=image_shape[1],
+    )
+    # Files from before PyTorch 0.4.1 do not count batches.
+    counts = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
+    load_weights(model, {**counts, **content.tensors}, str(path))
+    facts = {**describe(config, "file", "shared", image_shape), **content.facts, **normalization}
+    return SavedNetwork(path, model.eval(), config, facts, num_classes)
 
 
 @dataclass(frozen=True)
-class _Content:
+class Content:
     """Of a file: tensors under the names of the built-in network, and what it says of them."""
 
     tensors: Mapping[str, Tensor]
@@ -232,8 +298,24 @@ class _Content:
     progress: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _main_file(path: Path) -> Path:
-    """Of a folder what tells most: a run's checkpoint, an export's record, bare weights."""
+def read_content(path: Path) -> Content:
+    """What a file holds, without building its network: that of a run as it is deployed.
+
+    Args:
+        path: a file or a folder, as in :func:`arat_fast.load`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    return _read(_main_file(path), "deployed")
+
+
+def _main_file(path: str | Path) -> Path:
+    """Of a folder what tells most: a run's checkpoint, an export's record, bare weights; a folder
+    on the hub is fetched."""
+    name = str(path)
+    path = fetched(name[len(SCHEME) :]) if name.startswith(SCHEME) else Path(path)
     if not path.is_dir() or (path / CHECKPOINT).is_file():
         return path / CHECKPOINT if path.is_dir() else path
     if (path / RECORD).is_file() and "format" in read_json(path / RECORD):
@@ -241,7 +323,7 @@ def _main_file(path: Path) -> Path:
     return path / (SAFETENSORS if (path / SAFETENSORS).is_file() else CHECKPOINT)
 
 
-def _read(path: Path, weights: Which) -> _Content:
+def _read(path: Path, weights: Which) -> Content:
     if path.name == RECORD:
         return _from_export(path, read_json(path))
     content: object
@@ -255,7 +337,7 @@ def _read(path: Path, weights: Which) -> _Content:
     return _of_tensors(path, state_dict_of(content, path), _parse(path, strings))
 
 
-def _of_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> _Content:
+def _of_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Content:
     for key in ("mean", "std"):
         # What the file itself normalises with, where it does.
         if f"{NORMALIZATION}{key}" in tensors:
@@ -269,10 +351,10 @@ def _of_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -
             raise ValueError(f"{path} is not an official checkpoint: {error}") from error
     if is_split(tensors):
         facts["branch"] = "both"
-    return _Content(tensors, facts)
+    return Content(tensors, facts)
 
 
-def _from_training(state: Mapping[str, Any], weights: Which) -> _Content:
+def _from_training(state: Mapping[str, Any], weights: Which) -> Content:
     config, average = config_from_dict(state["run"]["config"]), state["average"]
     averaged = weights == "deployed" and average["model"] is not None
     tensors = average["model"] if averaged else state["model"]
@@ -288,17 +370,18 @@ def _from_training(state: Mapping[str, Any], weights: Which) -> _Content:
         "steps_per_epoch": state["progress"]["steps_per_epoch"],
         "statistics_fresh": bool(average["statistics_fresh"]) if averaged else True,
     }
-    return _Content(tensors, facts, config, progress)
+    return Content(tensors, facts, config, progress)
 
 
-def _from_export(path: Path, record: Mapping[str, Any]) -> _Content:
+def _from_export(path: Path, record: Mapping[str, Any]) -> Content:
     scheme, name = str(record["format"]), str(record.get("weights_file"))
     if scheme not in SCHEMES:
         reader = {"torch-export": "torch.export.load", "onnx": "onnxruntime"}.get(scheme)
         hint = f"run its {name} with {reader}" if reader else f"expected {', '.join(SCHEMES)}"
         raise ValueError(f"{path.parent} is an export in the format {scheme}: {hint}")
     file = path.parent / name
-    if not file.resolve().is_relative_to(path.parent.resolve()):
+    # By its name: in the cache of a hub files are links to where they lie.
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{path} names the file {name}, expected one in its own folder")
     weights = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_tensor_file(file)
     return _of_tensors(file, state_dict_of(weights, file), _parse(path, record))
@@ -327,7 +410,8 @@ def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 _FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
     **{key: (str, bool) for key in ("recipe", "model", "objective", "weights")},
     "branch": (str, ("adv", "clean", "shared").__contains__),
-    "norm": (str, ("Linf", "L2").__contains__),
+    "activation": (str, ("relu", "silu").__contains__),
+    "norm": (str, NORMS.__contains__),
     "eps": (float, lambda eps: 0 <= eps < math.inf),
     "mean": (lambda values: [float(value) for value in values], lambda _: True),
     "std": (lambda values: [float(value) for value in values], lambda _: True),
@@ -347,14 +431,15 @@ def _config(
         if required:
             raise ValueError(f"{path} {_NO_RECIPE}")
         return None
-    model: dict[str, Any] = {k: tuple(facts[k]) for k in ("mean", "std") if k in facts}
-    model |= {"name": facts["model"]} if "model" in facts else {}
+    told: dict[str, Any] = {k: tuple(facts[k]) for k in ("mean", "std") if k in facts}
+    told |= {k: facts[f] for k, f in (("name", "model"), ("activation",) * 2) if f in facts}
     attack = {key: facts[key] for key in ("norm", "eps") if key in facts}
     try:
         config = recipe_by_name(name)
+        model = {**vars(config.model), **told}
         return dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, **model),
+            model=recorded_model(model["name"])(**model),
             attack=dataclasses.replace(config.attack, **attack),
         )
     except ValueError as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.models.registry import model_spec
+from arat_fast.models.split_batch_norm import ADV
 from arat_fast.training.checkpoint import kind_of
 from arat_fast.training.metrics import NotFiniteError
 
@@ -69,6 +70,24 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         raise ValueError(f"{source} does not fit the network: {problem}")
     check_finite(tensors, source)
     model.load_state_dict(dict(tensors))
+
+
+def fill_branches(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for a network with another number of BatchNorm branches: one branch goes into both,
+    of two the adversarial one is taken.
+
+    Args:
+        tensors: as in a ``state_dict``.
+        own: the tensors of the network.
+    """
+    fitting = dict(tensors)
+    for name, tensor in tensors.items():
+        shape = own[name].shape if name in own else tensor.shape
+        if shape == (2, *tensor.shape):
+            fitting[name] = tensor.expand(shape).clone()
+        elif tensor.shape == (2, *shape):
+            fitting[name] = tensor[ADV]
+    return fitting
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

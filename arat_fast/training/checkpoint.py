@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arat_fast.files import Lock, link_atomic, write_atomic
+from arat_fast.files import Lock, check_ratio, link_atomic, write_atomic
 from arat_fast.training.memory import is_out_of_memory
 
 FORMAT = 2
@@ -100,6 +100,7 @@ def read_tensors(raw: bytes, path: Path) -> object:
         # What torch takes for an archive; files of before torch 1.6 have no checksums.
         if raw.startswith(_ARCHIVE):
             with zipfile.ZipFile(file) as archive:
+                check_ratio(archive, path)
                 # torch leaves the memory of what is marked as a folder as it finds it.
                 folders = any(info.external_attr & _FOLDER for info in archive.infolist())
                 if folders or archive.testzip() is not None:

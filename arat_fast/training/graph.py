@@ -17,6 +17,7 @@ from arat_fast.training.memory import BatchTooLargeError, rehearsal
 from arat_fast.training.values import Values
 
 Function: TypeAlias = Callable[..., Values]
+Shape: TypeAlias = tuple[Place, tuple[Tensor, ...]]
 
 NUM_WARMUP = 3
 """Steps of a batch shape that run eagerly before it is captured: they choose cuDNN's algorithms,
@@ -115,7 +116,7 @@ class StepGraphs:
         if captured is None:
             if self.num_eager[key] >= NUM_WARMUP and not self.failed:
                 if len(self.captured) < MAX_NUM_SHAPES:
-                    self._capture_all(function, place, inputs, state)
+                    self._capture_or_go_on(function, place, inputs, settings)
                     captured = self.captured.get(key)
                 elif not self.full:
                     self.full = True
@@ -153,8 +154,34 @@ class StepGraphs:
         current.wait_stream(self.stream)
         return values
 
-    def _capture_all(
-        self, function: Function, place: Place, inputs: tuple[Tensor, ...], state: object
+    def capture(self, function: Function, batches: Sequence[Shape], settings: object) -> None:
+        """Capture batches of some shapes, the first of which ran before.
+
+        Args:
+            function, settings: as for :meth:`run`.
+            batches: a place and inputs for each.
+
+        Raises:
+            ValueError, BatchTooLargeError: as :meth:`run`.
+        """
+        for place, inputs in batches[1:]:
+            # Before there is a graph, beside whose memory this would have to fit.
+            with rehearsal(self.modules, self.generator, self.device):
+                self._eagerly(function, place, False, *inputs)
+        state = (settings, self._state())
+        for place, inputs in batches:
+            self.captured[self._key(place, inputs)] = self._capture(function, place, inputs, state)
+
+    def attempt(self, function: Function, batches: Sequence[Shape], settings: object) -> None:
+        """Do what the first steps of a training do, up to the captures; as :meth:`capture`."""
+        place, inputs = batches[0]
+        for _ in range(NUM_WARMUP):
+            self._eagerly(function, place, True, *inputs)
+        if not self.failed:
+            self.capture(function, batches, settings)
+
+    def _capture_or_go_on(
+        self, function: Function, place: Place, inputs: tuple[Tensor, ...], settings: object
     ) -> None:
         """Capture this batch and the smaller one that will come, so that what does not fit shows
         at once."""
@@ -163,11 +190,7 @@ class StepGraphs:
             num, last_place = self.last
             batches.append((last_place, tuple(tensor[:num] for tensor in inputs)))
         try:
-            for number, (at, rows) in enumerate(batches):
-                if number:
-                    with rehearsal(self.modules, self.generator, self.device):
-                        self._eagerly(function, at, False, *rows)
-                self.captured[self._key(at, rows)] = self._capture(function, at, rows, state)
+            self.capture(function, batches, settings)
         except (ValueError, BatchTooLargeError) as error:
             if self.required:
                 raise
@@ -203,8 +226,7 @@ class StepGraphs:
             if isinstance(cause, torch.OutOfMemoryError):
                 raise BatchTooLargeError(
                     f"{reason.partition('. ')[0]}, while capturing a batch of {len(inputs[0])} in "
-                    'a CUDA graph; it fits without one: set graph to "off" (--step.graph off) or '
-                    "lower the batch (--data.batch-size)"
+                    'a CUDA graph, without which it fits: graph "off" (--step.graph off)'
                 ) from error
             raise ValueError(
                 f"the step of {type(self.modules[0]).__name__} cannot be captured in a CUDA graph: "

@@ -35,7 +35,7 @@ def check_kinds(model: nn.Module, x: Tensor, y: Tensor) -> None:
     Args:
         model: the network.
         x: images (N, C, H, W), N >= 1, in its dtype and on its device.
-        y: labels (N,), integers on its device.
+        y: labels (N,), integers, or targets (N, K) in the dtype of ``x``, on its device.
     """
     weight = next(model.parameters())
     if x.dtype != weight.dtype or x.device != weight.device or y.device != weight.device:
@@ -43,9 +43,12 @@ def check_kinds(model: nn.Module, x: Tensor, y: Tensor) -> None:
             f"images in [0, 1] and labels are expected as the network is, {weight.dtype} on "
             f"{weight.device}, got {x.dtype} on {x.device} and labels on {y.device}"
         )
-    if y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1] or not len(x):
+    soft = y.dtype == x.dtype and y.ndim == 2
+    integers = not y.is_floating_point() and y.dtype != torch.bool and y.ndim == 1
+    if not (soft or integers) or len(y) != len(x) or not len(x):
         raise ValueError(
-            "one integer label for each image, and one image or more, are expected, got "
+            "one integer label for each image, or targets (N, classes) in the images' dtype, and "
+            "one image or more, are expected, got "
             f"{y.dtype} of shape {tuple(y.shape)} for images of shape {tuple(x.shape)}"
         )
 
@@ -64,12 +67,19 @@ def num_logits(model: nn.Module, x: Tensor) -> int:
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless every label is a class.
+    """Raise ValueError unless every label is a class, and every target a weight >= 0 of each.
 
     Args:
-        y: labels (N,), integers, N >= 1.
+        y: labels (N,), integers, or targets (N, K), N >= 1.
         num_classes: of the network.
     """
+    if y.is_floating_point():
+        if y.shape[1] != num_classes or not ((y >= 0) & y.isfinite()).all():
+            raise ValueError(
+                f"targets must be {num_classes} finite numbers >= 0 for each image, as many as the "
+                f"network has logits, got shape {tuple(y.shape)}, the smallest {float(y.min())}"
+            )
+        return
     low, high = (int(value) for value in torch.aminmax(y))
     if low < 0 or high >= num_classes:
         raise ValueError(

@@ -48,23 +48,43 @@ def rehearsal(
             buffer.copy_(old)
 
 
+@contextmanager
+def undone_updates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put weights and the optimiser's state back, from copies on the host.
+
+    Args:
+        optimizer: may take its steps inside of the context.
+    """
+    state = {parameter: dict(own) for parameter, own in optimizer.state.items()}
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors += [v for own in state.values() for v in own.values() if isinstance(v, Tensor)]
+    copies = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    try:
+        yield
+    finally:
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        with torch.no_grad():
+            for tensor, old in zip(tensors, copies, strict=True):
+                tensor.copy_(old)
+
+
 def advise(
-    gradients: Callable[[tuple[Tensor, ...]], object],
+    attempt: Callable[[tuple[Tensor, ...]], object],
     inputs: tuple[Tensor, ...],
     modules: Sequence[nn.Module],
     sharing: BatchSharing,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator | None,
 ) -> str:
-    """A large batch that fits, found by bisection in steps of a thirty-second; no parameter is
-    touched.
+    """A large batch that fits, found by bisection in steps of a thirty-second, each tried as a
+    training would take it; no parameter changes.
 
     Args:
-        gradients: fills ``.grad`` from the rows of ``inputs`` that it gets.
+        attempt: the first steps of a training on the rows of ``inputs`` that it gets.
         inputs: those that did not fit.
-        modules: whose buffers are put back, and gradients removed.
-        sharing, optimizer: of the step.
-        generator: of the step.
+        modules: network and objective.
+        sharing, optimizer, generator: of the step.
     """
     if sharing.sum is not None:
         # The other ranks do not take part in a search.
@@ -72,25 +92,13 @@ def advise(
             "lower --data.batch-size, which all processes share, or raise --train.accumulate "
             f"above {sharing.accumulate}"
         )
-    defaults = optimizer.defaults
-    # What the optimiser is going to keep of each parameter is taken before its first step.
-    num_kept = (
-        0 if optimizer.state else 2 if "betas" in defaults else int(bool(defaults.get("momentum")))
-    )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def fits(num: int) -> bool:
         # A failure is held by its traceback, in a cycle.
         gc.collect()
-        if inputs[0].is_cuda:
-            torch.cuda.empty_cache()
         try:
-            kept = [torch.empty_like(p) for p in parameters for _ in range(num_kept)]
-            with rehearsal(modules, generator, inputs[0].device):
-                # Memory is cut up otherwise the second time.
-                for _ in range(2):
-                    gradients(tuple(tensor[:num] for tensor in inputs))
-            del kept
+            with undone_updates(optimizer), rehearsal(modules, generator, inputs[0].device):
+                attempt(tuple(tensor[:num] for tensor in inputs))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -107,12 +115,11 @@ def advise(
             largest = middle
         else:
             fails = middle
-    # A step less of large batches: the update and a capture cut the memory up once more.
-    largest = (largest - (unit > 1)) * unit
+    largest *= unit
     if largest < 2:
         return "no smaller batch fits either: a smaller network or image is needed"
     parts = sharing.accumulate * -(-num_samples // largest)
     return (
-        f"the largest batch that fits is {largest} (--data.batch-size {largest}, or "
+        f"the largest batch that was tried and fits is {largest} (--data.batch-size {largest}, or "
         f"--train.accumulate {parts} for the same batch in parts)"
     )

@@ -16,6 +16,10 @@ class NotFiniteError(ValueError):
     """A loss, a weight or an answer is NaN or infinite."""
 
 
+class CatastrophicOverfittingError(ValueError):
+    """The network has learned to withstand nothing but the attack that it is trained with."""
+
+
 class StepMetrics:
     """Collects the metrics of every step without synchronising the device.
 

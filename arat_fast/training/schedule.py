@@ -12,6 +12,10 @@ OFFICIAL_FIRST_EPOCH = 0.2
 """The official code's first epoch runs at 0.02, a fifth of its 0.1."""
 
 
+RANGE = 1e-3
+"""Learning rate at which a range test begins, of that at which it ends."""
+
+
 def learning_rate(
     config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int
 ) -> float:
@@ -26,7 +30,8 @@ def learning_rate(
 
     Source: "steps" and "official_steps": arXiv 2402.14648 and its code; "cosine": Loshchilov and
     Hutter, 2017; "onecycle": Smith and Topin, 2018; the warm-up of the others: Goyal et al., 2017
-    (arXiv 1706.02677), section 2.2, from 0 instead of the unscaled rate.
+    (arXiv 1706.02677), section 2.2, from 0 instead of the unscaled rate; "range": Smith, 2017
+    (arXiv 1506.01186), section 3.3, by equal factors.
     """
     warm_steps = config.warmup_epochs * steps_per_epoch
     if step + 1 < warm_steps:
@@ -40,6 +45,8 @@ def learning_rate(
         if epoch == 0:
             return peak * OFFICIAL_FIRST_EPOCH
         return peak * config.decay ** _milestones_passed(config, epoch - 1, epochs)
+    if config.name == "range":
+        return peak * math.pow(RANGE, 1 - (step + 1) / total)
     done = (step + 0.5) / total
     if config.name == "cosine":
         return peak * (1 + math.cos(math.pi * done)) / 2

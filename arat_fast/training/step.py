@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
 from arat_fast.objectives.base import Objective, ObjectiveOutput
-from arat_fast.training.graph import StepGraphs, is_capturable
+from arat_fast.training.awp import AWP
+from arat_fast.training.graph import Function, StepGraphs, is_capturable
 from arat_fast.training.inputs import (
     check_kinds,
     check_labels,
@@ -32,10 +33,9 @@ from arat_fast.training.inputs import (
 )
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
 from arat_fast.training.sharing import BatchSharing
+from arat_fast.training.targets import Load, Targets
 from arat_fast.training.values import Values
 from arat_kernels.implementation import HAS_TRITON, Impl, choose
-
-Load = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def method_step(step: TrainStep, load: Load, place: Place, update: bool, *inputs: Tensor) -> Values:
@@ -69,7 +69,7 @@ def method_step(step: TrainStep, load: Load, place: Place, update: bool, *inputs
                 attacked=step.attacked,
                 impl=step.impl,
             )
-            output = step.objective(step.model, x, x_adv, y, own)
+            output = step.output(x, x_adv, y, own)
         step.sharing.backward(output.loss, part)
         values = part.add(values, _values_of(output, y))
     step.sharing.end_batch(inputs, place)
@@ -99,7 +99,7 @@ def adversarial_batch(
         objective: has the last word on the attack.
         attack: as configured.
         x: images (N, C, H, W) in [0, 1].
-        y: labels (N,), int64.
+        y: labels (N,), int64, or targets (N, K).
         start: of the attack, from :meth:`arat_fast.objectives.Objective.random_start`.
         noisy_clean: the official code's in-place start.
         bn: BatchNorm in the attack, whatever the attack or the objective says; None: as they say.
@@ -125,10 +125,11 @@ def adversarial_batch(
 
 
 def _values_of(output: ObjectiveOutput, y: Tensor) -> Values:
+    label = y if y.ndim == 1 else y.argmax(dim=1)
     values = {"loss": output.loss, **output.terms, **output.metrics}
     for name, logits in (("clean", output.logits_clean), ("adv", output.logits_adv)):
         if logits is not None:
-            values[f"accuracy_{name}"] = (logits.argmax(dim=1) == y).float().mean()
+            values[f"accuracy_{name}"] = (logits.argmax(dim=1) == label).float().mean()
     return Values.pack(values)
 
 
@@ -162,6 +163,9 @@ class TrainStep:
         check_inputs: check that the images of every batch lie in [0, 1] and that its labels are
             classes of the network; None checks every batch on the CPU, and the first one on a GPU,
             which each check would synchronise.
+        targets: makes what is trained towards of images and labels, inside the captured step; None:
+            the labels themselves.
+        awp: evaluates the objective at adversarially perturbed weights; None: at the weights.
         assemble: how :meth:`from_indices` makes a batch from sample indices and draws.
         accumulate: parts in which a batch goes through the network, one after the other, before the
             update; >= 1. The gradient is that of the whole batch, except that BatchNorm has the
@@ -173,6 +177,9 @@ class TrainStep:
         overlap: send gradients while the backward pass still runs; None: on a GPU.
         impl: implementation of the attack's own operations, "triton" or "reference"; None takes
             Triton for CUDA tensors.
+        compile: run the attack's passes, nearly all there are, through :func:`torch.compile`, for
+            networks that the kernels do not cover; the network itself stays as it is, module paths
+            included. A folded copy is not compiled.
         say: told in one sentence of what keeps the step from running as fast as it could, and in
             the first step of what the loop forgot: parameters that are not in the optimiser or no
             longer in the network, and what the objective says was left out.
@@ -195,11 +202,14 @@ class TrainStep:
     noisy_clean: bool = False
     generator: torch.Generator | None = None
     check_inputs: bool | None = None
+    targets: Targets | None = None
+    awp: AWP | None = None
     assemble: Callable[[Tensor, Tensor], Batch] | None = None
     accumulate: int = 1
     ranks: Ranks = ALONE
     overlap: bool | None = None
     impl: Impl | None = None
+    compile: bool = False
     say: Callable[[str], object] = warnings.warn
     num_calls: int = field(default=0, init=False)
     folded_network: FoldedNetwork | None = field(default=None, init=False)
@@ -248,6 +258,9 @@ class TrainStep:
                 self.say(f"{error}; it goes on without one")
         overlap = device.type == "cuda" if self.overlap is None else self.overlap
         self.sharing = BatchSharing(modules, self.accumulate, self.ranks, overlap)
+        # For the attack alone: the features of the training pass would change the code.
+        self._unfolded = cast(nn.Module, torch.compile(self.model)) if self.compile else self.model
+        self.perturb_weights(self.awp)
         self._num_classes = 0
         self._before: Values | None = None
 
@@ -260,7 +273,8 @@ class TrainStep:
             x: images (N, C, H, W) in [0, 1], in the dtype and on the device of the network, N >= 2;
                 a batch of one, as the last of an epoch can be, has no batch statistics: it is
                 skipped, which is said once, and the metrics are those of the batch before.
-            y: labels (N,), integers in [0, classes).
+            y: labels (N,), integers in [0, classes), or targets (N, classes) in the dtype of ``x``,
+                weights >= 0 of the classes.
             noise: start of the attack instead of a random draw; shape of ``x``.
             place: of ``x`` in the batch of all ranks; None: every rank has as many samples.
 
@@ -276,7 +290,8 @@ class TrainStep:
             BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
         check_kinds(self.model, x, y)
-        y = y.long()
+        if not y.is_floating_point():
+            y = y.long()
         if self.num_calls == 0:
             say_what_was_left_out(self.model, self.objective, self.optimizer, self.say)
         check = self.check_inputs
@@ -315,6 +330,20 @@ class TrainStep:
         """Steps that a CUDA graph has made."""
         return 0 if self._graphs is None else self._graphs.num_replayed
 
+    def perturb_weights(self, awp: AWP | None) -> None:
+        """Evaluate the objective at other weights from the next step on.
+
+        Args:
+            awp: finds them; None for the network's own.
+        """
+        self.awp = awp
+        self.output: Callable[..., ObjectiveOutput] = (
+            partial(self.objective, self.model) if awp is None else partial(awp, self)
+        )
+
+    def _towards(self, load: Load) -> Load:
+        return load if self.targets is None else self.targets.after(load, self.generator)
+
     def forget(self) -> None:
         """Give captured graphs back: steps of other shapes follow, as many as at first."""
         if self._graphs is not None:
@@ -333,7 +362,7 @@ class TrainStep:
         if not (self.model.training and self.objective.training):
             self.model.train()
             self.objective.train()
-        function = partial(method_step, self, load)
+        function = partial(method_step, self, self._towards(load))
         try:
             if self._graphs is None:
                 values = function(place, True, *inputs)
@@ -341,7 +370,7 @@ class TrainStep:
                 values = self._graphs.run(function, place, inputs, self._settings())
         except RuntimeError as error:
             reason = str(error).partition(". ")[0]
-            if isinstance(error, BatchTooLargeError) or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             self.num_calls += 1
@@ -350,7 +379,7 @@ class TrainStep:
         # Outside of the handler, whose traceback holds on to the memory.
         self.forget()
         advice = advise(
-            lambda part: function(Place(0, len(part[0])), False, *part),
+            partial(self._attempt, function),
             inputs,
             [self.model, self.objective],
             self.sharing,
@@ -359,11 +388,31 @@ class TrainStep:
         )
         raise BatchTooLargeError(f"{reason}, at a batch of {num}; {advice}")
 
+    def _attempt(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
+        """The first steps of a training on batches of this size, captures included."""
+        num = len(inputs[0])
+        batches = [(Place(0, num), inputs)]
+        if self._graphs is None:
+            for _ in range(2):
+                # Memory is cut up otherwise the second time.
+                function(batches[0][0], True, *inputs)
+            return
+        if self._graphs.last is not None and num > 2:
+            # Of another batch size the last batch has another one, smaller by one at least.
+            batches.append((Place(0, num - 1), tuple(tensor[:-1] for tensor in inputs)))
+        try:
+            self._graphs.attempt(function, batches, self._settings())
+        except ValueError:
+            if self._graphs.required:
+                raise
+        finally:
+            self.forget()
+
     def _settings(self) -> tuple[object, ...]:
         """What a captured step holds fast beside tensors."""
         numbers = (bool, int, float, str, tuple)
         own = {k: v for k, v in vars(self.objective).items() if isinstance(v, numbers)}
-        return self.attack, self.dtype, self.fold, self.noisy_clean, own
+        return self.attack, self.dtype, self.fold, self.noisy_clean, self.awp, own
 
     def draw_start(self, x: Tensor, place: Place, noise: Tensor | None = None) -> RandomStart:
         """Draw the random start of a batch, once for all its parts.
@@ -386,7 +435,7 @@ class TrainStep:
     def attacked(self, attack: PGD, x: Tensor) -> nn.Module:
         """The network whose input gradients the attack follows."""
         if attack.bn != "running" or not self.fold:
-            return self.model
+            return self._unfolded
         if self.folded_network is None:
             self.folded_network = FoldedNetwork(self.model, x, self.impl)
             self.num_folded = len(self.folded_network.folded)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from networks import Operations, TinyNet, generator, randomize
 from torch import Tensor, nn
 
+from arat_fast.attacks import NORMS as NORM_OBJECTS
 from arat_fast.attacks import PGD, RandomStart, check_images, perturbation_norm
 from arat_fast.models import (
     SplitBatchNorm2d,
@@ -25,9 +26,10 @@ from arat_fast.models import (
 )
 from arat_fast.saved import export_plain
 
-Norm = Literal["Linf", "L2"]
+Norm = Literal["Linf", "L2", "L1"]
 Bn = Literal["batch", "running", "batch_update"]
-NORMS = pytest.mark.parametrize("norm", ["Linf", "L2"])
+NORMS = pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+RADII = {"Linf": 0.1, "L2": 0.8, "L1": 3.0}
 
 
 def tiny_net(channels: int = 3) -> nn.Module:
@@ -47,7 +49,7 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @drawn(
-    norm=st.sampled_from(["Linf", "L2"]),
+    norm=st.sampled_from(["Linf", "L2", "L1"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     bn=st.sampled_from(["batch", "running", "batch_update"]),
     shape=st.tuples(*[st.integers(low, high) for low, high in ((2, 5), (1, 4), (1, 9), (1, 9))]),
@@ -82,10 +84,21 @@ def test_ball_and_range(
     assert x_adv.shape == x.shape and x_adv.dtype == dtype and not x_adv.requires_grad
     check_images(x_adv)
     # Rounding: one unit in the last place per pixel.
-    slack = torch.finfo(dtype).eps * (1 if norm == "Linf" else x[0].numel() ** 0.5)
+    slack = torch.finfo(dtype).eps * NORM_OBJECTS[norm].reach(x[0].numel())
     assert perturbation_norm(x, x_adv, norm).max() <= eps * (1 + 1e-6) + slack
     if eps == 0 or (num_steps == 0 and not random_start):
         assert perturbation_norm(x, x_adv, "Linf").max() <= slack
+
+
+def nearest_in_l1(x: Tensor, image: Tensor, eps: float) -> Tensor:
+    """The perturbation nearest to the image in ball and range, its multiplier by bisection."""
+    low, high = 0.0, float((image - x).abs().max())
+    for _ in range(100):
+        shift = (low + high) / 2
+        delta = (image - x).sign() * ((image - x).abs() - shift).clamp_min(0)
+        delta = (x + delta).clamp(0, 1) - x
+        low, high = (shift, high) if delta.abs().sum() > eps else (low, shift)
+    return delta
 
 
 def transcription(
@@ -102,6 +115,11 @@ def transcription(
             if attack.norm == "Linf":
                 image = image + attack.alpha * grad.sign()
                 delta = (image - original).clamp(-attack.eps, attack.eps)
+            elif attack.norm == "L1":
+                count = -(-grad.numel() // 20)
+                moves = grad.abs() >= grad.flatten().abs().sort(descending=True).values[count - 1]
+                image = image + attack.alpha * grad.sign() * moves / count
+                delta = nearest_in_l1(original, image, attack.eps)
             else:
                 image = image + attack.alpha * grad / (grad**2).sum().sqrt()
                 delta = image - original
@@ -117,13 +135,36 @@ def transcription(
 def test_equals_a_direct_transcription(norm: Norm, bn: Bn) -> None:
     model = randomize(create_model("resnet8", 4)).double()
     x, y = batch()
-    attack = PGD(eps=0.1 if norm == "Linf" else 0.8, alpha=0.03, num_steps=4, norm=norm, bn=bn)
+    attack = PGD(eps=RADII[norm], alpha=RADII[norm] / 4, num_steps=4, norm=norm, bn=bn)
     noise = 0.05 * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
     plain = export_plain(model, "adv").train(bn != "running")
     expected = transcription(plain, x, y, noise, attack)
     x_adv = attack(model.train(bn == "running"), x, y, RandomStart(noise=noise))
     assert (x_adv - expected).abs().max() <= 1e-12
     assert (x_adv - x).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("start_radius", "project", "alpha"), [(1.0, True, 0.125), (2.0, False, 0.1)]
+)
+def test_single_steps_are_those_of_their_papers(
+    start_radius: float, project: bool, alpha: float
+) -> None:
+    """FGSM-RS, and N-FGSM, which leaves the ball."""
+    model = randomize(create_model("resnet8", 4)).double()
+    x, y = batch()
+    attack = PGD(0.1, alpha, 1, start_radius=start_radius, project=project)
+    begin = attack.start(x, RandomStart(generator(3)))
+    assert start_radius * 0.099 < perturbation_norm(x, begin, "Linf").max() <= start_radius * 0.1
+    image = begin.detach().requires_grad_()
+    F.cross_entropy(export_plain(model, "adv").train()(image), y, reduction="sum").backward()
+    assert image.grad is not None
+    delta = begin - x + alpha * image.grad.sign()
+    if project:
+        delta = delta.clamp(-0.1, 0.1)
+    x_adv = attack(model, x, y, RandomStart(generator(3)))
+    assert (x_adv - (x + delta).clamp(0, 1)).abs().max() <= 1e-15
+    assert (perturbation_norm(x, x_adv, "Linf").max() > 0.25) is not project
 
 
 @NORMS
@@ -146,12 +187,14 @@ def test_random_start_and_generator(norm: Norm) -> None:
     assert torch.equal(fixed(model, x, y), x)
 
 
-@pytest.mark.parametrize(("norm", "given"), [("Linf", False), ("L2", False), ("Linf", True)])
+@pytest.mark.parametrize(
+    ("norm", "given"), [("Linf", False), ("L2", False), ("L1", False), ("Linf", True)]
+)
 def test_the_attack_raises_the_loss_and_restarts_never_lower_it(norm: Norm, given: bool) -> None:
     """The cross-entropy or a loss that is given; also where gradients are switched off."""
     model = randomize(create_model("resnet8", 4)).double()
     x, y = batch(samples=12)
-    eps = 0.03 if norm == "Linf" else 0.3
+    eps = 0.3 * RADII[norm]
     loss_fn = partial(F.cross_entropy, target=y, reduction="none") if given else None
     losses = [cross_entropy(model, x, y)]
     for restarts in (1, 2, 4):

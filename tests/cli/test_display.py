@@ -15,15 +15,13 @@ def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
     written = io.StringIO()
     with Display(Console(file=written)).evaluating() as bar:
-        for name, done, total, unit in (
-            ("PGD-20", 300, 330, "images"),
-            ("Of AutoAttack: square", 713, 330, "passes"),
-        ):
-            bar(name, 0, total, unit)
-            bar(name, done, total, unit)
+        bar("PGD-20", 0, 330)
+        bar("PGD-20", 300, 330)
+        for done, note in ((0, "33 images standing"), (900, "30 images standing, 0:01:05 left")):
+            bar("AutoAttack fab-t (3 of 4)", done, 3600, "passes", note)
     assert written.getvalue().splitlines() == [
         "PGD-20: 330 images",
         "PGD-20: 300 of 330 images",
-        "Of AutoAttack: square: 330 images",
-        "Of AutoAttack: square: 330 images standing, 713 forward passes",
+        "AutoAttack fab-t (3 of 4): 33 images standing",
+        "AutoAttack fab-t (3 of 4): 25 %, 30 images standing, 0:01:05 left",
     ]

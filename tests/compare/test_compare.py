@@ -263,8 +263,9 @@ def test_a_run_that_fails_does_not_lose_the_others(
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_children_and_the_same_command_goes_on(
-    tmp_path: Path, one_thread: None
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_comparison_stops_its_runs_and_the_same_command_goes_on(
+    tmp_path: Path, one_thread: None, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
     command = [
@@ -278,10 +279,14 @@ def test_ctrl_c_stops_the_children_and_the_same_command_goes_on(
     deadline = time.monotonic() + 120
     while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"stopped with 1 of 1 runs left; go on with the same command" in errors
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"stopped with 1 of 1 runs left; go on with the same command" in errors
+    # A run that nobody waits for has ended when its lock is gone.
+    while (run / LOCK).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted" and 0 < summary["steps"] < 64
     assert record(out)["cells"][0]["status"] == "pending"

@@ -227,6 +227,22 @@ def test_links_are_followed_to_files_alone(tmp_path: Path) -> None:
     assert splits.skipped == found.bad and sizes(splits) == [15, 15]
 
 
+@pytest.mark.parametrize("place", ["train/owl", "val/dog"])
+def test_class_folders_that_are_links_are_followed_only_with_a_switch(
+    tmp_path: Path, place: str
+) -> None:
+    root = image_folder(tmp_path / "set")
+    expected = sizes(load("folder", root))
+    (root / place).rename(tmp_path / "elsewhere")
+    (root / place).symlink_to(tmp_path / "elsewhere")
+    for read in (inspect, verify, lambda root: load("folder", root)):
+        with refused(f"{place} is a link to .*elsewhere.*--data.follow-links"):
+            read(root)
+    assert sizes(load("folder", root, follow_links=True)) == expected
+    assert verify(root, follow_links=True) == (sum(expected), [])
+    assert inspect(root, follow_links=True).use.endswith("--data.follow-links")
+
+
 # Tar shards
 
 

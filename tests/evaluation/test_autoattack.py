@@ -12,12 +12,21 @@ import torch
 from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from pyautoattack.autopgd_base import APGDAttack_targeted as Targeted
-from torch import nn
+from torch import Tensor, nn
 
 from arat_fast.datasets.digits import MAX_VALUE, load_digits
-from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, parallel, pgd_accuracy
+from arat_fast.evaluation import (
+    ImageSet,
+    ThreatModel,
+    autoattack,
+    clean_accuracy,
+    parallel,
+    pgd_accuracy,
+)
+from arat_fast.evaluation.autoattack import is_randomised
 from arat_fast.evaluation.evaluate import evaluation_mode
 from arat_fast.evaluation.parallel import SharedNetwork
+from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.models import use_branch
 from arat_fast.models.resnet import BasicBlock, ResNet
 
@@ -54,9 +63,14 @@ def digits(count: int, num_classes: int = 10) -> ImageSet:
 )
 def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps: float) -> None:
     images, threat = digits(40), ThreatModel(eps, norm)  # type: ignore[arg-type]
-    seen: list[str] = []
+    seen: dict[str, list[tuple[int, int]]] = {}
     result = autoattack(
-        linear, images, threat, batch_size=40, seed=5, progress=lambda name, *_: seen.append(name)
+        linear,
+        images,
+        threat,
+        batch_size=40,
+        seed=5,
+        progress=lambda name, done, total, *_: seen.setdefault(name, []).append((done, total)),
     )
     with torch.random.fork_rng():
         reference = AutoAttack(linear, norm=norm, eps=eps, seed=5, version="standard")
@@ -69,9 +83,31 @@ def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps
     after = list(result.details["attacks"].values())
     assert list(result.details["attacks"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert after == sorted(after, reverse=True) and after[-1] == result.accuracy
-    assert set(seen) == {f"AutoAttack {name}" for name in result.details["attacks"]}
+    names = enumerate(result.details["attacks"], 1)
+    assert list(seen) == [f"AutoAttack {name} ({number} of 4)" for number, name in names]
+    for told in seen.values():
+        assert told == sorted(told) and 0 < told[-1][0] <= told[-1][1]
     pgd = pgd_accuracy(linear, images, threat, num_steps=20, alpha=eps / 4, batch_size=40)
     assert result.accuracy <= pgd.accuracy
+
+
+@pytest.mark.slow
+def test_apgd_in_l1_is_the_reference_codes(linear: nn.Module) -> None:
+    """Its larger first balls, five starts, and no example that rounding pushes out of the ball."""
+    images, threat = digits(40), ThreatModel(0.8, "L1")
+    names = ("apgd-ce", "apgd-t")
+    result = autoattack(linear, images, threat, batch_size=40, seed=5, attacks=names)
+    with torch.random.fork_rng():
+        reference = AutoAttack(linear, norm="L1", eps=0.8, seed=5, version="standard")
+        reference.attacks_to_run = list(names)
+        x_adv, _ = reference.run_standard_evaluation(images.x, images.y, batch_size=40)
+        expected = linear(x_adv).argmax(1) == images.y
+    assert torch.equal(result.correct, expected)
+    assert 0 < result.accuracy < 1
+    assert threat.allows(images.x, result.x_adv).all()
+    assert result.details["num_rejected"] == 0
+    pgd = pgd_accuracy(linear, images, threat, num_steps=20, alpha=0.2, batch_size=40)
+    assert result.accuracy <= pgd.accuracy < 1
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +250,35 @@ def test_random_states_and_gradients_are_left_alone(
     assert np.array_equal(np.random.get_state()[1], states[2][1])
     assert all(p.grad is None for p in linear.parameters())
     assert result.accuracy == result.details["attacks"]["square"] == 0
-    assert ran == {"AutoAttack apgd-ce"}
+    assert ran == {"AutoAttack apgd-ce (1 of 4)"}
+
+
+@pytest.mark.slow
+def test_a_network_that_draws_random_numbers(linear: nn.Module) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.3 * torch.randn_like(x)
+
+    noisy, images, threat = nn.Sequential(linear, Noisy()).eval(), digits(12), ThreatModel(0.06)
+    assert is_randomised(noisy, images) and not is_randomised(linear, images)
+    state = torch.get_rng_state()
+    suite = evaluate_all(
+        noisy,
+        images,
+        threat,
+        num_steps=1,
+        alpha=0.01,
+        attacks=["autoattack"],
+        batch_size=12,
+        seed=0,
+    )
+    result = suite.results["autoattack"]
+    assert list(result.after) == ["apgd-ce", "apgd-dlr"]
+    found = {key: result.details[key] for key in ("version", "num_steps", "num_draws", "network")}
+    assert found == {"version": "rand", "num_steps": 100, "num_draws": 20, "network": "eager"}
+    assert "rand" in suite.remarks()["randomised"]
+    torch.set_rng_state(state)
+    assert 0 < result.accuracy < clean_accuracy(noisy, images, batch_size=12).accuracy
 
 
 def test_few_classes(linear: nn.Module) -> None:

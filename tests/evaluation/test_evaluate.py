@@ -72,7 +72,7 @@ def test_nothing_is_left_behind() -> None:
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    norm=st.sampled_from(["Linf", "L2"]),
+    norm=st.sampled_from(["Linf", "L2", "L1"]),
     eps=st.floats(0, 0.6),
     alpha=st.floats(0, 1),
     num_steps=st.integers(0, 3),
@@ -148,10 +148,10 @@ def test_examples_outside_the_ball_do_not_count() -> None:
         assert torch.equal(still, predict(model, x_adv, 24).argmax(1) == data.y)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_threat_model_boundary(norm: str) -> None:
     x = torch.full((2, 1, 4, 4), 0.5, dtype=torch.float64)
-    step = 0.2 if norm == "Linf" else 0.05
+    step = {"Linf": 0.2, "L2": 0.05, "L1": 0.0125}[norm]
     inside, outside = x + step, x + step * 1.0001
     threat = ThreatModel(0.2, norm)  # type: ignore[arg-type]
     assert threat.allows(x, inside).all() and not threat.allows(x, outside).any()

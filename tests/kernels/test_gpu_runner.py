@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,25 @@ def junit_of(arguments: list[str]) -> Path:
     return Path(option.partition("=")[2])
 
 
-@pytest.mark.parametrize("failing", [True, False])
+def test_tests_that_passed_before_time_ran_out_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_module(arguments: list[str], seconds: float) -> None:
+        case = '<testcase classname="gpu.test_a">'
+        failure = "<failure/>" if seconds > 1 else ""
+        junit_of(arguments).write_text(f"<t>{case}</testcase>{case}{failure}</testcase></t>")
+        raise RuntimeError("ended with status 1")
+
+    monkeypatch.setattr(runner, "run_module", run_module)
+    for seconds, counts, kind in ((0.0, (2, 0), runner.TimeRanOut), (60.0, (1, 1), RuntimeError)):
+        found, problem = runner.run_tests(tmp_path / "test_a.py", seconds, 1)
+        assert (found["test_a"]["passed"], found["test_a"]["failed"]) == counts
+        assert type(problem) is kind
+
+
+@pytest.mark.parametrize(("part", "failing"), [("both", True), ("both", False), ("first", False)])
 def test_a_module_without_a_result_is_left_out_and_what_is_there_is_written(
-    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    part: Any, failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     tests = tmp_path / "tests" / "kernels" / "gpu"
     tests.mkdir(parents=True)
@@ -78,24 +95,37 @@ def test_a_module_without_a_result_is_left_out_and_what_is_there_is_written(
     wrong = {"error": "rms", "share": None}
     records = {"pgd_step-a": {"error": "", "share": 0.5}, "relu_backward-a": wrong}
     monkeypatch.setattr(doctor, "last_result", lambda: ({"operations": records}, out))
-    status = runner.run(runner.Options(device="cpu", out=out))
+    status = runner.run(runner.Options(device="cpu", out=out, part=part))
+    steps = {"doctor", "step-128_card", "step-512_card", "step-compiled_card"}
+    if part == "first":
+        assert status == 0 and given.keys() == steps
+        return
     assert status == (1 if failing else 3)
-    assert {"doctor", "step_card", "kernels_card"} <= given.keys()
+    assert given.keys() > {*steps, "kernels_card"}
     # As the heaviest it has what is left, the others twice their share.
     assert given["test_nccl"] > 2 * given["test_broken"] > 0
     table = out.with_suffix(".md").read_text()
     assert re.search(r"test_nccl *\| *left out", table) and "wrong: relu_backward-a: rms" in table
 
 
-def test_a_module_that_fails_or_hangs_is_told_apart(
+def test_a_module_that_fails_or_hangs_is_told_apart_and_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "some.py").write_text(
-        "import sys, time\ntime.sleep(float(sys.argv[1])) or sys.exit(3)"
+        "import subprocess, sys, time\n"
+        "if sys.argv[1] == '0': sys.exit(3)\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "open('pid', 'w').write(str(child.pid))\n"
+        "time.sleep(60)"
     )
     with pytest.raises(RuntimeError, match="status 3"):
         runner.run_module(["some", "0"], 60)
     with pytest.raises(runner.TimeRanOut):
-        runner.run_module(["some", "60"], 0.5)
+        runner.run_module(["some", "60"], 3.0)
+    state, deadline = Path("/proc", (tmp_path / "pid").read_text(), "stat"), time.monotonic() + 20
+    # Nobody may have collected it yet.
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -41,7 +41,7 @@ def test_x_adv_that_requires_a_gradient_is_still_a_leaf() -> None:
 
 
 @few(20)
-@given(size=st.integers(1, 200), num=st.integers(0, 5), norm=st.sampled_from(["Linf", "L2"]))
+@given(size=st.integers(1, 200), num=st.integers(0, 5), norm=st.sampled_from(["Linf", "L2", "L1"]))
 def test_start_lies_in_the_ball(size: int, num: int, norm: Any) -> None:
     x = torch.zeros(num, size)
     delta = random_start(x, RNG, eps=0.25, norm=norm)
@@ -49,7 +49,15 @@ def test_start_lies_in_the_ball(size: int, num: int, norm: Any) -> None:
     if norm == "Linf":
         assert (delta >= -0.25).all() and (delta < 0.25).all()
     else:
-        assert (torch.linalg.vector_norm(delta.double(), dim=1) <= 0.25 * (1 + 1e-6)).all()
+        order = {"L2": 2, "L1": 1}[norm]
+        assert (torch.linalg.vector_norm(delta.double(), order, dim=1) <= 0.25 * (1 + 1e-6)).all()
+
+
+def test_parts_of_a_batch_start_in_l1_as_the_whole() -> None:
+    whole, rest = (
+        random_start(torch.zeros(n, 7), RNG, eps=0.25, norm="L1", first=5 - n) for n in (5, 2)
+    )
+    assert torch.equal(whole[3:], rest)
 
 
 def test_linf_start_is_uniform() -> None:

@@ -137,7 +137,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int, in
     "resnet8": (lambda: create_model("resnet8", 4), (3, 8, 8), 9, 0),
     "resnet8 grey": (lambda: create_model("resnet8", 4, in_channels=1), (1, 8, 8), 9, 0),
     "resnet8 shared": (lambda: create_model("resnet8", 4, norm="shared"), (3, 8, 8), 9, 0),
+    "resnet8 silu": (lambda: create_model("resnet8", 4, activation="silu"), (3, 8, 8), 9, 0),
     "resnet18": (lambda: create_model("resnet18", 4), (3, 16, 16), 20, 0),
+    "preact": (lambda: create_model("preact-resnet18", 4), (3, 8, 8), 8, 9),
     "resnet50": (lambda: create_model("resnet50", 4), (3, 32, 32), 53, 0),
     "wrn16-2": (lambda: WideResNet(16, 2, 4), (3, 16, 16), 7, 6),
     "wrn16-2 shared": (lambda: WideResNet(16, 2, 4, norm="shared"), (3, 16, 16), 7, 6),
@@ -163,17 +165,14 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 SMALL = ("resnet8", "resnet8 grey", "activated", "awkward", "three branches", "in place", "strided")
-SLOW = ("resnet18", "resnet50", "efficientnet_b0", "torchvision resnet18")
+SLOW = ("resnet18", "resnet50", "efficientnet_b0", "torchvision resnet18", "mobilenet_v3_small")
 
 
 @pytest.mark.parametrize(
     ("name", "constant"),
     [
         *((name, constant) for constant in (False, True) for name in SMALL),
-        *(
-            (name, False)
-            for name in ("resnet8 shared", "wrn16-2", "wrn16-2 shared", "mobilenet_v3_small")
-        ),
+        *((name, False) for name in ("resnet8 shared", "wrn16-2", "wrn16-2 shared")),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in SLOW),
         pytest.param("mobilenet_v3_small", True, marks=pytest.mark.slow),
     ],

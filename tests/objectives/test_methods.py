@@ -113,6 +113,28 @@ FORMULAS: dict[str, tuple[Any, Formula, str, list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("name", [*BUILDERS, "natural", "arat"])
+def test_targets_are_weights_of_the_classes(name: str) -> None:
+    """One class alone is that class; the classification loss is linear in the others."""
+    builders = BUILDERS | {
+        "natural": lambda model: NaturalTraining(),
+        "arat": lambda model: ARAT(model, ("bn2",), (3, 8, 8)).double(),
+    }
+    x, x_adv, y = triples()
+    outputs = []
+    # The largest weight is the class itself: for MART it is the label elsewhere.
+    one_hot = torch.nn.functional.one_hot(y, 4).double()
+    other = one_hot.roll(1, dims=1)
+    for targets in (y, one_hot, other.argmax(dim=1), 1.5 * one_hot + 0.5 * other):
+        model = convert_split_batch_norm(tiny_network()) if name == "arat" else tiny_network()
+        torch.manual_seed(1)
+        outputs.append(builders[name](model)(model, x, x_adv, targets, START))
+    assert abs(outputs[0].loss - outputs[1].loss) <= 1e-14
+    term = next(name for name in outputs[0].terms if name.startswith("ce"))
+    first, _, second, both = (output.terms[term] for output in outputs)
+    assert abs(both - (1.5 * first + 0.5 * second)) <= 1e-13
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0, 6.0])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_loss_gradients_and_statistics_are_those_of_the_formula(name: str, weight: float) -> None:

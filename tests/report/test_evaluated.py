@@ -7,11 +7,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.report import write_report
+from arat_fast.report.radii import by_radius
+from arat_fast.report.run import Accuracy
 from arat_fast.report.words import interval
 
 
@@ -47,6 +50,29 @@ def test_every_accuracy_is_shown(run: Path) -> None:
         assert interval(*entry["interval"], 30) in text
         assert f"{entry['correct']:,} of {entry['num_samples']:,}" in text
     assert "PGD-2" in text and "num_steps 2" in text and "is not shown" not in text
+
+
+def test_accuracy_by_radius(run: Path) -> None:
+    """A row a radius, among them that of the summary; of two evaluations that of more images."""
+    path = run / "evaluation-0.05.json"
+    assert "<h3>Accuracy by radius" not in write_report(run).read_text(encoding="utf-8")
+    options: dict[str, Any] = {"attacks": ["pgd"], "max_samples": 20, "num_steps": 1}
+    record = evaluate_checkpoint(run, eps=0.05, device="cpu", out=path, **options)
+    page = html.unescape(write_report(run).read_text(encoding="utf-8"))
+    path.unlink()
+    path.with_suffix(".npz").unlink()
+    rows = re.findall(r'<th scope="row">(0\.\d+)</th>(.*?)</tr>', page, re.DOTALL)
+    assert [radius for radius, _ in rows] == ["0.05", "0.12"]
+    share = 100 * record["accuracy"]["pgd1"]["value"]
+    assert re.findall(r"<td>([\d.]+|–)", rows[0][1]) == [f"{share:.1f}", "–"]
+    assert re.findall(r"of (\d+)", rows[1][1]) == ["40", "30"]
+    (found,) = by_radius(
+        [
+            {"pgd2": Accuracy(right, number, {"norm": "L2", "eps": eps})}
+            for eps, right, number in ((0.5, 6, 10), (0.25, 8, 10), (0.5, 30, 60))
+        ]
+    )
+    assert [(eps, a.correct) for eps, (a,) in found.rows if a] == [(0.25, 8), (0.5, 30)]
 
 
 @pytest.mark.parametrize(

@@ -64,18 +64,17 @@ class AtTheStart(Hook):
 
 
 def test_a_given_teacher_makes_the_same_run(arrest: Path, tmp_path: Path) -> None:
-    """A natural run's folder, or its weights, in the place of natural training."""
-    folder = arrest / "natural"
-    weights = load_file(folder / "model.safetensors")
-    for source in (folder, folder / "model.safetensors"):
-        given, hook = config_for("arrest", teacher=source), AtTheStart()
-        summary = tiny_trainer(tmp_path / source.name, given, hooks=[hook]).run()
-        assert not (tmp_path / source.name / "natural").exists()
-        assert summary["natural_model"]["epochs"] == 1
-        assert_same_end(arrest, tmp_path / source.name, numbers=False)
-        assert config_from_dict(json.loads(json.dumps(config_to_dict(given)))) == given
-        for state in hook.states:
-            assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    """The weights of a natural run in the place of natural training."""
+    source = arrest / "natural" / "model.safetensors"
+    given, hook = config_for("arrest", teacher=source), AtTheStart()
+    summary = tiny_trainer(tmp_path, given, hooks=[hook]).run()
+    assert not (tmp_path / "natural").exists()
+    assert summary["natural_model"]["epochs"] == 1
+    assert_same_end(arrest, tmp_path, numbers=False)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(given)))) == given
+    weights = load_file(source)
+    for state in hook.states:
+        assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 
 def test_natural_training_is_resumed(

@@ -206,7 +206,8 @@ def test_a_finished_run_makes_again_what_it_lacks(whole: Whole, tmp_path: Path) 
 
 
 def test_a_run_with_other_steps_keeps_the_checkpoint_before(tmp_path: Path) -> None:
-    """Step 8, the end of the first epoch of a run with smaller batches, is step 4 of this one."""
+    """Step 8, the end of the first epoch of a run with smaller batches, is step 4 of this one; its
+    metrics go on with the ninth that is made."""
     config = tiny_config(epochs=2)
     tiny_trainer(tmp_path, config).run()
     newest = tmp_path / "checkpoint.pt"
@@ -218,6 +219,27 @@ def test_a_run_with_other_steps_keeps_the_checkpoint_before(tmp_path: Path) -> N
     assert load_checkpoint(newest)["progress"]["step"] == 8
     before = load_checkpoint(tmp_path / "checkpoint-00000001.pt")["progress"]
     assert (before["step"], before["steps_per_epoch"]) == (8, 8)
+    steps = [line["step"] for line in metric_lines(tmp_path, "train")]
+    assert steps == [3, 4, 7, 8, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model", "conv1.weight", torch.zeros(1).expand(10**6, 10**6)),
+        ("random", "attack", torch.zeros(1, dtype=torch.uint8).expand(10**12)),
+        ("metrics", None, {}),
+    ],
+)
+def test_a_checkpoint_that_was_edited_is_refused(
+    whole: Whole, tmp_path: Path, part: str, key: str | None, value: Any
+) -> None:
+    """Views of one element are 4 TB for whoever copies them."""
+    state = load_checkpoint(whole("swa") / "checkpoint.pt")
+    changed = {**state, part: value if key is None else {**state[part], key: value}}
+    torch.save(changed, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=f"checkpoint.pt holds another {part}"):
+        tiny_trainer(tmp_path, CONFIGS["swa"], resume=True)
 
 
 def interrupted_refresh(run: TinyRun, interrupt: Callable[[], object]) -> None:

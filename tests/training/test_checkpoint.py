@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
-import subprocess
-import sys
+import resource
 import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import arat_fast.training.checkpoint as checkpoint_module
+from arat_fast.evaluation.pieces import read_arrays
 from arat_fast.files import write_atomic, write_json
 from arat_fast.training.checkpoint import (
     FORMAT,
@@ -102,22 +104,19 @@ def test_other_files(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_midway_keeps_the_previous_file(tmp_path: Path) -> None:
-    """A real failing write: the process may not make files over 100 kB."""
-    program = f"""
-import resource, torch
-from pathlib import Path
-from arat_fast.training.checkpoint import save_checkpoint
-path = Path({str(tmp_path)!r}) / "c.pt"
-save_checkpoint(path, {{"weights": torch.ones(10)}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    save_checkpoint(path, {{"weights": torch.ones(100_000)}})
-except OSError as error:
-    print("refused:", error)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "refused" in result.stdout and "File too large" in result.stdout
+    """A real failing write: a process that may not make files over 100 kB."""
+    save_checkpoint(tmp_path / "c.pt", {"weights": torch.ones(10)})
+    larger = {"weights": torch.ones(30_000)}
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path / "c.pt", larger)
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     assert load_checkpoint(tmp_path / "c.pt")["weights"].shape == (10,)
     assert names(tmp_path) == ["c.pt"]
 
@@ -342,3 +341,19 @@ def test_a_failed_write_is_told_later_and_keeps_the_one_before(
         assert step_in(folder.newest) == 1
     save(folder, 3)
     assert names(tmp_path) == ends("-00000001", "")
+
+
+def test_an_archive_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path) -> None:
+    """As its directory says; 6 MB can be 6 GB of zeros."""
+    arrays, checkpoint = tmp_path / "arrays.npz", tmp_path / "checkpoint.pt"
+    np.savez(arrays, a=np.zeros(3))
+    save_checkpoint(checkpoint, state(1))
+    assert read_arrays(arrays) is not None
+    for path in (arrays, checkpoint):
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.infolist()[0].file_size = 2**31
+            archive.writestr("more", b"")
+    assert read_arrays(arrays) is None
+    with pytest.raises(ValueError) as refused:
+        load_checkpoint(checkpoint)
+    assert "unpack to 2,147,483,648" in str(refused.value.__cause__)

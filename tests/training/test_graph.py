@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,14 +15,20 @@ from networks import generator
 from safetensors.torch import load_file
 from tiny import changed, metric_lines, tiny_config, tiny_trainer, with_objective
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from training.emulation import BrokenCapture, EmulatedGraph, emulate_graphs
 
+from arat_fast.attacks import PGD
 from arat_fast.config import Config
 from arat_fast.data.plan import Place
+from arat_fast.models import create_model
+from arat_fast.objectives import AdversarialTraining
 from arat_fast.report.run import read_run
 from arat_fast.stop import InterruptedRun
 from arat_fast.training import graph as graph_module
 from arat_fast.training.graph import NUM_WARMUP, StepGraphs
+from arat_fast.training.memory import BatchTooLargeError
+from arat_fast.training.step import TrainStep
 from arat_fast.training.values import Values
 
 
@@ -58,8 +64,18 @@ def running(config: Config) -> Config:
         slow(running(tiny_config(2, kind="none"))),
         slow(with_objective(tiny_config(2, kind="none"), "lbgat")),
         slow(with_objective(running(tiny_config(2, kind="none")), "arrest", teacher_epochs=1)),
+        slow(changed(tiny_config(2, kind="none"), "targets", mix="mixup", mix_alpha=0.3)),
+        slow(
+            changed(
+                changed(tiny_config(2, kind="none"), "targets", mix="cutmix", label_smoothing=0.1),
+                "awp",
+                gamma=0.01,
+            )
+        ),
+        slow(changed(tiny_config(2, kind="none"), "attack", start_radius=2.0, project=False)),
+        slow(changed(tiny_config(2, kind="none"), "attack", norm="L1", eps=2.0, alpha=1.0)),
     ],
-    ids=["arat", "running", "lbgat", "arrest"],
+    ids=["arat", "running", "lbgat", "arrest", "mixup", "cutmix-awp", "nfgsm", "L1"],
 )
 def test_a_captured_run_is_the_eager_one(config: Config, tmp_path: Path) -> None:
     eagerly(tiny_trainer(tmp_path / "off", configured(config)).run)
@@ -69,6 +85,7 @@ def test_a_captured_run_is_the_eager_one(config: Config, tmp_path: Path) -> None
     assert_same_numbers(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_captured_anew(tmp_path: Path) -> None:
     config = configured(tiny_config(3))
     eagerly(tiny_trainer(tmp_path / "off", config).run)
@@ -190,3 +207,40 @@ def test_a_third_shape_runs_eagerly_and_is_said_once() -> None:
         for _ in range(NUM_WARMUP + 2):
             graphs.run(step, Place(0, size), (torch.ones(size, 3),), settings=None)
     assert len(graphs.captured) == 2 and len(said) == 1 and "shapes" in said[0]
+
+
+@pytest.mark.parametrize("graph", ["auto", "on"])
+def test_the_batch_size_advised_was_captured(graph: Literal["auto", "on"]) -> None:
+    """Eight samples do not fit (auto) or cannot be captured (on), six fit but for the capture."""
+    eager, captured = {"auto": (7, 5), "on": (8, 5)}[graph]
+
+    class Limited(AdversarialTraining):
+        def forward(self, model: nn.Module, x: Tensor, *rest: Any) -> Any:
+            if len(x) > (eager if _get_current_dispatch_mode() is None else captured):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().forward(model, x, *rest)
+
+    torch.manual_seed(0)
+    model = create_model("resnet8", 4, norm="shared")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = TrainStep(
+        model,
+        Limited(),
+        PGD(num_steps=1),
+        optimizer,
+        precision=torch.float32,
+        graph=graph,
+        last=(3, Place(0, 3)),
+    )
+    x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
+    if graph == "on":
+        for _ in range(NUM_WARMUP):
+            step(x, y)
+    held = [*model.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values())]
+    before = [tensor.detach().clone() for tensor in held]
+    with pytest.raises(BatchTooLargeError, match=r"--data\.batch-size 5\b"):
+        step(x, y)
+    assert all(map(torch.equal, held, before)) and bool(optimizer.state) == (graph == "on")
+    for _ in range(NUM_WARMUP + 1):
+        step(x[:5], y[:5])
+    assert step.num_replayed == 1

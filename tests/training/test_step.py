@@ -325,7 +325,12 @@ def test_every_stem_is_protected_and_others_are_refused() -> None:
     ("layers", "bn", "optimizer"),
     [
         (("layer4.0.bn2", "layer4.1", "avgpool"), "batch", lambda p: torch.optim.AdamW(p, lr=1e-3)),
-        (("layer4.1.bn1", "layer4.1.bn2"), "running", lambda p: torch.optim.SGD(p, lr=0.02)),
+        pytest.param(
+            ("layer4.1.bn1", "layer4.1.bn2"),
+            "running",
+            lambda p: torch.optim.SGD(p, lr=0.02),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_torchvision_network(

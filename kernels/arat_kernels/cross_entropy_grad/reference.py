@@ -10,6 +10,11 @@ def cross_entropy_grad_reference(logits: Tensor, target: Tensor) -> tuple[Tensor
     """Arguments and results as in
     :func:`arat_kernels.cross_entropy_grad.api.cross_entropy_grad`."""
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+    if target.ndim == 2:
+        weights, log_probabilities = target.to(wide.dtype), wide.log_softmax(1)
+        with torch.no_grad():
+            dlogits = log_probabilities.exp() * weights.sum(1, keepdim=True) - weights
+        return dlogits.to(logits.dtype), -(weights * log_probabilities).sum(1)
     num_classes = logits.shape[1]
     known = (target >= 0) & (target < num_classes)
     safe = torch.where(known, target, 0).long()[:, None]

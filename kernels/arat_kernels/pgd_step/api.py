@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from arat_kernels.implementation import Impl, choose, interpreting
-from arat_kernels.pgd_step.reference import pgd_step_reference, random_start_reference
+from arat_kernels.pgd_step.reference import STEPS, pgd_step_reference, random_start_reference
 
-Norm = Literal["Linf", "L2"]
+Norm = Literal["Linf", "L2", "L1"]
 
 
 def pgd_step(
@@ -28,8 +28,10 @@ def pgd_step(
 
     Linf: ``x_adv += alpha * sign(grad)``, each element clamped to ``x ± eps``. L2:
     ``x_adv += alpha * grad / max(‖grad‖, 1e-12)``, then ``x_adv - x`` scaled down to length ``eps``
-    where it is longer; norms are per sample, over all dimensions but the first. NaN in ``grad``
-    gives NaN in ``x_adv`` (``torch.sign`` would make it 0 and hide it).
+    where it is longer. L1: the twentieth of the components with the largest gradients moves along
+    its sign, together by ``alpha``, and the result is the nearest point of ball and range at once.
+    Norms are per sample, over all dimensions but the first. NaN in ``grad`` gives NaN in ``x_adv``
+    (``torch.sign`` would make it 0 and hide it).
 
     Args:
         x_adv: (N, ...), float32 (the reference also takes float64), changed in place; contiguous or
@@ -39,8 +41,9 @@ def pgd_step(
         x: shape and dtype of ``x_adv``, centre of the ball.
         eps: radius of the ball, finite and >= 0.
         alpha: length of the step, finite and >= 0.
-        norm: "Linf" or "L2".
-        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
+        norm: "Linf", "L2" or "L1".
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference. L1 has
+            the reference alone.
 
     Returns:
         ``x_adv`` itself.
@@ -49,7 +52,8 @@ def pgd_step(
         ValueError: a shape, a dtype, a device or a value does not fit; the message holds got and
             expected.
 
-    Source: Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1.
+    Source: Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1; L1: Croce and Hein, ICML 2021
+    (arXiv 2103.01208), sections 3 and 4.2, with the sparsity of their adversarial training.
     """
     _check("x_adv", x_adv, norm, eps=eps, alpha=alpha)
     if grad.shape != x_adv.shape or not grad.is_floating_point():
@@ -64,7 +68,7 @@ def pgd_step(
         )
     with torch.no_grad():
         if impl != "reference" and choose(impl, x_adv, grad, x, operation="pgd_step") == "triton":
-            _check_triton_dtype("x_adv", x_adv)
+            _check_triton("x_adv", x_adv, norm)
             from arat_kernels.pgd_step.triton import step
 
             step(x_adv, grad, x, eps, alpha, norm)
@@ -85,15 +89,16 @@ def random_start(
     """A random point of the ball around ``x``; not clamped to [0, 1].
 
     Linf: every element of ``x_adv - x`` is uniform in [-eps, eps). L2: a normal direction, scaled
-    per sample to a radius uniform in [0, eps). The numbers are a function of ``rng`` and of the
-    position in memory, the same on every device; ``rng`` is read on the device and not changed, so
-    advance it after use (``rng[1].add_(1)``), inside the CUDA graph if there is one.
+    per sample to a radius uniform in [0, eps). L1: the same with a Laplace direction. The numbers
+    are a function of ``rng`` and of the position in memory, the same on every device; ``rng`` is
+    read on the device and not changed, so advance it after use (``rng[1].add_(1)``), inside the
+    CUDA graph if there is one.
 
     Args:
         x: (N, ...), float32 (the reference also takes float64).
         rng: (2,) int64 on ``x``'s device: seed and offset.
         eps: radius of the ball, finite and >= 0.
-        norm: "Linf" or "L2".
+        norm: "Linf", "L2" or "L1".
         first: the place of ``x``'s first sample in a larger batch, >= 0: the parts of a batch, with
             the same ``rng``, get the numbers of the whole.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
@@ -112,7 +117,7 @@ def random_start(
     if first < 0:
         raise ValueError(f"first must be >= 0, got {first}")
     if impl != "reference" and choose(impl, x, rng, operation="random_start") == "triton":
-        _check_triton_dtype("x", x)
+        _check_triton("x", x, norm)
         from arat_kernels.pgd_step.triton import start
 
         x_adv: Tensor = start(x.detach(), rng, eps, norm, first)
@@ -126,14 +131,16 @@ def _check(name: str, images: Tensor, norm: str, **lengths: float) -> None:
             f"{name} must be (N, ...) of 2 or more dimensions, float32 or float64, "
             f"got {images.dtype} of shape {tuple(images.shape)}"
         )
-    if norm not in ("Linf", "L2"):
-        raise ValueError(f'norm must be "Linf" or "L2", got {norm!r}')
+    if norm not in STEPS:
+        raise ValueError(f"norm must be one of {', '.join(STEPS)}, got {norm!r}")
     for length, value in lengths.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{length} must be finite and >= 0, got {value}")
 
 
-def _check_triton_dtype(name: str, t: Tensor) -> None:
+def _check_triton(name: str, t: Tensor, norm: str) -> None:
+    if norm == "L1":
+        raise ValueError('L1 has no Triton kernel; pass impl="reference"')
     if t.dtype != torch.float32 and not interpreting():
         raise ValueError(
             f'{name} must be float32 with impl="triton", got {t.dtype}; pass impl="reference"'

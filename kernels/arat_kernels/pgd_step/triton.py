@@ -233,30 +233,7 @@ def step(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm:
     grad = in_layout_of(grad if grad.dtype in _GRADIENTS else grad.to(x_adv.dtype), dense)
     tensors = (dense, grad, in_layout_of(x, dense))
     with torch.cuda.device_of(x_adv):
-        if norm == "Linf":
-            numel = dense.numel()
-            pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
-                *tensors,
-                eps,
-                alpha,
-                numel,
-                numel % 16 == 0,
-                LINF_BLOCK,
-                num_warps=warps(LINF_WARPS),
-            )
-        else:
-            size = dense[0].numel()
-            block, num_warps, one_block = _l2_block(size)
-            pgd_step_l2_kernel[(dense.shape[0],)](
-                *tensors,
-                eps,
-                alpha,
-                size,
-                size % 16 == 0,
-                block,
-                one_block,
-                num_warps=warps(num_warps),
-            )
+        _STEPS[norm](*tensors, eps, alpha)
     if dense is not x_adv:
         x_adv.copy_(dense)
 
@@ -272,40 +249,60 @@ def start(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
     x_adv = torch.empty_like(dense)
     if x.numel() == 0:
         return x_adv
-    size = dense[0].numel()
     with torch.cuda.device_of(x):
-        if norm == "Linf":
-            # Where the batch's groups of four do not begin with x, a front that is thrown away.
-            front = first * size % 4
-            if front:
-                longer = x.new_zeros(1, front + x.numel())
-                longer[0, front:] = dense.as_strided((x.numel(),), (1,))
-                drawn = torch.empty_like(longer)
-                _start_linf(longer, rng, drawn, eps, first * size // 4)
-                x_adv.as_strided((x.numel(),), (1,)).copy_(drawn[0, front:])
-            else:
-                _start_linf(dense, rng, x_adv, eps, first * size // 4)
-        else:
-            block, num_warps, one_block = _l2_block(size)
-            random_start_l2_kernel[(x.shape[0],)](
-                dense,
-                rng,
-                x_adv,
-                eps,
-                size,
-                first,
-                size % 16 == 0,
-                block // 4,
-                one_block,
-                num_warps=warps(num_warps),
-            )
+        _STARTS[norm](dense, rng, x_adv, eps, first)
     return x_adv
 
 
 start.register_fake(lambda x, *_: torch.empty_like(batch_dense(x)))
 
 
-def _start_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: int) -> None:
+def _step_linf(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float) -> None:
+    numel = x.numel()
+    pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
+        x_adv,
+        grad,
+        x,
+        eps,
+        alpha,
+        numel,
+        numel % 16 == 0,
+        LINF_BLOCK,
+        num_warps=warps(LINF_WARPS),
+    )
+
+
+def _step_l2(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float) -> None:
+    size = x[0].numel()
+    block, num_warps, one_block = _l2_block(size)
+    pgd_step_l2_kernel[(x.shape[0],)](
+        x_adv,
+        grad,
+        x,
+        eps,
+        alpha,
+        size,
+        size % 16 == 0,
+        block,
+        one_block,
+        num_warps=warps(num_warps),
+    )
+
+
+def _start_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first: int) -> None:
+    first_group, front = divmod(first * x[0].numel(), 4)
+    if not front:
+        _draw_linf(x, rng, x_adv, eps, first_group)
+        return
+    # Where the batch's groups of four do not begin with x, a front that is thrown away.
+    longer = x.new_zeros(1, front + x.numel())
+    longer[0, front:] = x.as_strided((x.numel(),), (1,))
+    drawn = torch.empty_like(longer)
+    _draw_linf(longer, rng, drawn, eps, first_group)
+    x_adv.as_strided((x.numel(),), (1,)).copy_(drawn[0, front:])
+
+
+def _draw_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: int) -> None:
     numel = x.numel()
     random_start_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
         x,
@@ -317,4 +314,27 @@ def _start_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: 
         numel % 16 == 0,
         LINF_BLOCK // 4,
         num_warps=warps(LINF_WARPS),
+        # Product and sum are rounded each, as the reference's are.
+        enable_fp_fusion=False,
     )
+
+
+def _start_l2(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first: int) -> None:
+    size = x[0].numel()
+    block, num_warps, one_block = _l2_block(size)
+    random_start_l2_kernel[(x.shape[0],)](
+        x,
+        rng,
+        x_adv,
+        eps,
+        size,
+        first,
+        size % 16 == 0,
+        block // 4,
+        one_block,
+        num_warps=warps(num_warps),
+    )
+
+
+_STEPS = {"Linf": _step_linf, "L2": _step_l2}
+_STARTS = {"Linf": _start_linf, "L2": _start_l2}

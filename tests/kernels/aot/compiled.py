@@ -79,7 +79,7 @@ def compiled(launch: Launch, target: Target) -> Report:
     half as many are compiled, as :func:`arat_kernels.implementation.warps` gives."""
     source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
     num_warps = max(1, launch.num_warps * 32 // target.gpu.warp_size)
-    options = {"num_warps": num_warps}
+    options = {"num_warps": num_warps, "enable_fp_fusion": launch.fuses}
     if target.gpu.backend == "cuda":
         options["num_stages"] = launch.num_stages
     kernel = triton.compile(source, target=target.gpu, options=options)

@@ -30,6 +30,7 @@ class Launch:
         attributes: what Triton may assume, by path: that a pointer is a multiple of 16.
         num_warps: of a program.
         num_stages: of its loops, where they do not say themselves.
+        fuses: whether a product and a sum are rounded once.
     """
 
     function: Any
@@ -38,6 +39,7 @@ class Launch:
     attributes: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
+    fuses: bool = True
 
     @property
     def kernel(self) -> str:
@@ -177,7 +179,9 @@ def recorded() -> Iterator[list[Launch]]:
         _, _, _, backend, binder = self.device_caches[0]
         values, specialization, _ = binder(*args, debug=False, **options)
         chosen, *source = self._pack_args(backend, options, values, specialization, options)
-        found.append(Launch(self, *source, chosen.num_warps, chosen.num_stages))
+        found.append(
+            Launch(self, *source, chosen.num_warps, chosen.num_stages, chosen.enable_fp_fusion)
+        )
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.cuda, "device_of", device_of))

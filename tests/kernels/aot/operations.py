@@ -49,7 +49,7 @@ class Operation:
     def bulk_of(self, launch: Launch) -> set[str]:
         """The pointers of ``launch`` whose accesses must be wide."""
         # Small tiles of few classes have less than 16 bytes per thread.
-        small = launch.kernel == "cross_entropy_grad_kernel" and launch.given["COLS"] < 1024
+        small = launch.kernel.startswith("cross_entropy") and launch.given["COLS"] < 1024
         if small or not launch.given.get("ALIGNED", launch.kernel == "image_parts_fwd_kernel"):
             return set()
         return set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
@@ -276,6 +276,7 @@ def classes_shipped() -> None:
     for num_classes, dtype in product((10, 100, 200, 1000), FLOATS[:2]):
         logits = torch.zeros(4, num_classes, dtype=dtype)
         cross_entropy_grad.forward(logits, torch.zeros(4, dtype=torch.int64))
+        cross_entropy_grad.forward_weighted(logits, torch.zeros(4, num_classes))
 
 
 def classes_sweep() -> None:
@@ -286,6 +287,9 @@ def classes_sweep() -> None:
         views = (*at_places(logits), wider[:, :-1], wider[:, 1:], logits[:1].expand(3, -1))
         for given, target in product(views, at_places(torch.zeros(3, dtype=kind))):
             cross_entropy_grad.forward(given, target)
+    for num_classes, dtype in product((10, 16, 1000, 1024, 1025), FLOATS):
+        given = randn((3, num_classes), 0, dtype)
+        cross_entropy_grad.forward_weighted(given, torch.zeros(3, num_classes))
 
 
 OPERATIONS = {
@@ -340,6 +344,9 @@ OPERATIONS = {
     "cross_entropy_grad": Operation(
         classes_shipped,
         classes_sweep,
-        {"cross_entropy_grad_kernel": ("logits_ptr", "dlogits_ptr")},
+        dict.fromkeys(
+            ("cross_entropy_grad_kernel", "cross_entropy_grad_weighted_kernel"),
+            ("logits_ptr", "dlogits_ptr"),
+        ),
     ),
 }  # fmt: skip

@@ -112,6 +112,18 @@ def test_the_last_program_sees_what_all_have_stored(operation: str, kernel: str)
     assert loads and all(".cg" in load for load in loads)
 
 
+def test_what_is_held_to_the_reference_bit_for_bit_fuses_no_product_with_a_sum() -> None:
+    """But for the PGD step, whose product is with 1, 0 or -1, and exact."""
+    kernels = ("random_start_linf_kernel", "crop_flip_kernel", "image_parts_fwd_kernel")
+    seen = set()
+    for operation in ("pgd_step", "crop_flip", "image_parts"):
+        for launch in launches(operation, False):
+            if launch.kernel in kernels:
+                assert "fma" not in compiled(launch, TARGETS["sm_90"]).text, launch.label
+                seen.add(launch.kernel)
+    assert seen == set(kernels)
+
+
 def test_as_many_programs_are_resident_as_the_reductions_plan() -> None:
     """Or the last ones would run alone."""
     target, checked = TARGETS["sm_90"], 0

@@ -58,6 +58,9 @@ ONE_LAUNCH: dict[str, Callable[[], object]] = {
         X.byte(), INDEX, RNG, None, 1, True, 1.0, torch.float32, True
     ),
     "cross_entropy_grad_kernel": lambda: cross_entropy_grad.forward(X[0, 0, :4], INDEX),
+    "cross_entropy_grad_weighted_kernel": lambda: cross_entropy_grad.forward_weighted(
+        X[0, 0], X[0, 0]
+    ),
 }
 
 

@@ -30,6 +30,13 @@ def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     operation.check(operation.make(0, dtype))
 
 
+def test_the_nan_that_a_gpu_computes_is_seen() -> None:
+    x = torch.rand(2, 3, 4, 4)
+    x.view(torch.int32)[1, 2, 3, 0] = 0x7FFFFFFF
+    parts = image_parts.forward(x)
+    assert parts.isnan().nonzero().tolist() == [[1, 2, 3, 0], [1, 5, 3, 0]]
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_tensors_at_odd_places(name: str) -> None:
     operation = OPERATIONS[name]
@@ -170,6 +177,10 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "entropy": (
         cross_entropy_grad.forward,
         lambda: (ROWS[0].clone().requires_grad_(), torch.tensor([1, 7, 0])),
+    ),
+    "weighted entropy": (
+        cross_entropy_grad.forward_weighted,
+        lambda: (ROWS[0].clone().requires_grad_(), ROWS[0].abs()),
     ),
     "entropy backward": (cross_entropy_grad.backward, lambda: (ROWS[0], ROWS[0], ROW)),
     "step": (pgd_step.step, lambda: (X.clone(), X, X, 0.1, 0.1, "Linf")),

@@ -90,8 +90,11 @@ def test_against_the_float64_reference(name: str, dtype: torch.dtype) -> None:
                 assert result.stride() == tensors["x"].stride()
 
 
-@pytest.mark.parametrize("flags", list(product([True, False], repeat=5)), ids=str)
-def test_every_combination_of_options(flags: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize(
+    "flags", [flags for flags in product([True, False], repeat=5) if sum(flags) % 2], ids=str
+)
+def test_every_combination_of_four_options(flags: tuple[bool, ...]) -> None:
+    """Of the five, the last one following from the others."""
     norm = Norm(channels=16).changed(**dict(zip(OPTIONS, flags, strict=True)))
     norm.operation.check(norm.make(0, torch.bfloat16))
 
