@@ -250,4 +250,4 @@ def _row_digests(images: Images, index: Index) -> Iterator[bytes]:
         rows = images.rows.take(part).reshape(len(part), -1)
         # One that is blank can be in every split.
         for row, blank in zip(rows, rows.min(1) == rows.max(1), strict=True):
-            yield b"" if blank else blake2b(row).digest()
+            yield b"" if blank else blake2b(row.tobytes()).digest()

@@ -134,7 +134,8 @@ def evaluate_checkpoint(
     if not ranks.is_main:
         display = Display(Console(quiet=True))
     if data is None and config.data.root != trained.data.root:
-        before = f"; the run had them from {trained.data.root}" if saved.steps is not None else ""
+        of_run = saved is not None and saved.steps is not None
+        before = f"; the run had them from {trained.data.root}" if of_run else ""
         display.say(f"images from {config.data.root}{before}")
     download_data(config.data, ranks)
     with display.evaluating() as bar:

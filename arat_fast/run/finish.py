@@ -64,7 +64,7 @@ def export(run: Run, model: nn.Module, kind: str) -> None:
                 kind,
                 "adv" if split else "shared",
                 run.data.train.image_shape,
-                run.class_names,
+                run.data.train.classes,
             )
         ),
     )
@@ -178,7 +178,7 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         "processes": run.ranks.world_size,
         "num_parameters": sum(p.numel() for p in run.model.parameters()),
         "train_samples": run.data.train.num_samples,
-        "classes": list(run.class_names),
+        "classes": list(run.data.train.classes),
         "wall_seconds": {"train": progress.seconds},
         "images_per_second": run.images_seen() / max(progress.seconds, 1e-9),
         "device": describe_device(run.device),

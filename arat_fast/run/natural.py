@@ -96,7 +96,7 @@ def start_from(run: Run, path: Path) -> None:
     """
     content = b""
     if run.ranks.is_main:
-        content = json.dumps(load_natural(run.model, path, run.class_names)).encode()
+        content = json.dumps(load_natural(run.model, path, run.data.train.classes)).encode()
     known: dict[str, Any] = json.loads(run.ranks.broadcast_bytes(content))
     run.progress.natural_model = known
     for tensor in run.model.state_dict().values():

@@ -151,7 +151,7 @@ class Identity:
             "config": config_to_dict(run.config),
             "arithmetic": f"{run.precision} on {run.device.type}".removeprefix("torch."),
             "image_shape": list(run.data.train.image_shape),
-            "classes": list(run.class_names),
+            "classes": list(run.data.train.classes),
             "dataset": run.data.fingerprint._asdict(),
         }
 
@@ -163,7 +163,8 @@ class Identity:
                 "--train.device and --step.precision to go on with it"
             )
         # Runs from before have no names.
-        if class_order(state.get("classes", ()), own["classes"], source) is not None:
+        known = class_names(self.run.config.data.name, state.get("classes", ()))
+        if class_order(known, own["classes"], source) is not None:
             raise ValueError(
                 f"{source} belongs to a run that counts the same classes in another order, got "
                 f"{', '.join(own['classes'][:3])}, …: put the dataset back as it was, or start a "
@@ -295,11 +296,6 @@ class Run:
             write_json(out / "config.json", record)
             if self.bad_images.found:
                 write_json(out / BAD_IMAGES, self.bad_images.found)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One per label; empty where the dataset has none."""
-        return class_names(self.config.data.name, self.data.train.classes)
 
     def _load_data(self, bad_images: BadImages | None) -> None:
         config, ranks = self.config, self.ranks
