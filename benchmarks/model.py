@@ -28,6 +28,7 @@ from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import split_stems
 from arat_fast.models.registry import model_spec
 from arat_fast.objectives import ARAT
+from arat_fast.training.rounding import rounded_weights
 from arat_fast.training.step import TrainStep
 from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload, forward_flops
 
@@ -35,7 +36,7 @@ from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload,
 KINDS = (
     ("convolution, forward", "conv_forward"),
     ("convolution, gradients", "conv_input", "conv_weight"),
-    ("BN statistics", "batch_norm_statistics"),
+    ("BN statistics", "batch_norm_statistics", "sum_statistics"),
     ("BN normalise", "split_batch_norm_normalize"),
     ("BN backward sums", "backward_sums"),
     ("BN backward input", "split_batch_norm_backward_input"),
@@ -103,14 +104,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
             written = [
                 value
                 for argument, value in zip(func._schema.arguments, args, strict=False)
-                if argument.alias_info is not None and argument.alias_info.is_write
+                if argument.alias_info is not None
+                and argument.alias_info.is_write
+                and value is not out
             ]
             flops = 0
             if name in ("mm", "addmm", "bmm", "baddbmm"):
                 left = args[1] if "add" in name else args[0]
                 flops = 2 * out.numel() * left.shape[-1]
+            # What a copy writes, it does not read.
+            read = args[1:] if name in ("copy_", "_foreach_copy_") else args
             self._add(
-                name, (args, [v for k, v in kwargs.items() if k != "out"], out, written), flops
+                name, (read, [v for k, v in kwargs.items() if k != "out"], out, written), flops
             )
         return out
 
@@ -174,7 +179,11 @@ def recorded(workload: Workload, bn: str) -> list[Node]:
         x = x.contiguous(memory_format=torch.channels_last)
         y = torch.empty(workload.batch_size, dtype=torch.int64)
         recorder: _Recorder = enter(_Recorder())
-        with torch.autocast("cpu", torch.bfloat16), split_stems([network]):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            split_stems([network]),
+            rounded_weights([network, objective], torch.bfloat16),
+        ):
             step(x, y)
     return recorder.nodes
 

@@ -189,22 +189,41 @@ class PGD:
         x_adv: Tensor,
         impl: Impl | None,
     ) -> Tensor:
+        if not self.num_steps:
+            return x_adv.clamp_(0, 1)
         ball = self.ball
         own = impl if ball.has_kernel else "reference"
         # Where it is not projected, the clamp to the range is what is left.
         radius = self.eps if self.project else ball.reach(x[0].numel())
+        x_adv = x_adv.detach().requires_grad_()
+        # A first layer in bfloat16 keeps what it makes of the image there.
+        x_adv._parts = None  # type: ignore[attr-defined]  # any attribute of a tensor
         for _ in range(self.num_steps):
-            x_adv.requires_grad_()
             with torch.enable_grad():
                 logits = model(x_adv)
                 if loss_fn is None:
                     dlogits, _ = cross_entropy_grad(logits.detach(), y, impl=impl)
-                    (grad,) = torch.autograd.grad(logits, x_adv, dlogits)
+                    out, dout = logits, dlogits
                 else:
-                    (grad,) = torch.autograd.grad(loss_fn(logits).sum(), x_adv)
-            x_adv = x_adv.detach()
-            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, impl=own)
-        return x_adv if self.num_steps else x_adv.clamp_(0, 1)
+                    out, dout = loss_fn(logits).sum(), None
+            parts: Tensor | None = x_adv._parts  # type: ignore[attr-defined]  # set above
+            if parts is None:
+                (grad,) = torch.autograd.grad(out, x_adv, dout)
+            else:
+                grad = _gradient_of_parts(out, dout, x_adv, parts)
+            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, parts=parts, impl=own)
+        return x_adv.detach()
+
+
+def _gradient_of_parts(out: Tensor, dout: Tensor | None, x: Tensor, parts: Tensor) -> Tensor:
+    """The gradient of the parts of ``x``; with that of ``x`` where the network reads it otherwise
+    too."""
+    grad, beside = torch.autograd.grad(out, (parts, x), dout, allow_unused=True)
+    if beside is None:
+        return grad
+    wide = grad.float()
+    wide[:, : x.shape[1]] += beside
+    return wide
 
 
 def _draw_key(generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -149,7 +149,7 @@ def _local_options() -> set[str]:
     """The options whose values are paths."""
     sections = list(get_type_hints(Config).items())
     sections += [("objective", objective.Settings) for objective in OBJECTIVES.values()]
-    found = {"--out"}
+    found = {"--out", "--init"}
     for section, part in sections:
         for name, kind in get_type_hints(part).items() if is_dataclass(part) else ():
             if Path in (kind, *get_args(kind)):

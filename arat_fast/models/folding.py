@@ -29,7 +29,7 @@ from arat_fast.models.split_batch_norm import (
     use_statistics,
 )
 from arat_kernels.forks import around, skip_of
-from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.frozen_affine import add_frozen_affine, frozen_affine, relu_backward
 from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
 
@@ -218,15 +218,17 @@ class _FoldedConv(_Site):
         """The weight and the own shift; the bias is made of the shifts of all."""
         (conv,) = self._conv
         self.shift = shift if conv.bias is None else shift + scale * conv.bias
-        dtype = conv.weight.dtype
-        device_type = conv.weight.device.type
+        # The parameter, whatever stands in its place for the time of a step.
+        own = conv._parameters["weight"]
+        assert own is not None
+        dtype, device_type = own.dtype, own.device.type
         autocast = torch.is_autocast_enabled(device_type)
         self.of_parts = autocast and isinstance(conv, StemConv2d) and conv.split_weight is not None
         if autocast and not isinstance(conv, StemConv2d):
             dtype = torch.get_autocast_dtype(device_type)
         # The product is rounded as it is stored.
-        weight = torch.empty_like(conv.weight, dtype=dtype)
-        self.weight = torch.mul(conv.weight, scale[:, None, None, None], out=weight)
+        weight = torch.empty_like(own, dtype=dtype)
+        self.weight = torch.mul(own, scale[:, None, None, None], out=weight)
         if self.of_parts:
             self.weight = weight_for_parts(self.weight)
         self._matrices.clear()
@@ -281,7 +283,7 @@ class _FoldedConv(_Site):
 
 
 class _FrozenAffine(_Site):
-    """``[relu](x * scale + shift [+ residual])``."""
+    """``[relu](x * scale + shift [+ residual])``; with an addend of ``x`` and ReLU, the sum too."""
 
     scale: Tensor
     shift: Tensor
@@ -289,7 +291,14 @@ class _FrozenAffine(_Site):
     def refresh(self, scale: Tensor, shift: Tensor) -> None:
         self.scale, self.shift = scale, shift
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, addend: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if addend is not None:
+            if addend.dtype != x.dtype:
+                dtype = torch.promote_types(x.dtype, addend.dtype)
+                x, addend = x.to(dtype), addend.to(dtype)
+            return add_frozen_affine(x, addend, self.scale, self.shift, impl=self.impl)
         if residual is not None:
             residual = residual.to(x.dtype)
         return frozen_affine(
@@ -537,6 +546,7 @@ def _fold(
             new.replace_all_uses_with(activation)
             activation.args = (new,)
     shortcuts = _merge_biases(sites)
+    sites = _take_sums(network, sites, modules)
     _route_forks(network, sites, modules)
     # A shortcut's shift is made before the convolution that adds it.
     ordered = [*shortcuts, *(site for site in sites.values() if site not in shortcuts)]
@@ -557,6 +567,45 @@ def _merge_biases(sites: dict[fx.Node, _FoldedConv | _FrozenAffine]) -> list[_Fo
             main.shortcut, shortcut.keeps_bias = shortcut, False
             merged.append(shortcut)
     return merged
+
+
+def _take_sums(
+    network: fx.GraphModule,
+    sites: dict[fx.Node, _FoldedConv | _FrozenAffine],
+    modules: dict[str, nn.Module],
+) -> dict[fx.Node, _FoldedConv | _FrozenAffine]:
+    """Let an affine map with ReLU add the two tensors whose sum it is the first to read; the sites
+    by the nodes that their results have then."""
+    order = {node: place for place, node in enumerate(network.graph.nodes)}
+    moved: dict[fx.Node, _FoldedConv | _FrozenAffine] = {}
+    for node, site in sites.items():
+        source, residual = node.args
+        terms = source.args if isinstance(source, fx.Node) else ()
+        if (
+            not isinstance(site, _FrozenAffine)
+            or not site.relu
+            or residual is not None
+            or not isinstance(source, fx.Node)
+            or source.target not in (operator.add, torch.add, "add")
+            or len(terms) != 2
+            or source.kwargs
+            or not all(isinstance(t, fx.Node) and _shape(t) == _shape(source) for t in terms)
+            or _shape(source) is None
+            or any(order[reader] < order[node] for reader in source.users)
+            or any(_is_in_place(n, modules) for t in (source, *terms) for n in t.users)  # type: ignore[union-attr]  # nodes
+        ):
+            moved[node] = site
+            continue
+        node.args = (terms[0], None, terms[1])
+        with network.graph.inserting_after(node):
+            summed = network.graph.call_function(operator.getitem, (node, 1))
+            result = network.graph.call_function(operator.getitem, (node, 0))
+        for old, new in ((node, result), (source, summed)):
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in (result, summed))  # noqa: B023  # called at once
+        network.graph.erase_node(source)
+        moved[result] = site
+    return moved
 
 
 def _route_forks(
@@ -580,7 +629,8 @@ def _route_forks(
     for node, site in sites.items():
         if site.relu:
             route(node, node, skip_of, node)
-            if isinstance(site, _FrozenAffine):
+            # Where the site forms the sum itself, its other readers are seen by its backward.
+            if isinstance(site, _FrozenAffine) and node.op == "call_module":
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 route(source, node, around, node, source)

@@ -18,6 +18,7 @@ from arat_fast.models.layers import (
     make_norm,
 )
 from arat_kernels import forks
+from arat_kernels.split_batch_norm import add_for
 
 
 class PreActBlock(nn.Module):
@@ -45,12 +46,13 @@ class PreActBlock(nn.Module):
         activated = self.act(self.bn1(x, relu=self.relu))
         out: Tensor = self.act(self.bn2(self.conv1(activated), relu=self.relu))
         out = self.conv2(out)
+        if not forks.made:
+            return out + (x if self.convShortcut is None else self.convShortcut(activated))
         if self.convShortcut is None:
-            return out + (forks.around(activated, x) if forks.made else x)
-        if forks.made:
-            activated = forks.skip_of(activated)
-        shortcut: Tensor = self.convShortcut(activated)
-        return out + shortcut
+            shortcut = forks.around(activated, x)
+        else:
+            shortcut = self.convShortcut(forks.skip_of(activated))
+        return add_for(self.bn2, out, shortcut)
 
 
 def _stage(

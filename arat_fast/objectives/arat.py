@@ -223,9 +223,9 @@ class ARAT(Objective):
             "ce_clean": self.w_clean * F.cross_entropy(logits_clean, y),
         }
         weight = self.gamma / len(self.layers)
-        invariance = self._invariance(z_clean, z_adv)
-        for layer, value in zip(self.layers, invariance, strict=True):
-            terms[f"invariance/{layer}"] = weight * value
+        invariance = weight * self._invariance(z_clean, z_adv)
+        for layer, value in zip(self.layers, invariance.unbind(), strict=True):
+            terms[f"invariance/{layer}"] = value
         loss = torch.stack(list(terms.values())).sum()
         return ObjectiveOutput(loss, terms, logits_clean, logits_adv)
 
@@ -240,7 +240,7 @@ class ARAT(Objective):
             logits = widen(model(images))
         return [logits, *(features[layer] for layer in self.layers)]
 
-    def _invariance(self, z_clean: list[Tensor], z_adv: list[Tensor]) -> list[Tensor]:
+    def _invariance(self, z_clean: list[Tensor], z_adv: list[Tensor]) -> Tensor:
         if self.direction == "symmetric":
             return self._distances(z_adv, z_clean)
         distances = []
@@ -250,7 +250,7 @@ class ARAT(Objective):
             distances.append(self._distances(self._source(z_clean), z_adv))
         if len(distances) == 1:
             return distances[0]
-        return [(a + b) / 2 for a, b in zip(*distances, strict=True)]
+        return (distances[0] + distances[1]) / 2
 
     def _source(self, z: list[Tensor]) -> list[Tensor]:
         if self.predictors is None:
@@ -258,14 +258,15 @@ class ARAT(Objective):
         predicted: list[Tensor] = self.predictors(z)
         return predicted
 
-    def _distances(self, p: list[Tensor], z: list[Tensor]) -> list[Tensor]:
-        """Mean over the batch of 1 - cos(p, z), layer by layer; (N, d) each."""
+    def _distances(self, p: list[Tensor], z: list[Tensor]) -> Tensor:
+        """Mean over the batch of 1 - cos(p, z) of (N, d) each, layer by layer: (L,)."""
         if self.stop_gradient:
-            return list(cosine_invariance(p, z, impl=self.impl).unbind())
-        return [
+            return cosine_invariance(p, z, impl=self.impl)
+        means = [
             1 - F.cosine_similarity(widen(source), target, dim=-1).mean()
             for source, target in zip(p, z, strict=True)
         ]
+        return torch.stack(means)
 
 
 @torch.no_grad()

@@ -50,9 +50,10 @@ class Predictors(nn.Module):
         """Apply predictor i to ``features[i]``, (N, d_i) each; same shapes out."""
         outputs: list[Tensor] = [features[0]] * self.num_layers
         for members, stack in zip(self.groups, self.stacks, strict=True):
-            predicted = stack(torch.stack([features[i] for i in members]))
-            for slot, index in enumerate(members):
-                outputs[index] = predicted[slot]
+            # Unbound at once, their gradients come back as one tensor.
+            predicted = stack(torch.stack([features[i] for i in members])).unbind()
+            for index, output in zip(members, predicted, strict=True):
+                outputs[index] = output
         return outputs
 
 

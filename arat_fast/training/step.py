@@ -32,6 +32,7 @@ from arat_fast.training.inputs import (
     say_what_was_left_out,
 )
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
+from arat_fast.training.rounding import rounded_weights, whole_weights
 from arat_fast.training.sharing import BatchSharing
 from arat_fast.training.targets import Load, Targets
 from arat_fast.training.values import Values
@@ -437,7 +438,9 @@ class TrainStep:
         if attack.bn != "running" or not self.fold:
             return self._unfolded
         if self.folded_network is None:
-            self.folded_network = FoldedNetwork(self.model, x, self.impl)
+            # It compares the two in float32 first.
+            with whole_weights(self.model):
+                self.folded_network = FoldedNetwork(self.model, x, self.impl)
             self.num_folded = len(self.folded_network.folded)
         else:
             self.folded_network.refresh()
@@ -449,8 +452,15 @@ class TrainStep:
 
     @contextmanager
     def _autocast(self, device_type: str) -> Iterator[None]:
-        networks = [self.model, *self.objective.networks()] if device_type == "cuda" else []
-        with torch.autocast(device_type, dtype=self.dtype), split_stems(networks, self.impl):
+        modules = [self.model, self.objective, *self.objective.networks()]
+        if device_type != "cuda":
+            modules.clear()
+        with (
+            torch.autocast(device_type, dtype=self.dtype),
+            split_stems(modules, self.impl),
+            # Compiled passes see to their casts themselves.
+            rounded_weights([] if self.compile else modules, self.dtype),
+        ):
             yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
-from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.frozen_affine import add_frozen_affine, frozen_affine, relu_backward
 from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
 from arat_kernels.pgd_step import pgd_step, random_start
@@ -340,6 +340,13 @@ def affine(relu: bool = True, **options: Any) -> Operation:
     return Operation(call, make, ("x", "residual"), edges=edges)
 
 
+def added_affine(**options: Any) -> Operation:
+    def call(t: Tensors, impl: Impl | None) -> tuple[Tensor, Tensor]:
+        return add_frozen_affine(t["x"], t["residual"], t["scale"], t["shift"], impl=impl)
+
+    return Operation(call, partial(affine_tensors, **options), ("x", "residual"))
+
+
 def relu_tensors(
     seed: int, dtype: torch.dtype, shape: tuple[int, ...] = (3, 32, 4, 4), skip: bool = True
 ) -> Tensors:
@@ -468,6 +475,7 @@ OPERATIONS: dict[str, Operation] = {
     "split_batch_norm-plain": Norm(residual=False, pooled=False).operation,
     "split_batch_norm-running": Norm(training=False).operation,
     "frozen_affine": affine(),
+    "add_frozen_affine": added_affine(),
     "frozen_affine-bias": affine(scaled=False),
     "relu_backward": relu(),
     "cosine_invariance": distance(),

@@ -285,6 +285,7 @@ def test_the_end_of_a_comparison_stops_its_runs_and_the_same_command_goes_on(
         assert process.returncode == 130
         assert b"stopped with 1 of 1 runs left; go on with the same command" in errors
     # A run that nobody waits for has ended when its lock is gone.
+    deadline = time.monotonic() + 60
     while (run / LOCK).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     summary = json.loads((run / "summary.json").read_text())

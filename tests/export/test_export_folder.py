@@ -519,7 +519,7 @@ def test_other_logits_are_not_exported(
 def test_command_line_without_folders() -> None:
     command = "arat-fast train cifar10-resnet18 --data.root=/data --out 'a b' --seed 3"
     assert public_command(command) == "arat-fast train cifar10-resnet18 --seed 3"
-    paths = ("--data.root", "--data.unsup", "--objective.teacher")
+    paths = ("--data.root", "--data.unsup", "--objective.teacher", "--init")
     for option in paths:
         command = f"arat-fast train digits {option} /home/me --seed 3"
         assert public_command(command) == "arat-fast train digits --seed 3"

@@ -14,6 +14,7 @@ from networks import Operations, generator
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
+from arat_fast.attacks.pgd import RandomStart
 from arat_fast.data import BatchPlan, ResidentBatches, Shift
 from arat_fast.models import MODELS, convert_split_batch_norm, create_model, use_statistics
 from arat_fast.models.layers import StemConv2d, protect_stem, split_stems
@@ -21,7 +22,9 @@ from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Obj
 from arat_fast.training.graph import make_capturable
 from arat_fast.training.step import TrainStep
 from arat_fast.training.values import Values
+from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.image_parts import image_parts
+from arat_kernels.pgd_step import pgd_step
 
 BOTH_STATISTICS = pytest.mark.parametrize("bn", ["batch", "running"])
 LAYERS = MODELS["resnet8"].regularized_layers
@@ -291,6 +294,34 @@ def test_a_stem_of_parts_sees_the_perturbation() -> None:
     torch.testing.assert_close(dx.double(), expected, rtol=2.0**-7, atol=2.0**-7)
     expected = torch.nn.grad.conv2d_weight(moved.double(), rounded.shape, ones, padding=1)
     torch.testing.assert_close(dweight.double(), expected, rtol=2.0**-7, atol=0)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["stem", "stem-and-mean"])
+def test_an_attack_moves_the_parts_with_the_image(twice: bool) -> None:
+    """The bits of an attack that makes the parts anew in every step; whoever else reads the image
+    is not forgotten."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x)
+            return y + x.mean((1, 2, 3))[:, None] * 5 if twice else y
+
+    torch.manual_seed(0)
+    model = Net(StemConv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    x, y = torch.rand(4, 3, 8, 8).to(memory_format=torch.channels_last), torch.arange(4)
+    noise = (torch.rand(x.shape) / 16 - 1 / 32).to(memory_format=torch.channels_last)
+    attack = PGD(num_steps=3)
+    with torch.autocast("cpu", torch.bfloat16), split_stems([model]):
+        got = attack(model, x, y, RandomStart(noise=noise))
+        x_adv = x + noise
+        for _ in range(3):
+            x_adv.requires_grad_()
+            logits = model(x_adv)
+            dlogits, _ = cross_entropy_grad(logits.detach(), y)
+            (grad,) = torch.autograd.grad(logits, x_adv, dlogits)
+            x_adv = pgd_step(x_adv.detach(), grad, x, eps=attack.eps, alpha=attack.alpha)
+    assert torch.equal(got, x_adv) and not got.requires_grad
+    assert attack(model, x, y, RandomStart(noise=noise)).isfinite().all()
 
 
 class OwnConv2d(nn.Conv2d):

@@ -45,28 +45,47 @@ def frozen_affine(
     Source: Ioffe and Szegedy, ICML 2015 (arXiv 1502.03167), algorithm 2, step 11.
     """
     _check_images("x", x)
-    channels = x.shape[1]
-    for name, constant in (("scale", scale), ("shift", shift)):
-        if constant is None:
-            continue
-        if tuple(constant.shape) != (channels,) or constant.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be (C,) = ({channels},) of one of {DTYPES}, "
-                f"got {constant.dtype} of shape {tuple(constant.shape)}"
-            )
-        if constant.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} is a constant here and gets no gradient, got one that requires it; "
-                "pass it detached"
-            )
+    _check_constants(x.shape[1], scale=scale, shift=shift)
     if residual is not None:
         _check_like("residual", residual, "x", x)
     if choose(impl, x, scale, shift, residual, operation="frozen_affine") == "triton":
         from arat_kernels.frozen_affine.triton import forward
 
-        y: Tensor = forward(x, scale, shift, residual, relu)
+        y: Tensor
+        y, _ = forward(x, scale, shift, residual, relu, None)
         return with_outlets(y, x) if relu and scale is not None else y
     return frozen_affine_reference(x, scale, shift, residual, relu)
+
+
+def add_frozen_affine(
+    x: Tensor, addend: Tensor, scale: Tensor, shift: Tensor, *, impl: Impl | None = None
+) -> tuple[Tensor, Tensor]:
+    """``relu((x + addend) * scale + shift)`` and ``x + addend`` itself, in one pass.
+
+    What ends one pre-activation block and begins the next. The sum is rounded to the dtype of ``x``
+    before it goes on; the gradients of both results are added in one pass too.
+
+    Args:
+        x: (N, C, ...), float16, bfloat16, float32 or float64; channels_last is fastest.
+        addend: shape and dtype of ``x``.
+        scale, shift, impl: as for :func:`frozen_affine`.
+
+    Returns:
+        The normalised sum after ReLU, and the sum; shape, dtype and layout of ``x``.
+
+    Raises:
+        ValueError: as :func:`frozen_affine`.
+    """
+    _check_images("x", x)
+    _check_like("addend", addend, "x", x)
+    _check_constants(x.shape[1], scale=scale, shift=shift)
+    if choose(impl, x, addend, scale, shift, operation="frozen_affine") == "triton":
+        from arat_kernels.frozen_affine.triton import forward
+
+        y, summed = forward(x, scale, shift, None, True, addend)
+        return with_outlets(y, summed), summed
+    summed = x + addend
+    return frozen_affine_reference(summed, scale, shift, None, True), summed
 
 
 def relu_backward(
@@ -111,6 +130,22 @@ def _check_images(name: str, t: Tensor) -> None:
             f"{name} must be (N, C, ...) of one of {DTYPES}, "
             f"got {t.dtype} of shape {tuple(t.shape)}"
         )
+
+
+def _check_constants(channels: int, **constants: Tensor | None) -> None:
+    for name, constant in constants.items():
+        if constant is None:
+            continue
+        if tuple(constant.shape) != (channels,) or constant.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be (C,) = ({channels},) of one of {DTYPES}, "
+                f"got {constant.dtype} of shape {tuple(constant.shape)}"
+            )
+        if constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} is a constant here and gets no gradient, got one that requires it; "
+                "pass it detached"
+            )
 
 
 def _check_like(name: str, t: Tensor, model_name: str, model: Tensor) -> None:

@@ -46,6 +46,8 @@ def _constants(ptr, first, col, cols, channels, BY_ROW: tl.constexpr, ROWS: tl.c
 @triton.jit(do_not_specialize=_PLAIN)
 def frozen_affine_fwd_kernel(
     x_ptr,  # (rows, cols), any float; (NHW, C) for channels_last, (NC, HW) for contiguous
+    addend_ptr,  # (rows, cols) as x, or None
+    sum_ptr,  # (rows, cols) as x: x + addend, or None
     scale_ptr,  # (channels,) any float, or None
     shift_ptr,  # (channels,) any float
     residual_ptr,  # (rows, cols) as x, or None
@@ -64,6 +66,11 @@ def frozen_affine_fwd_kernel(
         cols = cols // 16 * 16
     first, col, at, mask = _tile(rows, cols, ROWS, COLS)
     y = tl.load(x_ptr + at, mask).to(WIDE)
+    if addend_ptr is not None:
+        # Rounded as it is stored: that is what the backward and other readers see.
+        x = (y + tl.load(addend_ptr + at, mask).to(WIDE)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, x, mask)
+        y = x.to(WIDE)
     if scale_ptr is not None:
         y = y * _constants(scale_ptr, first, col, cols, channels, BY_ROW, ROWS).to(WIDE)
     y = y + _constants(shift_ptr, first, col, cols, channels, BY_ROW, ROWS).to(WIDE)
@@ -159,17 +166,25 @@ def _cut(t: Tensor, rows: int, cols: int, by_row: bool) -> tuple[tuple[int], dic
 
 @torch.library.custom_op("arat_kernels::frozen_affine", mutates_args=())
 def forward(
-    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
-    """Arguments and results as in :func:`arat_kernels.frozen_affine.api.frozen_affine`."""
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    addend: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in :mod:`arat_kernels.frozen_affine.api`; the result, and ``x + addend``, empty
+    without one."""
     x = aligned(batch_dense(x))
-    y = torch.empty_like(x)
+    y, summed = _forward_results(x, addend)
     if x.numel() == 0:
-        return y
+        return y, summed
     grid, sizes = _cut(x, *_geometry(x))
     with torch.cuda.device_of(x):
         frozen_affine_fwd_kernel[grid](
             x,
+            None if addend is None else in_layout_of(addend, x),
+            None if addend is None else summed,
             _constant(scale, x),
             _constant(shift, x),
             None if residual is None else in_layout_of(residual, x),
@@ -177,10 +192,15 @@ def forward(
             RELU=relu,
             **sizes,
         )
-    return y
+    return y, summed
 
 
-forward.register_fake(lambda x, *_: torch.empty_like(batch_dense(x)))
+def _forward_results(x: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(batch_dense(x))
+    return y, y.new_empty(0) if addend is None else torch.empty_like(y)
+
+
+forward.register_fake(lambda *given: _forward_results(given[0], given[5]))
 
 
 @torch.library.custom_op("arat_kernels::frozen_affine_backward", mutates_args=())
@@ -240,29 +260,39 @@ def _backward_results(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, scale, _, _, relu = inputs
-    ctx.save_for_backward(output if relu else None, scale)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    scale, relu = inputs[1], inputs[4]
+    ctx.has_sum = inputs[5] is not None
+    ctx.save_for_backward(output[0] if relu else None, scale)
     ctx.set_materialize_grads(False)
     ctx.dy_skip = ctx.dx_around = None
 
 
-def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
     y, scale = ctx.saved_tensors
-    dy_skip, dx_around = ctx.dy_skip, ctx.dx_around
+    dy_skip, dx_around = ctx.dy_skip, dsum if ctx.has_sum else ctx.dx_around
     ctx.dy_skip = ctx.dx_around = None
     if dy is None:
         dy = torch.zeros_like(y)
-    needs_dx, _, _, needs_dresidual, _ = ctx.needs_input_grad
+    needs_dx, _, _, needs_dresidual, _, needs_daddend = ctx.needs_input_grad
     if scale is None:
         grad = dy if y is None else backward(dy, None, None, y, None, True, False)[0]
-        return grad if needs_dx else None, None, None, grad if needs_dresidual else None, None
+        given = grad if needs_dresidual else None
+        return grad if needs_dx else None, None, None, given, None, None
     dx, dresidual = None, dy if needs_dresidual else None
     wants_masked = needs_dresidual and y is not None
-    if needs_dx or wants_masked:
-        dx, masked = backward(dy, dy_skip, dx_around, y, scale, needs_dx, wants_masked)
+    wants_dx = needs_dx or needs_daddend
+    if wants_dx or wants_masked:
+        dx, masked = backward(dy, dy_skip, dx_around, y, scale, wants_dx, wants_masked)
         dresidual = masked if wants_masked else dresidual
-    return dx if needs_dx else None, None, None, dresidual, None
+    return (
+        dx if needs_dx else None,
+        None,
+        None,
+        dresidual,
+        None,
+        dx if needs_daddend else None,
+    )
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

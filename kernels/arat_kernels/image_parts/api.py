@@ -17,6 +17,10 @@ def image_parts(x: Tensor, *, impl: Impl | None = None) -> Tensor:
     0; their number is 2 C rounded up to a multiple of 8, as tensor cores like it. High and low part
     add up to ``x`` within 2^-16 of its size. The gradient of ``x`` is that of the high part.
 
+    A channels_last ``x`` with an attribute ``_parts``, at first None, keeps its parts there: a leaf
+    of autograd, at which gradients stop, for an attack that moves the image and its parts together
+    (``parts`` of :func:`arat_kernels.pgd_step.pgd_step`).
+
     Args:
         x: (N, C, H, W), float32; channels_last is fastest.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
@@ -29,9 +33,21 @@ def image_parts(x: Tensor, *, impl: Impl | None = None) -> Tensor:
     """
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError(f"x must be (N, C, H, W) float32, got {x.dtype} of shape {tuple(x.shape)}")
+    keeps = (
+        not torch.compiler.is_compiling()
+        and "_parts" in vars(x)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    kept: Tensor | None = vars(x)["_parts"] if keeps else None
+    if kept is not None:
+        return kept
+    source = x.detach() if keeps else x
     if choose(impl, x, operation="image_parts") == "triton":
         from arat_kernels.image_parts.triton import forward
 
-        parts: Tensor = forward(x)
-        return parts
-    return image_parts_reference(x)
+        parts: Tensor = forward(source)
+    else:
+        parts = image_parts_reference(source)
+    if keeps:
+        x._parts = parts.requires_grad_()  # type: ignore[attr-defined]  # any attribute of a tensor
+    return parts

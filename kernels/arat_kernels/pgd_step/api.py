@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from arat_kernels.image_parts.reference import image_parts_reference
 from arat_kernels.implementation import Impl, choose, interpreting
 from arat_kernels.pgd_step.reference import STEPS, pgd_step_reference, random_start_reference
 
@@ -22,6 +23,7 @@ def pgd_step(
     eps: float,
     alpha: float,
     norm: Norm = "Linf",
+    parts: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """Move ``x_adv`` one step up the gradient, back into the ball around ``x`` and into [0, 1].
@@ -42,6 +44,9 @@ def pgd_step(
         eps: radius of the ball, finite and >= 0.
         alpha: length of the step, finite and >= 0.
         norm: "Linf", "L2" or "L1".
+        parts: :func:`arat_kernels.image_parts.image_parts` of ``x_adv``, channels_last as
+            ``x_adv`` is, brought up to date in place; ``grad`` is then that of the parts, whose
+            first channels count.
         impl: the implementation; None picks Triton for CUDA tensors, else the reference. L1 has
             the reference alone.
 
@@ -56,10 +61,11 @@ def pgd_step(
     (arXiv 2103.01208), sections 3 and 4.2, with the sparsity of their adversarial training.
     """
     _check("x_adv", x_adv, norm, eps=eps, alpha=alpha)
-    if grad.shape != x_adv.shape or not grad.is_floating_point():
+    expected = x_adv.shape if parts is None else parts.shape
+    if grad.shape != expected or not grad.is_floating_point():
         raise ValueError(
-            f"grad must be a floating-point tensor of x_adv's shape {tuple(x_adv.shape)}, "
-            f"got {grad.dtype} of shape {tuple(grad.shape)}"
+            f"grad must be a floating-point tensor of {'x_adv' if parts is None else 'parts'}'s "
+            f"shape {tuple(expected)}, got {grad.dtype} of shape {tuple(grad.shape)}"
         )
     if x.shape != x_adv.shape or x.dtype != x_adv.dtype:
         raise ValueError(
@@ -71,9 +77,12 @@ def pgd_step(
             _check_triton("x_adv", x_adv, norm)
             from arat_kernels.pgd_step.triton import step
 
-            step(x_adv, grad, x, eps, alpha, norm)
-        else:
+            step(x_adv, grad, x, parts, eps, alpha, norm)
+        elif parts is None:
             pgd_step_reference(x_adv, grad, x, eps, alpha, norm)
+        else:
+            pgd_step_reference(x_adv, grad[:, : x.shape[1]], x, eps, alpha, norm)
+            parts.copy_(image_parts_reference(x_adv))
     return x_adv
 
 

@@ -18,6 +18,7 @@ from arat_kernels.offsets import start_of
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
 from arat_kernels.philox.reference import check_rng
+from arat_kernels.rounding import round_to_bf16
 
 # Integers are not specialised on their value; ALIGNED says whether they are multiples of 16, as the
 # sizes of most images are.
@@ -43,16 +44,46 @@ def _norm(sum_of_squares):
     return tl.where(norm < _MIN_NORM, _MIN_NORM, norm)
 
 
+@triton.jit
+def _high(at, CHANNELS: tl.constexpr, OF_PARTS: tl.constexpr):
+    """Where the high part of element ``at`` of channels_last images is, ``OF_PARTS`` channels
+    wide."""
+    return at // CHANNELS * OF_PARTS + at % CHANNELS
+
+
+@triton.jit
+def _store(x_adv_ptr, parts_ptr, at, x_adv, mask, CHANNELS: tl.constexpr, OF_PARTS: tl.constexpr):
+    """An element of x_adv, and both its parts."""
+    tl.store(x_adv_ptr + at, x_adv, mask)
+    if parts_ptr is not None:
+        high = round_to_bf16(x_adv)
+        low = round_to_bf16(x_adv - high)
+        place = parts_ptr + _high(at, CHANNELS, OF_PARTS)
+        tl.store(place, high.to(tl.bfloat16), mask)
+        tl.store(place + CHANNELS, low.to(tl.bfloat16), mask)
+
+
+@triton.jit
+def _gradient(grad_ptr, parts_ptr, at, mask, CHANNELS: tl.constexpr, OF_PARTS: tl.constexpr):
+    """An element of the gradient of x_adv, which is that of the high parts where there are any."""
+    if parts_ptr is not None:
+        at = _high(at, CHANNELS, OF_PARTS)
+    return tl.load(grad_ptr + at, mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=_PLAIN)
 def pgd_step_linf_kernel(
     x_adv_ptr,  # (numel,) float32, in memory order, changed in place
-    grad_ptr,  # (numel,) any float
+    grad_ptr,  # (numel,) any float; with parts_ptr as parts
     x_ptr,  # (numel,) as x_adv
+    parts_ptr,  # (numel / CHANNELS, OF_PARTS) bfloat16, those of x_adv, or None
     eps,
     alpha,
     numel: tl.int64,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OF_PARTS: tl.constexpr,
 ):
     if ALIGNED:
         numel = numel // 16 * 16
@@ -60,24 +91,27 @@ def pgd_step_linf_kernel(
     mask = at < numel
     x_adv = tl.load(x_adv_ptr + at, mask)
     x = tl.load(x_ptr + at, mask)
-    grad = tl.load(grad_ptr + at, mask).to(x_adv.dtype)
+    grad = _gradient(grad_ptr, parts_ptr, at, mask, CHANNELS, OF_PARTS).to(x_adv.dtype)
     # The last alternative is 0, -0 or NaN and stays what it is.
     sign = tl.where(grad > 0, 1.0, tl.where(grad < 0, -1.0, grad)).to(x_adv.dtype)
     moved = _clamp(x_adv + alpha * sign, x - eps, x + eps)
-    tl.store(x_adv_ptr + at, _clamp(moved, 0.0, 1.0), mask)
+    _store(x_adv_ptr, parts_ptr, at, _clamp(moved, 0.0, 1.0), mask, CHANNELS, OF_PARTS)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def pgd_step_l2_kernel(
     x_adv_ptr,  # (N, size) float32, in memory order, changed in place
-    grad_ptr,  # (N, size) any float
+    grad_ptr,  # (N, size) any float; with parts_ptr as parts
     x_ptr,  # (N, size) as x_adv
+    parts_ptr,  # (N, size / CHANNELS, OF_PARTS) bfloat16, those of x_adv, or None
     eps,
     alpha,
     size: tl.int32,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # size <= BLOCK: a sample stays in registers
+    CHANNELS: tl.constexpr,
+    OF_PARTS: tl.constexpr,
 ):
     if ALIGNED:
         size = size // 16 * 16
@@ -87,17 +121,19 @@ def pgd_step_l2_kernel(
         mask = at < size
         x_adv = tl.load(x_adv_ptr + base + at, mask, other=0.0)
         x = tl.load(x_ptr + base + at, mask, other=0.0)
-        grad = tl.load(grad_ptr + base + at, mask, other=0.0).to(x_adv.dtype)
+        grad = _gradient(grad_ptr, parts_ptr, base + at, mask, CHANNELS, OF_PARTS).to(x_adv.dtype)
         delta = x_adv + alpha * (grad / _norm(tl.sum(grad * grad))) - x
         length = tl.sqrt(tl.sum(delta * delta))
         scale = tl.where(length > eps, eps / length, 1.0).to(x_adv.dtype)
-        tl.store(x_adv_ptr + base + at, _clamp(x + delta * scale, 0.0, 1.0), mask)
+        value = _clamp(x + delta * scale, 0.0, 1.0)
+        _store(x_adv_ptr, parts_ptr, base + at, value, mask, CHANNELS, OF_PARTS)
     else:
         kind = x_adv_ptr.dtype.element_ty
         squares = tl.zeros((BLOCK,), kind)
         for start in range(0, size, BLOCK):
             mask = start + at < size
-            grad = tl.load(grad_ptr + base + start + at, mask, other=0.0).to(kind)
+            place = base + start + at
+            grad = _gradient(grad_ptr, parts_ptr, place, mask, CHANNELS, OF_PARTS).to(kind)
             squares += grad * grad
         grad_norm = _norm(tl.sum(squares))
         squares = tl.zeros((BLOCK,), kind)
@@ -105,7 +141,8 @@ def pgd_step_l2_kernel(
             mask = start + at < size
             x_adv = tl.load(x_adv_ptr + base + start + at, mask, other=0.0)
             x = tl.load(x_ptr + base + start + at, mask, other=0.0)
-            grad = tl.load(grad_ptr + base + start + at, mask, other=0.0).to(kind)
+            place = base + start + at
+            grad = _gradient(grad_ptr, parts_ptr, place, mask, CHANNELS, OF_PARTS).to(kind)
             delta = x_adv + alpha * (grad / grad_norm) - x
             squares += delta * delta
         length = tl.sqrt(tl.sum(squares))
@@ -114,10 +151,11 @@ def pgd_step_l2_kernel(
             mask = start + at < size
             x_adv = tl.load(x_adv_ptr + base + start + at, mask)
             x = tl.load(x_ptr + base + start + at, mask)
-            grad = tl.load(grad_ptr + base + start + at, mask).to(kind)
+            place = base + start + at
+            grad = _gradient(grad_ptr, parts_ptr, place, mask, CHANNELS, OF_PARTS).to(kind)
             delta = x_adv + alpha * (grad / grad_norm) - x
             value = _clamp(x + delta * scale, 0.0, 1.0)
-            tl.store(x_adv_ptr + base + start + at, value, mask)
+            _store(x_adv_ptr, parts_ptr, place, value, mask, CHANNELS, OF_PARTS)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -209,29 +247,42 @@ def random_start_l2_kernel(
 LINF_BLOCK, LINF_WARPS = 1024, 4
 # One block per sample, so that both norms stay inside it. Largest sample held in registers by a
 # block of that size, with its warps (3 x 64 x 64 is 12288); longer ones loop over L2_LOOP_BLOCK,
-# and so do odd ones over 4096, whose narrow accesses need too many registers.
+# and so do odd ones and those with parts over 4096, whose narrow accesses need too many registers.
 L2_BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
 L2_LOOP_BLOCK, L2_LOOP_WARPS = 4096, 8
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _l2_block(size: int) -> tuple[int, int, bool]:
-    """Block, warps and whether one block holds a sample of ``size`` elements."""
+def _l2_block(size: int, regular: bool = True) -> tuple[int, int, bool]:
+    """Block, warps and whether one block holds a sample of ``size`` elements, ``regular`` where all
+    are read by 16 bytes."""
     for block, num_warps in L2_BLOCKS:
-        if size <= block and (size % 16 == 0 or block <= L2_LOOP_BLOCK):
+        if size <= block and (size % 16 == 0 and regular or block <= L2_LOOP_BLOCK):
             return block, num_warps, True
     return L2_LOOP_BLOCK, L2_LOOP_WARPS, False
 
 
-@torch.library.custom_op("arat_kernels::pgd_step", mutates_args=("x_adv",))
-def step(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, norm: str) -> None:
-    """Arguments as in :func:`arat_kernels.pgd_step.api.pgd_step`; changes ``x_adv`` in place."""
+@torch.library.custom_op("arat_kernels::pgd_step", mutates_args=("x_adv", "parts"))
+def step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    parts: Tensor | None,
+    eps: float,
+    alpha: float,
+    norm: str,
+) -> None:
+    """Arguments as in :func:`arat_kernels.pgd_step.api.pgd_step`; changes ``x_adv`` and ``parts``
+    in place, which are channels_last if there are any."""
     if x_adv.numel() == 0:
         return
     dense = aligned(batch_dense(x_adv))
     # float64 gradients (and 8 bits) are not worth kernels of their own.
-    grad = in_layout_of(grad if grad.dtype in _GRADIENTS else grad.to(x_adv.dtype), dense)
-    tensors = (dense, grad, in_layout_of(x, dense))
+    grad = in_layout_of(
+        grad if grad.dtype in _GRADIENTS else grad.to(x_adv.dtype),
+        dense if parts is None else parts,
+    )
+    tensors = (dense, grad, in_layout_of(x, dense), parts)
     with torch.cuda.device_of(x_adv):
         _STEPS[norm](*tensors, eps, alpha)
     if dense is not x_adv:
@@ -257,36 +308,48 @@ def start(x: Tensor, rng: Tensor, eps: float, norm: str, first: int) -> Tensor:
 start.register_fake(lambda x, *_: torch.empty_like(batch_dense(x)))
 
 
-def _step_linf(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float) -> None:
+def _step_linf(
+    x_adv: Tensor, grad: Tensor, x: Tensor, parts: Tensor | None, eps: float, alpha: float
+) -> None:
     numel = x.numel()
     pgd_step_linf_kernel[(triton.cdiv(numel, LINF_BLOCK),)](
         x_adv,
         grad,
         x,
+        parts,
         eps,
         alpha,
         numel,
         numel % 16 == 0,
         LINF_BLOCK,
+        *_channels(x, parts),
         num_warps=warps(LINF_WARPS),
     )
 
 
-def _step_l2(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float) -> None:
+def _step_l2(
+    x_adv: Tensor, grad: Tensor, x: Tensor, parts: Tensor | None, eps: float, alpha: float
+) -> None:
     size = x[0].numel()
-    block, num_warps, one_block = _l2_block(size)
+    block, num_warps, one_block = _l2_block(size, regular=parts is None)
     pgd_step_l2_kernel[(x.shape[0],)](
         x_adv,
         grad,
         x,
+        parts,
         eps,
         alpha,
         size,
         size % 16 == 0,
         block,
         one_block,
+        *_channels(x, parts),
         num_warps=warps(num_warps),
     )
+
+
+def _channels(x: Tensor, parts: Tensor | None) -> tuple[int, int]:
+    return (1, 1) if parts is None else (x.shape[1], parts.shape[1])
 
 
 def _start_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first: int) -> None:

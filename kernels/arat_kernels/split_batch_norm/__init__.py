@@ -8,6 +8,7 @@ from arat_kernels.split_batch_norm.module import (
     Branch,
     SplitBatchNorm2d,
     Statistics,
+    add_for,
     use_branch,
     use_statistics,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Branch",
     "SplitBatchNorm2d",
     "Statistics",
+    "add_for",
     "around",
     "skip_of",
     "split_batch_norm",

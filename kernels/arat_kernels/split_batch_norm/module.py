@@ -161,6 +161,37 @@ class SplitBatchNorm2d(nn.Module):
         return batch // 2
 
 
+def add_for(norm: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
+    """``x + addend``, which a layer in the mode of ``norm`` normalises next.
+
+    With Triton the pass that adds also takes the statistics, where nothing but the output depends
+    on them: in an attack on those of the batch.
+
+    Args:
+        norm: a layer of the same network; of another kind than :class:`SplitBatchNorm2d`, the sum
+            is all.
+        x, addend: (N, C, H, W).
+    """
+    layout = torch.channels_last
+    if (
+        isinstance(norm, SplitBatchNorm2d)
+        and norm.statistics == "batch"
+        and norm.group is None
+        # torch.fx traces with what is no tensor.
+        and isinstance(x, Tensor)
+        and (x.shape, x.dtype) == (addend.shape, addend.dtype)
+        and x.is_contiguous(memory_format=layout)
+        and addend.is_contiguous(memory_format=layout)
+        and choose(norm.impl, x, addend, operation="split_batch_norm") == "triton"
+    ):
+        from arat_kernels.split_batch_norm.triton import add_with_statistics
+
+        batch = x.shape[0]
+        clean = norm._half(batch) if norm.branch == "both" else batch * (norm.branch == "clean")
+        return add_with_statistics(x, addend, clean)
+    return x + addend
+
+
 @contextmanager
 def use_branch(model: nn.Module, branch: Branch, num_clean: int | None = None) -> Iterator[None]:
     """Run every :class:`SplitBatchNorm2d` of ``model`` on ``branch`` inside the context.

@@ -26,7 +26,7 @@ from torch import Tensor
 from arat_kernels.arrivals import counters, is_last
 from arat_kernels.forks import with_outlets
 from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
-from arat_kernels.layout import aligned, all_aligned
+from arat_kernels.layout import all_aligned
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm.distributed import (
     gather_statistics,
@@ -158,12 +158,26 @@ def _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps):
     return mean, rstd, scale, bias
 
 
+@triton.jit
+def _summand(x_ptr, addend_ptr, sum_ptr, at, ok, acc: tl.constexpr):
+    """A tile of x, or of its sum with the addend, rounded as it is stored."""
+    x = tl.load(x_ptr + at, mask=ok, other=0.0).to(acc)
+    if addend_ptr is not None:
+        added = x + tl.load(addend_ptr + at, mask=ok, other=0.0).to(acc)
+        rounded = added.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, rounded, mask=ok)
+        x = rounded.to(acc)
+    return x
+
+
 # The running statistics are changed in place, where their owner has put them.
 @triton.jit(
     do_not_specialize=[*_PLAIN, "momentum", "running_mean_ptr", "running_var_ptr", "tracked_ptr"]
 )
 def split_batch_norm_statistics_kernel(
     x_ptr,  # (rows, C) any float
+    addend_ptr,  # (rows, C) as x, or None
+    sum_ptr,  # (rows, C) as x: x + addend, which then is what has the statistics, or None
     partial_ptr,  # (segments, 2, C) accumulator dtype: mean and centred sum of squares
     counter_ptr,  # (2, blocks of channels) int32, zero before and after
     mean_ptr,  # (2, C) accumulator dtype
@@ -187,7 +201,7 @@ def split_batch_norm_statistics_kernel(
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
 
     ok = (r < count)[:, None] & c_ok[None, :]
-    x = tl.load(x_ptr + start_of(first, channels) + local, mask=ok, other=0.0).to(acc)
+    x = _summand(x_ptr, addend_ptr, sum_ptr, start_of(first, channels) + local, ok, acc)
     # Sums around the mean of the first tile: x - shift is exact for x near it, and the shift is at
     # most sqrt(count / BLOCK_R) standard deviations off, so little cancels in the last line.
     shift = tl.sum(x, axis=0) / tl.minimum(count, BLOCK_R).to(acc)
@@ -197,7 +211,8 @@ def split_batch_norm_statistics_kernel(
     # Narrow accesses have a mask each, which gfx942 keeps in scalar registers: two stages fit.
     for i in tl.range(BLOCK_R, count, BLOCK_R, num_stages=3 if ALIGNED else 2):
         ok = (r < count - i)[:, None] & c_ok[None, :]
-        x = tl.load(x_ptr + start_of(first + i, channels) + local, mask=ok, other=0.0).to(acc)
+        at = start_of(first + i, channels) + local
+        x = _summand(x_ptr, addend_ptr, sum_ptr, at, ok, acc)
         d = tl.where(ok, x - shift[None, :], 0.0)
         sums += d
         squares += d * d
@@ -553,23 +568,37 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (2, C), of ``x``; moves the running ones and counts the batch of
     each branch if they are given."""
-    plan = _plan(x, clean, _STATISTICS_TILE, per_sample=False, most_tiles=None)
     mean, var = _statistics_results(x)
+    moved = running_mean, running_var, tracked
+    _launch_statistics(x, None, None, mean, var, moved, clean, momentum)
+    return mean, var
+
+
+def _launch_statistics(
+    x: Tensor,
+    addend: Tensor | None,
+    summed: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    moved: tuple[Tensor | None, Tensor | None, Tensor | None],
+    clean: int,
+    momentum: float,
+) -> None:
+    resident = RESIDENT if addend is None else RESIDENT_WITH_MORE_TENSORS
+    plan = _plan(x, clean, _STATISTICS_TILE, False, None, resident)
     with torch.cuda.device_of(x):
         split_batch_norm_statistics_kernel[plan.grid](
-            aligned(x),
+            *all_aligned(x, addend),
+            summed,
             *_combining(x, plan, mean),
             mean,
             var,
-            running_mean,
-            running_var,
-            tracked,
+            *moved,
             *plan.integers,
             momentum,
             BLOCK_S=_COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
             **plan.constants,
         )
-    return mean, var
 
 
 def _statistics_results(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -578,6 +607,29 @@ def _statistics_results(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 statistics.register_fake(_statistics_results)
+
+
+@torch.library.custom_op("arat_kernels::split_batch_norm_sum_statistics", mutates_args=())
+def sum_statistics(x: Tensor, addend: Tensor, clean: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + addend``, rounded to their dtype, and its :func:`statistics`."""
+    summed, mean, var = _sum_results(x)
+    _launch_statistics(x, addend, summed, mean, var, (None, None, None), clean, 0.0)
+    return summed, mean, var
+
+
+def _sum_results(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), *_statistics_results(x)
+
+
+sum_statistics.register_fake(_sum_results)
+
+
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+sum_statistics.register_autograd(lambda ctx, dsum, *_: (dsum, dsum, None), setup_context=_setup_sum)
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_normalize", mutates_args=())
@@ -806,6 +858,29 @@ for operator in (backward_sums, backward_input):
     refuse_second_derivative(operator)
 
 
+def add_with_statistics(x: Tensor, addend: Tensor, clean: int) -> Tensor:
+    """``x + addend`` of one shape, dtype and layout, channels_last, with its statistics for the
+    layer that reads it next, in the same pass.
+
+    Args:
+        x, addend: (N, C, H, W).
+        clean: samples of the clean branch, at the front.
+    """
+    summed, mean, var = sum_statistics(x, addend, clean)
+    summed._statistics = clean, mean, var, summed._version
+    found: Tensor = summed
+    return found
+
+
+def _known_statistics(x: Tensor, clean: int) -> tuple[Tensor, Tensor] | None:
+    if torch.compiler.is_compiling():
+        return None
+    found = vars(x).get("_statistics")
+    if found is None or (found[0], found[3]) != (clean, x._version):
+        return None
+    return found[1], found[2]
+
+
 def split_batch_norm_triton(
     x: Tensor,
     weight: Tensor | None,
@@ -838,7 +913,8 @@ def split_batch_norm_triton(
         moved = (running_mean, running_var)
         alone = update_running_stats and group_name is None
         here = (*moved, tracked) if alone else (None, None, None)
-        mean, var = statistics(x.detach(), *here, clean, momentum)
+        known = None if alone else _known_statistics(x, clean)
+        mean, var = known or statistics(x.detach(), *here, clean, momentum)
         if group_name is not None:
             area = x.shape[2] * x.shape[3]
             rows = (clean * area, sizes[1] * area)

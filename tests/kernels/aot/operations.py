@@ -52,7 +52,9 @@ class Operation:
         small = launch.kernel.startswith("cross_entropy") and launch.given["COLS"] < 1024
         if small or not launch.given.get("ALIGNED", launch.kernel == "image_parts_fwd_kernel"):
             return set()
-        return set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
+        wide = set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
+        # The gradient of parts is three of the eight channels of a pixel.
+        return wide - ({"grad_ptr"} if "parts_ptr" in launch.types else set())
 
 
 @cache
@@ -124,6 +126,8 @@ def normalize_shipped() -> None:
             normalize(channels, dtype, relu=False, parameters=parameters)
             normalize(channels, dtype, forks=True, parameters=parameters)
             normalize(channels, dtype, residual=True, forks=True, parameters=parameters)
+        x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+        split_batch_norm.sum_statistics(x, x, 1)
         normalize(channels, dtype, pooled=True)
         normalize(channels, dtype, relu=False, pooled=True)
         normalize(channels, dtype, residual=True, pooled=True)
@@ -143,6 +147,7 @@ def normalize_sweep() -> None:
         # The gradient where the statistics are those of several processes.
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
         row = torch.zeros(2, channels, dtype=split_batch_norm.wide_dtype(x))
+        split_batch_norm.sum_statistics(x, x, 2)
         counts, sums = row[:, 0].contiguous(), torch.stack([row, row])
         mask = torch.zeros(27, (channels + 7) // 8, dtype=torch.uint8)
         for pooled, affine, (bits, relu) in product(
@@ -159,10 +164,11 @@ def affine_shipped() -> None:
         x = torch.zeros(2, channels, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
         row = torch.zeros(channels)
         for residual, relu in product((x, None), (True, False)):
-            frozen_affine.forward(x, row, row, residual, relu)
+            frozen_affine.forward(x, row, row, residual, relu, None)
             frozen_affine.backward(x, None, None, x if relu else None, row, True, residual is x)
             if relu:
                 frozen_affine.backward(x, x, x, x, row, True, residual is x)
+        frozen_affine.forward(x, row, row, None, True, x)
         # The end of a folded convolution.
         for skip in (x, None):
             frozen_affine.backward(x, skip, None, x, None, True, False)
@@ -181,7 +187,9 @@ def affine_sweep() -> None:
             x = at_places(image)[residual]
             factor = at_places(scale)[relu] if with_scale else None
             extra = image if residual else None
-            frozen_affine.forward(x, factor, shift, extra, relu)
+            frozen_affine.forward(x, factor, shift, extra, relu, None)
+            if with_scale and relu and not residual:
+                frozen_affine.forward(x, factor, shift, None, True, image)
             y = x if relu else None
             for dx in (True, False):
                 if factor is not None and (dx or residual):
@@ -224,9 +232,13 @@ def steps(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> None:
     if len(shape) == 4 and dtype == torch.bfloat16:
         x = x.to(memory_format=torch.channels_last)
     for image, gradient in product(at_places(x), at_places(grad)):
-        pgd_step.step(image, gradient, x, 0.1, 1.0, norm)
+        pgd_step.step(image, gradient, x, None, 0.1, 1.0, norm)
         for first in (0, 1, 16):
             pgd_step.start(image, at_places(RNG)[1], 0.1, norm, first)
+    if len(shape) == 4:
+        image = x.to(memory_format=torch.channels_last)
+        parts = image_parts.forward(image)
+        pgd_step.step(image, parts.to(dtype), image, parts, 0.1, 1.0, norm)
 
 
 def steps_shipped() -> None:
@@ -297,7 +309,7 @@ OPERATIONS = {
         normalize_shipped,
         normalize_sweep,
         {
-            "split_batch_norm_statistics_kernel": ("x_ptr",),
+            "split_batch_norm_statistics_kernel": ("x_ptr", "addend_ptr", "sum_ptr"),
             "split_batch_norm_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
             "split_batch_norm_bwd_sums_kernel": (
                 "dy_ptr", "dy_skip_ptr", "x_ptr", "dresidual_ptr",
@@ -311,7 +323,7 @@ OPERATIONS = {
         affine_shipped,
         affine_sweep,
         {
-            "frozen_affine_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
+            "frozen_affine_fwd_kernel": ("x_ptr", "addend_ptr", "sum_ptr", "residual_ptr", "y_ptr"),
             "frozen_affine_bwd_kernel": (
                 "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "y_ptr", "dx_ptr", "dresidual_ptr",
             ),

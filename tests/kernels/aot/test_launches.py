@@ -41,8 +41,8 @@ INDEX = torch.zeros(4, dtype=torch.int64)
 LAYERS = [X[0, 0]] * 11
 
 ONE_LAUNCH: dict[str, Callable[[], object]] = {
-    "pgd_step_linf_kernel": lambda: pgd_step.step(X, X.bfloat16(), X, 0.1, 1.0, "Linf"),
-    "pgd_step_l2_kernel": lambda: pgd_step.step(X, X, X, 0.1, 1.0, "L2"),
+    "pgd_step_linf_kernel": lambda: pgd_step.step(X, X.bfloat16(), X, None, 0.1, 1.0, "Linf"),
+    "pgd_step_l2_kernel": lambda: pgd_step.step(X, X, X, None, 0.1, 1.0, "L2"),
     "random_start_linf_kernel": lambda: pgd_step.start(X, RNG, 0.1, "Linf", 0),
     "random_start_l2_kernel": lambda: pgd_step.start(X, RNG, 0.1, "L2", 0),
     "cosine_invariance_fwd_kernel": lambda: cosine_invariance.forward(
@@ -51,7 +51,7 @@ ONE_LAUNCH: dict[str, Callable[[], object]] = {
     "cosine_invariance_bwd_kernel": lambda: cosine_invariance.backward(
         ROW[:11], LAYERS, LAYERS, 1e-8
     ),
-    "frozen_affine_fwd_kernel": lambda: frozen_affine.forward(X, ROW, ROW, X, True),
+    "frozen_affine_fwd_kernel": lambda: frozen_affine.forward(X, ROW, ROW, X, True, X),
     "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, X, ROW, True, True),
     "image_parts_fwd_kernel": lambda: image_parts.forward(X),
     "crop_flip_kernel": lambda: crop_flip.forward(

@@ -17,6 +17,8 @@ from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
 from arat_kernels.frozen_affine import triton as frozen_affine
 from arat_kernels.image_parts import triton as image_parts
+from arat_kernels.image_parts.reference import image_parts_reference
+from arat_kernels.pgd_step import pgd_step as move
 from arat_kernels.pgd_step import triton as pgd_step
 from arat_kernels.split_batch_norm import triton as split_batch_norm
 
@@ -130,6 +132,24 @@ def test_compiles_to_one_graph(name: str) -> None:
         assert_equal(one.results(tensors, None), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 1, 4, 4), (1, 3, 37, 39)], ids=str)
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_step_moves_the_parts_too(norm: Any, shape: tuple[int, ...]) -> None:
+    """By the gradient of the high part, to the parts of where the image is then."""
+    draw = torch.Generator().manual_seed(1)
+    layout = torch.channels_last
+    x, noise = (torch.rand(shape, generator=draw).to(memory_format=layout) for _ in range(2))
+    parts = image_parts_reference(x + 0.1 * noise)
+    grad = torch.randn(parts.shape, generator=draw).bfloat16().to(memory_format=layout)
+    found = []
+    for impl in ("triton", "reference"):
+        x_adv, moved = x + 0.1 * noise, parts.clone()
+        move(x_adv, grad, x, eps=0.1, alpha=0.02, norm=norm, parts=moved, impl=impl)  # type: ignore[arg-type]  # either name
+        assert torch.equal(moved, image_parts_reference(x_adv))
+        found.append(x_adv)
+    torch.testing.assert_close(*found, rtol=0, atol=0 if norm == "Linf" else 1e-6)
+
+
 def bn_tensors() -> tuple[Tensors, tuple[Tensor | None, ...], Tensor]:
     tensors = OPERATIONS["split_batch_norm"].make(7, torch.float32)
     affine = tuple(tensors[name] for name in ("running_mean", "running_var", "weight", "bias"))
@@ -156,17 +176,20 @@ def bn_arguments(which: str) -> tuple[Any, ...]:
 X = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
 ROW, RNG = torch.randn(3), torch.tensor([1, 2])
 LEAF = X.clone().requires_grad_()
+PARTS = image_parts_reference(X)
 ROWS = [torch.randn(3, 8), torch.randn(3, 5)]
 IMAGES, INDEX = torch.zeros(4, 3, 5, 5, dtype=torch.uint8), torch.tensor([3, 0])
 OFFSETS = torch.tensor([[0, 2, 1], [1, 1, 0]], dtype=torch.int32)
 
 OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "statistics": (split_batch_norm.statistics, lambda: bn_arguments("statistics")),
+    "sum statistics": (split_batch_norm.sum_statistics, lambda: (LEAF, X, 1)),
     "normalize": (split_batch_norm.normalize, lambda: bn_arguments("normalize")),
     "sums": (split_batch_norm.backward_sums, lambda: bn_arguments("sums")),
     "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),
-    "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True)),
-    "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False)),
+    "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True, None)),
+    "affine of a sum": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, None, True, X)),
+    "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False, None)),
     "affine backward": (frozen_affine.backward, lambda: (X, X, X, X, ROW, True, True)),
     "relu backward": (frozen_affine.backward, lambda: (X, X, None, X, None, True, False)),
     "cosine": (
@@ -183,7 +206,8 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
         lambda: (ROWS[0].clone().requires_grad_(), ROWS[0].abs()),
     ),
     "entropy backward": (cross_entropy_grad.backward, lambda: (ROWS[0], ROWS[0], ROW)),
-    "step": (pgd_step.step, lambda: (X.clone(), X, X, 0.1, 0.1, "Linf")),
+    "step": (pgd_step.step, lambda: (X.clone(), X, X, None, 0.1, 0.1, "Linf")),
+    "step of parts": (pgd_step.step, lambda: (X.clone(), PARTS, X, PARTS.clone(), 0.1, 0.1, "L2")),
     "start": (pgd_step.start, lambda: (X[:, :, ::2], RNG, 0.1, "L2", 7)),
     "parts": (image_parts.forward, lambda: (LEAF,)),
     "crops": (

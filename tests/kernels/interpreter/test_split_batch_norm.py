@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from arat_kernels.checks import Norm
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
+    add_for,
     around,
     skip_of,
     use_branch,
@@ -87,6 +89,28 @@ def test_gradients_at_forks(parameters: bool, statistics: Any) -> None:
         found.append(torch.autograd.grad(out.sin().sum(), wanted))
     for got in found[:2]:
         torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-11)
+
+
+def test_a_sum_comes_with_its_statistics() -> None:
+    """The same bits as a sum of its own, and none of a tensor that has changed since."""
+    tensors = Norm(channels=65).make(1, torch.float32)
+    norm = SplitBatchNorm2d(65)
+    norm.impl = "triton"
+    leaves = [tensors["x"].requires_grad_(), tensors["residual"].requires_grad_()]
+    found = []
+    for add in (partial(add_for, norm), torch.add):
+        with use_branch(norm, "both", num_clean=3), use_statistics(norm, "batch"):
+            x = add(*leaves)
+            y = norm(x, relu=True)
+            gradients = torch.autograd.grad((y.sin() + x.cos()).sum(), leaves, retain_graph=True)
+            with torch.no_grad():
+                x[3:] *= 2.0
+                changed = norm(x, relu=True)
+        found.append((y, *gradients, changed))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+    with use_statistics(norm, "running"):
+        assert "Add" in type(add_for(norm, *leaves).grad_fn).__name__
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
