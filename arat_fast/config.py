@@ -205,9 +205,9 @@ class DataConfig:
     num_workers: Annotated[Number, FREE] = 4
     """Processes (dataloader) that read and decode, 0 for the training process; or threads (dali):
     as many that read files as that decode, at least one."""
-    bad_images: Literal["stop", "skip"] = "stop"
+    bad_images: Literal["stop", "skip", "skip-strays"] = "stop"
     """Files that are no readable image: stop at the first, or decode all before the run and leave
-    them out."""
+    them out. skip-strays leaves out, without decoding, what the listing alone shows to be none."""
 
     progressive: tuple[int, ...] = ()
     """Image files: height and width in equal parts of the training, for example 128 160 192 224;

@@ -265,7 +265,7 @@ def read_lines(path: Path) -> list[str]:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(f"{path}: line {line}: expected UTF-8 text, got a zero byte")
-    return text.replace("\r\n", "\n").split("\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def check_ratio(archive: zipfile.ZipFile, path: Path) -> None:

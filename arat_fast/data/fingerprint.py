@@ -49,6 +49,18 @@ def names_below(source: Samples, root: Path) -> Iterator[str]:
         yield source.name(index).removeprefix(str(root)).replace(os.sep, "/")
 
 
+def class_names(dataset: str, classes: Sequence[str]) -> tuple[str, ...]:
+    """What the classes of a dataset are called; nothing where its labels are only counted, to which
+    a classes.txt can give names later.
+
+    Args:
+        dataset: by its name.
+        classes: as it has them, one per label.
+    """
+    counted = list(classes) in ([str(first + i) for i in range(len(classes))] for first in (0, 1))
+    return () if counted and dataset in ("arrays", "webdataset") else tuple(classes)
+
+
 def class_order(known: Sequence[str], given: Sequence[str], source: object) -> list[int] | None:
     """Which label of a network each label of some images is.
 

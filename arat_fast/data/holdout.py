@@ -7,6 +7,7 @@ from torch import Tensor
 
 from arat_fast.data.plan import seeded_generator
 from arat_fast.datasets import Content
+from arat_fast.datasets.splits import same_images
 
 _VAL_SEED = 20
 
@@ -30,7 +31,25 @@ def with_test_images(content: Content) -> Content:
             "class; add images, or a split val or test"
         )
     chosen, tenth = stratified_split(train.labels, number)
-    return content._replace(train=train.subset(chosen), test=train.subset(tenth))
+    return _held_out(content, chosen, tenth, "test")
+
+
+def _held_out(content: Content, chosen: Tensor, held: Tensor, split: str) -> Content:
+    """A dataset with some of its training images held out, but for copies of those left."""
+    train, others = content.train.subset(chosen), content.train.subset(held)
+    copies = torch.tensor([index for index, _ in same_images(train, others)], dtype=torch.int64)
+    notes = content.notes
+    if len(copies):
+        kept = torch.ones(len(others), dtype=torch.bool)
+        kept[copies] = False
+        if not bool(kept.any()):
+            raise ValueError(
+                f"expected images to hold out, got copies of others, "
+                f"{content.train.name(int(held[0]))} the first: take the copies out"
+            )
+        others = others.subset(torch.nonzero(kept)[:, 0])
+        notes += (f"{split}: {len(copies)} of the images held out are copies of others: left out",)
+    return content.with_parts({"train": train, split: others})._replace(notes=notes)
 
 
 def with_validation_images(content: Content, num_val: int) -> Content:
@@ -46,7 +65,7 @@ def with_validation_images(content: Content, num_val: int) -> Content:
             f"the dataset has validation images of its own, expected data.num_val 0, got {num_val}"
         )
     chosen, held_out = stratified_split(content.train.labels, num_val)
-    return content._replace(train=content.train.subset(chosen), val=content.train.subset(held_out))
+    return _held_out(content, chosen, held_out, "val")
 
 
 def stratified_split(labels: Tensor, num_val: int) -> tuple[Tensor, Tensor]:

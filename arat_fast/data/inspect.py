@@ -184,7 +184,7 @@ def inspect(
         found.mean = mean.tolist()
         found.std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1)).tolist()
     if found.bad and found.use:
-        found.use += " --data.bad-images skip"
+        found.use += f" --data.bad-images skip{'' if lost else '-strays'}"
     for part in parts:
         for label, count in enumerate(torch.bincount(part.labels, minlength=1).tolist()):
             if 0 < count <= lost[id(part), label]:

@@ -309,8 +309,10 @@ def _readable(
     skipped = list(content.bad)
     if config.bad_images == "stop":
         if skipped:
-            raise ValueError(f"{told(skipped)}; remove it, or pass --data.bad-images skip")
+            raise ValueError(f"{told(skipped)}; remove it, or pass --data.bad-images skip-strays")
         return content, ()
+    if config.bad_images == "skip-strays":
+        return content, tuple(skipped)
     readable: dict[str, Samples] = {}
     for split, part in content.parts.items():
         if isinstance(part, Images):

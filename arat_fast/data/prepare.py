@@ -169,7 +169,10 @@ def own_dataset(root: Path) -> Dataset:
     if root.is_file():
         return DATASETS["npz" if root.suffix == ".npz" else "webdataset"]
     folders = [root, *(folder for _, folder in named_splits(root))]
-    if any((folder / "images.npy").is_file() for folder in folders):
+    if any((folder / FILES[0]).is_file() for folder in folders):
         return DATASETS["arrays"]
-    shards = root.is_dir() and not has_class_folders(root) and tar_files(root)
-    return DATASETS["webdataset" if shards else "folder"]
+    if not root.is_dir() or has_class_folders(root):
+        return DATASETS["folder"]
+    # Of another name, for the dataset to say.
+    other = any(any(folder.glob("*.npy")) for folder in folders)
+    return DATASETS["arrays" if other else "webdataset" if tar_files(root) else "folder"]

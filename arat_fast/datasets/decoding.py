@@ -94,7 +94,8 @@ def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
     except _DAMAGE as error:
         reason = " ".join(str(error).split())
         if isinstance(error, UnidentifiedImageError):
-            reason = f"its format is none of {', '.join(FORMATS)}"
+            reason = f"its header is damaged, or its format is none of {', '.join(FORMATS)}"
+            reason = reason if content else "it is empty"
         raise ValueError(
             f"{name}: expected an image file, but reading it fails: {reason}"
         ) from error

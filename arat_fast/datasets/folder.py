@@ -22,6 +22,9 @@ from arat_fast.datasets.members import (
 )
 from arat_fast.datasets.splits import named_splits, own_content, split_folders
 
+_NO_CLASSES = frozenset(("images", "imgs", "labels", "masks", "annotations", "targets"))
+"""Folders of pictures and of what belongs to them, as for detection and segmentation."""
+
 
 def has_class_folders(root: Path) -> bool:
     """Whether a folder, or a split in it, holds folders with images in them."""
@@ -69,6 +72,11 @@ def class_folders(root: Path, follow_links: bool = False) -> Content:
         raise ValueError(
             f"{train}: expected a folder for each of two classes or more, got {classes[0]} alone"
             + _way_out(root, train)
+        )
+    if _NO_CLASSES.issuperset(map(str.lower, classes)):
+        raise ValueError(
+            f"{train}: expected a folder for each class, got {' and '.join(classes)}, as of "
+            "segmentation: put the images into a folder by class"
         )
     parts: dict[str, Samples] = {}
     bad = [] if root in splits.values() else strays(root, splits.values(), "the splits alone")

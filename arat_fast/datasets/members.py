@@ -103,7 +103,15 @@ def strays(folder: Path, used: Iterable[Path], expected: str) -> list[str]:
 
 
 def class_name(name: str) -> str:
-    """A class by its name, of whose Unicode forms some systems write one and some another."""
+    """A name, of whose Unicode forms some systems write one and some another.
+
+    Raises:
+        ValueError: it is not UTF-8, and could not be written.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name!r}: expected a name in UTF-8, got another encoding") from error
     return unicodedata.normalize("NFC", name)
 
 

@@ -99,9 +99,11 @@ def checksum_line(path: Path) -> str:
 
 
 def _read(root: Path) -> Content:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}, expected one of arrays")
     folders, bad = {"train": root}, []
     if not (root / FILES[0]).exists():
-        folders = split_folders(root) or {"train": root / "train"}
+        folders = split_folders(root) or {"train": root}
         bad = strays(root, [*folders.values(), root / FILES[2]], "arrays by split")
     parts: dict[str, Samples] = {}
     notes = []

@@ -341,7 +341,7 @@ def settled(stored: Stored, parts: Iterable[npt.NDArray[Any]], path: Path) -> St
         low, high = min(low, float(part.min())), max(high, float(part.max()))
         if part.shape[3] == 4:
             opaque = min(opaque, float(part[..., 3].min()))
-    got = f"values from {low:g} to {high:g}"
+    got = f"values from {low:.9g} to {high:.9g}"
     unit = stored.dtype.kind == "f" and high <= 1
     white = 1 if unit else 255
     if low < 0 or high > 255 or not (unit or whole):
@@ -380,7 +380,8 @@ def read_labels(file: IO[bytes], path: Path, number: int) -> Tensor:
     try:
         y = lib.read_array(file, allow_pickle=False)
     except DAMAGE as error:
-        raise ValueError(f"{path}: expected an .npy array of labels, got {error}") from error
+        got = "objects of Python, which are never unpickled" if "Object" in str(error) else error
+        raise ValueError(f"{path}: expected an .npy array of labels, got {got}") from error
     # At its end the checksum of a member of an .npz file is compared.
     if file.read(1):
         raise ValueError(f"{path}: expected {number} labels, got more bytes")
@@ -390,6 +391,10 @@ def read_labels(file: IO[bytes], path: Path, number: int) -> Tensor:
     elif y.ndim == 2 and len(y) == number and y.dtype.kind in "buif":
         if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
             raise ValueError(f"{path}: expected a label of each image, got {got}, not one-hot")
+        if not y.any(0).all():
+            raise ValueError(
+                f"{path}: expected images of each class, got none of class {int(y.any(0).argmin())}"
+            )
         y = y.argmax(1)
     certain = y.dtype.kind in "bui" or (
         y.dtype.kind == "f" and bool(np.isfinite(y).all() and (y == np.floor(y)).all())

@@ -25,14 +25,15 @@ _SPLIT = "(train|val|test)(?:ing|set|id|idation)?"
 _SPLIT_FOLDER = re.compile(_SPLIT, re.IGNORECASE)
 _SPLIT_WORD = re.compile(rf"(?:^|[-_./]){_SPLIT}(?=[-_./0-9])", re.IGNORECASE)
 
-LOOKED_AT = 500
-"""Images of a split that are looked for among those of another at most, evenly spread."""
+FILES_READ = 2**30
+"""Bytes of files of one size that are read to compare them, at most; of more, some are, evenly
+spread."""
 
-CANDIDATES = 10_000
-"""Images that may be the same that are compared at most, evenly spread."""
+ROWS_READ = 2**32
+"""Bytes of an array that are compared at most."""
 
-_ROWS = 2**28
-"""Bytes of an array that are compared at most, evenly spread."""
+_FEW = 500
+"""Files of a split that are looked for in another, at least."""
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -154,8 +155,8 @@ def own_content(
     classes = tuple(map(str, numbers)) if names is None else names
     if len(classes) != num_classes:
         raise ValueError(
-            f"{root}: expected a name for each of the {num_classes} classes that it has images to "
-            f"train on of, got {len(classes)} names"
+            f"{root}: expected {num_classes} names, one for each class with training images, got "
+            f"{len(classes)} names"
         )
     for split, part in parts.items():
         absent = torch.bincount(part.labels, minlength=num_classes) == 0
@@ -163,6 +164,13 @@ def own_content(
             raise ValueError(
                 f"{root}: expected {split} images of each class, got none of class "
                 f"{classes[int(absent.int().argmax())]}; add some, or remove the class"
+            )
+    shapes = {split: p.rows.shape[1:] for split, p in parts.items() if isinstance(p, Images)}
+    for split, shape in shapes.items():
+        if shape != shapes["train"]:
+            raise ValueError(
+                f"{root}: expected {split} images of {shapes['train']} (height, width, channels) "
+                f"as those to train on, got {shape}"
             )
     left, shared = _without_shared(in_order(parts))
     return Content.of_splits(left, classes, tuple(bad + shared), tuple(notes))
@@ -192,10 +200,15 @@ def _without_shared(parts: Mapping[str, Samples]) -> tuple[dict[str, Samples], l
 def same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
     """Numbers in the second and in the first split of images that are the same, byte for byte."""
     if isinstance(first, EncodedImages) and isinstance(second, EncodedImages):
-        chosen = _spread(np.flatnonzero(second.num_bytes()), LOOKED_AT)
-        sizes = first.num_bytes()
-        same_size = np.flatnonzero(np.isin(sizes, second.num_bytes()[chosen]) & (sizes > 0))
-        candidates = _spread(same_size, CANDIDATES)
+        sizes, others = first.num_bytes(), second.num_bytes()
+        chosen = np.flatnonzero(np.isin(others, sizes) & (others > 0))
+        candidates = np.flatnonzero(np.isin(sizes, others[chosen]))
+        while others[chosen].sum() + sizes[candidates].sum() > FILES_READ and len(chosen) > _FEW:
+            chosen = chosen[::2]
+            candidates = np.flatnonzero(np.isin(sizes, others[chosen]))
+        # Many of one size.
+        total = int(sizes[candidates].sum())
+        candidates = _spread(candidates, len(candidates) * FILES_READ // max(total, 1))
         with ThreadPoolExecutor(default_workers()) as pool:
             contents = dict(
                 zip(pool.map(partial(_digest, first), candidates), candidates, strict=True)
@@ -205,7 +218,7 @@ def same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
         assert isinstance(first, Images) and isinstance(second, Images)
         if first.rows.shape[1:] != second.rows.shape[1:]:
             return
-        number = _ROWS // math.prod(first.rows.shape[1:])
+        number = ROWS_READ // math.prod(first.rows.shape[1:])
         candidates = _spread(np.arange(len(first)), number)
         contents = dict(zip(_row_digests(first, candidates), candidates, strict=True))
         chosen = _spread(np.arange(len(second)), number)
@@ -233,6 +246,8 @@ def _digest(images: EncodedImages, index: int) -> bytes:
 
 def _row_digests(images: Images, index: Index) -> Iterator[bytes]:
     for start in range(0, len(index), 256):
-        for row in images.rows.take(index[start : start + 256]):
-            # One that is blank can be in every split.
-            yield b"" if row.min() == row.max() else blake2b(row.tobytes()).digest()
+        part = index[start : start + 256]
+        rows = images.rows.take(part).reshape(len(part), -1)
+        # One that is blank can be in every split.
+        for row, blank in zip(rows, rows.min(1) == rows.max(1), strict=True):
+            yield b"" if blank else blake2b(row.tobytes()).digest()

@@ -10,6 +10,7 @@ import torch
 from arat_fast.datasets.base import Content, Dataset, register
 from arat_fast.datasets.published import check_file, fetch_folder, require_folder
 from arat_fast.datasets.rows import Images
+from arat_fast.files import read_lines
 
 FOLDER = "stl10_binary"
 
@@ -20,7 +21,7 @@ def _read(root: Path) -> Content:
     folder = root / FOLDER
     require_folder(folder, "stl10")
     checksums = dict((*STL10.train_list, *STL10.test_list))
-    names = (folder / STL10.class_names_file).read_text(encoding="utf-8").split()
+    names = [name for name in read_lines(folder / STL10.class_names_file) if name]
     train, test = (_images(folder, split, checksums) for split in ("train", "test"))
     return Content(train, test, tuple(names))
 

@@ -8,6 +8,7 @@ from arat_fast.datasets.base import Content, Dataset, register
 from arat_fast.datasets.encoded import FileImages
 from arat_fast.datasets.folder import image_files
 from arat_fast.datasets.published import HINT, fetch_folder, require_folder
+from arat_fast.files import read_lines
 
 ARCHIVE = (
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
@@ -61,7 +62,8 @@ def _test_images(folder: Path, wnids: list[str]) -> FileImages:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no dataset file at {path}; {HINT}")
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_lines(path)
+    return lines if lines[-1] else lines[:-1]
 
 
 def _fetch(root: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import tarfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +30,9 @@ NAMES = "classes.txt"
 
 _END = 1024
 """Bytes of zeros at the end of a tar archive, at least."""
+
+_LONGEST = 64
+"""Bytes of a label, at most."""
 
 
 def tar_shards(root: Path) -> Content:
@@ -111,7 +116,7 @@ def index_shards(shards: Sequence[Path]) -> tuple[TarImages, list[str]]:
     members, names, labels, bad = [], [], [], []
     for number, shard in enumerate(shards):
         samples, others = _tar_samples(shard)
-        bad += others
+        bad += others or [f"{shard}: expected images with labels, got none"] * (not samples)
         for member, label in samples:
             members.append((number, member.offset_data, member.size))
             names.append(member.name)
@@ -132,7 +137,8 @@ def _tar_samples(shard: Path) -> tuple[list[tuple[tarfile.TarInfo, int]], list[s
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                name = member.name.removeprefix("./")
+                # Of a pair one name may be in another Unicode form.
+                name = unicodedata.normalize("NFC", member.name.removeprefix("./"))
                 if member.isdir() or is_clutter(name) or is_document(name):
                     continue
                 # A key can have dots of its own.
@@ -172,8 +178,8 @@ def _tar_samples(shard: Path) -> tuple[list[tuple[tarfile.TarInfo, int]], list[s
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
     file = tar.extractfile(member)
     assert file is not None
-    text = file.read(32).strip()
-    if not text.isdigit() or int(text) > HIGHEST_LABEL:
+    text = file.read(_LONGEST).removeprefix(codecs.BOM_UTF8).strip()
+    if member.size > _LONGEST or not text.isdigit() or int(text) > HIGHEST_LABEL:
         raise ValueError(
             f"{shard}: {member.name} holds {text!r}, expected a label in [0, {HIGHEST_LABEL}]"
         )

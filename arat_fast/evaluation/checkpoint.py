@@ -28,6 +28,7 @@ from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.evaluate import ImageSet, ThreatModel
 from arat_fast.evaluation.pieces import checksum
 from arat_fast.evaluation.record import (
+    checksum_of_images,
     earlier_record,
     root_of_own_images,
     save_per_example,
@@ -133,7 +134,9 @@ def evaluate_checkpoint(
     if not ranks.is_main:
         display = Display(Console(quiet=True))
     if data is None and config.data.root != trained.data.root:
-        display.say(f"images from {config.data.root}; the run had them from {trained.data.root}")
+        of_run = saved is not None and saved.steps is not None
+        before = f"; the run had them from {trained.data.root}" if of_run else ""
+        display.say(f"images from {config.data.root}{before}")
     download_data(config.data, ranks)
     with display.evaluating() as bar:
         splits = load_data(
@@ -173,6 +176,7 @@ def evaluate_checkpoint(
         "device": describe_device(target),
         "versions": versions(),
         "commit": source_commit(),
+        "images_sha256": checksum_of_images(found),
     }
     alpha = config.eval.step_size(config.attack.eps)
     settings: dict[str, dict[str, Any]] = {name: {} for name in attacks if name != "pgd"}

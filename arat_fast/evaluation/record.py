@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from arat_fast.config import OWN_IMAGES, DataConfig
+from arat_fast.evaluation.evaluate import ImageSet
 from arat_fast.evaluation.pieces import read_arrays
 from arat_fast.files import read_json, set_aside, write_atomic
 
 _NEVER_REPLACED = ("dataset", "root", "split", "norm", "eps", "seed")
 """Where these differ, results are others, however many images they are of."""
 
+_KNOWN_BY = 16
+"""Images by which a set is known."""
+
 
 def root_of_own_images(data: DataConfig) -> str | None:
     """Where images of one's own lie; None for a dataset that has the same images everywhere."""
     return str(data.root) if data.name in OWN_IMAGES else None
+
+
+def checksum_of_images(images: ImageSet) -> str:
+    """SHA-256, as hexadecimal digits, of the first images, by which they are known where they were
+    moved.
+
+    Args:
+        images: of the first process.
+    """
+    pixels = (255 * images.x[:_KNOWN_BY]).round().to("cpu", torch.uint8)
+    labels = images.y[:_KNOWN_BY].cpu()
+    return hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
 
 
 def record_path(
@@ -94,7 +112,8 @@ def earlier_record(
         return {}
     accuracy = before.get("accuracy", {})
     held = [name for name in accuracy if name not in ("clean", "clean_branch")]
-    other = [key for key in facts if before.get(key) != facts[key]]
+    moved = before.get("images_sha256") == facts["images_sha256"]
+    other = [k for k in facts if before.get(k) != facts[k] and not (moved and k == "root")]
     decisive = [key for key in other if key in _NEVER_REPLACED]
     if before.get("num_samples", 0) > facts["num_samples"]:
         decisive.append("num_samples")

@@ -118,7 +118,7 @@ def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -
         "weights_file": None,
         "model": saved.name,
         "num_classes": saved.num_classes,
-        "classes": list(saved.classes),
+        "classes": list(saved.facts.get("classes", ())),
         "image_shape": list(saved.image_shape),
         "input_range": [0, 1],
         "mean": list(facts["mean"]),

@@ -96,8 +96,10 @@ def _why_not(record: Mapping[str, Any], saved: SavedNetwork) -> str | None:
     if saved.config is None:
         return f"the dataset of {saved.path.name} is not known"
     data = saved.config.data
-    if (record.get("dataset"), record.get("root")) != (data.name, root_of_own_images(data)):
+    if record.get("dataset") != data.name:
         return "it is of images of another dataset"
+    if record.get("root") != root_of_own_images(data):
+        return f"its images lay in {record.get('root')}, those of the run in {data.root}"
     same = record.get("model") == saved.weights
     if same and record.get("weights_sha256") == checksum(saved.model):
         return None

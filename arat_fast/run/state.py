@@ -28,7 +28,7 @@ from arat_fast.data import load_data
 from arat_fast.data.bad_images import FILE as BAD_IMAGES
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.batches import Batch, ResidentBatches, stream_generator
-from arat_fast.data.fingerprint import Fingerprint, class_order
+from arat_fast.data.fingerprint import Fingerprint, class_names, class_order
 from arat_fast.data.given import Given, given_splits
 from arat_fast.data.load import download_data
 from arat_fast.data.plan import Place
@@ -164,13 +164,17 @@ class Identity:
                 "--train.device and --step.precision to go on with it"
             )
         # Runs from before have no names.
-        if class_order(state.get("classes", ()), own["classes"], source) is not None:
+        known = class_names(self.run.config.data.name, state.get("classes", ()))
+        if class_order(known, own["classes"], source) is not None:
             raise ValueError(
                 f"{source} belongs to a run that counts the same classes in another order, got "
                 f"{', '.join(own['classes'][:3])}, …: put the dataset back as it was, or start a "
                 "new run with --out"
             )
         check_same_dataset(self.run.data.fingerprint, state["dataset"], source)
+        before, now = (each["config"]["data"]["root"] for each in (state, own))
+        if before != now:
+            self.run.display.say(f"images from {now}; the run had them from {before}")
         self.run.id = state.get("id", self.run.id)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from arat_fast.attacks.norms import NORMS
 from arat_fast.build import build_network
 from arat_fast.config import Config, config_from_dict, recorded_model
+from arat_fast.data.fingerprint import class_names
 from arat_fast.datasets import DATASETS
 from arat_fast.files import parse_json, read_json
 from arat_fast.models.registry import MODELS, adopt_model, create_model, image_size
@@ -35,6 +36,7 @@ from arat_fast.saved.weights import (
     network_size,
     read_safetensors,
     state_dict_of,
+    without_wrappers,
 )
 from arat_fast.training.checkpoint import (
     CHECKPOINT,
@@ -99,7 +101,8 @@ class SavedNetwork:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of the logits; empty where the file has none."""
-        return tuple(self.facts.get("classes", ()))
+        names = tuple(self.facts.get("classes", ()))
+        return names if self.config is None else class_names(self.config.data.name, names)
 
     def plain(self, branch: Literal["adv", "clean"] | None = None) -> tuple[nn.Module, str]:
         """The network with ordinary BatchNorm, in eval mode, and the branch that it is.
@@ -283,7 +286,10 @@ def read_weights(
     )
     # Files from before PyTorch 0.4.1 do not count batches.
     counts = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
-    load_weights(model, {**counts, **content.tensors}, str(path))
+    # Its own names may all begin alike.
+    names = dict(zip(without_wrappers(model.state_dict()), model.state_dict(), strict=True))
+    tensors = {names.get(name, name): tensor for name, tensor in content.tensors.items()}
+    load_weights(model, {**counts, **tensors}, str(path))
     facts = {**describe(config, "file", "shared", image_shape), **content.facts, **normalization}
     return SavedNetwork(path, model.eval(), config, facts, num_classes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,13 @@ from arat_fast.models.split_batch_norm import ADV
 from arat_fast.training.checkpoint import kind_of
 from arat_fast.training.metrics import NotFiniteError
 
-WRAPPERS = ("module.", "model.", "net.", "ema.", "_orig_mod.", "_forward_module.")
-"""Prefixes of DataParallel and AveragedModel, of RobustBench's ``normalize_model``, Lightning and
-the official feature extractor, of old wrappers, of averages, of torch.compile and of Fabric."""
+_INSIDE = re.compile(
+    r"(^|\.)(?:(?:_orig_mod|_forward_module|_(?:fsdp|checkpoint)_wrapped_module)\.)+"
+)
+"""What torch.compile, Fabric, FSDP and checkpointing put into names, of any part of a network."""
 
 COUNTER = "n_averaged"
 """What AveragedModel writes beside the weights."""
-
-KEYS = (
-    *("state_dict", "model_state_dict", "model", "net", "network"),
-    *("ema", "model_ema", "state_dict_ema", "ema_state_dict"),
-)
-"""Under which a checkpoint holds its network."""
 
 _CHECKSUM = "arat_fast.sha256"
 """In a safetensors header: of the rest of the header and of the tensors."""
@@ -49,6 +45,8 @@ def difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str
         found = tuple(got[name].shape) if name in got else "none"
         if found != tuple(tensor.shape):
             problems.append(f"{name} has shape {found}, expected {tuple(tensor.shape)}")
+        elif got[name].is_floating_point() != tensor.is_floating_point():
+            problems.append(f"{name} is of {got[name].dtype}, expected {tensor.dtype}")
     problems += [f"{name} is not expected" for name in got if name not in expected]
     if not problems:
         return None
@@ -198,49 +196,62 @@ def state_dict_of(content: object, path: Path) -> dict[str, Tensor]:
     """The state dict in what a file holds, without what was wrapped around its network.
 
     Args:
-        content: of the file: a state dict, bare or under one of :data:`KEYS`, also nested.
+        content: of the file: a state dict, bare or under one key, also nested.
         path: the file, for the errors.
 
     Raises:
         ValueError: there is something else in it, or several networks.
     """
-    while isinstance(content, Mapping):
-        held = [key for key in KEYS if isinstance(content.get(key), Mapping)]
-        held = [
-            key
-            for key in held
-            if any(isinstance(v, (Tensor, Mapping)) for v in content[key].values())
-        ]
+    while isinstance(content, Mapping) and not _is_weight(*content.values()):
+        held = [key for key, value in content.items() if _holds_network(value)]
         if len(held) > 1:
             raise ValueError(
-                f"{path} holds several networks, {', '.join(held)}: keep one alone, torch.save("
-                f"torch.load({path.name!r}, weights_only=True)[{held[0]!r}], 'weights.pt')"
+                f"{path} holds several networks, {', '.join(map(str, held))}: keep one alone, "
+                f"torch.save(torch.load({path.name!r}, weights_only=True)[{held[0]!r}], "
+                "'weights.pt')"
             )
         if not held:
             break
         content = content[held[0]]
     items: Any = content.items() if isinstance(content, Mapping) else [("all", content)]
     for name, value in items:
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        kind = type(value).__name__
+        if isinstance(value, Tensor):
+            kind = "" if value.layout == torch.strided and not value.is_meta else "sparse or empty"
+        if not isinstance(name, str) or kind:
             raise ValueError(
-                f"{path} is not a state dict: expected tensors by name, bare or under one of "
-                f"{', '.join(KEYS)}, got {name!r} of type {type(value).__name__}"
+                f"{path} is not a state dict: expected tensors by name, bare or under one key "
+                f"(state_dict, model, …), got {name!r} of type {kind or 'Tensor'}"
             )
     if not items:
         raise ValueError(f"{path} is not a state dict: expected tensors by name, got no tensor")
     return without_wrappers(dict(items))
 
 
+def _is_weight(*values: object) -> bool:
+    """Whether one of them is of a layer's weights, rather than a number or random state."""
+    return any(isinstance(value, Tensor) and value.ndim > 1 for value in values)
+
+
+def _holds_network(value: object) -> bool:
+    """Whether there are weights in it, at any depth; an optimiser's averages are none."""
+    if not isinstance(value, Mapping) or "param_groups" in value:
+        return False
+    return _is_weight(*value.values()) or any(map(_holds_network, value.values()))
+
+
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without :data:`COUNTER`, and without the prefixes of :data:`WRAPPERS` where all
-    names have them; the normalisation beside a network keeps its names."""
+    """The tensors without :data:`COUNTER`, and without what all names begin with (``module.``,
+    ``model.``, ``ema.``, …: no network has one part alone); the normalisation beside a network
+    keeps its names."""
+    state = {_INSIDE.sub(r"\1", name): tensor for name, tensor in state.items()}
     while True:
         state = {name: tensor for name, tensor in state.items() if name != COUNTER}
-        inside = [name for name in state if not name.startswith(NORMALIZATION)]
-        shared = (p for p in WRAPPERS if inside and all(name.startswith(p) for name in inside))
-        prefix = next(shared, None)
-        if prefix is None:
+        parts = {name.partition(".")[::2] for name in state if not name.startswith(NORMALIZATION)}
+        first = {part for part, rest in parts if rest} if all(rest for _, rest in parts) else set()
+        if len(first) != 1:
             return state
+        prefix = f"{first.pop()}."
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 

@@ -291,6 +291,8 @@ class TrainStep:
             BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
         check_kinds(self.model, x, y)
+        if not y.is_floating_point():
+            y = y.long()
         if self.num_calls == 0:
             say_what_was_left_out(self.model, self.objective, self.optimizer, self.say)
         check = self.check_inputs
@@ -308,8 +310,6 @@ class TrainStep:
                 "those of the batch before; DataLoader(drop_last=True) leaves it out"
             )
             return self._before
-        if not y.is_floating_point():
-            y = y.long()
         given = (x, y) if noise is None else (x, y, noise)
         return self._run(_as_it_is, given, place)
 

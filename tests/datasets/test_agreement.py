@@ -121,12 +121,13 @@ def agree(root: Path, name: str, bad_images: str = "stop") -> DataSplits | None:
         return None if bad_images == "skip" else agree_on_the_rest(root, name, inspected)
     event(f"{name}, {bad_images}: read")
     first, *others = splits
+    copies = sum(int(note.split()[1]) for note in first.notes if "copies" in note)
     if bad_images == "stop":
         assert inspected is not None and not bad and inspected.use
         assert inspected.counts["train"] == first.train.num_samples
         assert inspected.classes == first.train.classes
-        assert sum(inspected.counts.values()) == number
-    assert first.train.num_samples + first.test.num_samples + len(bad) == number
+        assert sum(inspected.counts.values()) == number - copies
+    assert first.train.num_samples + first.test.num_samples + len(bad) == number - copies
     trained = [step(next(first.train.epoch(0)), len(first.train.classes))]
     for other in others:
         assert other.train.classes == first.train.classes

@@ -148,7 +148,7 @@ def test_class_folders_win_over_stray_archives_and_images(tmp_path: Path) -> Non
     assert number == 32 and [
         name in text for name, text in zip(("a.png", "backup"), bad, strict=True)
     ]
-    assert inspect(root).use.endswith(" --data.bad-images skip")
+    assert inspect(root).use.endswith(" --data.bad-images skip-strays")
     flat = image_folder(tmp_path / "flat", splits=(".",))
     tar_shard(flat / "backup" / "old.tar", 0, 3)
     with refused("backup: expected images"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tarfile
 import unicodedata
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from loading import LOADERS, collect, levels, load, refused, same
-from pictures import CLASSES, encoded, image_folder, picture, tar_shard
+from pictures import CLASSES, add_member, encoded, image_folder, picture, tar_shard
 from PIL import Image, ImageCms
 
 from arat_fast.data.inspect import inspect
@@ -105,7 +106,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "heic": (b"\0\0\0\x18ftypheic" + bytes(200), "none of"),
     "cut": (saved(BASE, "JPEG")[:-200], "truncated"),
     "cut png": (saved(BASE, "PNG")[:-200], ""),
-    "empty": (b"", "none of"),
+    "empty": (b"", "empty"),
 }  # fmt: skip
 
 
@@ -279,6 +280,7 @@ def only(root: Path, *folders: str) -> None:
         (one_level_too_high, "archive alone.*set/archive/data: pass that"),
         (lambda root: only(root, "images"), "images alone"),
         (lambda root: [only(root, "images"), put("labels.csv")(root)], "read from labels.csv"),
+        (lambda root: only(root, "images", "masks"), "images and masks"),
         (lambda root: only(root, "pets/cat", "pets/dog"), "classes seem to be in .*pets: pass"),
         (lambda root: only(root, "train/x/cat", "train/x/dog"), "train/x: move"),
         (lambda root: only(root, "a/train", "b/train"), "a holds train; pass"),
@@ -332,7 +334,94 @@ def test_files_in_two_splits_are_refused_or_left_out(
         load("folder", root, bad_images="skip")
 
 
+def copies_in_classes(root: Path) -> Path:
+    for index in range(20):
+        put(f"{'ab'[index % 2]}/{index}.png", encoded(picture(index % 15), ".png"))(root)
+    return root
+
+
+def copies_in_shards(root: Path) -> Path:
+    tar_shard(root / "0.tar", 0, 30)
+    tar_shard(root / "1.tar", 0, 9)
+    return root
+
+
+def copies_in_arrays(root: Path) -> Path:
+    return arrays(root, np.concatenate([PIXELS, PIXELS[:5]]), np.concatenate([LABELS, LABELS[:5]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("folder", copies_in_classes),
+        ("webdataset", copies_in_shards),
+        ("arrays", copies_in_arrays),
+    ],
+)
+def test_what_is_held_out_is_no_copy_of_what_is_trained_on(
+    tmp_path: Path, name: str, make: Callable[[Path], Path]
+) -> None:
+    splits = load(name, make(tmp_path / "set"), num_val=4)
+    train, *held = (part.samples for part in (splits.train, splits.val, splits.test) if part)
+    seen = {train.image(index).tobytes() for index in range(len(train))}
+    assert "copies" in " ".join(splits.notes) and len(held) == 2
+    for part in held:
+        assert len(part)
+        assert not seen & {part.image(index).tobytes() for index in range(len(part))}
+
+
+def test_a_dataset_of_copies_is_refused(tmp_path: Path) -> None:
+    arrays(tmp_path, np.concatenate([PIXELS, PIXELS]), np.concatenate([LABELS, LABELS]))
+    with refused("image .* take the copies out"):
+        load("arrays", tmp_path)
+
+
+def test_strays_are_left_out_without_a_look_at_the_images(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    put("notes.bin")(root)
+    assert len(load("folder", root, bad_images="skip-strays").skipped) == 1
+    assert inspect(root).use.endswith(" skip-strays")
+    put("train/cat/a.png", b"")(root)
+    with refused("a.png: .*empty"):
+        collect(load("folder", root, bad_images="skip-strays").train)
+    assert inspect(root).use.endswith(" skip")
+
+
+def shard_of(path: Path, *members: tuple[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            add_member(tar, name, content)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("x.cls", b"0" * 80 + b"1"), ("x.png", None)], "x.cls holds"),
+        ([("x.cls", b"1.0"), ("x.png", None)], "x.cls holds"),
+        ([("x.cls", "١".encode()), ("x.png", None)], "x.cls holds"),
+        ([], "more.tar: expected images"),
+        ([("x.cls", b"\xef\xbb\xbf1\r\n"), ("x.png", None)], ""),
+        ([("e\u0301.cls", b"1"), ("\u00e9.png", None)], ""),
+    ],
+)
+def test_labels_of_shards(tmp_path: Path, members: Any, message: str) -> None:
+    tar_shard(tmp_path / "0.tar", 0, 12)
+    shard_of(tmp_path / "more.tar", *((name, content or IMAGE) for name, content in members))
+    if message:
+        with refused(message):
+            load("webdataset", tmp_path)
+        return
+    assert sum(inspect(tmp_path).per_class["1"].values()) == 5
+
+
 # Names
+
+
+def test_a_class_has_a_name_that_can_be_written(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    put("train/\udcff/a.png", IMAGE)(root)
+    with refused("udcff.*UTF-8"):
+        class_folders(root)
 
 
 def test_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
@@ -355,6 +444,7 @@ def test_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
         ("a\nöl\n".encode("latin-1"), "line 2"),
         ("käse\nöl\n".encode("utf-16"), "line 1"),
         ("a\nb".encode("utf-16-le"), "line 1"),
+        (b"a\rb", ["a", "b"]),
     ],
 )
 def test_texts_are_utf8(tmp_path: Path, content: bytes, expected: Any) -> None:
@@ -468,6 +558,9 @@ def test_arrays_whose_meaning_is_certain_are_read(
         (PIXELS, LABELS / 2, "float64"),
         (PIXELS, np.eye(3)[LABELS] * 0.9, "one-hot"),
         (PIXELS, np.stack([LABELS, LABELS], 1), "one-hot"),
+        (PIXELS, np.eye(4)[LABELS], "none of class 3"),
+        (PIXELS, LABELS.astype(object), "never unpickled"),
+        (PIXELS / 255 * (1 + 1e-7), LABELS, "to 1.0000001"),
         (PIXELS, LABELS[:, None, None], "shape"),
         (PIXELS, np.where(LABELS == 1, np.nan, LABELS), "float64"),
         (PIXELS, LABELS.astype("U"), "<U"),
@@ -539,6 +632,9 @@ def test_blank_images_can_be_in_every_split(tmp_path: Path) -> None:
         ),
         (lambda root: arrays(root / "val", PIXELS[:2] ^ 1, [0, 1]), "val images .* class 2"),
         (lambda root: arrays(root / "val", PIXELS[:3] ^ 1, [0, 1, 3]), "image 2: got label 3"),
+        (lambda root: arrays(root / "val", PIXELS[:, 1:], LABELS), r"val images of \(6, 5, 3\)"),
+        (lambda root: arrays(root / "val", GREYS, LABELS), r"val images of .*got \(6, 5, 1\)"),
+        (lambda root: (root / "train/images.npy").rename(root / "x_train.npy"), "no file .*images"),
     ],
 )
 def test_arrays_by_split_are_looked_at_together(

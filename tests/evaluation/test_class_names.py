@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import unicodedata
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from pictures import image_folder
+from pictures import encoded, image_folder, picture
 from report.fake_run import rewrite, write_fake_run
 from rich.console import Console
 
 from arat_fast.analysis.run import AnalyzeSettings, analyze_networks
 from arat_fast.config import Config
-from arat_fast.data.fingerprint import class_order
+from arat_fast.data.fingerprint import class_names, class_order
 from arat_fast.display import Display
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.export.folder import export_checkpoint
@@ -61,9 +64,11 @@ def renamed(run: Path, target: Path, **names: str) -> Path:
     return target
 
 
-def evaluate(path: Path, root: Path | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(
+    path: Path, root: Path | None = None, shown: Display = QUIET, **options: Any
+) -> dict[str, Any]:
     return evaluate_checkpoint(
-        path, attacks=["pgd"], device="cpu", data_root=root, display=QUIET, **options
+        path, attacks=["pgd"], device="cpu", data_root=root, display=shown, **options
     )
 
 
@@ -75,6 +80,62 @@ def test_names_are_in_everything_that_a_run_leaves(run: Path, tmp_path: Path) ->
     for path in (run, run / "model.safetensors", export, export / "model.safetensors"):
         assert read_saved(path).classes == tuple(names)
     assert evaluate(run)["classes"] == names
+
+
+def test_images_that_were_moved_are_the_same(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    record, here = tmp_path / "evaluation.json", renamed(run, tmp_path / "here")
+    first = evaluate(tmp_path / "run", here, out=record)
+    moved, other = here.rename(tmp_path / "moved"), renamed(run, tmp_path / "other")
+    said = io.StringIO()
+    for root in (here, moved):
+        with pytest.raises(FileNotFoundError, match="data-root") if root == here else nullcontext():
+            found = evaluate(
+                tmp_path / "run", root, out=record, shown=Display(Console(file=said, width=500))
+            )
+    assert found["accuracy"] == first["accuracy"] and found["root"] == str(moved)
+    train(
+        config_for(moved),
+        tmp_path / "run",
+        resume=True,
+        display=Display(Console(file=said, width=500)),
+    )
+    line = f"images from {moved}; the run had them from {run.parent / 'images'}\n"
+    assert said.getvalue().count(line) == 2
+    for file in (other / "val").rglob("*.png"):
+        file.write_bytes(encoded(picture(len(file.name) + 99), ".png"))
+    with pytest.raises(ValueError, match="root"):
+        evaluate(tmp_path / "run", other, out=record)
+
+
+@pytest.mark.slow
+def test_names_can_be_given_later(tmp_path: Path) -> None:
+    rng, root = np.random.default_rng(0), tmp_path / "images"
+    root.mkdir()
+    np.save(root / "images.npy", rng.integers(0, 256, (24, 8, 8, 3), np.uint8))
+    np.save(root / "labels.npy", np.arange(24) % 3)
+    config = config_for(root)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, name="arrays"))
+    train(config, tmp_path / "run", display=QUIET)
+    assert read_saved(tmp_path / "run").classes == ()
+    (root / "classes.txt").write_text("cat\ndog\nowl\n")
+    assert evaluate(tmp_path / "run")["classes"] == ["cat", "dog", "owl"]
+    train(config, tmp_path / "run", resume=True, display=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names", "known"),
+    [
+        ("arrays", "012", ""),
+        ("webdataset", "123", ""),
+        ("arrays", "210", "210"),
+        ("arrays", "abc", "abc"),
+        ("folder", "012", "012"),
+        ("digits", "0123456789", "0123456789"),
+    ],
+)
+def test_a_number_is_the_name_of_a_folder_alone(dataset: str, names: str, known: str) -> None:
+    assert class_names(dataset, tuple(names)) == tuple(known)
 
 
 @pytest.mark.parametrize("names", [{"cat": "zebra"}, {"dog": "hund"}, {"cat": "1", "owl": "2"}])

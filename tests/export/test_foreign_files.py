@@ -53,10 +53,22 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
         **prefixed("module.", "module.")(s),
     },
     "average": prefixed("ema."),
+    "another name": prefixed("network."),
+    "second of two": prefixed("1."),
+    "sharded inside": lambda s: {
+        name.replace("layer1.", "layer1._fsdp_wrapped_module._orig_mod."): tensor
+        for name, tensor in s.items()
+    },
 }
 NESTED: dict[str, Callable[[State], Any]] = {
     **{key: lambda s, key=key: {key: s, "epoch": 3} for key in ("state_dict", "net", "ema")},  # type: ignore[misc]
     "model_state_dict": lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}},
+    "average of a wrapper": lambda s: {"ema": {"module": prefixed("module.")(s), "decay": 0.9}},
+    "state_dict of a model": lambda s: {"state_dict": {"model": s}},
+    "another key": lambda s: {
+        "params_ema": s,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2, 2)}}, "param_groups": []},
+    },
     "nested": lambda s: {"model": {"state_dict": s}, "args": {"model": "resnet"}},
     "Lightning": lambda s: {
         "state_dict": OrderedDict(prefixed("model.")(s)),
@@ -186,10 +198,30 @@ def test_a_safetensors_file_that_was_cut(kept: int, tmp_path: Path) -> None:
     refused(path, "cut", "suffix")
 
 
-def test_several_networks_in_one_file_are_not_chosen_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("model", "ema"), ("state_dict", "swa"), ("teacher", "student")])
+def test_several_networks_in_one_file_are_not_chosen_from(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
     state = state_of("plain")
-    torch.save({"model": state, "ema": state, "epoch": 1}, tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", "model, ema", "cut")
+    torch.save({names[0]: state, names[1]: {"module": state}, "epoch": 1}, tmp_path / "weights.pt")
+    refused(tmp_path / "weights.pt", ", ".join(names), "cut")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda weight: weight.to(torch.int8), "int8, expected torch.float32"),
+        (lambda weight: weight.to(torch.complex64), "complex64"),
+        (lambda weight: weight.to_sparse(), "sparse"),
+        (lambda weight: weight.to("meta"), "sparse or empty"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers(
+    change: Callable[[Tensor], Tensor], word: str, tmp_path: Path
+) -> None:
+    state = {n: change(t) if n == "conv1.weight" else t for n, t in state_of("plain").items()}
+    torch.save(state, tmp_path / "weights.pt")
+    refused(tmp_path / "weights.pt", f"conv1.weight.*{word}", "cut")
 
 
 def test_a_zip_of_torch_by_the_other_name(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def make_step(seed: int = 0, model: nn.Module | None = None, **options: Any) -> 
     return TrainStep(model, objective, PGD(num_steps=1), optimizer, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16, torch.uint64])
 def test_labels_of_any_integer_type_train_alike(dtype: torch.dtype) -> None:
     x, y = batch()
     assert torch.equal(make_step()(x, y.to(dtype)).packed, make_step()(x, y).packed)
