@@ -217,7 +217,8 @@ def read_saved(
     try:
         if name in MODELS and content.config is None:
             with torch.device("meta"):
-                tensors = to_own(tensors, create_model(name, 2, norm=norm).state_dict())
+                own = create_model(name, 2, norm=norm).state_dict()
+            tensors = to_own(_under_own_names(tensors, own), own)
         classes, channels = _size(name, tensors, found)
         if "image_shape" not in found:
             size = image_size(name)
@@ -286,12 +287,16 @@ def read_weights(
     )
     # Files from before PyTorch 0.4.1 do not count batches.
     counts = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
-    # Its own names may all begin alike.
-    names = dict(zip(without_wrappers(model.state_dict()), model.state_dict(), strict=True))
-    tensors = {names.get(name, name): tensor for name, tensor in content.tensors.items()}
+    tensors = _under_own_names(content.tensors, model.state_dict())
     load_weights(model, {**counts, **tensors}, str(path))
     facts = {**describe(config, "file", "shared", image_shape), **content.facts, **normalization}
     return SavedNetwork(path, model.eval(), config, facts, num_classes)
+
+
+def _under_own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was read without wrappers, for a network whose own names may all begin alike."""
+    names = dict(zip(without_wrappers(own), own, strict=True))
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
