@@ -204,6 +204,8 @@ def forward_weighted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return dlogits, loss
     all_of_16 = num_classes % 16 == 0 and logits.stride(0) % 16 == 0
     rows, cols, num_warps, _ = _tile(min(num_classes, LOOP_TILE[1]), all_of_16)
+    # Three sums a row are held in registers.
+    rows = max(rows // 2, 1)
     with torch.cuda.device_of(logits):
         cross_entropy_grad_weighted_kernel[(triton.cdiv(num, rows),)](
             logits,
