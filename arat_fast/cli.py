@@ -269,11 +269,11 @@ class Eval(Command):
             raise UsageError("PATH or --weights FILE is expected after eval")
         if self.weights is not None and self.model_name is None:
             raise UsageError("--weights FILE is a network's, expected --model.name too")
-        model = None
+        named = None
         if self.model_name is not None:
-            # Its own module is imported.
-            model = ModelConfig(self.model_name, mean=self.mean, std=self.std)
-        model = model if self.weights is not None else None
+            # Its own module is imported, also for a run that names it.
+            named = ModelConfig(self.model_name, mean=self.mean, std=self.std)
+        model = None if self.weights is None else named
         checkpoint = self.checkpoint or self.weights
         assert checkpoint is not None
         if self.data in FOLDERS:

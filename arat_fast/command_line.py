@@ -131,6 +131,18 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
     return parse(type(config), arguments, program, config)
 
 
+def unknown_name(arguments: Sequence[str]) -> str | None:
+    """The objective or the network of one's own that overrides name and nobody has imported."""
+    from arat_fast.models.registry import is_known
+    from arat_fast.objectives import known_objective
+
+    objective = _value_of("--objective.name", arguments) or ""
+    if ":" in objective and known_objective(objective) is None:
+        return objective
+    model = _value_of("--model.name", arguments) or ""
+    return model if ":" in model and not is_known(model) else None
+
+
 def overrides_of(config: Config) -> list[str]:
     """The overrides that make the recipe into this configuration; the seed always.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from arat_fast.command_line import apply_overrides, overrides_of
+from arat_fast.command_line import apply_overrides, overrides_of, unknown_name
 from arat_fast.compare.cost import step_cost
 from arat_fast.compare.methods import ALL_PARTS, Method
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
@@ -264,10 +264,11 @@ def plan_from_record(record: Mapping[str, Any]) -> Plan:
     """The plan of a saved comparison.
 
     Raises:
-        ValueError: the record is not one of this version.
+        ValueError: the record is not one of this version, or a method in it has an objective or a
+            network of one's own, whose module is not imported on a file's word alone.
     """
     try:
-        return Plan(
+        plan = Plan(
             config_from_dict(record["config"]),
             tuple(
                 PlannedMethod(**{**m, "options": tuple(m["options"])}) for m in record["methods"]
@@ -278,6 +279,14 @@ def plan_from_record(record: Mapping[str, Any]) -> Plan:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a comparison of this version: {error}") from error
+    for method in plan.methods:
+        foreign = unknown_name(method.options)
+        if foreign is not None:
+            raise ValueError(
+                f"{method.label} names {foreign}, which is not imported on a file's word alone: "
+                "give the comparison's own command again"
+            )
+    return plan
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -207,6 +207,7 @@ def evaluate_checkpoint(
         )
     seconds = time.perf_counter() - start
     total_steps = (saved.steps_per_epoch or len(splits.train)) * trained.train.epochs
+    total_steps = min(trained.train.max_steps or total_steps, total_steps)
     unfinished = saved.steps is not None and saved.steps < total_steps
     record: dict[str, Any] = {
         "checkpoint": str(saved.path),

@@ -55,7 +55,8 @@ def record_path(
         norm, eps: another ball than its own, which is part of the name; None for its own.
         data: other images than its own, likewise: a dataset's name, or where it lies.
     """
-    data = data and Path(data).stem if data is None or "/" in data else data
+    if data is not None and "/" in data:
+        data = Path(data).stem
     parts = (data, norm, eps and f"{eps:.6g}")
     ball = "".join(f"-{part}" for part in parts if part is not None)
     if checkpoint.is_dir():

@@ -62,23 +62,27 @@ class Table(Hook):
     """``metrics.csv``, written of metrics.jsonl when the run is over or stops: a row a line, a
     column a number."""
 
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
     def begin(self, run: Run) -> None:
-        self.folder: Path = run.out
+        self.folder = run.out
 
     def close(self) -> None:
-        # What failed before it began has no metrics.
-        with suppress(FileNotFoundError, AttributeError):
-            text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-            rows = [
-                {"step": line["step"], "epoch": line["epoch"], **scalars(line)}
-                for line in map(parse_json, text.splitlines())
-            ]
-            table = io.StringIO()
-            columns = list(dict.fromkeys(name for row in rows for name in row))
-            writer = csv.DictWriter(table, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(self.folder / "metrics.csv", table.getvalue())
+        # What failed before its first line has no metrics.
+        if self.folder is None or not (self.folder / "metrics.jsonl").exists():
+            return
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = [
+            {"step": line["step"], "epoch": line["epoch"], **scalars(line)}
+            for line in map(parse_json, text.splitlines())
+        ]
+        table = io.StringIO()
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.folder / "metrics.csv", table.getvalue())
 
 
 class WeightsAndBiases(Hook):

@@ -129,6 +129,20 @@ def test_the_tables_come_from_the_folder_or_the_file_alone(
     assert capsys.readouterr().out.encode() == written["md"]
 
 
+@pytest.mark.parametrize("option", ["--objective.name", "--model.name"])
+def test_a_module_is_not_imported_on_a_saved_comparison_s_word(
+    compared: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "planted.py").write_text("open('ran', 'w')")
+    content = record(compared)
+    content["methods"][0]["options"] = [option, "planted:Mine"]
+    (tmp_path / RECORD).write_text(json.dumps(content))
+    command = [sys.executable, "-m", "arat_fast", "compare", "--from", RECORD]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "planted:Mine" in ended.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.slow
 def test_a_saved_comparison_runs_again_in_another_folder(compared: Path, tmp_path: Path) -> None:
     saved = compared / RECORD
@@ -284,10 +298,15 @@ def test_the_end_of_a_comparison_stops_its_runs_and_the_same_command_goes_on(
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert b"stopped with 1 of 1 runs left; go on with the same command" in errors
-    # A run that nobody waits for has ended when its lock is gone.
+    # A run that nobody waits for holds the comparison's folder until its process has ended.
     deadline = time.monotonic() + 60
-    while (run / LOCK).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while True:
+        try:
+            Lock(out / LOCK).release()
+            break
+        except BlockingIOError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted" and 0 < summary["steps"] < 64
     assert record(out)["cells"][0]["status"] == "pending"

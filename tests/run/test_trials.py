@@ -11,6 +11,7 @@ from tiny import assert_same_end, changed, metric_lines, tiny_config, tiny_train
 
 from arat_fast.config import DataConfig, ScheduleConfig
 from arat_fast.data import load_data
+from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.training.schedule import learning_rate
 
 
@@ -22,6 +23,8 @@ def test_a_run_ends_within_an_epoch_and_goes_on(tmp_path: Path) -> None:
     assert (short["steps"], short["epochs"], short["max_steps"]) == (5, 5 / 4, 5)
     assert "limit" not in short
     assert metric_lines(tmp_path / "a", "train")[-1]["step"] == 5
+    found = evaluate_checkpoint(tmp_path / "a", attacks=(), device="cpu", max_samples=9)
+    assert "interrupted" not in found
     tiny_trainer(tmp_path / "a", config, resume=True).run()
     whole = tiny_trainer(tmp_path / "b", config).run()
     assert whole["steps"] == 8 and "max_steps" not in whole
