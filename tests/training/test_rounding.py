@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.distributed import gradients
+from arat_fast.models import create_model
+from arat_fast.models.folding import FoldedNetwork
+from arat_fast.models.split_batch_norm import use_statistics
 from arat_fast.objectives.predictor import PredictorStack
-from arat_fast.training.rounding import rounded_weights
+from arat_fast.training.rounding import rounded_weights, whole_weights
 
 
 class Net(nn.Module):
@@ -61,3 +64,19 @@ def test_the_bits_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in other.items():
             assert torch.equal(value, found[0][name]) and value.dtype == found[0][name].dtype
             assert value.stride() == found[0][name].stride(), name
+
+
+def test_a_network_is_folded_from_its_parameters() -> None:
+    """Not from their rounded copies, which its comparison in float32 would not bear."""
+    torch.manual_seed(0)
+    model = create_model("resnet8", 4).eval()
+    x = torch.rand(2, 3, 8, 8)
+    found = []
+    for modules in ([], [model]):
+        with torch.autocast("cpu", torch.bfloat16), rounded_weights(modules, torch.bfloat16):
+            with whole_weights(model):
+                folded = FoldedNetwork(model, x)
+            folded.refresh()
+            with use_statistics(model, "running"):
+                found.append(folded(x))
+    assert torch.equal(*found)
