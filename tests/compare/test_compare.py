@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,16 @@ def paths() -> Iterator[None]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs need no process of their own."""
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    """Runs need no process of their own; what they say is in their log all the same."""
+
+    def logged(arguments: Any, **keywords: Any) -> Any:
+        with redirect_stderr(io.StringIO()) as said:
+            ended = popen(arguments, **keywords)
+        if hasattr(keywords.get("stdout"), "write"):
+            keywords["stdout"].write(said.getvalue().encode())
+        return ended
+
+    monkeypatch.setattr(subprocess, "Popen", logged)
 
 
 @pytest.fixture
@@ -274,7 +284,7 @@ def test_bad_command_lines(
 
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_lose_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: None
 ) -> None:
     arguments = [
         *("compare", "digits", "--objectives", "natural", "--seeds", "0", "--train.epochs", "1"),

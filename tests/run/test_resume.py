@@ -89,7 +89,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     [
         slow("ema", 1, signal.SIGINT, 130),
         ("ema", STEPS_PER_EPOCH + 2, signal.SIGTERM, 75),
-        ("ema", 2 * STEPS_PER_EPOCH, signal.SIGINT, 130),
+        slow("ema", 2 * STEPS_PER_EPOCH, signal.SIGINT, 130),
         ("swa", 9, signal.SIGINT, 130),
         slow("official", 5, signal.SIGINT, 130),
         slow("bf16", 6, signal.SIGINT, 130),
