@@ -305,7 +305,7 @@ def test_a_run_that_fails_does_not_lose_the_others(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_a_comparison_stops_its_runs_and_the_same_command_goes_on(
-    tmp_path: Path, one_thread: None, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, one_thread: None, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
     command = [
@@ -337,7 +337,6 @@ def test_the_end_of_a_comparison_stops_its_runs_and_the_same_command_goes_on(
     assert summary["status"] == "interrupted" and 0 < summary["steps"] < 64
     assert record(out)["cells"][0]["status"] == "pending"
     # Nobody works in the folder any more: it can be locked, and the run's state stays.
-    monkeypatch.setattr(subprocess, "Popen", popen)
     assert main(command[3:]) == 0
     config = config_from_dict(record(out)["cells"][0]["config"])
     tiny_trainer(tmp_path / "alone", config).run()
