@@ -5,8 +5,13 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from pymdownx.highlight import Highlight
 
 ROOT = Path(__file__).parent.parent
+# mkdocstrings 1.0.6 leaves out the Markdown that pymdown-extensions 12.3 wants for titles; its code
+# has none.
+Highlight.__init__.__defaults__ = (None, *Highlight.__init__.__defaults__)
+
 LOOP = "<!-- the loop of README -->"
 
 
