@@ -22,7 +22,7 @@ from arat_fast.cli import main
 from arat_fast.command_line import apply_overrides
 
 README = Path(__file__).parent.parent / "README.md"
-FILES = [README, *sorted((README.parent / "docs").glob("*.md"))]
+FILES = [README, README.with_name("CHANGELOG.md"), *sorted((README.parent / "docs").glob("*.md"))]
 
 
 def snippet(path: Path) -> str:
@@ -127,7 +127,24 @@ def test_your_network_example(
     assert 0 <= float(printed[0]) <= 1 and printed[-1] == names["label"]
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in headings}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_files_that_are_named_exist(path: Path) -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+def test_files_and_headings_that_are_named_exist(path: Path) -> None:
+    pattern = r"""(?:\]\(|src=")(?!http)([^)#"]*)(?:#([^)]+))?[)"]"""
+    for target, heading in re.findall(pattern, path.read_text()):
+        page = path.parent / target if target else path
+        assert page.exists(), target
+        assert not heading or heading in anchors(page), f"{target}#{heading}"
+
+
+def test_kernels_example() -> None:
+    names: dict[str, Any] = {}
+    exec(snippet(README.parent / "docs" / "kernels.md"), names)
+    moved = (names["x_adv"] - names["x"]).abs().max()
+    assert 0 < moved <= 8 / 255 + 1e-6 and names["loss"] > 0
+    assert names["features"][0].weight.grad.abs().sum() > 0
