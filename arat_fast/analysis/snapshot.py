@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from arat_fast.analysis.conflict import gradient_conflict
 from arat_fast.analysis.mixture import mixture_distance
 from arat_fast.config import Config
-from arat_fast.data.batches import Batch, Batches, stream_generator
+from arat_fast.data.batches import Batch, stream_generator
 from arat_fast.device import full_float32
 from arat_fast.objectives import Objective
 from arat_fast.training.sharing import num_parts
@@ -80,16 +79,6 @@ def analyze_training(
         "gradient_conflict": mean_conflict(known) if known else None,
         "mixture": mean_mixture(mixtures) if mixtures and mixtures[0] else None,
     }
-
-
-def first_batches(data: Batches, num_batches: int) -> Iterator[Batch]:
-    """The first batches of a training epoch, augmented: the same ones at every call.
-
-    Args:
-        data: training images.
-        num_batches: how many, or as many as there are.
-    """
-    return itertools.islice(data.epoch(0), num_batches)
 
 
 def headline_numbers(record: dict[str, Any]) -> dict[str, float]:

@@ -102,12 +102,7 @@ def compare_command(arguments: Sequence[str], base: Config | None) -> int:
 
 
 def write_comparison(out: Path, record: dict[str, Any]) -> Results:
-    """Write tables, plane and page of a comparison beside its record.
-
-    Args:
-        out: folder of the comparison.
-        record: content of its comparison.json.
-    """
+    """Write tables, plane and page of a comparison into its folder, from its record alone."""
     results = evaluate_record(record)
     write_text(out / "comparison.md", to_markdown(results))
     write_text(out / "comparison.tex", to_latex(results))

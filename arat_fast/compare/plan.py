@@ -54,13 +54,7 @@ class PlannedMethod(Method):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        label: of its method.
-        seed: of the run.
-        config: all of it.
-    """
+    """One run of a comparison, by the label of its method; the seed is in ``config`` too."""
 
     label: str
     seed: int
@@ -118,10 +112,9 @@ def make_plan(
     """Plan a comparison: check every option, and count what a step of each method costs.
 
     Args:
-        config: what all runs share.
+        config, budget: as in :class:`Plan`.
         methods: rows of the table; one that sets ``--train.epochs`` keeps that number.
         seeds: of every method, >= 0.
-        budget: see :class:`Plan`.
         command: command line to record.
 
     Raises:
@@ -205,11 +198,8 @@ def _check_same_test(config: Config, own: Config) -> None:
 
 
 def merge_with_saved(plan: Plan, record: Path) -> Plan:
-    """The plan, with the methods and seeds that its folder holds already.
-
-    Args:
-        plan: what is asked for.
-        record: comparison.json of the folder; may be absent.
+    """The plan, with the methods and seeds that its folder holds already in ``record``, if it is
+    there.
 
     Raises:
         ValueError: the folder holds a comparison of another configuration or budget, or a method of
@@ -290,10 +280,7 @@ def plan_from_record(record: Mapping[str, Any]) -> Plan:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of a comparison.json.
-
-    Args:
-        path: the file, or the folder of a comparison.
+    """The content of a comparison.json, by its path or that of its folder.
 
     Raises:
         FileNotFoundError: there is none.

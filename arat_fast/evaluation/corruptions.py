@@ -89,8 +89,7 @@ def evaluate_corruptions(
         checkpoint, model, recipe, device: as for
             :func:`arat_fast.evaluation.checkpoint.evaluate_checkpoint`.
         name, max_samples: as for :func:`corruption_accuracy`.
-        data_root: where the images lie; None for the run's, else data.
-        batch_size: samples at a time; None for the run's, else 500.
+        data_root, batch_size: where the images lie, and samples at a time; None for the run's.
         out: file for the record; None for none.
 
     Raises:
@@ -98,11 +97,11 @@ def evaluate_corruptions(
         ValueError: the network is of another number of classes.
     """
     classes = 100 if name == "cifar100-c" else 10
+    config = Config(recipe="", model=model or ModelConfig())
     if model is None:
         saved = read_saved(checkpoint, recipe=recipe)
-        config = saved.config
+        config = saved.config or config
     else:
-        config = Config(recipe="", model=model)
         saved = read_weights(checkpoint, config, classes, (3, 32, 32))
     if (saved.num_classes, saved.image_shape) != (classes, (3, 32, 32)):
         raise ValueError(
@@ -115,9 +114,9 @@ def evaluate_corruptions(
         found = corruption_accuracy(
             network,
             name,
-            (data_root or (config.data.root if config else Path("data"))).expanduser(),
+            (data_root or config.data.root).expanduser(),
             device=on,
-            batch_size=batch_size or (config.eval.batch_size if config else 500),
+            batch_size=batch_size or config.eval.batch_size,
             max_samples=max_samples,
             progress=bar,
         )

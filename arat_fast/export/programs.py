@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arat_fast.extras import install_command
 from arat_fast.saved.network import header
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""What the extra onnx holds, and :func:`save_onnx` needs."""
 FACTS = "facts.json"
 """Name of the facts inside a .pt2 archive."""
 
@@ -63,11 +62,7 @@ def save_onnx(
 
     Returns:
         What the file computes in onnxruntime on the CPU: images (N, C, H, W) → logits.
-
-    Raises:
-        ValueError: a package of the extra is not installed.
     """
-    require_onnx()
     import onnxruntime
 
     example, shapes = _batches(model, image_shape)
@@ -91,19 +86,6 @@ def save_onnx(
         return torch.from_numpy(logits)
 
     return run
-
-
-def require_onnx() -> None:
-    """Raise unless the packages of the extra are installed.
-
-    Raises:
-        ValueError: one is missing; says how to install it.
-    """
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"onnx needs {', '.join(missing)}, not installed here: {install_command('onnx')}"
-        )
 
 
 def _batches(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:

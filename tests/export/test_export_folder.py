@@ -34,7 +34,7 @@ from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
 from arat_fast.recipes import recipe
 from arat_fast.saved import export_plain, save_safetensors
-from arat_fast.saved.naming import SCHEMES, from_scheme, to_scheme
+from arat_fast.saved.naming import SCHEMES, to_own, to_scheme
 from arat_fast.saved.network import describe, header, read_saved
 from arat_fast.statistics import wilson_interval
 
@@ -103,6 +103,20 @@ def test_hub_folder(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "arat-fast train digits --seed 0" in card and "/home/me" not in card
     assert (out / "example.py").read_text() in card
     assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
+
+
+def test_silu_is_kept_or_refused(tmp_path: Path) -> None:
+    config = recipe("digits")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, activation="silu"))
+    model = randomize(create_model("resnet8", 10, 1, "shared", activation="silu")).eval()
+    facts = describe(config, "last", "shared", (1, 8, 8))
+    save_safetensors(model, tmp_path / "m.safetensors", header(facts))
+    export_checkpoint(tmp_path / "m.safetensors", "hub", tmp_path / "hub")
+    x = images(3, 1, 8, 8)
+    for path in (tmp_path / "hub", tmp_path / "hub" / "model.safetensors"):
+        assert torch.equal(arat_fast.load(path)(x), model(x))
+    with pytest.raises(ValueError, match="silu"):
+        export_checkpoint(tmp_path / "hub", "torchvision", tmp_path / "torchvision")
 
 
 def test_figures_of_other_weights_are_not_on_the_card(ema_run: Path, tmp_path: Path) -> None:
@@ -474,7 +488,7 @@ def test_names_go_there_and_back(name: str, scheme: str) -> None:
         assert "has no class for" in str(error)
         return
     assert len(named) == len(state)
-    assert list(from_scheme(named, scheme)) == list(state)
+    assert list(to_own(named, state)) == list(state)
 
 
 @pytest.mark.parametrize(
