@@ -94,10 +94,8 @@ def headline_numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def mean_conflict(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over batches of what :func:`gradient_conflict` returned, and the spread of the totals.
-
-    Args:
-        batches: one record or more, of one network.
+    """Means over one batch or more of what :func:`gradient_conflict` returned of one network, and
+    the spread of the totals.
 
     Returns:
         The same structure with means of what is not None; the pairs gain "share_std" and
@@ -113,10 +111,7 @@ def mean_conflict(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean_mixture(batches: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Means over batches of what :func:`mixture_distance` returned.
-
-    Args:
-        batches: one record or more, of one network.
+    """Means over one batch or more of what :func:`mixture_distance` returned of one network.
 
     Returns:
         ``{"layers": {PATH: {NUMBER: …}}, "mean": {NUMBER: …}, "num_batches": …}``; "mean" is over

@@ -46,9 +46,7 @@ class GradientSum:
         self.group = group
         self.overlap = overlap
         self.statistics = list(statistics)
-        self.buckets: list[_Bucket] = []
-        for members in in_buckets(parameters):
-            self.buckets.append(_Bucket(members))
+        self.buckets = [_Bucket(members) for members in in_buckets(parameters)]
         self._statistics_bucket = _Bucket(self.statistics) if self.statistics else None
         self._armed = False
         self._next = 0
@@ -77,11 +75,8 @@ class GradientSum:
 
     @torch.no_grad()
     def average_statistics(self, share: float) -> None:
-        """Replace the running statistics by their mean over the processes.
-
-        Args:
-            share: of the batch's samples that this process has, in [0, 1].
-        """
+        """Replace the running statistics by their mean over the processes, of which this one has a
+        ``share`` of the batch's samples, in [0, 1]."""
         if self._statistics_bucket is None:
             return
         self._statistics_bucket.send([s * share for s in self.statistics], self.group)

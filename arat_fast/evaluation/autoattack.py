@@ -361,12 +361,8 @@ def _shorten(adversary: Any) -> None:
 
 @torch.no_grad()
 def is_randomised(model: nn.Module, images: ImageSet) -> bool:
-    """Whether two equal calls of the ``adv`` branch differ by more than rounding.
-
-    Args:
-        model: the network, in any mode.
-        images: the first 32 are taken; of none the answer is no.
-    """
+    """Whether two equal calls of the ``adv`` branch differ by more than rounding on the first 32
+    images; of none the answer is no."""
     x = images.x[:32]
     if not len(x):
         return False

@@ -60,11 +60,7 @@ class ThreatModel:
         return NORMS[self.norm]
 
     def allows(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Whether each adversarial image is one, (N,) bool; NaN never is.
-
-        Args:
-            x, x_adv: images (N, C, H, W).
-        """
+        """Whether each of ``x_adv`` (N, C, H, W) is one of ``x``, (N,) bool; NaN never is."""
         near = perturbation_norm(x, x_adv, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
         flat = x_adv.flatten(1)
         return near & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
@@ -108,14 +104,11 @@ class ImageSet:
         return zip(self.x.split(batch_size), self.y.split(batch_size), strict=True)
 
     def in_order(self, classes: Sequence[str], source: object) -> ImageSet:
-        """With labels that count the classes as a network does.
-
-        Args:
-            classes: the network's, in the order of its logits; empty where it has no names.
-            source: of the network, for the error.
+        """With labels that count the classes as a network does, whose ``classes`` are in the order
+        of its logits, or empty where it has no names.
 
         Raises:
-            ValueError: they are other classes.
+            ValueError: they are other classes than those of the network, from ``source``.
         """
         order = class_order(classes, self.classes, source)
         if order is None:
@@ -192,15 +185,9 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 
 @contextmanager
 def interruptible(model: nn.Module, x: Tensor, check: Callable[[], None]) -> Iterator[None]:
-    """Call ``check`` after every pass of a network, on a CPU after every layer of a large one.
-
-    A pass through a large network takes minutes there, its backward half without a line of Python,
-    in which alone a signal is heard of.
-
-    Args:
-        model: the network.
-        x: a batch.
-        check: raises what ends the passes.
+    """Call ``check`` after every pass of a network over batches like ``x``, on a CPU after every
+    layer where that is large: a pass takes minutes there, its backward half without a line of
+    Python, in which alone a signal is heard of.
     """
 
     def after(module: nn.Module, arguments: object, output: object) -> None:

@@ -99,8 +99,7 @@ def checksum(
 
     Args:
         model: the network.
-        tensors: by name, images and labels for example.
-        settings: JSON types.
+        tensors, settings: by name, images and labels for example, and JSON types.
     """
     digest = hashlib.sha256(json.dumps(settings or {}, sort_keys=True).encode())
     # What normalises the images is a buffer that no file keeps.

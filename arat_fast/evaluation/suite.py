@@ -72,12 +72,8 @@ class SuiteResult:
     def remarks(self) -> dict[str, Any]:
         """What else a record says: "left_out", "collapsed" and "randomised", where there is
         something to say."""
-        said = {
-            "left_out": self.left_out,
-            "collapsed": self.collapsed,
-            "randomised": self.randomised,
-        }
-        return {name: value for name, value in said.items() if value}
+        names = "left_out", "collapsed", "randomised"
+        return {name: value for name in names if (value := getattr(self, name))}
 
     def strongest_examples(self) -> Tensor:
         """AutoAttack's example where it broke an image that PGD did not, else PGD's; of several
@@ -213,8 +209,7 @@ def collapse(answers: Tensor, labels: Tensor, correct: int, classes: Sequence[st
     all of one class.
 
     Args:
-        answers: (classes,), how often each was the answer.
-        labels: (classes,), how often each was right.
+        answers, labels: (classes,), how often each was the answer, and how often it was right.
         correct: right answers.
         classes: names.
     """
@@ -281,21 +276,13 @@ def per_example(
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, x_adv: Tensor) -> None:
-    """Write the first images of the set, their adversarial versions and the predictions (.npz).
-
-    Args:
-        path: the file.
-        model: the network.
-        images: the images; the first 16 are taken.
-        x_adv: adversarial images, same order as ``images``.
-    """
-    x, y = images.x[:NUM_EXAMPLES], images.y[:NUM_EXAMPLES]
-    adversarial = x_adv[:NUM_EXAMPLES]
-    arrays: dict[str, Any] = {"x": x, "x_adv": adversarial, "y": y}
+    """Write the first 16 images of the set, their adversarial versions ``x_adv`` in the same order
+    and the predictions (.npz)."""
+    x, x_adv, y = (tensor[:NUM_EXAMPLES] for tensor in (images.x, x_adv, images.y))
+    arrays: dict[str, Any] = {"x": x, "x_adv": x_adv, "y": y}
     with evaluation_mode(model):
-        for name, inputs in (("clean", x), ("adv", adversarial)):
-            probability, prediction = predict(model, inputs, len(inputs)).softmax(dim=1).max(dim=1)
-            arrays[f"pred_{name}"] = prediction
-            arrays[f"prob_{name}"] = probability
+        for name, inputs in (("clean", x), ("adv", x_adv)):
+            best = predict(model, inputs, len(inputs)).softmax(dim=1).max(dim=1)
+            arrays |= {f"pred_{name}": best.indices, f"prob_{name}": best.values}
     arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
     write_atomic(path, lambda f: np.savez(f, **arrays, classes=np.array(images.classes)))
