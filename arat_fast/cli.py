@@ -440,7 +440,7 @@ class Compare(Command):
     def main(cls, program: str, arguments: list[str]) -> int:
         saved = any(argument.partition("=")[0] == "--from" for argument in arguments)
         base, rest = (None, arguments) if saved else _recipe(program, arguments)
-        from arat_fast.compare import compare_command
+        from arat_fast.compare.command import compare_command
         from arat_fast.device import keep_freed_memory
 
         keep_freed_memory()

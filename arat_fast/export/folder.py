@@ -224,13 +224,10 @@ def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
     if record["additional_data"]:
         footnote += " Additional images were mixed into the training batches."
     return {
-        "link": getattr(paper, "link", None),
-        "name": getattr(paper, "name", None),
-        "authors": getattr(paper, "authors", None),
+        **{key: getattr(paper, key, None) for key in ("link", "name", "authors", "venue")},
         "additional_data": record["additional_data"],
         "number_forward_passes": 1,
         "dataset": record["dataset"],
-        "venue": getattr(paper, "venue", None),
         "architecture": _ARCHITECTURES[record["model"]][0],
         "eps": plain(record["eps"]),
         "clean_acc": _percent(found, "clean", record),

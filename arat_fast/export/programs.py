@@ -21,10 +21,7 @@ FACTS = "facts.json"
 
 
 def save_program(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    path: Path,
-    facts: Mapping[str, Any] | None = None,
+    model: nn.Module, image_shape: tuple[int, int, int], path: Path, facts: Mapping[str, Any]
 ) -> Callable[[Tensor], Tensor]:
     """Write a network with :func:`torch.export.save`, for batches of any size.
 
@@ -40,17 +37,13 @@ def save_program(
     example, shapes = _batches(model, image_shape)
     with _quiet():
         program = torch.export.export(model, example, dynamic_shapes=shapes)
-        content = {FACTS: json.dumps(dict(facts or {}))}
-        torch.export.save(program, path, extra_files=content)
+        torch.export.save(program, path, extra_files={FACTS: json.dumps(facts)})
         read: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return read
 
 
 def save_onnx(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    path: Path,
-    facts: Mapping[str, Any] | None = None,
+    model: nn.Module, image_shape: tuple[int, int, int], path: Path, facts: Mapping[str, Any]
 ) -> Callable[[Tensor], Tensor]:
     """Write a network as ONNX, input ``image``, output ``logits``, for batches of any size.
 
@@ -77,7 +70,7 @@ def save_onnx(
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props.update(header(facts or {}))
+    program.model.metadata_props.update(header(facts))
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 

@@ -222,7 +222,7 @@ def test_program(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_program_in_float64(tmp_path: Path) -> None:
     model = create_model("resnet8", 10, norm="shared", mean=MEAN, std=STD)
     model = randomize(model).double().eval()
-    program = save_program(model, (3, 8, 8), tmp_path / "model.pt2")
+    program = save_program(model, (3, 8, 8), tmp_path / "model.pt2", {})
     for batch in (1, 7):
         x = images(batch, 3, 8, 8).double()
         assert (program(x) - model(x)).abs().max() <= 1e-12
