@@ -114,10 +114,8 @@ def write_comparison(out: Path, record: dict[str, Any]) -> Results:
 
 
 def _run(plan: Plan, out: Path, jobs: int | None) -> int:
-    plan = merge_with_saved(plan, out / RECORD)
-    runner = GridRunner(plan, out, jobs, _say)
     try:
-        record = runner.run()
+        record = GridRunner(merge_with_saved(plan, out / RECORD), out, jobs, _say).run()
     except InterruptedRun as stopped:
         print(f"arat-fast: {stopped}", file=sys.stderr)
         return stopped.exit_code

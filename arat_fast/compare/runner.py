@@ -169,17 +169,14 @@ class GridRunner:
         }
         return finished
 
-    def _threads(self) -> int | None:
-        """Threads of each run as far as the environment says: results depend on it to rounding."""
-        value = self._slots[0].get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")
-        return int(value) if value.isdigit() else None
-
     def _save(self) -> dict[str, Any]:
+        # As far as the environment says: results depend on their number to rounding.
+        threads = {**os.environ, **self._slots[0]}.get("OMP_NUM_THREADS", "")
         record = {
             "format": FORMAT,
             **plan_to_dict(self.plan),
             "jobs": len(self._slots),
-            "threads": self._threads(),
+            "threads": int(threads) if threads.isdigit() else None,
             "versions": versions(),
             "commit": source_commit(),
             "cells": list(self._cells.values()),

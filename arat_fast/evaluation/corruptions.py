@@ -34,8 +34,7 @@ def corruption_accuracy(
 
     Args:
         model: the network, on ``device``, of the classes in the dataset's order.
-        name: cifar10-c or cifar100-c.
-        root: where it lies.
+        name, root: cifar10-c or cifar100-c, and where it lies.
         device: where the images go.
         batch_size: samples at a time, >= 1.
         max_samples: the first ones of each severity only; 0 for all.

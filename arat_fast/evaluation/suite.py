@@ -116,12 +116,8 @@ def evaluate_all(
     Args:
         model: the network, in any mode.
         images: float32 images and labels on the model's device, this process's share of them.
-        threat: ball of the attacks.
-        num_steps, alpha: steps and step size of PGD.
+        threat, num_steps, alpha, batch_size, seed, num_restarts: as for :func:`evaluate`.
         attacks: of :data:`ATTACKS`; those of :func:`attacks_left_out` are not run.
-        batch_size: samples at a time.
-        seed: of the attacks.
-        num_restarts: of PGD.
         folder: where finished pieces are kept; an interrupted evaluation of the same weights,
             images and settings goes on from them. They stay for the caller to remove, see
             :class:`SuiteResult`. None keeps nothing.
