@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from arat_fast.config import OWN_IMAGES
 from arat_fast.data.fingerprint import class_order
 from arat_fast.report import style
-from arat_fast.report.curves import draw_series, evaluation_series
+from arat_fast.report.curves import draw_series
 from arat_fast.report.run import Run
 from arat_fast.report.style import Plot
 from arat_fast.report.words import (
@@ -216,41 +216,45 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
 
 
 def _over_epochs(contestants: Sequence[Contestant]) -> Plot | None:
+    """Evaluations that all runs have, or else the batches that they were trained on: never one
+    beside the other."""
+    runs = [contestant.run for contestant in contestants]
+    tests = set.intersection(*({(e.split, e.num_steps) for e in run.evaluations} for run in runs))
+    split, num_steps = min(tests, default=("", 0))
+    drawn = [
+        ("clean" if tests else "accuracy_clean", "clean", style.DASHES[1]),
+        ("pgd", f"PGD-{num_steps}", "-") if tests else ("accuracy_adv", "attacked", "-"),
+    ]
     figure, axes = style.new_axes(height=3.6)
-    described, sources = [], set()
-    for index, contestant in enumerate(contestants):
-        run = contestant.run
-        # Evaluated most often; on a tie the average of the weights.
-        evaluated = {
-            k: (len(found), k[1] == run.summary.model) for k, found in run.evaluated().items()
-        }
-        kind = max(evaluated, key=lambda k: evaluated[k], default=None)
-        robust = f"PGD-{run.evaluations[0].num_steps}" if kind else "PGD"
-        for key, logged, name, dashes in (
-            ("clean", "accuracy_clean", "clean", style.DASHES[1]),
-            ("pgd", "accuracy_adv", robust, style.DASHES[0]),
-        ):
-            if not kind and logged not in run.metrics:
+    described, models = [], {}
+    for index, (contestant, run) in enumerate(zip(contestants, runs, strict=True)):
+        lines = run.metrics
+        if tests:
+            # Evaluated most often; on a tie the weights that were evaluated at the end.
+            found = {model: each for (of, model), each in run.evaluated().items() if of == split}
+            model = max(found, key=lambda m: (len(found[m]["pgd"].epochs), m == run.summary.model))
+            lines, models[model] = found[model], None
+        for key, name, dashes in drawn:
+            if key not in lines:
                 continue
-            series = evaluation_series(run, kind, key) if kind else run.metrics[logged]
-            source = f"evaluations during training ({kind[0]}, {kind[1]} weights)" if kind else ""
-            sources.add(source or "training batches")
             # Dashes alone do not tell two single points apart.
-            marker = style.marker(index) if kind or len(series.values) == 1 else ""
+            marker = style.marker(index) if tests or len(lines[key].values) == 1 else ""
             color = style.color(index)
-            fill = "white" if key == "clean" else color
-            label = f"{contestant.letter} {name}" + ("" if kind else " (train)")
-            draw_series(axes, series, label, color, dashes, marker, markerfacecolor=fill)
-            described.append(f"{label} ends at {percent(series.values[-1])}")
+            fill = "white" if name == "clean" else color
+            label = f"{contestant.letter} {name}"
+            draw_series(axes, lines[key], label, color, dashes, marker, markerfacecolor=fill)
+            described.append(f"{label} ends at {percent(lines[key].values[-1])}")
     if not described:
         return None
     style.as_percent(axes)
     style.epoch_axis(axes)
     style.legend_above(axes, len(contestants) if len(contestants) <= 4 else 3)
+    source = "Training batches, each under the attack of its own training."
+    if tests:
+        source = f"Evaluations during training: {split} images, {', '.join(models)} weights."
     return Plot(
         "Over the epochs",
         figure,
         f"Accuracy over epochs. {'; '.join(described)}.",
-        "Dashed, hollow marks: clean. Solid, full marks: under attack. "
-        f"From {' and '.join(sorted(sources))}.",
+        f"Dashed, hollow marks: clean. Solid, full marks: under attack. {source}",
     )
