@@ -217,16 +217,16 @@ def _invariance(run: Run) -> Plot | None:
     layers = _layers(run)
     if len(layers) < 2:
         return None
-    # Layers have an order, so their colours run from dark to light in it.
-    shades = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, len(layers)))
+    # Layers have an order, and their colours run with it: none too light, nor too dark inverted.
+    shades = matplotlib.colormaps["plasma"](np.linspace(0.05, 0.7, len(layers)))
     dashes = itertools.cycle(style.DASHES)
     lines = [
         _Line(run.metrics[name], name.removeprefix(_INVARIANCE), to_hex(shade), dash)
         for name, shade, dash in zip(layers, shades, dashes, strict=False)
     ]
     caption = (
-        "Share of each regularised layer in the loss, from the first layer (dark) to the last: how "
-        "far its adversarial features point away from the clean ones."
+        "Share of each regularised layer in the loss, from the first layer (violet) to the last "
+        "(orange): how far its adversarial features point away from the clean ones."
     )
     height = 2.7 + 0.09 * len(layers)
     return _plot(

@@ -326,22 +326,22 @@ def _next(run: Run, several_radii: bool) -> list[tuple[str, str]]:
     found = []
     if summary.command:
         of = f"arat_fast {run.version}" + (f", commit {summary.commit}" if summary.commit else "")
-        found.append((f"This command made the run ({of})", summary.command))
+        found.append((f"made this run ({of})", summary.command))
     if summary.status != "finished":
         command = summary.command or f"arat-fast train {shlex.quote(run.config.recipe)} OPTIONS"
         out = "" if "--out" in command else f" --out {path}"
         resume = "" if "--resume" in command else " --resume"
-        return [*found, ("Go on where it stopped", f"{command}{out}{resume}")]
+        return [*found, ("go on where it stopped", f"{command}{out}{resume}")]
     if "autoattack" not in {*summary.accuracy, *summary.left_out}:
-        found.append(("The number to compare with other work", f"arat-fast eval {path}"))
+        found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
-        found.append(("Accuracy at other radii", f"arat-fast eval {path} --eps {radii}"))
+        found.append(("accuracy at other radii", f"arat-fast eval {path} --eps {radii}"))
     if "masking" not in run.analyses:
-        found.append(("Is the robustness real? A check", f"arat-fast analyze {path}"))
+        found.append(("is the robustness real? a check", f"arat-fast analyze {path}"))
     return [
         *found,
-        ("This page again, with what these found", f"arat-fast report {path}"),
-        ("What the network says of your own pictures", f"arat-fast predict {path} PICTURE"),
-        ("The network for other software", f"arat-fast export {path} --format hub --out FOLDER"),
+        ("this page again, with what these found", f"arat-fast report {path}"),
+        ("what the network says of pictures of yours", f"arat-fast predict {path} PICTURE"),
+        ("the network for other software", f"arat-fast export {path} --format hub --out FOLDER"),
     ]
