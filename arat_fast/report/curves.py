@@ -21,7 +21,7 @@ _MAX_POINTS = 1500
 _SMOOTH_ABOVE = 60
 _INVARIANCE = "invariance/"
 _DOTTED = (0, (3, 2))
-_WIDE = 30.0
+_WIDE = 10.0
 """Ratio of the largest value to the smallest from which on an axis is logarithmic."""
 _TERMS = (
     ("ce_adv", "cross-entropy, adversarial", style.ADVERSARIAL, style.DASHES[1]),
@@ -225,8 +225,8 @@ def _invariance(run: Run) -> Plot | None:
         for name, shade, dash in zip(layers, shades, dashes, strict=False)
     ]
     caption = (
-        "Share of each regularised layer in the loss, from the first layer (violet) to the last "
-        "(orange): how far its adversarial features point away from the clean ones."
+        "Share of each regularised layer in the loss, first layer first: how far its adversarial "
+        "features point away from the clean ones."
     )
     height = 2.7 + 0.09 * len(layers)
     return _plot(
