@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo compare-digits test test-slow lint format bench gpu clean
+.PHONY: help install demo compare-digits test test-slow lint docs format bench gpu clean
 
 help:
 	@echo "make demo    train scikit-learn's digits with ARAT, evaluate, write a report"
 	@echo "make compare-digits  every method and the ablation on the digits, three seeds: 40 minutes"
 	@echo "make test    the tests for every change, four minutes; WORKERS=N processes (default 2)"
 	@echo "make test-slow  all others that need no GPU"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and codespell"
+	@echo "make docs    the documentation as a site, in build/site; a broken link is an error"
 	@echo "make bench   speed of the step and of the loaders beside what else one would run"
 	@echo "make gpu     tests and benchmarks that need a GPU"
 	@echo "make clean   remove the environment and caches; runs/ stays"
@@ -58,6 +59,12 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell
+
+# The notice that it leaves out is Material's, on MkDocs 2.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: install
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 format: install
 	$(BIN)/ruff check --fix
