@@ -193,7 +193,7 @@ def array_loaders(options: Options, device: torch.device) -> dict[str, Make]:
         return Loader(batches.epoch, bool)
 
     makes: dict[str, Make] = {"resident": resident}
-    makes |= _streamed(Images.of_pixels(pixels, labels), framing, options, device)
+    makes |= _streamed(Images(pixels, labels), framing, options, device)
     cut = transforms.RandomCrop(32, PADDING)
     samples = _PerSample(len(labels), lambda index: Image.fromarray(pixels[index]), cut)
     makes["torchvision"] = partial(_usual, samples, options, device)

@@ -107,8 +107,6 @@ class BatchPlan:
         seed: int = 0,
         shard: Shard = WHOLE,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         if num_samples == 0:
             raise ValueError("the dataset is empty, expected at least one image")
         ranks = shard.world_size

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,6 @@ import torch
 from torch import Tensor
 
 from arat_fast.datasets.decoding import Pixels, decode_image
-
-OPEN_SHARDS = 128
-"""Archives that are kept open by each :class:`TarImages` of a process; there can be thousands."""
 
 
 class EncodedImages(ABC):
@@ -94,31 +90,6 @@ class FileImages(EncodedImages):
         return sizes
 
 
-class _Shard:
-    """An archive to read from at any place, by any thread and by a process that was forked: none
-    moves another's position. Closed when it is used no more."""
-
-    _file: int | None = None
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if hasattr(os, "pread"):
-            self._file = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-
-    def read(self, start: int, size: int) -> bytes:
-        """``size`` bytes from ``start`` on; fewer where the file ends before."""
-        if self._file is not None:
-            return os.pread(self._file, size, start)
-        # Windows.
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(size)
-
-
 class TarImages(EncodedImages):
     """Members of tar archives, read where they lie.
 
@@ -140,19 +111,17 @@ class TarImages(EncodedImages):
         self.members = members
         self.names = tuple(names)
         self.labels = labels
-        self._open = lru_cache(OPEN_SHARDS)(_Shard)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _open=lru_cache(OPEN_SHARDS)(_Shard))
 
     def read(self, index: int) -> bytes:
         """The bytes of one member."""
         shard, start, size = self.members[index].tolist()
         try:
-            content = self._open(self.shards[shard]).read(start, size)
+            # Opened each time: there can be thousands, and a file of Python's takes longer.
+            descriptor = os.open(self.shards[shard], os.O_RDONLY)
+            try:
+                content = os.pread(descriptor, size, start)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise ValueError(f"{self.name(index)}: it cannot be read: {error}") from error
         if len(content) != size:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, register
 from arat_fast.datasets.encoded import FileImages
-from arat_fast.datasets.folder import image_files
+from arat_fast.datasets.folder import image_files, labelled_files
 from arat_fast.datasets.published import HINT, fetch_folder, require_folder
 from arat_fast.files import read_lines
 
@@ -27,16 +27,9 @@ def _read(root: Path) -> Content:
     wnids = sorted({line.strip() for line in _lines(folder / "wnids.txt") if line.strip()})
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
     classes = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
-    train, bad = [], []
-    for label, wnid in enumerate(wnids):
-        images = folder / "train" / wnid / "images"
-        files, others = image_files([images])
-        if not files:
-            raise ValueError(f"{images}: expected .JPEG images, got none; {HINT}")
-        train += [(file, label) for file in files]
-        bad += others
+    train, bad = labelled_files([[folder / "train" / wnid / "images"] for wnid in wnids], HINT)
     test = _test_images(folder / "val", wnids)
-    return Content(FileImages(train), test, classes, bad=tuple(bad))
+    return Content({"train": train, "test": test}, classes, tuple(bad))
 
 
 def _test_images(folder: Path, wnids: list[str]) -> FileImages:

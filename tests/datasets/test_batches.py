@@ -23,7 +23,6 @@ from arat_fast.data import (
     stratified_split,
 )
 from arat_fast.data.crops import Buffers, CropFlip, to_unit_range
-from arat_fast.data.framing import draw_crop_flip
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_kernels.crop_flip import crop_flip
 
@@ -133,7 +132,7 @@ def test_crops_on_a_cpu_are_those_of_the_definition(
         images = pixels(20, channels, *size).contiguous(memory_format=stored)
         generator = torch.Generator().manual_seed(number)
         index = torch.randint(20, (number,), generator=generator)
-        draws = draw_crop_flip(number, padding, generator)
+        draws = Shift(padding, flip=True).offsets(BatchPlan(number, number), 0, number)
         x = made(images, index, draws)
         expected = crop_flip(images, index, padding=padding, offsets=draws, max_value=200)
         assert torch.equal(x, expected) and x.is_contiguous(memory_format=layout)

@@ -199,14 +199,14 @@ def test_random_crops_cover_every_place_and_nothing_else(
 def test_crops_and_flips_are_uniform(tmp_path: Path, loader: str) -> None:
     size, padding, number = 12, 2, 1500
     image = np.arange(1, size * size + 1, dtype=np.uint8).reshape(size, size, 1)
-    samples = Images.of_pixels(np.repeat(image[None], number, 0), torch.zeros(number).long())
+    samples = Images(np.repeat(image[None], number, 0), torch.zeros(number).long())
     plan = BatchPlan(number, 500, shuffle=True, seed=6)
     shift = Shift(padding, flip=True)
     if loader == "files":
         framing = Framing(size, random=True, padding=padding, flip=True)
         x = torch.stack(crops(image[:, :, 0], tmp_path, number, framing))
     elif loader == "resident":
-        images = torch.from_numpy(samples.rows.take(np.arange(number))).permute(0, 3, 1, 2)
+        images = torch.from_numpy(samples.rows[np.arange(number)]).permute(0, 3, 1, 2)
         x, _ = collect(ResidentBatches(images, samples.labels, ("a",), plan, shift))
     else:
         kind: Any = KINDS[loader]
