@@ -21,7 +21,7 @@ from arat_fast.data.prepare import own_dataset
 from arat_fast.datasets import DATASETS, Content
 from arat_fast.datasets.base import Samples
 from arat_fast.datasets.decoding import Pixels
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.folder import has_class_folders
 from arat_fast.datasets.members import entries, is_image
 from arat_fast.datasets.npz import images_in, members_of, opened_npz
@@ -235,7 +235,7 @@ def _open(path: Path, follow_links: bool) -> tuple[Inspection, Content]:
     if dataset.name == "folder" and not has_class_folders(path):
         flat = [file for file in entries(path) if file.is_file() and is_image(file.name)]
         if flat:
-            images = FileImages([(file, 0) for file in flat])
+            images = EncodedImages(flat, torch.zeros(len(flat), dtype=torch.int64))
             return Inspection(path, "images without classes"), Content({"images": images}, ())
     found = Inspection(path, OWN[dataset.name], _command(dataset.name, path))
     if follow_links:

@@ -8,8 +8,10 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 from arat_fast.datasets.base import Content, Dataset, register
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.members import (
     IMAGE_SUFFIXES,
     class_name,
@@ -135,7 +137,7 @@ def _way_out(root: Path, train: Path) -> str:
     return ""
 
 
-def labelled_files(classes: Iterable[Sequence[Path]], hint: str) -> tuple[FileImages, list[str]]:
+def labelled_files(classes: Iterable[Sequence[Path]], hint: str) -> tuple[EncodedImages, list[str]]:
     """The image files of each class, and what is wrong with the other files beside them.
 
     Args:
@@ -145,16 +147,19 @@ def labelled_files(classes: Iterable[Sequence[Path]], hint: str) -> tuple[FileIm
     Raises:
         ValueError: a class has none.
     """
-    samples, bad = [], []
+    images: list[Path] = []
+    labels: list[int] = []
+    bad: list[str] = []
     for label, folders in enumerate(classes):
         files, others = image_files(folders)
         if not files:
             raise ValueError(
                 f"{folders[0]}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none; {hint}"
             )
-        samples += [(file, label) for file in files]
+        images += files
+        labels += [label] * len(files)
         bad += others
-    return FileImages(samples), bad
+    return EncodedImages(images, torch.tensor(labels)), bad
 
 
 def image_files(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:

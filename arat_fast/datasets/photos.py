@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from arat_fast.datasets.base import Content, Dataset, register
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.published import require_folder
 
 FOLDERS = {"flowers": "flowers-102", "pets": "oxford-iiit-pet"}
@@ -38,7 +40,7 @@ def _read(name: str, root: Path) -> Content:
                 f"{folder}: expected {len(files)} images, got {len(files) - len(absent)}; the "
                 f"first that is absent is {absent[0].name}"
             )
-        parts[split] = FileImages(list(zip(files, part._labels, strict=True)))
+        parts[split] = EncodedImages(files, torch.tensor(part._labels))
     return Content(parts, tuple(splits["train"].classes))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from arat_fast.datasets.base import Content, Dataset, register
-from arat_fast.datasets.encoded import TarImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.members import (
     CLASSES,
     IMAGE_SUFFIXES,
@@ -109,7 +109,7 @@ def tar_files(root: Path) -> list[Path]:
     return [path for path in files_below(root) if is_shard(path)]
 
 
-def index_shards(shards: Sequence[Path]) -> tuple[TarImages, list[str]]:
+def index_shards(shards: Sequence[Path]) -> tuple[EncodedImages, list[str]]:
     """The images of tar shards, and what is wrong with the other members.
 
     Args:
@@ -129,7 +129,7 @@ def index_shards(shards: Sequence[Path]) -> tuple[TarImages, list[str]]:
     if not names:
         raise ValueError(told(bad))
     index = np.array(members, np.int64).reshape(-1, 3)
-    return TarImages(shards, index, names, torch.tensor(labels, dtype=torch.int64)), bad
+    return EncodedImages(shards, torch.tensor(labels), index, names), bad
 
 
 def _tar_samples(shard: Path) -> tuple[list[tuple[tarfile.TarInfo, int]], list[str]]:

@@ -28,7 +28,7 @@ from arat_fast.data import DataSplits, stratified_split
 from arat_fast.data.bad_images import BadImages
 from arat_fast.data.inspect import inspect
 from arat_fast.data.prepare import convert_npz, verify
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.folder import class_folders
 from arat_fast.datasets.rows import MappedRows
 from arat_fast.datasets.webdataset import tar_shards
@@ -61,7 +61,7 @@ def test_folder_without_splits_holds_out_a_tenth(tmp_path: Path) -> None:
     assert torch.bincount(labels).tolist() == [2, 2, 2]
     train: Any = splits.train
     test: Any = splits.test
-    assert not set(train.samples.samples) & set(test.samples.samples)
+    assert not set(train.samples.files) & set(test.samples.files)
 
 
 def emptied(folder: Path) -> None:
@@ -137,7 +137,7 @@ def test_bad_files_stop_the_run_or_are_skipped_and_counted(
     assert len(collect(splits.test)[1]) == 14
     assert verify(root) == (30, list(splits.skipped))
     with refused("gone"):
-        FileImages([(tmp_path / "gone.JPEG", 0)]).read(0)
+        EncodedImages([tmp_path / "gone.JPEG"], torch.tensor([0])).read(0)
 
 
 class OneOfTwo:
