@@ -50,11 +50,10 @@ class Shift:
             (N, 3), int32, on the CPU: first row and column of the crop in the padded image, and 1
             to mirror it.
         """
-        share, batch = plan.share(number), plan.batch(number)
+        num_samples, share = plan.size(number), plan.share(number)
         if not self.padding and not self.flip:
-            return torch.zeros(share.stop - share.start, 3, dtype=torch.int32)
+            return torch.zeros(num_samples, 3, dtype=torch.int32)[share]
         generator = seeded_generator(plan.seed, epoch, number)
-        num_samples = batch.stop - batch.start
         corner = torch.randint(2 * self.padding + 1, (2, num_samples), generator=generator)
         mirror = (torch.rand(num_samples, generator=generator) < 0.5) & self.flip
         return torch.stack([*corner, mirror.to(torch.int64)], dim=1).int()[share]
@@ -94,8 +93,7 @@ class Framing:
 
         They belong to the places of the whole batch, and are 0 where nothing is random.
         """
-        batch = plan.batch(number)
-        shape = (batch.stop - batch.start, self.NUM_DRAWS)
+        shape = (plan.size(number), self.NUM_DRAWS)
         if not (self.random or self.flip):
             return torch.zeros(shape, dtype=torch.float64)[plan.share(number)]
         generator = seeded_generator(plan.seed, epoch, number)
