@@ -44,11 +44,9 @@ def _held_out(content: Content, chosen: Tensor, held: Tensor, split: str) -> Con
             f"expected images to hold out, got copies of others, "
             f"{content.train.name(int(held[0]))} the first: take the copies out"
         )
-    content = content.with_parts(train=train, **{split: without(others, copies)})
-    if not copies:
-        return content
     note = f"{split}: {len(copies)} of the images held out are copies of others: left out"
-    return content._replace(notes=(*content.notes, note))
+    left = {"train": train, split: without(others, copies)}
+    return content.with_parts(left, note if copies else "")
 
 
 def with_validation_images(content: Content, num_val: int) -> Content:

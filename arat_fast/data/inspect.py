@@ -36,10 +36,6 @@ OWN = {
     "npz": "an .npz file of images with labels",
 }
 """What a folder of one's own images is, in words."""
-HELD_OUT = "a tenth held out"
-"""Said of the test images of a dataset that has none of its own."""
-ALL_OR_A_TENTH = f"{HELD_OUT}; --data.unsup takes all"
-"""Said of arrays in one folder, which are generated images or a dataset."""
 
 FIRST = 2048
 """Images of an .npz file that can be looked at."""
@@ -254,7 +250,9 @@ def _open(path: Path, follow_links: bool) -> tuple[Inspection, Content]:
     if content.test is None:
         try:
             content = with_test_images(content)
-            found.note = HELD_OUT if dataset.name != "arrays" else ALL_OR_A_TENTH
+            found.note = "a tenth held out"
+            # Arrays in one folder are a dataset or generated images.
+            found.note += "; --data.unsup takes all" if dataset.name == "arrays" else ""
         except ValueError as error:
             found.use, found.note = "", str(error)
     return found, content

@@ -208,7 +208,7 @@ def _chosen(
     check_arrays(dataset, content)
     content = _readable(content, config, bad_images)
     if all_to_test and content.test is None:
-        content = content.with_parts(test=content.train)
+        content = content.with_parts({"test": content.train})
     content = with_validation_images(with_test_images(content), config.num_val)
     content = _limited(content, config.limit)
     # Folders are sorted by class, and evaluation takes the first images where it is asked for
@@ -218,7 +218,7 @@ def _chosen(
         for split, part in content.parts.items()
         if split != "train" and isinstance(part, EncodedImages)
     }
-    return content.with_parts(**order)
+    return content.with_parts(order)
 
 
 def _loader(
@@ -249,7 +249,7 @@ def _in_arrays(content: Content, size: int, expected: str) -> Content:
         for split, part in content.parts.items()
         if isinstance(part, EncodedImages)
     }
-    return content.with_parts(**decoded)
+    return content.with_parts(decoded)
 
 
 def check_arrays(dataset: Dataset, content: Content) -> None:
@@ -283,7 +283,7 @@ def _readable(content: Content, config: DataConfig, bad_images: BadImages) -> Co
             first = next(index for index in bad if int(part.labels[index]) == label)
             raise ValueError(f"no image with label {label} can be read; {bad[first]}")
         skipped += bad.values()
-    return content.with_parts(**readable)._replace(bad=tuple(skipped))
+    return content.with_parts(readable)._replace(bad=tuple(skipped))
 
 
 def _limited(content: Content, limit: int) -> Content:
@@ -298,8 +298,7 @@ def _limited(content: Content, limit: int) -> Content:
     # The rest, rather than these, is what leaves none of a class without images.
     chosen, _ = stratified_split(content.train.labels, len(content.train) - limit)
     note = f"a trial: {limit:,} of {len(content.train):,} training images"
-    left = content.with_parts(train=content.train.subset(chosen))
-    return left._replace(notes=(*content.notes, note))
+    return content.with_parts({"train": content.train.subset(chosen)}, note)
 
 
 def _with_generated(content: Content, folder: Path) -> Content:
@@ -330,9 +329,8 @@ def _with_generated(content: Content, folder: Path) -> Content:
             )
     rows = JoinedRows([train.rows, generated.rows])
     labels = torch.cat([train.labels, generated.labels])
-    notes = [f"{folder}: read from {generated.note}"] if generated.note else []
-    mixed = content.with_parts(train=Images(rows, labels))
-    return mixed._replace(notes=(*content.notes, *notes))
+    note = f"{folder}: read from {generated.note}" if generated.note else ""
+    return content.with_parts({"train": Images(rows, labels)}, note)
 
 
 def _on_device(rows: Rows, device: torch.device, memory_format: torch.memory_format) -> Tensor:

@@ -57,9 +57,10 @@ class Content(NamedTuple):
         """The images to evaluate; None where there are none."""
         return self.parts.get("test")
 
-    def with_parts(self, **parts: Samples) -> Content:
-        """With these instead of its splits, or beside them."""
-        return self._replace(parts={**self.parts, **parts})
+    def with_parts(self, parts: Mapping[str, Samples], note: str = "") -> Content:
+        """With these instead of its splits, or beside them, and another note."""
+        notes = (*self.notes, note) if note else self.notes
+        return self._replace(parts={**self.parts, **parts}, notes=notes)
 
 
 @dataclass(frozen=True)
