@@ -66,6 +66,7 @@ def given_splits(
     seeds = seed, seeded_generator(seed, 1).initial_seed()
 
     def make(data: Given, batch_size: int, seed: int | None) -> Batches:
+        read: Callable[[int, int], Iterator[Any]]
         if isinstance(data, DataLoader):
             if shard.world_size > 1:
                 raise ValueError(

@@ -231,8 +231,8 @@ def _open(path: Path, follow_links: bool) -> tuple[Inspection, Content]:
     if dataset.name == "folder" and not has_class_folders(path):
         flat = [file for file in entries(path) if file.is_file() and is_image(file.name)]
         if flat:
-            images = EncodedImages(flat, torch.zeros(len(flat), dtype=torch.int64))
-            return Inspection(path, "images without classes"), Content({"images": images}, ())
+            unlabelled = EncodedImages(flat, torch.zeros(len(flat), dtype=torch.int64))
+            return Inspection(path, "images without classes"), Content({"images": unlabelled}, ())
     found = Inspection(path, OWN[dataset.name], _command(dataset.name, path))
     if follow_links:
         found.use += " --data.follow-links"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,18 +131,19 @@ def load_data(
             memory_format: torch.memory_format = torch.contiguous_format,
         ) -> list[Batches]:
             """As often as there are plans; the images lie on the device once."""
-            make: Callable[..., Batches]
+            make: Callable[..., Any]
             if loader == "resident":
                 assert isinstance(part, Images)
                 # On a CPU in the format of the batches, as ResidentBatches keeps it.
                 stored = memory_format if device.type == "cpu" else torch.contiguous_format
-                x = _on_device(part.rows, device, stored)
-                make = partial(ResidentBatches, x, part.labels.to(device))
+                x, y = _on_device(part.rows, device, stored), part.labels.to(device)
+                make = partial(ResidentBatches, x, y)
             else:
                 streamed = DaliBatches if loader == "dali" else LoaderBatches
                 make = partial(streamed, part, device=device, num_workers=config.num_workers)
-            options = {"max_value": content.max_value, "memory_format": memory_format}
-            made = [make(content.classes, plan, framing, **options) for plan in plans]
+            options: dict[str, Any] = {"memory_format": memory_format}
+            options["max_value"] = content.max_value
+            made: list[Batches] = [make(content.classes, p, framing, **options) for p in plans]
             for each in made:
                 each.impl = impl
             return made
