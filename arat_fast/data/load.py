@@ -141,11 +141,17 @@ def load_data(
             else:
                 streamed = DaliBatches if loader == "dali" else LoaderBatches
                 make = partial(streamed, part, device=device, num_workers=config.num_workers)
-            options: dict[str, Any] = {"memory_format": memory_format}
-            options["max_value"] = content.max_value
-            made: list[Batches] = [make(content.classes, p, framing, **options) for p in plans]
-            for each in made:
+            made: list[Batches] = []
+            for plan in plans:
+                each = make(
+                    content.classes,
+                    plan,
+                    framing,
+                    max_value=content.max_value,
+                    memory_format=memory_format,
+                )
                 each.impl = impl
+                made.append(each)
             return made
 
         plans = [plan(seed), plan(seeded_generator(seed, _PROBE_STREAM).initial_seed())]
