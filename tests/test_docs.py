@@ -1,4 +1,7 @@
-"""The commands of README and docs: all are understood, and those without a mark run."""
+"""The commands of README and docs: all are understood, and those without a mark run.
+
+``python tests/test_docs.py`` lists those with a mark.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from arat_fast.compare import command as compare
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
-NEEDS = ("a GPU", "several GPUs", "a dataset", "a dataset and a GPU", "a network", "minutes")
+NEEDS = ("a GPU", "several GPUs", "a dataset", "a dataset and a GPU", "the internet", "minutes")
 """What the mark before a block may say that its commands need; the others run in a test."""
 
 
@@ -67,6 +70,13 @@ def arguments(words: list[str]) -> list[str] | None:
     return words[words.index("arat_fast") + 1 :] if "arat_fast" in words else None
 
 
+def write_modules(path: Path) -> None:
+    """The file of a page that its commands name, in the current folder."""
+    for mark, _, text in BLOCK.findall(path.read_text(encoding="utf-8")):
+        if mark.startswith("pairing.py"):
+            Path("pairing.py").write_text(text)
+
+
 def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse a command without doing it."""
     if words[0] == "analyze":
@@ -89,8 +99,11 @@ def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_commands_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tests")
+def test_commands_are_understood(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_modules(path)
     targets = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     known = {target for names in targets for target in names.split()}
     for words, _ in lines(path):
@@ -106,6 +119,7 @@ def test_commands_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "path",
     # tests/test_tutorial.py runs it as it is, with its output.
@@ -118,13 +132,11 @@ def test_commands_run(
     """In order, in a folder that holds a finished run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ARAT_FAST_TRACEBACK", "1")
-    monkeypatch.syspath_prepend(ROOT / "tests")
+    write_modules(path)
     shutil.copytree(ema_run, "runs/digits-seed0")
-    for mark, kind, text in BLOCK.findall(path.read_text(encoding="utf-8")):
-        if mark.startswith("pairing.py"):
-            Path("pairing.py").write_text(text)
-        elif kind == "python" and path.stem == "choosing-eps":
-            exec(text, {})
+    if path.stem == "choosing-eps":
+        (_, _, code), *_ = BLOCK.findall(path.read_text(encoding="utf-8"))
+        exec(code, {})
     number = 0
     for words, needs in lines(path):
         typed = arguments(words)
@@ -137,3 +149,10 @@ def test_commands_run(
         if name in ("train", "compare") and "--out" not in typed and "--from" not in typed:
             typed += ["--out", f"runs/{number}"]
         assert cli.main(typed) == 0, typed
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        for words, needs in lines(page):
+            if needs and words:
+                print(f"{page.name}, needs {needs}: {shlex.join(words)}")
