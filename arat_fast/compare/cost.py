@@ -54,7 +54,7 @@ def step_cost(config: Config) -> float:
             step.from_indices(x, torch.arange(_BATCH))
         with use_branch(plain, "adv"), torch.no_grad(), _Multiplications() as forward:
             plain(x)
-    return whole.count / forward.count
+    return float(whole.count / forward.count)
 
 
 class _Multiplications(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

@@ -101,7 +101,7 @@ class ImageSet:
 
     def split(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels, so many at a time."""
-        return zip(self.x.split(batch_size), self.y.split(batch_size), strict=True)
+        return zip(torch.split(self.x, batch_size), torch.split(self.y, batch_size), strict=True)
 
     def in_order(self, classes: Sequence[str], source: object) -> ImageSet:
         """With labels that count the classes as a network does, whose ``classes`` are in the order
