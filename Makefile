@@ -4,15 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The sessions of the tests, and the processes that they start, read the same files.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo compare-digits test test-slow lint format bench gpu clean
+.PHONY: help install demo compare-digits test test-slow lint docs format bench gpu clean
 
 help:
 	@echo "make demo    train scikit-learn's digits with ARAT, evaluate, write a report"
 	@echo "make compare-digits  every method and the ablation on the digits, three seeds: 40 minutes"
 	@echo "make test    the tests for every change, four minutes; WORKERS=N processes (default 2)"
 	@echo "make test-slow  all others that need no GPU"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and codespell"
+	@echo "make docs    the documentation as a site, in build/site; a broken link is an error"
 	@echo "make bench   speed of the step and of the loaders beside what else one would run"
 	@echo "make gpu     tests and benchmarks that need a GPU"
 	@echo "make clean   remove the environment and caches; runs/ stays"
@@ -47,9 +50,10 @@ compare-digits: install
 test test-slow: export OMP_NUM_THREADS := 1
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/kernels/interpreter
 
-# EXHAUSTIVE=1: every place of a crash, 300 mutations of each file and all bits, not a share: hours.
+# EXHAUSTIVE=1: every place of a crash, 300 mutations of each file, each kernel for each GPU and all
+# bits, not a share: hours.
 test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests/kernels/interpreter
@@ -58,6 +62,12 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell
+
+# The notice that it leaves out is Material's, on MkDocs 2.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: install
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 format: install
 	$(BIN)/ruff check --fix

@@ -614,10 +614,10 @@ class Prepare(Command):
         if self.path.suffix == ".npz":
             if self.out is None:
                 raise UsageError(f"a folder to write is expected after {self.path}")
-            number, notes = convert_npz(self.path, self.out)
+            number, note = convert_npz(self.path, self.out)
             print(f"converted: {number:,} images with labels, checksums right")
-            if notes:
-                print(f"images were read from {', '.join(notes)}")
+            if note:
+                print(f"images were read from {note}")
             print(f"folder: {self.out}; mix it in with --data.unsup {self.out}")
             return 0
         if self.out is not None:

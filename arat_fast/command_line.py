@@ -183,7 +183,7 @@ def _override(path: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{section}.{name}" if value else f"--{section}.no-{name}"]
     values = value if isinstance(value, list) else [value]
-    return [f"--{section}.{name}", *(v if isinstance(v, str) else repr(v) for v in values)]
+    return [f"--{section}.{name}", *(shown(v) if isinstance(v, float) else str(v) for v in values)]
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

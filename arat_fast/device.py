@@ -130,7 +130,8 @@ def describe_device(device: torch.device) -> str:
             if line.startswith("model name")
         ]
         name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,16 @@ QUIET_SECONDS = 10.0
 Unit = Literal["images", "passes", "operations", "corruptions"]
 
 
+def about(seconds: float) -> str:
+    """A time in its largest unit: "0.35 s", "50 s", "40 min", "9 h", "12 days"."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < most * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
 class SuiteProgress(Protocol):
     """Told how far an evaluation of several parts is."""
 
@@ -109,7 +119,11 @@ class _Bar:
 
 
 class TrainingBar(_Bar):
-    """Steps done, images/s, remaining time, loss, clean and robust accuracy of the batches."""
+    """Steps done, images/s, remaining time, loss, clean and robust accuracy of the batches.
+
+    Where there is no bar, the remaining time is said from the second step on: the first may compile
+    what the others run.
+    """
 
     def __init__(self, display: Display, total_steps: int, done: int) -> None:
         super().__init__(
@@ -121,20 +135,42 @@ class TrainingBar(_Bar):
             period=300,
         )
         self.name = "training"
+        self.total, self.done = total_steps, done
+        self.first: tuple[float, int] | None = None
         self.task = self.progress.add_task("training", total=total_steps, completed=done, status="")
 
     def advance(self) -> None:
         """One step is done."""
         self.progress.advance(self.task)
+        self.done += 1
+        if self.first is None:
+            self.first = time.monotonic(), self.done
+            return
+        quiet = 0.0 if self.done == self.first[1] + 1 else QUIET_SECONDS
+        pace = f"step {self.done:,} of {self.total:,}, {about(self._step_seconds())} each"
+        self.line(f"  {self.name}  {pace}{self._left()}", quiet)
 
     def go_to(self, step: int) -> None:
         """``step`` steps are done, fewer than before."""
         self.progress.update(self.task, completed=step)
+        self.done, self.first = step, None
 
-    def show(self, status: str) -> None:
-        """Set the text beside the bar; where there is none, a line now and then."""
+    def show(self, status: str, silent: bool = False) -> None:
+        """Set the text beside the bar; where there is none, a line now and then unless silent."""
         self.progress.update(self.task, status=status)
-        self.line(f"  {self.name}  {status}", QUIET_SECONDS)
+        if not silent:
+            self.line(f"  {self.name}  {status}{self._left()}", QUIET_SECONDS)
+
+    def _step_seconds(self) -> float:
+        """Of a step, as a mean over those after the first."""
+        assert self.first is not None
+        began, first = self.first
+        return (time.monotonic() - began) / (self.done - first)
+
+    def _left(self) -> str:
+        if self.first is None or self.done in (self.first[1], self.total):
+            return ""
+        return f"  {about(self._step_seconds() * (self.total - self.done))} left"
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Name the epoch that begins, counted from 1."""
@@ -143,7 +179,7 @@ class TrainingBar(_Bar):
 
     def end_epoch(self, epoch: int, epochs: int, status: str) -> None:
         """Print a line for the epoch that is done, where there is no bar."""
-        self.line(f"epoch {epoch}/{epochs}  {status}")
+        self.line(f"epoch {epoch}/{epochs}  {status}{self._left()}")
 
 
 class EvaluationBar(_Bar):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from arat_fast.cli import main
-from arat_fast.device import resolve_device, set_deterministic
+from arat_fast.device import describe_device, resolve_device, set_deterministic
 
 FAULTS = """
 import resource
@@ -95,3 +95,9 @@ def test_deterministic_chooses_no_algorithm_by_its_time() -> None:
     finally:
         set_deterministic(False, cpu)
     assert seen == [False, True, False, False]
+
+
+def test_one_thread_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, words in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert describe_device(torch.device("cpu")).endswith(f", {words}")

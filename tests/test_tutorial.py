@@ -32,7 +32,7 @@ def test_the_tutorial_from_its_beginning_to_its_end(
         if kind == "python":
             exec(text, names)
             continue
-        command, *expected = text.splitlines()
+        command, *expected = text.replace("\\\n", " ").splitlines()
         program, *arguments = shlex.split(command.removeprefix("$ "))
         assert program == "arat-fast" and expected
         assert main(arguments) == 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arat_fast.command_line import shown
 from arat_fast.compare.plan import Plan, PlannedMethod, other_folder, plan_from_record
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.files import read_json
@@ -187,7 +188,7 @@ def conditions(results: Results) -> str:
     over = ", mean ± standard deviation over seeds" if len(seeds) > 1 else " over seed"
     return (
         f"Accuracy in percent on {images} of {config.data.name}, {config.model.name}, "
-        f"{config.attack.norm.replace('inf', '∞')} radius {config.attack.eps:.4g}{over} "
+        f"{config.attack.norm.replace('inf', '∞')} radius {shown(config.attack.eps)}{over} "
         f"{', '.join(map(str, seeds))}. All methods run with the "
         "recipe's optimiser, schedule and augmentation, whatever their papers used, unless a note "
         "names others."

@@ -349,6 +349,7 @@ def _added(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     return {
         **record,
         "accuracy": {**earlier.get("accuracy", {}), **record["accuracy"]},
+        "per_class": {**earlier.get("per_class", {}), **record["per_class"]},
         **({"left_out": left_out} if left_out else {}),
         "wall_seconds": {"eval": seconds},
     }

@@ -58,7 +58,7 @@ def corruption_accuracy(
         found[corruption] = []
         for images in severities:
             number = min(max_samples or len(images), len(images))
-            pixels = torch.from_numpy(images.rows.take(np.arange(number)))
+            pixels = torch.from_numpy(images.rows[np.arange(number)])
             x = pixels.permute(0, 3, 1, 2).contiguous().to(device, torch.float32) / 255
             part = ImageSet(x, images.labels[:number].to(device), ())
             found[corruption].append(clean_accuracy(model, part, batch_size=batch_size).accuracy)

@@ -56,6 +56,8 @@ class SuiteResult:
         left_out: attacks that were asked for and cannot be run, and why.
         collapsed: what :func:`collapse` says of the clean images.
         randomised: that the network answers equal images differently, and what that changes.
+        per_class: right answers by class, under the name of each result, and under "images" how
+            many images there are of each.
         pieces: what is kept on disk until the caller has written the results and removes it.
     """
 
@@ -63,6 +65,7 @@ class SuiteResult:
     left_out: dict[str, str] = field(default_factory=dict)
     collapsed: str = ""
     randomised: str = ""
+    per_class: dict[str, list[int]] = field(default_factory=dict)
     pieces: Pieces = field(default_factory=Pieces)
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -70,12 +73,13 @@ class SuiteResult:
         return {name: result.record() for name, result in self.results.items()}
 
     def remarks(self) -> dict[str, Any]:
-        """What else a record says: "left_out", "collapsed" and "randomised", where there is
-        something to say."""
+        """What else a record says: "left_out", "collapsed", "randomised" and "per_class", where
+        there is something to say."""
         said = {
             "left_out": self.left_out,
             "collapsed": self.collapsed,
             "randomised": self.randomised,
+            "per_class": self.per_class,
         }
         return {name: value for name, value in said.items() if value}
 
@@ -198,14 +202,17 @@ def evaluate_all(
         name: share_evaluation(ranks, evaluate, images) for name, evaluate in evaluations.items()
     }
     answers = results["clean"].answers
-    given, right = (
-        ranks.sum_(torch.bincount(classes.cpu(), minlength=len(images.classes)))
-        # A process without images has no answers.
-        for classes in (images.y if answers is None else answers, images.y)
-    )
+    labels = ranks.gather_rows(images.y)
+    count = partial(torch.bincount, minlength=len(images.classes))
+    # A process without images has no answers.
+    given = ranks.sum_(count((images.y if answers is None else answers).cpu()))
+    right = count(labels.cpu())
+    per_class = {"images": right.tolist()}
+    per_class |= {name: count(labels[r.correct]).tolist() for name, r in results.items()}
     num_correct = int(results["clean"].correct.sum())
     collapsed = collapse(given, right, num_correct, images.classes)
-    return SuiteResult(results, left_out, collapsed, RANDOMISED if randomised else "", pieces)
+    remark = RANDOMISED if randomised else ""
+    return SuiteResult(results, left_out, collapsed, remark, per_class, pieces)
 
 
 def collapse(answers: Tensor, labels: Tensor, correct: int, classes: Sequence[str]) -> str:

@@ -18,7 +18,8 @@ def render(name: str, **values: Any) -> str:
     """A template, filled in.
 
     Values are escaped in every template but those of plain text (``*.md.j2``). The filters are
-    functions of :mod:`arat_fast.report.words` and :func:`data_uri`.
+    functions of :mod:`arat_fast.report.words` and :func:`data_uri`; ``contents`` is the list in
+    which the sections of a page name themselves.
 
     Args:
         name: file in the folder ``templates`` of report, compare or export.
@@ -28,7 +29,7 @@ def render(name: str, **values: Any) -> str:
         LookupError: a value that the template needs is missing.
     """
     try:
-        return _environment().get_template(name).render(**values)
+        return _environment().get_template(name).render(**values, contents=[])
     except UndefinedError as error:
         raise LookupError(error.message) from error
 
@@ -38,6 +39,7 @@ def _environment() -> Environment:
     folders = [_PACKAGE / part / "templates" for part in ("report", "compare", "export")]
     environment = Environment(
         loader=FileSystemLoader(folders),
+        extensions=["jinja2.ext.do"],
         autoescape=lambda name: name is None or not name.endswith(".md.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from arat_fast.analysis.snapshot import headline_numbers
 from arat_fast.config import config_to_dict
+from arat_fast.extras import install_command
 from arat_fast.files import parse_json, write_text
 from arat_fast.run.hooks import Hook
 
@@ -98,8 +99,8 @@ class WeightsAndBiases(Hook):
             import wandb
         except ImportError as error:
             raise ValueError(
-                "train.loggers wandb needs Weights & Biases, which is not installed: pip install "
-                "wandb"
+                "train.loggers wandb needs Weights & Biases, which is not installed: "
+                + install_command("wandb")
             ) from error
         self.wandb: Any = wandb
         self.session: Any = None

@@ -25,6 +25,7 @@ from arat_fast.run import natural
 from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
 from arat_fast.run.hooks import Hook, Restart
 from arat_fast.run.state import Run
+from arat_fast.run.unfinished import finished
 from arat_fast.stop import EXIT_CODES, EvaluationStopped, InterruptedRun, stop_on_signals
 from arat_fast.training.metrics import CatastrophicOverfittingError, NotFiniteError
 
@@ -44,14 +45,15 @@ def train_epochs(run: Run) -> None:
     while progress.step < run.total_steps:
         epoch, batch = divmod(progress.step, run.steps_per_epoch)
         run.bar.start_epoch(epoch + 1, run.config.train.epochs)
-        if batch == 0:
+        if batch == 0 and not progress.at_first_step:
             # Here, after the checkpoint of the epoch before, so that a resumed run does it too.
             for hook in run.hooks:
                 hook.before_epoch(run, epoch)
             run.metrics.start_epoch()
             run.objective.start_epoch(progress.clean_accuracy, partial(run.probe, epoch))
+            progress.at_first_step = True
         train_epoch(run, epoch, batch)
-        if run.is_epoch_over:
+        if run.is_epoch_over and not progress.at_first_step:
             end_epoch(run)
         if run.is_asked_to_stop:
             stop(run)
@@ -68,16 +70,18 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
     logged, samples, since = progress.step, 0, time.perf_counter()
     for inputs, place in run.batches(epoch, start_batch):
         run.set_rate()
-        values = step(*inputs, place=place)
+        values = finished(run, partial(step, *inputs, place=place))
         stopping = run.vote.cast(int(run.stop.signal or 0)) > 0
-        run.ranks.at_step(progress.step + 1)
-        run.metrics.add(progress.step, values, place.total)
-        run.average.update(progress.step)
-        progress.step += 1
-        run.bar.advance()
-        samples += place.total
+        if values is not None:
+            run.ranks.at_step(progress.step + 1)
+            run.metrics.add(progress.step, values, place.total)
+            run.average.update(progress.step)
+            progress.step += 1
+            progress.at_first_step = False
+            run.bar.advance()
+            samples += place.total
         ends = progress.step == last or stopping
-        if ends or progress.step - logged >= run.config.train.log_every:
+        if samples and (ends or progress.step - logged >= run.config.train.log_every):
             means = read_metrics(run)
             seconds = time.perf_counter() - since
             progress.seconds += seconds
@@ -118,7 +122,8 @@ def log_training(run: Run, means: dict[str, float], images_per_second: float) ->
     own = {n: float(b) for n, b in run.objective.named_buffers(recurse=False) if b.ndim == 0}
     line = {"lr": run.rate, **means, **own, "images_per_second": images_per_second}
     run.log("train", run.progress.step / run.steps_per_epoch, line)
-    run.bar.show(status(dict(means), images_per_second))
+    # An epoch's last line says the same.
+    run.bar.show(status(dict(means), images_per_second), silent=run.is_epoch_over)
 
 
 def roll_back(run: Run, error: NotFiniteError) -> None:

@@ -40,6 +40,7 @@ from arat_fast.distributed.ranks import Vote
 from arat_fast.evaluation.evaluate import evaluation_mode, predict
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import Lock, make_folder, write_json
+from arat_fast.run.expectation import Expectation
 from arat_fast.run.hooks import Hook, default_hooks
 from arat_fast.run.loggers import loggers
 from arat_fast.run.overfitting import OverfittingWatch
@@ -80,6 +81,8 @@ class Progress:
         self.clean_accuracy = 1 / num_classes
         self.rate_factor = 1.0
         self.num_rollbacks = 0
+        self.at_first_step = False
+        """Whether an epoch has begun of which no step is finished."""
         self.natural_model: dict[str, Any] | None = None
         self.steps_left_out = 0
         """Of those that were made, by how many fewer there are in epochs of this length."""
@@ -272,7 +275,8 @@ class Run:
         )
         self.metrics = StepMetrics(ranks)
         self.vote = Vote(ranks)
-        self.hooks = [*default_hooks(self), OverfittingWatch(), *loggers(self), *hooks]
+        own = [*default_hooks(self), Expectation(), OverfittingWatch()]
+        self.hooks = [*own, *loggers(self), *hooks]
         self.parts: dict[str, Stateful] = {
             "run": Identity(self),
             "progress": self.progress,

@@ -71,12 +71,15 @@ class AWP:
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         # Autocast and split stems hold on to what they have made of the weights before.
         torch.clear_autocast_cache()
-        with step.autocast(x.device.type):
-            output: ObjectiveOutput = step.objective(step.model, x, x_adv, y, start)
-            found = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-        with torch.no_grad():
-            torch._foreach_copy_(weights, own)
-        torch.clear_autocast_cache()
+        try:
+            with step.autocast(x.device.type):
+                output: ObjectiveOutput = step.objective(step.model, x, x_adv, y, start)
+                found = torch.autograd.grad(output.loss, parameters, allow_unused=True)
+        finally:
+            # Also where memory has run out, or a signal breaks the step off.
+            with torch.no_grad():
+                torch._foreach_copy_(weights, own)
+            torch.clear_autocast_cache()
         known = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
         return dataclasses.replace(
             output,

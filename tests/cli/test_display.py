@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from arat_fast import display as module
-from arat_fast.display import Display
+from arat_fast.display import Display, about
 
 
 def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,4 +24,34 @@ def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "PGD-20: 300 of 330 images",
         "AutoAttack fab-t (3 of 4): 33 images standing",
         "AutoAttack fab-t (3 of 4): 25 %, 30 images standing, 0:01:05 left",
+    ]
+
+
+def test_a_training_tells_its_pace_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on, and an epoch's end once."""
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    written = io.StringIO()
+    with Display(Console(file=written)).training(2000, done=0) as bar:
+        bar.start_epoch(1, 10)
+        for seconds in (90, 41, 41):
+            now += seconds
+            bar.advance()
+        bar.show("3 images/s", silent=True)
+        bar.end_epoch(1, 10, "3 images/s")
+        bar.go_to(1998)
+        for seconds in (0.5, 0.5):
+            now += seconds
+            bar.advance()
+        bar.end_epoch(10, 10, "128 images/s")
+    assert written.getvalue().splitlines() == [
+        "  epoch 1/10  step 2 of 2,000, 41 s each  23 h left",
+        "  epoch 1/10  step 3 of 2,000, 41 s each  23 h left",
+        "epoch 1/10  3 images/s  23 h left",
+        "  epoch 1/10  step 2,000 of 2,000, 0.5 s each",
+        "epoch 10/10  128 images/s",
+    ]
+    assert [about(s) for s in (0.35, 50, 2400, 32_400, 1e6)] == [
+        *("0.35 s", "50 s", "40 min", "9 h"),
+        "12 days",
     ]

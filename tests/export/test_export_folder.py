@@ -49,9 +49,12 @@ robustbench_only = pytest.mark.skipif(
 )
 
 
-def weights(path: Path, name: str, recipe_name: str, normalize: bool = False) -> nn.Module:
+def weights(
+    path: Path, name: str, recipe_name: str, normalize: bool = False, unsup: Path | None = None
+) -> nn.Module:
     """Exported weights of a run that never was; the network they hold."""
     config: Config = recipe(recipe_name)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=unsup))
     if normalize:
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, mean=MEAN, std=STD)
@@ -152,31 +155,11 @@ def test_additional_data_are_said(
     assert [text in card for text in said.values()] == [key is additional for key in said]
 
 
-def test_additional_data_are_in_robustbenchs_entry_and_read_back(tmp_path: Path) -> None:
-    path, out = tmp_path / "m.safetensors", tmp_path / "robustbench"
-    plain = weights(path, "resnet18", "cifar10-resnet18")
-    save_safetensors(plain, path, {"recipe": "cifar10-resnet18", "additional_data": "true"})
-    assert export_checkpoint(path, "robustbench", out)["additional_data"] is True
-    (file,) = (out / "model_info" / "cifar10" / "Linf").iterdir()
-    entry = json.loads(file.read_text())
-    assert entry["additional_data"] is True and "Additional images" in entry["footnote"]
-    assert export_checkpoint(out, "hub", tmp_path / "hub")["additional_data"] is True
-
-
-def test_additional_data_of_a_run() -> None:
-    config = recipe("cifar10-resnet18")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=Path("/me")))
-    facts = describe(config, "ema", "adv", (3, 32, 32))
-    assert facts["additional_data"] is True and "/me" not in json.dumps(facts)
-
-
 def test_robustbench_takes_the_ball_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    plain = weights(path, "resnet18", "cifar10-resnet18")
-    for metadata in ({"norm": "Linf"}, {"model": "resnet18", "norm": "Linf"}):
-        save_safetensors(plain, path, metadata)
-        with pytest.raises(ValueError, match="--recipe NAME"):
-            export_checkpoint(path, "robustbench", tmp_path / "out")
+    save_safetensors(create_model("resnet18", 10, norm="shared"), path, {"norm": "Linf"})
+    with pytest.raises(ValueError, match="--recipe NAME"):
+        export_checkpoint(path, "robustbench", tmp_path / "out")
     record = export_checkpoint(path, "robustbench", tmp_path / "out", recipe="cifar10-resnet18")
     assert (record["norm"], record["eps"]) == ("Linf", 8 / 255)
     assert (record["recipe"], record["objective"]) == ("cifar10-resnet18", "arat")
@@ -328,9 +311,15 @@ def test_robustbench_resnet18(
     normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = tmp_path / "m.safetensors", tmp_path / "out"
-    expected = weights(path, "resnet18", "cifar10-resnet18", normalize)
+    more = Path("/me") if normalize else None
+    expected = weights(path, "resnet18", "cifar10-resnet18", normalize, more)
     record = export_checkpoint(path, "robustbench", out)
     assert record["weights_file"] == "models/cifar10/Linf/Waseda2025Rethinking_RN18.pt"
+    (file,) = (out / "model_info" / "cifar10" / "Linf").iterdir()
+    entry = json.loads(file.read_text())
+    assert entry["additional_data"] is record["additional_data"] is normalize
+    assert ("Additional images" in entry["footnote"]) == normalize and "/me" not in file.read_text()
+    assert read_saved(out).facts["additional_data"] is normalize
     state = torch.load(out / record["weights_file"], weights_only=True)
     assert all(k.startswith(("model.", "normalize.")) for k in state) == normalize
     x = images(2, 3, 32, 32)

@@ -1,0 +1,57 @@
+"""What a training will take, told before its first step."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from arat_fast.display import about
+from arat_fast.evaluation.evaluate import evaluation_mode
+from arat_fast.run.hooks import Hook
+
+if TYPE_CHECKING:
+    from arat_fast.run.state import Run
+
+SAMPLES = 4
+LONG = 600.0
+"""Seconds of training from which on a run says what to expect."""
+
+
+class Expectation(Hook):
+    """On a CPU, where a step can take a minute, says what a training of ten minutes or more will
+    take, by a pass of four images; on a GPU the first steps tell at once."""
+
+    def begin(self, run: Run) -> None:
+        steps = run.total_steps - run.progress.step
+        if run.device.type != "cpu" or not steps:
+            return
+        step = seconds_a_step(run)
+        if step * steps > LONG:
+            run.display.say(
+                f"expect about {about(step)} a step and {about(step * steps)} of training on this "
+                f"machine, by a pass of {SAMPLES} images, evaluations aside; the recipe digits "
+                "takes minutes"
+            )
+
+
+def seconds_a_step(run: Run) -> float:
+    """Seconds of a step, by those of one pass and its gradient of the images; nothing changes.
+
+    A step is one such pass for each of the attack's, and those of the objective, forward and back
+    through both kinds of images, which cost three.
+    """
+    passes = 1.5
+    if run.objective.needs_attack:
+        attack = run.objective.own_attack(run.config.attack)
+        passes = attack.num_steps * attack.num_restarts + 3
+    share = run.data.train.plan.largest_share
+    dtype = next(run.model.parameters()).dtype
+    x = torch.zeros(SAMPLES, *run.data.train.image_shape, dtype=dtype, requires_grad=True)
+    with evaluation_mode(run.model), run.step.autocast("cpu"), torch.enable_grad():
+        for _ in range(2):
+            # The first one warms up.
+            began = time.perf_counter()
+            torch.autograd.grad(run.model(x).float().sum(), x)
+    return (time.perf_counter() - began) * passes * share / SAMPLES
