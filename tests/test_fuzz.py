@@ -166,14 +166,14 @@ def exported() -> Any:
 
 def arrays() -> Any:
     images = array_folder(Path("arrays"))
-    return images.rows.take(np.arange(len(images))).tobytes(), images.labels.tolist()
+    return images.rows[np.arange(len(images))].tobytes(), images.labels.tolist()
 
 
 def converted() -> Any:
     try:
         convert_npz(Path("generated.npz"), Path("converted"))
         images = array_folder(Path("converted"))
-        return images.rows.take(np.arange(len(images))).tobytes(), images.labels.tolist()
+        return images.rows[np.arange(len(images))].tobytes(), images.labels.tolist()
     finally:
         shutil.rmtree("converted", ignore_errors=True)
 

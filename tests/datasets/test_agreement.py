@@ -243,7 +243,7 @@ def test_arrays(
     meant = {(pixels[i, ..., :3].tobytes(), int(y[i])) for i in range(number)}
     data: Any = [splits.train.samples, splits.test.samples]
     read = {
-        (part.rows.take(np.array([i]))[0].tobytes(), int(part.labels[i]))
+        (part.rows[np.array([i])][0].tobytes(), int(part.labels[i]))
         for part in data
         for i in range(len(part))
     }
