@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 NEXT := .venv-next
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The sessions of the tests, and the processes that they start, read the same files.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo compare-digits test test-slow test-next lint docs format bench gpu clean
 
@@ -50,9 +52,10 @@ compare-digits: install
 test test-slow: export OMP_NUM_THREADS := 1
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/kernels/interpreter
 
-# EXHAUSTIVE=1: every place of a crash, 300 mutations of each file and all bits, not a share: hours.
+# EXHAUSTIVE=1: every place of a crash, 300 mutations of each file, each kernel for each GPU and all
+# bits, not a share: hours.
 test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests/kernels/interpreter

@@ -27,7 +27,7 @@ from arat_fast.data.framing import Framing, Shift
 from arat_fast.data.loader import LoaderBatches
 from arat_fast.data.plan import BatchPlan
 from arat_fast.datasets.base import Samples
-from arat_fast.datasets.encoded import FileImages, default_workers
+from arat_fast.datasets.encoded import EncodedImages, default_workers
 from arat_fast.datasets.rows import Images
 from arat_fast.settings import Count, Number
 from benchmarks import harness
@@ -193,7 +193,7 @@ def array_loaders(options: Options, device: torch.device) -> dict[str, Make]:
         return Loader(batches.epoch, bool)
 
     makes: dict[str, Make] = {"resident": resident}
-    makes |= _streamed(Images.of_pixels(pixels, labels), framing, options, device)
+    makes |= _streamed(Images(pixels, labels), framing, options, device)
     cut = transforms.RandomCrop(32, PADDING)
     samples = _PerSample(len(labels), lambda index: Image.fromarray(pixels[index]), cut)
     makes["torchvision"] = partial(_usual, samples, options, device)
@@ -202,7 +202,7 @@ def array_loaders(options: Options, device: torch.device) -> dict[str, Make]:
 
 def file_loaders(files: list[Path], options: Options, device: torch.device) -> dict[str, Make]:
     """The contestants for JPEG files: random resized crop to 224 × 224, flip."""
-    source = FileImages([(file, index % 10) for index, file in enumerate(files)])
+    source = EncodedImages(files, torch.arange(len(files)) % 10)
     framing = Framing(224, "resized", random=True, flip=True)
     makes = _streamed(source, framing, options, device)
     cut = transforms.RandomResizedCrop(224)

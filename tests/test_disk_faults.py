@@ -11,7 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from disk import Disk, Tree, read_tree, write_tree
 from rich.console import Console
 from safetensors.torch import load
-from tiny import TinyRun, leaves
+from tiny import TinyRun, leaves, popen
 
 import arat_fast.compare.command
 import arat_fast.report
@@ -65,31 +65,6 @@ def command(line: str) -> Callable[[], None]:
     return run
 
 
-real_popen = subprocess.Popen
-
-
-def popen(arguments: Any, *values: Any, **keywords: Any) -> Any:
-    if arguments[1:3] == ["-m", "arat_fast"]:
-        return InThisProcess(arguments[3:])
-    return real_popen(arguments, *values, **keywords)
-
-
-class InThisProcess:
-    """A child of compare's, run at once where its calls are seen."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.returncode = main(arguments)
-
-    def poll(self) -> int:
-        return self.returncode
-
-    def terminate(self) -> None:
-        """It has ended."""
-
-    def wait(self, timeout: float) -> None:
-        """It has ended."""
-
-
 def generated() -> None:
     np.savez(
         "generated.npz",
@@ -125,15 +100,14 @@ TRIALS = {
     "prepare": Trial(generated, PREPARE, PREPARE, "out"),
 }
 EXHAUSTIVE = "EXHAUSTIVE" in os.environ
-SHARE = 1 if EXHAUSTIVE else 9
 AMOUNTS = [("run", 46), ("prepare", 1)] + [
-    # A comparison is its runs, and takes as long.
     pytest.param(
         name,
-        SHARE * (40 if name == "compare" else 1),
+        1 if EXHAUSTIVE else 360 if name == "compare" else 18,
         marks=[pytest.mark.slow, pytest.mark.timeout(1800)],
     )
     for name in TRIALS
+    if name != "prepare"
 ]
 """Each call, or one in so many."""
 

@@ -1,4 +1,7 @@
-"""The commands of README and docs: all are understood, and those without a mark run."""
+"""The commands of README and docs: all are understood, and those without a mark run.
+
+``python tests/test_docs.py`` lists those with a mark.
+"""
 
 from __future__ import annotations
 
@@ -116,6 +119,7 @@ def test_commands_are_understood(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "path",
     # tests/test_tutorial.py runs it as it is, with its output.
@@ -145,3 +149,10 @@ def test_commands_run(
         if name in ("train", "compare") and "--out" not in typed and "--from" not in typed:
             typed += ["--out", f"runs/{number}"]
         assert cli.main(typed) == 0, typed
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        for words, needs in lines(page):
+            if needs and words:
+                print(f"{page.name}, needs {needs}: {shlex.join(words)}")

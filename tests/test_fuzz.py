@@ -19,8 +19,7 @@ import torch
 from numpy.random import Generator
 from pictures import encoded, image_folder, picture, tar_shard
 from rich.console import Console
-from test_disk_faults import popen
-from tiny import TinyRun, leaves
+from tiny import TinyRun, leaves, popen
 
 import arat_fast
 from arat_fast.cli import main
@@ -42,33 +41,19 @@ from arat_fast.training.checkpoint import load_checkpoint
 
 SECONDS = 30.0
 EXHAUSTIVE = "EXHAUSTIVE" in os.environ
-AMOUNTS = [
-    3,
-    pytest.param(300 if EXHAUSTIVE else 20, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
+NUMBERS = [
+    range(3),
+    pytest.param(
+        range(3, 300 if EXHAUSTIVE else 12), marks=[pytest.mark.slow, pytest.mark.timeout(3000)]
+    ),
 ]
 OPTIONS = shlex.split(
     "--data.num-val 1421 --data.batch-size 8 --train.epochs 1 --train.log-every 1 --train.device "
     "cpu --attack.num-steps 1 --eval.num-steps 1 --eval.no-autoattack --eval.max-samples 8"
 )
 CONFIG = apply_overrides(recipe("digits"), OPTIONS)
-VALUES = [
-    *(
-        None,
-        True,
-        -1,
-        0,
-        10**9,
-        2**70,
-        1e308,
-        float("nan"),
-        "",
-        "8/255",
-        "x" * 10_000,
-        "\0",
-        "../x",
-    ),
-    *([], {}, [[]], {"a": {"b": 1}}, [1, "x", None]),
-]
+VALUES: list[Any] = [None, True, -1, 0, 10**9, 2**70, 1e308, float("nan"), "", "8/255", "../x"]
+VALUES += ["x" * 10_000, "\0", [], {}, [[]], {"a": {"b": 1}}, [1, "x", None]]
 
 
 def trained(resume: bool = False) -> None:
@@ -181,14 +166,14 @@ def exported() -> Any:
 
 def arrays() -> Any:
     images = array_folder(Path("arrays"))
-    return images.rows.take(np.arange(len(images))).tobytes(), images.labels.tolist()
+    return images.rows[np.arange(len(images))].tobytes(), images.labels.tolist()
 
 
 def converted() -> Any:
     try:
         convert_npz(Path("generated.npz"), Path("converted"))
         images = array_folder(Path("converted"))
-        return images.rows.take(np.arange(len(images))).tobytes(), images.labels.tolist()
+        return images.rows[np.arange(len(images))].tobytes(), images.labels.tolist()
     finally:
         shutil.rmtree("converted", ignore_errors=True)
 
@@ -222,12 +207,7 @@ KINDS: dict[str, tuple[tuple[Any, ...], list[Callable[[], Any]], list[Callable[[
     "run/summary.json": (
         JSON,
         [],
-        [
-            lambda: read_run(Path("run")),
-            REPORT,
-            resumed,
-            EXPORT,
-        ],
+        [lambda: read_run(Path("run")), REPORT, resumed, EXPORT],
     ),
     "run/metrics.jsonl": (JSON, [], [lambda: read_run(Path("run")), REPORT]),
     "run/examples.npz": (BYTES, [], [lambda: read_run(Path("run")), REPORT]),
@@ -292,28 +272,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def comparison(folder: Path) -> None:
     """A comparison of the run alone."""
-    assert (
-        main(
-            [
-                "compare",
-                "digits",
-                "--objectives",
-                "arat",
-                "--seeds",
-                "0",
-                "--out",
-                str(folder),
-                *OPTIONS,
-            ]
-        )
-        == 0
-    )
+    arguments = shlex.split("compare digits --objectives arat --seeds 0 --out")
+    assert main([*arguments, str(folder), *OPTIONS]) == 0
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("numbered", NUMBERS, ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_damage(
-    name: str, amount: int, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, numbered: range, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, exact, others = KINDS[name]
     source = files / name
@@ -325,7 +291,7 @@ def test_damage(
     work.mkdir()
     monkeypatch.chdir(work)
     failed = []
-    for number in range(amount):
+    for number in numbered:
         rng = np.random.default_rng([number, len(name)])
         damaged = changes[number % len(changes)](content, rng)
         if damaged == content:
@@ -354,4 +320,4 @@ def test_damage(
             if problem:
                 how = changes[number % len(changes)].__name__
                 failed.append(f"{number}, {how}, reader {reader}: {problem}")
-    assert not failed, f"{len(failed)} of {amount}:\n" + "\n".join(failed)
+    assert not failed, f"{len(failed)} of {len(numbered)}:\n" + "\n".join(failed)

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from arat_fast.cli import main
 from arat_fast.config import Config
 from arat_fast.display import Display
 from arat_fast.objectives import objective_type
@@ -94,6 +96,30 @@ def tiny_trainer(
     """A run of :func:`tiny_config`, built and not yet trained; it prints to ``console`` only."""
     display = Display(console or Console(quiet=True))
     return TinyRun(config or tiny_config(), out, resume=resume, display=display, hooks=hooks)
+
+
+_POPEN = subprocess.Popen
+
+
+def popen(arguments: Any, *values: Any, **keywords: Any) -> Any:
+    """In the place of :class:`subprocess.Popen`: children of ``compare`` run in this process."""
+    if arguments[1:3] == ["-m", "arat_fast"]:
+        return _Ended(main(arguments[3:]))
+    return _POPEN(arguments, *values, **keywords)
+
+
+class _Ended:
+    """A child that has ended."""
+
+    def __init__(self, returncode: int) -> None:
+        self.returncode = returncode
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def terminate(self) -> None: ...
+
+    def wait(self, timeout: float) -> None: ...
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:

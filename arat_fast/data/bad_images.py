@@ -52,15 +52,14 @@ class BadImages:
             source: the images.
             root: the folder of the dataset, which may be another one than when the run began.
         """
-        content = None
-        if self.ranks is None or self.ranks.is_main:
-            content = json.dumps(self._look(source, root)).encode()
-        if self.ranks is not None:
+        if self.ranks is None:
+            found = self._look(source, root)
+        else:
+            content = json.dumps(self._look(source, root)).encode() if self.ranks.is_main else None
             # Decoding can take longer than a broadcast waits.
             self.ranks.meet()
-            content = self.ranks.broadcast_bytes(content)
-        assert content is not None
-        return {int(index): reason for index, reason in json.loads(content).items()}
+            found = json.loads(self.ranks.broadcast_bytes(content))
+        return {int(index): reason for index, reason in found.items()}
 
     def _look(self, source: EncodedImages, root: Path) -> dict[str, str]:
         listing = fingerprint(source.labels, names_below(source, root)).sha256

@@ -13,10 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arat_fast.datasets.decoding import Pixels
 from arat_kernels.crop_flip import crop_flip
 from arat_kernels.implementation import Impl
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class Buffers:
@@ -32,7 +31,7 @@ class Buffers:
     def __init__(self) -> None:
         # Of each the view that was last given away: the tensor and all that shares its memory keep
         # it alive.
-        self._held: list[tuple[Bytes, weakref.ref[Any]]] = []
+        self._held: list[tuple[Pixels, weakref.ref[Any]]] = []
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -91,8 +90,8 @@ class CropFlip:
         self.memory_format = memory_format
         self._buffers = Buffers()
         # The images of the last batch, and with their border, whose zeros stay.
-        self._chosen: Bytes = np.zeros(0, np.uint8)
-        self._bordered: Bytes = np.zeros(0, np.uint8)
+        self._chosen: Pixels = np.zeros(0, np.uint8)
+        self._bordered: Pixels = np.zeros(0, np.uint8)
         self._lock = threading.Lock()
 
     def __call__(
@@ -133,7 +132,7 @@ class CropFlip:
             x = to_unit_range(torch.from_numpy(crops), self.max_value, self._buffers)
         return x.permute(0, 3, 1, 2) if channels_last else x
 
-    def _take(self, pixels: Bytes, samples: npt.NDArray[np.int64]) -> Bytes:
+    def _take(self, pixels: Pixels, samples: npt.NDArray[np.int64]) -> Pixels:
         """The chosen images, until the next are taken."""
         shape = (len(samples), *pixels.shape[1:])
         if self._chosen.shape[1:] != shape[1:] or len(self._chosen) < len(samples):
@@ -146,7 +145,7 @@ class CropFlip:
             chosen[:] = pixels[samples]
         return chosen
 
-    def _crop(self, pixels: Bytes, offsets: npt.NDArray[np.int32]) -> Bytes:
+    def _crop(self, pixels: Pixels, offsets: npt.NDArray[np.int32]) -> Pixels:
         """One crop of each image, of the image's size.
 
         Args:

@@ -1,24 +1,19 @@
 """Batches decoded by NVIDIA DALI: on the GPU where there is one, by its C++ threads on the CPU.
 
-DALI's own readers are not used. Their order depends on the number of shards and on how far the
-reader has come: ``shuffle_after_epoch`` draws from a fixed seed whatever seed the pipeline is
-given, an epoch's length follows from the reader's name and padding, and a reset before the end of
-an epoch does nothing. Here every batch is fed by number from the plan that all loaders share, so
-that its samples are those of any other loader, a run goes on at any batch, and an epoch can be left
-at any time.
+DALI's own readers, whose order depends on the number of shards and on how far they have come, are
+not used: every batch is fed by number from the plan that all loaders share.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,29 +39,17 @@ def has_dali() -> bool:
         return False
 
 
-def require_dali() -> None:
-    """Raise a ValueError unless DALI can be imported."""
-    if not has_dali():
-        raise ValueError(
-            "data.loader dali needs NVIDIA DALI, which is not installed: "
-            f"{install_command('dali')} (Linux), or --data.loader dataloader"
-        )
-
-
-NO_BOXES: Boxes = np.zeros((0, 4), np.int64)
 Label = TypeVar("Label")
 Inputs = dict[str, Any]
 
 
 class _Fed(NamedTuple):
-    """One batch on its way through DALI; of files also their contents, boxes (N, 4), the part
-    (N, 4) of each image that is decoded, and mirror (N,)."""
+    """One batch on its way through DALI; of files also their contents and what is cut out of each
+    part that is decoded: a box, and whether it is mirrored."""
 
     samples: list[int]
-    contents: tuple[bytes, ...] = ()
-    boxes: Boxes = NO_BOXES
-    regions: Boxes = NO_BOXES
-    mirror: npt.NDArray[np.bool_] = NO_BOXES[:, 0] > 0
+    contents: Sequence[bytes] = ()
+    squares: Sequence[tuple[list[int], bool]] = ()
 
 
 class DaliBatches(StreamedBatches):
@@ -83,7 +66,11 @@ class DaliBatches(StreamedBatches):
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        require_dali()
+        if not has_dali():
+            raise ValueError(
+                "data.loader dali needs NVIDIA DALI, which is not installed: "
+                f"{install_command('dali')} (Linux), or --data.loader dataloader"
+            )
         _, height, width = self.image_shape
         make: Callable[..., Any] = partial(array_pipeline, (height, width))
         if isinstance(self.framing, Framing):
@@ -135,7 +122,7 @@ class DaliBatches(StreamedBatches):
         if not isinstance(self.samples, EncodedImages):
             offsets = self.framing.offsets(self.plan, epoch, number).numpy()
             return _Fed(index), {
-                "images": np.ascontiguousarray(self.samples.rows.take(chosen.numpy())),
+                "images": np.ascontiguousarray(self.samples.rows[chosen.numpy()]),
                 "start": offsets[:, :2] - np.int32(self.framing.padding),
                 "mirror": offsets[:, 2].copy(),
             }
@@ -144,11 +131,12 @@ class DaliBatches(StreamedBatches):
         heights, widths = np.array(sizes)
         draws = self.framing.draw(self.plan, epoch, number)
         boxes, mirror = self.framing.place(heights, widths, draws)
-        batch = _Fed(index, contents, boxes, inside(boxes, heights, widths), mirror)
-        return batch, {
+        regions = inside(boxes, heights, widths)
+        boxes[:, :2] -= regions[:, :2]
+        return _Fed(index, contents, list(zip(boxes.tolist(), mirror.tolist(), strict=True))), {
             "encoded": [np.frombuffer(content, np.uint8) for content in contents],
-            "region": list(batch.regions.astype(np.int32)),
-            "shift": list((boxes - batch.regions)[:, :2].astype(np.int32)),
+            "region": list(regions.astype(np.int32)),
+            "shift": list(boxes[:, :2].astype(np.int32)),
             "mirror": list(mirror.astype(np.int32)),
         }
 
@@ -163,10 +151,8 @@ class DaliBatches(StreamedBatches):
 
     def _finish(self, batch: _Fed, outputs: Any) -> Tensor:
         images = self._buffers.empty((len(batch.samples), *self.image_shape), torch.uint8)
-        boxes = batch.boxes.copy()
-        boxes[:, :2] -= batch.regions[:, :2]
-        for place, (box, mirror) in enumerate(zip(boxes.tolist(), batch.mirror, strict=True)):
-            cut_out(np.asarray(outputs[0][place]), box, bool(mirror), images[place])
+        for place, (box, mirror) in enumerate(batch.squares):
+            cut_out(np.asarray(outputs[0][place]), box, mirror, images[place])
         return images
 
     def _refused(self, batch: _Fed, error: RuntimeError) -> list[int]:
@@ -179,12 +165,12 @@ class DaliBatches(StreamedBatches):
         source = self.samples
         refused: list[int] = []
         if isinstance(source, EncodedImages):
-            sizes = {}
-            for index, content in zip(batch.samples, batch.contents, strict=True):
-                sizes[index] = decode_image(content, source.name(index)).shape[:2]
+            files = [
+                (index, content, decode_image(content, source.name(index)).shape[:2])
+                for index, content in zip(batch.samples, batch.contents, strict=True)
+            ]
             if self._decodes(as_ppm(np.zeros((1, 1, 3), np.uint8)), (1, 1)):
-                files = zip(batch.samples, batch.contents, strict=True)
-                refused = [i for i, content in files if not self._decodes(content, sizes[i])]
+                refused = [i for i, content, size in files if not self._decodes(content, size)]
         if not refused:
             kind = torch.OutOfMemoryError if "out of memory" in str(error) else RuntimeError
             number = len(batch.samples)
@@ -211,11 +197,9 @@ def told(error: RuntimeError) -> str:
     return " ".join(filter(None, said))[:300]
 
 
-def inside(
-    boxes: npt.NDArray[np.int64], heights: npt.ArrayLike, widths: npt.ArrayLike
-) -> npt.NDArray[np.int64]:
+def inside(boxes: Boxes, heights: Boxes, widths: Boxes) -> Boxes:
     """The part of each box (N, 4) that lies in its image, at least one pixel of the image."""
-    h, w = np.asarray(heights), np.asarray(widths)
+    h, w = heights, widths
     top, left = np.clip(boxes[:, 0], 0, h - 1), np.clip(boxes[:, 1], 0, w - 1)
     bottom = np.clip(boxes[:, 0] + boxes[:, 2], top + 1, h)
     right = np.clip(boxes[:, 1] + boxes[:, 3], left + 1, w)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -56,71 +57,72 @@ def given_splits(
             data.batch_size is None or not isinstance(data.sampler, Sized)
         ):
             raise ValueError("a DataLoader with a batch_size and a length is expected")
-    x, _ = _first_batch(train)
+    if isinstance(train, DataLoader):
+        x, _ = _tensors(next(iter(train)))
+    else:
+        x, _ = _collated([train[0]])
     shape = (x.shape[1], x.shape[2], x.shape[3])
     classes = _classes(train, model, x)
     seeds = seed, seeded_generator(seed, 1).initial_seed()
 
     def make(data: Given, batch_size: int, seed: int | None) -> Batches:
+        read: Callable[[int, int], Iterator[Any]]
         if isinstance(data, DataLoader):
             if shard.world_size > 1:
                 raise ValueError(
                     "several processes share a Dataset, got a DataLoader: pass its own"
                 )
-            return GivenLoader(data, classes, shape, device)
-        own = WHOLE if seed is None else shard
-        shuffle = seed is not None
-        plan = BatchPlan(_length(data), batch_size, shuffle=shuffle, seed=seed or 0, shard=own)
-        return GivenDataset(data, classes, shape, plan, device, num_workers)
+            size, sampler = data.batch_size, data.sampler
+            assert size is not None and isinstance(sampler, Sized)
+            number = len(data) * size if data.drop_last else len(sampler)
+            plan, read = BatchPlan(number, size), partial(_next_batches, data)
+        else:
+            own, shuffle = (WHOLE, False) if seed is None else (shard, True)
+            plan = BatchPlan(_length(data), batch_size, shuffle=shuffle, seed=seed or 0, shard=own)
+            read = Workers(_Read(data, plan), plan, num_workers, device).run
+        return GivenBatches(read, plan, classes, shape, device)
 
     training, probe = (make(train, batch_size, s) for s in seeds)
     tested = make(test, eval_batch_size, None)
     return DataSplits(training, probe, None, tested, Fingerprint(training.num_samples, "given"))
 
 
-class GivenDataset(Batches):
-    """A Dataset of pairs, in the batches of a plan."""
+class GivenBatches(Batches):
+    """Of a Dataset the batches of a plan, of a DataLoader the next ones, whatever the epoch.
+
+    Args:
+        read: the batches of an epoch from one on.
+        plan, classes, image_shape: as of :class:`Batches`.
+        device: where they go.
+    """
 
     def __init__(
         self,
-        data: Dataset[Any],
+        read: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]],
+        plan: BatchPlan,
         classes: tuple[str, ...],
         image_shape: tuple[int, int, int],
-        plan: BatchPlan,
         device: torch.device,
-        num_workers: int,
     ) -> None:
         super().__init__(plan, classes, image_shape)
-        self.device = device
-        self._workers = Workers(_Read(data, plan), plan, num_workers, device)
+        self._read = read
+        self._device = device
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """As :meth:`Batches.epoch`."""
-        for x, y in self._workers.run(epoch, start_batch):
-            yield _placed(x, y, self)
+        for x, y in self._read(epoch, start_batch):
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"labels must lie in [0, {self.num_classes - 1}], got {low} to {high}"
+                )
+            yield Batch(x.to(self._device), y.to(self._device))
 
 
-class GivenLoader(Batches):
-    """A DataLoader, as it is."""
-
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        classes: tuple[str, ...],
-        image_shape: tuple[int, int, int],
-        device: torch.device,
-    ) -> None:
-        size = loader.batch_size
-        assert size is not None and isinstance(loader.sampler, Sized)
-        number = len(loader) * size if loader.drop_last else len(loader.sampler)
-        super().__init__(BatchPlan(number, size), classes, image_shape)
-        self.device = device
-        self._loader = loader
-
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The loader's next batches, whatever the epoch."""
-        for batch in islice(self._loader, start_batch, None):
-            yield _placed(*_tensors(batch), self)
+def _next_batches(
+    loader: DataLoader[Any], epoch: int, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    return map(_tensors, islice(loader, start, None))
 
 
 class _Read(Dataset[tuple[Tensor, Tensor]]):
@@ -153,13 +155,6 @@ def images_and_labels(data: Given, max_samples: int = 0) -> tuple[Tensor, Tensor
     return (x[:max_samples], y[:max_samples]) if max_samples else (x, y)
 
 
-def _first_batch(data: Given) -> tuple[Tensor, Tensor]:
-    """One image or more, of the front."""
-    if isinstance(data, DataLoader):
-        return _tensors(next(iter(data)))
-    return _collated([data[0]])
-
-
 def _collated(pairs: list[Any]) -> tuple[Tensor, Tensor]:
     images = [_image(image) for image, _ in pairs]
     return _tensors(default_collate(list(zip(images, (y for _, y in pairs), strict=True))))
@@ -182,15 +177,6 @@ def _tensors(batch: Any) -> tuple[Tensor, Tensor]:
             f"{tuple(x.shape)} and labels {y.dtype} of shape {tuple(y.shape)}"
         )
     return x, y.long()
-
-
-def _placed(x: Tensor, y: Tensor, batches: Any) -> Batch:
-    if int(y.min()) < 0 or int(y.max()) >= batches.num_classes:
-        raise ValueError(
-            f"labels must lie in [0, {batches.num_classes - 1}], got {int(y.min())} to "
-            f"{int(y.max())}"
-        )
-    return Batch(x.to(batches.device), y.to(batches.device))
 
 
 def _length(data: Any) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from arat_fast.data.plan import seeded_generator
 from arat_fast.datasets import Content
+from arat_fast.datasets.base import without
 from arat_fast.datasets.splits import same_images
 
 _VAL_SEED = 20
@@ -37,19 +38,15 @@ def with_test_images(content: Content) -> Content:
 def _held_out(content: Content, chosen: Tensor, held: Tensor, split: str) -> Content:
     """A dataset with some of its training images held out, but for copies of those left."""
     train, others = content.train.subset(chosen), content.train.subset(held)
-    copies = torch.tensor([index for index, _ in same_images(train, others)], dtype=torch.int64)
-    notes = content.notes
-    if len(copies):
-        kept = torch.ones(len(others), dtype=torch.bool)
-        kept[copies] = False
-        if not bool(kept.any()):
-            raise ValueError(
-                f"expected images to hold out, got copies of others, "
-                f"{content.train.name(int(held[0]))} the first: take the copies out"
-            )
-        others = others.subset(torch.nonzero(kept)[:, 0])
-        notes += (f"{split}: {len(copies)} of the images held out are copies of others: left out",)
-    return content.with_parts({"train": train, split: others})._replace(notes=notes)
+    copies = {index for index, _ in same_images(train, others)}
+    if len(copies) == len(others):
+        raise ValueError(
+            f"expected images to hold out, got copies of others, "
+            f"{content.train.name(int(held[0]))} the first: take the copies out"
+        )
+    note = f"{split}: {len(copies)} of the images held out are copies of others: left out"
+    left = {"train": train, split: without(others, copies)}
+    return content.with_parts(left, note if copies else "")
 
 
 def with_validation_images(content: Content, num_val: int) -> Content:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from PIL import Image, ImageDraw, ImageFont
 from arat_fast.attacks.norms import NORMS
 from arat_fast.data.holdout import with_test_images
 from arat_fast.data.load import check_arrays
-from arat_fast.data.prepare import is_generated, open_npz, own_dataset
+from arat_fast.data.prepare import own_dataset
 from arat_fast.datasets import DATASETS, Content
 from arat_fast.datasets.base import Samples
-from arat_fast.datasets.encoded import FileImages, TarImages
+from arat_fast.datasets.decoding import Pixels
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.folder import has_class_folders
 from arat_fast.datasets.members import entries, is_image
-from arat_fast.datasets.prepared import FILES, array_folder
-from arat_fast.datasets.rows import ArrayRows, Images
+from arat_fast.datasets.npz import images_in, members_of, opened_npz
+from arat_fast.datasets.prepared import IMAGES, array_folder
 from arat_fast.datasets.webdataset import index_shards, is_shard
 from arat_fast.files import write_atomic
 
@@ -35,10 +36,6 @@ OWN = {
     "npz": "an .npz file of images with labels",
 }
 """What a folder of one's own images is, in words."""
-HELD_OUT = "a tenth held out"
-"""Said of the test images of a dataset that has none of its own."""
-ALL_OR_A_TENTH = f"{HELD_OUT}; --data.unsup takes all"
-"""Said of arrays in one folder, which are generated images or a dataset."""
 
 FIRST = 2048
 """Images of an .npz file that can be looked at."""
@@ -48,6 +45,9 @@ TILE = 96
 
 SHEET = (6, 8)
 """Rows and columns of the contact sheet."""
+
+_GENERATED = frozenset(("image.npy", "label.npy", "classes.npy"))
+"""Arrays of an .npz file of generated images."""
 
 _CAPTION = 16
 _GAP = 8
@@ -83,7 +83,7 @@ class Inspection:
     note: str = ""
     notes: list[str] = field(default_factory=list)
     per_class: dict[str, dict[str, int]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: Counter[str] = field(default_factory=Counter)
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     looked_at: int = 0
@@ -111,9 +111,8 @@ class Inspection:
         some = self.out_of < sum(self.counts.values())
         of = f" over the first {self.out_of:,}" if some else ""
         lines.append(f"looked at    {self.looked_at:,} images, evenly spread{of}")
-        common = sorted(self.sizes.items(), key=lambda item: -item[1])
-        shown_sizes = ", ".join(f"{size} ({count:,})" for size, count in common[:5])
-        more = f", and {len(common) - 5} other sizes" if len(common) > 5 else ""
+        shown_sizes = ", ".join(f"{s} ({count:,})" for s, count in self.sizes.most_common(5))
+        more = f", and {len(self.sizes) - 5} other sizes" if len(self.sizes) > 5 else ""
         lines.append(f"sizes        {shown_sizes}{more} (height x width)")
         if self.mean:
             lines.append("mean         " + ", ".join(f"{v:.4f}" for v in self.mean))
@@ -150,9 +149,10 @@ def inspect(
         raise ValueError(f"max_samples must be >= 1, got {max_samples}")
     if not path.exists():
         raise FileNotFoundError(f"nothing at {path}, expected a dataset's file or folder")
-    found, splits = _open(path, follow_links)
-    parts, classes = list(splits.values()), found.classes
-    for split, part in splits.items():
+    found, content = _open(path, follow_links)
+    classes, parts = content.classes, list(content.parts.values())
+    found.classes, found.bad, found.notes = classes, list(content.bad), list(content.notes)
+    for split, part in content.parts.items():
         found.counts[split] = len(part.labels)
         counted = torch.bincount(part.labels, minlength=len(classes))
         for name, count in zip(classes, counted.tolist(), strict=False):
@@ -174,8 +174,7 @@ def inspect(
         for start in range(0, len(flat), _PIXELS):
             for channel, values in enumerate(flat[start : start + _PIXELS].T):
                 histogram[channel] += np.bincount(values, minlength=256)
-        size = f"{image.shape[0]} x {image.shape[1]}"
-        found.sizes[size] = found.sizes.get(size, 0) + 1
+        found.sizes[f"{image.shape[0]} x {image.shape[1]}"] += 1
     found.looked_at = len(spread)
     if found.sizes:
         shares = histogram / histogram.sum(1, keepdims=True)
@@ -204,21 +203,26 @@ def _places(parts: list[Samples], numbers: npt.NDArray[np.int64]) -> list[tuple[
     return [(parts[w], n - starts[w]) for w, n in zip(which, numbers.tolist(), strict=True)]
 
 
-def _open(path: Path, follow_links: bool) -> tuple[Inspection, Mapping[str, Samples]]:
-    """What a dataset is, not yet looked at, and its splits; of some only the first images can be
-    looked at, as their length says."""
-    if path.suffix == ".npz" and is_generated(path):
-        kind = f"an .npz file of images; convert it with arat-fast data prepare {path} FOLDER"
-        pixels, labels = open_npz(path, FIRST)
-        # An archive is read from its start: a part of it is enough to look at.
-        return _numbered(Inspection(path, kind), Images(ArrayRows(pixels), labels))
+def _open(path: Path, follow_links: bool) -> tuple[Inspection, Content]:
+    """What a dataset is, not yet looked at, and its splits, or one of "images"; of some only the
+    first images can be looked at, as their length says."""
+    if path.suffix == ".npz":
+        with opened_npz(path) as archive:
+            if _GENERATED.issuperset(archive.namelist()):
+                found = Inspection(
+                    path,
+                    f"an .npz file of images; convert it with arat-fast data prepare {path} FOLDER",
+                )
+                # An archive is read from its start: a part of it is enough to look at.
+                images = images_in(archive, path, members_of(archive, path)["train"], FIRST)
+                return found, _numbered(images)
     for dataset in DATASETS.values():
         for place, kind in dataset.places.items():
             root = path.parent if path.name == Path(place).parts[0] else path
             if (root / place).exists():
                 content = dataset.read(root)
                 check_arrays(dataset, content)
-                return _found(Inspection(path, kind, _command(dataset.name, root)), content)
+                return Inspection(path, kind, _command(dataset.name, root)), content
     if path.is_file() and not (is_shard(path) or path.suffix == ".npz"):
         raise ValueError(
             f"{path}: expected an .npz file, a .tar shard or a folder, got another kind of file"
@@ -227,8 +231,8 @@ def _open(path: Path, follow_links: bool) -> tuple[Inspection, Mapping[str, Samp
     if dataset.name == "folder" and not has_class_folders(path):
         flat = [file for file in entries(path) if file.is_file() and is_image(file.name)]
         if flat:
-            unlabelled = FileImages([(file, 0) for file in flat])
-            return Inspection(path, "images without classes"), {"images": unlabelled}
+            unlabelled = EncodedImages(flat, torch.zeros(len(flat), dtype=torch.int64))
+            return Inspection(path, "images without classes"), Content({"images": unlabelled}, ())
     found = Inspection(path, OWN[dataset.name], _command(dataset.name, path))
     if follow_links:
         found.use += " --data.follow-links"
@@ -236,36 +240,29 @@ def _open(path: Path, follow_links: bool) -> tuple[Inspection, Mapping[str, Samp
         content = dataset.load(path, follow_links=follow_links)
     except ValueError as error:
         # A shard alone, or generated images, can be a part of a dataset.
+        found.use, found.note = "", str(error)
         if dataset.name == "webdataset" and path.is_file():
-            shard, found.bad = index_shards([path])
-            return _numbered(found, shard, str(error))
-        if (path / FILES[0]).is_file():
-            return _numbered(found, array_folder(path), str(error))
+            shard, bad = index_shards([path])
+            return found, _numbered(shard)._replace(bad=tuple(bad))
+        if (path / IMAGES).is_file():
+            return found, _numbered(array_folder(path))
         raise
     if content.test is None:
         try:
             content = with_test_images(content)
-            found.note = HELD_OUT if dataset.name != "arrays" else ALL_OR_A_TENTH
+            found.note = "a tenth held out"
+            # Arrays in one folder are a dataset or generated images.
+            found.note += "; --data.unsup takes all" if dataset.name == "arrays" else ""
         except ValueError as error:
             found.use, found.note = "", str(error)
-    return _found(found, content)
+    return found, content
 
 
-def _found(found: Inspection, content: Content) -> tuple[Inspection, Mapping[str, Samples]]:
-    found.classes, found.bad = content.classes, list(content.bad)
-    found.notes = list(content.notes)
-    return found, content.parts
-
-
-def _numbered(
-    found: Inspection, part: Images | TarImages, refusal: str = ""
-) -> tuple[Inspection, Mapping[str, Samples]]:
+def _numbered(part: Samples) -> Content:
     """Images that nothing trains on alone; their classes are the labels that occur."""
-    found.use, found.note = "", refusal
     values, index = np.unique(part.labels.numpy(), return_inverse=True)
-    found.classes = tuple(str(value) for value in values.tolist())
     part.labels = torch.from_numpy(index)
-    return found, {"images": part}
+    return Content({"images": part}, tuple(map(str, values.tolist())))
 
 
 def _command(name: str, root: Path) -> str:
@@ -286,35 +283,28 @@ def draw_sheet(parts: list[Samples], classes: tuple[str, ...], path: Path) -> No
         path: PNG file.
     """
     # Evenly over the classes: the images of a folder are sorted by class.
-    order = np.argsort(
-        torch.cat([part.labels[: len(part)] for part in parts]).numpy(), kind="stable"
-    )
+    labels = np.concatenate([part.labels[: len(part)].numpy() for part in parts])
+    order = np.argsort(labels, kind="stable")
     rows, columns = SHEET
     number = min(rows * columns, len(order))
     chosen = _places(parts, order[np.linspace(0, len(order) - 1, number).astype(int)])
     rows = -(-number // columns)
     cell = (TILE + _GAP, TILE + _CAPTION + _GAP)
     columns = min(columns, number)
-    sheet = Image.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + _GAP), (255, 255, 255))
+    sheet = Image.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + _GAP), "white")
     pen = ImageDraw.Draw(sheet)
     font: Any = ImageFont.load_default(size=11)
     for place, (part, index) in enumerate(chosen):
         left = _GAP + place % columns * cell[0]
         top = _GAP + place // columns * cell[1]
-        caption = classes[int(part.labels[index])] if classes else ""
         try:
-            image = Image.fromarray(part.image(index))
+            shown = _scaled(part.image(index), TILE, Image.Resampling.LANCZOS)
         except ValueError:
             pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill=(235, 235, 235))
             pen.text((left + 6, top + 40), "unreadable", fill=(150, 30, 30), font=font)
         else:
-            small = max(image.size) <= TILE
-            scale = TILE / max(image.size)
-            size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-            shown = image.resize(
-                size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-            )
             sheet.paste(shown, (left + (TILE - shown.width) // 2, top + (TILE - shown.height) // 2))
+        caption = classes[int(part.labels[index])] if classes else ""
         while caption and pen.textlength(caption, font=font) > TILE:
             caption = caption[:-2].rstrip("…") + "…"
         pen.text((left, top + TILE + 1), caption, fill=(60, 60, 60), font=font)
@@ -338,7 +328,7 @@ def draw_radii(parts: list[Samples], radii: Sequence[float], path: Path) -> None
     source = np.random.default_rng(0)
     number = min(4, len(parts[0]))
     side = 2 * TILE
-    sheet = Image.new("RGB", ((1 + len(radii)) * side, number * side), (255, 255, 255))
+    sheet = Image.new("RGB", ((1 + len(radii)) * side, number * side), "white")
     for row, index in enumerate(np.linspace(0, len(parts[0]) - 1, number).astype(int).tolist()):
         try:
             image = parts[0].image(index)
@@ -347,8 +337,14 @@ def draw_radii(parts: list[Samples], radii: Sequence[float], path: Path) -> None
         signs = source.integers(0, 2, image.shape) * 2.0 - 1
         for column, eps in enumerate((0.0, *radii)):
             pixels = (image + 255 * eps * signs).round().clip(0, 255).astype(np.uint8)
-            shown = Image.fromarray(pixels)
-            scale = side / max(shown.size)
-            size = (max(round(shown.width * scale), 1), max(round(shown.height * scale), 1))
-            sheet.paste(shown.resize(size, Image.Resampling.NEAREST), (column * side, row * side))
+            shown = _scaled(pixels, side, Image.Resampling.NEAREST)
+            sheet.paste(shown, (column * side, row * side))
     write_atomic(path, lambda file: sheet.save(file, "PNG"))
+
+
+def _scaled(pixels: Pixels, side: int, smaller: Image.Resampling) -> Image.Image:
+    """An image whose longer edge is ``side`` pixels; ``smaller`` is how a larger one is scaled."""
+    image = Image.fromarray(pixels)
+    width, height = (max(round(edge * side / max(image.size)), 1) for edge in image.size)
+    method = smaller if max(image.size) > side else Image.Resampling.NEAREST
+    return image.resize((width, height), method)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +18,15 @@ from arat_fast.data.batches import Batches, ResidentBatches, check_samples
 from arat_fast.data.dali import DaliBatches, has_dali
 from arat_fast.data.fingerprint import Fingerprint, fingerprint, names_below
 from arat_fast.data.framing import NO_SHIFT, Framing, Shift
-from arat_fast.data.holdout import (
-    stratified_split,
-    with_test_images,
-    with_validation_images,
-)
+from arat_fast.data.holdout import stratified_split, with_test_images, with_validation_images
 from arat_fast.data.loader import LoaderBatches
 from arat_fast.data.plan import WHOLE, BatchPlan, MixedPlan, Shard, seeded_generator
 from arat_fast.datasets import DATASETS, Content, Dataset
-from arat_fast.datasets.base import Samples
+from arat_fast.datasets.base import Samples, without
 from arat_fast.datasets.encoded import EncodedImages, decode_all
 from arat_fast.datasets.members import told
-from arat_fast.datasets.prepared import array_folder, class_names, conversions
-from arat_fast.datasets.rows import ArrayRows, Images, JoinedRows
+from arat_fast.datasets.prepared import array_folder, class_names
+from arat_fast.datasets.rows import Images, JoinedRows, Rows
 from arat_fast.datasets.splits import same_images
 from arat_kernels.implementation import Impl
 
@@ -98,35 +95,76 @@ def load_data(
         ValueError: a file is not the published one, an image or a label does not fit, or
             ``num_val`` leaves too few images to train on.
     """
-    dataset = DATASETS[config.name]
+    content = _read(config)
     try:
-        content = dataset.load(config.root, config.download, config.follow_links)
-    except FileNotFoundError as error:
-        if not dataset.own:
-            raise
-        raise FileNotFoundError(
-            f"{error}; where it was moved, pass its folder: --data.root of train, --data-root of "
-            "eval and analyze"
-        ) from error
-    try:
-        splits = _splits(
-            dataset,
-            content,
-            config,
-            device,
-            seed,
-            eval_batch_size,
-            memory_format,
-            shard,
-            bad_images or BadImages(),
-            all_to_test,
-        )
+        content = _chosen(content, config, bad_images or BadImages(), all_to_test)
+        num_original = len(content.train)
+        if config.unsup is not None:
+            content = _with_generated(content, config.unsup.expanduser())
+        root = config.root.expanduser()
+        identity = fingerprint(content.train.labels, names_below(content.train, root))
+        framing: Shift | Framing = Shift(config.padding, config.flip)
+        still: Shift | Framing = NO_SHIFT
+        if isinstance(content.train, EncodedImages):
+            kind = config.crop
+            if kind == "auto":
+                kind = DATASETS[config.name].crop or "pad"
+            framing = Framing(config.image_size, kind, True, config.padding, config.flip)
+            still = Framing(config.image_size, kind)
+        loader = _loader(config, content, framing, device)
+        if loader == "resident":
+            expected = f"with data.image_size {config.image_size} data.loader resident needs"
+            content = _in_arrays(content, config.image_size, expected)
+
+        def plan(seed: int) -> BatchPlan:
+            size = config.batch_size
+            if config.unsup is None:
+                return BatchPlan(num_original, size, shuffle=True, seed=seed, shard=shard)
+            generated = len(content.train) - num_original
+            fraction = config.unsup_fraction
+            return MixedPlan(num_original, generated, size, fraction, seed=seed, shard=shard)
+
+        def batches(
+            part: Samples,
+            plans: list[BatchPlan],
+            framing: Shift | Framing,
+            memory_format: torch.memory_format = torch.contiguous_format,
+        ) -> list[Batches]:
+            """As often as there are plans; the images lie on the device once."""
+            make: Callable[..., Any]
+            if loader == "resident":
+                assert isinstance(part, Images)
+                # On a CPU in the format of the batches, as ResidentBatches keeps it.
+                stored = memory_format if device.type == "cpu" else torch.contiguous_format
+                x, y = _on_device(part.rows, device, stored), part.labels.to(device)
+                make = partial(ResidentBatches, x, y)
+            else:
+                streamed = DaliBatches if loader == "dali" else LoaderBatches
+                make = partial(streamed, part, device=device, num_workers=config.num_workers)
+            made: list[Batches] = []
+            for plan in plans:
+                each = make(
+                    content.classes,
+                    plan,
+                    framing,
+                    max_value=content.max_value,
+                    memory_format=memory_format,
+                )
+                each.impl = impl
+                made.append(each)
+            return made
+
+        plans = [plan(seed), plan(seeded_generator(seed, _PROBE_STREAM).initial_seed())]
+        train, probe = batches(content.train, plans, framing, memory_format)
+        held_out = {
+            split: batches(part, [BatchPlan(len(part), eval_batch_size)], still)[0]
+            for split, part in content.parts.items()
+            if split != "train"
+        }
     except ValueError as error:
         raise ValueError(f"dataset {config.name}: {error}") from error
-    for batches in (splits.train, splits.probe, splits.val, splits.test):
-        if batches is not None:
-            batches.impl = impl
-    return splits
+    val, test = held_out.get("val"), held_out["test"]
+    return DataSplits(train, probe, val, test, identity, content.bad, content.notes)
 
 
 def download_data(config: DataConfig, ranks: Ranks) -> None:
@@ -153,137 +191,70 @@ def download_data(config: DataConfig, ranks: Ranks) -> None:
         ranks.meet()
 
 
-def _splits(
-    dataset: Dataset,
-    content: Content,
-    config: DataConfig,
-    device: torch.device,
-    seed: int,
-    eval_batch_size: int,
-    memory_format: torch.memory_format,
-    shard: Shard,
-    bad_images: BadImages,
-    all_to_test: bool,
-) -> DataSplits:
-    root = config.root.expanduser()
+def _read(config: DataConfig) -> Content:
+    """What the files hold."""
+    dataset = DATASETS[config.name]
+    try:
+        return dataset.load(config.root, config.download, config.follow_links)
+    except FileNotFoundError as error:
+        if not dataset.own:
+            raise
+        raise FileNotFoundError(
+            f"{error}; where it was moved, pass its folder: --data.root of train, --data-root of "
+            "eval and analyze"
+        ) from error
+
+
+def _chosen(
+    content: Content, config: DataConfig, bad_images: BadImages, all_to_test: bool
+) -> Content:
+    """Its readable images as they are trained on, validated and tested with."""
+    dataset = DATASETS[config.name]
     if dataset.image_size is not None:
         content = _in_arrays(content, dataset.image_size, f"{dataset.name} has")
     check_arrays(dataset, content)
-    content, skipped = _readable(content, config, root, bad_images)
+    content = _readable(content, config, bad_images)
     if all_to_test and content.test is None:
-        content = content._replace(test=content.train)
+        content = content.with_parts({"test": content.train})
     content = with_validation_images(with_test_images(content), config.num_val)
     content = _limited(content, config.limit)
-    identity = fingerprint(content.train.labels, names_below(content.train, root))
-    loader: str = config.loader
-    framing: Shift | Framing = Shift(config.padding, config.flip)
-    if isinstance(content.train, EncodedImages):
-        if config.unsup is not None:
+    # Folders are sorted by class, and evaluation takes the first images where it is asked for
+    # fewer than all.
+    order = {
+        split: part.subset(torch.randperm(len(part), generator=seeded_generator(_EVALUATION_SEED)))
+        for split, part in content.parts.items()
+        if split != "train" and isinstance(part, EncodedImages)
+    }
+    return content.with_parts(order)
+
+
+def _loader(
+    config: DataConfig, content: Content, framing: Shift | Framing, device: torch.device
+) -> str:
+    """Which loader is asked for; "auto" is the fastest of them."""
+    if isinstance(framing, Framing):
+        if config.loader == "resident" and framing.kind == "resized":
             raise ValueError(
-                "data.unsup is mixed with images in arrays (cifar10, …), got images in files"
+                "data.loader resident keeps images of one size: it needs --data.crop pad with "
+                f"images of {config.image_size} x {config.image_size} pixels"
             )
-        cut = (dataset.crop or "pad") if config.crop == "auto" else config.crop
-        framing = Framing(config.image_size, cut, True, config.padding, config.flip)
-        content = content._replace(test=_mixed(content.test), val=_mixed(content.val))
-        if loader == "resident":
-            if cut == "resized":
-                raise ValueError(
-                    "data.loader resident keeps images of one size: it needs --data.crop pad with "
-                    f"images of {config.image_size} x {config.image_size} pixels"
-                )
-            expected = f"with data.image_size {config.image_size} data.loader resident needs"
-            content = _in_arrays(content, config.image_size, expected)
-        elif loader == "auto":
-            loader = "dali" if has_dali() else "dataloader"
-    num_original = len(content.train)
-    if config.unsup is not None:
-        content = _with_generated(content, config.unsup.expanduser())
-        identity = fingerprint(content.train.labels)
-    if loader == "auto":
-        # On a CPU PyTorch copies and crops arrays faster than DALI.
-        streamed = "dali" if device.type == "cuda" and has_dali() else "dataloader"
-        arrays = [part for part in content.parts.values() if isinstance(part, Images)]
-        num_bytes = sum(math.prod(part.rows.shape) for part in arrays)
-        loader = "resident" if num_bytes <= _room(device) else streamed
-
-    def plan(training_seed: int) -> BatchPlan:
-        if config.unsup is None:
-            return BatchPlan(
-                num_original, config.batch_size, shuffle=True, seed=training_seed, shard=shard
-            )
-        return MixedPlan(
-            num_original,
-            len(content.train) - num_original,
-            config.batch_size,
-            config.unsup_fraction,
-            seed=training_seed,
-            shard=shard,
-        )
-
-    def evaluated(samples: Samples) -> Batches:
-        still = Framing(framing.size, framing.kind) if isinstance(framing, Framing) else NO_SHIFT
-        return make(samples, [BatchPlan(len(samples), eval_batch_size)], still)[0]
-
-    make = partial(_batches, config, content, loader, device)
-    plans = [plan(seed), plan(seeded_generator(seed, _PROBE_STREAM).initial_seed())]
-    train, probe = make(content.train, plans, framing, memory_format)
-    assert content.test is not None
-    val = None if content.val is None else evaluated(content.val)
-    test = evaluated(content.test)
-    return DataSplits(train, probe, val, test, identity, skipped, content.notes)
-
-
-def _batches(
-    config: DataConfig,
-    content: Content,
-    loader: str,
-    device: torch.device,
-    samples: Samples,
-    plans: list[BatchPlan],
-    framing: Shift | Framing,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> list[Batches]:
-    """The samples by one loader, as often as there are plans; they lie on the device once."""
-    if loader != "resident":
-        kind = DaliBatches if loader == "dali" else LoaderBatches
-        return [
-            kind(
-                samples,
-                content.classes,
-                plan,
-                framing,
-                device=device,
-                max_value=content.max_value,
-                memory_format=memory_format,
-                num_workers=config.num_workers,
-            )
-            for plan in plans
-        ]
-    assert isinstance(samples, Images)
-    # On a CPU in the format of the batches, as ResidentBatches keeps it.
-    stored = memory_format if device.type == "cpu" else torch.contiguous_format
-    x, y = _on_device(samples, device, stored), samples.labels.to(device)
-    return [
-        ResidentBatches(
-            x,
-            y,
-            content.classes,
-            plan,
-            framing,
-            max_value=content.max_value,
-            memory_format=memory_format,
-        )
-        for plan in plans
-    ]
+        streamed = "dali" if has_dali() else "dataloader"
+        return streamed if config.loader == "auto" else config.loader
+    if config.loader != "auto":
+        return config.loader
+    arrays = [part for part in content.parts.values() if isinstance(part, Images)]
+    if sum(math.prod(part.rows.shape) for part in arrays) <= _room(device):
+        return "resident"
+    # On a CPU PyTorch copies and crops arrays faster than DALI.
+    return "dali" if device.type == "cuda" and has_dali() else "dataloader"
 
 
 def _in_arrays(content: Content, size: int, expected: str) -> Content:
     """With every encoded image decoded; ``expected`` says who demands their size."""
-    decoded: dict[str, Samples] = {
-        name: Images(ArrayRows(decode_all(part, size, expected)), part.labels)
+    decoded = {
+        split: Images(decode_all(part, size, expected), part.labels)
+        for split, part in content.parts.items()
         if isinstance(part, EncodedImages)
-        else part
-        for name, part in content.parts.items()
     }
     return content.with_parts(decoded)
 
@@ -292,39 +263,34 @@ def check_arrays(dataset: Dataset, content: Content) -> None:
     """Raise a ValueError unless images in memory are of the size and range of their dataset, each
     with a label."""
     for part in content.parts.values():
-        if isinstance(part, Images) and isinstance(part.rows, ArrayRows):
+        if isinstance(part, Images) and isinstance(part.rows, np.ndarray):
             shape = (dataset.image_size, dataset.image_size, dataset.channels)
             if dataset.image_size is not None and part.rows.shape[1:] != shape:
                 raise ValueError(
                     f"expected images of {'x'.join(map(str, shape))}, got "
                     f"{'x'.join(map(str, part.rows.shape[1:]))}"
                 )
-            check_samples(part.rows.images, part.labels, len(content.classes), content.max_value)
+            images = torch.from_numpy(part.rows).permute(0, 3, 1, 2)
+            check_samples(images, part.labels, len(content.classes), content.max_value)
 
 
-def _readable(
-    content: Content, config: DataConfig, root: Path, bad_images: BadImages
-) -> tuple[Content, tuple[str, ...]]:
-    """Without the files that cannot be decoded, and what is wrong with these."""
-    skipped = list(content.bad)
-    if config.bad_images == "stop":
-        if skipped:
-            raise ValueError(f"{told(skipped)}; remove it, or pass --data.bad-images skip-strays")
-        return content, ()
-    if config.bad_images == "skip-strays":
-        return content, tuple(skipped)
-    readable: dict[str, Samples] = {}
+def _readable(content: Content, config: DataConfig, bad_images: BadImages) -> Content:
+    """Without the files that cannot be decoded, which are told with what else is bad."""
+    if config.bad_images == "stop" and content.bad:
+        raise ValueError(f"{told(content.bad)}; remove it, or pass --data.bad-images skip-strays")
+    if config.bad_images != "skip":
+        return content
+    readable, skipped = {}, list(content.bad)
     for split, part in content.parts.items():
         if isinstance(part, Images):
             continue
-        bad = bad_images.among(part, root)
-        kept = torch.tensor([i for i in range(len(part)) if i not in bad], dtype=torch.int64)
-        for label in set(part.labels.tolist()) - set(part.labels[kept].tolist()):
+        bad = bad_images.among(part, config.root.expanduser())
+        readable[split] = left = without(part, bad)
+        for label in set(part.labels.tolist()) - set(left.labels.tolist()):
             first = next(index for index in bad if int(part.labels[index]) == label)
             raise ValueError(f"no image with label {label} can be read; {bad[first]}")
-        readable[split] = part.subset(kept)
         skipped += bad.values()
-    return content.with_parts(readable), tuple(skipped)
+    return content.with_parts(readable)._replace(bad=tuple(skipped))
 
 
 def _limited(content: Content, limit: int) -> Content:
@@ -339,12 +305,16 @@ def _limited(content: Content, limit: int) -> Content:
     # The rest, rather than these, is what leaves none of a class without images.
     chosen, _ = stratified_split(content.train.labels, len(content.train) - limit)
     note = f"a trial: {limit:,} of {len(content.train):,} training images"
-    return content._replace(train=content.train.subset(chosen), notes=(*content.notes, note))
+    return content.with_parts({"train": content.train.subset(chosen)}, note)
 
 
 def _with_generated(content: Content, folder: Path) -> Content:
-    train, generated = content.train, array_folder(folder)
-    assert isinstance(train, Images)
+    train = content.train
+    if not isinstance(train, Images):
+        raise ValueError(
+            "data.unsup is mixed with images in arrays (cifar10, …), got images in files"
+        )
+    generated = array_folder(folder)
     num_classes = len(content.classes)
     if int(generated.labels.max()) >= num_classes:
         raise ValueError(
@@ -366,26 +336,16 @@ def _with_generated(content: Content, folder: Path) -> Content:
             )
     rows = JoinedRows([train.rows, generated.rows])
     labels = torch.cat([train.labels, generated.labels])
-    notes = (*content.notes, *conversions(generated))
-    return content._replace(train=Images(rows, labels), notes=notes)
+    note = f"{folder}: read from {generated.note}" if generated.note else ""
+    return content.with_parts({"train": Images(rows, labels)}, note)
 
 
-def _mixed(samples: Samples | None) -> Samples | None:
-    """The samples in another fixed order: the folders are sorted by class, and evaluation takes
-    the first images where it is asked for fewer than all."""
-    if samples is None:
-        return None
-    generator = seeded_generator(_EVALUATION_SEED)
-    return samples.subset(torch.randperm(len(samples), generator=generator))
-
-
-def _on_device(images: Images, device: torch.device, memory_format: torch.memory_format) -> Tensor:
+def _on_device(rows: Rows, device: torch.device, memory_format: torch.memory_format) -> Tensor:
     """All images on the device, (num_samples, C, H, W), uint8; a memory map is copied in parts, so
     that it is never in the memory of the host as a whole beside its copy."""
-    rows = images.rows
+    if device.type == "cpu" and isinstance(rows, np.ndarray):
+        return torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
     number, height, width, channels = rows.shape
-    if device.type == "cpu" and isinstance(rows, ArrayRows):
-        return rows.images.contiguous(memory_format=memory_format)
     copied = torch.empty(
         (number, channels, height, width),
         dtype=torch.uint8,
@@ -394,7 +354,7 @@ def _on_device(images: Images, device: torch.device, memory_format: torch.memory
     )
     rows_per_part = max(_PART // (height * width * channels), 1)
     for start in range(0, number, rows_per_part):
-        part = rows.take(np.arange(start, min(start + rows_per_part, number)))
+        part = rows[np.arange(start, min(start + rows_per_part, number))]
         copied[start : start + len(part)] = torch.from_numpy(part).to(device).permute(0, 3, 1, 2)
     return copied
 
@@ -405,5 +365,5 @@ def _room(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] // 2
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError, OSError):
+    except (ValueError, OSError):
         return 2**32

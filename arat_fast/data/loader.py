@@ -126,7 +126,7 @@ class _Read(Dataset[tuple[Tensor, Tensor, Tensor, str]]):
         chosen = self.plan.samples(*place)
         labels = self.samples.labels[chosen]
         if not isinstance(self.samples, EncodedImages):
-            pixels = torch.from_numpy(self.samples.rows.take(chosen.numpy()))
+            pixels = torch.from_numpy(self.samples.rows[chosen.numpy()])
             return pixels, labels, self.framing.offsets(self.plan, *place), ""
         assert isinstance(self.framing, Framing)
         draws = self.framing.draw(self.plan, *place)
@@ -254,7 +254,6 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     # Ctrl-C and torchrun signal the whole process group, and a fork inherits the trainer's
     # handlers: the batch under way must still arrive, and a worker that is told to terminate must
     # do so. Workers end with their parent, in whichever group they are.
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

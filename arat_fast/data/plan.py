@@ -107,8 +107,6 @@ class BatchPlan:
         seed: int = 0,
         shard: Shard = WHOLE,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         if num_samples == 0:
             raise ValueError("the dataset is empty, expected at least one image")
         ranks = shard.world_size
@@ -125,14 +123,12 @@ class BatchPlan:
         self.shuffle = shuffle
         self.seed = seed
         self.shard = shard
-        full, rest = divmod(num_samples, batch_size)
-        too_small = 0 < rest < least
-        self._num_batches = full + (rest > 0 and not too_small)
+        rest = num_samples % batch_size
+        self._end = num_samples - rest if rest < least else num_samples
         self._order: tuple[int, Tensor] | None = None
-        self._end = full * batch_size if too_small else num_samples
 
     def __len__(self) -> int:
-        return self._num_batches
+        return -(-self._end // self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
         """The samples of an epoch in order: (num_samples,), int64, on the CPU."""
@@ -149,35 +145,29 @@ class BatchPlan:
     @property
     def largest_share(self) -> int:
         """The most samples that this rank can have in a batch."""
-        return max(
-            (part.stop - part.start for part in map(self.share, {0, len(self) - 1})), default=0
-        )
+        return self.shard.num(self.size(0))
 
-    def batch(self, number: int) -> slice:
-        """The places of batch ``number`` in the order of its epoch, over all ranks."""
-        start = number * self.batch_size
-        last = number == len(self) - 1
-        return slice(start, self._end if last else start + self.batch_size)
+    def size(self, number: int) -> int:
+        """Samples of batch ``number``, over all ranks."""
+        return self.samples_before(number + 1) - self.samples_before(number)
 
     def share(self, number: int) -> slice:
         """This rank's part of batch ``number``, counted from the start of the batch."""
-        batch = self.batch(number)
-        return self.shard.share(batch.stop - batch.start)
+        return self.shard.share(self.size(number))
 
     def place(self, number: int) -> Place:
         """Where this rank's part of batch ``number`` is in it."""
-        batch = self.batch(number)
-        return Place(self.share(number).start, batch.stop - batch.start)
+        return Place(self.share(number).start, self.size(number))
 
     def places(self, number: int) -> slice:
         """The places of this rank's part of batch ``number`` in the order of its epoch."""
-        start, share = self.batch(number).start, self.share(number)
+        start, share = self.samples_before(number), self.share(number)
         return slice(start + share.start, start + share.stop)
 
     def samples_before(self, number: int) -> int:
         """Samples of an epoch, over all ranks, that come before batch ``number``; with
         ``number = len(plan)`` those of a whole epoch."""
-        return self._end if number == len(self) else number * self.batch_size
+        return min(number * self.batch_size, self._end)
 
 
 class MixedPlan(BatchPlan):
@@ -219,9 +209,9 @@ class MixedPlan(BatchPlan):
         self.num_generated = num_generated
         self.fraction = fraction
         generated = self._generated(0)
-        if not 0 < generated < self._size(0):
+        if not 0 < generated < self.size(0):
             raise ValueError(
-                f"a batch of {self._size(0)} with unsup_fraction {fraction} holds {generated} "
+                f"a batch of {self.size(0)} with unsup_fraction {fraction} holds {generated} "
                 "generated images, expected some of either kind"
             )
         self._passes: dict[int, tuple[int, Tensor]] = {}
@@ -230,7 +220,7 @@ class MixedPlan(BatchPlan):
         """The samples of the batches of an epoch in order, int64, on the CPU."""
         numbers = range(len(self))
         generated = [self._generated(number) for number in numbers]
-        original = [self._size(number) - generated[number] for number in numbers]
+        original = [self.size(number) - generated[number] for number in numbers]
         new = self._stream(1, self.num_generated, epoch * sum(generated), sum(generated))
         old = self._stream(0, self.num_samples, epoch * sum(original), sum(original))
         batches = []
@@ -241,12 +231,8 @@ class MixedPlan(BatchPlan):
             batches.append(batch[torch.randperm(len(batch), generator=generator)])
         return torch.cat(batches)
 
-    def _size(self, number: int) -> int:
-        batch = self.batch(number)
-        return int(batch.stop - batch.start)
-
     def _generated(self, number: int) -> int:
-        return round(self.fraction * self._size(number))
+        return round(self.fraction * self.size(number))
 
     def _stream(self, kind: int, num_samples: int, start: int, length: int) -> Tensor:
         """``length`` samples from place ``start`` of an endless row of permutations."""

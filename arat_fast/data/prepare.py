@@ -5,22 +5,24 @@ from __future__ import annotations
 
 import os
 import shutil
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from arat_fast.datasets import DATASETS, Content, Dataset
 from arat_fast.datasets.encoded import EncodedImages, unreadable
 from arat_fast.datasets.folder import has_class_folders
-from arat_fast.datasets.members import class_name, read_classes
-from arat_fast.datasets.npz import names_in, opened_npz, pixels_in
-from arat_fast.datasets.prepared import CHECKSUMS, CHUNK, FILES, array_folder, checksum_line
-from arat_fast.datasets.rows import MappedRows, Pixels, read_header, read_labels
+from arat_fast.datasets.members import CLASSES, class_name, read_classes
+from arat_fast.datasets.npz import members_of, names_in, opened_npz
+from arat_fast.datasets.prepared import (
+    CHECKSUMS,
+    CHUNK,
+    IMAGES,
+    LABELS,
+    array_folder,
+    checksum_line,
+)
+from arat_fast.datasets.rows import NPY, MappedRows, read_header, read_labels
 from arat_fast.datasets.splits import named_splits
 from arat_fast.datasets.webdataset import index_shards, tar_files
 from arat_fast.files import folder_atomic, write_text
@@ -29,58 +31,14 @@ ROWS = 256
 """Images that are converted at a time."""
 
 
-MEMBERS = ("image.npy", "label.npy", "classes.npy")
-"""Arrays of an .npz file: images, labels and, where it has some, the names of the classes."""
-
-
-def open_npz(path: Path, number: int) -> tuple[Pixels, Tensor]:
-    """The first images of an .npz file, and all labels; nothing is unpickled.
-
-    Args:
-        path: the file, as the EDM sets of generated images are published.
-        number: of images, at most, >= 1.
-
-    Returns:
-        images (at most ``number``, height, width, channels), uint8, and labels (num_samples,),
-        int64.
-
-    Raises:
-        ValueError: an array is absent, one is not known, of another shape or dtype, or the file is
-            cut short.
-    """
-    with _opened(path) as archive:
-        pixels, total, _ = pixels_in(archive, MEMBERS[0], path, number)
-        with archive.open(MEMBERS[1]) as file:
-            return pixels, read_labels(file, path, total)
-
-
-def is_generated(path: Path) -> bool:
-    """Whether an .npz file has the names of generated images' arrays, :data:`MEMBERS`."""
-    with opened_npz(path) as archive:
-        return set(archive.namelist()) <= set(MEMBERS)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """An .npz file that holds :data:`MEMBERS`, the last one or not."""
-    with opened_npz(path) as archive:
-        found = archive.namelist()
-        if sorted(found) not in (sorted(MEMBERS), sorted(MEMBERS[:2])):
-            raise ValueError(
-                f"{path}: expected the arrays image and label, and classes for their names, "
-                f"got {', '.join(found) or 'none'}"
-            )
-        yield archive
-
-
-def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
+def convert_npz(path: Path, folder: Path) -> tuple[int, str]:
     """Write the arrays of an .npz file as images.npy and labels.npy, which can be mapped.
 
     The file is read once, in pieces, and its checksums are verified. The folder appears when it is
     whole and on disk; what a conversion that was killed has left of it goes with the next one.
 
     Args:
-        path: the file.
+        path: the file, of one split, as the EDM sets of generated images are published.
         folder: absent or empty.
 
     Returns:
@@ -88,13 +46,18 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
 
     Raises:
         FileExistsError: the folder has files in it.
-        ValueError: as for :func:`open_npz`; a checksum is wrong.
+        ValueError: an array is absent, one is not known, of another shape or dtype, the file is
+            cut short or damaged, or it has several splits.
     """
-    with _opened(path) as archive, folder_atomic(folder) as made:
+    with opened_npz(path) as archive, folder_atomic(folder) as made:
+        splits = members_of(archive, path)
+        if len(splits) > 1:
+            raise ValueError(f"{path}: expected one split, got {' and '.join(splits)}")
+        members = splits["train"]
         needed = sum(member.file_size for member in archive.infolist())
-        with archive.open(MEMBERS[0]) as file:
+        with archive.open(members.images) as file:
             # What is converted is there twice for a while.
-            if not read_header(file, path, archive.getinfo(MEMBERS[0]).file_size).plain:
+            if not read_header(file, path, archive.getinfo(members.images).file_size).plain:
                 needed *= 2
         free = shutil.disk_usage(made).free
         if needed > free:
@@ -102,39 +65,35 @@ def convert_npz(path: Path, folder: Path) -> tuple[int, list[str]]:
                 f"cannot write {folder}: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} are "
                 "free: choose a folder on another disk"
             )
-        raw = made / "raw"
-        raw.mkdir()
-        for name in archive.namelist():
-            with archive.open(name) as source, (raw / name).open("wb") as target:
-                shutil.copyfileobj(source, target, CHUNK)
+        raw, images = made / "raw.npy", made / IMAGES
+        with archive.open(members.images) as source, raw.open("wb") as target:
+            shutil.copyfileobj(source, target, CHUNK)
         try:
-            rows = MappedRows(raw / MEMBERS[0])
-            with (raw / MEMBERS[1]).open("rb") as file:
-                labels = read_labels(file, raw / MEMBERS[1], rows.shape[0])
-            names = names_in(archive, MEMBERS[2], path) if MEMBERS[2] in archive.namelist() else []
-        except (ValueError, EOFError) as error:
-            raise ValueError(str(error).replace(f"{raw}{os.sep}", f"{path}: ")) from error
-        images = made / FILES[0]
+            rows = MappedRows(raw)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(raw), str(path))) from error
+        with archive.open(members.labels) as file:
+            labels = read_labels(file, path, rows.shape[0])
         if rows.stored.plain:
-            os.replace(raw / MEMBERS[0], images)
+            os.replace(raw, images)
         else:
-            lib: Any = np.lib.format
-            written = lib.open_memmap(images, "w+", np.uint8, rows.shape)
+            written = NPY.open_memmap(images, "w+", np.uint8, rows.shape)
             for start in range(0, rows.shape[0], ROWS):
-                part = rows.take(np.arange(start, min(start + ROWS, rows.shape[0])))
+                part = rows[np.arange(start, min(start + ROWS, rows.shape[0]))]
                 written[start : start + ROWS] = part
             written.flush()
             del written
-        shutil.rmtree(raw)
-        np.save(made / FILES[1], labels.numpy())
+            raw.unlink()
+        np.save(made / LABELS, labels.numpy())
+        names = names_in(archive, path)
         if names:
-            write_text(made / FILES[2], "".join(f"{name}\n" for name in names))
-            if read_classes(made / FILES[2]) != tuple(map(class_name, names)):
+            write_text(made / CLASSES, "".join(f"{name}\n" for name in names))
+            if read_classes(made) != tuple(map(class_name, names)):
                 raise ValueError(f"{path}: expected names of classes of one line each")
         lines = [checksum_line(file) for file in sorted(made.iterdir())]
         write_text(made / CHECKSUMS, "".join(f"{line}\n" for line in lines))
         array_folder(made)
-    return rows.shape[0], rows.stored.notes()
+    return rows.shape[0], rows.stored.note()
 
 
 def verify(path: Path, follow_links: bool = False) -> tuple[int, list[str]]:
@@ -152,7 +111,7 @@ def verify(path: Path, follow_links: bool = False) -> tuple[int, list[str]]:
     """
     if path.is_file():
         shard, others = index_shards([path])
-        content = Content(shard, None, (), bad=tuple(others))
+        content = Content({"train": shard}, (), tuple(others))
     else:
         content = own_dataset(path).load(path, follow_links=follow_links)
     parts, bad = list(content.parts.values()), list(content.bad)
@@ -169,7 +128,7 @@ def own_dataset(root: Path) -> Dataset:
     if root.is_file():
         return DATASETS["npz" if root.suffix == ".npz" else "webdataset"]
     folders = [root, *(folder for _, folder in named_splits(root))]
-    if any((folder / FILES[0]).is_file() for folder in folders):
+    if any((folder / IMAGES).is_file() for folder in folders):
         return DATASETS["arrays"]
     if not root.is_dir() or has_class_folders(root):
         return DATASETS["folder"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
+
+import torch
 
 from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.rows import Images
@@ -13,50 +15,52 @@ from arat_fast.datasets.rows import Images
 Samples: TypeAlias = Images | EncodedImages
 
 
+def without(part: Samples, numbers: Collection[int]) -> Samples:
+    """The images of a split that are not among ``numbers``, in their order."""
+    if not numbers:
+        return part
+    kept = torch.ones(len(part), dtype=torch.bool)
+    kept[list(numbers)] = False
+    return part.subset(torch.nonzero(kept)[:, 0])
+
+
 class Content(NamedTuple):
     """What the files of a dataset hold.
 
     Attributes:
-        train: the images to train on: in arrays, or encoded.
-        test: the images to evaluate; None where the dataset has no such split.
+        parts: images in arrays, or encoded ones, by split: "train"; "test", where it has images to
+            evaluate; "val", where it has both these and others to validate with.
         classes: class names, one per label.
-        val: the images to validate with, where it has both these and test images.
         bad: what else lies there and was left out, and why.
         notes: on what was converted, in words.
         max_value: the uint8 value that stands for 1.0.
     """
 
-    train: Samples
-    test: Samples | None
+    parts: Mapping[str, Samples]
     classes: tuple[str, ...]
-    val: Samples | None = None
     bad: tuple[str, ...] = ()
-    max_value: int = 255
     notes: tuple[str, ...] = ()
-
-    @classmethod
-    def of_splits(
-        cls,
-        splits: Mapping[str, Samples],
-        classes: tuple[str, ...],
-        bad: tuple[str, ...] = (),
-        notes: tuple[str, ...] = (),
-    ) -> Content:
-        """By "train", "val" and "test"; of the last two one alone holds the images to evaluate."""
-        test = splits.get("test", splits.get("val"))
-        val = splits.get("val") if "test" in splits else None
-        return cls(splits["train"], test, classes, val, bad, notes=notes)
-
-    def with_parts(self, parts: Mapping[str, Samples]) -> Content:
-        """With these instead of its splits, by name; the others stay."""
-        new = {**self.parts, **parts}
-        return self._replace(train=new["train"], test=new.get("test"), val=new.get("val"))
+    max_value: int = 255
 
     @property
-    def parts(self) -> dict[str, Samples]:
-        """The splits that are there, by "train", "val" and "test"."""
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: part for name, part in splits.items() if part is not None}
+    def train(self) -> Samples:
+        """The images to train on."""
+        return self.parts["train"]
+
+    @property
+    def val(self) -> Samples | None:
+        """The images to validate with; None where there are none apart from those to evaluate."""
+        return self.parts.get("val")
+
+    @property
+    def test(self) -> Samples | None:
+        """The images to evaluate; None where there are none."""
+        return self.parts.get("test")
+
+    def with_parts(self, parts: Mapping[str, Samples], note: str = "") -> Content:
+        """With these instead of its splits, or beside them, and another note."""
+        notes = (*self.notes, note) if note else self.notes
+        return self._replace(parts={**self.parts, **parts}, notes=notes)
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ def _read(name: str, root: Path) -> Content:
         check_file(folder / file, md5)
     check_file(folder / dataset.meta["filename"], dataset.meta["md5"])
     try:
-        parts = [dataset(root, train=True), dataset(root, train=False)]
+        found = {split: dataset(root, train=split == "train") for split in ("train", "test")}
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder}: expected {name} as published, got {error}") from error
-    train, test = (Images.of_pixels(part.data, torch.tensor(part.targets)) for part in parts)
-    return Content(train, test, tuple(parts[0].classes))
+    parts = {split: Images(each.data, torch.tensor(each.targets)) for split, each in found.items()}
+    return Content(parts, tuple(found["train"].classes))
 
 
 def _read_binary(name: str, folder: Path) -> Content:
@@ -56,12 +56,12 @@ def _read_binary(name: str, folder: Path) -> Content:
     for file in (*train, *test, names):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"no dataset file at {folder / file}")
+    parts = {
+        split: _binary_images([folder / file for file in files], num_labels)
+        for split, files in (("train", train), ("test", test))
+    }
     lines = map(str.strip, read_lines(folder / names))
-    return Content(
-        _binary_images([folder / file for file in train], num_labels),
-        _binary_images([folder / file for file in test], num_labels),
-        tuple(line for line in lines if line),
-    )
+    return Content(parts, tuple(line for line in lines if line))
 
 
 def _binary_images(paths: list[Path], num_labels: int) -> Images:
@@ -77,7 +77,7 @@ def _binary_images(paths: list[Path], num_labels: int) -> Images:
     images = np.ascontiguousarray(records[:, num_labels:]).reshape(-1, 3, 32, 32)
     # CIFAR-100 has the coarse label first.
     labels = torch.from_numpy(records[:, num_labels - 1].astype(np.int64))
-    return Images.of_pixels(images.transpose(0, 2, 3, 1), labels)
+    return Images(images.transpose(0, 2, 3, 1), labels)
 
 
 def _fetch(name: str, root: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from arat_fast.datasets.base import Content, Dataset, register
 from arat_fast.datasets.published import require_folder
-from arat_fast.datasets.rows import Images, MappedRows, read_labels
+from arat_fast.datasets.rows import Images
 
 FOLDERS = {"cifar10-c": "CIFAR-10-C", "cifar100-c": "CIFAR-100-C"}
 
@@ -50,26 +50,14 @@ def corrupted_images(name: str, root: Path) -> Iterator[tuple[str, list[Images]]
         if not path.is_file():
             raise FileNotFoundError(f"no dataset file at {path}; {name} is published with it")
     for corruption, path in paths.items():
-        images = _images(path, folder / "labels.npy")
-        number, rest = divmod(len(images), NUM_SEVERITIES)
-        if rest:
+        images = Images.mapped(path, folder / "labels.npy")
+        if len(images) % NUM_SEVERITIES:
             raise ValueError(
                 f"{path}: expected images of {NUM_SEVERITIES} severities, as many of each, got "
                 f"{len(images):,}"
             )
-        yield (
-            corruption,
-            [
-                images.subset(torch.arange(severity * number, (severity + 1) * number))
-                for severity in range(NUM_SEVERITIES)
-            ],
-        )
-
-
-def _images(path: Path, labels: Path) -> Images:
-    rows = MappedRows(path)
-    with labels.open("rb") as file:
-        return Images(rows, read_labels(file, labels, rows.shape[0]), path)
+        severities = torch.arange(len(images)).chunk(NUM_SEVERITIES)
+        yield corruption, [images.subset(numbers) for numbers in severities]
 
 
 def _read(root: Path) -> Content:
@@ -79,7 +67,8 @@ def _read(root: Path) -> Content:
     if path is None:
         require_folder(places[0].parent, "cifar10.1")
         raise FileNotFoundError(f"no dataset file at {places[0]}")
-    return Content(_images(path, path.with_name("cifar10.1_v6_labels.npy")), None, CIFAR10)
+    images = Images.mapped(path, path.with_name("cifar10.1_v6_labels.npy"))
+    return Content({"train": images}, CIFAR10)
 
 
 register(Dataset("cifar10.1", _read, image_size=32, num_classes=10, label="CIFAR-10.1, version 6"))

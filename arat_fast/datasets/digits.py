@@ -40,11 +40,11 @@ def load_digits(train: bool) -> tuple[Tensor, Tensor]:
 
 
 def _read(root: Path) -> Content:
-    train, test = (
-        Images.of_pixels(images.permute(0, 2, 3, 1).numpy(), labels)
-        for images, labels in (load_digits(True), load_digits(False))
-    )
-    return Content(train, test, tuple("0123456789"), max_value=MAX_VALUE)
+    parts = {}
+    for split in ("train", "test"):
+        images, labels = load_digits(split == "train")
+        parts[split] = Images(images.permute(0, 2, 3, 1).numpy(), labels)
+    return Content(parts, tuple("0123456789"), max_value=MAX_VALUE)
 
 
 register(

@@ -3,181 +3,99 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from arat_fast.datasets.decoding import Pixels, decode_image
 
-OPEN_SHARDS = 128
-"""Archives that are kept open by each :class:`TarImages` of a process; there can be thousands."""
 
+class EncodedImages:
+    """Images as the bytes of their files, or of members of tar archives, read where they lie.
 
-class EncodedImages(ABC):
-    """Images as the bytes of their files.
-
-    Attributes:
+    Args:
+        files: one for each image, or the archives.
         labels: (num_samples,), int64.
+        members: (num_samples, 3), int64: archive, first byte and number of bytes of each image;
+            None where each has a file.
+        names: of the members.
     """
 
-    labels: Tensor
+    def __init__(
+        self,
+        files: Sequence[Path],
+        labels: Tensor,
+        members: npt.NDArray[np.int64] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.files = tuple(files)
+        self.labels = labels
+        self.members = members
+        self.names = tuple(names)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @abstractmethod
+    def _place(self, index: int) -> tuple[Path, int, int]:
+        """The file of an image, its first byte, and the number of bytes, -1 for all."""
+        if self.members is None:
+            return self.files[index], 0, -1
+        archive, start, size = self.members[index].tolist()
+        return self.files[archive], start, size
+
+    def name(self, index: int) -> str:
+        """The file, or archive and member, for messages."""
+        path, _, _ = self._place(index)
+        return f"{path}: {self.names[index]}" if self.names else str(path)
+
     def read(self, index: int) -> bytes:
         """The bytes of one image.
 
         Raises:
             ValueError: they cannot be read; the message names the file.
         """
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """The file, for messages."""
-
-    @abstractmethod
-    def subset(self, index: Tensor) -> EncodedImages:
-        """The images ``index`` (N,), int64, in that order."""
-
-    @abstractmethod
-    def num_bytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each image, (num_samples,); 0 where they cannot be read."""
-
-    def image(self, index: int) -> Pixels:
-        """One image, as :func:`decode_image`."""
-        return decode_image(self.read(index), self.name(index))
-
-
-class FileImages(EncodedImages):
-    """Image files.
-
-    Args:
-        samples: (file, label) of each image.
-    """
-
-    def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
-        self.samples = tuple(samples)
-        self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-
-    def read(self, index: int) -> bytes:
-        """The bytes of one file."""
-        path = self.samples[index][0]
+        path, start, size = self._place(index)
         try:
-            return path.read_bytes()
+            # Opened each time: there can be thousands of archives.
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start)
+                content = file.read(size)
         except OSError as error:
-            raise ValueError(f"{path}: it cannot be read: {error.strerror or error}") from error
-
-    def name(self, index: int) -> str:
-        """The path of one file."""
-        return str(self.samples[index][0])
-
-    def subset(self, index: Tensor) -> FileImages:
-        """The files ``index`` (N,), int64, in that order."""
-        return FileImages([self.samples[i] for i in index.tolist()])
-
-    def num_bytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each file, (num_samples,); 0 where it cannot be read."""
-        sizes = np.zeros(len(self), np.int64)
-        for index, (path, _) in enumerate(self.samples):
-            with suppress(OSError):
-                sizes[index] = path.stat().st_size
-        return sizes
-
-
-class _Shard:
-    """An archive to read from at any place, by any thread and by a process that was forked: none
-    moves another's position. Closed when it is used no more."""
-
-    _file: int | None = None
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if hasattr(os, "pread"):
-            self._file = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-
-    def read(self, start: int, size: int) -> bytes:
-        """``size`` bytes from ``start`` on; fewer where the file ends before."""
-        if self._file is not None:
-            return os.pread(self._file, size, start)
-        # Windows.
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(size)
-
-
-class TarImages(EncodedImages):
-    """Members of tar archives, read where they lie.
-
-    Args:
-        shards: the archives.
-        members: (num_samples, 3), int64: archive, first byte and number of bytes of each image.
-        names: of the members.
-        labels: (num_samples,), int64.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Path],
-        members: npt.NDArray[np.int64],
-        names: Sequence[str],
-        labels: Tensor,
-    ) -> None:
-        self.shards = tuple(shards)
-        self.members = members
-        self.names = tuple(names)
-        self.labels = labels
-        self._open = lru_cache(OPEN_SHARDS)(_Shard)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _open=lru_cache(OPEN_SHARDS)(_Shard))
-
-    def read(self, index: int) -> bytes:
-        """The bytes of one member."""
-        shard, start, size = self.members[index].tolist()
-        try:
-            content = self._open(self.shards[shard]).read(start, size)
-        except OSError as error:
-            raise ValueError(f"{self.name(index)}: it cannot be read: {error}") from error
-        if len(content) != size:
+            reason = error.strerror or error
+            raise ValueError(f"{self.name(index)}: it cannot be read: {reason}") from error
+        if len(content) < size:
             raise ValueError(
                 f"{self.name(index)}: expected {size} bytes, got {len(content)}: the archive was "
                 "cut since it was listed"
             )
         return content
 
-    def name(self, index: int) -> str:
-        """Archive and member."""
-        return f"{self.shards[int(self.members[index, 0])]}: {self.names[index]}"
+    def image(self, index: int) -> Pixels:
+        """One image, as :func:`decode_image`."""
+        return decode_image(self.read(index), self.name(index))
 
-    def subset(self, index: Tensor) -> TarImages:
-        """The members ``index`` (N,), int64, in that order."""
-        return TarImages(
-            self.shards,
-            self.members[index.numpy()],
-            [self.names[i] for i in index.tolist()],
-            self.labels[index],
-        )
+    def subset(self, index: Tensor) -> EncodedImages:
+        """The images ``index`` (N,), int64, in that order."""
+        labels, chosen = self.labels[index], index.tolist()
+        if self.members is None:
+            return EncodedImages([self.files[i] for i in chosen], labels)
+        names = [self.names[i] for i in chosen]
+        return EncodedImages(self.files, labels, self.members[index.numpy()], names)
 
     def num_bytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each member, (num_samples,)."""
-        return self.members[:, 2]
+        """Bytes of each image, (num_samples,); 0 where they cannot be read."""
+        if self.members is not None:
+            return self.members[:, 2]
+        sizes = np.zeros(len(self), np.int64)
+        for index, path in enumerate(self.files):
+            with suppress(OSError):
+                sizes[index] = path.stat().st_size
+        return sizes
 
 
 def default_workers() -> int:

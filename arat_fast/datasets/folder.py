@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from arat_fast.datasets.base import Content, Dataset, Samples, register
-from arat_fast.datasets.encoded import FileImages
+import torch
+
+from arat_fast.datasets.base import Content, Dataset, register
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.members import (
     IMAGE_SUFFIXES,
     class_name,
@@ -78,26 +81,18 @@ def class_folders(root: Path, follow_links: bool = False) -> Content:
             f"{train}: expected a folder for each class, got {' and '.join(classes)}, as of "
             "segmentation: put the images into a folder by class"
         )
-    parts: dict[str, Samples] = {}
+    parts = {}
     bad = [] if root in splits.values() else strays(root, splits.values(), "the splits alone")
     for split, folder in splits.items():
         found = by_split[split]
-        bad += strays(
-            folder, [f for each in found.values() for f in each], "a folder for each class"
-        )
+        bad += strays(folder, chain(*found.values()), "a folder for each class")
         for name in found.keys() - set(classes):
             raise ValueError(f"{folder}: expected the classes of {train}, got {name} too")
-        samples = []
-        for label, name in enumerate(classes):
-            files, others = image_files(found.get(name, []))
-            if not files:
-                raise ValueError(
-                    f"{folder / name}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none; "
-                    "remove the class from every split, or add images"
-                )
-            samples += [(file, label) for file in files]
-            bad += others
-        parts[split] = FileImages(samples)
+        parts[split], others = labelled_files(
+            [found.get(name, [folder / name]) for name in classes],
+            "remove the class from every split, or add images",
+        )
+        bad += others
     return own_content(root, parts, classes, bad)
 
 
@@ -132,13 +127,39 @@ def _way_out(root: Path, train: Path) -> str:
         return f"; the classes seem to be in {inner[0].parent}: move them up into {train}"
     if len(inner) == 1:
         return f"; the splits seem to be in {inner[0]}: pass that"
-    about = [
-        entry.name for entry in entries(train) if entry.is_file() and is_description(entry.name)
+    labels = [
+        entry.name
+        for entry in entries(train)
+        if entry.is_file() and is_description(entry.name) and not is_document(entry.name)
     ]
-    labels = [name for name in about if not is_document(name)]
     if labels:
         return f"; labels are not read from {labels[0]}: put the images into a folder by class"
     return ""
+
+
+def labelled_files(classes: Iterable[Sequence[Path]], hint: str) -> tuple[EncodedImages, list[str]]:
+    """The image files of each class, and what is wrong with the other files beside them.
+
+    Args:
+        classes: the folders of each.
+        hint: what to do where a class has no image.
+
+    Raises:
+        ValueError: a class has none.
+    """
+    images: list[Path] = []
+    labels: list[int] = []
+    bad: list[str] = []
+    for label, folders in enumerate(classes):
+        files, others = image_files(folders)
+        if not files:
+            raise ValueError(
+                f"{folders[0]}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none; {hint}"
+            )
+        images += files
+        labels += [label] * len(files)
+        bad += others
+    return EncodedImages(images, torch.tensor(labels)), bad
 
 
 def image_files(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -151,9 +172,8 @@ def image_files(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
         if path.is_file() and is_image(path.name):
             images.append(path)
             continue
-        kind = "another kind of file"
-        if not path.is_file():
-            kind = "a link that is not followed" if path.is_symlink() else "no file"
+        link = "a link that is not followed" if path.is_symlink() else "no file"
+        kind = "another kind of file" if path.is_file() else link
         bad.append(f"{path}: expected an image ({', '.join(IMAGE_SUFFIXES)}), got {kind}")
     return images, bad
 

@@ -94,10 +94,11 @@ def _read(name: str, root: Path) -> Content:
     if not found:
         require_folder(places[0], name)
         raise FileNotFoundError(f"no dataset file at {places[0] / first}, nor with .gz behind it")
-    train, test = (_images(source, found[0], split) for split in ("train", source.test))
+    files = {"train": "train", "test": source.test}
+    parts = {split: _images(source, found[0], file) for split, file in files.items()}
     dataset = _torchvision(source)
     names = dataset.classes_split_dict["balanced"] if name == "emnist" else dataset.classes
-    return Content(train, test, tuple(names))
+    return Content(parts, tuple(names))
 
 
 def _folders(name: str) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ def _images(source: _Source, folder: Path, split: str) -> Images:
         )
     if source.transposed:
         pixels = np.ascontiguousarray(pixels.transpose(0, 2, 1))
-    return Images.of_pixels(pixels[..., None], torch.from_numpy(labels.astype(np.int64)))
+    return Images(pixels[..., None], torch.from_numpy(labels.astype(np.int64)))
 
 
 def _fetch(name: str, root: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arat_fast.datasets.base import Content, Dataset, register
-from arat_fast.datasets.encoded import FileImages
-from arat_fast.datasets.folder import image_files
+from arat_fast.datasets.folder import labelled_files
 from arat_fast.datasets.members import strays
 from arat_fast.datasets.published import HINT, fetch_folder, require_folder
 
@@ -30,22 +29,13 @@ FOLDER = "imagenette2-160"
 def _read(root: Path) -> Content:
     folder = root / FOLDER
     require_folder(folder, "imagenette")
-    (train, bad), (test, more) = _images(folder / "train"), _images(folder / "val")
-    return Content(train, test, tuple(CLASSES.values()), bad=(*bad, *more))
-
-
-def _images(folder: Path) -> tuple[FileImages, list[str]]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}, expected one of images by class; {HINT}")
-    bad = strays(folder, [folder / name for name in CLASSES], f"the folders {', '.join(CLASSES)}")
-    samples = []
-    for label, (name, title) in enumerate(CLASSES.items()):
-        files, others = image_files([folder / name])
-        if not files:
-            raise ValueError(f"{folder / name}: expected .JPEG images ({title}), got none; {HINT}")
-        samples += [(file, label) for file in files]
+    parts, bad = {}, []
+    for split, place in (("train", "train"), ("test", "val")):
+        classes = [folder / place / name for name in CLASSES]
+        parts[split], others = labelled_files([[each] for each in classes], HINT)
         bad += others
-    return FileImages(samples), bad
+        bad += strays(folder / place, classes, f"the folders {', '.join(CLASSES)}")
+    return Content(parts, tuple(CLASSES.values()), tuple(bad))
 
 
 def _fetch(root: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from arat_fast.files import read_lines
@@ -18,6 +18,9 @@ DESCRIPTIONS = frozenset(
     + (".pdf", ".log", ".cff", ".bib", ".md5", ".sha256")
 )
 """Files about a dataset, beside what it holds, end in one of these, in any case."""
+
+CLASSES = "classes.txt"
+"""Beside shards or arrays: the names of the classes, a name a line."""
 
 _CLUTTER = re.compile(
     r"\..*|__macosx|@eadir|#recycle|\$recycle\.bin|system volume information|lost\+found"
@@ -115,12 +118,13 @@ def class_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def read_classes(path: Path) -> tuple[str, ...] | None:
-    """The names of the classes, a name a line; None where there is no such file.
+def read_classes(folder: Path) -> tuple[str, ...] | None:
+    """The names of the classes in a folder's :data:`CLASSES`; None where it has no such file.
 
     Raises:
         ValueError: it is not UTF-8, a line between others is empty, or a name comes twice.
     """
+    path = folder / CLASSES
     if not path.is_file():
         return None
     names = [class_name(line.strip()) for line in read_lines(path)]
@@ -133,7 +137,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def told(reasons: list[str]) -> str:
+def told(reasons: Sequence[str]) -> str:
     """The first of several reasons, and how many more there are."""
     more = f" (and {len(reasons) - 1:,} files more)" if len(reasons) > 1 else ""
     return reasons[0] + more

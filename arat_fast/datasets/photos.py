@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from arat_fast.datasets.base import Content, Dataset, register
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.published import require_folder
 
 FOLDERS = {"flowers": "flowers-102", "pets": "oxford-iiit-pet"}
@@ -24,13 +26,11 @@ def _open(name: str, root: Path, split: str, **options: Any) -> Any:
 def _read(name: str, root: Path) -> Content:
     folder = root / FOLDERS[name]
     require_folder(folder, name)
+    names = ("train", "val", "test") if name == "flowers" else ("train", "test")
     try:
-        splits = {split: _open(name, root, split) for split in ("train", "test")}
-        if name == "flowers":
-            splits["val"] = _open(name, root, "val")
+        splits = {split: _open(name, root, split) for split in names}
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{folder}: expected {name} as published, got {error}") from error
-    classes = tuple(splits["train"].classes)
     parts = {}
     for split, part in splits.items():
         files = part._image_files if name == "flowers" else part._images
@@ -40,8 +40,8 @@ def _read(name: str, root: Path) -> Content:
                 f"{folder}: expected {len(files)} images, got {len(files) - len(absent)}; the "
                 f"first that is absent is {absent[0].name}"
             )
-        parts[split] = FileImages(list(zip(files, part._labels, strict=True)))
-    return Content.of_splits(parts, classes)
+        parts[split] = EncodedImages(files, torch.tensor(part._labels))
+    return Content(parts, tuple(splits["train"].classes))
 
 
 def _fetch(name: str, root: Path) -> None:

@@ -6,8 +6,6 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
@@ -15,6 +13,8 @@ from arat_fast.datasets.members import entries
 from arat_fast.files import make_folder, scratch_folder, settle
 
 HINT = "pass --data.download to fetch it"
+
+_DAMAGE = (shutil.ReadError, tarfile.TarError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def require_folder(path: Path, name: str) -> None:
@@ -93,16 +93,21 @@ def unpack(archive: Path, folder: Path) -> None:
         ValueError: a member lies outside the folder, the archive cannot be read, or there is no
             such folder in it; nothing is written then.
     """
-    with _read(archive, folder), scratch_folder(folder) as work:
-        if archive.suffix == ".zip":
-            # What lies outside would be left out without a word.
-            with zipfile.ZipFile(archive) as members:
-                outside = [n for n in members.namelist() if n[:1] == "/" or ".." in n.split("/")]
-            if outside:
-                raise ValueError(f"{archive}: expected no member outside of it, got {outside[0]}")
-            shutil.unpack_archive(archive, work)
-        else:
-            shutil.unpack_archive(archive, work, filter="data")
+    with scratch_folder(folder) as work:
+        is_zip = archive.suffix == ".zip"
+        try:
+            if is_zip:
+                # What lies outside would be left out without a word.
+                with zipfile.ZipFile(archive) as file:
+                    names = file.namelist()
+                outside = [name for name in names if name[:1] == "/" or ".." in name.split("/")]
+                if outside:
+                    raise ValueError(f"{archive}: expected no member outside, got {outside[0]}")
+            shutil.unpack_archive(archive, work, filter=None if is_zip else "data")
+        except _DAMAGE as error:
+            raise ValueError(
+                f"{archive}: expected an archive of {folder.name}, but reading it fails: {error}"
+            ) from error
         source = work / folder.name
         others = [entry.name for entry in entries(work) if entry != source]
         if not source.is_dir() or others:
@@ -111,17 +116,7 @@ def unpack(archive: Path, folder: Path) -> None:
         if not folder.exists():
             settle(source, folder)
             return
-        for file in (path for path in source.rglob("*") if path.is_file()):
-            target = folder / file.relative_to(source)
+        for path in (path for path in source.rglob("*") if path.is_file()):
+            target = folder / path.relative_to(source)
             make_folder(target.parent)
-            settle(file, target)
-
-
-@contextmanager
-def _read(archive: Path, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (shutil.ReadError, tarfile.TarError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{archive}: expected an archive of {folder.name}, but reading it fails: {error}"
-        ) from error
+            settle(path, target)

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arat_fast.datasets.decoding import Pixels
+
 Index = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 HIGHEST_LABEL = 2**63 - 1
 
@@ -26,20 +27,23 @@ CHANNELS = (1, 3)
 _SAMPLED = 1000
 """Images of uint8 that are looked at before they are read as levels."""
 
+NPY: Any = np.lib.format
+
 # What numpy raises for a damaged .npy file, whose header it evaluates as a Python literal.
 DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError)
 
 
 class Rows(Protocol):
-    """Images of one size by number.
+    """Images of one size by number: an array, or what is read as one.
 
     Attributes:
         shape: (num_samples, height, width, channels).
     """
 
-    shape: tuple[int, int, int, int]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    def take(self, index: Index) -> Pixels:
+    def __getitem__(self, index: Index) -> Pixels:
         """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
 
 
@@ -80,11 +84,10 @@ class Stored:
         """Whether what is read is what lies there."""
         return self.shape == self.images and self.dtype == np.uint8 and not self.fortran
 
-    def view(self, memory: Any, offset: int | None = None) -> npt.NDArray[Any]:
+    def view(self, memory: Any) -> npt.NDArray[Any]:
         """The numbers of a file that is mapped, as (num_samples, height, width, channels)."""
-        start = self.offset if offset is None else offset
         stored: npt.NDArray[Any] = np.ndarray(
-            self.shape, self.dtype, memory, start, order="F" if self.fortran else "C"
+            self.shape, self.dtype, memory, self.offset, order="F" if self.fortran else "C"
         )
         if len(self.shape) == 3:
             return stored[..., None]
@@ -97,8 +100,8 @@ class Stored:
             numbers = np.round(numbers.astype(np.float32) * np.float32(255))
         return np.ascontiguousarray(numbers, np.uint8)
 
-    def notes(self) -> list[str]:
-        """What is converted, in words."""
+    def note(self) -> str:
+        """What is converted, in words; empty for nothing."""
         said = []
         if self.first or len(self.shape) == 3:
             axes = "channels, height, width" if self.first else "height, width"
@@ -109,7 +112,7 @@ class Stored:
             said.append("Fortran's order")
         if self.dtype != np.uint8:
             said.append(f"{self.dtype} in [0, {1 if self.unit else 255}]")
-        return said
+        return ", ".join(said)
 
 
 class MappedRows:
@@ -143,8 +146,7 @@ class MappedRows:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_map": None}
 
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
+    def __getitem__(self, index: Index) -> Pixels:
         return self.stored.pixels(self._numbers(index))
 
     def _numbers(self, index: Index) -> npt.NDArray[Any]:
@@ -159,27 +161,6 @@ class MappedRows:
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
         return taken
-
-
-class ArrayRows:
-    """The images of an array in memory.
-
-    Args:
-        pixels: (num_samples, height, width, channels), uint8.
-    """
-
-    def __init__(self, pixels: Pixels) -> None:
-        self.pixels = pixels
-        self.shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2], pixels.shape[3])
-
-    @property
-    def images(self) -> Tensor:
-        """All images, (num_samples, C, H, W), uint8; the same memory."""
-        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
-
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
-        return self.pixels[index]
 
 
 class JoinedRows:
@@ -201,14 +182,13 @@ class JoinedRows:
         self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
         self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
 
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
+    def __getitem__(self, index: Index) -> Pixels:
         taken = np.empty((len(index), *self.shape[1:]), np.uint8)
         owner = np.searchsorted(self._starts, index, side="right") - 1
         for number, part in enumerate(self.parts):
             own = owner == number
             if own.any():
-                taken[own] = part.take(index[own] - self._starts[number])
+                taken[own] = part[index[own] - self._starts[number]]
         return taken
 
 
@@ -225,9 +205,8 @@ class SelectedRows:
         self.index = index
         self.shape = (len(index), *rows.shape[1:])
 
-    def take(self, index: Index) -> Pixels:
-        """The images ``index`` (N,), in that order: (N, height, width, channels), uint8."""
-        return self.rows.take(self.index[index])
+    def __getitem__(self, index: Index) -> Pixels:
+        return self.rows[self.index[index]]
 
 
 @dataclass
@@ -235,39 +214,44 @@ class Images:
     """Images of one size with their labels.
 
     Attributes:
-        rows: the images.
+        rows: the images: an array (num_samples, height, width, channels), uint8, or what is read
+            as one.
         labels: (num_samples,), int64.
-        folder: where they come from, for messages.
+        source: where they come from, for messages.
+        note: what they are converted from; empty for nothing.
     """
 
     rows: Rows
     labels: Tensor
-    folder: Path | None = None
+    source: Path | None = None
+    note: str = ""
 
     @classmethod
-    def of_pixels(cls, pixels: Pixels, labels: Tensor) -> Images:
-        """Images (num_samples, height, width, channels) in memory, and labels, of any integers."""
-        return cls(ArrayRows(pixels), labels.to(torch.int64))
+    def mapped(cls, images: Path, labels: Path) -> Images:
+        """The images of an .npy file, as :class:`MappedRows`, and their labels in another one."""
+        rows = MappedRows(images)
+        with labels.open("rb") as file:
+            y = read_labels(file, labels, rows.shape[0])
+        return cls(rows, y, images.parent, rows.stored.note())
 
     def __len__(self) -> int:
         return self.rows.shape[0]
 
     def name(self, index: int) -> str:
         """What one image is called in messages."""
-        return f"{self.folder}: image {index}"
+        return f"{self.source}: image {index}"
 
     def image(self, index: int) -> Pixels:
         """One image as RGB: (height, width, 3)."""
-        pixels = self.rows.take(np.array([index]))[0]
+        pixels = self.rows[np.array([index])][0]
         return np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels
 
     def subset(self, index: Tensor) -> Images:
         """The images ``index`` (N,), int64, in that order."""
-        chosen = index.numpy()
-        rows: Rows = SelectedRows(self.rows, chosen)
-        if isinstance(self.rows, ArrayRows):
-            rows = ArrayRows(self.rows.pixels[chosen])
-        return Images(rows, self.labels[index])
+        rows, chosen = self.rows, index.numpy()
+        in_memory = isinstance(rows, np.ndarray)
+        rows = rows[chosen] if in_memory else SelectedRows(rows, chosen)
+        return replace(self, rows=rows, labels=self.labels[index])
 
 
 def read_header(file: IO[bytes], path: Path, size: int) -> Stored:
@@ -282,10 +266,9 @@ def read_header(file: IO[bytes], path: Path, size: int) -> Stored:
         ValueError: it holds no numbers, no image, less or more than its header promises, or axes
             that are not certainly those of images.
     """
-    lib: Any = np.lib.format
     try:
-        read = lib.read_array_header_1_0 if lib.read_magic(file) == (1, 0) else None
-        shape, fortran, dtype = (read or lib.read_array_header_2_0)(file)
+        read = NPY.read_array_header_1_0 if NPY.read_magic(file) == (1, 0) else None
+        shape, fortran, dtype = (read or NPY.read_array_header_2_0)(file)
     except DAMAGE as error:
         raise ValueError(f"{path}: expected an .npy array, got {error}") from error
     stored = Stored(shape, dtype, fortran and len(shape) > 1, file.tell())
@@ -376,9 +359,8 @@ def read_labels(file: IO[bytes], path: Path, number: int) -> Tensor:
     Raises:
         ValueError: it holds something else, or is cut short.
     """
-    lib: Any = np.lib.format
     try:
-        y = lib.read_array(file, allow_pickle=False)
+        y = NPY.read_array(file, allow_pickle=False)
     except DAMAGE as error:
         got = "objects of Python, which are never unpickled" if "Object" in str(error) else error
         raise ValueError(f"{path}: expected an .npy array of labels, got {got}") from error

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
-from arat_fast.datasets.base import Content, Samples
+from arat_fast.datasets.base import Content, Samples, without
 from arat_fast.datasets.encoded import EncodedImages, default_workers
 from arat_fast.datasets.members import folders_in, told
 from arat_fast.datasets.rows import Images, Index
@@ -64,51 +63,23 @@ def split_folders(root: Path) -> dict[str, Path]:
     return in_order(found)
 
 
+def split_of(word: str) -> str:
+    """Which of train, val and test a word stands for, also training, validation, …, in any case;
+    empty for none."""
+    match = _SPLIT_FOLDER.fullmatch(word)
+    return match[1].lower() if match else ""
+
+
 def named_splits(root: Path) -> list[tuple[str, Path]]:
     """The folders that :func:`split_folders` goes by, each with "train", "val" or "test", whether
     or not they go together."""
     folders = folders_in(root) if root.is_dir() else []
-    matches = [(_SPLIT_FOLDER.fullmatch(folder.name), folder) for folder in folders]
-    return [(match[1].lower(), folder) for match, folder in matches if match]
+    return [(split_of(folder.name), folder) for folder in folders if split_of(folder.name)]
 
 
 def in_order(parts: Mapping[str, Part]) -> dict[str, Part]:
     """Parts by "train", "val" and "test", in this order."""
     return {split: parts[split] for split in ("train", "val", "test") if split in parts}
-
-
-def count_classes(root: Path, parts: Mapping[str, Samples]) -> int:
-    """The number of classes of labels that count from 0 and all have images to train on.
-
-    Args:
-        root: of the dataset, for messages.
-        parts: by "train", "val" and "test"; labels >= 0.
-
-    Raises:
-        ValueError: a label lacks training images; the sample or the label is named.
-    """
-    train = parts["train"].labels
-    highest = int(train.argmax())
-    if int(train[highest]) >= len(train):
-        raise ValueError(
-            f"{parts['train'].name(highest)}: got label {int(train[highest])}, expected at most "
-            f"{len(train) - 1}: labels count from 0, and each has one of the {len(train)} training "
-            "images or more"
-        )
-    counts = torch.bincount(train)
-    if not bool(counts.all()):
-        raise ValueError(
-            f"{root}: expected training images with every label from 0 to {len(counts) - 1}, got "
-            f"none with label {int(counts.argmin())}"
-        )
-    for part in parts.values():
-        highest = int(part.labels.argmax())
-        if int(part.labels[highest]) >= len(counts):
-            raise ValueError(
-                f"{part.name(highest)}: got label {int(part.labels[highest])}, which no training "
-                f"image has, expected at most {len(counts) - 1}"
-            )
-    return len(counts)
 
 
 def splits_in_name(name: str) -> set[str]:
@@ -121,79 +92,92 @@ def own_content(
     parts: Mapping[str, Samples],
     names: tuple[str, ...] | None = None,
     bad: Iterable[str] = (),
-    notes: Iterable[str] = (),
 ) -> Content:
     """The content of a dataset of one's own: what all kinds of them are refused for.
 
     Args:
         root: of the dataset, for messages.
-        parts: by "train", "val" and "test"; labels >= 0, or all of 1 to their number.
+        parts: by "train", "val" and "test", of which the last two one alone holds the images to
+            evaluate; labels >= 0, or all of 1 to their number.
         names: of the classes; None for their numbers.
         bad: what is left out, and why.
-        notes: on what was converted.
 
     Raises:
         ValueError: fewer than two classes, a label without training images, a class without images
-            in a split, or another number of names.
+            in a split, another number of names, images of several sizes in arrays, or a split of
+            nothing but images of another one.
     """
-    bad, notes = list(bad), list(notes)
-    lowest = min(int(part.labels.min()) for part in parts.values())
-    highest = int(parts["train"].labels.max())
-    numbers = range(highest + 1)
-    num_labels = len(np.unique(parts["train"].labels.numpy()))
-    if lowest == 1 and num_labels == highest > 1:
-        notes.append(f"labels count from 1 to {highest}: label 1 is class 0")
-        numbers = range(1, highest + 1)
-        for part in parts.values():
-            part.labels = part.labels - 1
-    elif num_labels == 1:
+    bad, parts = list(bad), in_order(parts)
+    arrays = {split: part for split, part in parts.items() if isinstance(part, Images)}
+    notes = [f"{p.source}: read from {p.note}" for p in arrays.values() if p.note]
+    train = parts["train"]
+    numbers = np.unique(train.labels.numpy())
+    highest, num_classes = int(numbers[-1]), len(numbers)
+    if num_classes == 1:
         raise ValueError(
             f"{root}: expected two classes or more, got label {highest} for each of the "
-            f"{len(parts['train'])} training images{f'; {told(bad)}' if bad else ''}"
+            f"{len(train)} training images{f'; {told(bad)}' if bad else ''}"
         )
-    num_classes = count_classes(root, parts)
-    classes = tuple(map(str, numbers)) if names is None else names
+    if num_classes == highest and all(int(part.labels.min()) > 0 for part in parts.values()):
+        notes.append(f"labels count from 1 to {highest}: label 1 is class 0")
+        for part in parts.values():
+            part.labels = part.labels - 1
+    elif num_classes != highest + 1:
+        raise ValueError(
+            f"{train.name(int(train.labels.argmax()))}: got label {highest}, expected at most "
+            f"{num_classes - 1}: labels count from 0 without a gap, and of the training images "
+            f"there are none with label {np.setdiff1d(np.arange(num_classes), numbers)[0]}"
+        )
+    classes = tuple(map(str, numbers.tolist())) if names is None else names
     if len(classes) != num_classes:
         raise ValueError(
             f"{root}: expected {num_classes} names, one for each class with training images, got "
             f"{len(classes)} names"
         )
     for split, part in parts.items():
-        absent = torch.bincount(part.labels, minlength=num_classes) == 0
-        if bool(absent.any()):
+        last = int(part.labels.argmax())
+        if int(part.labels[last]) >= num_classes:
+            raise ValueError(
+                f"{part.name(last)}: got label {int(part.labels[last])}, which no training image "
+                f"has, expected at most {num_classes - 1}"
+            )
+        counts = np.bincount(part.labels.numpy(), minlength=num_classes)
+        if not counts.all():
             raise ValueError(
                 f"{root}: expected {split} images of each class, got none of class "
-                f"{classes[int(absent.int().argmax())]}; add some, or remove the class"
+                f"{classes[counts.argmin()]}; add some, or remove the class"
             )
-    shapes = {split: p.rows.shape[1:] for split, p in parts.items() if isinstance(p, Images)}
-    for split, shape in shapes.items():
-        if shape != shapes["train"]:
+    for split, images in arrays.items():
+        expected, shape = arrays["train"].rows.shape[1:], images.rows.shape[1:]
+        if shape != expected:
             raise ValueError(
-                f"{root}: expected {split} images of {shapes['train']} (height, width, channels) "
-                f"as those to train on, got {shape}"
+                f"{root}: expected {split} images of {expected} (height, width, channels) as those "
+                f"to train on, got {shape}"
             )
-    left, shared = _without_shared(in_order(parts))
-    return Content.of_splits(left, classes, tuple(bad + shared), tuple(notes))
+    left, shared = _without_shared(parts)
+    if "test" not in left and "val" in left:
+        left["test"] = left.pop("val")
+    return Content(left, classes, tuple(bad + shared), tuple(dict.fromkeys(notes)))
 
 
 def _without_shared(parts: Mapping[str, Samples]) -> tuple[dict[str, Samples], list[str]]:
     """Parts without images that one before them has too, and which these are. Where there are many
     images, some are looked for."""
     left: dict[str, Samples] = {}
-    bad = []
+    bad: list[str] = []
     for split, part in parts.items():
-        kept = torch.ones(len(part), dtype=torch.bool)
+        shared: dict[int, str] = {}
         for other in left.values():
             for index, twin in same_images(other, part):
-                if kept[index]:
-                    bad.append(
-                        f"{part.name(index)}: expected splits of different images, got the same "
-                        f"as {other.name(twin)}"
-                    )
-                kept[index] = False
-        if not bool(kept.any()):
+                reason = (
+                    f"{part.name(index)}: expected splits of different images, got the same as "
+                    f"{other.name(twin)}"
+                )
+                shared.setdefault(index, reason)
+        bad += shared.values()
+        if len(shared) == len(part):
             raise ValueError(f"{bad[-1]}: no {split} image is left")
-        left[split] = part if bool(kept.all()) else part.subset(torch.nonzero(kept)[:, 0])
+        left[split] = without(part, shared)
     return left, bad
 
 
@@ -247,7 +231,7 @@ def _digest(images: EncodedImages, index: int) -> bytes:
 def _row_digests(images: Images, index: Index) -> Iterator[bytes]:
     for start in range(0, len(index), 256):
         part = index[start : start + 256]
-        rows = images.rows.take(part).reshape(len(part), -1)
+        rows = images.rows[part].reshape(len(part), -1)
         # One that is blank can be in every split.
         for row, blank in zip(rows, rows.min(1) == rows.max(1), strict=True):
             yield b"" if blank else blake2b(row.tobytes()).digest()

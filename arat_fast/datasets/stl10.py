@@ -22,8 +22,8 @@ def _read(root: Path) -> Content:
     require_folder(folder, "stl10")
     checksums = dict((*STL10.train_list, *STL10.test_list))
     names = [name for name in read_lines(folder / STL10.class_names_file) if name]
-    train, test = (_images(folder, split, checksums) for split in ("train", "test"))
-    return Content(train, test, tuple(names))
+    parts = {split: _images(folder, split, checksums) for split in ("train", "test")}
+    return Content(parts, tuple(names))
 
 
 def _images(folder: Path, split: str, checksums: dict[str, str]) -> Images:
@@ -32,9 +32,8 @@ def _images(folder: Path, split: str, checksums: dict[str, str]) -> Images:
     # Channel by channel, each column by column; labels from 1.
     pixels = np.fromfile(folder / f"{split}_X.bin", np.uint8).reshape(-1, 3, 96, 96)
     labels = np.fromfile(folder / f"{split}_y.bin", np.uint8).astype(np.int64) - 1
-    return Images.of_pixels(
-        np.ascontiguousarray(pixels.transpose(0, 3, 2, 1)), torch.from_numpy(labels)
-    )
+    images = np.ascontiguousarray(pixels.transpose(0, 3, 2, 1))
+    return Images(images, torch.from_numpy(labels))
 
 
 def _fetch(root: Path) -> None:

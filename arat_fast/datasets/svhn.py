@@ -12,8 +12,8 @@ from arat_fast.datasets.rows import Images
 
 
 def _read(root: Path) -> Content:
-    train, test = _images(root, "train"), _images(root, "test")
-    return Content(train, test, tuple("0123456789"))
+    parts = {split: _images(root, split) for split in ("train", "test")}
+    return Content(parts, tuple("0123456789"))
 
 
 def _images(root: Path, split: str) -> Images:
@@ -26,7 +26,7 @@ def _images(root: Path, split: str) -> Images:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{root / name}: expected svhn as published, got {error}") from error
     labels = torch.from_numpy(source.labels).reshape(-1)
-    return Images.of_pixels(source.data.transpose(0, 2, 3, 1), labels)
+    return Images(source.data.transpose(0, 2, 3, 1), labels)
 
 
 def _fetch(root: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from arat_fast.datasets.base import Content, Dataset, register
-from arat_fast.datasets.encoded import FileImages
-from arat_fast.datasets.folder import image_files
+from arat_fast.datasets.encoded import EncodedImages
+from arat_fast.datasets.folder import image_files, labelled_files
 from arat_fast.datasets.published import HINT, fetch_folder, require_folder
 from arat_fast.files import read_lines
 
@@ -27,21 +29,14 @@ def _read(root: Path) -> Content:
     wnids = sorted({line.strip() for line in _lines(folder / "wnids.txt") if line.strip()})
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
     classes = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
-    train, bad = [], []
-    for label, wnid in enumerate(wnids):
-        images = folder / "train" / wnid / "images"
-        files, others = image_files([images])
-        if not files:
-            raise ValueError(f"{images}: expected .JPEG images, got none; {HINT}")
-        train += [(file, label) for file in files]
-        bad += others
+    train, bad = labelled_files([[folder / "train" / wnid / "images"] for wnid in wnids], HINT)
     test = _test_images(folder / "val", wnids)
-    return Content(FileImages(train), test, classes, bad=tuple(bad))
+    return Content({"train": train, "test": test}, classes, tuple(bad))
 
 
-def _test_images(folder: Path, wnids: list[str]) -> FileImages:
+def _test_images(folder: Path, wnids: list[str]) -> EncodedImages:
     annotations, images = folder / "val_annotations.txt", folder / "images"
-    samples = []
+    files, labels = [], []
     for number, line in enumerate(_lines(annotations), 1):
         name, wnid, *_ = *line.split("\t"), "", ""
         if wnid.strip() not in wnids or Path(name).name != name:
@@ -49,14 +44,15 @@ def _test_images(folder: Path, wnids: list[str]) -> FileImages:
                 f"{annotations}: line {number}: expected a file name and a class of wnids.txt, got "
                 f"{line[:60]!r}"
             )
-        samples.append((images / name, wnids.index(wnid.strip())))
+        files.append(images / name)
+        labels.append(wnids.index(wnid.strip()))
     there, _ = image_files([images])
-    if not there or sorted(file for file, _ in samples) != there:
+    if not there or sorted(files) != there:
         raise ValueError(
-            f"{annotations}: expected each image of {images} once, got {len(samples)} lines for "
+            f"{annotations}: expected each image of {images} once, got {len(files)} lines for "
             f"{len(there)} images; {HINT}"
         )
-    return FileImages(samples)
+    return EncodedImages(files, torch.tensor(labels))
 
 
 def _lines(path: Path) -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from arat_fast.datasets.base import Content, Dataset, Samples, register
-from arat_fast.datasets.encoded import TarImages
+from arat_fast.datasets.base import Content, Dataset, register
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.members import (
+    CLASSES,
     IMAGE_SUFFIXES,
     files_below,
     is_clutter,
@@ -21,12 +22,10 @@ from arat_fast.datasets.members import (
     is_document,
     is_image,
     read_classes,
+    told,
 )
 from arat_fast.datasets.rows import HIGHEST_LABEL
-from arat_fast.datasets.splits import in_order, own_content, splits_in_name
-
-NAMES = "classes.txt"
-"""Beside the shards: the names of the classes, a name a line."""
+from arat_fast.datasets.splits import own_content, splits_in_name
 
 _END = 1024
 """Bytes of zeros at the end of a tar archive, at least."""
@@ -52,22 +51,28 @@ def tar_shards(root: Path) -> Content:
             images or labels of one sample; only some names say a split; as for
             :func:`arat_fast.datasets.splits.own_content`.
     """
-    shards, bad = {"train": [root]}, []
-    folder = root.parent
-    if not root.is_file():
-        shards, folder = _shards_by_split(root), root
-        for file in files_below(root):
-            # DALI's index of a shard.
-            index = file.suffix == ".idx" and file.with_suffix(".tar").is_file()
-            if file.name == NAMES and file.parent != root:
-                bad.append(f"{file}: expected the names of the classes in {root / NAMES}")
-            elif not (is_shard(file) or index or is_description(file.name)):
-                bad.append(f"{file}: expected .tar archives, got another kind of file")
-    parts: dict[str, Samples] = {}
+    if root.is_file():
+        shards, bad, folder = {"train": [root]}, [], root.parent
+    else:
+        shards, bad, folder = _shards_by_split(root), _strays(root), root
+    parts = {}
     for split, paths in shards.items():
         parts[split], others = index_shards(paths)
         bad += others
-    return own_content(root, parts, read_classes(folder / NAMES), bad)
+    return own_content(root, parts, read_classes(folder), bad)
+
+
+def _strays(root: Path) -> list[str]:
+    """What is wrong with the files beside the shards."""
+    bad = []
+    for file in files_below(root):
+        # DALI's index of a shard.
+        index = file.suffix == ".idx" and file.with_suffix(".tar").is_file()
+        if file.name == CLASSES and file.parent != root:
+            bad.append(f"{file}: expected the names of the classes in {root / CLASSES}")
+        elif not (is_shard(file) or index or is_description(file.name)):
+            bad.append(f"{file}: expected .tar archives, got another kind of file")
+    return bad
 
 
 def _shards_by_split(root: Path) -> dict[str, list[Path]]:
@@ -91,7 +96,7 @@ def _shards_by_split(root: Path) -> dict[str, list[Path]]:
             f"{path}: expected the word train, val or test in the names of all archives or of "
             f"none, and train in some; {problem}"
         )
-    return in_order(found)
+    return found
 
 
 def is_shard(path: Path) -> bool:
@@ -104,7 +109,7 @@ def tar_files(root: Path) -> list[Path]:
     return [path for path in files_below(root) if is_shard(path)]
 
 
-def index_shards(shards: Sequence[Path]) -> tuple[TarImages, list[str]]:
+def index_shards(shards: Sequence[Path]) -> tuple[EncodedImages, list[str]]:
     """The images of tar shards, and what is wrong with the other members.
 
     Args:
@@ -122,11 +127,9 @@ def index_shards(shards: Sequence[Path]) -> tuple[TarImages, list[str]]:
             names.append(member.name)
             labels.append(label)
     if not names:
-        raise ValueError(
-            "; ".join([f"{shards[0]}: expected images with labels, got none", *bad[:1]])
-        )
+        raise ValueError(told(bad))
     index = np.array(members, np.int64).reshape(-1, 3)
-    return TarImages(shards, index, names, torch.tensor(labels, dtype=torch.int64)), bad
+    return EncodedImages(shards, torch.tensor(labels), index, names), bad
 
 
 def _tar_samples(shard: Path) -> tuple[list[tuple[tarfile.TarInfo, int]], list[str]]:
@@ -137,24 +140,21 @@ def _tar_samples(shard: Path) -> tuple[list[tuple[tarfile.TarInfo, int]], list[s
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                # Of a pair one name may be in another Unicode form.
-                name = unicodedata.normalize("NFC", member.name.removeprefix("./"))
+                # Of a pair one name may be in another Unicode form, and its key can have dots.
+                path = PurePosixPath(unicodedata.normalize("NFC", member.name).lstrip("/"))
+                name, key = str(path), str(path.parent / path.stem)
                 if member.isdir() or is_clutter(name) or is_document(name):
                     continue
-                # A key can have dots of its own.
-                key, suffix = name.lstrip("/"), ""
-                if "." in PurePosixPath(name).name:
-                    key, _, suffix = key.rpartition(".")
                 if not member.isfile():
                     others.append(("", f"{name} is a link or a device, expected a file"))
                 elif is_image(name):
-                    other = images.setdefault(key, member)
-                    if other is not member:
+                    if key in images:
                         raise ValueError(
-                            f"{shard}: expected one image for the key {key}, got {other.name} and "
-                            f"{name}"
+                            f"{shard}: expected one image for the key {key}, got "
+                            f"{images[key].name} and {name}"
                         )
-                elif suffix.lower() == "cls":
+                    images[key] = member
+                elif path.suffix.lower() == ".cls":
                     if key in labels:
                         raise ValueError(f"{shard}: expected {name} once, got it twice")
                     labels[key] = _label(tar, member, shard)

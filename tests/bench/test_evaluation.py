@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tiny import changed, tiny_config, tiny_trainer
 
 from arat_fast.display import Display
 from arat_fast.evaluation import ImageSet, ThreatModel
-from arat_fast.recipes import recipe
-from arat_fast.run.loop import train
 from benchmarks import evaluation as module
 from benchmarks.evaluation import Options
 from benchmarks.harness import Bench
@@ -41,17 +40,15 @@ def measured(tmp_path: Path, eps: float = 0.05, **options: Any) -> tuple[dict[st
     return module.measure(bench, *network(), ThreatModel(eps)), bench.record["problems"]
 
 
+@pytest.fixture
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack = importlib.import_module(module.run_autoattack.__module__)
+    monkeypatch.setattr(attack, "NUM_QUERIES", 100)
+
+
 @pytest.mark.slow
-def test_record(tmp_path: Path) -> None:
-    config = recipe("digits")
-    config = dataclasses.replace(
-        config,
-        attack=dataclasses.replace(config.attack, num_steps=1),
-        data=dataclasses.replace(config.data, num_val=1200),
-        train=dataclasses.replace(config.train, epochs=1, device="cpu"),
-        eval=dataclasses.replace(config.eval, num_steps=1, autoattack=False, max_samples=40),
-    )
-    train(config, tmp_path / "run", display=QUIET)
+def test_record(tmp_path: Path, few_queries: None) -> None:
+    tiny_trainer(tmp_path / "run", changed(tiny_config(1), "data", num_val=1200)).run()
     out = tmp_path / "record.json"
     options = Options((tmp_path / "run",), fast_only=True, max_samples=12, device="cpu", out=out)
     assert module.run(options, QUIET) == 0
@@ -74,7 +71,7 @@ def test_every_round_has_its_own_seconds_by_attack(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("differs", [False, True])
 def test_different_robust_sets_fail(
-    tmp_path: Path, differs: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, differs: bool, monkeypatch: pytest.MonkeyPatch, few_queries: None
 ) -> None:
     model, images = network()
     robust = module.run_autoattack(model, images, ThreatModel(0.05), batch_size=500).correct

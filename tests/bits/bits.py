@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+
+from arat_fast.cli import main
 
 TABLE = Path(__file__).with_name("bits.json")
 
@@ -120,24 +123,29 @@ def digests(folder: Path) -> dict[str, str]:
 
 def run(case: str, folder: Path) -> dict[str, str]:
     """Train one case into ``folder`` and return its digests."""
-    arguments = ["-m", "arat_fast", "train", "digits", *_merged(CASES[case]), "--out", str(folder)]
+    arguments = ["train", "digits", *_merged(CASES[case]), "--out", str(folder)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
+    program = ["-m", "arat_fast", *arguments]
     if case == "two-ranks":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        command = [sys.executable, *launcher, *arguments]
-    if case == "resumed":
-        _interrupt(command, variables, folder / "metrics.jsonl")
-        command.append("--resume")
-    subprocess.run(command, env=variables, check=True, stdout=subprocess.DEVNULL)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", "2", *program]
+        subprocess.run(launcher, env=variables, check=True, stdout=subprocess.DEVNULL)
+    elif case == "resumed":
+        _interrupt([sys.executable, *program], variables, folder / "metrics.jsonl")
+        _command([*arguments, "--resume"])
+    else:
+        _command(arguments)
     found = digests(folder)
     if case == "arat":
-        found["evaluation"] = _evaluated(folder, variables)
+        found["evaluation"] = _evaluated(folder)
     return found
+
+
+def _command(arguments: list[str]) -> None:
+    """``arat-fast`` in this process, by one thread."""
+    torch.set_num_threads(1)
+    with redirect_stdout(io.StringIO()):
+        assert main(arguments) == 0
 
 
 def _merged(arguments: str) -> list[str]:
@@ -165,14 +173,13 @@ def _interrupt(command: list[str], variables: dict[str, str], metrics: Path) -> 
     assert process.wait(timeout=120) == 75
 
 
-def _evaluated(folder: Path, variables: dict[str, str]) -> str:
+def _evaluated(folder: Path) -> str:
     """The digest of ``arat-fast eval``'s results image by image."""
     out = folder / "again.json"
     options = (
         "--attacks pgd apgd-ce square --max-samples 24 --num-steps 4 --num-restarts 2 --seed 3"
     )
-    command = ["-m", "arat_fast", "eval", str(folder), *options.split(), "--out", str(out)]
-    subprocess.run([sys.executable, *command], env=variables, check=True, stdout=subprocess.DEVNULL)
+    _command(["eval", str(folder), *options.split(), "--out", str(out)])
     return digest(_numbers(out.with_suffix(".npz")))
 
 
@@ -183,7 +190,7 @@ def _numbers(path: Path) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in numeric}
 
 
-def main() -> None:
+def make_table() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES))
     parser.add_argument("--out", type=Path, default=TABLE)
@@ -199,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    make_table()

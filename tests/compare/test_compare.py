@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import OPTIONS, tiny_config, tiny_trainer
+from tiny import OPTIONS, popen, tiny_config, tiny_trainer
 
 from arat_fast.cli import main
 from arat_fast.command_line import apply_overrides
@@ -43,6 +45,20 @@ def paths() -> Iterator[None]:
     patch.setenv("OMP_NUM_THREADS", "1")
     yield
     patch.undo()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs need no process of their own; what they say is in their log all the same."""
+
+    def logged(arguments: Any, **keywords: Any) -> Any:
+        with redirect_stderr(io.StringIO()) as said:
+            ended = popen(arguments, **keywords)
+        if hasattr(keywords.get("stdout"), "write"):
+            keywords["stdout"].write(said.getvalue().encode())
+        return ended
+
+    monkeypatch.setattr(subprocess, "Popen", logged)
 
 
 @pytest.fixture
@@ -127,24 +143,35 @@ def test_the_tables_come_from_the_folder_or_the_file_alone(
     shutil.move(tmp_path / RECORD, alone)
     assert main(["compare", "--from", str(alone)]) == 0
     assert capsys.readouterr().out.encode() == written["md"]
+    # A row whose runs have another name.
+    content = json.loads(alone.read_text())
+    content["methods"][0]["label"] = "renamed"
+    (tmp_path / RECORD).write_text(json.dumps(content))
+    assert main(["compare", "--from", str(tmp_path)]) == 2
+    assert "has not written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--objective.name", "--model.name"])
 def test_a_module_is_not_imported_on_a_saved_comparison_s_word(
-    compared: Path, tmp_path: Path, option: str
+    compared: Path,
+    tmp_path: Path,
+    option: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "planted.py").write_text("open('ran', 'w')")
+    (tmp_path / "planted.py").write_text("raise AssertionError('imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     content = record(compared)
     content["methods"][0]["options"] = [option, "planted:Mine"]
-    (tmp_path / RECORD).write_text(json.dumps(content))
-    command = [sys.executable, "-m", "arat_fast", "compare", "--from", RECORD]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2 and "planted:Mine" in ended.stderr
-    assert not (tmp_path / "ran").exists()
+    Path(RECORD).write_text(json.dumps(content))
+    assert "planted:Mine" in refused(capsys, ["compare", "--from", RECORD])
 
 
 @pytest.mark.slow
-def test_a_saved_comparison_runs_again_in_another_folder(compared: Path, tmp_path: Path) -> None:
+def test_a_saved_comparison_runs_again_in_another_folder(
+    compared: Path, tmp_path: Path, in_process: None
+) -> None:
     saved = compared / RECORD
     assert main(["compare", "--from", str(saved), "--out", str(tmp_path / "again")]) == 0
     assert_same(weights(compared / "natural-seed3"), weights(tmp_path / "again" / "natural-seed3"))
@@ -153,7 +180,9 @@ def test_a_saved_comparison_runs_again_in_another_folder(compared: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_another_evaluation_is_made_without_training(compared: Path, tmp_path: Path) -> None:
+def test_another_evaluation_is_made_without_training(
+    compared: Path, tmp_path: Path, in_process: None
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(compared / "natural-seed3", out / "natural-seed3")
     before = (out / "natural-seed3" / "checkpoint.pt").read_bytes()
@@ -193,7 +222,10 @@ class Smoothed(Objective):
 
 @pytest.mark.slow
 def test_an_objective_of_ones_own_is_a_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    in_process: None,
 ) -> None:
     (tmp_path / "mine_for_compare.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
@@ -258,7 +290,7 @@ def test_bad_command_lines(
 
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_lose_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: None
 ) -> None:
     arguments = [
         *("compare", "digits", "--objectives", "natural", "--seeds", "0", "--train.epochs", "1"),

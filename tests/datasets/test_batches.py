@@ -23,7 +23,6 @@ from arat_fast.data import (
     stratified_split,
 )
 from arat_fast.data.crops import Buffers, CropFlip, to_unit_range
-from arat_fast.data.framing import draw_crop_flip
 from arat_fast.evaluation.evaluate import ImageSet
 from arat_kernels.crop_flip import crop_flip
 
@@ -133,7 +132,7 @@ def test_crops_on_a_cpu_are_those_of_the_definition(
         images = pixels(20, channels, *size).contiguous(memory_format=stored)
         generator = torch.Generator().manual_seed(number)
         index = torch.randint(20, (number,), generator=generator)
-        draws = draw_crop_flip(number, padding, generator)
+        draws = Shift(padding, flip=True).offsets(BatchPlan(number, number, seed=size[0]), 0, 0)
         x = made(images, index, draws)
         expected = crop_flip(images, index, padding=padding, offsets=draws, max_value=200)
         assert torch.equal(x, expected) and x.is_contiguous(memory_format=layout)
@@ -252,13 +251,14 @@ def test_shares_are_equal_in_number_near_in_size_and_the_whole_once(
     assert len(alone) - len(plans[0]) in (0, 1)
     seen: list[int] = []
     for number in range(len(plans[0])):
-        assert plans[0].batch(number) == alone.batch(number)
+        size = alone.size(number)
+        assert plans[0].size(number) == size
         parts = [order[plan.places(number)].tolist() for plan in plans]
         sizes = [len(part) for part in parts]
         assert max(sizes) - min(sizes) <= 1
         assert min(sizes) >= 2 or not shuffle
         batch = [sample for part in parts for sample in part]
-        assert batch == order[plans[0].batch(number)].tolist()
+        assert batch == order[len(seen) : len(seen) + size].tolist()
         assert plans[0].samples_before(number) == len(seen)
         seen += batch
     assert len(set(seen)) == len(seen) == plans[0].samples_before(len(plans[0]))

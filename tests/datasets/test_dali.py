@@ -20,25 +20,23 @@ from arat_fast.data.dali import (
     image_pipeline,
 )
 from arat_fast.datasets.decoding import decode_image
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 
 pytestmark = needs_dali
 
 
-def files(folder: Path, number: int, suffix: str = ".jpg") -> FileImages:
-    samples = []
-    for index in range(number):
-        path = folder / f"{index:03}{suffix}"
+def files(folder: Path, number: int, suffix: str = ".jpg") -> EncodedImages:
+    paths = [folder / f"{index:03}{suffix}" for index in range(number)]
+    for index, path in enumerate(paths):
         path.write_bytes(encoded(picture(index), suffix))
-        samples.append((path, index % 2))
-    return FileImages(samples)
+    return EncodedImages(paths, torch.arange(number) % 2)
 
 
 RESIZED = Framing(24, "resized", random=True, flip=True)
 
 
 def make(
-    source: FileImages, framing: Framing = RESIZED, batch_size: int = 6, shuffle: bool = False
+    source: EncodedImages, framing: Framing = RESIZED, batch_size: int = 6, shuffle: bool = False
 ) -> Any:
     plan = BatchPlan(len(source), batch_size, shuffle=shuffle)
     return DaliBatches(source, ("a", "b"), plan, framing, device=CPU, num_workers=2)
@@ -54,7 +52,7 @@ def test_every_epoch_has_the_same_length_and_every_image_once(tmp_path: Path) ->
             assert [len(y) for _, y in batches.epoch(epoch)] == [6, 6, 6, 2] and len(batches) == 4
             seen.add(frozenset(x.numpy().tobytes() for x in collect(batches, epoch)[0]))
     assert len(seen) == 1 and len(*seen) == 20
-    dropped = make(FileImages(source.samples[:19]), shuffle=True)
+    dropped = make(source.subset(torch.arange(19)), shuffle=True)
     assert [[len(y) for _, y in dropped.epoch(e)] for e in range(3)] == [[6, 6, 6]] * 3
 
 
@@ -92,7 +90,7 @@ def test_the_pipeline_of_a_gpu_computed_by_the_cpu(
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text"])
 def test_a_file_that_is_no_image_is_named_and_the_loader_goes_on(tmp_path: Path, kind: str) -> None:
     source = files(tmp_path, 20)
-    path = source.samples[8][0]
+    path = source.files[8]
     content = path.read_bytes()
     damaged = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no image " * 40}
     path.write_bytes(damaged[kind])
@@ -121,7 +119,7 @@ def test_a_file_cut_below_the_part_that_is_decoded_is_named(
     picture(3, 600, 400).save(content, kind)
     path = tmp_path / "cut.jpg"
     path.write_bytes(content.getvalue()[:-cut])
-    batches = make(FileImages([(path, 0)]), TopLeft(16, "pad"), batch_size=1)
+    batches = make(EncodedImages([path], torch.tensor([0])), TopLeft(16, "pad"), batch_size=1)
     with refused("cut.jpg.* truncated"):
         list(batches.epoch(0))
     for more in (b"", bytes(100)):
@@ -135,7 +133,7 @@ def test_what_dali_refuses_is_decoded_by_pillow(
     """A GIF stands for files whose headers promise what DALI can decode."""
     source = files(tmp_path, 20, ".png")
     for index in (3, 8, 9):
-        picture(1).save(source.samples[index][0], "GIF")
+        picture(1).save(source.files[index], "GIF")
     plan = BatchPlan(20, 6, shuffle=True)
     expected = LoaderBatches(source, ("a", "b"), plan, RESIZED, device=CPU)
     unseen: list[str] = []
@@ -149,7 +147,7 @@ def test_what_dali_refuses_is_decoded_by_pillow(
     batches = make(source, shuffle=True)
     for epoch in (0, 0, 1):
         assert same(batches.epoch(epoch), expected.epoch(epoch))
-    assert unseen[-17:] and not {str(source.samples[i][0]) for i in (3, 8, 9)} & set(unseen[-17:])
+    assert unseen[-17:] and not {str(source.files[i]) for i in (3, 8, 9)} & set(unseen[-17:])
 
 
 def test_an_error_that_is_not_the_files_blames_none(

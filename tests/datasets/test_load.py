@@ -211,7 +211,7 @@ def test_imagenette_as_published(published: Any, tmp_path: Path) -> None:
     (folder / "val" / ".cache").mkdir()
     splits = load("imagenette", tmp_path, image_size=16, num_val=10, seed=4)
     parts: dict[str, Any] = {name: getattr(splits, name) for name in ("train", "val", "test")}
-    paths = {name: [p for p, _ in part.samples.samples] for name, part in parts.items()}
+    paths = {name: list(part.samples.files) for name, part in parts.items()}
     assert sorted(paths["test"]) == sorted((folder / "val").rglob("*.JPEG"))
     assert sorted(paths["train"] + paths["val"]) == sorted((folder / "train").rglob("*.JPEG"))
     x, y = collect(splits.test)
@@ -223,7 +223,7 @@ def test_imagenette_as_published(published: Any, tmp_path: Path) -> None:
     assert len(set(y[:16].tolist())) > 5
     assert sorted(parts["val"].samples.labels.tolist()) == list(range(10))
     again: Any = load("imagenette", tmp_path, image_size=16, num_val=10, seed=5).val
-    assert [p for p, _ in again.samples.samples] == paths["val"]
+    assert list(again.samples.files) == paths["val"]
 
 
 @pytest.mark.parametrize(

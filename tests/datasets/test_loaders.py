@@ -33,7 +33,7 @@ from arat_fast.data import (
 )
 from arat_fast.data.dali import has_dali
 from arat_fast.data.framing import AREA, RATIO
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.rows import Images
 from arat_fast.evaluation.evaluate import ImageSet
 
@@ -129,7 +129,7 @@ def test_files_without_augmentation_are_the_images(
 ) -> None:
     root = image_folder(tmp_path / "set", suffix=suffix)
     batches: Any = load("folder", root, loader=loader, crop="pad", image_size=28).test
-    for image, (path, _) in zip(levels(collect(batches)[0]), batches.samples.samples, strict=True):
+    for image, path in zip(levels(collect(batches)[0]), batches.samples.files, strict=True):
         with Image.open(path) as file:
             expected = F.center_crop(F.pil_to_tensor(file.convert("RGB")), [28, 28])
         assert int((image.int() - expected.int()).abs().max()) <= most
@@ -140,12 +140,13 @@ def test_tar_shards_are_the_same_images_as_their_files(tmp_path: Path, loader: s
     for name, first, number in (("train-0", 0, 7), ("train-1", 7, 6), ("test-0", 13, 5)):
         tar_shard(tmp_path / "shards" / f"{name}.tar", first, number)
     splits = load("webdataset", tmp_path / "shards", loader=loader, num_workers=2)
-    files = [(tmp_path / f"{index}.jpg", index % 3) for index in range(13)]
-    for index, (path, _) in enumerate(files):
+    files = [tmp_path / f"{index}.jpg" for index in range(13)]
+    for index, path in enumerate(files):
         path.write_bytes(encoded(picture(index), ".jpg"))
     framing = Framing(24, "resized", random=True, padding=4, flip=True)
     plan = BatchPlan(13, 6, shuffle=True)
-    expected = LoaderBatches(FileImages(files), ("0", "1", "2"), plan, framing, device=CPU)
+    source = EncodedImages(files, torch.arange(13) % 3)
+    expected = LoaderBatches(source, ("0", "1", "2"), plan, framing, device=CPU)
     for epoch in (0, 3):
         assert same(expected.epoch(epoch), splits.train.epoch(epoch))
     assert splits.train.classes == ("0", "1", "2")
@@ -155,7 +156,7 @@ def test_tar_shards_are_the_same_images_as_their_files(tmp_path: Path, loader: s
 def crops(pixels: Any, folder: Path, num_epochs: int, framing: Framing) -> list[Tensor]:
     path = folder / "image.png"
     Image.fromarray(pixels).save(path)
-    source, plan = FileImages([(path, 0)]), BatchPlan(1, 1)
+    source, plan = EncodedImages([path], torch.tensor([0])), BatchPlan(1, 1)
     batches = LoaderBatches(source, ("a",), plan, framing, device=CPU)
     return [levels(next(batches.epoch(epoch)).x[0]) for epoch in range(num_epochs)]
 
@@ -199,14 +200,14 @@ def test_random_crops_cover_every_place_and_nothing_else(
 def test_crops_and_flips_are_uniform(tmp_path: Path, loader: str) -> None:
     size, padding, number = 12, 2, 1500
     image = np.arange(1, size * size + 1, dtype=np.uint8).reshape(size, size, 1)
-    samples = Images.of_pixels(np.repeat(image[None], number, 0), torch.zeros(number).long())
+    samples = Images(np.repeat(image[None], number, 0), torch.zeros(number).long())
     plan = BatchPlan(number, 500, shuffle=True, seed=6)
     shift = Shift(padding, flip=True)
     if loader == "files":
         framing = Framing(size, random=True, padding=padding, flip=True)
         x = torch.stack(crops(image[:, :, 0], tmp_path, number, framing))
     elif loader == "resident":
-        images = torch.from_numpy(samples.rows.take(np.arange(number))).permute(0, 3, 1, 2)
+        images = torch.from_numpy(samples.rows[np.arange(number)]).permute(0, 3, 1, 2)
         x, _ = collect(ResidentBatches(images, samples.labels, ("a",), plan, shift))
     else:
         kind: Any = KINDS[loader]

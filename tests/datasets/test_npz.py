@@ -34,7 +34,7 @@ def test_one_split(tmp_path: Path, names: tuple[str, str]) -> None:
     np.savez(tmp_path / "set.npz", **dict(zip(names, (x, y), strict=True)))
     content = read(tmp_path / "set.npz")
     assert isinstance(content.train, Images) and content.test is None
-    assert np.array_equal(content.train.rows.take(np.arange(12)), x)
+    assert np.array_equal(content.train.rows[np.arange(12)], x)
     assert content.train.labels.tolist() == y.tolist()
 
 
@@ -54,7 +54,7 @@ def test_splits_names_and_conversions(tmp_path: Path) -> None:
         "test": 9,
     }
     assert isinstance(content.test, Images)
-    assert np.array_equal(content.test.rows.take(np.arange(9)), arrays(9)[0])
+    assert np.array_equal(content.test.rows[np.arange(9)], arrays(9)[0])
     assert "float32" in content.notes[0]
     found = inspect(tmp_path / "set.npz")
     assert "--data.name npz" in found.use and found.sizes == {"6 x 9": 45}

@@ -18,9 +18,9 @@ def _read(root: Path) -> Content:
         labels = torch.arange(number) % 3
         pixels = np.full((number, 5, 5, 2), 7, np.uint8)
         pixels[np.arange(number), 0, 0, 0] = labels.numpy()
-        return Images.of_pixels(pixels, labels)
+        return Images(pixels, labels)
 
-    return Content(images(12), images(6), ("a", "b", "c"), max_value=7)
+    return Content({"train": images(12), "test": images(6)}, ("a", "b", "c"), max_value=7)
 
 
 def test_a_dataset_that_registers_itself_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

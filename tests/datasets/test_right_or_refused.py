@@ -164,17 +164,23 @@ def test_a_profile_is_not_applied(tmp_path: Path) -> None:
     assert np.array_equal(decode_image(plain, ""), decode_image(tagged, ""))
 
 
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    return saved(Image.new("L", (10_000, 10_000), 77), "PNG", compress_level=1)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("crop", ["pad", "resized"])
-def test_one_pixel_and_a_hundred_million(tmp_path: Path, loader: str, crop: str) -> None:
+def test_one_pixel_and_a_hundred_million(
+    tmp_path: Path, loader: str, crop: str, large: bytes
+) -> None:
     for split, level in (("train", 9), ("val", 8)):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (1, 1), (level, 7, 0)).save(tmp_path / split / name / "small.png")
-    large = Image.new("L", (10_000, 10_000), 77)
-    large.save(tmp_path / "train" / "a" / "large.png", compress_level=1)
+    (tmp_path / "train" / "a" / "large.png").write_bytes(large)
     splits = load("folder", tmp_path, loader=loader, crop=crop)
     ((x, _),) = splits.train.epoch(0)
     assert sorted((255 * x[:, 0]).amax((1, 2)).round().tolist()) == [9, 9, 77]

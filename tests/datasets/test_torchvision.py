@@ -45,7 +45,7 @@ def _write_idx(name: str, folder: Path, packed: bool) -> dict[str, Pixels]:
 
 def _pixels(content: Content, split: str) -> Pixels:
     part: Any = content.parts[split]
-    pixels: Pixels = part.rows.take(np.arange(len(part)))
+    pixels: Pixels = part.rows[np.arange(len(part))]
     return pixels
 
 

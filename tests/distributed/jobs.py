@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a public name of torch
 
+from arat_kernels.implementation import interpreting
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Also what they import late: it would be most of a process's time.
+# Also what they import late: it would be most of a process's time. In the interpreter there are
+# kernels alone.
 _CONTEXT.set_forkserver_preload(
-    ["distributed.drills", "distributed.endings", "distributed.cases"]
+    ["kernels.split_batch_norm_group"]
+    if interpreting()
+    else ["distributed.drills", "distributed.endings", "distributed.cases"]
     + ["sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard", "tyro"]
 )
 _STORES: list[TCPStore] = []

@@ -121,6 +121,7 @@ def test_one_says_why_and_all_end(
     assert words is None or re.search(words, messages[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of the death of a parent")
 def test_ranks_hear_of_the_death_of_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"

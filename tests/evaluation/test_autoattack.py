@@ -133,7 +133,7 @@ def convolutional() -> nn.Module:
     ("norm", "eps", "version", "num_threads"),
     [
         ("Linf", 0.05, "torchattacks10", 1),
-        ("L2", 0.4, "torchattacks10", 1),
+        pytest.param("L2", 0.4, "torchattacks10", 1, marks=pytest.mark.slow),
         pytest.param("Linf", 0.05, "standard", 2, marks=pytest.mark.slow),
     ],
 )

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from report.fake_run import rewrite, write_fake_run
-from rich.console import Console
-from tiny import tiny_config
 from torch import nn
 
 from arat_fast.cli import main
-from arat_fast.display import Display
 from arat_fast.evaluation import ImageSet, ThreatModel
 from arat_fast.evaluation.suite import collapse, evaluate_all
 from arat_fast.report import write_report
-from arat_fast.run.loop import train
 
 NAMES = ("cat", "dog", "owl", "hen")
 
@@ -49,19 +46,19 @@ def test_an_evaluation_says_so() -> None:
     images = ImageSet(torch.rand(40, 1, 4, 4), torch.arange(40) % 4, NAMES)
     options = {"num_steps": 1, "alpha": 0.1, "attacks": ["pgd"], "batch_size": 40, "seed": 0}
     suite = evaluate_all(model, images, ThreatModel(0.1), **options)  # type: ignore[arg-type]
-    assert suite.remarks() == {"collapsed": "100 % of the answers are dog: the model has collapsed"}
+    assert suite.remarks() == {
+        "collapsed": "100 % of the answers are dog: the model has collapsed",
+        "per_class": {"images": [10] * 4, "clean": [0, 10, 0, 0], "pgd1": [0, 10, 0, 0]},
+    }
 
 
 def test_summary_report_and_command_line_name_model_and_ball(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ema_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An untrained network; three balls, each with a record of its own."""
-    config = tiny_config(epochs=1)
-    train(config, tmp_path / "run", display=Display(Console(quiet=True)))
+    shutil.copytree(ema_run, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     rewrite(tmp_path / "run" / "summary.json", "collapsed", "nothing was learned")
-    page = write_report(tmp_path / "run").read_text()
-    assert "nothing was learned" in page
     clean = summary["accuracy"]["clean"]
     assert ("collapsed" in summary) == (clean["interval"][0] <= 0.2)
     balls = {"": [], "-L2-0.5": ["--norm", "L2", "--eps", "0.5"], "-0.0313725": ["--eps", "8/255"]}
@@ -74,6 +71,7 @@ def test_summary_report_and_command_line_name_model_and_ball(
         assert f"{norm} {'8/255' if eps == 8 / 255 else eps}" in said
         assert ("warning: " in said) == ("collapsed" in record)
     page = write_report(tmp_path / "run").read_text()
+    assert "nothing was learned" in page
     assert page.count("evaluation-L2-0.5.json") and "is not shown" not in page
 
 

@@ -13,6 +13,7 @@ from pictures import image_folder
 from PIL import Image
 
 import arat_fast
+import arat_fast.report
 from arat_fast.cli import main
 from arat_fast.data import load_data
 from arat_fast.datasets.digits import load_digits
@@ -52,7 +53,10 @@ def test_digits_as_pictures(
 
 
 @pytest.mark.parametrize("crop", ["resized", pytest.param("pad", marks=pytest.mark.slow)])
-def test_pictures_of_a_folder_are_framed_as_in_evaluation(tmp_path: Path, crop: str) -> None:
+def test_pictures_of_a_folder_are_framed_as_in_evaluation(
+    tmp_path: Path, crop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arat_fast.report, "write_report", lambda run: run)
     folder, out = tmp_path / "images", tmp_path / "run"
     image_folder(folder)
     options = ["--data.root", str(folder), "--data.image-size", "32", "--data.batch-size", "8"]

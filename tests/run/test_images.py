@@ -17,7 +17,7 @@ from torch import Tensor
 from arat_fast.attacks.pgd import check_images
 from arat_fast.config import Config, DataConfig
 from arat_fast.data.fingerprint import fingerprint, names_below
-from arat_fast.datasets.encoded import FileImages
+from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.training.checkpoint import load_checkpoint
 
@@ -53,7 +53,8 @@ def test_a_run_refuses_to_go_on_with_other_images(tmp_path: Path) -> None:
 
 def test_names_and_order_count_and_the_folder_does_not() -> None:
     def of(*samples: tuple[str, int], root: str = "a") -> str:
-        source = FileImages([(Path(root) / name, label) for name, label in samples])
+        names, labels = zip(*samples, strict=True)
+        source = EncodedImages([Path(root) / name for name in names], torch.tensor(labels))
         return fingerprint(source.labels, names_below(source, Path(root))).sha256
 
     first = of(("x/1.png", 0), ("y/2.png", 1))

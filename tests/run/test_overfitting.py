@@ -34,7 +34,7 @@ class Scripted(OverfittingWatch):
         return self.accuracies.pop(0) if self.accuracies else 0.9
 
 
-def watched(act: str, epochs: int = 4) -> Config:
+def watched(act: str, epochs: int = 3) -> Config:
     """Looks every three steps, at the end of each epoch of four and in its middle."""
     config = changed(tiny_config(epochs, kind="none"), "train", log_every=1, eval_every=0)
     return changed(config, "watch", act=act, every=3)
@@ -48,7 +48,7 @@ def test_interval_keeps_the_passes_within_two_percent() -> None:
 
 
 def test_a_fall_is_said_once_and_the_weights_are_those_without_a_watch(tmp_path: Path) -> None:
-    watch = Scripted(0.8, 0.7, 0.1, 0.0, 0.1)
+    watch = Scripted(0.8, 0.7, 0.1, 0.0)
     summary = tiny_trainer(tmp_path / "say", watched("say"), hooks=[watch]).run()
     tiny_trainer(tmp_path / "off", watched("off")).run()
     assert sum("catastrophic overfitting" in warning for warning in summary["warnings"]) == 1

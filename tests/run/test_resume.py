@@ -52,9 +52,8 @@ def second_network(kind: str, name: str, **settings: object) -> Config:
 
 
 CONFIGS: dict[str, Config] = {
-    "ema": tiny_config(),
+    "ema": tiny_config(3),
     "swa": tiny_config(3, kind="swa", start=0.3, every=2),
-    "no average": tiny_config(3, kind="none"),
     "official": official(),
     "bf16": changed(tiny_config(2), "step", precision="bf16"),
     "lbgat": second_network("swa", "lbgat"),
@@ -90,10 +89,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     [
         slow("ema", 1, signal.SIGINT, 130),
         ("ema", STEPS_PER_EPOCH + 2, signal.SIGTERM, 75),
-        ("ema", 2 * STEPS_PER_EPOCH, signal.SIGINT, 130),
-        slow("ema", 2 * STEPS_PER_EPOCH + 1, signal.SIGUSR1, 75),
+        slow("ema", 2 * STEPS_PER_EPOCH, signal.SIGINT, 130),
         ("swa", 9, signal.SIGINT, 130),
-        slow("no average", 9, signal.SIGINT, 130),
         slow("official", 5, signal.SIGINT, 130),
         slow("bf16", 6, signal.SIGINT, 130),
         ("lbgat", 6, signal.SIGINT, 130),

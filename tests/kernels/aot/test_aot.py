@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 
@@ -56,27 +57,36 @@ def problems(launch: Launch, target: Target, bulk: set[str]) -> list[str]:
     return found
 
 
-def check(operation: str, target: Target, whole: bool) -> None:
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TARGETS if name != "sm_90"]
+
+
+def check(operation: str, target: Target, given: list[Launch]) -> None:
     bulk_of = OPERATIONS[operation].bulk_of
     found = {
         launch.label: wrong
-        for launch in launches(operation, whole)
+        for launch in given
         if (wrong := problems(launch, target, bulk_of(launch)))
     }
     assert not found
 
 
+@pytest.mark.parametrize("target", ["sm_90", *SLOW])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_what_the_recipes_launch_compiles_well(operation: str) -> None:
-    check(operation, TARGETS["sm_90"], whole=False)
+def test_what_the_recipes_launch_compiles_well(operation: str, target: str) -> None:
+    check(operation, TARGETS[target], launches(operation, False))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_whatever_is_launched_compiles_well(operation: str, target: Target) -> None:
-    check(operation, target, whole=True)
+def test_whatever_is_launched_compiles_well(operation: str, target: str) -> None:
+    """Each launch for one of the GPUs, the next one for the next; with EXHAUSTIVE=1 for all."""
+    places = range(len(TARGETS)) if "EXHAUSTIVE" in os.environ else [[*TARGETS].index(target)]
+    whole = launches(operation, True)
+    check(
+        operation, TARGETS[target], [launch for n in places for launch in whole[n :: len(TARGETS)]]
+    )
 
 
 @pytest.fixture(scope="module")

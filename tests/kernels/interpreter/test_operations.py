@@ -68,7 +68,18 @@ def test_any_strides(name: str) -> None:
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n,
+            marks=pytest.mark.slow
+            if n.startswith(("split_batch_norm-", "cross_entropy_grad-"))
+            else (),
+        )
+        for n in DIFFERENTIABLE
+    ],
+)
 def test_gradcheck(name: str) -> None:
     operation = OPERATIONS[name]
     tensors = operation.make(3, torch.float64)
