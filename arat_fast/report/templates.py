@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from arat_fast.report import words
 
@@ -26,9 +26,12 @@ def render(name: str, **values: Any) -> str:
         values: by the names that the template has for them.
 
     Raises:
-        jinja2.TemplateError: no such template, or a value that it needs is missing.
+        LookupError: a value that the template needs is missing.
     """
-    return _environment().get_template(name).render(**values, contents=[])
+    try:
+        return _environment().get_template(name).render(**values, contents=[])
+    except UndefinedError as error:
+        raise LookupError(error.message) from error
 
 
 @lru_cache
