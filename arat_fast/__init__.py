@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from arat_fast.attacks import PGD
     from arat_fast.evaluation import ThreatModel
-    from arat_fast.evaluation.anybody import evaluate
-    from arat_fast.evaluation.loaded import LoadedNetwork
+    from arat_fast.evaluation.pictures import LoadedNetwork
+    from arat_fast.evaluation.suite import evaluate
     from arat_fast.models import convert_split_batch_norm
     from arat_fast.objectives import ARAT
     from arat_fast.recipes import recipe
@@ -42,7 +42,7 @@ _PLACES = {
     "ThreatModel": "arat_fast.evaluation",
     "TrainStep": "arat_fast.training.step",
     "convert_split_batch_norm": "arat_fast.models",
-    "evaluate": "arat_fast.evaluation.anybody",
+    "evaluate": "arat_fast.evaluation.suite",
     "recipe": "arat_fast.recipes",
     "train": "arat_fast.run.train",
 }
@@ -85,7 +85,7 @@ def load(
         ValueError: the file is damaged, is not a network of this package, or lacks the branch.
     """
     # Imported here for the same reason.
-    from arat_fast.evaluation.loaded import usable
+    from arat_fast.evaluation.pictures import usable
     from arat_fast.saved.network import read_saved
 
     saved = read_saved(path, recipe=recipe, weights=weights, model=model)

@@ -440,7 +440,7 @@ class Compare(Command):
     def main(cls, program: str, arguments: list[str]) -> int:
         saved = any(argument.partition("=")[0] == "--from" for argument in arguments)
         base, rest = (None, arguments) if saved else _recipe(program, arguments)
-        from arat_fast.compare import compare_command
+        from arat_fast.compare.command import compare_command
         from arat_fast.device import keep_freed_memory
 
         keep_freed_memory()
@@ -523,7 +523,8 @@ class Export(Command):
 
     def __call__(self, arguments: list[str]) -> int:
         from arat_fast.export.folder import export_checkpoint
-        from arat_fast.saved.hub import push, require_hub
+        from arat_fast.extras import needed
+        from arat_fast.saved.hub import push
 
         options = dataclasses.asdict(self)
         del options["model"]
@@ -531,7 +532,7 @@ class Export(Command):
         if repository is not None:
             if self.format != "hub":
                 raise UsageError(f"--push is for --format hub, got {self.format}")
-            require_hub()
+            needed("hub", "huggingface_hub")
         record = export_checkpoint(**options)
         difference, largest = record["largest_difference"], record["largest_logit"]
         relative = difference / largest if largest else 0.0

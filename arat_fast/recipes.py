@@ -73,6 +73,7 @@ def fashion_mnist(model: str) -> Config:
         data=DataConfig("fashion-mnist", padding=2),
         step=StepConfig(precision="float32" if small else "auto"),
         train=TrainConfig(epochs=6 if small else 30, eval_every=0),
+        eval=EvalConfig(max_samples=1000) if small else EvalConfig(),
     )
 
 

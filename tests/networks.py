@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from official import predictors_to_official
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_fast.models import SplitBatchNorm2d
 from arat_fast.models.batch_norm import PlainBatchNorm2d
-from arat_fast.saved import predictors_to_official
 
 
 def generator(seed: int) -> torch.Generator:

@@ -100,12 +100,10 @@ TRIALS = {
     "prepare": Trial(generated, PREPARE, PREPARE, "out"),
 }
 EXHAUSTIVE = "EXHAUSTIVE" in os.environ
-SHARE = 1 if EXHAUSTIVE else 18
 AMOUNTS = [("run", 46), ("prepare", 1)] + [
-    # A comparison is its runs, and takes as long.
     pytest.param(
         name,
-        SHARE * (20 if name == "compare" else 1),
+        1 if EXHAUSTIVE else 360 if name == "compare" else 18,
         marks=[pytest.mark.slow, pytest.mark.timeout(1800)],
     )
     for name in TRIALS

@@ -144,11 +144,12 @@ def masking_check(
     restarted = attacks.pgd(num_steps, num_restarts)
     gained = int((many.correct & ~restarted.correct).sum())
 
-    ladder = {threat.eps: many}
-    for eps in radii(threat, images.x[0].numel()):
-        if eps not in ladder:
-            ladder[eps] = attacks.pgd(num_steps, threat=ThreatModel(eps, threat.norm))
-    ladder = dict(sorted(ladder.items()))
+    ladder = {
+        eps: many
+        if eps == threat.eps
+        else attacks.pgd(num_steps, threat=ThreatModel(eps, threat.norm))
+        for eps in sorted({threat.eps, *radii(threat, images.x[0].numel())})
+    }
     balls = [tried._replace(name=f"radius {eps:.3g}") for eps, tried in ladder.items()]
     full = balls[-1]
 
@@ -184,12 +185,8 @@ def masking_check(
 
 
 def radii(threat: ThreatModel, num_pixels: int) -> list[float]:
-    """Radii from half of eps on, doubled, up to the one that any image can be reached in.
-
-    Args:
-        threat: the ball.
-        num_pixels: values in an image, channels included.
-    """
+    """Radii from half of eps on, doubled, up to the one that any image of so many values can be
+    reached in."""
     full = threat.ball.reach(num_pixels)
     values = [threat.eps / 2]
     while 2 * values[-1] < 0.9 * full:
@@ -198,11 +195,8 @@ def radii(threat: ThreatModel, num_pixels: int) -> list[float]:
 
 
 def sign_test(only_weak: int, only_strong: int) -> float:
-    """Probability that a fair coin gives the weaker attack ``only_weak`` wins or more.
-
-    Args:
-        only_weak, only_strong: images broken by one of two attacks alone, >= 0.
-    """
+    """Probability that a fair coin gives the weaker of two attacks ``only_weak`` wins or more, of
+    the images that one of them alone has broken."""
     from scipy.stats import binomtest  # A second at start-up, which most commands do without.
 
     n = only_weak + only_strong
@@ -214,8 +208,7 @@ def at_most(name: str, count: int, num_samples: int, text: str) -> dict[str, Any
 
     Args:
         name: "gradient", "restarts" or "full range".
-        count: images with the property.
-        num_samples: all images.
+        count, num_samples: images with the property, and all images.
         text: says the count, without a full stop.
     """
     limit, number, warning = _SHARES[name]
@@ -271,7 +264,7 @@ class _Attacks:
         """The number of images at which the loss has no gradient."""
         zero = 0
         with evaluation_mode(self.model):
-            for x, y in self._batches():
+            for x, y in self.images.split(self.batch_size):
                 x = x.detach().clone().requires_grad_()
                 loss = F.cross_entropy(self.model(x), y, reduction="sum")
                 (grad,) = torch.autograd.grad(loss, x)
@@ -307,13 +300,12 @@ class _Attacks:
 
     def random(self) -> Tried:
         """Random points of the ball: its corners in L∞, its surface else."""
-        generator = self._generator()
-        eps = self.threat.eps
+        generator, farthest = self._generator(), self.threat.ball.farthest
 
         def draws(x: Tensor, y: Tensor) -> Iterator[Tensor]:
             for _ in range(_RANDOM_DRAWS):
                 draw = torch.randn(x.shape, generator=generator, device=x.device)
-                yield (x + self.threat.ball.farthest(draw, eps)).clamp(0, 1)
+                yield (x + farthest(draw, self.threat.eps)).clamp(0, 1)
 
         name = f"{_RANDOM_DRAWS} random points"
         return self._tried("random", name, {"num_draws": _RANDOM_DRAWS}, draws)
@@ -358,10 +350,6 @@ class _Attacks:
     def _generator(self) -> torch.Generator:
         return torch.Generator(self.images.x.device).manual_seed(self.seed)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size = self.batch_size
-        return zip(torch.split(self.images.x, size), torch.split(self.images.y, size), strict=True)
-
     def _tried(
         self,
         kind: str,
@@ -372,7 +360,7 @@ class _Attacks:
         """What is right as it is and as every candidate, which count inside the ball only."""
         correct = []
         with evaluation_mode(self.model):
-            for x, y in self._batches():
+            for x, y in self.images.split(self.batch_size):
                 left = torch.ones_like(y, dtype=torch.bool)
                 for candidate in candidates(x, y):
                     left &= accept(self.model, x, y, candidate, self.threat)[0]

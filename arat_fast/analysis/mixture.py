@@ -58,10 +58,11 @@ def mixture_distance(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, di
     }
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(
-                lambda _, args, name=name: inputs.__setitem__(name, _moments(args[0]))
+            hooks.enter_context(
+                layer.register_forward_pre_hook(
+                    lambda _, args, name=name: inputs.__setitem__(name, _moments(args[0]))
+                )
             )
-            hooks.callback(handle.remove)
         with use_branch(model, "both"), use_statistics(model, "batch"):
             model(torch.cat([x, x_adv]))
     return {name: _distances(layers[name], moments) for name, moments in inputs.items()}

@@ -13,7 +13,7 @@ import tyro
 from torch import nn
 
 from arat_fast.analysis.masking import masking_check
-from arat_fast.analysis.snapshot import analyze_training, first_batches
+from arat_fast.analysis.snapshot import analyze_training
 from arat_fast.build import build_network, build_objective
 from arat_fast.command_line import NetworkName
 from arat_fast.config import Config, DataConfig
@@ -254,7 +254,7 @@ def _of_training(
     objective = build_objective(config, model, data.num_classes, data.image_shape)
     load_weights(model, state["model"], str(opened.path))
     load_weights(objective, state["objective"], str(opened.path))
-    batches = first_batches(data, settings.num_batches)
+    batches = itertools.islice(data.epoch(0), settings.num_batches)
     found = analyze_training(config, model, objective, batches)
     about = {"model": "last", "split": "train", "epoch": state["progress"]["step"] / len(data)}
     if objective.ties:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from arat_fast.analysis.conflict import gradient_conflict
 from arat_fast.analysis.mixture import mixture_distance
 from arat_fast.config import Config
-from arat_fast.data.batches import Batch, Batches, stream_generator
+from arat_fast.data.batches import Batch, stream_generator
 from arat_fast.device import full_float32
 from arat_fast.objectives import Objective
 from arat_fast.training.sharing import num_parts
@@ -82,16 +81,6 @@ def analyze_training(
     }
 
 
-def first_batches(data: Batches, num_batches: int) -> Iterator[Batch]:
-    """The first batches of a training epoch, augmented: the same ones at every call.
-
-    Args:
-        data: training images.
-        num_batches: how many, or as many as there are.
-    """
-    return itertools.islice(data.epoch(0), num_batches)
-
-
 def headline_numbers(record: dict[str, Any]) -> dict[str, float]:
     """The totals of what :func:`analyze_training` returned, those that are defined, by name."""
     conflict, mixture = record["gradient_conflict"], record["mixture"]
@@ -105,10 +94,8 @@ def headline_numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def mean_conflict(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over batches of what :func:`gradient_conflict` returned, and the spread of the totals.
-
-    Args:
-        batches: one record or more, of one network.
+    """Means over one batch or more of what :func:`gradient_conflict` returned of one network, and
+    the spread of the totals.
 
     Returns:
         The same structure with means of what is not None; the pairs gain "share_std" and
@@ -124,10 +111,7 @@ def mean_conflict(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean_mixture(batches: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Means over batches of what :func:`mixture_distance` returned.
-
-    Args:
-        batches: one record or more, of one network.
+    """Means over one batch or more of what :func:`mixture_distance` returned of one network.
 
     Returns:
         ``{"layers": {PATH: {NUMBER: …}}, "mean": {NUMBER: …}, "num_batches": …}``; "mean" is over

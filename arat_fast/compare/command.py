@@ -102,12 +102,7 @@ def compare_command(arguments: Sequence[str], base: Config | None) -> int:
 
 
 def write_comparison(out: Path, record: dict[str, Any]) -> Results:
-    """Write tables, plane and page of a comparison beside its record.
-
-    Args:
-        out: folder of the comparison.
-        record: content of its comparison.json.
-    """
+    """Write tables, plane and page of a comparison into its folder, from its record alone."""
     results = evaluate_record(record)
     write_text(out / "comparison.md", to_markdown(results))
     write_text(out / "comparison.tex", to_latex(results))
@@ -119,10 +114,8 @@ def write_comparison(out: Path, record: dict[str, Any]) -> Results:
 
 
 def _run(plan: Plan, out: Path, jobs: int | None) -> int:
-    plan = merge_with_saved(plan, out / RECORD)
-    runner = GridRunner(plan, out, jobs, _say)
     try:
-        record = runner.run()
+        record = GridRunner(merge_with_saved(plan, out / RECORD), out, jobs, _say).run()
     except InterruptedRun as stopped:
         print(f"arat-fast: {stopped}", file=sys.stderr)
         return stopped.exit_code

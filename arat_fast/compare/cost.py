@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +20,14 @@ _BATCH = 2
 _CLASSES = 10
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Arithmetic of a training step.
+def step_cost(config: Config) -> float:
+    """What a training step costs per image, in forward passes of one image through the network.
 
-    Attributes:
-        passes: per image, in forward passes of one image through the network: a backward pass for
-            the image alone counts one, one for the parameters too two. PGD-10 with the
-            cross-entropy's training pass makes 23.
-        attacks: whether the step makes adversarial examples.
-        starts_from_natural: whether the run goes on from a naturally trained network.
-    """
-
-    passes: float
-    attacks: bool
-    starts_from_natural: bool
-
-
-def step_cost(config: Config) -> StepCost:
-    """Count the multiplications of one training step, on the CPU.
-
-    Convolutions and matrix products count, everything else is left out: other networks that the
-    objective trains and its predictors are in, BatchNorm and the optimiser are not. The weights are
-    fresh and the images black; neither changes the count. Random generators are left as they were.
-
-    Args:
-        config: of the run.
+    A backward pass for the image alone counts one, one for the parameters too two: PGD-10 with the
+    cross-entropy's training pass makes 23. Multiplications are counted on the CPU, those of
+    convolutions and matrix products: other networks that the objective trains and its predictors
+    are in, BatchNorm and the optimiser are not. The weights are fresh and the images black; neither
+    changes the count. Random generators are left as they were.
 
     Raises:
         ValueError: the configuration does not fit the network.
@@ -73,9 +54,7 @@ def step_cost(config: Config) -> StepCost:
             step.from_indices(x, torch.arange(_BATCH))
         with use_branch(plain, "adv"), torch.no_grad(), _Multiplications() as forward:
             plain(x)
-    return StepCost(
-        whole.count / forward.count, objective.needs_attack, objective.starts_from_natural
-    )
+    return float(whole.count / forward.count)
 
 
 class _Multiplications(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

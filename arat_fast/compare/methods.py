@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arat_fast.objectives import OBJECTIVES, Objective, objective_type
+from arat_fast.objectives import OBJECTIVES, objective_type
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,6 @@ class Method:
     ablation: bool = False
 
 
-def _age(objective: type[Objective]) -> str:
-    """The year of its paper; what has none comes first."""
-    return objective.paper.venue[-4:] if objective.paper is not None else ""
-
-
 def _switches(stop_gradient: bool, predictor: bool, split: bool) -> tuple[str, ...]:
     return (
         *("--objective.name", "arat"),
@@ -45,7 +40,8 @@ def _switches(stop_gradient: bool, predictor: bool, split: bool) -> tuple[str, .
 
 METHODS: dict[str, Method] = {
     kind.name: Method(kind.name, kind.label, ("--objective.name", kind.name))
-    for kind in sorted(OBJECTIVES.values(), key=_age)
+    # By the year of the paper; what has none comes first.
+    for kind in sorted(OBJECTIVES.values(), key=lambda o: o.paper.venue[-4:] if o.paper else "")
 }
 """Every built-in objective under its own name, and ARAT with averaged weights."""
 METHODS["arat+swa"] = Method(
@@ -85,7 +81,10 @@ def choose_methods(
     known.update(zip(labels, given, strict=True))
     chosen: dict[str, Method] = {}
     for name in (*names, *(label for label in labels if label not in names)):
-        method = _own(name) if ":" in name else known.get(name)
+        method = known.get(name)
+        if ":" in name:
+            kind = objective_type(name)
+            method = Method(_label(kind.__name__), kind.label, ("--objective.name", name))
         if method is None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -100,11 +99,6 @@ def choose_methods(
         for label in ("arat", *(method.label for method in ABLATION)):
             chosen.setdefault(label, known[label])
     return list(chosen.values())
-
-
-def _own(name: str) -> Method:
-    kind = objective_type(name)
-    return Method(_label(kind.__name__), kind.label, ("--objective.name", name))
 
 
 def _variant(text: str) -> Method:

@@ -15,6 +15,7 @@ from arat_fast.compare.cost import step_cost
 from arat_fast.compare.methods import ALL_PARTS, Method
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.files import read_json
+from arat_fast.objectives import objective_type
 from arat_fast.run.natural import natural_config
 
 Budget = Literal["epochs", "work"]
@@ -28,7 +29,7 @@ class PlannedMethod(Method):
 
     Attributes:
         epochs: of training.
-        passes_per_image: forward passes in a step; see :class:`arat_fast.compare.cost.StepCost`.
+        passes_per_image: forward passes in a step; see :func:`arat_fast.compare.cost.step_cost`.
         natural_epochs: of natural training that come before, 0 for none.
         natural_passes_per_image: forward passes in a step of those.
     """
@@ -54,13 +55,7 @@ class PlannedMethod(Method):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        label: of its method.
-        seed: of the run.
-        config: all of it.
-    """
+    """One run of a comparison, by the label of its method; the seed is in ``config`` too."""
 
     label: str
     seed: int
@@ -118,10 +113,9 @@ def make_plan(
     """Plan a comparison: check every option, and count what a step of each method costs.
 
     Args:
-        config: what all runs share.
+        config, budget: as in :class:`Plan`.
         methods: rows of the table; one that sets ``--train.epochs`` keeps that number.
         seeds: of every method, >= 0.
-        budget: see :class:`Plan`.
         command: command line to record.
 
     Raises:
@@ -131,7 +125,7 @@ def make_plan(
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         given = " ".join(map(str, seeds)) or "none"
         raise ValueError(f"--seeds expects different numbers >= 0, got {given}")
-    full = step_cost(config).passes * config.train.epochs
+    full = step_cost(config) * config.train.epochs
     planned = [_planned(config, method, full if budget == "work" else None) for method in methods]
     if any(method.ablation for method in methods):
         _check_whole(config, methods)
@@ -164,27 +158,27 @@ def _planned(config: Config, method: Method, work: float | None) -> PlannedMetho
     try:
         own = apply_overrides(config, method.options)
         _check_same_test(config, own)
-        cost = step_cost(own)
+        kind, passes = objective_type(own.objective.name), step_cost(own)
         # Settings of one that starts from a natural network, which is trained first if not given.
-        trains_first = cost.starts_from_natural and getattr(own.objective, "teacher", None) is None
+        trains_first = kind.starts_from_natural and getattr(own.objective, "teacher", None) is None
         natural = natural_config(own) if trains_first or own.train.natural_epochs else None
-        natural_passes = step_cost(natural).passes if natural else 0.0
+        natural_passes = step_cost(natural) if natural else 0.0
     except ValueError as error:
         raise ValueError(f"{method.label}: {error}") from error
     epochs, options = own.train.epochs, method.options
     natural_epochs = natural.train.epochs if natural else 0
-    if work is not None and cost.attacks and "--train.epochs" not in names:
+    if work is not None and kind.needs_attack and "--train.epochs" not in names:
         given = getattr(own.objective, "teacher_epochs", None) or own.train.natural_epochs
         if natural and not given:
             # As many natural epochs as others.
-            natural_epochs = epochs = max(1, round(work / (cost.passes + natural_passes)))
+            natural_epochs = epochs = max(1, round(work / (passes + natural_passes)))
         else:
-            epochs = max(1, round((work - natural_epochs * natural_passes) / cost.passes))
+            epochs = max(1, round((work - natural_epochs * natural_passes) / passes))
         options = (*options, "--train.epochs", str(epochs))
     return PlannedMethod(
         **{**vars(method), "options": options},
         epochs=epochs,
-        passes_per_image=cost.passes,
+        passes_per_image=passes,
         natural_epochs=natural_epochs,
         natural_passes_per_image=natural_passes,
     )
@@ -205,11 +199,8 @@ def _check_same_test(config: Config, own: Config) -> None:
 
 
 def merge_with_saved(plan: Plan, record: Path) -> Plan:
-    """The plan, with the methods and seeds that its folder holds already.
-
-    Args:
-        plan: what is asked for.
-        record: comparison.json of the folder; may be absent.
+    """The plan, with the methods and seeds that its folder holds already in ``record``, if it is
+    there.
 
     Raises:
         ValueError: the folder holds a comparison of another configuration or budget, or a method of
@@ -290,10 +281,7 @@ def plan_from_record(record: Mapping[str, Any]) -> Plan:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of a comparison.json.
-
-    Args:
-        path: the file, or the folder of a comparison.
+    """The content of a comparison.json, by its path or that of its folder.
 
     Raises:
         FileNotFoundError: there is none.

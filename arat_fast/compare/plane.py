@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from arat_fast.compare.results import Results, Row, Spread, column_name
 from arat_fast.report import style
@@ -112,23 +112,7 @@ def _draw(axes: Axes, point: _Point) -> None:
 
 
 def _equal_sums(axes: Axes) -> None:
-    (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
-    totals = MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(x_low + y_low, x_high + y_high)
-    for total in totals:
-        start, end = max(x_low, total - y_high), min(x_high, total - y_low)
-        if end - start < 0.08 * (x_high - x_low):
-            continue
-        axes.axline((end, total - end), slope=-1, color=style.LINE, dashes=(4, 3), lw=1, zorder=1)
-        # Written at the lower end of the line, inside the axes.
-        axes.annotate(
-            f"sum {total:g}",
-            (end, total - end),
-            xytext=(-3, 3),
-            textcoords="offset points",
-            horizontalalignment="right",
-            verticalalignment="bottom",
-            fontsize=7,
-            color=style.GREY,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-            zorder=2,
-        )
+    x, y = np.meshgrid(np.linspace(*axes.get_xlim()), np.linspace(*axes.get_ylim()))
+    look: dict[str, Any] = {"colors": style.LINE, "linestyles": "--", "linewidths": 1}
+    lines = axes.contour(x, y, x + y, levels=7, **look, zorder=1)
+    axes.clabel(lines, fmt="sum %g", fontsize=7, colors=style.GREY, zorder=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,7 @@ ALL_PARTS = "all (ARAT)"
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over the seeds that measured it, in percent.
-
-    Attributes:
-        values: one per seed.
-    """
+    """A quantity in percent, one value for each seed that measured it."""
 
     values: tuple[float, ...]
 
@@ -111,13 +108,13 @@ def evaluate_record(record: Mapping[str, Any]) -> Results:
 
 def _row(method: PlannedMethod, cells: Sequence[Mapping[str, Any]]) -> Row:
     own = [c for c in cells if c["label"] == method.label and c["status"] == "finished"]
-    columns: dict[str, list[float]] = {}
-    for cell in own:
-        for name, value in percentages(cell).items():
-            columns.setdefault(name, []).append(value)
+    found = [percentages(cell) for cell in own]
     return Row(
         method,
-        {name: Spread(tuple(values)) for name, values in columns.items()},
+        {
+            name: Spread(tuple(cell[name] for cell in found if name in cell))
+            for name in dict.fromkeys(itertools.chain(*found))
+        },
         len(own),
         statistics.fmean(train_seconds(cell) for cell in own) if own else None,
     )
@@ -149,7 +146,7 @@ def read_cell(folder: Path, config: Config) -> dict[str, Any] | None:
 
     Args:
         folder: of the run.
-        config: that it should have; what does not change the weights may differ.
+        config: that it should have, but for what does not change the weights.
 
     Raises:
         ValueError: the run is finished and was trained with another configuration.
@@ -197,11 +194,9 @@ def conditions(results: Results) -> str:
 
 def cost_note(results: Results) -> str:
     """What the columns of the cost mean."""
-    equal = (
-        "all that attack have about the same"
-        if results.plan.budget == "work"
-        else "the epochs are the same"
-    )
+    equal = "the epochs are the same"
+    if results.plan.budget == "work":
+        equal = "all that attack have about the same"
     return (
         "Cost: epochs × forward passes of the network per image, counted from the convolutions and "
         f"matrix products of one step, and those of natural training before it; {equal}, unless a "

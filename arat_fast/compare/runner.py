@@ -104,7 +104,7 @@ class GridRunner:
         return self._save()
 
     def _start(self, cell: Cell, jobs: Sequence[_Job], lock: Lock) -> _Job:
-        slot = next(i for i in range(len(self._slots)) if i not in {job.slot for job in jobs})
+        slot = min({*range(len(self._slots))} - {job.slot for job in jobs})
         log = self.out / _LOGS / f"{cell.run}.log"
         log.parent.mkdir(exist_ok=True)
         with open(log, "ab") as output:
@@ -125,10 +125,9 @@ class GridRunner:
         cell, seconds = job.cell, time.monotonic() - job.started
         rest = f"{left} left, about {seconds_left / 60:.0f} min" if left else "all done"
         if job.process.returncode == 0 and self._take(cell):
-            accuracy = {**self._cells[cell.run]["accuracy"]}
-            accuracy.pop("clean_branch", None)
-            values = ", ".join(f"{n} {100 * e['value']:.1f}" for n, e in accuracy.items())
-            self.say(f"{cell.run}: {values} ({seconds:.0f} s; {rest})")
+            found = self._cells[cell.run]["accuracy"].items()
+            values = [f"{n} {100 * e['value']:.1f}" for n, e in found if n != "clean_branch"]
+            self.say(f"{cell.run}: {', '.join(values)} ({seconds:.0f} s; {rest})")
         else:
             reason = self._reason(cell, job.process.returncode)
             self._cells[cell.run].update(status="failed", reason=reason)
@@ -166,21 +165,18 @@ class GridRunner:
             "status": "finished" if finished else "pending",
             "command": shlex.join(["arat-fast", *cell.arguments(self.out)]),
             "config": config,
-            **(found or {} if finished else {}),
+            **(found if found and finished else {}),
         }
         return finished
 
-    def _threads(self) -> int | None:
-        """Threads of each run as far as the environment says: results depend on it to rounding."""
-        value = self._slots[0].get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")
-        return int(value) if value.isdigit() else None
-
     def _save(self) -> dict[str, Any]:
+        # As far as the environment says: results depend on their number to rounding.
+        threads = {**os.environ, **self._slots[0]}.get("OMP_NUM_THREADS", "")
         record = {
             "format": FORMAT,
             **plan_to_dict(self.plan),
             "jobs": len(self._slots),
-            "threads": self._threads(),
+            "threads": int(threads) if threads.isdigit() else None,
             "versions": versions(),
             "commit": source_commit(),
             "cells": list(self._cells.values()),

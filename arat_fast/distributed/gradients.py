@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,17 +47,14 @@ class GradientSum:
         self.group = group
         self.overlap = overlap
         self.statistics = list(statistics)
-        self.buckets: list[_Bucket] = []
-        for members in in_buckets(parameters):
-            self.buckets.append(_Bucket(members))
+        self.buckets = [_Bucket(members) for members in in_buckets(parameters)]
         self._statistics_bucket = _Bucket(self.statistics) if self.statistics else None
         self._armed = False
         self._next = 0
         if overlap:
             for bucket in self.buckets:
                 for parameter in bucket.members:
-                    parameter.register_post_accumulate_grad_hook(bucket.note)  # type: ignore[no-untyped-call]
-                bucket.on_full = self._send_full_buckets
+                    parameter.register_post_accumulate_grad_hook(partial(self._note, bucket))  # type: ignore[no-untyped-call]
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -77,17 +75,16 @@ class GradientSum:
 
     @torch.no_grad()
     def average_statistics(self, share: float) -> None:
-        """Replace the running statistics by their mean over the processes.
-
-        Args:
-            share: of the batch's samples that this process has, in [0, 1].
-        """
+        """Replace the running statistics by their mean over the processes, of which this one has a
+        ``share`` of the batch's samples, in [0, 1]."""
         if self._statistics_bucket is None:
             return
         self._statistics_bucket.send([s * share for s in self.statistics], self.group)
         self._statistics_bucket.receive(self.statistics)
 
-    def _send_full_buckets(self) -> None:
+    def _note(self, bucket: _Bucket, parameter: Tensor) -> None:
+        """One of the gradients has come: send what is full, in the order of the buckets."""
+        bucket.waiting_for -= 1
         while self._armed and self._next < len(self.buckets):
             bucket = self.buckets[self._next]
             if bucket.waiting_for:
@@ -101,11 +98,8 @@ class _Bucket:
 
     def __init__(self, members: Sequence[Tensor]) -> None:
         self.members = list(members)
-        first = self.members[0]
-        self.flat = torch.empty(
-            sum(m.numel() for m in members), dtype=first.dtype, device=first.device
-        )
         sizes = [m.numel() for m in members]
+        self.flat = members[0].new_empty(sum(sizes))
         pieces = zip(torch.split(self.flat, sizes), members, strict=True)
         # As the gradients lie in memory, channels_last too, which then are copied as one.
         self.views = [
@@ -115,14 +109,7 @@ class _Bucket:
             for piece, member in pieces
         ]
         self.waiting_for = 0
-        self.on_full: Any = None
         self._work: Any = None
-
-    def note(self, parameter: Tensor) -> None:
-        """One of the gradients has come."""
-        self.waiting_for -= 1
-        if self.waiting_for == 0:
-            self.on_full()
 
     @torch.no_grad()
     def send(self, values: Sequence[Tensor | None], group: ProcessGroup) -> None:

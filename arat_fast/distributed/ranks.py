@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@dataclass(eq=False)
 class Ranks:
     """The processes of a job, seen from one of them.
 
@@ -37,19 +39,11 @@ class Ranks:
         watch: tells which processes are alive.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        world_size: int = 1,
-        local_rank: int = 0,
-        group: ProcessGroup | None = None,
-        watch: Watch | None = None,
-    ) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.local_rank = local_rank
-        self.group = group
-        self.watch = watch
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    group: ProcessGroup | None = None
+    watch: Watch | None = None
 
     @property
     def alone(self) -> bool:

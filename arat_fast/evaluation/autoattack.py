@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arat_fast.attacks.norms import NORMS
 from arat_fast.attacks.pgd import check_images
 from arat_fast.attacks.square import SquareLinf
 from arat_fast.device import no_algorithm_search
@@ -48,6 +47,11 @@ SHORT_STEPS = 10
 RANDOMISED = 1e-4
 """Difference of two equal calls, relative to the largest logit, that is more than rounding."""
 Version = Literal["standard", "torchattacks10", "rand"]
+_TITLES: dict[Version, str] = {
+    "standard": "AutoAttack",
+    "torchattacks10": "AutoAttack (torchattacks, 10 steps)",
+    "rand": "AutoAttack (rand)",
+}
 
 
 def autoattack(
@@ -108,8 +112,8 @@ def autoattack(
 
     Source: Croce and Hein, ICML 2020 (arXiv 2003.01690), version "standard".
     """
-    if version not in get_args(Version):
-        raise ValueError(f"version must be one of {', '.join(get_args(Version))}, got {version!r}")
+    if version not in _TITLES:
+        raise ValueError(f"version must be one of {', '.join(_TITLES)}, got {version!r}")
     check_images(images.x)
     num_classes = len(images.classes)
     if num_classes < MIN_CLASSES:
@@ -120,18 +124,14 @@ def autoattack(
     unknown = [name for name in attacks if name not in (*STANDARD, *RAND)]
     if unknown or not attacks:
         raise ValueError(f"attacks must be among {', '.join(STANDARD)}, got {list(attacks)}")
-    short = version == "torchattacks10"
-    num_targets = num_classes - 1 if short else min(NUM_TARGETS, num_classes - 1)
-    titles = {"torchattacks10": "AutoAttack (torchattacks, 10 steps)", "rand": "AutoAttack (rand)"}
-    title = titles.get(version, "AutoAttack")
-    if tuple(attacks) not in (STANDARD, RAND):
-        title = "Of AutoAttack:"
+    title = _TITLES[version] if tuple(attacks) in (STANDARD, RAND) else "Of AutoAttack:"
+    run = _Run(
+        model, threat, batch_size, seed, num_classes, version, fast, attacks, title, progress
+    )
     pieces = pieces or Pieces()
     after: dict[str, Tensor] = {}
     num_rejected = num_disputed = 0
     x_adv = images.x.clone()
-    course = _Course(title, attacks, threat, num_targets, version, progress)
-    run = _Attacks(model, threat, batch_size, seed, num_targets, version, fast, course)
     with ExitStack() as stack:
         stack.enter_context(private_random_state(images.x.device))
         stack.enter_context(evaluation_mode(model))
@@ -151,7 +151,7 @@ def autoattack(
                 if len(indices) == 0:
                     continue
                 start = number * batch_size
-                course.begin(name, start, len(indices), len(survivors), int(robust.sum()))
+                run.begin(name, start, len(indices), len(survivors), int(robust.sum()))
                 piece = partial(run.piece, name, network, images.x[indices], images.y[indices])
                 kept = f"{version}-{'-'.join(attacks)}-{name}-{number}"
                 found = pieces.get(kept, piece, images.x.device)
@@ -166,6 +166,12 @@ def autoattack(
     if "square" in attacks and run.own_square:
         own = "arat_fast.attacks.SquareLinf"
         implementation = own if tuple(attacks) == ("square",) else f"{implementation}, {own}"
+    numbers = {
+        "num_steps": 0 if tuple(attacks) == ("square",) else run.num_steps,
+        "num_draws": NUM_DRAWS if version == "rand" else 0,
+        "num_targets": run.num_targets if {"apgd-t", "fab-t"} & {*attacks} else 0,
+        "num_queries": NUM_QUERIES if "square" in attacks else 0,
+    }
     details = {
         "implementation": implementation,
         "path": "fast" if fast else "plain",
@@ -175,7 +181,7 @@ def autoattack(
         "version": version,
         "norm": threat.norm,
         "eps": threat.eps,
-        **_settings(attacks, version, num_targets),
+        **{name: number for name, number in numbers.items() if number},
         "seed": seed,
         "batch_size": batch_size,
         "attacks": {name: float(mask.double().mean()) for name, mask in after.items()},
@@ -186,27 +192,30 @@ def autoattack(
 
 
 @dataclass
-class _Attacks:
-    """Runs one attack on some images; the fields are those of :func:`autoattack`."""
+class _Run:
+    """Runs one attack after the other on batches of images, and tells how far it is; the fields are
+    those of :func:`autoattack`."""
 
     model: nn.Module
     threat: ThreatModel
     batch_size: int
     seed: int
-    num_targets: int
+    num_classes: int
     version: Version
     fast: bool
-    course: _Course
+    attacks: Sequence[str]
+    title: str
+    progress: SuiteProgress | None
+    spent: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
 
-    @property
-    def short(self) -> bool:
-        """Whether the attacks run with torchattacks' settings."""
-        return self.version == "torchattacks10"
-
-    @property
-    def own_square(self) -> bool:
-        """Whether Square is the one that asks each question once."""
-        return self.fast and self.threat.ball is NORMS[SquareLinf.norm]
+    def __post_init__(self) -> None:
+        self.short = self.version == "torchattacks10"
+        self.num_steps = SHORT_STEPS if self.short else NUM_STEPS
+        others = self.num_classes - 1
+        self.num_targets = others if self.short else min(NUM_TARGETS, others)
+        # Square that asks each question once.
+        self.own_square = self.fast and self.threat.norm == SquareLinf.norm
 
     def piece(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensors:
         """Attack ``network``; what only that loses is attacked again on the network itself.
@@ -237,25 +246,26 @@ class _Attacks:
         # through all steps on its own images.
         by_parts = name == "fab-t" or own_square
         shared = network if by_parts and isinstance(network, SharedNetwork) else None
+        attacked = network if shared is None else shared.network
         passes, parts = itertools.count(1), 1 if shared is None else shared.count(x)
 
-        def tick() -> None:
+        def tick(*_: object) -> None:
             if shared is not None and shared.stopped.is_set():
                 raise Stopped
-            self.course.tick(-(-next(passes) // parts))
+            self.tick(-(-next(passes) // parts))
 
-        ticking = _Ticking(network if shared is None else shared.network, tick)
-        if own_square:
-            square = SquareLinf(
-                self.threat.eps,
-                num_queries=NUM_QUERIES,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                rescale_schedule=self.short,
-            )
-            return square(ticking, x, y, share=None if shared is None else shared.map_parts)
-        reference = partial(self._reference, name, ticking)
-        return reference(x, y) if shared is None else shared.map_parts(reference, x, y)
+        with attacked.register_forward_pre_hook(tick):
+            if own_square:
+                square = SquareLinf(
+                    self.threat.eps,
+                    num_queries=NUM_QUERIES,
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    rescale_schedule=self.short,
+                )
+                return square(attacked, x, y, share=None if shared is None else shared.map_parts)
+            reference = partial(self._reference, name, attacked)
+            return reference(x, y) if shared is None else shared.map_parts(reference, x, y)
 
     def _reference(self, name: str, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The reference code's attack."""
@@ -279,29 +289,16 @@ class _Attacks:
         found: Tensor = adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
         return found
 
-
-@dataclass
-class _Course:
-    """Tells how far the attacks are; the fields are those of :func:`autoattack`."""
-
-    title: str
-    attacks: Sequence[str]
-    threat: ThreatModel
-    num_targets: int
-    version: Version
-    progress: SuiteProgress | None
-    spent: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
     def passes(self, name: str) -> int:
         """Forward passes of one image that withstands an attack."""
-        steps = SHORT_STEPS if self.version == "torchattacks10" else NUM_STEPS
+        if name == "square":
+            return NUM_QUERIES
         targets = {"apgd-ce": 1, "apgd-dlr": 1}.get(name, self.num_targets)
         if self.threat.norm == "L1" and name.startswith("apgd"):
             # As many restarts as it has targets.
             targets = self.threat.ball.num_targets
         of_step = {"fab-t": 2}.get(name, NUM_DRAWS if self.version == "rand" else 1)
-        return NUM_QUERIES if name == "square" else targets * (of_step * steps + 2)
+        return targets * (of_step * self.num_steps + 2)
 
     def begin(self, name: str, done: int, images: int, total: int, standing: int) -> None:
         """A batch of ``images`` of an attack's ``total`` begins, ``done`` are done."""
@@ -350,20 +347,6 @@ def _fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     return folded, ""
 
 
-def _settings(attacks: Sequence[str], version: Version, num_targets: int) -> dict[str, int]:
-    """Steps, targets and queries of those attacks that have them."""
-    found: dict[str, int] = {}
-    if tuple(attacks) != ("square",):
-        found["num_steps"] = SHORT_STEPS if version == "torchattacks10" else NUM_STEPS
-    if version == "rand":
-        found["num_draws"] = NUM_DRAWS
-    if "apgd-t" in attacks or "fab-t" in attacks:
-        found["num_targets"] = num_targets
-    if "square" in attacks:
-        found["num_queries"] = NUM_QUERIES
-    return found
-
-
 def _shorten(adversary: Any) -> None:
     """Give the reference code's attacks the settings of torchattacks 3.5.1."""
     for apgd in (adversary.apgd, adversary.apgd_targeted):
@@ -376,29 +359,10 @@ def _shorten(adversary: Any) -> None:
     adversary.square.rescale_schedule = True
 
 
-class _Ticking(nn.Module):
-    """The model, calling ``tick`` before each forward pass."""
-
-    def __init__(self, model: nn.Module, tick: Callable[[], None]) -> None:
-        super().__init__()
-        self.model = model
-        self.tick = tick
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.tick()
-        logits: Tensor = self.model(x)
-        return logits
-
-
 @torch.no_grad()
 def is_randomised(model: nn.Module, images: ImageSet) -> bool:
-    """Whether two equal calls of the ``adv`` branch differ by more than rounding.
-
-    Args:
-        model: the network, in any mode.
-        images: the first 32 are taken; of none the answer is no.
-    """
+    """Whether two equal calls of the ``adv`` branch differ by more than rounding on the first 32
+    images; of none the answer is no."""
     x = images.x[:32]
     if not len(x):
         return False

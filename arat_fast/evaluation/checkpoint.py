@@ -113,45 +113,42 @@ def evaluate_checkpoint(
             f"--eps RADIUS is expected with --norm {norm}: the radius of the run, "
             f"{trained.attack.eps:.6g}, is one of {trained.attack.norm}"
         )
-    ball = norm or trained.attack.norm, trained.attack.eps if eps is None else eps
-    config = trained
-    if ball != (trained.attack.norm, trained.attack.eps):
-        # The run's step sizes were chosen for its own ball.
-        attack = dataclasses.replace(trained.attack, norm=ball[0], eps=ball[1], alpha=ball[1] / 4)
-        evaluation = dataclasses.replace(trained.eval, alpha=None)
-        config = dataclasses.replace(trained, attack=attack, eval=evaluation)
+    threat = ThreatModel(trained.attack.eps if eps is None else eps, norm or trained.attack.norm)
+    settings = trained.eval
+    if threat != ThreatModel(trained.attack.eps, trained.attack.norm):
+        # The run's step size was chosen for its own ball.
+        settings = dataclasses.replace(settings, alpha=None)
     given = {"num_steps": num_steps, "alpha": alpha, "batch_size": batch_size}
-    image_source = _replaced(config.data, root=data_root)
+    settings = _replaced(settings, max_samples=max_samples, **given)
+    alpha = settings.step_size(threat.eps)
+    threat.ball.check("alpha", alpha)
+    source = _replaced(trained.data, root=data_root)
     if data is not None:
-        image_source = _other_images(image_source, data, data_root, saved)
-    config = dataclasses.replace(
-        config, data=image_source, eval=_replaced(config.eval, max_samples=max_samples, **given)
-    )
+        source = _other_images(source, data, data_root, saved)
     if saved is None or saved.statistics_fresh:
         # Generated images are for training.
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, unsup=None))
+        source = dataclasses.replace(source, unsup=None)
     display = display or Display()
     if not ranks.is_main:
         display = Display(Console(quiet=True))
-    if data is None and config.data.root != trained.data.root:
+    if data is None and source.root != trained.data.root:
         of_run = saved is not None and saved.steps is not None
         before = f"; the run had them from {trained.data.root}" if of_run else ""
-        display.say(f"images from {config.data.root}{before}")
-    download_data(config.data, ranks)
+        display.say(f"images from {source.root}{before}")
+    download_data(source, ranks)
     with display.evaluating() as bar:
         splits = load_data(
-            config.data,
+            source,
             device=target,
-            seed=config.seed,
-            eval_batch_size=config.eval.batch_size,
+            seed=trained.seed,
+            eval_batch_size=settings.batch_size,
             bad_images=BadImages((saved.path if saved else checkpoint).parent, ranks, bar),
             all_to_test=data is not None,
         )
     test = splits.test
     if saved is None:
         saved = read_weights(checkpoint, trained, test.num_classes, test.image_shape)
-    placed = dataclasses.replace(trained, data=config.data)
-    network = place_network(saved, placed, splits, target, by_name=True)
+    network = place_network(saved, trained, splits, target, by_name=True)
     found = ImageSet.from_batches(test, max_samples, ranks.shard)
     images = found.in_order(saved.classes, saved.path)
     mapped = images is not found
@@ -160,33 +157,30 @@ def evaluate_checkpoint(
             f"the images count the same {len(images.classes)} classes in another order than the "
             "network: they are matched by their names"
         )
-    threat = ThreatModel(config.attack.eps, config.attack.norm)
     facts = {
         "model": saved.weights,
         "weights_sha256": checksum(network),
-        "dataset": config.data.name,
-        "root": root_of_own_images(config.data),
+        "dataset": source.name,
+        "root": root_of_own_images(source),
         "split": "test",
         "num_samples": min(max_samples or test.num_samples, test.num_samples),
         "norm": threat.norm,
         "eps": threat.eps,
         "seed": seed,
-        "batch_size": config.eval.batch_size,
+        "batch_size": settings.batch_size,
         "processes": ranks.world_size,
         "device": describe_device(target),
         "versions": versions(),
         "commit": source_commit(),
         "images_sha256": checksum_of_images(found),
     }
-    alpha = config.eval.step_size(config.attack.eps)
-    settings: dict[str, dict[str, Any]] = {name: {} for name in attacks if name != "pgd"}
+    wanted: dict[str, dict[str, Any]] = {name: {} for name in attacks if name != "pgd"}
     if "pgd" in attacks:
-        pgd = {"num_restarts": num_restarts, "alpha": alpha}
-        settings[f"pgd{config.eval.num_steps}"] = pgd
+        wanted[f"pgd{settings.num_steps}"] = {"num_restarts": num_restarts, "alpha": alpha}
     if out is not None and ranks.is_main:
         for moved in set_damaged_aside(out):
             display.say(f"warning: {moved}")
-        earlier_record(out, facts, settings)
+        earlier_record(out, facts, wanted)
     for name, reason in attacks_left_out(attacks, test.num_classes).items():
         display.say(f"{name} is left out: {reason}")
     start = time.perf_counter()
@@ -195,11 +189,11 @@ def evaluate_checkpoint(
             network,
             images,
             threat,
-            num_steps=config.eval.num_steps,
+            num_steps=settings.num_steps,
             alpha=alpha,
             num_restarts=num_restarts,
             attacks=attacks,
-            batch_size=config.eval.batch_size,
+            batch_size=settings.batch_size,
             seed=seed,
             folder=None if out is None else out.with_suffix(".partial"),
             progress=bar,
@@ -211,7 +205,7 @@ def evaluate_checkpoint(
     unfinished = saved.steps is not None and saved.steps < total_steps
     record: dict[str, Any] = {
         "checkpoint": str(saved.path),
-        "recipe": config.recipe or None,
+        "recipe": trained.recipe or None,
         **facts,
         "classes": list(images.classes),
         **({"matched_by_name": list(found.classes)} if mapped else {}),
@@ -222,13 +216,13 @@ def evaluate_checkpoint(
         "wall_seconds": {"eval": seconds},
     }
     if out is not None:
-        arrays = per_example(network, images, suite, config.eval.batch_size, ranks)
+        arrays = per_example(network, images, suite, settings.batch_size, ranks)
         if ranks.is_main:
             # What another process writes is waited for.
             with alone(out.with_name(f".{out.name}.lock")):
                 # What another evaluation has written since this one began is kept too.
                 try:
-                    earlier = earlier_record(out, facts, settings)
+                    earlier = earlier_record(out, facts, wanted)
                 except ValueError as error:
                     partial = out.with_suffix(".partial")
                     raise ValueError(
@@ -285,9 +279,7 @@ def _other_images(
         )
     # Where images were arrays of one size, files of that size are taken as they are.
     arrays = DATASETS[images.name].image_size is not None or DATASETS[images.name].crop is None
-    kept = (
-        {} if saved is None or not arrays else {"crop": "pad", "image_size": saved.image_shape[1]}
-    )
+    kept = {"crop": "pad", "image_size": saved.image_shape[1]} if saved and arrays else {}
     return _replaced(images, name=own_dataset(path).name, root=path, num_val=0, **kept)
 
 
@@ -304,7 +296,7 @@ def place_network(
     Args:
         saved: what a file holds.
         config: of the run.
-        data: of that configuration; an average that has no statistics yet gets them here.
+        data: to evaluate it on; an average that has no statistics yet gets them here.
         device: where the network goes.
         by_name: whether the caller matches classes in another order by their names.
 
@@ -317,7 +309,7 @@ def place_network(
     if (classes, channels) != expected:
         raise ValueError(
             f"{saved.path} is a network of {classes} classes for images of {channels} channels, "
-            f"expected {expected[0]} and {expected[1]} for {config.data.name}"
+            f"expected {expected[0]} and {expected[1]} for these"
         )
     reordered = class_order(saved.classes, data.test.classes, saved.path) is not None
     if reordered and not (saved.statistics_fresh and by_name):
@@ -349,6 +341,7 @@ def _added(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     return {
         **record,
         "accuracy": {**earlier.get("accuracy", {}), **record["accuracy"]},
+        "per_class": {**earlier.get("per_class", {}), **record["per_class"]},
         **({"left_out": left_out} if left_out else {}),
         "wall_seconds": {"eval": seconds},
     }

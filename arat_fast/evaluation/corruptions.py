@@ -34,8 +34,7 @@ def corruption_accuracy(
 
     Args:
         model: the network, on ``device``, of the classes in the dataset's order.
-        name: cifar10-c or cifar100-c.
-        root: where it lies.
+        name, root: cifar10-c or cifar100-c, and where it lies.
         device: where the images go.
         batch_size: samples at a time, >= 1.
         max_samples: the first ones of each severity only; 0 for all.
@@ -89,8 +88,7 @@ def evaluate_corruptions(
         checkpoint, model, recipe, device: as for
             :func:`arat_fast.evaluation.checkpoint.evaluate_checkpoint`.
         name, max_samples: as for :func:`corruption_accuracy`.
-        data_root: where the images lie; None for the run's, else data.
-        batch_size: samples at a time; None for the run's, else 500.
+        data_root, batch_size: where the images lie, and samples at a time; None for the run's.
         out: file for the record; None for none.
 
     Raises:
@@ -98,11 +96,11 @@ def evaluate_corruptions(
         ValueError: the network is of another number of classes.
     """
     classes = 100 if name == "cifar100-c" else 10
+    config = Config(recipe="", model=model or ModelConfig())
     if model is None:
         saved = read_saved(checkpoint, recipe=recipe)
-        config = saved.config
+        config = saved.config or config
     else:
-        config = Config(recipe="", model=model)
         saved = read_weights(checkpoint, config, classes, (3, 32, 32))
     if (saved.num_classes, saved.image_shape) != (classes, (3, 32, 32)):
         raise ValueError(
@@ -115,9 +113,9 @@ def evaluate_corruptions(
         found = corruption_accuracy(
             network,
             name,
-            (data_root or (config.data.root if config else Path("data"))).expanduser(),
+            (data_root or config.data.root).expanduser(),
             device=on,
-            batch_size=batch_size or (config.eval.batch_size if config else 500),
+            batch_size=batch_size or config.eval.batch_size,
             max_samples=max_samples,
             progress=bar,
         )

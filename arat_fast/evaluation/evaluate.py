@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from arat_fast.attacks.norms import NORMS, Norm
-from arat_fast.attacks.pgd import (
-    PGD,
-    RandomStart,
-    check_images,
-    perturbation_norm,
-)
+from arat_fast.attacks.pgd import PGD, RandomStart, check_images, perturbation_norm
 from arat_fast.data.batches import Batches
 from arat_fast.data.fingerprint import class_order
 from arat_fast.data.plan import WHOLE, Shard
@@ -64,11 +60,7 @@ class ThreatModel:
         return NORMS[self.norm]
 
     def allows(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Whether each adversarial image is one, (N,) bool; NaN never is.
-
-        Args:
-            x, x_adv: images (N, C, H, W).
-        """
+        """Whether each of ``x_adv`` (N, C, H, W) is one of ``x``, (N,) bool; NaN never is."""
         near = perturbation_norm(x, x_adv, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
         flat = x_adv.flatten(1)
         return near & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
@@ -107,15 +99,16 @@ class ImageSet:
         own = slice(part.start - start, part.stop - start)
         return cls(torch.cat(xs)[own], torch.cat(ys)[own], batches.classes)
 
-    def in_order(self, classes: Sequence[str], source: object) -> ImageSet:
-        """With labels that count the classes as a network does.
+    def split(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels, so many at a time."""
+        return zip(torch.split(self.x, batch_size), torch.split(self.y, batch_size), strict=True)
 
-        Args:
-            classes: the network's, in the order of its logits; empty where it has no names.
-            source: of the network, for the error.
+    def in_order(self, classes: Sequence[str], source: object) -> ImageSet:
+        """With labels that count the classes as a network does, whose ``classes`` are in the order
+        of its logits, or empty where it has no names.
 
         Raises:
-            ValueError: they are other classes.
+            ValueError: they are other classes than those of the network, from ``source``.
         """
         order = class_order(classes, self.classes, source)
         if order is None:
@@ -192,15 +185,9 @@ def evaluation_mode(model: nn.Module, branch: Branch = "adv") -> Iterator[None]:
 
 @contextmanager
 def interruptible(model: nn.Module, x: Tensor, check: Callable[[], None]) -> Iterator[None]:
-    """Call ``check`` after every pass of a network, on a CPU after every layer of a large one.
-
-    A pass through a large network takes minutes there, its backward half without a line of Python,
-    in which alone a signal is heard of.
-
-    Args:
-        model: the network.
-        x: a batch.
-        check: raises what ends the passes.
+    """Call ``check`` after every pass of a network over batches like ``x``, on a CPU after every
+    layer where that is large: a pass takes minutes there, its backward half without a line of
+    Python, in which alone a signal is heard of.
     """
 
     def after(module: nn.Module, arguments: object, output: object) -> None:
@@ -209,27 +196,16 @@ def interruptible(model: nn.Module, x: Tensor, check: Callable[[], None]) -> Ite
             output.register_hook(lambda _: check())  # type: ignore[no-untyped-call]  # in torch
 
     every_layer = x.device.type == "cpu" and x.numel() >= LARGE_BATCH
-    modules = model.modules() if every_layer else [model]
-    handles = [module.register_forward_hook(after) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in model.modules() if every_layer else [model]:
+            stack.enter_context(module.register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-@contextmanager
-def finite_answers(model: nn.Module) -> Iterator[None]:
-    """Raise as soon as the network's answer or the gradient of an image is NaN or infinite.
-
-    Raises:
-        NotFiniteError: counts the images, and names the layer that was first.
-    """
-    handle = model.register_forward_hook(_check_answer)
-    try:
-        yield
-    finally:
-        handle.remove()
+def finite_answers(model: nn.Module) -> RemovableHandle:
+    """A context in which a NotFiniteError is raised as soon as the network's answer or the gradient
+    of an image is NaN or infinite; it counts the images, and names the layer that was first."""
+    return model.register_forward_hook(_check_answer)
 
 
 def _check_answer(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
@@ -247,8 +223,7 @@ def _check_answer(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) 
     with torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
             if module is not model:
-                handle = module.register_forward_hook(partial(watch, name))
-                stack.callback(handle.remove)
+                stack.enter_context(module.register_forward_hook(partial(watch, name)))
         # Not through the hook that this is.
         model.forward(x)
     raise NotFiniteError(
@@ -339,25 +314,19 @@ def pgd_accuracy(
     check_images(images.x)
     if num_restarts < 1:
         raise ValueError(f"num_restarts must be >= 1, got {num_restarts}")
-    attack = PGD(
-        eps=threat.eps,
-        alpha=alpha,
-        num_steps=num_steps,
-        norm=threat.norm,
-        bn="running",
-    )
+    attack = PGD(threat.eps, alpha, num_steps, threat.norm, bn="running")
     generator = torch.Generator(images.x.device).manual_seed(seed)
     pieces = pieces or Pieces()
     correct, x_adv, rejected, done = [], [], 0, 0
 
     def piece(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        candidate = attack(model, x, y, RandomStart(generator))
-        robust, kept, rejected = accept(model, x, y, candidate, threat)
+        robust, kept, rejected = torch.ones_like(y, dtype=torch.bool), x, 0
         # The strongest example by its loss need not be the one that is misclassified.
-        for _ in range(num_restarts - 1):
+        for number in range(num_restarts):
             candidate = attack(model, x, y, RandomStart(generator))
             still, adversarial, outside = accept(model, x, y, candidate, threat)
-            kept = torch.where((robust & ~still).view(-1, 1, 1, 1), adversarial, kept)
+            newly_broken = (robust & ~still).view(-1, 1, 1, 1)
+            kept = torch.where(newly_broken, adversarial, kept) if number else adversarial
             robust &= still
             rejected += outside
         clean = predict(model, x, batch_size).argmax(dim=1) == y
@@ -369,10 +338,7 @@ def pgd_accuracy(
         }
 
     with evaluation_mode(model), interruptible(model, images.x[:batch_size], check):
-        pairs = zip(
-            torch.split(images.x, batch_size), torch.split(images.y, batch_size), strict=True
-        )
-        for number, (x, y) in enumerate(pairs):
+        for number, (x, y) in enumerate(images.split(batch_size)):
             found = pieces.get(f"pgd-{number}", partial(piece, x, y), x.device)
             # The next batch draws what it would draw after this one.
             generator.set_state(found["generator"].cpu())

@@ -76,14 +76,14 @@ class SharedNetwork(nn.Module):
         return max(min(self.workers, len(x) // MIN_PART), 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        count = self.count(x)
-        if count < 2:
-            whole: Tensor = self.network(x)
-            return whole
-        if x.requires_grad and torch.is_grad_enabled():
-            y: Tensor = _Shared.apply(x, self)  # type: ignore[no-untyped-call]
-            return y
-        return self.map_parts(torch.no_grad()(self.network.__call__), x)
+        y: Tensor
+        if self.count(x) < 2:
+            y = self.network(x)
+        elif x.requires_grad and torch.is_grad_enabled():
+            y = _Shared.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            y = self.map_parts(torch.no_grad()(self.network.__call__), x)
+        return y
 
     def record(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One part and its output, with the graph between them."""
@@ -125,9 +125,8 @@ class Stopped(Exception):
 class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shared: SharedNetwork) -> Tensor:
-        count = shared.count(x)
         ctx.shared = shared
-        ctx.parts = shared.map(shared.record, list(torch.tensor_split(x, count)))
+        ctx.parts = shared.map(shared.record, list(torch.tensor_split(x, shared.count(x))))
         return torch.cat([y.detach() for _, y in ctx.parts])
 
     @staticmethod

@@ -1,16 +1,17 @@
-"""What a trained network says of image files."""
+"""What a trained network offers beside its logits: class names, decoding, answers to pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arat_fast.data.framing import Framing, Kind
 from arat_fast.data.loader import cut_out
@@ -21,28 +22,94 @@ from arat_fast.device import resolve_device
 from arat_fast.evaluation.evaluate import evaluation_mode
 from arat_fast.saved.network import SavedNetwork, Which, read_saved
 
+Picture: TypeAlias = Any
+"""The path of an image file, a PIL image, or an array (H, W) or (H, W, 3) of uint8."""
+
 _BATCH = 64
 """Pictures that are decoded and answered at once."""
 _LUMA = np.array([299, 587, 114]) / 1000
 """Weights of red, green and blue in grey: ITU-R BT.601."""
 
 
+class Answer(NamedTuple):
+    """The most probable class by its name, or its number, and its softmax probability."""
+
+    label: str
+    confidence: float
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one file.
-
-    Attributes:
-        file: the image.
-        label: name of the most probable class, its number where the network has no names; "" for a
-            file that cannot be read.
-        confidence: its softmax probability, in [0, 1].
-        problem: why it cannot be read, in a sentence; "" where it can.
-    """
+    """The answer to one file, as in :class:`Answer`; where it cannot be read ``label`` is empty and
+    ``problem`` says why in a sentence."""
 
     file: Path
     label: str = ""
     confidence: float = 0.0
     problem: str = ""
+
+
+class LoadedNetwork(nn.Module):
+    """A network that :func:`arat_fast.load` has read.
+
+    Attributes:
+        classes: names in the order of the logits; empty where the file has none.
+        image_shape: (C, H, W) of the images it is for.
+    """
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    _saved: SavedNetwork
+
+    def preprocess(self, images: Sequence[Picture]) -> Tensor:
+        """Pictures as the network was tested on them: decoded, framed, (N, C, H, W) in [0, 1].
+
+        Args:
+            images: of any sizes.
+
+        Raises:
+            FileNotFoundError: a file is absent.
+            ValueError: a file is no readable image, or an array of another kind.
+        """
+        pixels = [_framed(self._saved, _decoded(image)) for image in images]
+        device = next(self.parameters()).device
+        return torch.stack(pixels).to(device, torch.float32) / 255
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | Sequence[Picture]) -> list[Answer]:
+        """The class of each image, in eval mode.
+
+        Args:
+            images: (N, C, H, W) in [0, 1], or pictures for :meth:`preprocess`.
+        """
+        answers: list[Answer] = []
+        was_training = self.training
+        self.eval()
+        for start in range(0, len(images), _BATCH):
+            part = images[start : start + _BATCH]
+            x = part if isinstance(part, Tensor) else self.preprocess(part)
+            best = self(x).softmax(dim=1).max(dim=1)
+            for confidence, number in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                label = self.classes[number] if self.classes else str(number)
+                answers.append(Answer(label, confidence))
+        self.train(was_training)
+        return answers
+
+
+def usable(saved: SavedNetwork, model: nn.Module) -> LoadedNetwork:
+    """The network with the methods of :class:`LoadedNetwork`, in place.
+
+    Args:
+        saved: what its file says.
+        model: the network that is used, as :meth:`SavedNetwork.plain` gives it.
+    """
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (LoadedNetwork, kind), {})
+    assert isinstance(model, LoadedNetwork)
+    model.classes, model.image_shape = saved.classes, saved.image_shape
+    # Without the network, which would be a part of itself.
+    model._saved = dataclasses.replace(saved, model=nn.Identity())
+    return model
 
 
 def predict_pictures(
@@ -61,9 +128,8 @@ def predict_pictures(
     becomes grey.
 
     Args:
-        checkpoint: as :func:`arat_fast.load` takes it.
+        checkpoint, branch, weights, recipe: as for :func:`arat_fast.load`.
         pictures: image files, and folders, of which all image files are taken, hidden ones aside.
-        branch, weights, recipe: as :func:`arat_fast.load`.
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
@@ -75,40 +141,47 @@ def predict_pictures(
     """
     files = [file for path in pictures for file in _files(path)]
     saved = read_saved(checkpoint, recipe=recipe, weights=weights)
-    on = resolve_device(device)
-    model = saved.plain(branch)[0].to(on)
-    found: list[Prediction] = []
-    with evaluation_mode(model), torch.no_grad():
+    model = usable(saved, saved.plain(branch)[0].to(resolve_device(device)))
+    found: dict[Path, Prediction] = {}
+    with evaluation_mode(model):
         for start in range(0, len(files), _BATCH):
-            found += _answers(saved, model, files[start : start + _BATCH], on)
-    return found
+            seen: dict[Path, Tensor] = {}
+            for file in files[start : start + _BATCH]:
+                try:
+                    seen[file] = model.preprocess([file])
+                except (ValueError, OSError) as error:
+                    found[file] = Prediction(file, problem=str(error))
+            answers = model.predict(torch.cat([*seen.values()])) if seen else []
+            found |= {f: Prediction(f, *answer) for f, answer in zip(seen, answers, strict=True)}
+    return [found[file] for file in files]
 
 
-def _answers(
-    saved: SavedNetwork, model: torch.nn.Module, files: Sequence[Path], device: torch.device
-) -> Iterable[Prediction]:
-    pixels: dict[Path, Tensor] = {}
-    problems: dict[Path, str] = {}
-    for file in files:
-        try:
-            pixels[file] = framed(saved, decode_image(file.read_bytes(), str(file)))
-        except (ValueError, OSError) as error:
-            problems[file] = str(error)
-    answers = {}
-    if pixels:
-        x = torch.stack(list(pixels.values())).to(device, torch.float32) / 255
-        best = model(x).softmax(1).max(1)
-        answers = dict(zip(pixels, zip(*map(Tensor.tolist, best), strict=True), strict=True))
-    for file in files:
-        if file in problems:
-            yield Prediction(file, problem=problems[file])
-        else:
-            confidence, number = answers[file]
-            label = saved.classes[number] if saved.classes else str(number)
-            yield Prediction(file, label, confidence)
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no picture at {path}")
+    files = [file for file in files_below(path) if is_image(file.name)]
+    if not files:
+        raise ValueError(f"{path}: expected a folder with images, got none in it")
+    return files
 
 
-def framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
+def _decoded(image: Picture) -> npt.NDArray[np.uint8]:
+    if isinstance(image, (str, Path)):
+        return decode_image(Path(image).read_bytes(), str(image))
+    pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if pixels.ndim == 2:
+        pixels = np.stack([pixels] * 3, axis=-1)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"a picture is expected as (H, W) or (H, W, 3) uint8, got {pixels.dtype} of shape "
+            f"{pixels.shape}"
+        )
+    return pixels
+
+
+def _framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
     """What the network sees of a picture (height, width, 3), uint8: (C, H, W), uint8."""
     channels, rows, columns = saved.image_shape
     height, width = image.shape[:2]
@@ -132,14 +205,3 @@ def framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
         grey = np.tensordot(_LUMA, picture.numpy(), 1).round()
         return torch.from_numpy(grey.astype(np.uint8))[None]
     return picture
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"no picture at {path}")
-    files = [file for file in files_below(path) if is_image(file.name)]
-    if not files:
-        raise ValueError(f"{path}: expected a folder with images, got none in it")
-    return files

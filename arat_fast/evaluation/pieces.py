@@ -34,14 +34,10 @@ class Pieces:
     Args:
         folder: where the folders of evaluations are; made if absent. None keeps nothing.
         checksum: of everything that the pieces depend on, as :func:`checksum` makes it.
-
-    Attributes:
-        num_reused: pieces that were found on disk.
     """
 
     def __init__(self, folder: Path | None = None, checksum: str = "") -> None:
         self.folder = None if folder is None else folder / checksum[:16]
-        self.num_reused = 0
         self._own: list[Path] = []
 
     def get(self, name: str, compute: Callable[[], Tensors], device: torch.device) -> Tensors:
@@ -61,7 +57,6 @@ class Pieces:
         self._own.append(path)
         found = read_arrays(path)
         if found is not None:
-            self.num_reused += 1
             return {key: torch.from_numpy(array).to(device) for key, array in found.items()}
         tensors = compute()
         arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in tensors.items()}
@@ -99,8 +94,7 @@ def checksum(
 
     Args:
         model: the network.
-        tensors: by name, images and labels for example.
-        settings: JSON types.
+        tensors, settings: by name, images and labels for example, and JSON types.
     """
     digest = hashlib.sha256(json.dumps(settings or {}, sort_keys=True).encode())
     # What normalises the images is a buffer that no file keeps.

@@ -31,12 +31,8 @@ def root_of_own_images(data: DataConfig) -> str | None:
 
 
 def checksum_of_images(images: ImageSet) -> str:
-    """SHA-256, as hexadecimal digits, of the first images, by which they are known where they were
-    moved.
-
-    Args:
-        images: of the first process.
-    """
+    """SHA-256, as hexadecimal digits, of the first images of the first process, by which they are
+    known where they were moved."""
     pixels = (255 * images.x[:_KNOWN_BY]).round().to("cpu", torch.uint8)
     labels = images.y[:_KNOWN_BY].cpu()
     return hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
@@ -78,12 +74,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def set_damaged_aside(path: Path) -> list[str]:
-    """Move a record, and the results image by image beside it, out of the way where they are
-    damaged: the new ones would replace them. Says what was moved.
-
-    Args:
-        path: of the record; there need be none.
-    """
+    """Move a record, if there is one, and the results image by image beside it out of the way where
+    they are damaged: the new ones would replace them. Says what was moved."""
     moved = []
     for file, read in ((path, read_record), (path.with_suffix(".npz"), read_arrays)):
         if file.exists() and not read(file):
@@ -137,12 +129,7 @@ def _refusal(path: Path, names: list[str], key: str, before: Any, got: Any) -> V
 
 
 def save_per_example(path: Path, arrays: Mapping[str, NDArray[Any]], keep: bool = False) -> None:
-    """Write what :func:`arat_fast.evaluation.suite.per_example` found (.npz).
-
-    Args:
-        path: the file.
-        arrays: by name.
-        keep: leave in what the file holds of other attacks on the same images.
-    """
+    """Write what :func:`arat_fast.evaluation.suite.per_example` found (.npz); ``keep`` leaves in
+    what the file holds of other attacks on the same images."""
     content: dict[str, Any] = {**(read_arrays(path) or {} if keep else {}), **arrays}
     write_atomic(path, lambda file: np.savez(file, **content))

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from arat_fast.data.given import Given, images_and_labels
 from arat_fast.device import describe_device, versions
 from arat_fast.display import SuiteProgress
 from arat_fast.distributed import ALONE, Ranks
@@ -56,6 +57,8 @@ class SuiteResult:
         left_out: attacks that were asked for and cannot be run, and why.
         collapsed: what :func:`collapse` says of the clean images.
         randomised: that the network answers equal images differently, and what that changes.
+        per_class: right answers by class, under the name of each result, and under "images" how
+            many images there are of each.
         pieces: what is kept on disk until the caller has written the results and removes it.
     """
 
@@ -63,6 +66,7 @@ class SuiteResult:
     left_out: dict[str, str] = field(default_factory=dict)
     collapsed: str = ""
     randomised: str = ""
+    per_class: dict[str, list[int]] = field(default_factory=dict)
     pieces: Pieces = field(default_factory=Pieces)
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -70,14 +74,10 @@ class SuiteResult:
         return {name: result.record() for name, result in self.results.items()}
 
     def remarks(self) -> dict[str, Any]:
-        """What else a record says: "left_out", "collapsed" and "randomised", where there is
-        something to say."""
-        said = {
-            "left_out": self.left_out,
-            "collapsed": self.collapsed,
-            "randomised": self.randomised,
-        }
-        return {name: value for name, value in said.items() if value}
+        """What else a record says: "left_out", "collapsed", "randomised" and "per_class", where
+        there is something to say."""
+        names = "left_out", "collapsed", "randomised", "per_class"
+        return {name: value for name in names if (value := getattr(self, name))}
 
     def strongest_examples(self) -> Tensor:
         """AutoAttack's example where it broke an image that PGD did not, else PGD's; of several
@@ -119,12 +119,8 @@ def evaluate_all(
     Args:
         model: the network, in any mode.
         images: float32 images and labels on the model's device, this process's share of them.
-        threat: ball of the attacks.
-        num_steps, alpha: steps and step size of PGD.
+        threat, num_steps, alpha, batch_size, seed, num_restarts: as for :func:`evaluate`.
         attacks: of :data:`ATTACKS`; those of :func:`attacks_left_out` are not run.
-        batch_size: samples at a time.
-        seed: of the attacks.
-        num_restarts: of PGD.
         folder: where finished pieces are kept; an interrupted evaluation of the same weights,
             images and settings goes on from them. They stay for the caller to remove, see
             :class:`SuiteResult`. None keeps nothing.
@@ -191,21 +187,91 @@ def evaluate_all(
     evaluations: dict[str, Callable[[ImageSet], AttackResult]] = {"clean": clean}
     if any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
         evaluations["clean_branch"] = partial(clean, branch="clean")
-    for name, evaluate in available.items():
+    for name, attack in available.items():
         if name in attacks and name not in left_out:
-            evaluations[f"pgd{num_steps}" if name == "pgd" else name] = evaluate
-    results = {
-        name: share_evaluation(ranks, evaluate, images) for name, evaluate in evaluations.items()
-    }
+            evaluations[f"pgd{num_steps}" if name == "pgd" else name] = attack
+    results = {name: share_evaluation(ranks, each, images) for name, each in evaluations.items()}
     answers = results["clean"].answers
-    given, right = (
-        ranks.sum_(torch.bincount(classes.cpu(), minlength=len(images.classes)))
-        # A process without images has no answers.
-        for classes in (images.y if answers is None else answers, images.y)
-    )
+    labels = ranks.gather_rows(images.y)
+    count = partial(torch.bincount, minlength=len(images.classes))
+    # A process without images has no answers.
+    given = ranks.sum_(count((images.y if answers is None else answers).cpu()))
+    right = count(labels.cpu())
+    per_class = {"images": right.tolist()}
+    per_class |= {name: count(labels[r.correct]).tolist() for name, r in results.items()}
     num_correct = int(results["clean"].correct.sum())
     collapsed = collapse(given, right, num_correct, images.classes)
-    return SuiteResult(results, left_out, collapsed, RANDOMISED if randomised else "", pieces)
+    remark = RANDOMISED if randomised else ""
+    return SuiteResult(results, left_out, collapsed, remark, per_class, pieces)
+
+
+def evaluate(
+    model: nn.Module | Callable[[Tensor], Tensor],
+    data: Given,
+    threat: ThreatModel,
+    attacks: Sequence[str] = ("pgd", "autoattack"),
+    *,
+    num_steps: int = 20,
+    alpha: float | None = None,
+    num_restarts: int = 1,
+    batch_size: int = 250,
+    max_samples: int = 0,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> SuiteResult:
+    """Accuracy on clean images and under attacks, in float32, of any network.
+
+    Args:
+        model: images (N, C, H, W) in [0, 1] → logits (N, classes): a module, which is put in eval
+            mode meanwhile, or any differentiable function, which the caller has put there.
+        data: a Dataset or DataLoader of (image, label), see :data:`arat_fast.data.given.Given`.
+        threat: ball of the attacks.
+        attacks: of :data:`ATTACKS`.
+        num_steps, alpha, num_restarts: of PGD; alpha is a quarter of the radius by default.
+        batch_size: samples at a time.
+        max_samples: the first samples only; 0 for all.
+        seed: of the attacks.
+        device: where the images go; by default where the parameters of the module are.
+
+    Returns:
+        results by name; ``record()`` gives accuracies, counts and intervals as JSON types.
+
+    Raises:
+        ValueError: an attack is unknown, a label is no class, or an image is outside [0, 1].
+    """
+    network = model if isinstance(model, nn.Module) else _Called(model)
+    if device is None:
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    x, y = (tensor.to(device) for tensor in images_and_labels(data, max_samples))
+    with torch.no_grad():
+        num_classes = network(x[:1]).shape[1]
+    if not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes - 1}], got {int(y.min())} to {int(y.max())}"
+        )
+    classes = tuple(str(number) for number in range(num_classes))
+    return evaluate_all(
+        network,
+        ImageSet(x, y, classes),
+        threat,
+        num_steps=num_steps,
+        alpha=threat.eps / 4 if alpha is None else alpha,
+        attacks=attacks,
+        batch_size=batch_size,
+        seed=seed,
+        num_restarts=num_restarts,
+    )
+
+
+class _Called(nn.Module):
+    """A function as a network without parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def collapse(answers: Tensor, labels: Tensor, correct: int, classes: Sequence[str]) -> str:
@@ -213,8 +279,7 @@ def collapse(answers: Tensor, labels: Tensor, correct: int, classes: Sequence[st
     all of one class.
 
     Args:
-        answers: (classes,), how often each was the answer.
-        labels: (classes,), how often each was right.
+        answers, labels: (classes,), how often each was the answer, and how often it was right.
         correct: right answers.
         classes: names.
     """
@@ -281,21 +346,13 @@ def per_example(
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, x_adv: Tensor) -> None:
-    """Write the first images of the set, their adversarial versions and the predictions (.npz).
-
-    Args:
-        path: the file.
-        model: the network.
-        images: the images; the first 16 are taken.
-        x_adv: adversarial images, same order as ``images``.
-    """
-    x, y = images.x[:NUM_EXAMPLES], images.y[:NUM_EXAMPLES]
-    adversarial = x_adv[:NUM_EXAMPLES]
-    arrays: dict[str, Any] = {"x": x, "x_adv": adversarial, "y": y}
+    """Write the first 16 images of the set, their adversarial versions ``x_adv`` in the same order
+    and the predictions (.npz)."""
+    x, x_adv, y = (tensor[:NUM_EXAMPLES] for tensor in (images.x, x_adv, images.y))
+    arrays: dict[str, Any] = {"x": x, "x_adv": x_adv, "y": y}
     with evaluation_mode(model):
-        for name, inputs in (("clean", x), ("adv", adversarial)):
-            probability, prediction = predict(model, inputs, len(inputs)).softmax(dim=1).max(dim=1)
-            arrays[f"pred_{name}"] = prediction
-            arrays[f"prob_{name}"] = probability
+        for name, inputs in (("clean", x), ("adv", x_adv)):
+            best = predict(model, inputs, len(inputs)).softmax(dim=1).max(dim=1)
+            arrays |= {f"pred_{name}": best.indices, f"prob_{name}": best.values}
     arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
     write_atomic(path, lambda f: np.savez(f, **arrays, classes=np.array(images.classes)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import string
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,13 +15,14 @@ from arat_fast import __version__, load
 from arat_fast.device import versions
 from arat_fast.evaluation.evaluate import finite_answers
 from arat_fast.export.card import Measured, measured, model_card, paper_of, public_command
-from arat_fast.export.programs import require_onnx, save_onnx, save_program
+from arat_fast.export.programs import ONNX_PACKAGES, save_onnx, save_program
+from arat_fast.extras import needed
 from arat_fast.files import check_empty, folder_atomic, write_atomic, write_json, write_text
 from arat_fast.report.templates import render
 from arat_fast.report.words import plain
-from arat_fast.saved.naming import to_scheme
-from arat_fast.saved.network import RECORD, SavedNetwork, Which, header, read_saved
-from arat_fast.saved.plain import save_tensors
+from arat_fast.saved.naming import NETWORKS, to_scheme
+from arat_fast.saved.network import FACTS, RECORD, SavedNetwork, Which, header, read_saved
+from arat_fast.saved.plain import save_safetensors
 from arat_fast.saved.weights import NORMALIZATION
 
 Format = Literal["hub", "robustbench", "torchvision", "timm", "torch-export", "onnx"]
@@ -30,21 +31,9 @@ TOLERANCE = 1e-5
 
 ROBUSTBENCH_SAMPLES = 10_000
 """Images that RobustBench evaluates on."""
-_NAME = frozenset(f"{string.ascii_letters}{string.digits}-_.")
-_HEADER = (
-    *("recipe", "model", "objective", "weights", "branch"),
-    *("norm", "eps", "mean", "std", "image_shape", "additional_data", "classes"),
-)
 _TRAINING = (
-    "epochs",
-    "steps",
-    "limit",
-    "max_steps",
-    "seed",
-    "precision",
-    "device",
-    "versions",
-    "commit",
+    *("epochs", "steps", "limit", "max_steps", "seed", "precision"),
+    *("device", "versions", "commit"),
 )
 _ARCHITECTURES = {"resnet18": ("ResNet-18", "RN18"), "wrn34-10": ("WideResNet-34-10", "WRN34-10")}
 
@@ -87,14 +76,14 @@ def export_checkpoint(
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
     check_empty(out)
-    if format == "onnx":
-        require_onnx()
+    for package in ONNX_PACKAGES if format == "onnx" else ():
+        needed("onnx", package)
     saved = read_saved(checkpoint, recipe=recipe, weights=weights)
     model, exported = saved.plain(branch)
     found = measured(saved, exported)
     record = _record(saved, exported, format, found)
     name = name or _default_name(record)
-    if not set(name) <= _NAME or name.startswith("."):
+    if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
         raise ValueError(f"--name must be letters, digits, '-', '_' and '.', got {name!r}")
     with folder_atomic(out) as work:
         _write(work, model, record, found, name, license)
@@ -106,7 +95,7 @@ def _default_name(record: Mapping[str, Any]) -> str:
     if record["format"] == "robustbench" and paper is not None and architecture is not None:
         return f"{paper.key}_{architecture[1]}"
     parts = (record["dataset"], record["model"], record["objective"])
-    return "-".join("".join(c if c in _NAME else "-" for c in str(part)) for part in parts if part)
+    return re.sub(r"[^\w.-]", "-", "-".join(part for part in parts if part), flags=re.ASCII)
 
 
 def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -> dict[str, Any]:
@@ -116,21 +105,12 @@ def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -
     return {
         "format": format,
         "weights_file": None,
-        "model": saved.name,
-        "num_classes": saved.num_classes,
-        "classes": list(saved.facts.get("classes", ())),
-        "image_shape": list(saved.image_shape),
-        "input_range": [0, 1],
-        "mean": list(facts["mean"]),
-        "std": list(facts["std"]),
+        **{key: facts.get(key) for key in FACTS},
         "branch": branch,
-        "weights": saved.weights,
-        "recipe": facts.get("recipe"),
+        "num_classes": saved.num_classes,
+        "classes": facts.get("classes", []),
+        "input_range": [0, 1],
         "dataset": saved.config.data.name if saved.config is not None else None,
-        "objective": facts.get("objective"),
-        "norm": facts.get("norm"),
-        "eps": facts.get("eps"),
-        "additional_data": facts.get("additional_data"),
         "accuracy": {
             key: {
                 "value": value.value,
@@ -156,7 +136,7 @@ def _write(
 ) -> None:
     """Write everything; what was written is read back and compared with the network."""
     format, shape = record["format"], tuple(record["image_shape"])
-    facts = {k: v for k, v in record.items() if k in _HEADER and v is not None}
+    facts = {key: record[key] for key in FACTS if record[key] is not None}
     file = {
         "torch-export": "model.pt2",
         "onnx": "model.onnx",
@@ -168,6 +148,11 @@ def _write(
         save = save_program if format == "torch-export" else save_onnx
         program = save(model, shape, folder / file, facts)
     else:
+        if format in NETWORKS and record["activation"] != "relu":
+            raise ValueError(
+                f"{format} has no class for {record['model']} with {record['activation']}: export "
+                "it in the format hub, torch-export or onnx"
+            )
         state = to_scheme(model.state_dict(), record["model"], format)
         if format == "robustbench":
             state = _robustbench(folder, state, record, found, name)
@@ -175,7 +160,7 @@ def _write(
             content = {key: tensor.detach().clone() for key, tensor in state.items()}
             write_atomic(folder / file, lambda opened: torch.save(content, opened))
         else:
-            save_tensors(state, folder / file, header(facts))
+            save_safetensors(state, folder / file, header(facts))
     record["weights_file"] = file
     example = render("example.py.j2", **record)
     write_text(folder / "example.py", example)
@@ -239,13 +224,10 @@ def _model_info(record: Mapping[str, Any], found: Measured) -> dict[str, Any]:
     if record["additional_data"]:
         footnote += " Additional images were mixed into the training batches."
     return {
-        "link": getattr(paper, "link", None),
-        "name": getattr(paper, "name", None),
-        "authors": getattr(paper, "authors", None),
+        **{key: getattr(paper, key, None) for key in ("link", "name", "authors", "venue")},
         "additional_data": record["additional_data"],
         "number_forward_passes": 1,
         "dataset": record["dataset"],
-        "venue": getattr(paper, "venue", None),
         "architecture": _ARCHITECTURES[record["model"]][0],
         "eps": plain(record["eps"]),
         "clean_acc": _percent(found, "clean", record),

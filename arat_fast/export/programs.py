@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,19 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arat_fast.extras import install_command
 from arat_fast.saved.network import header
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""What the extra onnx holds, and :func:`save_onnx` needs."""
 FACTS = "facts.json"
 """Name of the facts inside a .pt2 archive."""
 
 
 def save_program(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    path: Path,
-    facts: Mapping[str, Any] | None = None,
+    model: nn.Module, image_shape: tuple[int, int, int], path: Path, facts: Mapping[str, Any]
 ) -> Callable[[Tensor], Tensor]:
     """Write a network with :func:`torch.export.save`, for batches of any size.
 
@@ -41,17 +37,13 @@ def save_program(
     example, shapes = _batches(model, image_shape)
     with _quiet():
         program = torch.export.export(model, example, dynamic_shapes=shapes)
-        content = {FACTS: json.dumps(dict(facts or {}))}
-        torch.export.save(program, path, extra_files=content)
+        torch.export.save(program, path, extra_files={FACTS: json.dumps(facts)})
         read: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return read
 
 
 def save_onnx(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    path: Path,
-    facts: Mapping[str, Any] | None = None,
+    model: nn.Module, image_shape: tuple[int, int, int], path: Path, facts: Mapping[str, Any]
 ) -> Callable[[Tensor], Tensor]:
     """Write a network as ONNX, input ``image``, output ``logits``, for batches of any size.
 
@@ -63,11 +55,7 @@ def save_onnx(
 
     Returns:
         What the file computes in onnxruntime on the CPU: images (N, C, H, W) → logits.
-
-    Raises:
-        ValueError: a package of the extra is not installed.
     """
-    require_onnx()
     import onnxruntime
 
     example, shapes = _batches(model, image_shape)
@@ -82,7 +70,7 @@ def save_onnx(
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props.update(header(facts or {}))
+    program.model.metadata_props.update(header(facts))
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -91,19 +79,6 @@ def save_onnx(
         return torch.from_numpy(logits)
 
     return run
-
-
-def require_onnx() -> None:
-    """Raise unless the packages of the extra are installed.
-
-    Raises:
-        ValueError: one is missing; says how to install it.
-    """
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"onnx needs {', '.join(missing)}, not installed here: {install_command('onnx')}"
-        )
 
 
 def _batches(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:

@@ -55,7 +55,7 @@ MODELS: dict[str, ModelSpec] = {
         8,
     ),
     "resnet8-s2": ModelSpec(
-        partial(ResNet, BasicBlock, (1, 1, 1), (32, 64, 128), stem="strided"),
+        partial(ResNet, BasicBlock, (1, 1, 1), (16, 32, 64), stem="strided"),
         ("layer3.0.bn1", "layer3.0.bn2"),
         28,
     ),

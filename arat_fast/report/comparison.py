@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from arat_fast.config import OWN_IMAGES
 from arat_fast.data.fingerprint import class_order
 from arat_fast.report import style
-from arat_fast.report.curves import draw_series, evaluation_series
+from arat_fast.report.curves import draw_series
 from arat_fast.report.run import Run
 from arat_fast.report.style import Plot
 from arat_fast.report.words import (
@@ -24,18 +24,6 @@ from arat_fast.report.words import (
 from arat_fast.statistics import difference_interval
 
 
-class Contestant(NamedTuple):
-    """A run and the letter it goes by."""
-
-    letter: str
-    run: Run
-
-    @property
-    def short(self) -> str:
-        """Letter, method and seed."""
-        return f"{self.letter} · {objective_name(self.run.config)}, seed {self.run.config.seed}"
-
-
 class Cell(NamedTuple):
     """A number in a table, what stands below it, and the first run's difference from it."""
 
@@ -49,18 +37,23 @@ class Row(NamedTuple):
     """A run beside the first one.
 
     Attributes:
-        contestant: the run.
+        letter: that it goes by.
+        run: the run.
         cells: one for each heading.
         clear: headings of accuracies whose difference the choice of test images does not explain.
         mismatches: in what the runs differ besides the method, in words.
-        same_device: whether both were trained on the same.
     """
 
-    contestant: Contestant
+    letter: str
+    run: Run
     cells: list[Cell]
     clear: list[str]
     mismatches: list[str]
-    same_device: bool
+
+    @property
+    def short(self) -> str:
+        """Letter, method and seed."""
+        return f"{self.letter} · {objective_name(self.run.config)}, seed {self.run.config.seed}"
 
 
 class Comparison(NamedTuple):
@@ -86,21 +79,15 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     Raises:
         ValueError: two runs on one dataset have other classes.
     """
-    contestants = [
-        Contestant(chr(ord("A") + i) if i < 26 else f"R{i + 1}", run) for i, run in enumerate(runs)
-    ]
     # A dictionary for its order.
     names = dict.fromkeys(name for run in runs for name in run.summary.accuracy)
     metrics = [n for n in names if n in ("clean", "autoattack") or n.startswith("pgd")]
     metrics.sort(key=lambda n: (n != "clean", n == "autoattack", n))
     headings = [*map(metric_name, metrics), *(["Sum"] if "autoattack" in metrics else [])]
+    rows = [_row(chr(ord("A") + i), run, runs[0], metrics) for i, run in enumerate(runs)]
     with style.plot_style():
-        plots = [_trade_off(contestants, metrics), _over_epochs(contestants)]
-    return Comparison(
-        [*headings, "Training"],
-        [_row(contestant, runs[0], metrics) for contestant in contestants],
-        [plot for plot in plots if plot is not None],
-    )
+        plots = [_trade_off(rows, metrics), _over_epochs(rows)]
+    return Comparison([*headings, "Training"], rows, [plot for plot in plots if plot is not None])
 
 
 def _sum(run: Run | None) -> float | None:
@@ -117,8 +104,7 @@ def _same_data(run: Run, other: Run) -> bool:
     return ours.name == theirs.name and (ours.name not in OWN_IMAGES or ours.root == theirs.root)
 
 
-def _row(contestant: Contestant, first: Run, metrics: Sequence[str]) -> Row:
-    run = contestant.run
+def _row(letter: str, run: Run, first: Run, metrics: Sequence[str]) -> Row:
     versus = first if run is not first and _same_data(first, run) else None
     cells, clear = [], []
     for key in metrics:
@@ -150,8 +136,7 @@ def _row(contestant: Contestant, first: Run, metrics: Sequence[str]) -> Row:
     change = f"×{our_seconds / seconds:.2f}" if our_seconds and seconds else ""
     device = run.summary.device or ""
     cells.append(Cell(duration(seconds), device, change) if seconds is not None else Cell())
-    same_device = run.summary.device == first.summary.device
-    return Row(contestant, cells, clear, _mismatches(first, run), same_device)
+    return Row(letter, run, cells, clear, _mismatches(first, run))
 
 
 def _mismatches(first: Run, other: Run) -> list[str]:
@@ -163,6 +148,7 @@ def _mismatches(first: Run, other: Run) -> list[str]:
         ("network", a.model.name, b.model.name),
         ("epochs", a.train.epochs, b.train.epochs),
         ("split", first.summary.split, other.summary.split),
+        ("device", first.summary.device, other.summary.device),
     ]
     if a.data.name == b.data.name:
         if not _same_data(first, other):
@@ -180,8 +166,8 @@ def _mismatches(first: Run, other: Run) -> list[str]:
     ]
 
 
-def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plot | None:
-    shown = [(i, c, c.run.summary.accuracy) for i, c in enumerate(contestants)]
+def _trade_off(rows: Sequence[Row], metrics: Sequence[str]) -> Plot | None:
+    shown = [(i, row, row.run.summary.accuracy) for i, row in enumerate(rows)]
     shown = [entry for entry in shown if "clean" in entry[2]]
     # AutoAttack where every run has it.
     common = [k for k in metrics if k != "clean" and all(k in final for *_, final in shown)]
@@ -190,7 +176,7 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
     key, name = common[-1], metric_name(common[-1])
     figure, axes = style.new_axes(height=3.6)
     described = []
-    for index, contestant, final in shown:
+    for index, row, final in shown:
         robust, clean = (final[k] for k in (key, "clean"))
         (x, xerr), (y, yerr) = (
             (100 * a.value, [[100 * (a.value - a.interval[0])], [100 * (a.interval[1] - a.value)]])
@@ -198,10 +184,10 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
         )
         look: dict[str, Any] = {"color": style.color(index), "marker": style.marker(index)}
         look |= {"markersize": 8, "linewidth": 1.1, "capsize": 3}
-        label = style.plot_text(contestant.short, 40)
+        label = style.plot_text(row.short, 40)
         axes.errorbar([x], [y], xerr=xerr, yerr=yerr, label=label, **look)
         described.append(
-            f"{contestant.short}: clean {percent(clean.value)}, {name} {percent(robust.value)}"
+            f"{row.short}: clean {percent(clean.value)}, {name} {percent(robust.value)}"
         )
     axes.set_xlabel(f"{name} accuracy, %")
     axes.set_ylabel("clean accuracy, %")
@@ -215,42 +201,46 @@ def _trade_off(contestants: Sequence[Contestant], metrics: Sequence[str]) -> Plo
     )
 
 
-def _over_epochs(contestants: Sequence[Contestant]) -> Plot | None:
+def _over_epochs(rows: Sequence[Row]) -> Plot | None:
+    """Evaluations that all runs have, or else the batches that they were trained on: never one
+    beside the other."""
+    tests = set.intersection(*({(e.split, e.num_steps) for e in r.run.evaluations} for r in rows))
+    split, num_steps = min(tests, default=("", 0))
+    drawn = [
+        ("clean" if tests else "accuracy_clean", "clean", style.DASHES[1]),
+        ("pgd", f"PGD-{num_steps}", "-") if tests else ("accuracy_adv", "attacked", "-"),
+    ]
     figure, axes = style.new_axes(height=3.6)
-    described, sources = [], set()
-    for index, contestant in enumerate(contestants):
-        run = contestant.run
-        # Evaluated most often; on a tie the average of the weights.
-        evaluated = {
-            k: (len(found), k[1] == run.summary.model) for k, found in run.evaluated().items()
-        }
-        kind = max(evaluated, key=lambda k: evaluated[k], default=None)
-        robust = f"PGD-{run.evaluations[0].num_steps}" if kind else "PGD"
-        for key, logged, name, dashes in (
-            ("clean", "accuracy_clean", "clean", style.DASHES[1]),
-            ("pgd", "accuracy_adv", robust, style.DASHES[0]),
-        ):
-            if not kind and logged not in run.metrics:
+    described: list[str] = []
+    models: dict[str, None] = {}
+    for index, (letter, run, *_) in enumerate(rows):
+        lines = run.metrics
+        if tests:
+            # Evaluated most often; on a tie the weights that were evaluated at the end.
+            found = {model: each for (of, model), each in run.evaluated().items() if of == split}
+            model = max(found, key=lambda m: (len(found[m]["pgd"].epochs), m == run.summary.model))
+            lines, models[model] = found[model], None
+        for key, name, dashes in drawn:
+            if key not in lines:
                 continue
-            series = evaluation_series(run, kind, key) if kind else run.metrics[logged]
-            source = f"evaluations during training ({kind[0]}, {kind[1]} weights)" if kind else ""
-            sources.add(source or "training batches")
             # Dashes alone do not tell two single points apart.
-            marker = style.marker(index) if kind or len(series.values) == 1 else ""
+            marker = style.marker(index) if tests or len(lines[key].values) == 1 else ""
             color = style.color(index)
-            fill = "white" if key == "clean" else color
-            label = f"{contestant.letter} {name}" + ("" if kind else " (train)")
-            draw_series(axes, series, label, color, dashes, marker, markerfacecolor=fill)
-            described.append(f"{label} ends at {percent(series.values[-1])}")
+            fill = "white" if name == "clean" else color
+            label = f"{letter} {name}"
+            draw_series(axes, lines[key], label, color, dashes, marker, markerfacecolor=fill)
+            described.append(f"{label} ends at {percent(lines[key].values[-1])}")
     if not described:
         return None
     style.as_percent(axes)
     style.epoch_axis(axes)
-    style.legend_above(axes, len(contestants) if len(contestants) <= 4 else 3)
+    style.legend_above(axes, len(rows) if len(rows) <= 4 else 3)
+    source = "Training batches, each under the attack of its own training."
+    if tests:
+        source = f"Evaluations during training: {split} images, {', '.join(models)} weights."
     return Plot(
         "Over the epochs",
         figure,
         f"Accuracy over epochs. {'; '.join(described)}.",
-        "Dashed, hollow marks: clean. Solid, full marks: under attack. "
-        f"From {' and '.join(sorted(sources))}.",
+        f"Dashed, hollow marks: clean. Solid, full marks: under attack. {source}",
     )

@@ -15,11 +15,14 @@ from matplotlib.figure import Figure
 from arat_fast.report import style
 from arat_fast.report.run import Run, Series
 from arat_fast.report.style import Plot
-from arat_fast.report.words import duration, grouped, percent
+from arat_fast.report.words import duration, grouped, metric_name, percent
 
 _MAX_POINTS = 1500
 _SMOOTH_ABOVE = 60
 _INVARIANCE = "invariance/"
+_DOTTED = (0, (3, 2))
+_WIDE = 10.0
+"""Ratio of the largest value to the smallest from which on an axis is logarithmic."""
 _TERMS = (
     ("ce_adv", "cross-entropy, adversarial", style.ADVERSARIAL, style.DASHES[1]),
     ("ce_clean", "cross-entropy, clean", style.CLEAN, style.DASHES[2]),
@@ -72,25 +75,11 @@ def draw_series(
         axes.plot(epochs[keep], values[keep], color=color, alpha=0.2, linewidth=0.7)
     if np.isfinite(mean[keep]).sum() == 1:
         marker = marker or "o"
-    axes.plot(
-        epochs[keep],
-        mean[keep],
-        color=color,
-        linestyle=dashes,
-        marker=marker,
-        markersize=5,
-        markeredgewidth=1.4,
-        # A mark at 0 or at 100 % is drawn whole.
-        clip_on=not marker,
-        label=style.plot_text(label) if label else None,
-        **options,
-    )
-
-
-def evaluation_series(run: Run, kind: tuple[str, str], key: str) -> Series:
-    """Clean or robust accuracy ("clean", "pgd") of the evaluations of one split and model."""
-    lines = run.evaluated()[kind]
-    return Series(np.array([e.epoch for e in lines]), np.array([getattr(e, key) for e in lines]))
+    look: dict[str, Any] = {"linestyle": dashes, "markersize": 5, "markeredgewidth": 1.4}
+    look["label"] = style.plot_text(label) if label else None
+    # A mark at 0 or at 100 % is drawn whole.
+    look |= {"color": color, "marker": marker, "clip_on": not marker, **options}
+    axes.plot(epochs[keep], mean[keep], **look)
 
 
 class _Line(NamedTuple):
@@ -111,33 +100,37 @@ class _Line(NamedTuple):
 def _accuracy(run: Run) -> Plot | None:
     figure, axes = style.new_axes()
     described = []
+
+    def draw(name: str, series: Series, *look: Any, named: bool = True, **options: Any) -> None:
+        draw_series(axes, series, name if named else "", *look, **options)
+        described.append(f"{name} ends at {percent(series.values[-1])}")
+
     for name, key, color in (
         ("clean", "accuracy_clean", style.CLEAN),
-        ("adversarial", "accuracy_adv", style.ADVERSARIAL),
+        ("attacked", "accuracy_adv", style.ADVERSARIAL),
     ):
         if key in run.metrics:
-            line = _Line(run.metrics[key], f"{name}, training", color)
-            draw_series(axes, *line)
-            described.append(f"{name} in training ends near {percent(line.last)}")
+            draw(f"{name}, training", run.metrics[key], color)
     evaluated = run.evaluated()
-    for (split, model), marker in zip(evaluated, style.MARKERS, strict=False):
-        robust = f"PGD-{run.evaluations[0].num_steps}"
-        for key, name, color in (
-            ("clean", "clean", style.CLEAN),
-            ("pgd", robust, style.ADVERSARIAL),
-        ):
-            series = evaluation_series(run, (split, model), key)
-            label = f"{name}, {split}" + (f" ({model})" if len(evaluated) > 1 else "")
-            look: dict[str, Any] = {"markerfacecolor": "white", "linewidth": 1.0}
-            draw_series(axes, series, label, color, (0, (3, 2)), marker, **look)
-            described.append(f"{label} ends at {percent(series.values[-1])}")
-    looks = [(look.epoch, look.pgd, look.num_steps) for look in run.looks if look.pgd is not None]
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "linewidth": 1.0}
+    for ((split, model), series), marker in zip(evaluated.items(), style.MARKERS, strict=False):
+        of = split + (f" ({model})" if len(evaluated) > 1 else "")
+        robust = f"PGD-{run.evaluations[0].num_steps}, {of}"
+        draw(f"clean, {of}", series["clean"], style.CLEAN, _DOTTED, marker, **hollow)
+        draw(robust, series["pgd"], style.ADVERSARIAL, _DOTTED, marker, **hollow)
+    looks = [(look.epoch, look.pgd) for look in run.looks if look.pgd is not None]
     if looks:
-        epochs, values, steps = zip(*looks, strict=True)
-        series = Series(np.array(epochs), np.array(values))
-        label = f"PGD-{steps[0]}, watched"
-        draw_series(axes, series, label, style.PURPLE, style.DASHES[1], ".")
-        described.append(f"{label} ends at {percent(values[-1])}")
+        name = f"PGD-{max(look.num_steps for look in run.looks)}, watched"
+        draw(name, Series(*np.array(looks).T), style.PURPLE, style.DASHES[1], ".")
+    final = run.summary.accuracy if run.epochs is not None else {}
+    star: dict[str, Any] = {"markersize": 12, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    for key, accuracy in final.items():
+        color = {"clean": style.CLEAN, "autoattack": style.INK}.get(key, style.ADVERSARIAL)
+        if key != "clean_branch":
+            point = Series(np.array([run.epochs]), np.array([accuracy.value]))
+            # The colours of the others are in the legend already.
+            name, named = f"{metric_name(key)}, final", key == "autoattack"
+            draw(name, point, color, "", "*", named=named, zorder=4, **star)
     for place, words in _falls(run):
         axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)
         described.append(words)
@@ -146,7 +139,9 @@ def _accuracy(run: Run) -> Plot | None:
     style.as_percent(axes)
     caption = "Lines: batches as they were trained on, in training mode."
     if run.evaluations:
-        caption += " Marks: evaluations of the whole split, in eval mode."
+        caption += " Hollow marks: evaluations of the whole split, in eval mode."
+    if final:
+        caption += f" Stars: the final evaluation, {run.summary.split} images."
     if looks:
         caption += " Dots: the watch for catastrophic overfitting, a few images."
     if falls := _falls(run):
@@ -179,16 +174,17 @@ def _loss(run: Run) -> Plot:
     lines = [_Line(run.metrics["loss"], "total", style.INK), *parts]
     described = [f"{x.label} goes from {x.series.values[0]:.3g} to {x.last:.3g}" for x in lines]
     caption = "Training loss" + (" and its parts, weights applied: they add up." if parts else ".")
-    return _plot("Loss", lines, caption, described, height=3.1)
+    return _plot("Loss", lines, caption, described, height=3.1, logarithmic=_wide(lines))
 
 
 def _learning_rate(run: Run) -> Plot:
     values = run.metrics["lr"].values
     described = [f"from {values[0]:.3g} to {values[-1]:.3g}, at most {np.nanmax(values):.3g}"]
     line = _Line(run.metrics["lr"], "", style.INK)
-    # As it was: a running mean would round off its corners.
+    # A logged rate holds back to the one before, or to where the rate was lowered.
+    stairs = "steps-pre" if run.config.schedule.name.endswith("steps") else "default"
     caption = "Learning rate of each logged step."
-    return _plot("Learning rate", [line], caption, described, smooth=False)
+    return _plot("Learning rate", [line], caption, described, smooth=False, drawstyle=stairs)
 
 
 def _range_test(run: Run) -> Plot:
@@ -214,25 +210,28 @@ def _weights(run: Run) -> Plot:
     caption = "Weights of the two cross-entropies."
     if np.ptp(run.metrics["w_adv"].values) > 0:
         caption += " The better clean images are classified, the more the adversarial one counts."
-    return _plot("Loss weights", lines, caption, smooth=False)
+    return _plot("Loss weights", lines, caption, smooth=False, drawstyle="steps-pre")
 
 
 def _invariance(run: Run) -> Plot | None:
     layers = _layers(run)
     if len(layers) < 2:
         return None
-    # Layers have an order, so their colours run from dark to light in it.
-    shades = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, len(layers)))
+    # Layers have an order, and their colours run with it: none too light, nor too dark inverted.
+    shades = matplotlib.colormaps["plasma"](np.linspace(0.05, 0.7, len(layers)))
     dashes = itertools.cycle(style.DASHES)
     lines = [
         _Line(run.metrics[name], name.removeprefix(_INVARIANCE), to_hex(shade), dash)
         for name, shade, dash in zip(layers, shades, dashes, strict=False)
     ]
     caption = (
-        "Share of each regularised layer in the loss, from the first layer (dark) to the last: how "
-        "far its adversarial features point away from the clean ones."
+        "Share of each regularised layer in the loss, first layer first: how far its adversarial "
+        "features point away from the clean ones."
     )
-    return _plot("Invariance loss by layer", lines, caption, height=2.7 + 0.09 * len(layers))
+    height = 2.7 + 0.09 * len(layers)
+    return _plot(
+        "Invariance loss by layer", lines, caption, height=height, logarithmic=_wide(lines)
+    )
 
 
 def _throughput(run: Run) -> Plot:
@@ -254,15 +253,29 @@ def _plot(
     described: Sequence[str] | None = None,
     *,
     height: float = 2.7,
-    smooth: bool = True,
+    logarithmic: bool = False,
+    **options: Any,
 ) -> Plot:
-    """Lines from 0 on; without a description, the last value of each is told."""
+    """Lines, from 0 on unless ``logarithmic``; without a description, the last value of each is
+    told."""
     figure, axes = style.new_axes(height=height)
     for line in lines:
-        draw_series(axes, *line, smooth=smooth)
-    axes.set_ylim(bottom=0)
+        draw_series(axes, *line, **options)
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        caption += " The axis is logarithmic."
+    else:
+        axes.set_ylim(bottom=0)
     described = described or [f"{line.label} ends at {line.last:.3g}" for line in lines]
     return _finish(figure, axes, title, described, caption)
+
+
+def _wide(lines: Sequence[_Line]) -> bool:
+    """Whether the values are positive and too far apart for a linear axis."""
+    values = np.concatenate([line.series.values for line in lines])
+    values = values[np.isfinite(values)]
+    return len(values) > 0 and values.min() > 0 and values.max() > _WIDE * values.min()
 
 
 def _finish(figure: Figure, axes: Axes, title: str, described: Sequence[str], caption: str) -> Plot:

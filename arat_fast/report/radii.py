@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from arat_fast.report import style
 from arat_fast.report.curves import draw_series
-from arat_fast.report.run import Accuracy, Series
+from arat_fast.report.run import Accuracy, Series, in_order
 from arat_fast.report.style import Plot
-from arat_fast.report.words import metric_name, percent, plain
+from arat_fast.report.words import metric_name, norm_name, percent, plain
+
+_Rows = dict[float, tuple[Accuracy | None, ...]]
 
 
-@dataclass(frozen=True)
-class Radii:
+class Radii(NamedTuple):
     """What was measured in several balls of one norm.
 
     Attributes:
-        norm: of the balls.
+        norm: of the balls, as it is written.
         attacks: names, in the order of their columns.
-        rows: radius and the accuracy under each attack, None where it was not run; from the
-            smallest on.
+        rows: by radius the accuracy under each attack, None where it was not run; from the smallest
+            on, and first that of the clean images, at 0.
         plot: the same as curves.
     """
 
     norm: str
     attacks: tuple[str, ...]
-    rows: tuple[tuple[float, tuple[Accuracy | None, ...]], ...]
+    rows: _Rows
     plot: Plot
 
 
@@ -40,46 +41,44 @@ def by_radius(measured: Iterable[Mapping[str, Accuracy]]) -> list[Radii]:
             ball that on more images counts.
     """
     found: dict[str, dict[str, dict[float, Accuracy]]] = {}
-    clean: Accuracy | None = None
+    clean: dict[float, Accuracy] = {}
     for accuracies in measured:
         for name, accuracy in accuracies.items():
-            if name == "clean" and (clean is None or accuracy.num_samples > clean.num_samples):
-                clean = accuracy
-            if {"norm", "eps"} <= accuracy.details.keys():
-                eps = float(accuracy.details["eps"])
-                radii = found.setdefault(accuracy.details["norm"], {}).setdefault(name, {})
-                if eps not in radii or radii[eps].num_samples < accuracy.num_samples:
-                    radii[eps] = accuracy
+            eps, radii = accuracy.details.get("eps", 0.0), clean
+            if eps:
+                attacks = found.setdefault(norm_name(accuracy.details["norm"]), {})
+                radii = attacks.setdefault(name, {})
+            elif name != "clean":
+                continue
+            if eps not in radii or radii[eps].num_samples < accuracy.num_samples:
+                radii[eps] = accuracy
     tables = []
     for norm, attacks in found.items():
+        attacks = in_order(attacks)
         every = sorted({eps for radii in attacks.values() for eps in radii})
-        if len(every) < 2:
-            continue
-        rows = tuple((eps, tuple(radii.get(eps) for radii in attacks.values())) for eps in every)
-        tables.append(Radii(norm, tuple(attacks), rows, _plot(norm, attacks, clean)))
+        if len(every) > 1:
+            columns = [{**clean, **radii} for radii in attacks.values()]
+            rows = {e: tuple(c.get(e) for c in columns) for e in (*clean, *every)}
+            tables.append(Radii(norm, tuple(attacks), rows, _plot(norm, tuple(attacks), rows)))
     return tables
 
 
-def _plot(
-    norm: str, attacks: Mapping[str, Mapping[float, Accuracy]], clean: Accuracy | None
-) -> Plot:
+def _plot(norm: str, attacks: tuple[str, ...], rows: _Rows) -> Plot:
     described = []
     with style.plot_style():
         figure, axes = style.new_axes()
-        for number, (name, radii) in enumerate(attacks.items()):
-            points = {0.0: clean} if clean is not None else {}
-            points |= dict(sorted(radii.items()))
-            series = Series(np.array(list(points)), np.array([a.value for a in points.values()]))
-            label = metric_name(name)
+        for number, name in enumerate(attacks):
+            points = {eps: a.value for eps, row in rows.items() if (a := row[number]) is not None}
+            series = Series(np.array(list(points)), np.array(list(points.values())))
             dashes = style.DASHES[number % len(style.DASHES)]
-            draw_series(
-                axes, series, label, style.color(number), dashes, style.marker(number), False
-            )
-            told = ", ".join(f"{percent(a.value)} at {plain(eps)}" for eps, a in points.items())
-            described.append(f"{label} {told}")
+            look = style.color(number), dashes, style.marker(number)
+            draw_series(axes, series, metric_name(name), *look, smooth=False)
+            told = ", ".join(f"{percent(a)} at {plain(eps)}" for eps, a in points.items())
+            described.append(f"{metric_name(name)} {told}")
         style.as_percent(axes)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(f"radius, {norm}")
+        axes.set_xlim(0, 1.04 * max(rows))
+        if len(rows) <= 7:
+            axes.set_xticks(list(rows), [plain(eps) for eps in rows])
+        axes.set_xlabel(f"eps, {norm}")
         style.legend_above(axes)
-    caption = "Share of right answers; radius 0 is the images as they are." if clean else ""
-    return Plot(f"Accuracy by radius, {norm}", figure, f"{'; '.join(described)}.", caption)
+    return Plot("Right answers", figure, f"{norm}: {'; '.join(described)}.", "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from arat_fast import __version__
-from arat_fast.config import Config, config_to_dict
+from arat_fast.config import config_to_dict
+from arat_fast.datasets import DATASETS
 from arat_fast.files import write_text, written_here
 from arat_fast.recipes import recipe
 from arat_fast.report import analysis_words, examples, words
@@ -15,13 +17,15 @@ from arat_fast.report.comparison import compare_runs
 from arat_fast.report.curves import run_plots
 from arat_fast.report.radii import by_radius
 from arat_fast.report.records import analysis_plots, records_of
-from arat_fast.report.run import Accuracy, Evaluation, Run, Summary, read_accuracies, read_run
+from arat_fast.report.run import Accuracy, Run, Summary, read_accuracies, read_run
 from arat_fast.report.templates import render
 from arat_fast.saved.network import read_saved
 
 _SUSPICIOUS_GAP = 0.15
 _OF_ONE_ATTACK = ("num_steps", "alpha", "autoattack")
 """Settings of the evaluation that are not those of every attack; what was run has its own."""
+_OFF: tuple[Any, ...] = (None, False, 0, "none", [])
+"""Values of a setting that is off; there are more of them than a reader wants to see."""
 _CHECKS = {
     "gradient": "There is a gradient",
     "steps": "More steps",
@@ -35,10 +39,11 @@ _CHECKS = {
 
 
 class Number(NamedTuple):
-    """An accuracy in large; ``missing`` says why there is none."""
+    """An accuracy in large, in which ball; ``missing`` says why there is none."""
 
     name: str
     caption: str
+    ball: str
     accuracy: Accuracy | None
     missing: str = "not measured"
 
@@ -50,6 +55,15 @@ class Setting(NamedTuple):
     value: Any
     changed: bool
     default: Any
+
+
+class Classes(NamedTuple):
+    """Accuracies class by class, and the extremes of the last column."""
+
+    names: list[str]
+    rows: dict[str, list[Accuracy]]
+    weakest: str
+    strongest: str
 
 
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
@@ -79,7 +93,8 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
 def _page(run: Run, others: Sequence[Run]) -> str:
     config, summary, final = run.config, run.summary, run.summary.accuracy
     records, not_shown = _evaluated(run)
-    settings, num_changed = _settings(config)
+    settings, num_changed = _settings(run)
+    radii = by_radius([final, *(record["accuracy"] for record in records.values())])
     return render(
         "report.html.j2",
         run=run,
@@ -104,41 +119,59 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         analysis_words=_analysis_words(run),
         shared_settings={k: v for k, v in summary.evaluation.items() if k not in _OF_ONE_ATTACK},
         records=records,
-        radii=by_radius([final, *(record["accuracy"] for record in records.values())]),
+        radii=radii,
+        classes=_classes(summary),
         not_shown=not_shown,
         settings=settings,
         num_changed=num_changed,
         facts=_facts(run),
+        next=_next(run, several_radii=bool(radii)),
         closing=f"Report written by arat_fast {__version__}.",
     )
 
 
 def _numbers(run: Run) -> list[Number]:
     """The accuracies in large; those of the last evaluation where there are no final ones."""
-    final = run.summary.accuracy
-    if not final:
-        return _last_numbers(run.evaluations[-1]) if run.evaluations else []
-    captions = {
-        "clean": "images as they are",
-        "autoattack": "four attacks in turn; the one to report",
-    }
+    attack, final = run.config.attack, run.summary.accuracy
+    ball = words.ball(attack.norm, attack.eps)
+    if not final and run.evaluations:
+        last = run.evaluations[-1]
+        where = f"{last.split}, epoch {words.plain(last.epoch)}"
+        if last.model != "last":
+            where += f", {last.model}"
+        clean, pgd = (
+            Accuracy(round(share * last.num_samples), last.num_samples)
+            for share in (last.clean, last.pgd)
+        )
+        robust = f"PGD-{last.num_steps}"
+        return [Number("Clean", where, "no attack", clean), Number(robust, where, ball, pgd)]
     numbers = []
-    for key in ("clean", *(k for k in final if k.startswith("pgd")), "autoattack"):
-        caption = captions.get(key, "gradient attack; a quick check")
+    pgd_names = [key for key in final if key.startswith("pgd")]
+    for key in ("clean", *pgd_names, "autoattack") if final else ():
+        caption, where = {
+            "clean": ("images as they are", "no attack"),
+            "autoattack": ("four attacks in turn; the one to report", ball),
+        }.get(key, ("gradient attack; a quick check", ball))
         reason = run.summary.left_out.get(key)
         missing = f"left out: {reason}" if reason else "not measured"
-        numbers.append(Number(words.metric_name(key), caption, final.get(key), missing))
+        numbers.append(Number(words.metric_name(key), caption, where, final.get(key), missing))
     return numbers
 
 
-def _last_numbers(last: Evaluation) -> list[Number]:
-    where = f"{last.split}, epoch {words.plain(last.epoch)}"
-    if last.model != "last":
-        where += f", {last.model}"
-    return [
-        Number(name, where, Accuracy(round(share * last.num_samples), last.num_samples))
-        for name, share in (("Clean", last.clean), (f"PGD-{last.num_steps}", last.pgd))
-    ]
+def _classes(summary: Summary) -> Classes | None:
+    """Right answers by class of the final evaluation; None where they were not counted."""
+    images = summary.per_class.get("images", ())
+    names = [name for name in summary.accuracy if name in summary.per_class]
+    names = [name for name in names if name != "clean_branch"]
+    rows = {
+        label: [Accuracy(summary.per_class[name][k], number) for name in names]
+        for k, (label, number) in enumerate(zip(summary.classes, images, strict=False))
+        if number
+    }
+    if not names or len(rows) < 2:
+        return None
+    last = {label: accuracies[-1].value for label, accuracies in rows.items()}
+    return Classes(names, rows, min(last, key=last.__getitem__), max(last, key=last.__getitem__))
 
 
 def _suspicions(summary: Summary) -> list[str]:
@@ -209,58 +242,71 @@ def _evaluated(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
     return shown, others
 
 
-def _settings(config: Config) -> tuple[dict[str, list[Setting]], int | None]:
-    """Every setting by section, and how many are not the recipe's; None for an unknown recipe."""
+def _settings(run: Run) -> tuple[dict[str, list[Setting]], int | None]:
+    """By section the settings that are on in the run or are not the recipe's; and how many are not
+    the recipe's, None for an unknown recipe."""
+    config = run.config
     values = config_to_dict(config)
     try:
         defaults = config_to_dict(recipe(config.recipe, compat=config.compat))
     except ValueError:
         defaults = None
+    idle = _idle(run)
     nested = {name: value for name, value in values.items() if isinstance(value, dict)}
     of_run = {name: value for name, value in values.items() if name not in nested}
-    sections = {}
+    sections: dict[str, list[Setting]] = {}
     for section, entries in {"run": of_run, **nested}.items():
         before = entries if defaults is None else defaults.get(section, defaults)
-        sections[section] = [
-            Setting(name, value, value != before.get(name), before.get(name))
-            for name, value in entries.items()
-        ]
+        for name, value in entries.items():
+            off = value in _OFF or not {section, f"{section}.{name}"}.isdisjoint(idle)
+            if value != before.get(name) or not off:
+                it = Setting(name, value, value != before.get(name), before.get(name))
+                sections.setdefault(section, []).append(it)
     num_changed = sum(setting.changed for entries in sections.values() for setting in entries)
     return sections, None if defaults is None else num_changed
 
 
-def _facts(run: Run) -> dict[str, dict[str, Any]]:
-    """Machine, versions and times; what is not known is left out."""
-    summary = run.summary
-    seconds = {part: words.duration(s) for part, s in summary.wall_seconds.items()}
-    counts = {
-        name: None if count is None else words.grouped(count)
-        for name, count in (
-            ("Steps", summary.steps),
-            ("Parameters", summary.num_parameters),
-            ("Training images", summary.train_samples),
-            ("Test images", summary.test_samples),
-        )
+def _idle(run: Run) -> set[str]:
+    """Sections and settings that change nothing in this run, since another one is off."""
+    config, schedule, average = run.config, run.config.schedule.name, run.config.average.kind
+    idle = {
+        "objective.w_adv objective.w_clean": getattr(config.objective, "balance", "") != "fixed",
+        "optimizer.base_batch": config.optimizer.lr_scaling == "none",
+        "schedule.milestones schedule.decay": not schedule.endswith("steps"),
+        "schedule.warmup": schedule != "onecycle",
+        "average": average == "none",
+        "average.decay": average != "ema",
+        "data.unsup_fraction": config.data.unsup is None,
+        "data.crop data.image_size data.bad_images": bool(DATASETS[config.data.name].image_size),
+        "step.fold": config.attack.bn != "running",
+        "train.rollback_factor": not config.train.rollbacks,
+        "targets.mix_alpha": config.targets.mix == "none",
+        "awp": not config.awp.gamma,
+        "watch": config.attack.num_steps > 2,
+        "analyze": not config.analyze.every,
+        "distributed": run.summary.processes == 1,
     }
-    speed = summary.images_per_second
+    return {name for names, off in idle.items() if off for name in names.split()}
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """Machine, versions and times; what is not known is left out."""
+    summary, seconds = run.summary, run.summary.wall_seconds
+    speed, steps = summary.images_per_second, summary.steps
     facts = {
-        "Status": summary.status or "not finished",
         "Device": summary.device,
         "Precision": summary.precision,
         "Kernels": summary.kernels,
-        "Weights evaluated": words.weights_name(summary.model),
-        "Training time": seconds.get("train"),
-        "Evaluation time": seconds.get("eval"),
+        "Training time": words.duration(seconds["train"]) if "train" in seconds else None,
+        "Evaluation time": words.duration(seconds["eval"]) if "eval" in seconds else None,
         "Images per second": None if speed is None else words.grouped(speed),
-        "Epochs": summary.epochs,
+        "Steps": None if steps is None else words.grouped(steps),
         "Natural training before": _natural(summary.natural_model),
-        **counts,
         "Commit": summary.commit,
         "Written by": f"arat_fast {run.version}",
+        **summary.versions,
     }
-    known = {name: value for name, value in facts.items() if value is not None}
-    versions = {"Versions": dict(summary.versions)} if summary.versions else {}
-    return {"Run": known, **versions}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _natural(model: Mapping[str, Any] | None) -> str | None:
@@ -272,3 +318,30 @@ def _natural(model: Mapping[str, Any] | None) -> str | None:
     if seconds is not None:
         known += f", {words.duration(seconds)}"
     return f"{known} ({model['source']})"
+
+
+def _next(run: Run, several_radii: bool) -> list[tuple[str, str]]:
+    """Commands that go on from here, and what each is for."""
+    summary, attack, path = run.summary, run.config.attack, shlex.quote(str(run.path))
+    found = []
+    if summary.command:
+        of = f"arat_fast {run.version}" + (f", commit {summary.commit}" if summary.commit else "")
+        found.append((f"made this run ({of})", summary.command))
+    if summary.status != "finished":
+        command = summary.command or f"arat-fast train {shlex.quote(run.config.recipe)} OPTIONS"
+        out = "" if "--out" in command else f" --out {path}"
+        resume = "" if "--resume" in command else " --resume"
+        return [*found, ("go on where it stopped", f"{command}{out}{resume}")]
+    if "autoattack" not in {*summary.accuracy, *summary.left_out}:
+        found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
+    if not several_radii:
+        radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
+        found.append(("accuracy at other radii", f"arat-fast eval {path} --eps {radii}"))
+    if "masking" not in run.analyses:
+        found.append(("is the robustness real? a check", f"arat-fast analyze {path}"))
+    return [
+        *found,
+        ("this page again, with what these found", f"arat-fast report {path}"),
+        ("what the network says of pictures of yours", f"arat-fast predict {path} PICTURE"),
+        ("the network for other software", f"arat-fast export {path} --format hub --out FOLDER"),
+    ]

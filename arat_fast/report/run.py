@@ -97,7 +97,7 @@ class Summary:
         warnings: what the run said that the reader should know.
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
-        collapsed, randomised: as :class:`arat_fast.evaluation.suite.SuiteResult` says them.
+        per_class, collapsed, randomised: as in :class:`arat_fast.evaluation.suite.SuiteResult`.
         wall_seconds: by "train" and "eval".
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
@@ -107,6 +107,7 @@ class Summary:
     reason: str = ""
     epochs: float | None = None
     steps: int | None = None
+    processes: int = 1
     num_parameters: int | None = None
     train_samples: int | None = None
     classes: Sequence[str] = ()
@@ -126,6 +127,7 @@ class Summary:
     model: str | None = None
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    per_class: Mapping[str, Sequence[int]] = field(default_factory=dict)
     collapsed: str = ""
     randomised: str = ""
 
@@ -196,12 +198,16 @@ class Run:
             return self.summary.epochs
         return float(self.metrics["loss"].epochs[-1])
 
-    def evaluated(self) -> dict[tuple[str, str], tuple[Evaluation, ...]]:
-        """The evaluations during training by split and model."""
+    def evaluated(self) -> dict[tuple[str, str], dict[str, Series]]:
+        """Clean and robust accuracy ("clean", "pgd") during training by split and model."""
         kinds = sorted({(e.split, e.model) for e in self.evaluations})
-        return {
-            kind: tuple(e for e in self.evaluations if (e.split, e.model) == kind) for kind in kinds
-        }
+        found = {}
+        for kind in kinds:
+            lines = [e for e in self.evaluations if (e.split, e.model) == kind]
+            rows = np.array([(e.epoch, e.clean, e.pgd) for e in lines], dtype=np.float64)
+            epochs, clean, pgd = rows.T
+            found[kind] = {"clean": Series(epochs, clean), "pgd": Series(epochs, pgd)}
+        return found
 
 
 def read_run(path: Path) -> Run:
@@ -282,11 +288,11 @@ def read_accuracies(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Accura
     return in_order(found)
 
 
-def in_order(accuracies: Mapping[str, Accuracy]) -> dict[str, Accuracy]:
-    """Accuracies in the order in which they are shown."""
+def in_order(found: Mapping[str, T]) -> dict[str, T]:
+    """What was found of each attack, in the order in which it is shown."""
     return dict(
         sorted(
-            accuracies.items(),
+            found.items(),
             key=lambda a: (a[0] != "clean", not a[0].startswith("pgd"), a[0] != "autoattack"),
         )
     )

@@ -120,11 +120,11 @@ class Plot:
     caption: str
 
     def svg(self) -> bytes:
-        """The figure as an SVG file."""
+        """The figure as an SVG file, for light and for dark paper."""
         buffer = io.BytesIO()
         # Outside of the style, the names inside the file would be random.
         with plot_style():
-            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         return buffer.getvalue()
 
     def write_png(self, file: BinaryIO) -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from arat_fast.report import words
 
@@ -18,16 +18,20 @@ def render(name: str, **values: Any) -> str:
     """A template, filled in.
 
     Values are escaped in every template but those of plain text (``*.md.j2``). The filters are
-    functions of :mod:`arat_fast.report.words` and :func:`data_uri`.
+    functions of :mod:`arat_fast.report.words` and :func:`data_uri`; ``contents`` is the list in
+    which the sections of a page name themselves.
 
     Args:
         name: file in the folder ``templates`` of report, compare or export.
         values: by the names that the template has for them.
 
     Raises:
-        jinja2.TemplateError: no such template, or a value that it needs is missing.
+        LookupError: a value that the template needs is missing.
     """
-    return _environment().get_template(name).render(**values)
+    try:
+        return _environment().get_template(name).render(**values, contents=[])
+    except UndefinedError as error:
+        raise LookupError(error.message) from error
 
 
 @lru_cache
@@ -35,6 +39,7 @@ def _environment() -> Environment:
     folders = [_PACKAGE / part / "templates" for part in ("report", "compare", "export")]
     environment = Environment(
         loader=FileSystemLoader(folders),
+        extensions=["jinja2.ext.do"],
         autoescape=lambda name: name is None or not name.endswith(".md.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -65,6 +65,16 @@ def plain(value: Any) -> str:
     return str(value) or "empty"
 
 
+def ball(norm: str, eps: float) -> str:
+    """A ball in short: "L∞ ball, eps 8/255"."""
+    return f"{norm_name(norm)} ball, eps {plain(eps)}"
+
+
+def norm_name(norm: str) -> str:
+    """A norm as it is written: "Linf" is L∞."""
+    return norm.replace("inf", "∞")
+
+
 def duration(seconds: float) -> str:
     """A time as people say it: 48 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 9.95:

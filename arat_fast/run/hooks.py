@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import nn
 
-from arat_fast.analysis.snapshot import analyze_training, first_batches
+from arat_fast.analysis.snapshot import analyze_training
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
@@ -305,7 +306,8 @@ class Analysis(Hook):
         run.ranks.meet()
 
     def _record(self, run: Run, epoch: int) -> dict[str, Any]:
-        batches = first_batches(run.data.train, run.config.analyze.num_batches)
+        # Those of the first epoch, whichever this is.
+        batches = itertools.islice(run.data.train.epoch(0), run.config.analyze.num_batches)
         try:
             return analyze_training(run.config, run.model, run.objective, batches)
         except RuntimeError as error:

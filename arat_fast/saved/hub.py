@@ -5,30 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from arat_fast.extras import install_command
+from arat_fast.extras import needed
 
 SCHEME = "hf:"
 """Before the name of a repository on the hub, where a path could stand."""
 
 _FETCHED = ["config.json", "*.safetensors"]
 """What is fetched: files of which nothing is unpickled."""
-
-
-def require_hub() -> Any:
-    """The module huggingface_hub.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(
-            f"the hub needs huggingface_hub, which is not installed: {install_command('hub')}"
-        ) from error
-    return huggingface_hub
 
 
 def push(folder: Path, name: str) -> str:
@@ -46,7 +30,7 @@ def push(folder: Path, name: str) -> str:
         ValueError: huggingface_hub is not installed, or has no such name.
         OSError: the hub cannot be reached, or refuses.
     """
-    hub = require_hub()
+    hub = needed("hub", "huggingface_hub")
     with _told(f"{folder} was written, but could not be uploaded to {name}"):
         address = hub.create_repo(name, exist_ok=True)
         hub.upload_folder(
@@ -66,12 +50,9 @@ def fetched(name: str) -> Path:
         OSError: the hub cannot be reached, or has no such repository.
     """
     repository, _, revision = name.partition("@")
+    options = {"revision": revision or None, "allow_patterns": _FETCHED}
     with _told(f"could not fetch {SCHEME}{name}"):
-        return Path(
-            require_hub().snapshot_download(
-                repository, revision=revision or None, allow_patterns=_FETCHED
-            )
-        )
+        return Path(needed("hub", "huggingface_hub").snapshot_download(repository, **options))
 
 
 @contextmanager

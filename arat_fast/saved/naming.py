@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+Scheme = tuple[tuple[str, str], ...]
 _TORCHVISION = (
     (".shortcut_bn.", ".downsample.1."),
     (".shortcut.", ".downsample.0."),
     ("linear.", "fc."),
 )
-SCHEMES: dict[str, tuple[tuple[str, str], ...]] = {
+_PREACT: Scheme = ((".convShortcut.", ".shortcut.0."),)
+"""RobustBench's PreActResNet, whose names are not those of its WideResNet."""
+
+SCHEMES: dict[str, Scheme] = {
     "hub": (),
     "robustbench": ((".shortcut_bn.", ".shortcut.1."), (".shortcut.weight", ".shortcut.0.weight")),
     "torchvision": _TORCHVISION,
@@ -48,31 +52,23 @@ def to_scheme(state: Mapping[str, Tensor], model: str, scheme: str) -> dict[str,
             f"{scheme} has no class for {model}, only for {' and '.join(known)}: export it in the "
             "format hub, torch-export or onnx"
         )
-    return {_replaced(name, SCHEMES[scheme]): tensor for name, tensor in state.items()}
-
-
-def from_scheme(state: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
-    """Inverse of :func:`to_scheme`.
-
-    Args:
-        state: tensors by the names of the library; they are not copied.
-        scheme: one of :data:`SCHEMES`.
-    """
-    back = [(new, old) for old, new in SCHEMES[scheme]]
-    return {_replaced(name, back): tensor for name, tensor in state.items()}
+    return _renamed(state, SCHEMES[scheme])
 
 
 def to_own(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
-    """:func:`from_scheme` of the scheme that gives the names ``own``; unchanged if none does."""
-    candidates = [from_scheme(state, scheme) for scheme in SCHEMES]
-    # RobustBench's PreActResNet, whose names are not those of its WideResNet.
-    candidates.append(
-        {_replaced(n, ((".shortcut.0.", ".convShortcut."),)): t for n, t in state.items()}
-    )
-    return next((named for named in candidates if named.keys() == set(own)), dict(state))
+    """Inverse of :func:`to_scheme`, of the scheme that gives the names ``own``; unchanged if none
+    does."""
+    for scheme in (*SCHEMES.values(), _PREACT):
+        named = _renamed(state, [(new, old) for old, new in scheme])
+        if named.keys() == set(own):
+            return named
+    return dict(state)
 
 
-def _replaced(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+def _renamed(
+    state: Mapping[str, Tensor], replacements: Iterable[tuple[str, str]]
+) -> dict[str, Tensor]:
+    named = dict(state)
     for old, new in replacements:
-        name = name.replace(old, new)
-    return name
+        named = {name.replace(old, new): tensor for name, tensor in named.items()}
+    return named

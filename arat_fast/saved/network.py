@@ -58,7 +58,7 @@ _NO_RECIPE = (
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """What a file holds.
+    """A network that was read.
 
     Attributes:
         path: the file.
@@ -192,22 +192,15 @@ def read_saved(
         ValueError: the file is damaged or does not fit the network it names, or a recipe is
             needed.
     """
-    path = _main_file(path)
-    content = _read(path, weights)
-    found = content.facts
+    content = read_content(path, weights)
+    path, found = content.path, content.facts
     if weights == "last" and found.get("weights", "file") not in ("last", "file"):
         raise ValueError(f"{path} holds the {found['weights']} weights only, got --weights last")
     config = content.config or _config(path, found, recipe, with_config)
     # Recipes have no additional data; the run may have had some.
     known = {} if config is None else describe(config, "file", "adv", (0, 0, 0))
-    facts: dict[str, Any] = {
-        "branch": "adv",
-        "weights": "file",
-        "mean": (),
-        "std": (),
-        "activation": "relu",
-    }
-    facts |= {**known, "additional_data": None, **found}
+    facts: dict[str, Any] = {"branch": "adv", "weights": "file", "mean": [], "std": []}
+    facts |= {"activation": "relu", **known, "additional_data": None, **found}
     if "model" not in facts:
         raise ValueError(f"{path} {_NO_RECIPE}")
     name, tensors = facts["model"], content.tensors
@@ -219,12 +212,19 @@ def read_saved(
             with torch.device("meta"):
                 own = create_model(name, 2, norm=norm).state_dict()
             tensors = to_own(_under_own_names(tensors, own), own)
-        classes, channels = _size(name, tensors, found)
+        if name in MODELS:
+            classes, channels = network_size(tensors, name)
+        elif {"classes", "image_shape"} <= found.keys():
+            classes, channels = len(found["classes"]), found["image_shape"][0]
+        else:
+            raise ValueError(
+                f"of {name} a run's own file is expected, which names classes and images"
+            )
         if "image_shape" not in found:
             size = image_size(name)
             if config is not None:
                 size = DATASETS[config.data.name].image_size or config.data.image_size
-            facts["image_shape"] = (channels, size, size)
+            facts["image_shape"] = [channels, size, size]
         if content.config is not None:
             network = build_network(content.config, classes, tuple(found["image_shape"]))
         else:
@@ -244,15 +244,6 @@ def read_saved(
     return SavedNetwork(path, network.eval(), config, facts, classes, **content.progress)
 
 
-def _size(name: str, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> tuple[int, int]:
-    """Number of logits and of image channels."""
-    if name in MODELS:
-        return network_size(tensors, name)
-    if not {"classes", "image_shape"} <= found.keys():
-        raise ValueError(f"of {name} a run's own file is expected, which names classes and images")
-    return len(found["classes"]), int(found["image_shape"][0])
-
-
 def read_weights(
     path: Path, config: Config, num_classes: int, image_shape: tuple[int, int, int]
 ) -> SavedNetwork:
@@ -269,9 +260,7 @@ def read_weights(
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or does not fit the network.
     """
-    is_safe = path.suffix == ".safetensors"
-    tensors = read_safetensors(path)[0] if is_safe else read_tensor_file(path)
-    content = _of_tensors(path, state_dict_of(tensors, path), {})
+    content = _of_tensors(path, _tensor_file(path)[0], {})
     own = config.model
     normalization = {
         key: tuple(content.facts.get(key, getattr(own, key))) for key in ("mean", "std")
@@ -303,23 +292,31 @@ def _under_own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
 class Content:
     """Of a file: tensors under the names of the built-in network, and what it says of them."""
 
+    path: Path
     tensors: Mapping[str, Tensor]
     facts: dict[str, Any]
     config: Config | None = None
     progress: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read_content(path: Path) -> Content:
-    """What a file holds, without building its network: that of a run as it is deployed.
+def read_content(path: str | Path, weights: Which = "deployed") -> Content:
+    """What a file holds, without building its network.
 
     Args:
         path: a file or a folder, as in :func:`arat_fast.load`.
+        weights: of a run, as for :func:`read_saved`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged.
     """
-    return _read(_main_file(path), "deployed")
+    path = _main_file(path)
+    if path.name == RECORD:
+        return _from_export(path, read_json(path))
+    content, strings = _tensor_file(path)
+    if is_training_checkpoint(content):
+        return _from_training(path, training_state(content, path), weights)
+    return _of_tensors(path, content, _parse(path, strings))
 
 
 def _main_file(path: str | Path) -> Path:
@@ -334,21 +331,15 @@ def _main_file(path: str | Path) -> Path:
     return path / (SAFETENSORS if (path / SAFETENSORS).is_file() else CHECKPOINT)
 
 
-def _read(path: Path, weights: Which) -> Content:
-    if path.name == RECORD:
-        return _from_export(path, read_json(path))
-    content: object
-    strings: dict[str, str] = {}
+def _tensor_file(path: Path) -> tuple[object, dict[str, str]]:
+    """The content of a file of tensors, and the strings in its header where it has one."""
     if path.suffix == ".safetensors":
-        content, strings = read_safetensors(path)
-    else:
-        content = read_tensor_file(path)
-        if is_training_checkpoint(content):
-            return _from_training(training_state(content, path), weights)
-    return _of_tensors(path, state_dict_of(content, path), _parse(path, strings))
+        return read_safetensors(path)
+    return read_tensor_file(path), {}
 
 
-def _of_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Content:
+def _of_tensors(path: Path, content: object, facts: dict[str, Any]) -> Content:
+    tensors = state_dict_of(content, path)
     for key in ("mean", "std"):
         # What the file itself normalises with, where it does.
         if f"{NORMALIZATION}{key}" in tensors:
@@ -357,15 +348,15 @@ def _of_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -
         try:
             tensors = official_to_state_dict(tensors)
             # The official networks do not normalise.
-            facts = {"model": detect(tensors), "mean": (), "std": (), **facts}
+            facts = {"model": detect(tensors), "mean": [], "std": [], **facts}
         except ValueError as error:
             raise ValueError(f"{path} is not an official checkpoint: {error}") from error
     if is_split(tensors):
         facts["branch"] = "both"
-    return Content(tensors, facts)
+    return Content(path, tensors, facts)
 
 
-def _from_training(state: Mapping[str, Any], weights: Which) -> Content:
+def _from_training(path: Path, state: Mapping[str, Any], weights: Which) -> Content:
     config, average = config_from_dict(state["run"]["config"]), state["average"]
     averaged = weights == "deployed" and average["model"] is not None
     tensors = average["model"] if averaged else state["model"]
@@ -381,7 +372,7 @@ def _from_training(state: Mapping[str, Any], weights: Which) -> Content:
         "steps_per_epoch": state["progress"]["steps_per_epoch"],
         "statistics_fresh": bool(average["statistics_fresh"]) if averaged else True,
     }
-    return Content(tensors, facts, config, progress)
+    return Content(path, tensors, facts, config, progress)
 
 
 def _from_export(path: Path, record: Mapping[str, Any]) -> Content:
@@ -394,14 +385,14 @@ def _from_export(path: Path, record: Mapping[str, Any]) -> Content:
     # By its name: in the cache of a hub files are links to where they lie.
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{path} names the file {name}, expected one in its own folder")
-    weights = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_tensor_file(file)
-    return _of_tensors(file, state_dict_of(weights, file), _parse(path, record))
+    content = _of_tensors(file, _tensor_file(file)[0], _parse(path, record))
+    return dataclasses.replace(content, path=path)
 
 
 def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a header or a record, with their types; what else is there is left out."""
     facts = {}
-    for key, (read, fits) in _FACTS.items():
+    for key, (read, fits) in FACTS.items():
         value = values.get(key)
         if value is None:
             continue
@@ -418,17 +409,17 @@ def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-_FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
+FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
     **{key: (str, bool) for key in ("recipe", "model", "objective", "weights")},
     "branch": (str, ("adv", "clean", "shared").__contains__),
     "activation": (str, ("relu", "silu").__contains__),
     "norm": (str, NORMS.__contains__),
     "eps": (float, lambda eps: 0 <= eps < math.inf),
-    "mean": (lambda values: [float(value) for value in values], lambda _: True),
-    "std": (lambda values: [float(value) for value in values], lambda _: True),
-    "image_shape": (lambda values: [int(value) for value in values], lambda s: len(s) == 3),
+    "mean": (lambda values: [*map(float, values)], lambda _: True),
+    "std": (lambda values: [*map(float, values)], lambda _: True),
+    "image_shape": (lambda values: [*map(int, values)], lambda s: len(s) == 3),
     "additional_data": (lambda value: value, (True, False).__contains__),
-    "classes": (lambda names: [str(name) for name in names], lambda n: len(n) == len(set(n))),
+    "classes": (lambda names: [*map(str, names)], lambda n: len(n) == len(set(n))),
 }
 """What :func:`describe` writes: how each is read, and whether it can be."""
 

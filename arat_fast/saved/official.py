@@ -1,4 +1,4 @@
-"""Checkpoints of the official AR-AT code (https://github.com/futakw/AR-AT), both ways.
+"""Checkpoints of the official AR-AT code (https://github.com/futakw/AR-AT).
 
 There every BatchNorm is a dictionary of two: ``bn1.clean.weight`` and ``bn1.adv.weight`` are the
 rows of ``bn1.weight`` here. All other names are the same.
@@ -6,28 +6,17 @@ rows of ``bn1.weight`` here. All other names are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from arat_fast.models.registry import MODELS, create_model
-from arat_fast.objectives.predictor import Predictors
-from arat_fast.saved.weights import difference, is_split, network_size, without_wrappers
+from arat_fast.saved.weights import difference, network_size, without_wrappers
 
 BRANCHES = ("clean", "adv")
 # The default of the official --bn_names; its scripts pass clean,adv.
 OTHER_BRANCHES = ("base", "base_adv")
-_PREDICTOR = {
-    "weight1": "predictor_x.0.weight",
-    "bn_weight": "predictor_x.1.weight",
-    "bn_bias": "predictor_x.1.bias",
-    "running_mean": "predictor_x.1.running_mean",
-    "running_var": "predictor_x.1.running_var",
-    "num_batches_tracked": "predictor_x.1.num_batches_tracked",
-    "weight2": "predictor_x.3.weight",
-    "bias2": "predictor_x.3.bias",
-}
 
 
 def official_to_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,73 +45,6 @@ def official_to_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if len(pair) < 2 or pair[0].shape != pair[1].shape:
             raise ValueError(f"{' and '.join(names)} are expected, both and of one shape")
         result[f"{layer}.{last}"] = torch.stack(pair)
-    return result
-
-
-def state_dict_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of :func:`official_to_state_dict`, for any network with split BatchNorm.
-
-    Args:
-        state: ``model.state_dict()``.
-
-    Returns:
-        New tensors under the official names.
-
-    Raises:
-        ValueError: the network has no split BatchNorm.
-    """
-    if not is_split(state):
-        raise ValueError(
-            "a network with split BatchNorm is expected, got none: (2, C) running statistics"
-        )
-    result = {}
-    for name, tensor in state.items():
-        layer, _, last = name.rpartition(".")
-        statistics = state.get(f"{layer}.running_mean")
-        if statistics is not None and statistics.ndim == 2:
-            for row, branch in enumerate(BRANCHES):
-                result[f"{layer}.{branch}.{last}"] = tensor[row].clone()
-        else:
-            result[name] = tensor.clone()
-    return result
-
-
-def official_predictors_to_state_dict(
-    official: Sequence[Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """State dict of :class:`arat_fast.objectives.predictor.Predictors` from the official ones.
-
-    Args:
-        official: the state dict of each layer's official loss module (``predictor_x.0.weight`` …),
-            in the order of the layers.
-
-    Raises:
-        ValueError: a tensor is missing.
-    """
-    groups: dict[int, list[Mapping[str, Tensor]]] = {}
-    for index, state in enumerate(official):
-        if not state.keys() >= set(_PREDICTOR.values()):
-            raise ValueError(f"predictor {index} lacks one of {', '.join(_PREDICTOR.values())}")
-        groups.setdefault(state["predictor_x.0.weight"].shape[1], []).append(state)
-    result = {}
-    for stack, members in enumerate(groups.values()):
-        for ours, theirs in _PREDICTOR.items():
-            rows = [state[theirs] for state in members]
-            # All predictors see every batch: one counter serves them.
-            counter = ours == "num_batches_tracked"
-            result[f"stacks.{stack}.{ours}"] = rows[0].clone() if counter else torch.stack(rows)
-    return result
-
-
-def predictors_to_official(predictors: Predictors) -> list[dict[str, Tensor]]:
-    """Inverse of :func:`official_predictors_to_state_dict`: one state dict per layer, in order."""
-    state = predictors.state_dict()
-    result: list[dict[str, Tensor]] = [{} for _ in range(predictors.num_layers)]
-    for stack, members in enumerate(predictors.groups):
-        for ours, theirs in _PREDICTOR.items():
-            rows = state[f"stacks.{stack}.{ours}"]
-            for slot, index in enumerate(members):
-                result[index][theirs] = (rows if rows.ndim == 0 else rows[slot]).clone()
     return result
 
 

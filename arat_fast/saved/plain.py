@@ -50,28 +50,25 @@ def export_plain(model: nn.Module, branch: Literal["clean", "adv"] = "adv") -> n
 
 
 def save_safetensors(
-    model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write parameters and buffers of a network to a safetensors file, whole or not at all.
+    """Write parameters and buffers to a safetensors file, whole or not at all.
 
     Equal tensors and metadata make the same bytes; :func:`arat_fast.saved.weights.read_safetensors`
     compares the file with the checksum in its header.
 
     Args:
-        model: any network; tensors that share memory are written one by one.
+        model: any network, or its state dict; tensors that share memory are written one by one.
         path: the file; its folder exists.
         metadata: strings kept in the file's header.
 
     Raises:
+        NotFiniteError: a value is NaN or infinite.
         OSError: the file cannot be written.
     """
-    save_tensors(model.state_dict(), path, metadata)
-
-
-def save_tensors(
-    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """:func:`save_safetensors` of tensors by name; NotFiniteError where a value is not finite."""
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
     check_finite(tensors, str(path))
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -34,12 +34,8 @@ NORMALIZATION = "normalize."
 
 
 def difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str | None:
-    """The first difference in names or shapes and the number of all; None where there is none.
-
-    Args:
-        expected: the tensors of the network, as in ``model.state_dict()``.
-        got: the tensors offered.
-    """
+    """The first difference in names or shapes between the tensors of a network and those offered,
+    and the number of all; None where there is none."""
     problems = []
     for name, tensor in expected.items():
         found = tuple(got[name].shape) if name in got else "none"
@@ -55,12 +51,7 @@ def difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load ``tensors`` into ``model``, all of them and nothing else.
-
-    Args:
-        model: the network.
-        tensors: as in ``model.state_dict()``.
-        source: where they come from, for the error.
+    """Load ``tensors``, which come from ``source``, into a network, all of them and nothing else.
 
     Raises:
         ValueError: a name or a shape differs, or a value is not finite; the network is unchanged.
@@ -74,12 +65,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 def fill_branches(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights for a network with another number of BatchNorm branches: one branch goes into both,
-    of two the adversarial one is taken.
-
-    Args:
-        tensors: as in a ``state_dict``.
-        own: the tensors of the network.
-    """
+    of two the adversarial one is taken; ``own`` are the tensors of the network."""
     fitting = dict(tensors)
     for name, tensor in tensors.items():
         shape = own[name].shape if name in own else tensor.shape
@@ -93,12 +79,8 @@ def fill_branches(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise where a weight or a statistic is NaN or infinite.
 
-    Args:
-        tensors: by name.
-        source: where they come from, for the error.
-
     Raises:
-        NotFiniteError: names the first such tensor.
+        NotFiniteError: names the first such tensor, and ``source``, where they come from.
     """
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     if not floating or bool(torch.stack([t.isfinite().all() for t in floating.values()]).all()):
@@ -113,11 +95,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def network_size(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """Number of logits and of image channels of a built-in network.
-
-    Args:
-        tensors: its state dict.
-        name: of the network.
+    """Number of logits and of image channels of a built-in network, from its state dict.
 
     Raises:
         ValueError: unknown name; the first convolution or the classifier is not there.
@@ -193,11 +171,8 @@ def _checksum(header: Mapping[str, Any], data: memoryview) -> str:
 
 
 def state_dict_of(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a file holds, without what was wrapped around its network.
-
-    Args:
-        content: of the file: a state dict, bare or under one key, also nested.
-        path: the file, for the errors.
+    """The state dict in what a file holds, bare or under one key, also nested, without what was
+    wrapped around its network.
 
     Raises:
         ValueError: there is something else in it, or several networks.

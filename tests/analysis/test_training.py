@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import shutil
@@ -17,7 +18,7 @@ from tiny import assert_same_end, changed, metric_lines, tiny_config, tiny_train
 from torch import nn
 
 from arat_fast.analysis.run import AnalyzeSettings, analyze_networks
-from arat_fast.analysis.snapshot import analyze_training, first_batches
+from arat_fast.analysis.snapshot import analyze_training
 from arat_fast.config import AnalyzeConfig, Config
 from arat_fast.data.batches import Batch
 from arat_fast.objectives import TRADES
@@ -118,7 +119,7 @@ def test_no_global_state_moves(tmp_path: Path, official: bool) -> None:
         return *tensors, torch.get_rng_state(), random.getstate()[1], np.random.get_state()[1]
 
     before = state()
-    batches = list(first_batches(this.data.train, 2))
+    batches = list(itertools.islice(this.data.train.epoch(0), 2))
     first = analyze_training(config, this.model, this.objective, batches)
     assert analyze_training(config, this.model, this.objective, batches) == first
     assert all(np.array_equal(x, y) for x, y in zip(before, state(), strict=True))
@@ -131,7 +132,7 @@ def test_of_a_batch_in_parts_the_first_part(tmp_path: Path) -> None:
     config = analysed(0)
     parts = changed(config, "train", accumulate=3)
     this = tiny_trainer(tmp_path, config)
-    (x, y), *_ = first_batches(this.data.train, 1)
+    (x, y), *_ = this.data.train.epoch(0)
     assert len(x) == 16
     seen: list[int] = []
     this.model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))

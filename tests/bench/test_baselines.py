@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from networks import generator, randomize
+from official import predictors_to_official, state_dict_to_official
 
 from arat_fast.objectives import ARAT
-from arat_fast.saved.official import predictors_to_official, state_dict_to_official
 from arat_fast.training.step import TrainStep
 from benchmarks.baselines import PlainStep, plain_network
 from benchmarks.official import OfficialStep, check_official

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from official import state_dict_to_official
 from pictures import image_folder
 from safetensors.torch import load_file
 from tiny import OPTIONS
@@ -29,7 +30,7 @@ from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
 from arat_fast.objectives.base import ObjectiveOutput
 from arat_fast.recipes import RECIPES, recipe
-from arat_fast.saved import save_safetensors, state_dict_to_official
+from arat_fast.saved import save_safetensors
 
 TRAIN = ["train", "digits", *OPTIONS, "--train.epochs", "2"]
 

@@ -143,6 +143,12 @@ def test_the_tables_come_from_the_folder_or_the_file_alone(
     shutil.move(tmp_path / RECORD, alone)
     assert main(["compare", "--from", str(alone)]) == 0
     assert capsys.readouterr().out.encode() == written["md"]
+    # A row whose runs have another name.
+    content = json.loads(alone.read_text())
+    content["methods"][0]["label"] = "renamed"
+    (tmp_path / RECORD).write_text(json.dumps(content))
+    assert main(["compare", "--from", str(tmp_path)]) == 2
+    assert "has not written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--objective.name", "--model.name"])

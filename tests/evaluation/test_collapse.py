@@ -46,7 +46,10 @@ def test_an_evaluation_says_so() -> None:
     images = ImageSet(torch.rand(40, 1, 4, 4), torch.arange(40) % 4, NAMES)
     options = {"num_steps": 1, "alpha": 0.1, "attacks": ["pgd"], "batch_size": 40, "seed": 0}
     suite = evaluate_all(model, images, ThreatModel(0.1), **options)  # type: ignore[arg-type]
-    assert suite.remarks() == {"collapsed": "100 % of the answers are dog: the model has collapsed"}
+    assert suite.remarks() == {
+        "collapsed": "100 % of the answers are dog: the model has collapsed",
+        "per_class": {"images": [10] * 4, "clean": [0, 10, 0, 0], "pgd1": [0, 10, 0, 0]},
+    }
 
 
 def test_summary_report_and_command_line_name_model_and_ball(

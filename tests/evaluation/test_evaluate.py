@@ -198,9 +198,10 @@ def test_batches_that_are_done_already_change_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         pgd_accuracy(model, data, ThreatModel(0.1), **options, pieces=pieces, progress=stop)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npz")}
     again = Pieces(tmp_path, "checksum")
     resumed = pgd_accuracy(model, data, ThreatModel(0.1), **options, pieces=again)
-    assert again.num_reused == 2
+    assert len(kept) == 2 and all(path.stat().st_mtime_ns == kept[path] for path in kept)
     assert torch.equal(resumed.x_adv, whole.x_adv) and torch.equal(resumed.correct, whole.correct)
     assert resumed.details == whole.details
     assert (whole.details["precision"], whole.details["batch_size"]) == ("float32", 10)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import generator
+from official import state_dict_to_official
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from arat_fast.attacks.square import SquareLinf
 from arat_fast.evaluation import ImageSet, ThreatModel, autoattack, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.autoattack import STANDARD
 from arat_fast.models import create_model
-from arat_fast.saved import save_safetensors, state_dict_to_official
+from arat_fast.saved import save_safetensors
 from arat_fast.training.metrics import NotFiniteError
 
 EVEN = torch.randint(0, 3, (40, 1, 4, 4), generator=generator(0)) / 2

@@ -34,7 +34,7 @@ from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
 from arat_fast.recipes import recipe
 from arat_fast.saved import export_plain, save_safetensors
-from arat_fast.saved.naming import SCHEMES, from_scheme, to_scheme
+from arat_fast.saved.naming import SCHEMES, to_own, to_scheme
 from arat_fast.saved.network import describe, header, read_saved
 from arat_fast.statistics import wilson_interval
 
@@ -106,6 +106,20 @@ def test_hub_folder(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "arat-fast train digits --seed 0" in card and "/home/me" not in card
     assert (out / "example.py").read_text() in card
     assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
+
+
+def test_silu_is_kept_or_refused(tmp_path: Path) -> None:
+    config = recipe("digits")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, activation="silu"))
+    model = randomize(create_model("resnet8", 10, 1, "shared", activation="silu")).eval()
+    facts = describe(config, "last", "shared", (1, 8, 8))
+    save_safetensors(model, tmp_path / "m.safetensors", header(facts))
+    export_checkpoint(tmp_path / "m.safetensors", "hub", tmp_path / "hub")
+    x = images(3, 1, 8, 8)
+    for path in (tmp_path / "hub", tmp_path / "hub" / "model.safetensors"):
+        assert torch.equal(arat_fast.load(path)(x), model(x))
+    with pytest.raises(ValueError, match="silu"):
+        export_checkpoint(tmp_path / "hub", "torchvision", tmp_path / "torchvision")
 
 
 def test_figures_of_other_weights_are_not_on_the_card(ema_run: Path, tmp_path: Path) -> None:
@@ -191,7 +205,7 @@ def test_program(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_program_in_float64(tmp_path: Path) -> None:
     model = create_model("resnet8", 10, norm="shared", mean=MEAN, std=STD)
     model = randomize(model).double().eval()
-    program = save_program(model, (3, 8, 8), tmp_path / "model.pt2")
+    program = save_program(model, (3, 8, 8), tmp_path / "model.pt2", {})
     for batch in (1, 7):
         x = images(batch, 3, 8, 8).double()
         assert (program(x) - model(x)).abs().max() <= 1e-12
@@ -216,13 +230,7 @@ def test_onnx_that_is_not_installed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
-    )
-    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["export", str(ema_run), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "pip install -e '.[onnx]'" in error
@@ -463,7 +471,7 @@ def test_names_go_there_and_back(name: str, scheme: str) -> None:
         assert "has no class for" in str(error)
         return
     assert len(named) == len(state)
-    assert list(from_scheme(named, scheme)) == list(state)
+    assert list(to_own(named, state)) == list(state)
 
 
 @pytest.mark.parametrize(

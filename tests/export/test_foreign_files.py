@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from networks import generator, randomize
+from official import state_dict_to_official
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import arat_fast
 from arat_fast.models import create_model
-from arat_fast.saved import state_dict_to_official
 from arat_fast.saved.naming import to_scheme
 
 X = torch.rand(3, 1, 8, 8, generator=generator(3))

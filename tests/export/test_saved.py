@@ -10,12 +10,13 @@ from typing import Literal
 import pytest
 import torch
 from networks import generator, randomize
+from official import state_dict_to_official
 from torch import Tensor
 
 import arat_fast
 from arat_fast.models import create_model, use_branch
 from arat_fast.models.registry import MODELS
-from arat_fast.saved import export_plain, save_safetensors, state_dict_to_official
+from arat_fast.saved import export_plain, save_safetensors
 from arat_fast.saved.network import describe, header, read_saved
 from arat_fast.saved.weights import network_size
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
@@ -165,7 +166,7 @@ def test_what_a_recipe_says_of_bare_weights(tmp_path: Path) -> None:
     facts = read_saved(path, recipe="digits").facts
     assert (facts["recipe"], facts["objective"]) == ("digits", "arat")
     assert (facts["norm"], facts["eps"], facts["weights"]) == ("Linf", 0.12, "file")
-    assert facts["additional_data"] is None and facts["image_shape"] == (1, 8, 8)
+    assert facts["additional_data"] is None and facts["image_shape"] == [1, 8, 8]
     save_safetensors(model, path, {"norm": "L2", "eps": "0.5", "additional_data": "true"})
     saved = read_saved(path, recipe="digits")
     assert (saved.facts["norm"], saved.facts["eps"]) == ("L2", 0.5)

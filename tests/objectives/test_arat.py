@@ -9,17 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import SeenBatchNorm2d, TinyNet, generator, published_predictors, randomize, triples
+from official import official_predictors_to_state_dict, predictors_to_official
 from torch import Tensor, nn
 
 from arat_fast.attacks import RandomStart
 from arat_fast.models import convert_split_batch_norm, create_model
 from arat_fast.objectives import ARAT
 from arat_fast.objectives.predictor import Predictors
-from arat_fast.saved import (
-    export_plain,
-    official_predictors_to_state_dict,
-    predictors_to_official,
-)
+from arat_fast.saved import export_plain
 
 # Two widths, out of order.
 LAYERS = ("layer3.0.bn1", "layer2.0.bn2", "layer3.0.bn2")

@@ -18,6 +18,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from official import (
+    official_predictors_to_state_dict,
+    predictors_to_official,
+    state_dict_to_official,
+)
 from torch import Tensor, nn
 
 from arat_fast.attacks import PGD
@@ -29,12 +34,7 @@ from arat_fast.models import (
     use_statistics,
 )
 from arat_fast.objectives import ARAT
-from arat_fast.saved import (
-    official_predictors_to_state_dict,
-    official_to_state_dict,
-    predictors_to_official,
-    state_dict_to_official,
-)
+from arat_fast.saved.official import official_to_state_dict
 from arat_fast.training.step import TrainStep
 
 DATA = Path(__file__).parents[1] / "data"

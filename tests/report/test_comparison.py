@@ -85,7 +85,7 @@ def test_single_points_are_marked_inside_the_frame(tmp_path: Path) -> None:
         assert len(line.get_xdata()) == 1 and line.get_marker() in ("o", "s")
         assert line.get_xdata()[0] < 0.97 * axes.get_xlim()[1]
     labels = axes.get_legend_handles_labels()[1]
-    assert labels == ["A clean (train)", "A PGD (train)", "B clean (train)", "B PGD (train)"]
+    assert labels == ["A clean", "A attacked", "B clean", "B attacked"]
     looks = {(x.get_color(), x.get_marker(), x.get_markerfacecolor()) for x in axes.get_lines()}
     assert len(looks) == 4
 
@@ -105,3 +105,17 @@ def test_the_longest_evaluation_is_compared(tmp_path: Path) -> None:
     early = [n for n, line in enumerate(lines) if '"ema"' in line][:2]
     metrics.write_text("".join(line for n, line in enumerate(lines) if n not in early))
     assert "last weights" in compare(ours, ours).plots[1].caption
+
+
+def test_training_and_test_attacks_never_share_an_axis(tmp_path: Path) -> None:
+    ours, other = (write_fake_run(tmp_path / name, epochs=8) for name in ("ours", "other"))
+    plot = compare(ours, other).plots[1]
+    assert "B PGD-20 ends" in plot.alt and "val images" in plot.caption
+    metrics = other / "metrics.jsonl"
+    before = metrics.read_text()
+    # One was evaluated with other steps, or not at all: then both by their training batches.
+    for text in (before.replace('"num_steps": 20', '"num_steps": 10'), before.replace("eval", "x")):
+        metrics.write_text(text)
+        plot = compare(ours, other).plots[1]
+        assert "PGD" not in plot.alt and "A attacked ends" in plot.alt
+        assert "val" not in plot.caption

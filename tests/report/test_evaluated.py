@@ -34,16 +34,16 @@ def run(ema_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def section(folder: Path) -> str | None:
-    """The text of the section, None where there is none."""
+def section(folder: Path) -> str:
+    """The text of the section."""
     page = write_report(folder).read_text(encoding="utf-8")
-    found = re.search(r'<section id="evaluated".*?</section>', page, re.DOTALL)
-    return html.unescape(re.sub(r"<[^>]*>", "", found[0])) if found else None
+    found = re.search(r'<section id="measurements".*?</section>', page, re.DOTALL)
+    assert found is not None
+    return html.unescape(re.sub(r"<[^>]*>", "", found[0]))
 
 
 def test_every_accuracy_is_shown(run: Path) -> None:
     text = section(run)
-    assert text is not None
     record = json.loads((run / "evaluation.json").read_text())
     assert list(record["accuracy"]) == ["clean", "clean_branch", "pgd2"]
     for entry in record["accuracy"].values():
@@ -55,24 +55,26 @@ def test_every_accuracy_is_shown(run: Path) -> None:
 def test_accuracy_by_radius(run: Path) -> None:
     """A row a radius, among them that of the summary; of two evaluations that of more images."""
     path = run / "evaluation-0.05.json"
-    assert "<h3>Accuracy by radius" not in write_report(run).read_text(encoding="utf-8")
+    assert 'id="radii"' not in write_report(run).read_text(encoding="utf-8")
     options: dict[str, Any] = {"attacks": ["pgd"], "max_samples": 20, "num_steps": 1}
     record = evaluate_checkpoint(run, eps=0.05, device="cpu", out=path, **options)
     page = html.unescape(write_report(run).read_text(encoding="utf-8"))
     path.unlink()
     path.with_suffix(".npz").unlink()
-    rows = re.findall(r'<th scope="row">(0\.\d+)</th>(.*?)</tr>', page, re.DOTALL)
-    assert [radius for radius, _ in rows] == ["0.05", "0.12"]
+    table = page[page.index('id="radii"') : page.index('id="classes"')]
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table, re.DOTALL)
+    assert [radius for radius, _ in rows] == ["0 (clean)", "0.05", "0.12"]
     share = 100 * record["accuracy"]["pgd1"]["value"]
-    assert re.findall(r"<td>([\d.]+|–)", rows[0][1]) == [f"{share:.1f}", "–"]
-    assert re.findall(r"of (\d+)", rows[1][1]) == ["40", "30"]
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td>.*?</td>", rows[1][1])]
+    assert cells[0].startswith(f"{share:.1f}") and cells[1] == "–"
+    assert re.findall(r"of (\d+)", rows[2][1]) == ["40", "30"]
     (found,) = by_radius(
         [
             {"pgd2": Accuracy(right, number, {"norm": "L2", "eps": eps})}
             for eps, right, number in ((0.5, 6, 10), (0.25, 8, 10), (0.5, 30, 60))
         ]
     )
-    assert [(eps, a.correct) for eps, (a,) in found.rows if a] == [(0.25, 8), (0.5, 30)]
+    assert [(eps, a.correct) for eps, (a,) in found.rows.items() if a] == [(0.25, 8), (0.5, 30)]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_a_record_of_something_else_is_named_and_not_shown(
     before = path.read_text()
     path.write_text(json.dumps({**json.loads(before), **changes}))
     other.write_text(before)
-    text = str(section(run))
+    text = section(run)
     path.write_text(before)
     other.unlink()
     assert ("\nevaluation.json is not shown" in text) != shown
@@ -102,8 +104,8 @@ def test_a_record_of_something_else_is_named_and_not_shown(
 def test_without_a_record_or_weights(run: Path, tmp_path: Path) -> None:
     for name in ("config.json", "summary.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
-    assert section(tmp_path) is None
+    assert "evaluation.json" not in section(tmp_path)
     (tmp_path / "evaluation.json").write_bytes((run / "evaluation.json").read_bytes())
-    assert "cannot be read" in str(section(tmp_path))
+    assert "cannot be read" in section(tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"PK")
-    assert "cannot be read" in str(section(tmp_path))
+    assert "cannot be read" in section(tmp_path)

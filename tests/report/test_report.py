@@ -11,7 +11,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 import pytest
@@ -83,10 +82,11 @@ def report(folder: Path, *compare: Path) -> Page:
 
 def assert_self_contained(page: Page) -> None:
     for name, attributes in page.elements:
-        assert name not in ("script", "link", "iframe", "object", "form", "a", "base")
+        assert name not in ("script", "link", "iframe", "object", "form", "base")
         for key, value in attributes.items():
             assert not key.startswith("on")
-            assert key not in ("href", "srcset", "action")
+            assert key not in ("srcset", "action")
+            assert key != "href" or value.startswith("#")
             assert key != "src" or value.startswith(("data:image/png;", "data:image/svg+xml;"))
     assert "url(" not in page.source and "@import" not in page.source
     (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
@@ -110,11 +110,12 @@ def finished_page(finished: Path) -> Page:
 
 def test_every_part_is_there(finished_page: Page) -> None:
     page = finished_page
-    names = "meaning examples training measurements configuration environment again"
+    names = "meaning classes examples training measurements configuration next"
     assert list(page.sections) == names.split()
+    assert [link["href"] for link in page.all("a")] == [f"#{name}" for name in names.split()]
     assert "trained for 30 epochs on 1,437 images" in page.text
-    assert "arat-fast train digits --seed 0" in page.sections["again"]
-    assert "torch2.11.0" in page.sections["environment"]
+    assert "arat-fast train digits --seed 0" in page.sections["next"]
+    assert "torch2.11.0" in page.sections["configuration"]
     images = page.all("img")
     assert len(images) == 6 + 3 * 16
     assert all(len(image["alt"]) > 10 for image in images)
@@ -144,6 +145,23 @@ def test_every_curve_is_there_and_described(finished: Path) -> None:
     assert "layer3.0.bn2 ends at" in plots["Invariance loss by layer"]
 
 
+def test_axes_fit_what_they_show(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path / "run")
+    axes = {plot.title: plot.figure.axes[0] for plot in run_plots(read_run(folder))}
+    # The invariance loss of two layers, 2 exp(-2t) and 3 exp(-2t), is 11 times its least at most.
+    assert axes["Invariance loss by layer"].get_yscale() == axes["Loss"].get_yscale() == "log"
+    at = read_run(write_fake_run(tmp_path / "at", objective="at"))
+    assert [plot.figure.axes[0].get_yscale() for plot in run_plots(at)] == ["linear"] * 4
+    assert axes["Loss weights"].get_lines()[0].get_drawstyle() == "steps-pre"
+    assert axes["Learning rate"].get_lines()[0].get_drawstyle() == "default"
+    stars = [line for line in axes["Accuracy"].get_lines() if line.get_marker() == "*"]
+    found = [(*line.get_xdata(), *line.get_ydata()) for line in stars]
+    assert found == [(30.0, right / 360) for right in (349, 290, 268)]
+    rewrite(folder / "config.json", "config", "schedule", "name", "steps")
+    axes = {plot.title: plot.figure.axes[0] for plot in run_plots(read_run(folder))}
+    assert axes["Learning rate"].get_lines()[0].get_drawstyle() == "steps-pre"
+
+
 def test_wrong_predictions_are_marked_without_colour(finished_page: Page) -> None:
     text = finished_page.sections["examples"]
     # Of the 16, numbers 0, 4, 8 and 12 are wrong after the attack, number 8 before it already.
@@ -164,6 +182,44 @@ def test_settings_that_differ_from_the_recipe_are_marked(
     rewrite(folder / "config.json", "config", "recipe", "mine")
     text = report(folder).sections["configuration"]
     assert "mine" in text and "◆ " not in text
+
+
+def test_settings_that_are_off_are_left_out(finished_page: Page, tmp_path: Path) -> None:
+    text = finished_page.sections["configuration"]
+    assert "warmup0.3" in text and "w_adv" not in text
+    for off in ("milestones", "rollback_factor", "base_batch", "unsup", "watch", "distributed"):
+        assert off not in text
+    folder = write_fake_run(tmp_path / "run", epochs=1)
+    for section, name, value in (
+        ("schedule", "name", "steps"), ("train", "rollbacks", 2), ("schedule", "warmup", 0.2)
+    ):  # fmt: skip
+        rewrite(folder / "config.json", "config", section, name, value)
+    text = report(folder).sections["configuration"]
+    assert "milestones" in text and "rollback_factor" in text
+    # What was set is shown, though nothing comes of it.
+    assert "◆ warmup0.2" in text
+
+
+def test_class_by_class(finished_page: Page, tmp_path: Path) -> None:
+    text = finished_page.sections["classes"]
+    # Of AutoAttack's 268 right answers 26 are of each of the first two classes, 27 of the others.
+    assert "Under AutoAttack the network is weakest on 0 and strongest on 2" in text
+    assert text.count("26 of 36") == 2 and text.count("27 of 36") == 8
+    folder = write_fake_run(tmp_path / "run", epochs=1)
+    rewrite(folder / "summary.json", "per_class", {})
+    assert "classes" not in report(folder).sections
+
+
+def test_commands_that_go_on(finished: Path, finished_page: Page, tmp_path: Path) -> None:
+    text = finished_page.sections["next"]
+    for command in ("train", "analyze", "report", "predict", "export"):
+        assert f"arat-fast {command}" in text
+    assert f"arat-fast eval {finished} --eps 0.06 0.12 0.18" in text and "--resume" not in text
+    folder = write_fake_run(tmp_path / "my run", epochs=1)
+    rewrite(folder / "summary.json", "status", "interrupted")
+    text = report(folder).sections["next"]
+    assert f"arat-fast train digits --seed 0 --out '{folder}' --resume" in text
+    assert "arat-fast eval" not in text
 
 
 @pytest.mark.parametrize(
@@ -212,8 +268,8 @@ def test_hostile_strings_are_text(tmp_path: Path) -> None:
 
 
 def test_a_template_that_lacks_a_value_is_an_error() -> None:
-    with pytest.raises(jinja2.TemplateError):
-        render("page.html.j2")
+    with pytest.raises(LookupError):
+        render("report.html.j2")
 
 
 def test_a_run_is_reported_as_far_as_it_got(tmp_path: Path) -> None:

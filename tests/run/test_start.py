@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from networks import randomize
+from official import state_dict_to_official
 from safetensors.torch import load_file
 from tiny import changed, tiny_config, tiny_trainer, with_objective
 from torch import Tensor
@@ -19,7 +20,7 @@ from arat_fast.config import Config
 from arat_fast.models import create_model
 from arat_fast.recipes import recipe
 from arat_fast.run.hooks import Hook
-from arat_fast.saved import save_safetensors, state_dict_to_official
+from arat_fast.saved import save_safetensors
 from arat_fast.saved.naming import to_own
 
 
