@@ -209,6 +209,7 @@ def test_splits_are_those_of_training(tmp_path: Path) -> None:
     assert few.counts == {"train": 3} and not few.use and "too few" in few.note
 
 
+@pytest.mark.slow
 def test_memory_is_in_proportion(tmp_path: Path) -> None:
     """To the labels, and to the largest image: a byte a value, not sixteen."""
     number = 400_000

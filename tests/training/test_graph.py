@@ -209,7 +209,7 @@ def test_a_third_shape_runs_eagerly_and_is_said_once() -> None:
     assert len(graphs.captured) == 2 and len(said) == 1 and "shapes" in said[0]
 
 
-@pytest.mark.parametrize("graph", ["auto", "on"])
+@pytest.mark.parametrize("graph", [slow("auto"), "on"])
 def test_the_batch_size_advised_was_captured(graph: Literal["auto", "on"]) -> None:
     """Eight samples do not fit (auto) or cannot be captured (on), six fit but for the capture."""
     eager, captured = {"auto": (7, 5), "on": (8, 5)}[graph]

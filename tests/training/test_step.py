@@ -195,7 +195,8 @@ def test_bf16_keeps_losses_and_images_float32() -> None:
     assert all(t.dtype == torch.float32 for t in state if t.is_floating_point())
 
 
-@pytest.mark.parametrize("bn", ["batch", pytest.param("running", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@BOTH_STATISTICS
 def test_bf16_follows_float32(bn: str) -> None:
     """Losses over 20 steps, same seeds.
 
@@ -352,16 +353,12 @@ def test_every_stem_is_protected_and_others_are_refused() -> None:
         protect_stem(TwoStems(OwnConv2d), x, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "bn", "optimizer"),
     [
         (("layer4.0.bn2", "layer4.1", "avgpool"), "batch", lambda p: torch.optim.AdamW(p, lr=1e-3)),
-        pytest.param(
-            ("layer4.1.bn1", "layer4.1.bn2"),
-            "running",
-            lambda p: torch.optim.SGD(p, lr=0.02),
-            marks=pytest.mark.slow,
-        ),
+        (("layer4.1.bn1", "layer4.1.bn2"), "running", lambda p: torch.optim.SGD(p, lr=0.02)),
     ],
 )
 def test_a_torchvision_network(

@@ -71,7 +71,12 @@ def test_any_strides(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n.startswith("split_batch_norm-") else ())
+        pytest.param(
+            n,
+            marks=pytest.mark.slow
+            if n.startswith(("split_batch_norm-", "cross_entropy_grad-"))
+            else (),
+        )
         for n in DIFFERENTIABLE
     ],
 )
