@@ -2,18 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEXT := .venv-next
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The sessions of the tests, and the processes that they start, read the same files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo compare-digits test test-slow lint docs format bench gpu clean
+.PHONY: help install demo compare-digits test test-slow test-next lint docs format bench gpu clean
 
 help:
 	@echo "make demo    train scikit-learn's digits with ARAT, evaluate, write a report"
 	@echo "make compare-digits  every method and the ablation on the digits, three seeds: 40 minutes"
 	@echo "make test    the tests for every change, four minutes; WORKERS=N processes (default 2)"
 	@echo "make test-slow  all others that need no GPU"
+	@echo "make test-next  what depends on PyTorch and Triton, on newer ones, in $(NEXT): 6 GB more"
 	@echo "make lint    ruff, mypy and codespell"
 	@echo "make docs    the documentation as a site, in build/site; a broken link is an error"
 	@echo "make bench   speed of the step and of the loaders beside what else one would run"
@@ -58,6 +60,20 @@ test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests/kernels/interpreter
 
+test-next: export OMP_NUM_THREADS := 1
+test-next: $(NEXT)/.installed
+	$(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
+	  tests/kernels tests/models tests/objectives tests/training
+	TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
+
+$(NEXT)/.installed: pyproject.toml setup.py constraints.txt constraints-next.txt
+	$(PYTHON) -m venv $(NEXT)
+	sed -e '/--hash/d' -e 's/ [\]$$//' constraints.txt \
+	  | grep -vF "$$(sed 's/==.*/==/' constraints-next.txt)" > $(NEXT)/constraints.txt
+	$(NEXT)/bin/python -m pip install --quiet --only-binary :all: --constraint $(NEXT)/constraints.txt \
+	  --constraint constraints-next.txt --editable '.[dev]'
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -82,4 +98,4 @@ gpu: install
 	$(BIN)/python -m benchmarks.gpu
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build ./*.egg-info
+	rm -rf $(VENV) $(NEXT) .mypy_cache .pytest_cache .ruff_cache .hypothesis build ./*.egg-info

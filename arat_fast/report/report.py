@@ -24,7 +24,7 @@ from arat_fast.saved.network import read_saved
 _SUSPICIOUS_GAP = 0.15
 _OF_ONE_ATTACK = ("num_steps", "alpha", "autoattack")
 """Settings of the evaluation that are not those of every attack; what was run has its own."""
-_OFF = (None, False, 0, "none", [])
+_OFF: tuple[Any, ...] = (None, False, 0, "none", [])
 """Values of a setting that is off; there are more of them than a reader wants to see."""
 _CHECKS = {
     "gradient": "There is a gradient",

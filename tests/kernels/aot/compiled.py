@@ -140,19 +140,16 @@ def _ptx_accesses(ptx: str, arguments: list[str]) -> dict[str, list[tuple[str, i
     while grew:
         grew = False
         for line in lines:
-            parameter = re.search(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", line)
-            if parameter:
-                index = int(parameter[2])
-                found = {arguments[index]} if index < len(arguments) else set()
-                to = parameter[1]
-            else:
-                move = _PTX_MOVE.match(line)
-                if not move:
-                    continue
-                to = move["to"]
-                found = set().union(*(origins[r] for r in re.findall(r"%rd\d+", move["of"])))
-                if move["op"].startswith("ld."):
-                    found = {f"{name}->" for name in found if not name.endswith("->")}
+            move = _PTX_MOVE.match(line)
+            if not move:
+                continue
+            to = move["to"]
+            found = set().union(*(origins[r] for r in re.findall(r"%rd\d+", move["of"])))
+            # A parameter, or the place of one, of which there may be a choice before it is read.
+            places = map(int, re.findall(r"_param_(\d+)", move["of"]))
+            found |= {arguments[place] for place in places if place < len(arguments)}
+            if move["op"].startswith("ld.") and not move["op"].startswith("ld.param"):
+                found = {f"{name}->" for name in found if not name.endswith("->")}
             if not found <= origins[to]:
                 origins[to] |= found
                 grew = True
