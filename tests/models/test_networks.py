@@ -61,7 +61,7 @@ def test_shapes_and_regularised_layers(name: str) -> None:
     assert widths.keys() == set(MODELS[name].regularized_layers)
     expected = {
         "resnet8": [128] * 2,
-        "resnet8-s2": [128] * 2,
+        "resnet8-s2": [64] * 2,
         "resnet18": [512] * 4,
         "preact-resnet18": [256, 512, 512, 512, 512],
         "wrn34-10": [320] + [640] * 10,
