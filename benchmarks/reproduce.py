@@ -134,11 +134,10 @@ def relative_cost() -> dict[str, float]:
 
     The count is that of PGD-10 and does not depend on the network: a small one is counted.
     """
-    cost = {name: step_cost(recipe("digits", objective=name)) for name in ("natural", *METHODS)}
     passes = {
-        name: round(step.passes) + step.starts_from_natural * round(cost["natural"].passes)
-        for name, step in cost.items()
+        name: round(step_cost(recipe("digits", objective=name))) for name in ("natural", *METHODS)
     }
+    passes["arrest"] += passes["natural"]
     return {name: count / passes["arat"] for name, count in passes.items()}
 
 

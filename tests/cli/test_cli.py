@@ -409,8 +409,7 @@ def test_diverging_loss_names_step_term_and_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_signals_save_and_end(tmp_path: Path, number: int, code: int) -> None:
+def test_ctrl_c_saves_and_ends(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "arat_fast", *TRAIN, "--train.epochs", "500"]
     process = subprocess.Popen(
@@ -419,9 +418,9 @@ def test_signals_save_and_end(tmp_path: Path, number: int, code: int) -> None:
     deadline = time.monotonic() + 120
     while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    assert process.returncode == 130, errors
     again = errors.strip().splitlines()[-1]
     assert again.strip().startswith("arat-fast train digits") and f"--out {out} --resume" in again
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"

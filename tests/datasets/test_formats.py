@@ -73,7 +73,6 @@ def emptied(folder: Path) -> None:
     ("change", "message"),
     [
         (lambda root: (root / "val/dog").rename(root / "val/wolf"), "got wolf too"),
-        (lambda root: (root / "val/dog").rename(root / "dog"), "val/dog"),
         (lambda root: (root / "train").rename(root / "learn"), "train beside val"),
         (lambda root: (root / "train").rename(root / "test"), "train beside test"),
         (lambda root: image_folder(root, splits=("training",)), "train and training"),
@@ -252,16 +251,6 @@ def shards(root: Path) -> Path:
     return root
 
 
-def test_shards_of_both_splits_and_their_class_names(tmp_path: Path) -> None:
-    splits = load("webdataset", shards(tmp_path))
-    assert sizes(splits) == [11, 4] and splits.train.classes == ("0", "1", "2")
-    (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
-    assert load("webdataset", tmp_path).train.classes == CLASSES
-    (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with refused("got 2 names"):
-        load("webdataset", tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -285,7 +274,8 @@ def test_a_damaged_tar_is_named(
     with refused(f"train-1.tar.*{message}"):
         load("webdataset", tmp_path)
     path.write_bytes(content + bytes(5 * 10240))
-    assert load("webdataset", tmp_path).train.num_samples == 11
+    splits = load("webdataset", tmp_path)
+    assert sizes(splits) == [11, 4] and splits.train.classes == ("0", "1", "2")
 
 
 @pytest.mark.parametrize("loader", LOADERS)
