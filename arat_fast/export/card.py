@@ -72,14 +72,14 @@ def measured(saved: SavedNetwork, branch: str) -> Measured:
     for source, record in records.items():
         with written_here(folder / source):
             accuracies = read_accuracies(record.get("accuracy", {}))
-        other = accuracies.pop("clean_branch", None)
-        if branch == "clean":
-            # Attacks are run on the deployed branch.
-            accuracies = {"clean": other} if other is not None else {}
-        for name, accuracy in accuracies.items():
-            before = chosen.get(name)
-            if before is None or _rank(accuracy, saved) > _rank(before[0], saved):
-                chosen[name] = accuracy, source
+            other = accuracies.pop("clean_branch", None)
+            if branch == "clean":
+                # Attacks are run on the deployed branch.
+                accuracies = {"clean": other} if other is not None else {}
+            for name, accuracy in accuracies.items():
+                before = chosen.get(name)
+                if before is None or _rank(accuracy, saved) > _rank(before[0], saved):
+                    chosen[name] = accuracy, source
     sources = {source for _, source in chosen.values()}
     return Measured(
         in_order({name: accuracy for name, (accuracy, _) in chosen.items()}),
