@@ -342,10 +342,16 @@ class Lock:
                 if _is_at(self._file.fileno(), path):
                     break
                 self._file.close()
-            self._file.truncate(0)
-            self._file.write(self.holder.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            try:
+                self._file.truncate(0)
+                self._file.write(self.holder.encode())
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError:
+                # Whoever keeps the error, with its frames, would keep the lock.
+                with suppress(OSError):
+                    self._file.close()
+                raise
 
     def share(self) -> None:
         """Let other processes of the same job hold the lock too."""

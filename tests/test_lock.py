@@ -59,6 +59,20 @@ def test_a_lock_is_one_jobs_and_leaves_nothing(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
 
 
+def test_an_error_that_is_kept_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="full") as kept:
+            Lock(tmp_path / LOCK)
+    Lock(tmp_path / LOCK).release()
+    assert str(tmp_path / LOCK) in str(kept.value)
+
+
 def test_a_lock_ends_with_its_process_whatever_that_has_forked(tmp_path: Path) -> None:
     """A data loader's worker lives on for seconds."""
     path = tmp_path / LOCK
