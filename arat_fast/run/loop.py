@@ -25,7 +25,7 @@ from arat_fast.run import natural
 from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
 from arat_fast.run.hooks import Hook, Restart
 from arat_fast.run.state import Run
-from arat_fast.run.unfinished import finished
+from arat_fast.run.unfinished import interruptible
 from arat_fast.stop import EXIT_CODES, EvaluationStopped, InterruptedRun, stop_on_signals
 from arat_fast.training.metrics import CatastrophicOverfittingError, NotFiniteError
 
@@ -66,11 +66,11 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
     progress = run.progress
     resident = isinstance(run.data.train, ResidentBatches)
     last = min((epoch + 1) * run.steps_per_epoch, run.total_steps)
-    step = run.step.from_indices if resident else run.step
+    step = interruptible(run, run.step.from_indices if resident else run.step)
     logged, samples, since = progress.step, 0, time.perf_counter()
     for inputs, place in run.batches(epoch, start_batch):
         run.set_rate()
-        values = finished(run, partial(step, *inputs, place=place))
+        values = step(*inputs, place=place)
         stopping = run.vote.cast(int(run.stop.signal or 0)) > 0
         if values is not None:
             run.ranks.at_step(progress.step + 1)
