@@ -243,7 +243,7 @@ def evaluate(
     if device is None:
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
     x, y = (tensor.to(device) for tensor in images_and_labels(data, max_samples))
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(network):
         num_classes = network(x[:1]).shape[1]
     if not 0 <= int(y.min()) <= int(y.max()) < num_classes:
         raise ValueError(

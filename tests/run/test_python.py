@@ -14,13 +14,13 @@ from PIL import Image
 from rich.console import Console
 from tiny import changed, metric_lines, tiny_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import arat_fast
 from arat_fast.config import Config
 from arat_fast.data.given import given_splits, images_and_labels
 from arat_fast.display import Display
-from arat_fast.models import SplitBatchNorm2d
+from arat_fast.models import SplitBatchNorm2d, convert_split_batch_norm
 from arat_fast.run.hooks import Hook
 from arat_fast.saved.network import read_saved
 
@@ -156,6 +156,18 @@ def test_any_function_is_evaluated() -> None:
 
     suite = arat_fast.evaluate(logits, data, arat_fast.ThreatModel(0.5), ["pgd"], num_steps=9)
     assert suite.results["clean"].accuracy == 1 and suite.results["pgd9"].accuracy == 0
+
+
+def test_evaluation_in_the_middle_of_a_training_leaves_no_trace() -> None:
+    """Also where a last stage of one pixel has no statistics of a single image."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+    model = convert_split_batch_norm(network).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = TensorDataset(torch.rand(6, 1, 8, 8), torch.arange(6))
+    arat_fast.evaluate(model, data, arat_fast.ThreatModel(0.1), ["pgd"], num_steps=1)
+    assert all(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_loaded_network_takes_pictures(tmp_path: Path) -> None:
