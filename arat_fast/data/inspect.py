@@ -182,6 +182,13 @@ def inspect(
         mean = shares @ levels
         found.mean = mean.tolist()
         found.std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1)).tolist()
+        sides = [min(map(int, size.split(" x "))) for size in found.sizes]
+        if "folder-resnet18" in found.use and isinstance(parts[0], EncodedImages):
+            from arat_fast.recipes import recipe  # As below.
+
+            # Or they would be scaled up.
+            small = max(sides) < recipe("folder-resnet18").data.image_size
+            found.use += f" --data.image-size {max(sides)}" if small else ""
     if found.bad and found.use:
         found.use += f" --data.bad-images skip{'' if lost else '-strays'}"
     for part in parts:

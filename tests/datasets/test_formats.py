@@ -239,7 +239,7 @@ def test_class_folders_that_are_links_are_followed_only_with_a_switch(
             read(root)
     assert sizes(load("folder", root, follow_links=True)) == expected
     assert verify(root, follow_links=True) == (sum(expected), [])
-    assert inspect(root, follow_links=True).use.endswith("--data.follow-links")
+    assert inspect(root, follow_links=True).use.endswith("--data.follow-links --data.image-size 44")
 
 
 # Tar shards

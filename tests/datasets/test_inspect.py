@@ -201,7 +201,8 @@ def test_splits_are_those_of_training(tmp_path: Path) -> None:
     data = load("folder", root)
     number = {"train": data.train.num_samples, "test": data.test.num_samples}
     assert found.counts == number == {"train": 27, "test": 3}
-    assert found.use == f"arat-fast train folder-resnet18 --data.root '{root}'"
+    # The smaller side of its images, which the recipe would scale up.
+    assert found.use == f"arat-fast train folder-resnet18 --data.root '{root}' --data.image-size 44"
     convert_npz(npz(tmp_path / "a.npz"), tmp_path / "arrays" / "train")
     arrays = inspect(tmp_path / "arrays")
     assert arrays.counts == {"train": 27, "test": 3} and found.note in arrays.note
