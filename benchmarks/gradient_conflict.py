@@ -1,4 +1,4 @@
-"""The record, plots and table of docs/analysis.md, from the folder of a comparison whose runs were
+"""The record, plots and table of docs/results.md, from the folder of a comparison whose runs were
 analysed along training (``arat-fast compare … --analyze.every 1``)."""
 
 from __future__ import annotations
