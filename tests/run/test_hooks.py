@@ -111,6 +111,8 @@ def test_remarks_on_folding_and_a_young_average(tmp_path: Path) -> None:
         shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
         # Three of four steps came after the first one.
         assert ("73 %" in shown) == ("young average" in shown) == said
+        warned = summary.get("warnings", [])
+        assert any("young average" in warning for warning in warned) == said
         assert "9 BatchNorm layers folded" in shown and summary["folded_batch_norms"] == 9
 
 
