@@ -13,6 +13,7 @@ from arat_fast.build import build_network, build_objective
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch
 from arat_fast.models.split_batch_norm import use_branch
+from arat_fast.training.awp import AWP
 from arat_fast.training.step import TrainStep
 
 _BATCH = 2
@@ -24,7 +25,7 @@ def step_cost(config: Config) -> float:
     """What a training step costs per image, in forward passes of one image through the network.
 
     A backward pass for the image alone counts one, one for the parameters too two: PGD-10 with the
-    cross-entropy's training pass makes 23. Multiplications are counted on the CPU, those of
+    cross-entropy's training pass makes 23, with weight perturbation, after its warm-up, 26. Multiplications are counted on the CPU, those of
     convolutions and matrix products: other networks that the objective trains and its predictors
     are in, BatchNorm and the optimiser are not. The weights are fresh and the images black; neither
     changes the count. Random generators are left as they were.
@@ -43,6 +44,7 @@ def step_cost(config: Config) -> float:
             config.attack,
             torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.01),
             precision=torch.float32,
+            awp=AWP(config.awp.gamma) if config.awp.gamma else None,
             fold=False,
             graph="off",
             generator=torch.Generator().manual_seed(0),

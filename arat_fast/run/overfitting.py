@@ -44,9 +44,10 @@ class OverfittingWatch(Hook):
     """PGD-10 on the same few images again and again, for attacks of one or two steps.
 
     The images are validation images, where there are any; else training images, which a network
-    that overfits so is not robust on either. Its accuracy has fallen catastrophically where it is
-    at most half of the best before, while that under the training's own attack has risen. That is
-    said and logged (lines of the kind "watch"), and what ``watch.act`` says is done.
+    that overfits so is not robust on either. Its accuracy has fallen catastrophically where in two
+    looks running it is at most half of the best before, while that under the training's own attack
+    has risen. That is said and logged (lines of the kind "watch"), and what ``watch.act`` says is
+    done.
 
     The looks draw from a generator of their own: as long as nothing falls, the weights are the same
     with and without them.
@@ -62,7 +63,7 @@ class OverfittingWatch(Hook):
         self.every = 0
         self.checked = 0
         self.best = self.single = 0.0
-        self.fallen = False
+        self.low = self.fallen = False
         self.num_cures = 0
         self.alpha: float | None = None
         self.num_steps: int | None = None
@@ -98,15 +99,16 @@ class OverfittingWatch(Hook):
         accuracy, single = self.accuracy(run), line["accuracy_adv"]
         look = {"pgd": accuracy, "num_steps": NUM_STEPS, "single": single}
         before, single_before = self.best, self.single
-        fell = accuracy <= before / 2 and before - accuracy >= SMALLEST_FALL
-        fell = fell and single >= single_before
+        low = accuracy <= before / 2 and before - accuracy >= SMALLEST_FALL
+        # Early in a training one look alone may be low, whatever the attack.
+        fell, self.low = low and self.low and single >= single_before, low
         if accuracy >= self.best:
             self.best, self.single = accuracy, single
         first = fell and not self.fallen
         self.fallen = fell or (self.fallen and accuracy <= before / 2)
         look["seconds"] = time.perf_counter() - began
         run.log("watch", line["epoch"], {**look, "fell": first})
-        if not self.fallen:
+        if not (low or self.fallen):
             self._keep()
         if first:
             self._act(
@@ -181,7 +183,7 @@ class OverfittingWatch(Hook):
             self.good = _copied(state)
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("checked", "best", "single", "fallen", "num_cures", "alpha", "num_steps")
+        names = ("checked", "best", "single", "low", "fallen", "num_cures", "alpha", "num_steps")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

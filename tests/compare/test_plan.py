@@ -112,10 +112,10 @@ def test_labels_are_names_of_folders() -> None:
     # at the clean images once more in the attack and once more in the loss.
     [("natural", 3), ("at", 23), ("trades", 28), ("mart", 26), ("arat", 26),
      # LBGAT: its guide's own training; ARREST: two looks, at the natural network and at its own.
-     ("lbgat", 28), ("arrest", 25)],
+     ("lbgat", 28), ("arrest", 25), ("at --awp.gamma 0.01", 26)],
 )  # fmt: skip
 def test_cost_of_a_step(name: str, passes: float) -> None:
-    cost = step_cost(apply_overrides(recipe("digits"), ["--objective.name", name]))
+    cost = step_cost(apply_overrides(recipe("digits"), ["--objective.name", *name.split()]))
     # The stem needs no gradient of its input in training; the predictors add a little.
     assert cost == pytest.approx(passes, abs=0.05)
 

@@ -48,7 +48,7 @@ def test_interval_keeps_the_passes_within_two_percent() -> None:
 
 
 def test_a_fall_is_said_once_and_the_weights_are_those_without_a_watch(tmp_path: Path) -> None:
-    watch = Scripted(0.8, 0.7, 0.1, 0.0)
+    watch = Scripted(0.8, 0.2, 0.1, 0.0)
     summary = tiny_trainer(tmp_path / "say", watched("say"), hooks=[watch]).run()
     tiny_trainer(tmp_path / "off", watched("off")).run()
     assert sum("catastrophic overfitting" in warning for warning in summary["warnings"]) == 1
@@ -66,7 +66,7 @@ def test_an_attack_of_many_steps_is_not_watched(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_to_stop_stops(tmp_path: Path) -> None:
-    run = tiny_trainer(tmp_path / "run", watched("stop"), hooks=[Scripted(0.8, 0.7, 0.1)])
+    run = tiny_trainer(tmp_path / "run", watched("stop"), hooks=[Scripted(0.8, 0.1, 0.1)])
     with pytest.raises(CatastrophicOverfittingError, match="step 9"):
         run.run()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
@@ -91,22 +91,22 @@ def test_a_cure_goes_on_from_the_last_good_state(
     act: str, num_steps: int, alpha: float, tmp_path: Path
 ) -> None:
     """Bit for bit as a run whose attack was another from there on, also where it is resumed."""
-    cured = tiny_trainer(tmp_path / "cured", watched(act), hooks=[Scripted(0.8, 0.7, 0.1)])
-    # Nine steps, and from the sixth on three again.
+    cured = tiny_trainer(tmp_path / "cured", watched(act), hooks=[Scripted(0.8, 0.1, 0.1)])
+    # Nine steps, and from the third on three again.
     cured.interrupt_at(12)
     with pytest.raises(InterruptedRun):
         cured.run()
     (warning,) = cured.warnings
-    assert "back to step 6" in warning
+    assert "back to step 3" in warning
     cured = tiny_trainer(tmp_path / "cured", watched(act), resume=True, hooks=[Scripted()])
     cured.run()
     assert (cured.step.attack.num_steps, cured.step.attack.alpha) == (num_steps, alpha)
-    changed_there = Changed(6, num_steps=num_steps, alpha=alpha)
+    changed_there = Changed(3, num_steps=num_steps, alpha=alpha)
     tiny_trainer(tmp_path / "other", watched("off"), hooks=[changed_there]).run()
     ends = [load_file(tmp_path / n / "model.safetensors") for n in ("cured", "other")]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     (back,) = [look for look in read_run(tmp_path / "cured").looks if look.fell_at is not None]
-    assert (back.epoch, back.fell_at) == (1.5, 2.25)
+    assert (back.epoch, back.fell_at) == (0.75, 2.25)
 
 
 @pytest.mark.slow
