@@ -25,10 +25,11 @@ def step_cost(config: Config) -> float:
     """What a training step costs per image, in forward passes of one image through the network.
 
     A backward pass for the image alone counts one, one for the parameters too two: PGD-10 with the
-    cross-entropy's training pass makes 23, with weight perturbation, after its warm-up, 26. Multiplications are counted on the CPU, those of
-    convolutions and matrix products: other networks that the objective trains and its predictors
-    are in, BatchNorm and the optimiser are not. The weights are fresh and the images black; neither
-    changes the count. Random generators are left as they were.
+    cross-entropy's training pass makes 23, with weight perturbation, after its warm-up, 26.
+    Multiplications are counted on the CPU, those of convolutions and matrix products: other
+    networks that the objective trains and its predictors are in, BatchNorm and the optimiser are
+    not. The weights are fresh and the images black; neither changes the count. Random generators
+    are left as they were.
 
     Raises:
         ValueError: the configuration does not fit the network.
