@@ -304,14 +304,17 @@ class Norm:
         return replace(self, **options)
 
 
-def added(sizes: tuple[int, int] = (3, 2), *shape: int) -> Operation:
+def added(
+    sizes: tuple[int, int] = (3, 2), channels: int = 5, height: int = 4, width: int = 3
+) -> Operation:
     """Split BatchNorm of a sum that is formed in the pass that takes its statistics, and the sum.
 
     The summands have so few binary digits that every dtype holds the sum, which Triton's
     interpreter would truncate and PyTorch round.
     """
-    norm = Norm(sizes, *shape, update=False, residual=False, relu=False, pooled=False)
-    layer = SplitBatchNorm2d(norm.channels)
+    options = {"update": False, "residual": False, "relu": False, "pooled": False}
+    norm = Norm(sizes, channels, height, width).changed(**options)
+    layer = SplitBatchNorm2d(channels)
     layer.statistics, layer.branch, layer.num_clean = "batch", "both", sizes[0]
 
     def make(seed: int, dtype: torch.dtype) -> Tensors:
