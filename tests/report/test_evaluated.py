@@ -49,7 +49,12 @@ def test_every_accuracy_is_shown(run: Path) -> None:
     for entry in record["accuracy"].values():
         assert interval(*entry["interval"], 30) in text
         assert f"{entry['correct']:,} of {entry['num_samples']:,}" in text
-    assert "PGD-2" in text and "num_steps 2" in text and "is not shown" not in text
+    assert (
+        "PGD-2" in text
+        and "; steps 2" in text
+        and "num_" not in text
+        and "is not shown" not in text
+    )
 
 
 def test_accuracy_by_radius(run: Path) -> None:

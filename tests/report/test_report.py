@@ -130,7 +130,7 @@ def test_the_numbers_stand_with_their_intervals(finished_page: Page) -> None:
     assert "349 of 360 right" in finished_page.text
     assert "at most 0.12" in finished_page.sections["meaning"]
     text = finished_page.sections["measurements"]
-    assert "apgd-ce 76.1" in text
+    assert "APGD on the cross-entropy 76.1" in text
     # Settings of one attack are not those of all.
     assert "evaluation: batch_size 500; max_samples 0." in text
     assert text.count("num_steps") == 2 and "num_steps 100" in text
