@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from arat_fast.datasets.base import Content, Dataset, register
@@ -18,7 +19,7 @@ _SPLIT_SEED = 0
 
 
 @cache
-def _table() -> tuple[np.ndarray, np.ndarray]:
+def _table() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Pixels (1797, 64) in [0, 16] and labels, float64 and int64: 0.1 s of reading text."""
     from sklearn.datasets import load_digits
 
