@@ -31,6 +31,7 @@ def snippet(path: Path) -> str:
     return str(found)
 
 
+@pytest.mark.slow
 def test_library_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
