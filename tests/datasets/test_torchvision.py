@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torchvision.datasets
 from loading import refused
 from PIL import Image
 
+from arat_fast.cli import main
 from arat_fast.data.inspect import inspect
 from arat_fast.datasets import DATASETS, Content
 from arat_fast.datasets.idx import SOURCES
@@ -75,6 +77,29 @@ def test_a_folder_of_idx_files_is_known(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "fashion-mnist"):
         found = inspect(path)
         assert found.kind == "Fashion-MNIST" and found.classes[0] == "T-shirt/top"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "packed"), [("FashionMNIST/raw", False), ("fashion-mnist", True)]
+)
+def test_fashion_mnist_trains_by_recipe(tmp_path: Path, folder: str, packed: bool) -> None:
+    """In torchvision's layout and in Debian's; the record of the evaluation says the trial."""
+    _write_idx("fashion-mnist", tmp_path / folder, packed)
+    run = tmp_path / "run"
+    few = "--data.limit 30 --data.batch-size 15 --train.max-steps 1 --eval.max-samples 10"
+    short = f"{few} --attack.num-steps 1 --eval.num-steps 1 --eval.no-autoattack"
+    options = ["--data.root", str(tmp_path), "--train.device", "cpu", "--out", str(run)]
+    assert main(["train", "fashion-mnist-resnet8", *options, *short.split()]) == 0
+    evaluation = "--attacks pgd --num-steps 1 --max-samples 10 --device cpu"
+    assert main(["eval", str(run), *evaluation.split()]) == 0
+    summary, record = (
+        json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation")
+    )
+    assert (summary["train_samples"], summary["limit"], summary["steps"]) == (30, 30, 1)
+    assert (record["dataset"], record["num_samples"]) == ("fashion-mnist", 10)
+    assert record["train_limit"] == 30 and record["eps"] == 0.1
+    assert record["accuracy"]["clean"]["correct"] == summary["accuracy"]["clean"]["correct"]
 
 
 @pytest.mark.parametrize(
