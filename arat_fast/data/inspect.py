@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def inspect(
     if sheet is not None:
         draw_sheet(parts, classes, sheet)
     if radii is not None:
-        draw_radii(parts, radii[1], radii[0])
+        draw_radii(parts, classes, radii[1], radii[0])
     return found
 
 
@@ -318,12 +319,15 @@ def draw_sheet(parts: list[Samples], classes: tuple[str, ...], path: Path) -> No
     write_atomic(path, lambda file: sheet.save(file, "PNG"))
 
 
-def draw_radii(parts: list[Samples], radii: Sequence[float], path: Path) -> None:
+def draw_radii(
+    parts: list[Samples], classes: tuple[str, ...], radii: Sequence[float], path: Path
+) -> None:
     """Write images beside themselves with random signs of each radius: every pixel at the edge of
     the L∞ ball, where the perturbations of an attack are too.
 
     Args:
         parts: the splits; four images of the first, evenly spread, that can be read.
+        classes: class names, one per label; empty for none.
         radii: in [0, 1].
         path: PNG file.
 
@@ -335,17 +339,25 @@ def draw_radii(parts: list[Samples], radii: Sequence[float], path: Path) -> None
     source = np.random.default_rng(0)
     number = min(4, len(parts[0]))
     side = 2 * TILE
-    sheet = Image.new("RGB", ((1 + len(radii)) * side, number * side), "white")
+    wide, high = side + _GAP, side + _GAP + _CAPTION
+    size = ((1 + len(radii)) * wide + _GAP, number * high + _GAP + _CAPTION)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    write = partial(pen.text, fill=(60, 60, 60), font=ImageFont.load_default(size=12))
+    for column, eps in enumerate((0.0, *radii)):
+        write((_GAP + column * wide, _GAP), f"eps {255 * eps:.4g}/255" if eps else "as it is")
     for row, index in enumerate(np.linspace(0, len(parts[0]) - 1, number).astype(int).tolist()):
         try:
             image = parts[0].image(index)
         except ValueError:
             continue
+        top = _GAP + _CAPTION + row * high
+        write((_GAP, top), classes[int(parts[0].labels[index])] if classes else "")
         signs = source.integers(0, 2, image.shape) * 2.0 - 1
         for column, eps in enumerate((0.0, *radii)):
             pixels = (image + 255 * eps * signs).round().clip(0, 255).astype(np.uint8)
             shown = _scaled(pixels, side, Image.Resampling.NEAREST)
-            sheet.paste(shown, (column * side, row * side))
+            sheet.paste(shown, (_GAP + column * wide, top + _CAPTION))
     write_atomic(path, lambda file: sheet.save(file, "PNG"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,6 +52,7 @@ class DataSplits(NamedTuple):
         fingerprint: of the training images, generated ones included.
         skipped: files that were left out, and why.
         notes: on what was converted, in words.
+        held_out: files that were held out of training, by split, below the dataset's root.
     """
 
     train: Batches
@@ -61,6 +62,7 @@ class DataSplits(NamedTuple):
     fingerprint: Fingerprint
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    held_out: Mapping[str, Sequence[str]] = {}
 
 
 def load_data(
@@ -96,6 +98,7 @@ def load_data(
             ``num_val`` leaves too few images to train on.
     """
     content = _read(config)
+    own = content.parts.keys()
     try:
         content = _chosen(content, config, bad_images or BadImages(), all_to_test)
         num_original = len(content.train)
@@ -103,6 +106,11 @@ def load_data(
             content = _with_generated(content, config.unsup.expanduser())
         root = config.root.expanduser()
         identity = fingerprint(content.train.labels, names_below(content.train, root))
+        taken = {
+            split: sorted(name.lstrip("/") for name in names_below(part, root))
+            for split, part in content.parts.items()
+            if split not in own and isinstance(part, EncodedImages)
+        }
         framing: Shift | Framing = Shift(config.padding, config.flip)
         still: Shift | Framing = NO_SHIFT
         if isinstance(content.train, EncodedImages):
@@ -164,7 +172,7 @@ def load_data(
     except ValueError as error:
         raise ValueError(f"dataset {config.name}: {error}") from error
     val, test = held_out.get("val"), held_out["test"]
-    return DataSplits(train, probe, val, test, identity, content.bad, content.notes)
+    return DataSplits(train, probe, val, test, identity, content.bad, content.notes, taken)
 
 
 def download_data(config: DataConfig, ranks: Ranks) -> None:

@@ -222,9 +222,9 @@ def same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
         chosen = _spread(np.arange(len(second)), number)
         looked_at = _row_digests(second, chosen)
     contents.pop(b"", None)
-    for index, digest in zip(chosen.tolist(), looked_at, strict=True):
+    for index, digest in zip(chosen, looked_at, strict=True):
         if digest in contents:
-            yield index, int(contents[digest])
+            yield int(index), int(contents[digest])
 
 
 def _spread(index: Index, number: int) -> Index:

@@ -325,7 +325,7 @@ class _Run:
         seconds = left * (time.perf_counter() - self.started) / self.spent if self.spent else 0.0
         note = f"{self.standing} images standing"
         if number > _FIRST_PASSES:
-            note += f", {timedelta(seconds=round(seconds))} left if all of them hold"
+            note += f", at most {timedelta(seconds=round(seconds))} left for all attacks"
         self.progress(self.label, done, all_passes, "passes", note)
 
 

@@ -200,9 +200,7 @@ def evaluate_checkpoint(
             ranks=ranks,
         )
     seconds = time.perf_counter() - start
-    total_steps = (saved.steps_per_epoch or len(splits.train)) * trained.train.epochs
-    total_steps = min(trained.train.max_steps or total_steps, total_steps)
-    unfinished = saved.steps is not None and saved.steps < total_steps
+    unfinished = saved.unfinished
     record: dict[str, Any] = {
         "checkpoint": str(saved.path),
         "recipe": trained.recipe or None,
@@ -210,7 +208,11 @@ def evaluate_checkpoint(
         "classes": list(images.classes),
         **({"matched_by_name": list(found.classes)} if mapped else {}),
         **({"train_limit": trained.data.limit} if trained.data.limit else {}),
-        **({"interrupted": {"steps": saved.steps, "of": total_steps}} if unfinished else {}),
+        **(
+            {"interrupted": dict(zip(("steps", "of"), unfinished, strict=True))}
+            if unfinished
+            else {}
+        ),
         "accuracy": suite.record(),
         **suite.remarks(),
         "wall_seconds": {"eval": seconds},

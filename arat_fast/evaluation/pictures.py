@@ -19,6 +19,7 @@ from arat_fast.datasets import DATASETS
 from arat_fast.datasets.decoding import decode_image
 from arat_fast.datasets.members import files_below, is_image
 from arat_fast.device import resolve_device
+from arat_fast.display import Display
 from arat_fast.evaluation.evaluate import evaluation_mode
 from arat_fast.saved.network import SavedNetwork, Which, read_saved
 
@@ -141,6 +142,9 @@ def predict_pictures(
     """
     files = [file for path in pictures for file in _files(path)]
     saved = read_saved(checkpoint, recipe=recipe, weights=weights)
+    if saved.unfinished and saved.config and saved.steps_per_epoch:
+        epoch, epochs = saved.unfinished[0] // saved.steps_per_epoch, saved.config.train.epochs
+        Display().say(f"the run has not come to its end: epoch {epoch} of {epochs} is done")
     model = usable(saved, saved.plain(branch)[0].to(resolve_device(device)))
     found: dict[Path, Prediction] = {}
     with evaluation_mode(model):

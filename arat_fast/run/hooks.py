@@ -156,7 +156,9 @@ class Remarks(Hook):
             )
         layers = getattr(run.objective, "layers", ())
         if layers:
-            run.display.say(f"regularised layers: {', '.join(layers)}")
+            run.display.say(
+                f"regularised layers: {', '.join(layers)} (objective.layers sets others)"
+            )
         if config.objective.splits_batch_norm and not has_norms:
             run.display.say(
                 f"{config.model.name} has no BatchNorm to split: both kinds of images share every "
@@ -177,7 +179,7 @@ class Remarks(Hook):
     def end(self, run: Run) -> None:
         share = run.average.share_of_first
         if share > MAX_SHARE_OF_FIRST:
-            run.display.say(
+            run.warn(
                 "young average: in the weights that are evaluated, those after step "
                 f"{run.average.start_step + 1} still count {100 * share:.0f} %; train longer, "
                 "lower --average.decay, or --average.kind none"

@@ -301,6 +301,8 @@ class Run:
             write_json(out / "config.json", record)
             if self.bad_images.found:
                 write_json(out / BAD_IMAGES, self.bad_images.found)
+            if self.data.held_out:
+                write_json(out / "held_out.json", self.data.held_out)
 
     def _load_data(self, bad_images: BadImages | None) -> None:
         config, ranks = self.config, self.ranks

@@ -52,7 +52,8 @@ RECORD = "config.json"
 Which = Literal["deployed", "last"]
 _NO_RECIPE = (
     "holds weights only, and not those of an official AR-AT checkpoint (BatchNorm branches clean "
-    "and adv): add --recipe NAME to say which data and model they are for"
+    "and adv): name the recipe that says which data and model they are for (--recipe NAME; in "
+    "Python recipe=NAME)"
 )
 
 
@@ -103,6 +104,16 @@ class SavedNetwork:
         """Names of the classes in the order of the logits; empty where the file has none."""
         names = tuple(self.facts.get("classes", ()))
         return names if self.config is None else class_names(self.config.data.name, names)
+
+    @property
+    def unfinished(self) -> tuple[int, int] | None:
+        """Steps trained and those of the whole run, where it had not come to its end."""
+        if self.config is None or self.steps is None or self.steps_per_epoch is None:
+            return None
+        train = self.config.train
+        whole = self.steps_per_epoch * train.epochs
+        whole = min(train.max_steps or whole, whole)
+        return (self.steps, whole) if self.steps < whole else None
 
     def plain(self, branch: Literal["adv", "clean"] | None = None) -> tuple[nn.Module, str]:
         """The network with ordinary BatchNorm, in eval mode, and the branch that it is.

@@ -25,7 +25,13 @@ def npz(path: Path, **changes: Any) -> Path:
 def test_folder_of_classes(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
     sheet = tmp_path / "sheet.png"
-    found = inspect(root, sheet)
+    radii = tmp_path / "radii.png"
+    found = inspect(root, sheet, radii=(radii, (8 / 255, 0.5)))
+    with Image.open(radii) as image:
+        # Rows and columns are apart, and have labels.
+        row = np.asarray(image.convert("L"))
+        assert image.width > 3 * 2 * TILE and (row.min(axis=0) == 255).sum() >= 4 * 8
+        assert (row[: 8 + 16] < 100).any() and (row[8 + 16 : 8 + 32] < 100).any()
     assert found.kind == "images in folders by class" and found.classes == CLASSES
     assert found.counts == {"train": 15, "test": 15}
     assert found.per_class["dog"] == {"train": 5, "test": 5}

@@ -19,6 +19,7 @@ from arat_fast.data import load_data
 from arat_fast.datasets.digits import load_digits
 from arat_fast.evaluation.pictures import predict_pictures
 from arat_fast.saved.network import read_saved
+from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_digits_as_pictures(
@@ -49,10 +50,20 @@ def test_digits_as_pictures(
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and line.split()[-1] == found["3"]["label"]
     assert main(["predict", str(ema_run), str(tmp_path / "none")]) == 2
-    assert "none" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "none" in told and "epoch" not in told
+    state = load_checkpoint(ema_run / "checkpoint.pt")
+    state["progress"]["step"] -= 1
+    save_checkpoint(tmp_path / "cut.pt", state)
+    assert (
+        main(["predict", str(tmp_path / "cut.pt"), str(tmp_path / "3.png"), "--weights", "last"])
+        == 0
+    )
+    assert "epoch 0 of 1 is done" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("crop", ["resized", pytest.param("pad", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("crop", ["resized", "pad"])
 def test_pictures_of_a_folder_are_framed_as_in_evaluation(
     tmp_path: Path, crop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,9 +98,11 @@ def natural(clean: Tensor, adv: Tensor, guide: Tensor, label: int, weight: float
 Formula = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
-def mean_of(formula: Formula, logits: list[Tensor], y: Tensor, weight: float) -> Tensor:
-    rows = zip(*logits, y.tolist(), strict=True)
-    return torch.stack([formula(*row, weight) for row in rows]).mean()
+def mean_of(formula: Formula, logits: list[Tensor], targets: Tensor, weight: float) -> Tensor:
+    """Over the samples, and over the classes by their targets (N, K)."""
+    rows = zip(*logits, strict=True)
+    losses = [[formula(*row, label, weight) for label in range(4)] for row in rows]
+    return (targets * torch.stack([torch.stack(row) for row in losses])).sum(dim=1).mean()
 
 
 # The passes, in the order of the authors' code, which the running statistics keep.
@@ -135,14 +137,25 @@ def test_targets_are_weights_of_the_classes(name: str) -> None:
     assert abs(both - (1.5 * first + 0.5 * second)) <= 1e-13
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0, 6.0])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_loss_gradients_and_statistics_are_those_of_the_formula(name: str, weight: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "weight", "soft"),
+    [
+        *((name, weight, False) for name in FORMULAS for weight in (0.0, 1.0, 6.0)),
+        # The margin of MART is that of one class.
+        *((name, 6.0, True) for name in FORMULAS if name != "mart"),
+    ],
+)
+def test_loss_gradients_and_statistics_are_those_of_the_formula(
+    name: str, weight: float, soft: bool
+) -> None:
     build, formula, passes, terms = FORMULAS[name]
     model, guide = tiny_network(3), tiny_network(4)
     plain, plain_guide = copy.deepcopy(model), copy.deepcopy(guide)
     x, x_adv, y = triples()
-    output = build(guide, weight)(model, x, x_adv, y, START)
+    targets = torch.nn.functional.one_hot(y, 4).double()
+    if soft:
+        targets = 0.7 * targets + 0.3 * targets.roll(1, dims=0)
+    output = build(guide, weight)(model, x, x_adv, targets if soft else y, START)
     output.loss.backward()
     logits = {}
     for kind in passes.split():
@@ -151,7 +164,7 @@ def test_loss_gradients_and_statistics_are_those_of_the_formula(name: str, weigh
         logits.setdefault(kind, got)
     guiding = plain_guide(x) if name == "lbgat" else next(iter(logits.values()))
     both = [logits.get("clean", guiding), logits.get("adv", guiding)]
-    expected = mean_of(formula, [*both, guiding], y, weight)
+    expected = mean_of(formula, [*both, guiding], targets, weight)
     expected.backward()
     assert float((output.loss - expected).detach().abs()) <= 1e-12 * float(expected.detach().abs())
     assert float((sum(output.terms.values()) - output.loss).detach().abs()) <= 1e-12

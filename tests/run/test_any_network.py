@@ -68,7 +68,7 @@ def test_trained_evaluated_exported_and_loaded(
     train = ["train", "folder-resnet18", "--model.name", name, "--data.root", "images", *OPTIONS]
     assert main([*train, "--out", "run"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "regularised layers: " in said and all(layer in said for layer in layers)
+    assert "(objective.layers sets others)" in said and all(layer in said for layer in layers)
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["steps"] == 2 and summary["accuracy"]["clean"]["num_samples"] == 15
     typed = ["--model.name", name] if name.startswith("my_nets") else []

@@ -113,6 +113,8 @@ def test_remarks_on_folding_and_a_young_average(tmp_path: Path) -> None:
         shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
         # Three of four steps came after the first one.
         assert ("73 %" in shown) == ("young average" in shown) == said
+        warned = summary.get("warnings", [])
+        assert any("young average" in warning for warning in warned) == said
         assert "9 BatchNorm layers folded" in shown and summary["folded_batch_norms"] == 9
 
 
@@ -137,6 +139,7 @@ class Killed(Hook):
             raise RuntimeError("killed")
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best checkpoint is written after it; a run that is killed then goes on behind it."""
     config = changed(tiny_config(epochs=3), "train", eval_every=1, keep_best=True)
@@ -163,7 +166,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("call", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 2])
 def test_signal_during_an_evaluation(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:

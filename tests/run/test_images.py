@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,20 @@ def test_bad_files_are_looked_for_once_in_a_run(
         state = load_checkpoint(folder / "checkpoint.pt")
         assert state["run"]["dataset"]["num_samples"] == 23
         assert (folder / "bad_images.json").exists()
+        assert not (folder / "held_out.json").exists()
     assert tiny_trainer(tmp_path / "anew", config).data.train.num_samples == 24
+
+
+def test_the_run_names_the_files_held_out(tmp_path: Path) -> None:
+    root, out = image_folder(tmp_path / "set", 8, splits=("train",)), tmp_path / "run"
+    data = tiny_trainer(out, config_for("folder", root, crop="pad", num_val=3)).data
+    named = json.loads((out / "held_out.json").read_text())
+    assert {split: len(files) for split, files in named.items()} == {"test": 2, "val": 3}
+    for split, files in named.items():
+        part = getattr(data, split)
+        assert {str(root / file) for file in files} == {
+            part.samples.name(i) for i in range(len(files))
+        }
 
 
 def test_sizes_follow_the_epochs(tmp_path: Path) -> None:

@@ -66,6 +66,9 @@ def running(config: Config) -> Config:
         slow(with_objective(running(tiny_config(2, kind="none")), "arrest", teacher_epochs=1)),
         slow(changed(tiny_config(2, kind="none"), "targets", mix="mixup", mix_alpha=0.3)),
         slow(
+            changed(tiny_config(2, kind="none"), "targets", class_weights=(0.0, 2.0, *8 * (1.0,)))
+        ),
+        slow(
             changed(
                 changed(tiny_config(2, kind="none"), "targets", mix="cutmix", label_smoothing=0.1),
                 "awp",
@@ -75,7 +78,7 @@ def running(config: Config) -> Config:
         slow(changed(tiny_config(2, kind="none"), "attack", start_radius=2.0, project=False)),
         slow(changed(tiny_config(2, kind="none"), "attack", norm="L1", eps=2.0, alpha=1.0)),
     ],
-    ids=["arat", "running", "lbgat", "arrest", "mixup", "cutmix-awp", "nfgsm", "L1"],
+    ids=["arat", "running", "lbgat", "arrest", "mixup", "weights", "cutmix-awp", "nfgsm", "L1"],
 )
 def test_a_captured_run_is_the_eager_one(config: Config, tmp_path: Path) -> None:
     eagerly(tiny_trainer(tmp_path / "off", configured(config)).run)

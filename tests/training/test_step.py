@@ -96,6 +96,29 @@ def test_metrics_and_learning() -> None:
     assert kept == {name: float(value) for name, value in first.items()}
 
 
+def test_a_plain_step_launches_what_its_parts_do() -> None:
+    """No ingredient that a run leaves out costs it an operation: none is between the parts."""
+    torch.manual_seed(0)
+    model = create_model("resnet8", 4, norm="shared")
+    attack = PGD(num_steps=2)
+    step = step_of(model, AdversarialTraining(), attack, check_inputs=False)
+    x, y = batch()
+    x = x.contiguous(memory_format=torch.channels_last)
+    step(x, y)
+    with Operations() as whole:
+        step(x, y)
+    with Operations() as parts:
+        step.optimizer.zero_grad()
+        start = RandomStart(keys=attack.draw_keys(step.generator, x.device))
+        x_adv = attack(model, x, y, start)
+        output = step.objective(model, x, x_adv, y, start)
+        output.loss.backward()
+        accuracy = (output.logits_adv.argmax(dim=1) == y).float().mean()
+        Values.pack({"loss": output.loss, **output.terms, "accuracy_adv": accuracy})
+        step.optimizer.step()
+    assert [name for name, *_ in whole.seen] == [name for name, *_ in parts.seen]
+
+
 def test_same_seed_same_numbers() -> None:
     states = []
     for seed in (5, 5, 6):
