@@ -109,7 +109,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             "split": "test",
             "model": kind,
             "accuracy": suite.record(),
-            "right": {name: pack(r.correct.numpy()) for name, r in suite.results.items()},
+            "right": {name: pack(r.correct.cpu().numpy()) for name, r in suite.results.items()},
             **suite.remarks(),
             "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
         }

@@ -132,8 +132,8 @@ def test_the_numbers_stand_with_their_intervals(finished_page: Page) -> None:
     text = finished_page.sections["measurements"]
     assert "APGD on the cross-entropy 76.1" in text
     # Settings of one attack are not those of all.
-    assert "evaluation: batch_size 500; max_samples 0." in text
-    assert text.count("num_steps") == 2 and "num_steps 100" in text
+    assert "evaluation: batch size 500." in text
+    assert text.count("; steps ") == 2 and "; steps 100" in text
 
 
 def test_every_curve_is_there_and_described(finished: Path) -> None:
