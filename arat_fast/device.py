@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,8 @@ import torch
 
 _ABSENT = ("Found no NVIDIA driver", "GPUs are available", "not compiled with CUDA")
 """What PyTorch says where there is no GPU to use, or this PyTorch is not built for one."""
+
+_version = cache(metadata.version)
 
 
 def count_gpus() -> int:
@@ -139,7 +142,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("numpy", "scikit-learn", "triton", "torchvision", "pyautoattack", "arat-fast"):
         try:
-            found[package] = metadata.version(package)
+            found[package] = _version(package)
         except metadata.PackageNotFoundError:
             continue
     if torch.version.cuda:

@@ -22,6 +22,7 @@ from arat_fast.files import write_json
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.registry import create_model
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d, use_branch, use_statistics
+from arat_fast.models.wide_resnet import PreActBlock
 from arat_fast.objectives import ARAT
 from arat_fast.training.graph import NUM_WARMUP
 from arat_fast.training.step import TrainStep
@@ -30,6 +31,7 @@ from arat_kernels.checks import (
     Norm,
     Operation,
     Tensors,
+    added,
     added_affine,
     affine,
     classes,
@@ -63,7 +65,7 @@ def operations_of(
         image_shape: (C, H, W).
         num_classes: of the logits.
         batch: samples of one process in a batch.
-        attack: its norm, radius and step size.
+        attack: its norm, radius, step size and statistics.
     """
     calls: dict[tuple[Any, ...], None] = {}
 
@@ -72,6 +74,11 @@ def operations_of(
         fused = given.get("residual") is not None, bool(given.get("relu"))
         calls[(*args[0].shape[1:], *fused, isinstance(layer, SplitBatchNorm2d))] = None
 
+    sums: dict[tuple[int, ...], None] = {}
+
+    def note_sum(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        sums[tuple(out.shape[1:])] = None
+
     # On no device: shapes alone.
     shadow = copy.deepcopy(model).to("meta")
     for layer in shadow.modules():
@@ -79,6 +86,8 @@ def operations_of(
             layer.register_forward_pre_hook(note, with_kwargs=True)
         if isinstance(layer, SplitBatchNorm2d):
             layer.impl = "reference"
+        if isinstance(layer, PreActBlock) and isinstance(layer.bn2, SplitBatchNorm2d):
+            layer.register_forward_hook(note_sum)
     with torch.no_grad(), use_statistics(shadow, "running"):
         shadow(torch.empty(2, *image_shape, device="meta"))
     images, ball = (batch, *image_shape), f"{attack.norm}-{_joined(batch, *image_shape)}"
@@ -103,6 +112,8 @@ def operations_of(
         if is_split:
             norm = Norm((batch, batch), *shape[1:], residual=residual, relu=rectified)
             found[f"split_batch_norm-{name}"] = norm.operation
+    for summed in sums if attack.bn == "batch" else ():
+        found[f"split_batch_norm-{_joined(batch, *summed)}-sum"] = added((0, batch), *summed)
     few, size = (min(batch, 16), *image_shape), sum(p.numel() for p in model.parameters())
     found[f"{FOLD}-{type(model).__name__}-{size}-{_joined(*few)}"] = folded(model, few)
     return found

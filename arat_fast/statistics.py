@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import math
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def wilson_interval(correct: int, num_samples: int) -> tuple[float, float]:
@@ -47,3 +51,31 @@ def difference_interval(
     lower = p - q - math.hypot(p - p_low, q_high - q)
     upper = p - q + math.hypot(p_high - p, q - q_low)
     return lower, upper
+
+
+def paired_interval(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[float, float]:
+    """95 % interval of the difference of two mean accuracies on the same images.
+
+    What is uncertain is how other images would come out, by the standard error over the images of
+    their mean difference; the networks are as they are.
+
+    Args:
+        first, second: (seeds, num_samples), which images were right.
+
+    Returns:
+        lower and upper end of (first - second), in [-1, 1].
+    """
+    difference = first.mean(axis=0) - second.mean(axis=0)
+    half = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+    return float(difference.mean() - half), float(difference.mean() + half)
+
+
+def pack(right: NDArray[np.bool_]) -> str:
+    """(num_samples,) bools as bits in base64, for JSON."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def unpack(text: str, num_samples: int) -> NDArray[np.bool_]:
+    """What :func:`pack` was given."""
+    bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    return np.unpackbits(bits, count=num_samples).astype(bool)

@@ -146,7 +146,13 @@ def test_crashes(name: str, every: int, place: Path) -> None:
     assert not failed, f"{len(failed)} of {len(states)}:\n" + "\n".join(failed)
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(errno.EIO, marks=pytest.mark.slow, id="EIO"),
+        pytest.param(errno.ENOSPC, id="ENOSPC"),
+    ],
+)
 @pytest.mark.parametrize(("name", "every"), AMOUNTS)
 def test_errors(name: str, every: int, error: int, place: Path) -> None:
     trial = TRIALS[name]

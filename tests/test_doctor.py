@@ -17,6 +17,7 @@ from arat_fast import doctor
 from arat_fast.attacks import PGD
 from arat_fast.cli import main
 from arat_fast.models import create_model
+from arat_fast.models.wide_resnet import WideResNet
 from arat_kernels.checks import OPERATIONS, Operation, Tensors
 from arat_kernels.implementation import Impl, choose
 
@@ -133,6 +134,19 @@ def test_operations_have_the_shapes_of_the_step(norm: str) -> None:
     fold = operations[next(name for name in operations if name.startswith(doctor.FOLD))]
     # On a CPU the folded network is no kernel.
     assert fold.check(fold.make(0, torch.float32)) <= 1
+
+
+def test_sums_are_checked_where_an_attack_on_batch_statistics_forms_them() -> None:
+    model = WideResNet(10, 1, 4)
+    sums = {f"split_batch_norm-6x{c}x{s}x{s}-sum" for c, s in ((16, 8), (32, 4), (64, 2))}
+    for bn, expected in (("batch", sums), ("running", set())):
+        operations = doctor.operations_of(model, (3, 8, 8), 4, 6, PGD(bn=bn))  # type: ignore[arg-type]  # one of its values
+        found = {n for n in operations if n.startswith("split_batch_norm") and n.endswith("-sum")}
+        assert found == expected
+        records = doctor.check(
+            {name: with_kernel(operations[name], 0.0) for name in found}, torch.float32, CPU
+        )
+        assert not doctor.wrong_functions(records)
 
 
 def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

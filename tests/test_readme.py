@@ -31,6 +31,7 @@ def snippet(path: Path) -> str:
     return str(found)
 
 
+@pytest.mark.slow
 def test_library_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +123,8 @@ def test_your_network_example(
     }
     monkeypatch.setattr(arat_fast, "recipe", lambda name: config, raising=False)
     exec(snippet(README.parent / "docs" / "your-network.md"), names)
+    settings = json.loads(Path("run/config.json").read_text())["config"]["objective"]
+    assert settings["layers"] == ["1"]
     assert names["label"] in Digits.classes and 0.1 <= float(str(names["confidence"])) <= 1
     printed = capsys.readouterr().out.split()
     assert 0 <= float(printed[0]) <= 1 and printed[-1] == names["label"]

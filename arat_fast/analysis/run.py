@@ -231,6 +231,7 @@ def _analyze(
         "versions": versions(),
         "commit": source_commit(),
         "steps": saved.steps,
+        **({"train_limit": config.data.limit} if config.data.limit else {}),
     }
     for part, record in records.items():
         write_json(folder / f"{part}.json", {**about, **record})

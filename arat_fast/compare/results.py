@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from arat_fast.command_line import shown
 from arat_fast.compare.plan import Plan, PlannedMethod, other_folder, plan_from_record
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.files import read_json
 from arat_fast.objectives import known_objective
+from arat_fast.statistics import paired_interval, unpack
 
 SUM = "sum"
 ALL_PARTS = "all (ARAT)"
@@ -57,6 +61,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Of two accuracies on the same images, in percent, with its paired 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+@dataclass(frozen=True)
 class Results:
     """A comparison, evaluated.
 
@@ -80,6 +96,40 @@ class Results:
             ablation += [(ALL_PARTS, row) for row in self.rows if row.method.label == "arat"]
         methods = [(row.method.title, row) for row in self.rows if not row.method.ablation]
         return {k: v for k, v in (("Method", methods), ("Ablation", ablation)) if v}
+
+    @property
+    def reference(self) -> Row:
+        """The row that :attr:`differences` are of: the recipe's own objective, else the first."""
+        own = self.plan.config.objective.name
+        return next((row for row in self.rows if row.method.label == own), self.rows[0])
+
+    @property
+    def differences(self) -> list[tuple[str, dict[str, Difference]]]:
+        """The accuracy of :attr:`reference` less that of each other row, by title and metric: means
+        over the seeds that both have, where their records say which images were right."""
+        found = []
+        for row in self.rows:
+            if row is not self.reference:
+                pairs = {name: self._difference(row, name) for name in self.metrics}
+                found.append((row.method.title, {n: d for n, d in pairs.items() if d}))
+        return [(title, pairs) for title, pairs in found if pairs]
+
+    def _difference(self, other: Row, metric: str) -> Difference | None:
+        first, second = (self._right(row, metric) for row in (self.reference, other))
+        seeds = first.keys() & second.keys()
+        if not seeds:
+            return None
+        a, b = (np.stack([right[seed] for seed in seeds]) for right in (first, second))
+        low, high = paired_interval(a, b)
+        return Difference(100 * float(a.mean() - b.mean()), 100 * low, 100 * high)
+
+    def _right(self, row: Row, metric: str) -> dict[int, NDArray[np.bool_]]:
+        """Which images were right, by seed."""
+        return {
+            cell["seed"]: unpack(cell["right"][metric], cell["accuracy"][metric]["num_samples"])
+            for cell in self.record["cells"]
+            if cell["label"] == row.method.label and metric in cell.get("right", {})
+        }
 
     @property
     def num_samples(self) -> int | None:
@@ -165,6 +215,8 @@ def read_cell(folder: Path, config: Config) -> dict[str, Any] | None:
         return None
     if summary["status"] != "finished":
         return None
+    if "right" in summary:
+        found["right"] = summary["right"]
     with other_folder():
         check_same_run(config, saved, source)
     return found

@@ -21,6 +21,11 @@ from arat_fast.compare.results import (
 from arat_fast.report.templates import render
 from arat_fast.statistics import wilson_interval
 
+PAIRED = (
+    "Differences in points, means over the seeds that both rows have, with the paired 95 % "
+    "interval over the images: what other test images would change, not what other seeds would."
+)
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -48,6 +53,8 @@ def comparison_page(results: Results) -> str:
         notes=notes(results),
         plane=plane(results),
         half_width=_half_width(results),
+        differences=_differences(results),
+        paired=PAIRED,
         percentages=percentages,
         train_seconds=train_seconds,
         shell=shlex.join,
@@ -68,6 +75,10 @@ def to_markdown(results: Results) -> str:
     """The tables with what they need to be read, as Markdown."""
     parts = [conditions(results), cost_note(results)]
     parts += [_markdown_table(name, rows, results) for name, rows in results.groups.items()]
+    if table := _differences(results):
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+        rows.insert(1, ["---"] * len(table[0]))
+        parts += [PAIRED, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
     parts += [f"Note: {note}" for note in notes(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -83,6 +94,17 @@ def _markdown_table(name: str, rows: Sequence[tuple[str, Row]], results: Results
         title = title.replace("|", "\\|")
         lines.append(f"| {' | '.join([title, *cells, str(row.num_seeds), row.method.cost])} |")
     return "\n".join(lines)
+
+
+def _differences(results: Results) -> list[list[str]]:
+    """Heading and rows of the differences; [] where no record says which images were right."""
+    metrics = [metric for metric in results.metrics if metric != SUM]
+    rows = [
+        [title, *(str(pairs.get(metric, "–")) for metric in metrics)]
+        for title, pairs in results.differences
+    ]
+    heading = [f"{results.reference.method.title} less …", *map(column_name, metrics)]
+    return [heading, *rows] if rows else []
 
 
 def to_latex(results: Results) -> str:

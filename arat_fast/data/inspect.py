@@ -345,7 +345,7 @@ def draw_radii(
     pen = ImageDraw.Draw(sheet)
     write = partial(pen.text, fill=(60, 60, 60), font=ImageFont.load_default(size=12))
     for column, eps in enumerate((0.0, *radii)):
-        write((_GAP + column * wide, _GAP), f"{255 * eps:.4g}/255" if eps else "as it is")
+        write((_GAP + column * wide, _GAP), f"eps {255 * eps:.4g}/255" if eps else "as it is")
     for row, index in enumerate(np.linspace(0, len(parts[0]) - 1, number).astype(int).tolist()):
         try:
             image = parts[0].image(index)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from arat_fast.datasets.base import Content, Samples, without
 from arat_fast.datasets.encoded import EncodedImages, default_workers
@@ -155,6 +156,7 @@ def own_content(
                 f"to train on, got {shape}"
             )
     left, shared = _without_shared(parts)
+    notes += [note for part in left.values() if (note := _in_two_classes(part))]
     if "test" not in left and "val" in left:
         left["test"] = left.pop("val")
     return Content(left, classes, tuple(bad + shared), tuple(dict.fromkeys(notes)))
@@ -179,6 +181,18 @@ def _without_shared(parts: Mapping[str, Samples]) -> tuple[dict[str, Samples], l
             raise ValueError(f"{bad[-1]}: no {split} image is left")
         left[split] = without(part, shared)
     return left, bad
+
+
+def _in_two_classes(part: Samples) -> str:
+    """What is said of images of a split that stand in two classes; nothing where there are none."""
+    if isinstance(part, EncodedImages):
+        _, size, counts = np.unique(part.num_bytes(), return_inverse=True, return_counts=True)
+        part = part.subset(torch.from_numpy(np.flatnonzero(counts[size] > 1)))
+    pairs = [(i, j) for i, j in same_images(part, part) if part.labels[i] != part.labels[j]]
+    if not pairs:
+        return ""
+    first, twin = map(part.name, pairs[0])
+    return f"images that stand in two classes: {len(pairs):,}, the first {first} as {twin}"
 
 
 def same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
@@ -208,9 +222,9 @@ def same_images(first: Samples, second: Samples) -> Iterator[tuple[int, int]]:
         chosen = _spread(np.arange(len(second)), number)
         looked_at = _row_digests(second, chosen)
     contents.pop(b"", None)
-    for index, digest in zip(chosen.tolist(), looked_at, strict=True):
+    for index, digest in zip(chosen, looked_at, strict=True):
         if digest in contents:
-            yield index, int(contents[digest])
+            yield int(index), int(contents[digest])
 
 
 def _spread(index: Index, number: int) -> Index:

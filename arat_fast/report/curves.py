@@ -225,8 +225,8 @@ def _invariance(run: Run) -> Plot | None:
         for name, shade, dash in zip(layers, shades, dashes, strict=False)
     ]
     caption = (
-        "Share of each regularised layer in the loss, first layer first: how far its adversarial "
-        "features point away from the clean ones."
+        "Some layers learn to give an image and its adversarial version the same features: 0 where "
+        "these point the same way. A line is what one layer adds to the loss, first layer first."
     )
     height = 2.7 + 0.09 * len(layers)
     return _plot(

@@ -117,7 +117,9 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         check_names=_CHECKS,
         analysis_plots=analysis_plots(run.analyses, run.training_analyses),
         analysis_words=_analysis_words(run),
-        shared_settings={k: v for k, v in summary.evaluation.items() if k not in _OF_ONE_ATTACK},
+        shared_settings={
+            k: v for k, v in summary.evaluation.items() if v and k not in _OF_ONE_ATTACK
+        },
         records=records,
         radii=radii,
         classes=_classes(summary),

@@ -47,6 +47,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     functions = (
+        words.detail_name,
         words.duration,
         words.grouped,
         words.interval,

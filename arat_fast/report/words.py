@@ -19,6 +19,24 @@ _METRICS = {
     "autoattack": "AutoAttack",
     "clean_branch": "Clean, through the clean branch",
     "aa-torchattacks10": "AutoAttack with 10 steps (torchattacks)",
+    "apgd-ce": "APGD on the cross-entropy",
+    "apgd-dlr": "APGD on the DLR loss",
+    "apgd-t": "targeted APGD",
+    "fab-t": "targeted FAB",
+    "square": "Square",
+}
+_DETAILS = {
+    "alpha": "step size",
+    "branch": "BatchNorm branch",
+    "eager_because": "not folded, since",
+    "eps": "radius",
+    "max_samples": "first images only:",
+    "num_disputed": "images attacked again on the network itself",
+    "num_draws": "gradients averaged a step",
+    "num_rejected": "results outside the ball",
+    "num_restarts": "starts",
+    "num_targets": "target classes",
+    "path": "code",
 }
 _WEIGHTS = {
     "last": "the weights of the last step",
@@ -98,6 +116,11 @@ def metric_name(key: str) -> str:
     if key.startswith("pgd") and key[3:].isdigit():
         return f"PGD-{key[3:]}"
     return _METRICS.get(key, key)
+
+
+def detail_name(key: str) -> str:
+    """What a record says of a measurement, in words: "num_steps" is steps."""
+    return _DETAILS.get(key, key.removeprefix("num_").replace("_", " "))
 
 
 def objective_name(config: Config) -> str:

@@ -24,6 +24,7 @@ from arat_fast.run.state import Run
 from arat_fast.saved import export_plain, save_safetensors
 from arat_fast.saved.network import SAFETENSORS, describe, header
 from arat_fast.saved.weights import read_safetensors
+from arat_fast.statistics import pack
 from arat_fast.training.averaging import refresh_batch_norm
 from arat_kernels.implementation import choose
 
@@ -108,6 +109,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             "split": "test",
             "model": kind,
             "accuracy": suite.record(),
+            "right": {name: pack(r.correct.cpu().numpy()) for name, r in suite.results.items()},
             **suite.remarks(),
             "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
         }

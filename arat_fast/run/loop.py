@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -100,7 +101,9 @@ def end_epoch(run: Run) -> None:
         progress.clean_accuracy = accuracy
     means = {name: run.metrics.epoch_mean(name) for name in run.metrics.epoch_sums}
     rate = run.images_seen() / max(progress.seconds, 1e-9)
-    run.bar.end_epoch(done, settings.epochs, status(means, rate))
+    # train.max_steps can end a run within an epoch.
+    begun = math.ceil(progress.step / run.steps_per_epoch)
+    run.bar.end_epoch(begun, settings.epochs, status(means, rate))
     if done % settings.checkpoint_every == 0 or progress.step == run.total_steps:
         run.save()
 

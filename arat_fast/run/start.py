@@ -68,11 +68,12 @@ def _load(run: Run, source: str) -> str:
     of_others = bool(classes) and classes != run.data.train.classes
     kept = ""
     if other or of_others:
+        number = len(classes) or len(tensors[other[0]])
         for name, tensor in own_tensors.items():
             if name.startswith(head):
                 tensors[name] = tensor
-        number = len(classes) or "others"
-        kept = f"; its classifier, {head.removesuffix('.')}, is of {number} classes and stays fresh"
+        kept = f"; its classifier, {head.removesuffix('.')}, is of {number} other classes: a fresh "
+        kept += f"one of {run.data.train.num_classes} takes its place"
     load_weights(run.model, tensors, source)
     return f"starting from the weights of {source}{kept}"
 

@@ -72,10 +72,10 @@ class WeightAverage:
     @property
     def share_of_first(self) -> float:
         """Weight of the first averaged weights in an exponential average, in [0, 1]; 0 in others,
-        where all have the same."""
-        if self.config.kind != "ema":
+        where all have the same, and before it has begun."""
+        if self.config.kind != "ema" or not self.num_averaged:
             return 0.0
-        return self.config.decay ** max(self.num_averaged - 1, 0)
+        return self.config.decay ** (self.num_averaged - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""

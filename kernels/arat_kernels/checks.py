@@ -18,7 +18,7 @@ from arat_kernels.frozen_affine import add_frozen_affine, frozen_affine, relu_ba
 from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
 from arat_kernels.pgd_step import pgd_step, random_start
-from arat_kernels.split_batch_norm import split_batch_norm
+from arat_kernels.split_batch_norm import SplitBatchNorm2d, add_for, split_batch_norm
 
 Tensors = dict[str, Tensor]
 
@@ -304,6 +304,34 @@ class Norm:
         return replace(self, **options)
 
 
+def added(
+    sizes: tuple[int, int] = (3, 2), channels: int = 5, height: int = 4, width: int = 3
+) -> Operation:
+    """Split BatchNorm of a sum that is formed in the pass that takes its statistics, and the sum.
+
+    The summands have so few binary digits that every dtype holds the sum, which Triton's
+    interpreter would truncate and PyTorch round.
+    """
+    options = {"update": False, "residual": False, "relu": False, "pooled": False}
+    norm = Norm(sizes, channels, height, width).changed(**options)
+    layer = SplitBatchNorm2d(channels)
+    layer.statistics, layer.branch, layer.num_clean = "batch", "both", sizes[0]
+
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        made = norm.make(seed, dtype)
+        x = made["x"]
+        addend = torch.empty_like(x).copy_(randn(tuple(x.shape), seed + 7))
+        return made | {"x": (16 * x).round() / 16, "addend": (16 * addend).round() / 16}
+
+    def call(t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
+        layer.impl = impl
+        x = add_for(layer, t["x"], t["addend"])
+        return (*norm.call({**t, "x": x}, impl), x)
+
+    own = norm.operation
+    return replace(own, call=call, make=make, leaves=(*own.leaves, "addend"))
+
+
 def affine_tensors(
     seed: int,
     dtype: torch.dtype,
@@ -474,6 +502,7 @@ OPERATIONS: dict[str, Operation] = {
     "split_batch_norm": Norm().operation,
     "split_batch_norm-plain": Norm(residual=False, pooled=False).operation,
     "split_batch_norm-running": Norm(training=False).operation,
+    "split_batch_norm-sum": added(),
     "frozen_affine": affine(),
     "add_frozen_affine": added_affine(),
     "frozen_affine-bias": affine(scaled=False),

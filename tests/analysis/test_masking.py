@@ -80,7 +80,7 @@ def failed(record: dict[str, Any]) -> set[str]:
     return {entry["name"] for entry in record["checks"] if not entry["passed"]}
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", pytest.param("L2", marks=pytest.mark.slow)])
 def test_honest_network_passes(norm: str) -> None:
     record = check(Linear(), norm, sources={"other": Linear()})
     assert record["passed"] and not failed(record)

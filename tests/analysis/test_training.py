@@ -58,6 +58,7 @@ def test_weights_are_the_same_bit_for_bit(runs: tuple[Path, Path]) -> None:
     assert_same_state(without, with_analyses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "step"),
     [
@@ -168,6 +169,7 @@ def test_an_analysis_that_does_not_fit_is_left_out(
     assert len(read_run(tmp_path).training_analyses) == 4
 
 
+@pytest.mark.slow
 def test_swa_that_is_evaluated_again_has_one_last_line(tmp_path: Path) -> None:
     config = analysed(3, kind="swa")
     tiny_trainer(tmp_path, config).run()
@@ -183,7 +185,7 @@ class OwnObjective(TRADES):
 @pytest.mark.parametrize(
     ("name", "has_conflict", "has_mixture"),
     [
-        ("lbgat", False, True),
+        pytest.param("lbgat", False, True, marks=pytest.mark.slow),
         ("natural", False, False),
         (f"{__name__}:OwnObjective", True, True),
     ],

@@ -188,7 +188,14 @@ def test_random_start_and_generator(norm: Norm) -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "given"), [("Linf", False), ("L2", False), ("L1", False), ("Linf", True)]
+    ("norm", "given"),
+    [
+        ("Linf", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("L2", False), ("L1", False), ("Linf", True))
+        ),
+    ],
 )
 def test_the_attack_raises_the_loss_and_restarts_never_lower_it(norm: Norm, given: bool) -> None:
     """The cross-entropy or a loss that is given; also where gradients are switched off."""

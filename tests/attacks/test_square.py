@@ -48,7 +48,8 @@ def images(model: nn.Module, count: int, channels: int) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize(
-    ("channels", "queries", "rescale_schedule"), [(1, 1500, False), (3, 500, True)]
+    ("channels", "queries", "rescale_schedule"),
+    [pytest.param(1, 1500, False, marks=pytest.mark.slow), (3, 500, True)],
 )
 def test_same_examples_as_the_reference_code(
     channels: int, queries: int, rescale_schedule: bool

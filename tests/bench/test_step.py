@@ -131,6 +131,7 @@ def test_record_and_table(
     assert text in capsys.readouterr().out and "| 4 | 1 | fast-folded |" in text
 
 
+@pytest.mark.slow
 def test_losses_over_budget_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far = correctness.Reference([1.0, 2.0], [1.1, 2.0])
     assert far.budget == pytest.approx(2 * 0.05 + 0.01)

@@ -154,6 +154,7 @@ def test_eval_writes_beside_the_checkpoint_and_keeps_its_work_until_then(
         assert message.startswith("--out expects the name of a JSON file, NAME.json, got ")
 
 
+@pytest.mark.slow
 def test_a_run_of_three_classes_has_no_autoattack(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_baseline_runs(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_settings_between_arat_and_distillation_run(tmp_path: Path) -> None:
     """Those of docs/objectives.md, as they are printed there."""
     text = " ".join((Path(__file__).parents[2] / "docs" / "objectives.md").read_text().split())
@@ -253,6 +255,7 @@ def test_help_waits_for_no_library(arguments: tuple[str, ...], libraries: set[st
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_evaluated_again(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

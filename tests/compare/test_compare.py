@@ -29,6 +29,7 @@ from arat_fast.compare.runner import GridRunner, environments
 from arat_fast.config import config_from_dict
 from arat_fast.files import LOCK, Lock
 from arat_fast.recipes import recipe
+from arat_fast.statistics import unpack
 
 SHORT = [
     *("--seeds", "3", "--train.epochs", "2", "--train.eval-every", "0", "--average.kind", "none"),
@@ -108,6 +109,8 @@ def test_the_record_holds_what_every_cell_did(compared: Path) -> None:
     run = compared / cell["run"]
     summary = json.loads((run / "summary.json").read_text())
     assert cell["accuracy"] == summary["accuracy"]
+    for name, entry in cell["accuracy"].items():
+        assert unpack(cell["right"][name], entry["num_samples"]).sum() == entry["correct"]
     assert cell["accuracy"]["clean"]["num_samples"] == 40
     assert cell["config"] == json.loads((run / "config.json").read_text())["config"]
     assert summary["command"] == cell["command"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from arat_fast.compare.command import write_comparison
@@ -19,6 +21,7 @@ from arat_fast.compare.tables import comparison_page, latex_text, to_latex, to_m
 from arat_fast.config import config_to_dict
 from arat_fast.objectives import ARREST
 from arat_fast.recipes import recipe
+from arat_fast.statistics import pack
 
 # Clean, PGD-20 and AutoAttack counts of 360, by method and seed.
 COUNTS = {
@@ -77,6 +80,30 @@ def make_record(counts: dict[str, list[tuple[int, int, int]]]) -> dict[str, Any]
         "commit": "0123456789ab",
         "cells": cells,
     }
+
+
+def test_paired_differences() -> None:
+    """Of two rows whose images are known: by the formula, over the seeds that both have."""
+    record = make_record({"at": COUNTS["at"], "arat": COUNTS["arat"]})
+    rng = np.random.default_rng(0)
+    right = {}
+    for cell in record["cells"]:
+        bits = np.zeros(360, bool)
+        bits[rng.permutation(360)[: cell["accuracy"]["clean"]["correct"]]] = True
+        right[cell["label"], cell["seed"]] = bits
+        if cell["run"] != "at-seed2":
+            cell["right"] = {"clean": pack(bits)}
+    results = evaluate_record(record)
+    ((title, found),) = results.differences
+    assert (results.reference.method.label, title, list(found)) == ("arat", "AT", ["clean"])
+    each = [right["arat", s].astype(float) - right["at", s] for s in (0, 1)]
+    mean = sum(each) / 2
+    half = 196 * mean.std(ddof=1) / math.sqrt(360)
+    expected = (100 * mean.mean(), 100 * mean.mean() - half, 100 * mean.mean() + half)
+    assert (found["clean"].mean, found["clean"].low, found["clean"].high) == pytest.approx(expected)
+    row = f"| AT | {found['clean']} | – | – |"
+    assert row in to_markdown(results) and str(found["clean"]) in comparison_page(results)
+    assert "less …" not in to_markdown(evaluate_record(make_record(COUNTS)))
 
 
 @pytest.fixture(scope="module")

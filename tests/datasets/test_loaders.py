@@ -61,7 +61,10 @@ def test_cifar_is_torchvisions_by_every_loader(published: Any, tmp_path: Path, l
 
 @pytest.mark.parametrize(
     ("name", "memory_format"),
-    [("svhn", torch.channels_last), ("digits", torch.contiguous_format)],
+    [
+        ("svhn", torch.channels_last),
+        pytest.param("digits", torch.contiguous_format, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("loader", LOADERS)
 def test_batches_of_arrays_are_those_of_the_resident_loader(
@@ -196,7 +199,7 @@ def test_random_crops_cover_every_place_and_nothing_else(
     assert {x.numpy().tobytes() for x in seen} == possible
 
 
-@pytest.mark.parametrize("loader", [*ARRAY_LOADERS, "files"])
+@pytest.mark.parametrize("loader", [*ARRAY_LOADERS, pytest.param("files", marks=pytest.mark.slow)])
 def test_crops_and_flips_are_uniform(tmp_path: Path, loader: str) -> None:
     size, padding, number = 12, 2, 1500
     image = np.arange(1, size * size + 1, dtype=np.uint8).reshape(size, size, 1)

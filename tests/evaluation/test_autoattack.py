@@ -58,9 +58,8 @@ def digits(count: int, num_classes: int = 10) -> ImageSet:
     )
 
 
-@pytest.mark.parametrize(
-    ("norm", "eps"), [("Linf", 0.04), pytest.param("L2", 0.25, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.04), ("L2", 0.25)])
 def test_same_robust_set_as_the_reference_code(linear: nn.Module, norm: str, eps: float) -> None:
     images, threat = digits(40), ThreatModel(eps, norm)  # type: ignore[arg-type]
     seen: dict[str, list[tuple[int, int]]] = {}
@@ -129,12 +128,13 @@ def convolutional() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "eps", "version", "num_threads"),
     [
         ("Linf", 0.05, "torchattacks10", 1),
-        pytest.param("L2", 0.4, "torchattacks10", 1, marks=pytest.mark.slow),
-        pytest.param("Linf", 0.05, "standard", 2, marks=pytest.mark.slow),
+        ("L2", 0.4, "torchattacks10", 1),
+        ("Linf", 0.05, "standard", 2),
     ],
 )
 def test_the_fast_path_has_the_same_robust_set(
@@ -281,6 +281,7 @@ def test_a_network_that_draws_random_numbers(linear: nn.Module) -> None:
     assert 0 < result.accuracy < clean_accuracy(noisy, images, batch_size=12).accuracy
 
 
+@pytest.mark.slow
 def test_few_classes(linear: nn.Module) -> None:
     five = nn.Sequential(linear, nn.Linear(10, 5, bias=False))
     five[1].weight.data = torch.eye(10)[:5]

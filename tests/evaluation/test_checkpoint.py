@@ -168,6 +168,7 @@ def test_results_image_by_image(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "record.partial").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_damaged_record_is_moved_aside(run: Path, tmp_path: Path) -> None:
     assert shown.count("warning: ") == 6 and str(tmp_path / "record.npz.damaged3") in shown
 
 
+@pytest.mark.slow
 def test_the_same_attack_in_another_way_is_no_replacement(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     options: dict[str, Any] = {"max_samples": 10, "eps": 0.1, "num_restarts": 2, "out": out}

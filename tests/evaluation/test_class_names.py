@@ -161,7 +161,14 @@ def test_other_classes_are_refused(
         )
 
 
-@pytest.mark.parametrize("order", [[1, 2, 0], [2, 1, 0], [0, 2, 1]])
+@pytest.mark.parametrize(
+    "order",
+    [
+        [1, 2, 0],
+        pytest.param([2, 1, 0], marks=pytest.mark.slow),
+        pytest.param([0, 2, 1], marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_classes_in_another_order_are_matched(
     run: Path, tmp_path: Path, order: list[int]
 ) -> None:
@@ -193,7 +200,12 @@ def test_one_name_in_two_forms_is_one_class() -> None:
 
 @pytest.mark.parametrize(
     ("theirs", "mismatch"),
-    [(["a", "b", "c"], None), (["b", "c", "a"], "order"), ([], None), (["a", "b", "d"], "refused")],
+    [
+        pytest.param(["a", "b", "c"], None, marks=pytest.mark.slow),
+        (["b", "c", "a"], "order"),
+        pytest.param([], None, marks=pytest.mark.slow),
+        (["a", "b", "d"], "refused"),
+    ],
 )
 def test_reports_compare_names(tmp_path: Path, theirs: list[str], mismatch: str | None) -> None:
     runs = [write_fake_run(tmp_path / name, epochs=1) for name in ("ours", "theirs")]

@@ -52,6 +52,7 @@ def test_an_evaluation_says_so() -> None:
     }
 
 
+@pytest.mark.slow
 def test_summary_report_and_command_line_name_model_and_ball(
     ema_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

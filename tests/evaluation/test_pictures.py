@@ -62,7 +62,8 @@ def test_digits_as_pictures(
     assert "epoch 0 of 1 is done" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("crop", ["resized", pytest.param("pad", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("crop", ["resized", "pad"])
 def test_pictures_of_a_folder_are_framed_as_in_evaluation(
     tmp_path: Path, crop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def test_additional_data_are_said(
     assert [text in card for text in said.values()] == [key is additional for key in said]
 
 
+@pytest.mark.slow
 def test_robustbench_takes_the_ball_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_safetensors(create_model("resnet18", 10, norm="shared"), path, {"norm": "Linf"})
@@ -202,6 +203,7 @@ def test_program(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         arat_fast.load(tmp_path / "program")
 
 
+@pytest.mark.slow
 def test_program_in_float64(tmp_path: Path) -> None:
     model = create_model("resnet8", 10, norm="shared", mean=MEAN, std=STD)
     model = randomize(model).double().eval()
@@ -211,6 +213,7 @@ def test_program_in_float64(tmp_path: Path) -> None:
         assert (program(x) - model(x)).abs().max() <= 1e-12
 
 
+@pytest.mark.slow
 @onnx_only
 def test_onnx(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_checkpoint(ema_run, "onnx", tmp_path / "onnx")
@@ -237,8 +240,9 @@ def test_onnx_that_is_not_installed(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("normalize", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("normalize", [False, True])
 def test_torchvision(
     name: str, normalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

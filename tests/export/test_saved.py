@@ -84,7 +84,9 @@ def test_an_official_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("wrn34-10", "convnext-t")))
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name in ("wrn34-10", "convnext-t", "resnet50"))
+        )
         for name in MODELS
         # As wrn34-10, and larger.
         if name not in ("wrn28-10", "wrn70-16")

@@ -165,14 +165,21 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 SMALL = ("resnet8", "resnet8 grey", "activated", "awkward", "three branches", "in place", "strided")
-SLOW = ("resnet18", "resnet50", "efficientnet_b0", "torchvision resnet18", "mobilenet_v3_small")
+SLOW = (
+    "wrn16-2 shared",
+    "resnet18",
+    "resnet50",
+    "efficientnet_b0",
+    "torchvision resnet18",
+    "mobilenet_v3_small",
+)
 
 
 @pytest.mark.parametrize(
     ("name", "constant"),
     [
         *((name, constant) for constant in (False, True) for name in SMALL),
-        *((name, False) for name in ("resnet8 shared", "wrn16-2", "wrn16-2 shared")),
+        *((name, False) for name in ("resnet8 shared", "wrn16-2")),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in SLOW),
         pytest.param("mobilenet_v3_small", True, marks=pytest.mark.slow),
     ],

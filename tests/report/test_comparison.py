@@ -40,9 +40,9 @@ def test_the_comparison_shows_what_the_method_buys(tmp_path: Path) -> None:
     ("section", "values", "comparable"),
     [
         ("attack", {"eps": 8 / 255}, True),
-        ("train", {"epochs": 2}, True),
+        pytest.param("train", {"epochs": 2}, True, marks=pytest.mark.slow),
         ("data", {"name": "cifar10"}, False),
-        ("data", {"name": "folder", "root": "b"}, False),
+        pytest.param("data", {"name": "folder", "root": "b"}, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_comparison_of_different_tests_says_so(

@@ -49,9 +49,15 @@ def test_every_accuracy_is_shown(run: Path) -> None:
     for entry in record["accuracy"].values():
         assert interval(*entry["interval"], 30) in text
         assert f"{entry['correct']:,} of {entry['num_samples']:,}" in text
-    assert "PGD-2" in text and "num_steps 2" in text and "is not shown" not in text
+    assert (
+        "PGD-2" in text
+        and "; steps 2" in text
+        and "num_" not in text
+        and "is not shown" not in text
+    )
 
 
+@pytest.mark.slow
 def test_accuracy_by_radius(run: Path) -> None:
     """A row a radius, among them that of the summary; of two evaluations that of more images."""
     path = run / "evaluation-0.05.json"
@@ -81,8 +87,8 @@ def test_accuracy_by_radius(run: Path) -> None:
     ("changes", "shown"),
     [
         ({"weights_sha256": "0"}, False),
-        ({"dataset": "svhn"}, False),
-        ({"left_out": {"autoattack": "a reason"}}, True),
+        pytest.param({"dataset": "svhn"}, False, marks=pytest.mark.slow),
+        pytest.param({"left_out": {"autoattack": "a reason"}}, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_record_of_something_else_is_named_and_not_shown(

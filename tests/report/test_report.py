@@ -130,10 +130,10 @@ def test_the_numbers_stand_with_their_intervals(finished_page: Page) -> None:
     assert "349 of 360 right" in finished_page.text
     assert "at most 0.12" in finished_page.sections["meaning"]
     text = finished_page.sections["measurements"]
-    assert "apgd-ce 76.1" in text
+    assert "APGD on the cross-entropy 76.1" in text
     # Settings of one attack are not those of all.
-    assert "evaluation: batch_size 500; max_samples 0." in text
-    assert text.count("num_steps") == 2 and "num_steps 100" in text
+    assert "evaluation: batch size 500." in text
+    assert text.count("; steps ") == 2 and "; steps 100" in text
 
 
 def test_every_curve_is_there_and_described(finished: Path) -> None:
@@ -172,6 +172,7 @@ def test_wrong_predictions_are_marked_without_colour(finished_page: Page) -> Non
     assert "attacked image of 0, read as 1 (wrong)" in alts
 
 
+@pytest.mark.slow
 def test_settings_that_differ_from_the_recipe_are_marked(
     finished_page: Page, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_settings_that_differ_from_the_recipe_are_marked(
     assert "mine" in text and "◆ " not in text
 
 
+@pytest.mark.slow
 def test_settings_that_are_off_are_left_out(finished_page: Page, tmp_path: Path) -> None:
     text = finished_page.sections["configuration"]
     assert "warmup0.3" in text and "w_adv" not in text
@@ -200,6 +202,7 @@ def test_settings_that_are_off_are_left_out(finished_page: Page, tmp_path: Path)
     assert "◆ warmup0.2" in text
 
 
+@pytest.mark.slow
 def test_class_by_class(finished_page: Page, tmp_path: Path) -> None:
     text = finished_page.sections["classes"]
     # Of AutoAttack's 268 right answers 26 are of each of the first two classes, 27 of the others.
@@ -210,6 +213,7 @@ def test_class_by_class(finished_page: Page, tmp_path: Path) -> None:
     assert "classes" not in report(folder).sections
 
 
+@pytest.mark.slow
 def test_commands_that_go_on(finished: Path, finished_page: Page, tmp_path: Path) -> None:
     text = finished_page.sections["next"]
     for command in ("train", "analyze", "report", "predict", "export"):
@@ -303,9 +307,9 @@ def test_few_metrics_are_enough(tmp_path: Path, numbers: dict[str, float]) -> No
 @pytest.mark.parametrize(
     ("clean", "pgd", "auto", "words"),
     [
-        (349, 290, 268, None),
-        (100, 200, 90, "above clean"),
-        (300, 200, 210, "AutoAttack left more"),
+        pytest.param(349, 290, 268, None, marks=pytest.mark.slow),
+        pytest.param(100, 200, 90, "above clean", marks=pytest.mark.slow),
+        pytest.param(300, 200, 210, "AutoAttack left more", marks=pytest.mark.slow),
         (300, 280, 100, "masked gradients"),
     ],
 )
@@ -317,7 +321,14 @@ def test_suspicious_numbers_are_pointed_out(
     assert words in text if words else "Check this" not in text and "masked" not in text
 
 
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (4, 5)])
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    [
+        (1, 8),
+        pytest.param(3, 32, marks=pytest.mark.slow),
+        pytest.param(4, 5, marks=pytest.mark.slow),
+    ],
+)
 def test_images_are_shown_as_they_are(tmp_path: Path, channels: int, size: int) -> None:
     folder = write_fake_run(
         tmp_path / "run", epochs=1, channels=channels, size=size, num_examples=2

@@ -103,11 +103,13 @@ def test_full_disk_under_the_metrics(tmp_path: Path) -> None:
 
 
 def test_remarks_on_folding_and_a_young_average(tmp_path: Path) -> None:
-    for decay, said in ((0.9, True), (0.2, False)):
-        config = tiny_config(epochs=1, kind="ema", start=0.0, decay=decay, every=1)
+    # The last run ends before its average begins.
+    for start, decay, said in ((0.0, 0.9, True), (0.0, 0.2, False), (0.5, 0.9, False)):
+        config = tiny_config(epochs=2, kind="ema", start=start, decay=decay, every=1)
+        config = changed(config, "train", max_steps=4)
         config = changed(config, "attack", bn="running")
         console = Console(file=io.StringIO(), width=200)
-        summary = tiny_trainer(tmp_path / str(decay), config, console=console).run()
+        summary = tiny_trainer(tmp_path / f"{start}-{decay}", config, console=console).run()
         shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
         # Three of four steps came after the first one.
         assert ("73 %" in shown) == ("young average" in shown) == said
@@ -137,6 +139,7 @@ class Killed(Hook):
             raise RuntimeError("killed")
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best checkpoint is written after it; a run that is killed then goes on behind it."""
     config = changed(tiny_config(epochs=3), "train", eval_every=1, keep_best=True)
@@ -163,7 +166,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("call", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 2])
 def test_signal_during_an_evaluation(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:

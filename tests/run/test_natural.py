@@ -113,7 +113,7 @@ def test_the_optimiser_has_the_parameters_that_are_trained_once(tmp_path: Path, 
     assert sorted(listed) == sorted(map(id, wanted)) and len(set(listed)) == len(listed)
 
 
-@pytest.mark.parametrize("name", ["lbgat", "arrest"])
+@pytest.mark.parametrize("name", [pytest.param("lbgat", marks=pytest.mark.slow), "arrest"])
 def test_bf16_keeps_both_networks_in_float32(arrest: Path, tmp_path: Path, name: str) -> None:
     settings = {"teacher": arrest / "natural"} if name == "arrest" else {}
     config = changed(config_for(name, 1, **settings), "step", precision="bf16")

@@ -96,7 +96,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
         ("lbgat", 6, signal.SIGINT, 130),
         slow("lbgat 6", 6, signal.SIGINT, 130),
         slow("own clean branch", 6, signal.SIGINT, 130),
-        ("arrest", 6, signal.SIGINT, 130),
+        slow("arrest", 6, signal.SIGINT, 130),
     ],
 )
 def test_resumed_run_equals_uninterrupted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from networks import randomize
 from official import state_dict_to_official
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import changed, tiny_config, tiny_trainer, with_objective
 from torch import Tensor
@@ -91,9 +93,11 @@ def test_another_classifier_stays_fresh_and_the_body_waits(tmp_path: Path) -> No
         def end(self, run: Any) -> None:
             self.before_epoch(run, 2)
 
-    watch = Watch()
-    run = tiny_trainer(tmp_path / "run", config, hooks=[watch])
+    watch, console = Watch(), Console(file=io.StringIO(), width=200)
+    run = tiny_trainer(tmp_path / "run", config, hooks=[watch], console=console)
     run.run()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "linear, is of 4 other classes: a fresh one of 10 takes its place" in shown
     start, frozen, trained = watch.seen
     assert torch.equal(start["conv1.weight"], source.state_dict()["conv1.weight"])
     assert start["linear.bias"].shape == (10,)

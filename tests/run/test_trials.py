@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tiny import assert_same_end, changed, metric_lines, tiny_config, tiny_trainer
 
 from arat_fast.config import DataConfig, ScheduleConfig
@@ -19,7 +21,11 @@ from arat_fast.training.schedule import learning_rate
 def test_a_run_ends_within_an_epoch_and_goes_on(tmp_path: Path) -> None:
     """With more steps the weights are those of a run that was never limited."""
     config = changed(tiny_config(2), "train", epochs=2, eval_every=0, device="cpu", log_every=3)
-    short = tiny_trainer(tmp_path / "a", changed(config, "train", max_steps=5)).run()
+    console = Console(file=io.StringIO(), width=200)
+    few = changed(config, "train", max_steps=5)
+    short = tiny_trainer(tmp_path / "a", few, console=console).run()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "\nepoch 2/2 " in shown
     assert (short["steps"], short["epochs"], short["max_steps"]) == (5, 5 / 4, 5)
     assert "limit" not in short
     assert metric_lines(tmp_path / "a", "train")[-1]["step"] == 5

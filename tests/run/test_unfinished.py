@@ -64,7 +64,7 @@ def broken_off(out: Path, config: Config, step: int, share: float, backward: boo
     ("config", "step", "share", "backward"),
     [
         pytest.param(tiny_config(2), 3, 0.3, False, id="attack"),
-        pytest.param(tiny_config(2), 5, 0.9, True, id="first of an epoch"),
+        pytest.param(tiny_config(2), 5, 0.9, True, id="first of an epoch", marks=pytest.mark.slow),
         pytest.param(tiny_config(2), 1, 0.0, False, id="first", marks=pytest.mark.slow),
         pytest.param(OFFICIAL, 3, 0.6, False, id="official", marks=pytest.mark.slow),
         pytest.param(FOLDED, 3, 0.9, False, id="folded", marks=pytest.mark.slow),

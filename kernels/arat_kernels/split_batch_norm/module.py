@@ -177,6 +177,8 @@ def add_for(norm: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
         isinstance(norm, SplitBatchNorm2d)
         and norm.statistics == "batch"
         and norm.group is None
+        # Dynamo cannot give a tensor an attribute.
+        and not torch.compiler.is_compiling()
         # torch.fx traces with what is no tensor.
         and isinstance(x, Tensor)
         and (x.shape, x.dtype) == (addend.shape, addend.dtype)

@@ -29,7 +29,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLAGS = [True, False]
 
 
-@pytest.mark.parametrize(("programs", "pooled"), [(1, True), (7, False)])
+@pytest.mark.parametrize(
+    ("programs", "pooled"), [pytest.param(1, True, marks=pytest.mark.slow), (7, False)]
+)
 def test_many_tiles_and_segments(
     monkeypatch: pytest.MonkeyPatch, programs: int, pooled: bool
 ) -> None:
