@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import changed, metric_lines, tiny_config, tiny_trainer
 
+from arat_fast.cli import main
 from arat_fast.config import Config
 from arat_fast.report.run import read_run
 from arat_fast.run.hooks import Hook
@@ -116,3 +118,17 @@ def test_cures_come_to_an_end(tmp_path: Path) -> None:
     summary = run.run()
     assert len(summary["warnings"]) == MAX_CURES + 1
     assert run.step.attack.alpha == 0.03 / 2**MAX_CURES
+
+
+@pytest.mark.slow
+def test_a_real_fall_is_seen_and_cured(tmp_path: Path) -> None:
+    """The run of docs/fast-at.md: FGSM without a random start, a large radius and learning rate."""
+    page = (Path(__file__).parents[2] / "docs" / "fast-at.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if "--out runs/more-steps" in line]
+    arguments = shlex.split(line)[1:-2]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    run = read_run(tmp_path / "run")
+    (back,) = [look for look in run.looks if look.fell_at is not None]
+    pgd = {look.epoch: look.pgd for look in run.looks if look.pgd is not None}
+    best = max(value for epoch, value in pgd.items() if epoch <= back.epoch)
+    assert len(pgd) == 26 and min(list(pgd.values())[-3:]) > 0.75 * best
