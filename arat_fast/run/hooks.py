@@ -180,8 +180,9 @@ class Remarks(Hook):
         share = run.average.share_of_first
         if share > MAX_SHARE_OF_FIRST:
             run.warn(
-                "young average: in the weights that are evaluated, those after step "
-                f"{run.average.start_step + 1} still count {100 * share:.0f} %; train longer, "
+                "young average: the training was short, and in the averaged weights, which are "
+                f"evaluated, those after step {run.average.start_step + 1} still count "
+                f"{100 * share:.0f} %; train longer, "
                 "lower --average.decay, or --average.kind none"
             )
 
