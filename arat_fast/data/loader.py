@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import weakref
@@ -162,30 +161,34 @@ class Workers:
         self._num_workers = min(num_workers, len(plan))
         self._device = device
         self._numbers = _BatchNumbers()
-        self._loader: DataLoader[Any] | None = None
-        # Before the interpreter kills the processes, of which PyTorch would complain.
-        atexit.register(_close, weakref.ref(self))
+        # The one of the last epoch. Outside of every cycle of references: the garbage collector
+        # would close the queues first, and wait five seconds for each process then. At exit before
+        # the interpreter kills the processes, of which PyTorch would complain.
+        self._loader: list[DataLoader[Any]] = []
+        weakref.finalize(self, self._loader.clear)
 
     def close(self) -> None:
         """Stop the processes; the next epoch starts others."""
-        self._loader = None
+        self._loader.clear()
 
     def run(self, epoch: int, start_batch: int) -> Iterator[Any]:
         """The batches of an epoch, from ``start_batch`` on."""
         self._numbers.pairs = [(epoch, number) for number in range(start_batch, len(self._plan))]
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._samples,
-                batch_size=None,
-                sampler=self._numbers,
-                num_workers=self._num_workers,
-                pin_memory=self._device.type == "cuda",
-                persistent_workers=self._num_workers > 0,
-                worker_init_fn=_leave_signals_to_the_parent,
-                # Otherwise a number is drawn from the global generator, once per epoch.
-                generator=seeded_generator(self._plan.seed, epoch),
+        if not self._loader:
+            self._loader.append(
+                DataLoader(
+                    self._samples,
+                    batch_size=None,
+                    sampler=self._numbers,
+                    num_workers=self._num_workers,
+                    pin_memory=self._device.type == "cuda",
+                    persistent_workers=self._num_workers > 0,
+                    worker_init_fn=_leave_signals_to_the_parent,
+                    # Otherwise a number is drawn from the global generator, once per epoch.
+                    generator=seeded_generator(self._plan.seed, epoch),
+                )
             )
-        yield from self._loader
+        yield from self._loader[0]
 
 
 class _BatchNumbers:
@@ -198,12 +201,6 @@ class _BatchNumbers:
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-
-def _close(reference: weakref.ref[Workers]) -> None:
-    workers = reference()
-    if workers is not None:
-        workers.close()
 
 
 def read_ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Generator[Made, None, None]:

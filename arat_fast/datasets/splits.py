@@ -156,7 +156,8 @@ def own_content(
                 f"to train on, got {shape}"
             )
     left, shared = _without_shared(parts)
-    notes += [note for part in left.values() if (note := _in_two_classes(part))]
+    files = (part for part in left.values() if isinstance(part, EncodedImages))
+    notes += [note for part in files if (note := _in_two_classes(part))]
     if "test" not in left and "val" in left:
         left["test"] = left.pop("val")
     return Content(left, classes, tuple(bad + shared), tuple(dict.fromkeys(notes)))
@@ -183,11 +184,10 @@ def _without_shared(parts: Mapping[str, Samples]) -> tuple[dict[str, Samples], l
     return left, bad
 
 
-def _in_two_classes(part: Samples) -> str:
+def _in_two_classes(part: EncodedImages) -> str:
     """What is said of images of a split that stand in two classes; nothing where there are none."""
-    if isinstance(part, EncodedImages):
-        _, size, counts = np.unique(part.num_bytes(), return_inverse=True, return_counts=True)
-        part = part.subset(torch.from_numpy(np.flatnonzero(counts[size] > 1)))
+    _, size, counts = np.unique(part.num_bytes(), return_inverse=True, return_counts=True)
+    part = part.subset(torch.from_numpy(np.flatnonzero(counts[size] > 1)))
     pairs = [(i, j) for i, j in same_images(part, part) if part.labels[i] != part.labels[j]]
     if not pairs:
         return ""

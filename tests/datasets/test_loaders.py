@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +333,19 @@ def test_three_ranks_with_an_indivisible_size(way: dict[str, Any]) -> None:
     tested = ImageSet.from_batches(alone.test)
     assert torch.equal(torch.cat([part.x for part in held]), tested.x)
     assert torch.equal(torch.cat([part.y for part in held]), tested.y)
+
+
+def test_the_garbage_collector_does_not_wait_for_workers(tmp_path: Path) -> None:
+    """In a cycle of references, as a run is: PyTorch waits five seconds for each of them."""
+    train = load("folder", image_folder(tmp_path / "set"), batch_size=2, num_workers=2).train
+    next(train.epoch(0))
+    assert len(multiprocessing.active_children()) == 2
+    cycle: list[Any] = [train]
+    cycle.append(cycle)
+    del train, cycle
+    began = time.perf_counter()
+    gc.collect()
+    assert not multiprocessing.active_children() and time.perf_counter() - began < 4
 
 
 def test_interrupt_of_the_workers_loses_no_batch(tmp_path: Path) -> None:

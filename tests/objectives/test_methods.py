@@ -99,7 +99,9 @@ Formula = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 def mean_of(formula: Formula, logits: list[Tensor], targets: Tensor, weight: float) -> Tensor:
-    """Over the samples, and over the classes by their targets (N, K)."""
+    """Over the samples, and over the classes by their targets (N, K) or labels (N,)."""
+    if targets.ndim == 1:
+        targets = nn.functional.one_hot(targets, 4)
     rows = zip(*logits, strict=True)
     losses = [[formula(*row, label, weight) for label in range(4)] for row in rows]
     return (targets * torch.stack([torch.stack(row) for row in losses])).sum(dim=1).mean()
