@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -59,10 +59,14 @@ def step_of(
 
 
 def make_step(
-    bn: Any = "batch", dtype: torch.dtype = torch.float32, num_steps: int = 2, **options: Any
+    bn: Any = "batch",
+    dtype: torch.dtype = torch.float32,
+    num_steps: int = 2,
+    seed: int = 0,
+    **options: Any,
 ) -> TrainStep:
     """ARAT on resnet8."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = create_model("resnet8", 4).to(dtype)
     objective = ARAT(model, LAYERS, (3, 8, 8)).to(dtype)
     objective.start_epoch(0.5)
@@ -219,40 +223,37 @@ def test_bf16_keeps_losses_and_images_float32() -> None:
     assert all(t.dtype == torch.float32 for t in state if t.is_floating_point())
 
 
-CPU = Path("/proc/cpuinfo")
-DRIFTS = pytest.mark.xfail(
-    CPU.exists() and "amx_bf16" in CPU.read_text(),
-    reason="with AMX the folded bf16 run drifts by 0.69, the budget is 0.52: cause not found",
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("bn", ["batch", pytest.param("running", marks=DRIFTS)])
+@BOTH_STATISTICS
 def test_bf16_follows_float32(bn: str) -> None:
-    """Losses over 20 steps, same seeds.
+    """Losses over 20 steps, the same seeds, in the mean of eight networks.
 
     A bf16 forward pass is wrong by about 2^-9 per rounding; the loss, after some ten layers, by
     1e-2 relative. Training moves both runs apart, as two float32 runs from weights that differ by
-    that rounding do: those set the budget.
+    that rounding do: those set the budget. How far one of them moves is chance, by a factor of
+    three between networks, so that the means are compared.
     """
-    plain, rounded = make_step(bn, num_steps=1), make_step(bn, num_steps=1)
-    fast = make_step(bn, num_steps=1, precision=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in rounded.model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    losses: dict[str, list[float]] = {"plain": [], "rounded": [], "fast": []}
-    for x, y in batches(20):
-        for name, step in (("plain", plain), ("rounded", rounded), ("fast", fast)):
-            losses[name].append(float(step(x, y)["loss"]))
-    difference = {
-        name: [abs(a - b) for a, b in zip(losses[name], losses["plain"], strict=True)]
-        for name in ("rounded", "fast")
-    }
-    assert difference["fast"][0] <= 0.01 * losses["plain"][0]
-    mean = {name: sum(values) / len(values) for name, values in difference.items()}
-    level = sum(losses["plain"]) / len(losses["plain"])
-    assert mean["fast"] <= 2 * mean["rounded"] + 0.01 * level
-    assert losses["fast"][-1] < losses["fast"][0]
+    drift: dict[str, list[float]] = {"rounded": [], "fast": []}
+    level = []
+    for seed in range(8):
+        steps = {
+            "plain": make_step(bn, num_steps=1, seed=seed),
+            "rounded": make_step(bn, num_steps=1, seed=seed),
+            "fast": make_step(bn, num_steps=1, seed=seed, precision=torch.bfloat16),
+        }
+        with torch.no_grad():
+            for parameter in steps["rounded"].model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        losses = {
+            name: torch.stack([step(x, y)["loss"] for x, y in batches(20)])
+            for name, step in steps.items()
+        }
+        for name, drifts in drift.items():
+            drifts.append(float((losses[name] - losses["plain"]).abs().mean()))
+        level.append(float(losses["plain"].mean()))
+        assert abs(losses["fast"][0] - losses["plain"][0]) <= 0.01 * losses["plain"][0]
+        assert losses["fast"][-1] < losses["fast"][0]
+    assert fmean(drift["fast"]) <= 2 * fmean(drift["rounded"]) + 0.01 * fmean(level)
 
 
 @BOTH_STATISTICS
