@@ -21,8 +21,9 @@ from rich.progress import (
 
 from arat_fast.stop import leave_lost_output
 
-QUIET_SECONDS = 10.0
-"""Longest silence during an evaluation whose output is not a terminal."""
+QUIET_SECONDS = 120.0
+"""Shortest time between two lines of progress where the output is not a terminal: an epoch or an
+attack that takes less has one line."""
 
 Unit = Literal["images", "passes", "operations", "corruptions"]
 
