@@ -27,6 +27,14 @@ def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_what_stays_true_is_said_once() -> None:
+    written = io.StringIO()
+    display = Display(Console(file=written))
+    for text in ("one", "two", "one"):
+        display.say_once(text)
+    assert written.getvalue() == "one\ntwo\n"
+
+
 def test_a_quick_attack_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
