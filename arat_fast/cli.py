@@ -260,6 +260,7 @@ class Eval(Command):
         from arat_fast.config import ModelConfig
         from arat_fast.datasets.corruptions import FOLDERS
         from arat_fast.device import keep_freed_memory
+        from arat_fast.display import Display
         from arat_fast.distributed import join
         from arat_fast.evaluation.checkpoint import evaluate_checkpoint
         from arat_fast.evaluation.record import record_path
@@ -281,7 +282,8 @@ class Eval(Command):
         options = dataclasses.asdict(self)
         for name in ("model_name", "weights", "mean", "std"):
             del options[name]
-        options |= {"checkpoint": checkpoint, "model": model}
+        # One display, which says once what is so in every ball.
+        options |= {"checkpoint": checkpoint, "model": model, "display": Display()}
         records = []
         path = checkpoint
         try:
@@ -294,7 +296,7 @@ class Eval(Command):
                     ball = {"norm": norm, "eps": eps, "out": path}
                     records.append(evaluate_checkpoint(**{**options, **ball}, ranks=ranks))
                     if ranks.is_main:
-                        self._print(records[-1], path)
+                        self._print(records[-1], path, is_first=len(records) == 1)
                 if not ranks.is_main:
                     return 0
         except KeyboardInterrupt as stopped:
@@ -323,11 +325,11 @@ class Eval(Command):
                 raise UsageError(f"--eps: {error}") from None
         return found or [(self.norm, None)]
 
-    def _print(self, record: dict[str, Any], path: Path) -> None:
-        if "interrupted" in record:
+    def _print(self, record: dict[str, Any], path: Path, is_first: bool) -> None:
+        if "interrupted" in record and is_first:
             trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
             print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")
-        _print_accuracy(record)
+        _print_accuracy(record, remarks=is_first)
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
         print(f"image by image: {per_example}")
@@ -369,7 +371,7 @@ def _print_balls(records: list[dict[str, Any]]) -> None:
         print(f"{ball:16}" + "".join(f"{share:>18}" for share in shares))
 
 
-def _print_accuracy(found: dict[str, Any]) -> None:
+def _print_accuracy(found: dict[str, Any], remarks: bool = True) -> None:
     labels = {
         "clean_branch": "clean (clean branch)",
         "autoattack": "AutoAttack",
@@ -388,7 +390,7 @@ def _print_accuracy(found: dict[str, Any]) -> None:
             f"95 % interval {low:.2f} to {high:.2f} %{ball}"
         )
     for remark in ("collapsed", "randomised"):
-        if remark in found:
+        if remark in found and remarks:
             print(f"warning: {found[remark]}")
 
 

@@ -121,11 +121,10 @@ def operations_of(
         f"image_parts-{_joined(*images)}": parts(images),
         f"cross_entropy_grad-{_joined(batch, num_classes)}": classes(batch, num_classes),
         f"cosine_invariance-{_joined(batch, *widths)}": distance(batch, widths),
+        f"random_start-{ball}": start(**radius),
+        f"pgd_step-{ball}": step(alpha=attack.alpha, **radius),
+        f"pgd_step-{ball}-parts": step_of_parts(alpha=attack.alpha, **radius),
     }
-    if attack.ball.has_kernel:
-        found[f"random_start-{ball}"] = start(**radius)
-        found[f"pgd_step-{ball}"] = step(alpha=attack.alpha, **radius)
-        found[f"pgd_step-{ball}-parts"] = step_of_parts(alpha=attack.alpha, **radius)
     for channels, height, width, residual, rectified, is_split in calls:
         shape = batch, channels, height, width
         name = _joined(*shape) + "-residual" * residual + "-relu" * rectified

@@ -135,7 +135,7 @@ def evaluate_checkpoint(
     if data is None and source.root != trained.data.root:
         of_run = saved is not None and saved.steps is not None
         before = f"; the run had them from {trained.data.root}" if of_run else ""
-        display.say(f"images from {source.root}{before}")
+        display.say_once(f"images from {source.root}{before}")
     download_data(source, ranks)
     with display.evaluating() as bar:
         splits = load_data(
@@ -154,7 +154,7 @@ def evaluate_checkpoint(
     images = found.in_order(saved.classes, saved.path)
     mapped = images is not found
     if mapped:
-        display.say(
+        display.say_once(
             f"the images count the same {len(images.classes)} classes in another order than the "
             "network: they are matched by their names"
         )
@@ -183,7 +183,7 @@ def evaluate_checkpoint(
             display.say(f"warning: {moved}")
         earlier_record(out, facts, wanted)
     for name, reason in attacks_left_out(attacks, test.num_classes).items():
-        display.say(f"{name} is left out: {reason}")
+        display.say_once(f"{name} is left out: {reason}")
     replaced = {}
     if target.type == "cuda":
         attack = PGD(threat.eps, alpha, norm=threat.norm, bn="running")
@@ -201,7 +201,7 @@ def evaluate_checkpoint(
             target,
             ranks,
             display,
-            lambda text: display.say(f"warning: {text}"),
+            lambda text: display.say_once(f"warning: {text}"),
         )
     start = time.perf_counter()
     with display.evaluating() as bar:

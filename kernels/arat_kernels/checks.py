@@ -461,8 +461,9 @@ def step(norm: str = "Linf", eps: float = EPS, alpha: float = ALPHA, **options: 
         return pgd_step(t["x_adv"], t["grad"], t["x"], eps=eps, alpha=alpha, norm=norm, impl=impl)  # type: ignore[arg-type]  # a name that tests choose
 
     make = partial(image_tensors, eps=eps, **options)
-    # Three sums, a division and a product, each relative to a perturbation below 1.
-    return Operation(call, make, moved=("x_adv",), atol=0 if norm == "Linf" else 8 * SLACK)
+    # In L2 three sums, a division and a product, each relative to a perturbation below 1.
+    atol = {"Linf": 0, "L2": 8 * SLACK}.get(norm)
+    return Operation(call, make, moved=("x_adv",), atol=atol)
 
 
 def step_of_parts(
@@ -534,10 +535,13 @@ OPERATIONS: dict[str, Operation] = {
     "cross_entropy_grad-weighted": weighted(),
     "pgd_step": step(),
     "pgd_step-L2": step("L2"),
+    "pgd_step-L1": step("L1", 1.0, 0.5, shape=(2, 3, 6, 10)),
     "pgd_step-parts": step_of_parts(),
     "pgd_step-L2-parts": step_of_parts("L2"),
+    "pgd_step-L1-parts": step_of_parts("L1", 1.0, 0.5, shape=(2, 3, 6, 10)),
     "random_start": start(first=1),
     "random_start-L2": start("L2", first=1),
+    "random_start-L1": start("L1", first=1),
     "image_parts": parts(),
     "crop_flip": crops(),
     "crop_flip-bf16": crops(dtype=torch.bfloat16),

@@ -149,7 +149,7 @@ def test_compiles_to_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 1, 4, 4), (1, 3, 37, 39)], ids=str)
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_a_step_moves_the_parts_too(norm: Any, shape: tuple[int, ...]) -> None:
     """By the gradient of the high part, to the parts of where the image is then."""
     draw = torch.Generator().manual_seed(1)
