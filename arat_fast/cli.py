@@ -731,8 +731,9 @@ class Doctor(Command):
         operations = doctor.operations_of(
             model, shape, classes, config.data.batch_size, config.attack, precision
         )
-        # Streams and events are those of the current one.
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            # Streams and events are those of the current one.
+            torch.cuda.set_device(device)
         with Display().evaluating() as bar:
             record, file = doctor.examine(operations, precision, device, whole=True, progress=bar)
         print(doctor.table(record))

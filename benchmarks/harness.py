@@ -86,7 +86,7 @@ class Bench(Generic[Chosen]):
         self.table = table
         self.display = display or Display()
         self.device = resolve_device(options.device)
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             # Streams and events are those of the current one.
             torch.cuda.set_device(self.device)
         now = datetime.datetime.now(datetime.timezone.utc)

@@ -204,7 +204,8 @@ def test_the_command_measures_the_gpu_that_it_names(
     monkeypatch.setattr(device, "resolve_precision", lambda *_: torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(doctor, "examine", lambda *_, **__: (record, tmp_path))
-    assert main(["doctor", "digits", "--device", "cuda:1"]) == 0
+    for name in ("cuda", "cuda:1"):
+        assert main(["doctor", "digits", "--device", name]) == 0
     assert current == [torch.device("cuda:1")]
 
 
