@@ -168,8 +168,11 @@ class Train(Command):
         from arat_fast.distributed import join
         from arat_fast.files import written_here
         from arat_fast.report import write_report
+        from arat_fast.report.run import read_run
+        from arat_fast.report.words import better_before
         from arat_fast.run.loop import train
         from arat_fast.stop import InterruptedRun
+        from arat_fast.training.checkpoint import BEST
 
         keep_freed_memory()
         command = shlex.join(["arat-fast", "train", *arguments])
@@ -191,6 +194,10 @@ class Train(Command):
             report = write_report(out)
             with written_here(out / "summary.json"):
                 _print_accuracy(summary)
+            better = better_before(read_run(out))
+            if better is not None:
+                said, options = better
+                print(f"{said}; {options or out / BEST} keeps the best by validation images")
             print(f"report: {report}")
         return 0
 

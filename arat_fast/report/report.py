@@ -21,6 +21,7 @@ from arat_fast.report.run import Accuracy, Run, Summary, read_accuracies, read_r
 from arat_fast.report.templates import render
 from arat_fast.saved.network import read_saved
 from arat_fast.settings import free_fields, meanings
+from arat_fast.training.checkpoint import BEST
 
 _SUSPICIOUS_GAP = 0.15
 _OF_ONE_ATTACK = ("num_steps", "alpha", "autoattack")
@@ -362,6 +363,14 @@ def _next(run: Run, several_radii: bool) -> list[tuple[str, str]]:
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
         found.append(("accuracy at other radii", f"arat-fast eval {path} --eps {radii}"))
+    better = words.better_before(run)
+    if better is not None:
+        said, options = better
+        again = (
+            f"{summary.command or f'arat-fast train {run.config.recipe}'} {options} --out FOLDER"
+        )
+        kept = f"arat-fast eval {shlex.quote(str(run.path / BEST))}"
+        found.append((f"{said}; the best by validation images", again if options else kept))
     if "masking" not in run.analyses:
         found.append(("is the robustness real? a check", f"arat-fast analyze {path}"))
     return [
