@@ -714,6 +714,8 @@ class Doctor(Command):
     """cuda or cuda:N."""
 
     def __call__(self, arguments: list[str]) -> int:
+        import torch
+
         from arat_fast import doctor
         from arat_fast.build import build_network
         from arat_fast.device import resolve_device, resolve_precision
@@ -725,10 +727,13 @@ class Doctor(Command):
             raise ValueError(f"the kernels run on a GPU, expected cuda or cuda:N, got {device}")
         shape, classes = config.image_shape, 10
         model = build_network(config, classes, shape)
-        operations = doctor.operations_of(
-            model, shape, classes, config.data.batch_size, config.attack
-        )
         precision = resolve_precision("auto", device)
+        operations = doctor.operations_of(
+            model, shape, classes, config.data.batch_size, config.attack, precision
+        )
+        if device.index is not None:
+            # Streams and events are those of the current one.
+            torch.cuda.set_device(device)
         with Display().evaluating() as bar:
             record, file = doctor.examine(operations, precision, device, whole=True, progress=bar)
         print(doctor.table(record))

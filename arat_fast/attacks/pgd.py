@@ -66,7 +66,7 @@ class PGD:
     eps: float = 8 / 255
     """Radius of the ball, in units of the image range [0, 1]; >= 0, in Linf at most 1."""
     alpha: float = 2 / 255
-    """Step size, same units and limits."""
+    """Step size, in units of the image range [0, 1]; >= 0, in Linf at most 1."""
     num_steps: Number = 10
     """Gradient steps; >= 0."""
     norm: NormName = "Linf"

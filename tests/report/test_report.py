@@ -189,7 +189,17 @@ def test_settings_that_differ_from_the_recipe_are_marked(
 def test_settings_that_are_off_are_left_out(finished_page: Page, tmp_path: Path) -> None:
     text = finished_page.sections["configuration"]
     assert "warmup0.3" in text and "w_adv" not in text
-    for off in ("milestones", "rollback_factor", "base_batch", "unsup", "watch", "distributed"):
+    for off in (
+        "compat",
+        "start_radius",
+        "num_workers",
+        "milestones",
+        "rollback_factor",
+        "base_batch",
+        "unsup",
+        "watch",
+        "distributed",
+    ):
         assert off not in text
     folder = write_fake_run(tmp_path / "run", epochs=1)
     for section, name, value in (

@@ -66,6 +66,11 @@ def pgd_step(
             f"grad must be a floating-point tensor of {'x_adv' if parts is None else 'parts'}'s "
             f"shape {tuple(expected)}, got {grad.dtype} of shape {tuple(grad.shape)}"
         )
+    layout = torch.channels_last
+    if parts is not None and not (
+        x_adv.is_contiguous(memory_format=layout) and parts.is_contiguous(memory_format=layout)
+    ):
+        raise ValueError(f"with parts x_adv must be channels_last, got strides {x_adv.stride()}")
     if x.shape != x_adv.shape or x.dtype != x_adv.dtype:
         raise ValueError(
             f"x must be {x_adv.dtype} of shape {tuple(x_adv.shape)} as x_adv, "
