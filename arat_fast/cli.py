@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import inspect
 import os
 import shlex
 import sys
@@ -27,6 +26,7 @@ from arat_fast.command_line import (
     choose,
     number,
     parse,
+    purpose_of,
     shown,
 )
 from arat_fast.settings import NormName
@@ -79,8 +79,8 @@ class Command:
 
 
 def _run(program: str, arguments: list[str], commands: Mapping[str, type[Command]]) -> int:
-    purposes = {name: " ".join((inspect.getdoc(c) or "").split()) for name, c in commands.items()}
-    name, rest = choose(program, arguments, purposes)
+    purposes = {name: purpose_of(command) for name, command in commands.items()}
+    name, rest = choose(program, arguments, purposes, "COMMAND")
     return commands[name].main(f"{program} {name}", rest)
 
 
@@ -130,21 +130,22 @@ def _recipe(program: str, arguments: list[str]) -> tuple[Config, list[str]]:
 
     gc.freeze()
     gc.enable()
-    purposes = {}
-    for name, make in RECIPES.items():
-        config = make()
-        ball = f"{config.attack.norm} {shown(config.attack.eps)}"
-        course = f"{config.train.epochs} epochs of batch {config.data.batch_size}"
-        purposes[name] = f"{config.model.name} on {config.data.name}, {ball}, {course}"
-    name, rest = choose(program, arguments, purposes)
+    purposes = {name: _course(make()) for name, make in RECIPES.items()}
+    name, rest = choose(program, arguments, purposes, "RECIPE")
     return base_config(name, rest), rest
+
+
+def _course(config: Config) -> str:
+    """A recipe in a line."""
+    what = f"{config.objective.name}, {config.model.name}, {config.data.name}"
+    ball = f"{config.attack.norm} {shown(config.attack.eps)}"
+    return f"{what}, {ball}, {config.train.epochs} epochs"
 
 
 @dataclass(frozen=True)
 class Train(Command):
-    """Train a recipe, evaluate it and write a report: train RECIPE [overrides]. An override names a
-    field of the configuration, for example --train.epochs 30 --attack.eps 4/255; train RECIPE
-    --help lists them."""
+    """Train a recipe, evaluate it and write a report. Options after the recipe's name override its
+    fields, for example --train.epochs 30 --attack.eps 4/255; train RECIPE --help lists them."""
 
     # A Config, whose class is not named: it would be imported, and torch with it.
     config: Annotated[Any, tyro.conf.arg(name="")]
@@ -157,7 +158,8 @@ class Train(Command):
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
         base, rest = _recipe(program, arguments)
-        return parse(cls, rest, f"{program} {base.recipe}", cls(base))(arguments)
+        purpose = f"{_course(base)}\n\nFor example: --train.epochs 30 --attack.eps 4/255"
+        return parse(cls, rest, f"{program} {base.recipe}", cls(base), purpose)(arguments)
 
     def __call__(self, arguments: list[str]) -> int:
         config: Config = self.config
@@ -434,8 +436,8 @@ class Predict(Command):
 
 
 class Compare(Command):
-    """Methods over several seeds, as a table, LaTeX and a plane: compare RECIPE [--objectives NAME
-    ...] [--seeds N ...] [--ablation] [overrides]. Goes on where it stopped; compare --from DIR
+    """Methods over several seeds, as a table, LaTeX and a plane. compare RECIPE [--objectives NAME
+    ...] [--seeds N ...] [--ablation] [overrides] goes on where it stopped; compare --from DIR
     prints the table of a saved comparison, or with --out runs it again."""
 
     @classmethod

@@ -263,7 +263,8 @@ def _settings(run: Run) -> tuple[dict[str, list[Setting]], int | None]:
     sections: dict[str, list[Setting]] = {}
     for section, entries in {"run": of_run, **nested}.items():
         before = entries if defaults is None else defaults.get(section, defaults)
-        meaning = meanings(type(getattr(config, section, config)))
+        kind: type = type(getattr(config, section, config))
+        meaning = meanings(kind)
         for name, value in entries.items():
             off = value in _OFF or not {section, f"{section}.{name}"}.isdisjoint(idle)
             if value != before.get(name) or not off:
