@@ -159,9 +159,10 @@ def better_before(run: Run) -> tuple[str, str] | None:
         return None
     best, end = found
     n = best.num_samples
+    images = f"{grouped(n)} {best.split} images"
     said = (
-        f"epoch {plain(best.epoch)} was better: {percent(best.pgd, n)} of {grouped(n)} {best.split} "
-        f"images under PGD-{best.num_steps}, {percent(end.value, n)} at the end"
+        f"epoch {plain(best.epoch)} was better: {percent(best.pgd, n)} of {images} under "
+        f"PGD-{best.num_steps}, {percent(end.value, n)} at the end"
     )
     return said, "" if run.config.train.keep_best else "--data.num-val N --train.keep-best"
 
