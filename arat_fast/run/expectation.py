@@ -31,10 +31,10 @@ class Expectation(Hook):
             return
         step, samples = seconds_a_step(run)
         if step * steps > LONG:
+            other = "" if run.config.recipe == "digits" else "; the recipe digits takes minutes"
             run.display.say(
                 f"expect about {about(step)} a step and {about(step * steps)} of training on this "
-                f"machine, by a pass of {samples} images, evaluations aside; the recipe digits "
-                "takes minutes"
+                f"machine, by a pass of {samples} images, evaluations aside{other}"
             )
 
 
