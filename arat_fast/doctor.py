@@ -34,6 +34,7 @@ from arat_kernels.checks import (
     added,
     added_affine,
     affine,
+    both,
     classes,
     crops,
     distance,
@@ -75,9 +76,10 @@ def operations_of(
         calls[(*args[0].shape[1:], *fused, isinstance(layer, SplitBatchNorm2d))] = None
 
     sums: dict[tuple[int, ...], None] = {}
+    pairs: dict[tuple[int, ...], None] = {}
 
     def note_sum(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        sums[tuple(out.shape[1:])] = None
+        (sums if isinstance(block, PreActBlock) else pairs)[tuple(out.shape[1:])] = None
 
     # On no device: shapes alone.
     shadow = copy.deepcopy(model).to("meta")
@@ -86,7 +88,8 @@ def operations_of(
             layer.register_forward_pre_hook(note, with_kwargs=True)
         if isinstance(layer, SplitBatchNorm2d):
             layer.impl = "reference"
-        if isinstance(layer, PreActBlock) and isinstance(layer.bn2, SplitBatchNorm2d):
+        ends = layer.bn2 if isinstance(layer, PreActBlock) else getattr(layer, "shortcut_bn", None)
+        if isinstance(ends, SplitBatchNorm2d):
             layer.register_forward_hook(note_sum)
     with torch.no_grad(), use_statistics(shadow, "running"):
         shadow(torch.empty(2, *image_shape, device="meta"))
@@ -114,6 +117,10 @@ def operations_of(
             found[f"split_batch_norm-{name}"] = norm.operation
     for summed in sums if attack.bn == "batch" else ():
         found[f"split_batch_norm-{_joined(batch, *summed)}-sum"] = added((0, batch), *summed)
+    for channels, height, width in pairs:
+        found[f"split_batch_norm-{_joined(batch, channels, height, width)}-both"] = both(
+            sizes=(batch, batch), channels=channels, height=height, width=width
+        )
     few, size = (min(batch, 16), *image_shape), sum(p.numel() for p in model.parameters())
     found[f"{FOLD}-{type(model).__name__}-{size}-{_joined(*few)}"] = folded(model, few)
     return found
