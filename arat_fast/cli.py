@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import inspect
 import os
 import shlex
 import sys
@@ -27,6 +26,7 @@ from arat_fast.command_line import (
     choose,
     number,
     parse,
+    purpose_of,
     shown,
 )
 from arat_fast.settings import NormName
@@ -79,8 +79,8 @@ class Command:
 
 
 def _run(program: str, arguments: list[str], commands: Mapping[str, type[Command]]) -> int:
-    purposes = {name: " ".join((inspect.getdoc(c) or "").split()) for name, c in commands.items()}
-    name, rest = choose(program, arguments, purposes)
+    purposes = {name: purpose_of(command) for name, command in commands.items()}
+    name, rest = choose(program, arguments, purposes, "COMMAND")
     return commands[name].main(f"{program} {name}", rest)
 
 
@@ -130,21 +130,22 @@ def _recipe(program: str, arguments: list[str]) -> tuple[Config, list[str]]:
 
     gc.freeze()
     gc.enable()
-    purposes = {}
-    for name, make in RECIPES.items():
-        config = make()
-        ball = f"{config.attack.norm} {shown(config.attack.eps)}"
-        course = f"{config.train.epochs} epochs of batch {config.data.batch_size}"
-        purposes[name] = f"{config.model.name} on {config.data.name}, {ball}, {course}"
-    name, rest = choose(program, arguments, purposes)
+    purposes = {name: _course(make()) for name, make in RECIPES.items()}
+    name, rest = choose(program, arguments, purposes, "RECIPE")
     return base_config(name, rest), rest
+
+
+def _course(config: Config) -> str:
+    """A recipe in a line."""
+    what = f"{config.objective.name}, {config.model.name}, {config.data.name}"
+    ball = f"{config.attack.norm} {shown(config.attack.eps)}"
+    return f"{what}, {ball}, {config.train.epochs} epochs"
 
 
 @dataclass(frozen=True)
 class Train(Command):
-    """Train a recipe, evaluate it and write a report: train RECIPE [overrides]. An override names a
-    field of the configuration, for example --train.epochs 30 --attack.eps 4/255; train RECIPE
-    --help lists them."""
+    """Train a recipe, evaluate it and write a report. Options after the recipe's name override its
+    fields, for example --train.epochs 30 --attack.eps 4/255; train RECIPE --help lists them."""
 
     # A Config, whose class is not named: it would be imported, and torch with it.
     config: Annotated[Any, tyro.conf.arg(name="")]
@@ -157,7 +158,8 @@ class Train(Command):
     @classmethod
     def main(cls, program: str, arguments: list[str]) -> int:
         base, rest = _recipe(program, arguments)
-        return parse(cls, rest, f"{program} {base.recipe}", cls(base))(arguments)
+        purpose = f"{_course(base)}\n\nFor example: --train.epochs 30 --attack.eps 4/255"
+        return parse(cls, rest, f"{program} {base.recipe}", cls(base), purpose)(arguments)
 
     def __call__(self, arguments: list[str]) -> int:
         config: Config = self.config
@@ -166,8 +168,11 @@ class Train(Command):
         from arat_fast.distributed import join
         from arat_fast.files import written_here
         from arat_fast.report import write_report
+        from arat_fast.report.run import read_run
+        from arat_fast.report.words import better_before
         from arat_fast.run.loop import train
         from arat_fast.stop import InterruptedRun
+        from arat_fast.training.checkpoint import BEST
 
         keep_freed_memory()
         command = shlex.join(["arat-fast", "train", *arguments])
@@ -189,6 +194,10 @@ class Train(Command):
             report = write_report(out)
             with written_here(out / "summary.json"):
                 _print_accuracy(summary)
+            better = better_before(read_run(out))
+            if better is not None:
+                said, options = better
+                print(f"{said}; {options or out / BEST} keeps the best by validation images")
             print(f"report: {report}")
         return 0
 
@@ -260,6 +269,7 @@ class Eval(Command):
         from arat_fast.config import ModelConfig
         from arat_fast.datasets.corruptions import FOLDERS
         from arat_fast.device import keep_freed_memory
+        from arat_fast.display import Display
         from arat_fast.distributed import join
         from arat_fast.evaluation.checkpoint import evaluate_checkpoint
         from arat_fast.evaluation.record import record_path
@@ -281,7 +291,8 @@ class Eval(Command):
         options = dataclasses.asdict(self)
         for name in ("model_name", "weights", "mean", "std"):
             del options[name]
-        options |= {"checkpoint": checkpoint, "model": model}
+        # One display, which says once what is so in every ball.
+        options |= {"checkpoint": checkpoint, "model": model, "display": Display()}
         records = []
         path = checkpoint
         try:
@@ -294,7 +305,7 @@ class Eval(Command):
                     ball = {"norm": norm, "eps": eps, "out": path}
                     records.append(evaluate_checkpoint(**{**options, **ball}, ranks=ranks))
                     if ranks.is_main:
-                        self._print(records[-1], path)
+                        self._print(records[-1], path, is_first=len(records) == 1)
                 if not ranks.is_main:
                     return 0
         except KeyboardInterrupt as stopped:
@@ -323,11 +334,11 @@ class Eval(Command):
                 raise UsageError(f"--eps: {error}") from None
         return found or [(self.norm, None)]
 
-    def _print(self, record: dict[str, Any], path: Path) -> None:
-        if "interrupted" in record:
+    def _print(self, record: dict[str, Any], path: Path, is_first: bool) -> None:
+        if "interrupted" in record and is_first:
             trained = "{steps:,} of {of:,} steps are trained".format(**record["interrupted"])
             print(f"an interrupted run: {trained}; arat-fast train with --resume goes on with it")
-        _print_accuracy(record)
+        _print_accuracy(record, remarks=is_first)
         per_example = path.with_name(record["per_example"])
         print(f"record: {per_example.with_suffix('.json')}")
         print(f"image by image: {per_example}")
@@ -369,7 +380,7 @@ def _print_balls(records: list[dict[str, Any]]) -> None:
         print(f"{ball:16}" + "".join(f"{share:>18}" for share in shares))
 
 
-def _print_accuracy(found: dict[str, Any]) -> None:
+def _print_accuracy(found: dict[str, Any], remarks: bool = True) -> None:
     labels = {
         "clean_branch": "clean (clean branch)",
         "autoattack": "AutoAttack",
@@ -388,7 +399,7 @@ def _print_accuracy(found: dict[str, Any]) -> None:
             f"95 % interval {low:.2f} to {high:.2f} %{ball}"
         )
     for remark in ("collapsed", "randomised"):
-        if remark in found:
+        if remark in found and remarks:
             print(f"warning: {found[remark]}")
 
 
@@ -432,8 +443,8 @@ class Predict(Command):
 
 
 class Compare(Command):
-    """Methods over several seeds, as a table, LaTeX and a plane: compare RECIPE [--objectives NAME
-    ...] [--seeds N ...] [--ablation] [overrides]. Goes on where it stopped; compare --from DIR
+    """Methods over several seeds, as a table, LaTeX and a plane. compare RECIPE [--objectives NAME
+    ...] [--seeds N ...] [--ablation] [overrides] goes on where it stopped; compare --from DIR
     prints the table of a saved comparison, or with --out runs it again."""
 
     @classmethod
@@ -712,6 +723,8 @@ class Doctor(Command):
     """cuda or cuda:N."""
 
     def __call__(self, arguments: list[str]) -> int:
+        import torch
+
         from arat_fast import doctor
         from arat_fast.build import build_network
         from arat_fast.device import resolve_device, resolve_precision
@@ -723,10 +736,13 @@ class Doctor(Command):
             raise ValueError(f"the kernels run on a GPU, expected cuda or cuda:N, got {device}")
         shape, classes = config.image_shape, 10
         model = build_network(config, classes, shape)
-        operations = doctor.operations_of(
-            model, shape, classes, config.data.batch_size, config.attack
-        )
         precision = resolve_precision("auto", device)
+        operations = doctor.operations_of(
+            model, shape, classes, config.data.batch_size, config.attack, precision
+        )
+        if device.index is not None:
+            # Streams and events are those of the current one.
+            torch.cuda.set_device(device)
         with Display().evaluating() as bar:
             record, file = doctor.examine(operations, precision, device, whole=True, progress=bar)
         print(doctor.table(record))

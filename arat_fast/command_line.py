@@ -6,22 +6,37 @@ What needs torch, a second to import, is imported where it is used.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
+import inspect
 import io
 import re
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    MISSING,
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from arat_fast.settings import meanings
 
 if TYPE_CHECKING:
     from arat_fast.config import Config
 
 Options = TypeVar("Options")
 
-_NUMBERS = ConstructorRegistry()
+_RULES = ConstructorRegistry()
 
 
 class UsageError(ValueError):
@@ -44,7 +59,11 @@ class NetworkName:
 
 
 def parse(
-    options: type[Options], arguments: Sequence[str], program: str, default: Options | None = None
+    options: type[Options],
+    arguments: Sequence[str],
+    program: str,
+    default: Options | None = None,
+    purpose: str | None = None,
 ) -> Options:
     """tyro's parser; takes fractions such as 8/255, and complains in one line.
 
@@ -53,16 +72,25 @@ def parse(
         arguments: what was typed after ``program``.
         program: for the help and the complaint.
         default: values of what is not given; None for those of the dataclass.
+        purpose: the help's first lines; None for the docstring of the dataclass.
 
     Raises:
         UsageError: an option is unknown, or a value does not fit.
     """
     complaint = io.StringIO()
-    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    # None can be typed where a recipe may have set something else.
+    keywords: dict[str, Any] = {"config": (tyro.conf.DisallowNone,)}
+    if default is not None:
+        keywords = {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
             parsed: Options = tyro.cli(
-                options, prog=program, args=arguments, registry=_NUMBERS, **keywords
+                options,
+                prog=program,
+                description=purpose,
+                args=arguments,
+                registry=_RULES,
+                **keywords,
             )
             return parsed
     except SystemExit as stop:
@@ -71,25 +99,40 @@ def parse(
         raise UsageError(f"{_one_line(complaint.getvalue())}; see {program} --help") from None
 
 
+def purpose_of(options: type) -> str:
+    """The docstring of a dataclass in one line."""
+    return " ".join((inspect.getdoc(options) or "").split())
+
+
 def choose(
-    program: str, arguments: Sequence[str], known: Mapping[str, str]
+    program: str, arguments: Sequence[str], known: Mapping[str, str], kind: str
 ) -> tuple[str, list[str]]:
-    """The sub-command that comes first, and what follows it; ``--help`` lists them and exits.
+    """The sub-command that comes first, and what follows it; ``--help`` lists them, each with the
+    first sentence of what it is for, and exits.
 
     Args:
         program: what was typed before ``arguments``.
         arguments: the sub-command and its arguments.
         known: what each sub-command is for.
+        kind: what they are, for the help.
 
     Raises:
         UsageError: there is none, or an unknown one.
     """
     name = arguments[0] if arguments else "nothing"
     if name in ("-h", "--help"):
-        app = tyro.extras.SubcommandApp()
+        # tyro's list of them begins with all their names in a line, which no terminal holds.
+        print(
+            f"usage: {program} {kind} ...\n\n{program} {kind} --help tells more. {kind} is one of\n"
+        )
+        columns, margin = shutil.get_terminal_size().columns, 4 + max(map(len, known))
         for command, purpose in known.items():
-            app.command(name=command, help=purpose)(lambda: None)
-        app.cli(prog=program, args=["--help"])
+            text = re.split(r"(?<=[.]) ", purpose)[0]
+            start = f"  {command:{margin - 2}}"
+            print(
+                textwrap.fill(text, columns, initial_indent=start, subsequent_indent=" " * margin)
+            )
+        raise SystemExit(0)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -197,7 +240,29 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-@_NUMBERS.primitive_rule
+@_RULES.struct_rule
+def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Dataclasses as tyro takes them, but that the docstring of a field is filled as a paragraph:
+    tyro keeps the line breaks of the source."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints = get_type_hints(info.type, include_extras=True)
+    fields = []
+    for field in dataclasses.fields(info.type):
+        default = MISSING if field.default is dataclasses.MISSING else field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        default = getattr(info.default, field.name, default)
+        text = partial(_meaning, info.type, field.name)
+        fields.append(StructFieldSpec(field.name, hints[field.name], default, helptext=text))
+    return StructConstructorSpec(info.type, tuple(fields))
+
+
+def _meaning(options: type, name: str) -> str | None:
+    return meanings(options).get(name)
+
+
+@_RULES.primitive_rule
 def _number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if info.type not in (int, float):
         return None

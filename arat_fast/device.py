@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,10 +45,11 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU.
 
     Raises:
-        ValueError: not a device, or a GPU that is not there or cannot be used.
+        ValueError: not a device, or a GPU that is not there or cannot be used, as one that is older
+            than those that this PyTorch is built for.
     """
     if name == "auto":
-        return torch.device("cuda" if count_gpus() else "cpu")
+        name = "cuda" if count_gpus() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -56,6 +58,16 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= count_gpus():
         raise ValueError(f"no such GPU: got {name!r}, this machine has {count_gpus()}")
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        oldest = min(int(re.sub(r"\D", "", arch)) for arch in torch.cuda.get_arch_list())
+        if 10 * major + minor < oldest:
+            raise ValueError(
+                f"the GPU cannot be used: {torch.cuda.get_device_name(device)} has compute "
+                f"capability {major}.{minor}, and this PyTorch is built for {oldest / 10} and "
+                "newer: install PyTorch's wheels for an older CUDA into this environment; the "
+                "device cpu (--train.device cpu, --device cpu) does without"
+            )
     return device
 
 

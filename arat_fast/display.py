@@ -21,8 +21,9 @@ from rich.progress import (
 
 from arat_fast.stop import leave_lost_output
 
-QUIET_SECONDS = 10.0
-"""Longest silence during an evaluation whose output is not a terminal."""
+QUIET_SECONDS = 120.0
+"""Shortest time between two lines of progress where the output is not a terminal: an epoch or an
+attack that takes less has one line."""
 
 Unit = Literal["images", "passes", "operations", "corruptions"]
 
@@ -63,11 +64,18 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
+        self.said: set[str] = set()
 
     def say(self, text: str) -> None:
         """Print one line, above a bar if there is one; nothing where nobody can read it."""
         leave_lost_output()
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def say_once(self, text: str) -> None:
+        """Print a line that was not printed so before."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     @contextmanager
     def training(self, total_steps: int, done: int) -> Iterator[TrainingBar]:

@@ -10,6 +10,8 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import PGD
 from arat_fast.device import no_algorithm_search, source_commit, versions
+from arat_fast.display import Display
+from arat_fast.distributed import Ranks
 from arat_fast.files import write_json
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.registry import create_model
@@ -43,6 +47,7 @@ from arat_kernels.checks import (
     relu,
     start,
     step,
+    step_of_parts,
 )
 from arat_kernels.implementation import Impl, replace_operations
 
@@ -52,21 +57,38 @@ SECONDS = 20.0
 FOLD, GRAPH = "fold", "captured step"
 """What is checked beside kernels: the folded network, and the replay of a training step."""
 
+EVALUATED = {
+    "frozen_affine",
+    "relu_backward",
+    "cross_entropy_grad",
+    "random_start",
+    "pgd_step",
+    FOLD,
+}
+"""Functions that an evaluation calls."""
+
 Progress = Callable[[str, int, int, Literal["operations"]], object]
 Record = dict[str, Any]
 
 
 def operations_of(
-    model: nn.Module, image_shape: tuple[int, int, int], num_classes: int, batch: int, attack: PGD
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    batch: int,
+    attack: PGD,
+    dtype: torch.dtype,
 ) -> dict[str, Operation]:
-    """Every operation at the shapes of a training step; a name is the function's, then the shape.
+    """Every operation at the shapes of a training step, and in float32 those of an evaluation; a
+    name is the function's, then the shape.
 
     Args:
-        model: the network, on any device; not run, nor changed.
+        model: the network, on any device; a copy is run.
         image_shape: (C, H, W).
         num_classes: of the logits.
         batch: samples of one process in a batch.
         attack: its norm, radius, step size and statistics.
+        dtype: of activations in the step.
     """
     calls: dict[tuple[Any, ...], None] = {}
 
@@ -81,8 +103,8 @@ def operations_of(
     def note_sum(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         (sums if isinstance(block, PreActBlock) else pairs)[tuple(out.shape[1:])] = None
 
-    # On no device: shapes alone.
-    shadow = copy.deepcopy(model).to("meta")
+    # Where the network is: it may hold tensors that do not move with it, or read their values.
+    shadow, device = copy.deepcopy(model), next(model.parameters()).device
     for layer in shadow.modules():
         if isinstance(layer, (SplitBatchNorm2d, nn.BatchNorm2d)):
             layer.register_forward_pre_hook(note, with_kwargs=True)
@@ -91,8 +113,9 @@ def operations_of(
         ends = layer.bn2 if isinstance(layer, PreActBlock) else getattr(layer, "shortcut_bn", None)
         if isinstance(ends, SplitBatchNorm2d):
             layer.register_forward_hook(note_sum)
-    with torch.no_grad(), use_statistics(shadow, "running"):
-        shadow(torch.empty(2, *image_shape, device="meta"))
+    drawn_on = [device] if device.type == "cuda" else []
+    with torch.no_grad(), use_statistics(shadow, "running"), torch.random.fork_rng(drawn_on):
+        shadow(torch.zeros(2, *image_shape, device=device))
     images, ball = (batch, *image_shape), f"{attack.norm}-{_joined(batch, *image_shape)}"
     radius: Any = {"norm": attack.norm, "eps": attack.eps, "shape": images}
     widths = tuple({call[0] for call in calls}) or (num_classes,)
@@ -101,10 +124,10 @@ def operations_of(
         f"image_parts-{_joined(*images)}": parts(images),
         f"cross_entropy_grad-{_joined(batch, num_classes)}": classes(batch, num_classes),
         f"cosine_invariance-{_joined(batch, *widths)}": distance(batch, widths),
+        f"random_start-{ball}": start(**radius),
+        f"pgd_step-{ball}": step(alpha=attack.alpha, **radius),
+        f"pgd_step-{ball}-parts": step_of_parts(alpha=attack.alpha, **radius),
     }
-    if attack.ball.has_kernel:
-        found[f"random_start-{ball}"] = start(**radius)
-        found[f"pgd_step-{ball}"] = step(alpha=attack.alpha, **radius)
     for channels, height, width, residual, rectified, is_split in calls:
         shape = batch, channels, height, width
         name = _joined(*shape) + "-residual" * residual + "-relu" * rectified
@@ -123,7 +146,19 @@ def operations_of(
         )
     few, size = (min(batch, 16), *image_shape), sum(p.numel() for p in model.parameters())
     found[f"{FOLD}-{type(model).__name__}-{size}-{_joined(*few)}"] = folded(model, few)
+    if dtype != torch.float32:
+        found |= {
+            f"{name}-float32": replace(operation, make=partial(_in_float32, operation.make))
+            for name, operation in found.items()
+            if name.partition("-")[0] in EVALUATED
+        }
     return found
+
+
+def _in_float32(
+    make: Callable[[int, torch.dtype], Tensors], seed: int, dtype: torch.dtype
+) -> Tensors:
+    return make(seed, torch.float32)
 
 
 def _joined(*sizes: int) -> str:
@@ -332,6 +367,46 @@ def replace_wrong(wrong: Mapping[str, str], required: bool, warn: Callable[[str]
             raise ValueError(f"{text}; set --step.kernels auto or reference")
         warn(f"{text}; the slower way is taken: please report what arat-fast doctor prints")
     replace_operations(wrong)
+
+
+def prepare(
+    operations: Mapping[str, Operation],
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks,
+    display: Display,
+    warn: Callable[[str], object],
+    required: bool = False,
+) -> dict[str, str]:
+    """Let references run in place of what computes wrongly on this process's GPU, as rank 0 finds
+    it on its own.
+
+    Args:
+        operations, dtype, device: as for :func:`examine`.
+        ranks: the processes of the job.
+        display: shows progress, and is told what is left for the next time.
+        required, warn: as for :func:`replace_wrong`.
+
+    Returns:
+        As :func:`wrong_functions`.
+
+    Raises:
+        ValueError: as :func:`examine` and :func:`replace_wrong`.
+    """
+    found: dict[str, str] = {}
+    if ranks.is_main:
+        with display.evaluating() as bar:
+            record, _ = examine(operations, dtype, device, whole=False, progress=bar)
+        known = record["operations"]
+        if left := len(operations.keys() - known.keys()):
+            display.say(
+                f"self-check: {left} of {len(operations)} operations are left for the next run"
+            )
+        own = {*operations, GRAPH} & known.keys()
+        found = wrong_functions({name: known[name] for name in known if name in own})
+    found = json.loads(ranks.broadcast_bytes(json.dumps(found).encode()))
+    replace_wrong(found, required, warn)
+    return found
 
 
 def card(device: torch.device) -> Record:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -82,6 +87,25 @@ def check_settings(section: str, settings: Any) -> None:
 def free_fields(settings_type: type) -> frozenset[str]:
     """Names of the fields that are marked with :data:`FREE`."""
     return frozenset(name for name, (*_, free) in _declared(settings_type).items() if free)
+
+
+@cache
+def meanings(settings_type: type) -> dict[str, str]:
+    """What the docstring below each field of a dataclass says, in one line, by field; none of a
+    class without source, as one of an interactive session."""
+    found = {}
+    for part in reversed(settings_type.__mro__[:-1]):
+        with suppress(OSError):
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+            assert isinstance(definition, ast.ClassDef)
+            for declared, text in pairwise(definition.body):
+                match declared, text:
+                    case (
+                        ast.AnnAssign(target=ast.Name(name)),
+                        ast.Expr(value=ast.Constant(str(words))),
+                    ):
+                        found[name] = " ".join(words.split())
+    return found
 
 
 @cache

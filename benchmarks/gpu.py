@@ -68,7 +68,7 @@ class Options(harness.Options):
     """Check and measure this machine's GPU."""
 
     device: str = "cuda"
-    """cuda or cuda:N."""
+    """cuda; CUDA_VISIBLE_DEVICES chooses another than the first."""
     official: Path | None = None
     """Checkout of the official AR-AT code, for its training step."""
     part: Literal["both", "first", "second"] = "both"
@@ -115,9 +115,10 @@ def compile_part(number: int, of: int, device: torch.device) -> None:
     """Leave every ``of``-th kernel of the largest recipe that is measured in Triton's cache."""
     config = recipe("cifar10-resnet18")
     model = build_network(config, 10, config.image_shape)
-    operations = doctor.operations_of(model, config.image_shape, 10, 128, config.attack)
+    precision = resolve_precision("auto", device)
+    operations = doctor.operations_of(model, config.image_shape, 10, 128, config.attack, precision)
     own = dict(list(operations.items())[number::of])
-    doctor.check(own, resolve_precision("auto", device), device, seconds=COMPILE_SECONDS)
+    doctor.check(own, precision, device, seconds=COMPILE_SECONDS)
 
 
 def compile_ahead(workers: int) -> None:
@@ -190,6 +191,10 @@ def run(options: Options) -> int:
         return 0
     if not count_gpus():
         raise ValueError("no CUDA device is visible to PyTorch: nothing was run")
+    if torch.device(options.device).index:
+        raise ValueError(
+            f"every part measures the first GPU, got {options.device}: CUDA_VISIBLE_DEVICES chooses"
+        )
     with end_on_signals():
         return measure(options)
 

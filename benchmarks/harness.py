@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 import tyro
 
 from arat_fast.device import describe_device, resolve_device
@@ -85,6 +86,9 @@ class Bench(Generic[Chosen]):
         self.table = table
         self.display = display or Display()
         self.device = resolve_device(options.device)
+        if self.device.index is not None:
+            # Streams and events are those of the current one.
+            torch.cuda.set_device(self.device)
         now = datetime.datetime.now(datetime.timezone.utc)
         self._started = time.monotonic()
         name = re.sub(r"\W+", "-", describe_device(self.device)).strip("-").lower()

@@ -243,14 +243,17 @@ def _bf16(
     ]
 
 
-Norm = Literal["Linf", "L2"]
+Norm = Literal["Linf", "L2", "L1"]
 
 
 def attack_step(device: torch.device, shape: tuple[int, ...], norm: Norm) -> Work:
-    """The PGD update, in place; the others as a user writes it, without the check for NaN."""
+    """The PGD update, in place; the others as a user writes it, without the check for NaN;
+    in L1 they are the reference."""
     draw = Draw(device)
 
     def eager(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        if norm == "L1":
+            return ours(x_adv, grad, x, impl="reference")
         if norm == "Linf":
             moved = x_adv + ALPHA * grad.sign()
             moved = torch.minimum(torch.maximum(moved, x - EPS), x + EPS)
@@ -435,7 +438,7 @@ STAGES = ((64, 32, 32), (128, 16, 16), (512, 4, 4))
 AFFINE = (*((512, *stage) for stage in STAGES), (256, 160, 32, 32))
 BATCH_NORM = (*((1024, *stage) for stage in STAGES), (512, 160, 32, 32), (512, 640, 8, 8))
 IMAGES = ((512, 3, 32, 32), (4096, 3, 32, 32), (128, 3, 224, 224))
-NORMS: tuple[Norm, ...] = ("Linf", "L2")
+NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 OPERATIONS: dict[str, list[partial[Work]]] = {
     "cosine_invariance": [
         partial(cosine, num=128, widths=(512,) * 4),
@@ -454,8 +457,8 @@ OPERATIONS: dict[str, list[partial[Work]]] = {
     ],
     "pgd_step": [
         partial(function, shape=shape, norm=norm)
-        for function in (attack_step, start)
-        for norm in NORMS
+        for function, norms in ((attack_step, NORMS), (start, NORMS[:2]))
+        for norm in norms
         for shape in IMAGES
     ],
     "split_batch_norm": [

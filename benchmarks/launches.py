@@ -109,8 +109,6 @@ def summarize(work: Sequence[Work], num_steps: int) -> dict[str, Any]:
         nothing ran; work at the same time counts for each; "kernels": the longest, with launches
         and microseconds per step.
     """
-    if not work:
-        return {"launches": 0.0, "microseconds": 0.0, "share": {}, "kernels": []}
     work = sorted(work, key=lambda one: one.start)
     busy, end = 0.0, work[0].start
     totals = dict.fromkeys(CLASSES, 0.0)
@@ -145,11 +143,17 @@ def profile_run(run: Callable[[], object], device: torch.device, num_steps: int)
     Returns:
         :func:`summarize` of the kernels on a GPU, of the operators on the CPU; and
         "seconds_per_step" under the profiler, which slows short operators down.
+
+    Raises:
+        RuntimeError: the profiler saw nothing, as where CUPTI is missing.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as trace:
         elapsed = seconds(run, device)
     events = trace.events()
-    found = summarize(kernels(events) if on_gpu else operators(events), num_steps)
+    work = kernels(events) if on_gpu else operators(events)
+    if not work:
+        raise RuntimeError("the profiler saw nothing that ran: CUPTI may be missing or in use")
+    found = summarize(work, num_steps)
     return {**found, "seconds_per_step": elapsed / num_steps}

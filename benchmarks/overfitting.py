@@ -1,5 +1,5 @@
 """The record and the figure of docs/fast-at.md, from the folders of runs that were watched for
-catastrophic overfitting (``arat-fast train … --watch.act …``)."""
+catastrophic overfitting (``arat-fast train … --watch.act …``), and the network of one of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import nn
 
 from arat_fast.files import parse_json, read_json, write_atomic, write_json
 from arat_fast.report import style
@@ -17,6 +18,15 @@ from arat_fast.report.run import Run, Series, read_run
 from benchmarks.harness import RESULTS, ROOT, unused
 
 SUMMARY = ("accuracy", "evaluation", "wall_seconds", "device", "versions", "commit", "warnings")
+
+
+def network(num_classes: int) -> nn.Module:
+    """For 28×28 images of one channel: two convolutions with pooling, no BatchNorm."""
+    features: list[nn.Module] = []
+    for before, after in ((1, 16), (16, 32)):
+        features += [nn.Conv2d(before, after, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    head = [nn.Linear(32 * 7 * 7, 256), nn.ReLU(), nn.Linear(256, num_classes)]
+    return nn.Sequential(*features, nn.Flatten(), *head)
 
 
 def figure_of(runs: list[Run]) -> Figure:

@@ -84,6 +84,20 @@ def test_without_a_gpu_the_cpu_is_taken(reason: str, monkeypatch: pytest.MonkeyP
         resolve_device("cuda")
 
 
+def test_a_gpu_that_this_pytorch_is_not_built_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [7, 0]
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    for name in ("auto", "cuda"):
+        with pytest.raises(ValueError, match=r"V100 has compute capability 7\.0.*7\.5 and newer"):
+            resolve_device(name)
+    capability[:] = 7, 5
+    assert resolve_device("auto") == torch.device("cuda")
+
+
 def test_deterministic_chooses_no_algorithm_by_its_time() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     seen = []

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import math
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
 
-from arat_fast import doctor
+from arat_fast import device, doctor
 from arat_fast.attacks import PGD
 from arat_fast.cli import main
+from arat_fast.display import Display
+from arat_fast.distributed import ALONE
 from arat_fast.models import create_model
 from arat_fast.models.wide_resnet import WideResNet
 from arat_kernels.checks import OPERATIONS, Operation, Tensors
-from arat_kernels.implementation import Impl, choose
+from arat_kernels.implementation import Impl, choose, is_replaced, replace_operations
 
 CPU = torch.device("cpu")
 
@@ -118,7 +125,7 @@ def test_wrong_kernels_are_replaced_or_refused() -> None:
 @pytest.mark.parametrize("norm", ["split", "shared"])
 def test_operations_have_the_shapes_of_the_step(norm: str) -> None:
     model = create_model("resnet8", 4, norm=norm)  # type: ignore[arg-type]  # one of its values
-    operations = doctor.operations_of(model, (3, 8, 8), 4, 6, PGD(norm="L2"))
+    operations = doctor.operations_of(model, (3, 8, 8), 4, 6, PGD(norm="L2"), torch.bfloat16)
     functions = {name.partition("-")[0] for name in operations}
     # Replaced by the name of frozen_affine, as which it is checked.
     absent = {"add_frozen_affine"} | ({"split_batch_norm"} if norm == "shared" else set())
@@ -136,11 +143,78 @@ def test_operations_have_the_shapes_of_the_step(norm: str) -> None:
     assert fold.check(fold.make(0, torch.float32)) <= 1
 
 
+class Reading(nn.Module):
+    """Holds a tensor that does not move with it, and reads values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.tensor([2.0])
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.max()) <= 1:
+            x = x * self.scale
+        return F.dropout(self.norm(self.conv(x)), training=True).mean((2, 3))
+
+
+def test_any_network_that_runs_has_operations() -> None:
+    model, state = Reading(), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    operations = doctor.operations_of(model, (3, 8, 8), 8, 6, PGD(), torch.float32)
+    assert "frozen_affine-6x8x6x6" in operations
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_evaluates_is_checked_in_float32_too() -> None:
+    model = create_model("resnet8", 4)
+    shapes = model, (3, 8, 8), 4, 6, PGD()
+    wide = doctor.operations_of(*shapes, torch.float32)
+    narrow = doctor.operations_of(*shapes, torch.bfloat16)
+    added = narrow.keys() - wide.keys()
+    assert {name.partition("-")[0] for name in added} == doctor.EVALUATED
+    assert wide.keys() < narrow.keys()
+    for name in added:
+        made = narrow[name].make(0, torch.bfloat16)
+        assert {t.dtype for t in made.values()}.isdisjoint({torch.bfloat16}) or "parts" in made
+
+
+def test_what_is_left_for_the_next_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"error": "rms error 1", "share": None}
+    known = {"pgd_step-a": wrong, "pgd_step-of-another-run": wrong, "crop_flip-b": wrong}
+    monkeypatch.setattr(doctor, "examine", lambda *_, **__: ({"operations": known}, None))
+    operations = {name: OPERATIONS["pgd_step"] for name in ("pgd_step-a", "relu-a", "relu-b")}
+    out, warnings = io.StringIO(), []
+    display = Display(Console(file=out, width=100))
+    try:
+        found = doctor.prepare(operations, torch.float32, CPU, ALONE, display, warnings.append)
+        assert found == {"pgd_step": "pgd_step-a: rms error 1"} and len(warnings) == 1
+        assert is_replaced("pgd_step") and not is_replaced("crop_flip")
+        assert "2 of 3 operations are left" in out.getvalue()
+    finally:
+        replace_operations([])
+
+
+def test_the_command_measures_the_gpu_that_it_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    current: list[torch.device] = []
+    record = {"operations": {}, "versions": {}}
+    monkeypatch.setattr(device, "resolve_device", torch.device)
+    monkeypatch.setattr(device, "resolve_precision", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(doctor, "examine", lambda *_, **__: (record, tmp_path))
+    for name in ("cuda", "cuda:1"):
+        assert main(["doctor", "digits", "--device", name]) == 0
+    assert current == [torch.device("cuda:1")]
+
+
 def test_sums_are_checked_where_an_attack_on_batch_statistics_forms_them() -> None:
     model = WideResNet(10, 1, 4)
     sums = {f"split_batch_norm-6x{c}x{s}x{s}-sum" for c, s in ((16, 8), (32, 4), (64, 2))}
     for bn, expected in (("batch", sums), ("running", set())):
-        operations = doctor.operations_of(model, (3, 8, 8), 4, 6, PGD(bn=bn))  # type: ignore[arg-type]  # one of its values
+        attack = PGD(bn=bn)  # type: ignore[arg-type]  # one of its values
+        operations = doctor.operations_of(model, (3, 8, 8), 4, 6, attack, torch.float32)
         found = {n for n in operations if n.startswith("split_batch_norm") and n.endswith("-sum")}
         assert found == expected
         records = doctor.check(

@@ -24,8 +24,6 @@ class Norm(ABC):
     name: ClassVar[NormName]
     largest: ClassVar[float] = math.inf
     """Largest radius that makes sense for images in [0, 1]."""
-    has_kernel: ClassVar[bool] = True
-    """Whether steps and starts have a Triton kernel beside the reference."""
     num_targets: ClassVar[int] = 9
     """Classes that standard AutoAttack's APGD aims at."""
     step: ClassVar[Callable[..., Tensor]]
@@ -121,7 +119,6 @@ class L1(Norm):
     """Sum of the changes. A step moves few values, those with the largest gradients."""
 
     name = "L1"
-    has_kernel = False
     num_targets = 5
     limit = (
         "may change the values of an image by at most {eps} in sum (L1), "

@@ -66,7 +66,7 @@ class PGD:
     eps: float = 8 / 255
     """Radius of the ball, in units of the image range [0, 1]; >= 0, in Linf at most 1."""
     alpha: float = 2 / 255
-    """Step size, same units and limits."""
+    """Step size, in units of the image range [0, 1]; >= 0, in Linf at most 1."""
     num_steps: Number = 10
     """Gradient steps; >= 0."""
     norm: NormName = "Linf"
@@ -158,9 +158,8 @@ class PGD:
         if not self.random_start:
             return x.clone()
         key = _draw_key(start.generator, x.device) if start.keys is None else start.keys[restart]
-        ball, radius = self.ball, self.start_radius * self.eps
-        own = impl if ball.has_kernel else "reference"
-        return ball.random_start(x, key, eps=radius, first=start.first, impl=own)
+        radius = self.start_radius * self.eps
+        return self.ball.random_start(x, key, eps=radius, first=start.first, impl=impl)
 
     def draw_keys(
         self, generator: torch.Generator | None, device: torch.device, first_given: bool = False
@@ -192,7 +191,6 @@ class PGD:
         if not self.num_steps:
             return x_adv.clamp_(0, 1)
         ball = self.ball
-        own = impl if ball.has_kernel else "reference"
         # Where it is not projected, the clamp to the range is what is left.
         radius = self.eps if self.project else ball.reach(x[0].numel())
         x_adv = x_adv.detach().requires_grad_()
@@ -211,7 +209,7 @@ class PGD:
                 (grad,) = torch.autograd.grad(out, x_adv, dout)
             else:
                 grad = _gradient_of_parts(out, dout, x_adv, parts)
-            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, parts=parts, impl=own)
+            ball.step(x_adv, grad, x, eps=radius, alpha=self.alpha, parts=parts, impl=impl)
         return x_adv.detach()
 
 

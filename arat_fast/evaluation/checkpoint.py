@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from arat_fast import doctor
 from arat_fast.attacks import PGD
 from arat_fast.build import build_objective
 from arat_fast.config import OWN_IMAGES, Config, DataConfig, EvalConfig, ModelConfig
@@ -134,7 +135,7 @@ def evaluate_checkpoint(
     if data is None and source.root != trained.data.root:
         of_run = saved is not None and saved.steps is not None
         before = f"; the run had them from {trained.data.root}" if of_run else ""
-        display.say(f"images from {source.root}{before}")
+        display.say_once(f"images from {source.root}{before}")
     download_data(source, ranks)
     with display.evaluating() as bar:
         splits = load_data(
@@ -153,7 +154,7 @@ def evaluate_checkpoint(
     images = found.in_order(saved.classes, saved.path)
     mapped = images is not found
     if mapped:
-        display.say(
+        display.say_once(
             f"the images count the same {len(images.classes)} classes in another order than the "
             "network: they are matched by their names"
         )
@@ -182,7 +183,26 @@ def evaluate_checkpoint(
             display.say(f"warning: {moved}")
         earlier_record(out, facts, wanted)
     for name, reason in attacks_left_out(attacks, test.num_classes).items():
-        display.say(f"{name} is left out: {reason}")
+        display.say_once(f"{name} is left out: {reason}")
+    replaced = {}
+    if target.type == "cuda":
+        attack = PGD(threat.eps, alpha, norm=threat.norm, bn="running")
+        shapes = test.image_shape, test.num_classes, settings.batch_size
+        operations = {
+            name: operation
+            for name, operation in doctor.operations_of(
+                network, *shapes, attack, torch.float32
+            ).items()
+            if name.partition("-")[0] in doctor.EVALUATED
+        }
+        replaced = doctor.prepare(
+            operations,
+            torch.float32,
+            target,
+            ranks,
+            display,
+            lambda text: display.say_once(f"warning: {text}"),
+        )
     start = time.perf_counter()
     with display.evaluating() as bar:
         suite = evaluate_all(
@@ -207,6 +227,7 @@ def evaluate_checkpoint(
         **facts,
         "classes": list(images.classes),
         **({"matched_by_name": list(found.classes)} if mapped else {}),
+        **({"replaced": replaced} if replaced else {}),
         **({"train_limit": trained.data.limit} if trained.data.limit else {}),
         **(
             {"interrupted": dict(zip(("steps", "of"), unfinished, strict=True))}

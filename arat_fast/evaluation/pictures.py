@@ -185,15 +185,21 @@ def _decoded(image: Picture) -> npt.NDArray[np.uint8]:
     return pixels
 
 
+def crop_of(saved: SavedNetwork) -> Kind | None:
+    """What a network's test images were cut to; None where they were arrays."""
+    if saved.config is None:
+        return None
+    dataset, crop = DATASETS[saved.config.data.name], saved.config.data.crop
+    if dataset.image_size is not None or dataset.crop is None:
+        return None
+    return dataset.crop if crop == "auto" else crop
+
+
 def _framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
     """What the network sees of a picture (height, width, 3), uint8: (C, H, W), uint8."""
     channels, rows, columns = saved.image_shape
     height, width = image.shape[:2]
-    kind: Kind | None = None
-    if saved.config is not None and DATASETS[saved.config.data.name].image_size is None:
-        kind = DATASETS[saved.config.data.name].crop
-        if kind is not None and saved.config.data.crop != "auto":
-            kind = saved.config.data.crop
+    kind = crop_of(saved)
     if kind is None:
         # The largest part in the middle of the shape of the network's images.
         scale = min(height / rows, width / columns)

@@ -140,6 +140,8 @@ def _accuracy(run: Run) -> Plot | None:
     caption = "Lines: batches as they were trained on, in training mode."
     if run.evaluations:
         caption += " Hollow marks: evaluations of the whole split, in eval mode."
+    if len(evaluated) > 1:
+        caption += " (ema): the averaged weights, which are the result; (last): those in training."
     if final:
         caption += f" Stars: the final evaluation, {run.summary.split} images."
     if looks:

@@ -20,12 +20,16 @@ from arat_fast.report.records import analysis_plots, records_of
 from arat_fast.report.run import Accuracy, Run, Summary, read_accuracies, read_run
 from arat_fast.report.templates import render
 from arat_fast.saved.network import read_saved
+from arat_fast.settings import free_fields, meanings
+from arat_fast.training.checkpoint import BEST
 
 _SUSPICIOUS_GAP = 0.15
 _OF_ONE_ATTACK = ("num_steps", "alpha", "autoattack")
 """Settings of the evaluation that are not those of every attack; what was run has its own."""
 _OFF: tuple[Any, ...] = (None, False, 0, "none", [])
 """Values of a setting that is off; there are more of them than a reader wants to see."""
+_LISTS = ("model.name", "objective.name", "data.name")
+"""Settings whose meaning is a list of what there is."""
 _CHECKS = {
     "gradient": "There is a gradient",
     "steps": "More steps",
@@ -49,12 +53,13 @@ class Number(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A setting, and the recipe's own where that is another."""
+    """A setting, what it means, and the recipe's own where that is another."""
 
     name: str
     value: Any
     changed: bool
     default: Any
+    meaning: str
 
 
 class Classes(NamedTuple):
@@ -259,10 +264,17 @@ def _settings(run: Run) -> tuple[dict[str, list[Setting]], int | None]:
     sections: dict[str, list[Setting]] = {}
     for section, entries in {"run": of_run, **nested}.items():
         before = entries if defaults is None else defaults.get(section, defaults)
+        kind: type = type(getattr(config, section, config))
+        meaning = meanings(kind)
         for name, value in entries.items():
             off = value in _OFF or not {section, f"{section}.{name}"}.isdisjoint(idle)
             if value != before.get(name) or not off:
-                it = Setting(name, value, value != before.get(name), before.get(name))
+                recipes = before.get(name)
+                # Without its limits, which are for who sets it.
+                text = meaning.get(name, "").partition("; >")[0].rstrip(".")
+                if f"{section}.{name}" in _LISTS or text.lower() == name:
+                    text = ""
+                it = Setting(name, value, value != recipes, recipes, text)
                 sections.setdefault(section, []).append(it)
     num_changed = sum(setting.changed for entries in sections.values() for setting in entries)
     return sections, None if defaults is None else num_changed
@@ -271,7 +283,13 @@ def _settings(run: Run) -> tuple[dict[str, list[Setting]], int | None]:
 def _idle(run: Run) -> set[str]:
     """Sections and settings that change nothing in this run, since another one is off."""
     config, schedule, average = run.config, run.config.schedule.name, run.config.average.kind
+    attack = config.attack
     idle = {
+        "run.compat": config.compat == "paper",
+        "attack.start_radius": attack.start_radius == 1 or not attack.random_start,
+        "attack.project": attack.project,
+        "attack.num_restarts": attack.num_restarts == 1,
+        "train.accumulate": config.train.accumulate == 1,
         "objective.w_adv objective.w_clean": getattr(config.objective, "balance", "") != "fixed",
         "optimizer.base_batch": config.optimizer.lr_scaling == "none",
         "schedule.milestones schedule.decay": not schedule.endswith("steps"),
@@ -280,15 +298,21 @@ def _idle(run: Run) -> set[str]:
         "average.decay": average != "ema",
         "data.unsup_fraction": config.data.unsup is None,
         "data.crop data.image_size data.bad_images": bool(DATASETS[config.data.name].image_size),
-        "step.fold": config.attack.bn != "running",
+        "step.fold": attack.bn != "running",
         "train.rollback_factor": not config.train.rollbacks,
         "targets.mix_alpha": config.targets.mix == "none",
         "awp": not config.awp.gamma,
-        "watch": config.attack.num_steps > 2,
+        "watch": attack.num_steps > 2,
         "analyze": not config.analyze.every,
         "distributed": run.summary.processes == 1,
     }
-    return {name for names, off in idle.items() if off for name in names.split()}
+    # How it was read, shown and kept is no matter of what came out.
+    machinery = {
+        f"{section}.{name}"
+        for section in ("data", "step", "train")
+        for name in free_fields(type(getattr(config, section))) - {"rollback_factor"}
+    }
+    return machinery | {name for names, off in idle.items() if off for name in names.split()}
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -339,6 +363,14 @@ def _next(run: Run, several_radii: bool) -> list[tuple[str, str]]:
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
         found.append(("accuracy at other radii", f"arat-fast eval {path} --eps {radii}"))
+    better = words.better_before(run)
+    if better is not None:
+        said, options = better
+        again = (
+            f"{summary.command or f'arat-fast train {run.config.recipe}'} {options} --out FOLDER"
+        )
+        kept = f"arat-fast eval {shlex.quote(str(run.path / BEST))}"
+        found.append((f"{said}; the best by validation images", again if options else kept))
     if "masking" not in run.analyses:
         found.append(("is the robustness real? a check", f"arat-fast analyze {path}"))
     return [

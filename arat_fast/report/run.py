@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from arat_fast.config import Config, config_from_dict
 from arat_fast.evaluation.pieces import NOT_NPZ
 from arat_fast.files import check_ratio, parse_json, read_json
-from arat_fast.statistics import wilson_interval
+from arat_fast.statistics import difference_interval, wilson_interval
 
 Numbers = NDArray[np.float64]
 T = TypeVar("T")
@@ -197,6 +197,24 @@ class Run:
         if self.summary.status == "finished" or "loss" not in self.metrics:
             return self.summary.epochs
         return float(self.metrics["loss"].epochs[-1])
+
+    def better_before(self) -> tuple[Evaluation, Accuracy] | None:
+        """The most robust evaluation during training, and the accuracy at the end, where that is
+        lower by more than the choice of the images explains (Newcombe, 95 %)."""
+        kind = "ema" if any(e.model == "ema" for e in self.evaluations) else "last"
+        course = [e for e in self.evaluations if e.model == kind]
+        if not course:
+            return None
+        last = course[-1]
+        end = Accuracy(round(last.pgd * last.num_samples), last.num_samples)
+        final = self.summary.accuracy.get(f"pgd{last.num_steps}")
+        # Else they are of other images or of other weights.
+        if final and (last.split, kind) == (self.summary.split, self.summary.model):
+            end = final
+        best = max(course, key=lambda e: e.pgd)
+        correct = round(best.pgd * best.num_samples), end.correct
+        low, _ = difference_interval(correct, (best.num_samples, end.num_samples))
+        return (best, end) if low > 0 else None
 
     def evaluated(self) -> dict[tuple[str, str], dict[str, Series]]:
         """Clean and robust accuracy ("clean", "pgd") during training by split and model."""

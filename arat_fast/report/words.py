@@ -9,6 +9,7 @@ from arat_fast.config import Config
 from arat_fast.datasets import DATASETS
 from arat_fast.objectives import ForeignSettings, objective_label
 from arat_fast.recipes import recipe
+from arat_fast.report.run import Run
 
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
@@ -148,6 +149,22 @@ def objective_name(config: Config) -> str:
 def dataset_name(config: Config) -> str:
     """Name of the dataset."""
     return DATASETS[config.data.name].label or config.data.name
+
+
+def better_before(run: Run) -> tuple[str, str] | None:
+    """That an earlier epoch was clearly better, in words; and the options that keep the best one,
+    empty where the run has kept it."""
+    found = run.better_before()
+    if found is None:
+        return None
+    best, end = found
+    n = best.num_samples
+    images = f"{grouped(n)} {best.split} images"
+    said = (
+        f"epoch {plain(best.epoch)} was better: {percent(best.pgd, n)} of {images} under "
+        f"PGD-{best.num_steps}, {percent(end.value, n)} at the end"
+    )
+    return said, "" if run.config.train.keep_best else "--data.num-val N --train.keep-best"
 
 
 def weights_name(model: str | None) -> str | None:

@@ -15,43 +15,53 @@ if TYPE_CHECKING:
     from arat_fast.run.state import Run
 
 SAMPLES = 4
+SURE = 0.5
+"""Seconds of a pass from which on what every pass takes, whatever its images, is little of it."""
 LONG = 600.0
 """Seconds of training from which on a run says what to expect."""
 
 
 class Expectation(Hook):
     """On a CPU, where a step can take a minute, says what a training of ten minutes or more will
-    take, by a pass of four images; on a GPU the first steps tell at once."""
+    take, by a pass of a few images; on a GPU the first steps tell at once."""
 
     def begin(self, run: Run) -> None:
         steps = run.total_steps - run.progress.step
         if run.device.type != "cpu" or not steps:
             return
-        step = seconds_a_step(run)
+        step, samples = seconds_a_step(run)
         if step * steps > LONG:
+            other = "" if run.config.recipe == "digits" else "; the recipe digits takes minutes"
             run.display.say(
                 f"expect about {about(step)} a step and {about(step * steps)} of training on this "
-                f"machine, by a pass of {SAMPLES} images, evaluations aside; the recipe digits "
-                "takes minutes"
+                f"machine, by a pass of {samples} images, evaluations aside{other}"
             )
 
 
-def seconds_a_step(run: Run) -> float:
-    """Seconds of a step, by those of one pass and its gradient of the images; nothing changes.
+def seconds_a_step(run: Run) -> tuple[float, int]:
+    """Seconds of a step, by those of one pass and its gradient of the images, and how many images
+    that pass had; nothing changes.
 
     A step is one such pass for each of the attack's, and those of the objective, forward and back
-    through both kinds of images, which cost three.
+    through both kinds of images, which cost three. The images are four, and twice as many until the
+    pass takes half a second or they are those of a step.
     """
     passes = 1.5
     if run.objective.needs_attack:
         attack = run.objective.own_attack(run.config.attack)
         passes = attack.num_steps * attack.num_restarts + 3
     share = run.data.train.plan.largest_share
+    samples = min(SAMPLES, share)
+    _seconds_of_pass(run, samples)  # It warms up.
+    while (seconds := _seconds_of_pass(run, samples)) < SURE and samples < share:
+        samples = min(2 * samples, share)
+    return seconds * passes * share / samples, samples
+
+
+def _seconds_of_pass(run: Run, samples: int) -> float:
     dtype = next(run.model.parameters()).dtype
-    x = torch.zeros(SAMPLES, *run.data.train.image_shape, dtype=dtype, requires_grad=True)
+    x = torch.zeros(samples, *run.data.train.image_shape, dtype=dtype, requires_grad=True)
     with evaluation_mode(run.model), run.step.autocast("cpu"), torch.enable_grad():
-        for _ in range(2):
-            # The first one warms up.
-            began = time.perf_counter()
-            torch.autograd.grad(run.model(x).float().sum(), x)
-    return (time.perf_counter() - began) * passes * share / SAMPLES
+        began = time.perf_counter()
+        torch.autograd.grad(run.model(x).float().sum(), x)
+    return time.perf_counter() - began

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from arat_fast.analysis.snapshot import analyze_training
+from arat_fast.config import OWN_IMAGES
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 MAX_SHARE_OF_FIRST = 0.05
 """Of the first weights in an exponential average, above which a run says so."""
+
+FEW_STEPS = 500
+"""Update steps of a whole run below which one on own images says how many it has. The digits, the
+easiest images and the shortest of the recipes, have 529."""
 
 FEW_FOR_STATISTICS = 64
 """Images of one process below which a run says that BatchNorm sees them alone."""
@@ -146,6 +151,13 @@ class Remarks(Hook):
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
+        own = config.data.name in OWN_IMAGES and config.init is None
+        if own and run.total_steps < FEW_STEPS and not config.train.max_steps:
+            run.display.say(
+                f"only {run.total_steps} update steps in all, {run.steps_per_epoch} an epoch, in "
+                "which fresh weights may learn nothing: start from weights (--init), raise "
+                "--train.epochs or lower --data.batch-size"
+            )
         by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
         norms = (SplitBatchNorm2d, nn.BatchNorm2d)
         has_norms = any(isinstance(module, norms) for module in run.model.modules())

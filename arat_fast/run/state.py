@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -398,28 +397,31 @@ class Run:
         )
 
     def _check_card(self) -> dict[str, str]:
-        """What computes wrongly on this process's GPU, as rank 0 finds it on its own; of kernels
-        the references run instead."""
+        """What computes wrongly on this process's GPU; of kernels the references run instead."""
         config, train = self.config, self.data.train
-        found: dict[str, str] = {}
-        if self.device.type == "cuda" and self.ranks.is_main and config.step.kernels != "reference":
-            batch = train.plan.largest_share
-            operations = doctor.operations_of(
-                self.model, train.image_shape, train.num_classes, batch, config.attack
-            )
-            with self.display.evaluating() as bar:
-                record, _ = doctor.examine(
-                    operations, self.precision, self.device, whole=False, progress=bar
-                )
-            checked = {*operations, doctor.GRAPH}
-            found = doctor.wrong_functions(
-                {name: r for name, r in record["operations"].items() if name in checked}
-            )
-        found = json.loads(self.ranks.broadcast_bytes(json.dumps(found).encode()))
+        if self.device.type != "cuda" or config.step.kernels == "reference":
+            return {}
+        operations = doctor.operations_of(
+            self.model,
+            train.image_shape,
+            train.num_classes,
+            train.plan.largest_share,
+            config.attack,
+            self.precision,
+        )
+        required = config.step.kernels == "triton"
+        found = doctor.prepare(
+            operations,
+            self.precision,
+            self.device,
+            self.ranks,
+            self.display,
+            self.warn,
+            required,
+        )
         if doctor.GRAPH in found and config.step.graph == "on":
             reason = found[doctor.GRAPH]
             raise ValueError(f"wrong on this card: {reason}; set --step.graph auto or off")
-        doctor.replace_wrong(found, config.step.kernels == "triton", self.warn)
         return found
 
     def warn(self, text: str) -> None:

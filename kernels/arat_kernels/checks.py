@@ -16,6 +16,7 @@ from arat_kernels.crop_flip import crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import add_frozen_affine, frozen_affine, relu_backward
 from arat_kernels.image_parts import image_parts
+from arat_kernels.image_parts.reference import image_parts_reference
 from arat_kernels.implementation import Impl
 from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import (
@@ -509,8 +510,30 @@ def step(norm: str = "Linf", eps: float = EPS, alpha: float = ALPHA, **options: 
         return pgd_step(t["x_adv"], t["grad"], t["x"], eps=eps, alpha=alpha, norm=norm, impl=impl)  # type: ignore[arg-type]  # a name that tests choose
 
     make = partial(image_tensors, eps=eps, **options)
-    # Three sums, a division and a product, each relative to a perturbation below 1.
-    return Operation(call, make, moved=("x_adv",), atol=0 if norm == "Linf" else 8 * SLACK)
+    # In L2 three sums, a division and a product, each relative to a perturbation below 1.
+    atol = {"Linf": 0, "L2": 8 * SLACK}.get(norm)
+    return Operation(call, make, moved=("x_adv",), atol=atol)
+
+
+def step_of_parts(
+    norm: str = "Linf", eps: float = EPS, alpha: float = ALPHA, **options: Any
+) -> Operation:
+    """:func:`step` that moves the parts of the images along, as under bfloat16."""
+
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        made = image_tensors(seed, dtype, layout=torch.channels_last, eps=eps, **options)
+        parts = image_parts_reference(made["x_adv"])
+        grad = torch.empty_like(parts, dtype=dtype).copy_(randn(tuple(parts.shape), seed + 2))
+        return made | {"grad": grad, "parts": parts}
+
+    def call(t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
+        x_adv, parts = t["x_adv"], t["parts"]
+        pgd_step(x_adv, t["grad"], t["x"], eps=eps, alpha=alpha, norm=norm, parts=parts, impl=impl)  # type: ignore[arg-type]  # a name that tests choose
+        # The same bits only of the same image, which two roundings of a norm do not give.
+        return x_adv, parts if norm == "Linf" else parts - image_parts_reference(x_adv)
+
+    moved = ("x_adv", "parts") if norm == "Linf" else ("x_adv",)
+    return replace(step(norm, eps, alpha), call=call, make=make, moved=moved)
 
 
 def start(norm: str = "Linf", eps: float = EPS, first: int = 0, **options: Any) -> Operation:
@@ -563,8 +586,13 @@ OPERATIONS: dict[str, Operation] = {
     "cross_entropy_grad-weighted": weighted(),
     "pgd_step": step(),
     "pgd_step-L2": step("L2"),
+    "pgd_step-L1": step("L1", 1.0, 0.5, shape=(2, 3, 6, 10)),
+    "pgd_step-parts": step_of_parts(),
+    "pgd_step-L2-parts": step_of_parts("L2"),
+    "pgd_step-L1-parts": step_of_parts("L1", 1.0, 0.5, shape=(2, 3, 6, 10)),
     "random_start": start(first=1),
     "random_start-L2": start("L2", first=1),
+    "random_start-L1": start("L1", first=1),
     "image_parts": parts(),
     "crop_flip": crops(),
     "crop_flip-bf16": crops(dtype=torch.bfloat16),

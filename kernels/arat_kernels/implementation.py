@@ -52,6 +52,11 @@ def replace_operations(names: Iterable[str]) -> None:
     _replaced = frozenset(names)
 
 
+def is_replaced(operation: str) -> bool:
+    """Whether :func:`replace_operations` has named it."""
+    return operation in _replaced
+
+
 def choose(impl: Impl | None, *tensors: Tensor | None, operation: str = "") -> Impl:
     """Decide which implementation runs on ``tensors``.
 
@@ -80,7 +85,7 @@ def choose(impl: Impl | None, *tensors: Tensor | None, operation: str = "") -> I
     on_cuda = tensors[0].is_cuda
     if impl is None:
         impl = "triton" if on_cuda and HAS_TRITON else "reference"
-    if impl == "reference" or operation in _replaced:
+    if impl == "reference" or is_replaced(operation):
         return "reference"
     if not HAS_TRITON:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from arat_fast.display import Display
-from benchmarks import machine
+from benchmarks import harness, machine
 from benchmarks.harness import Bench, Options, alternate, command, spread, unused
 
 CPU = torch.device("cpu")
@@ -49,6 +49,17 @@ def test_a_record_grows_on_disk_and_an_error_is_a_problem(tmp_path: Path) -> Non
     assert "no workers" in record["problems"][0]
     assert {"device", "driver", "clocks", "versions", "commit"} <= set(record["machine"])
     assert bench.path.with_suffix(".md").read_text() == "1"
+
+
+def test_the_gpu_that_is_named_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(harness, "resolve_device", torch.device)
+    monkeypatch.setattr(harness, "describe_device", str)
+    monkeypatch.setattr(harness, "describe_machine", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        Bench("some", Options(device=name, out=tmp_path / "some.json"), str)
+    assert current == [torch.device("cuda:1")]
 
 
 def test_results_are_never_overwritten(tmp_path: Path) -> None:

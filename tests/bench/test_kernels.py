@@ -24,7 +24,7 @@ CASES = [
     partial(kernels.affine, shape=(2, 3, 4, 4), backward=True),
     partial(kernels.folded_backward, shape=(2, 3, 4, 4)),
     *(partial(kernels.attack_step, shape=(2, 3, 4, 4), norm=norm) for norm in kernels.NORMS),
-    *(partial(kernels.start, shape=(2, 3, 4, 4), norm=norm) for norm in kernels.NORMS),
+    *(partial(kernels.start, shape=(2, 3, 4, 4), norm=norm) for norm in kernels.NORMS[:2]),
     partial(kernels.batch_norm, shape=(16, 3, 4, 4), backward=False),
     partial(kernels.batch_norm, shape=(16, 3, 4, 4), backward=True),
     partial(kernels.frozen_batch_norm, shape=(4, 3, 4, 4)),

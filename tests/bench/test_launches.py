@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import launches
 from benchmarks.launches import KERNELS, classify, kernels, operators, profile_run, summarize
 
 NAMES = [
@@ -60,7 +61,12 @@ def test_kernels_are_summed_per_step() -> None:
     expected = {"convolution": 0.4, "BatchNorm": 0.3, "optimiser": 0.2, "idle": 0.2}
     assert shares(found) == pytest.approx(expected)
     assert found["kernels"][0]["name"] == "xmma_fprop"
-    assert summarize([], 1)["launches"] == 0
+
+
+def test_a_profile_of_nothing_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "operators", lambda events: [])
+    with pytest.raises(RuntimeError, match="CUPTI"):
+        profile_run(lambda: None, torch.device("cpu"), 1)
 
 
 def test_an_operators_time_goes_to_the_class_around_it() -> None:

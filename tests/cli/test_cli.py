@@ -234,6 +234,20 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--attack.eps" in settings and "8/255" in settings and "``" not in settings
 
 
+def test_help_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("", "train ", "data ", "train cifar10-resnet18 "):
+        lines = printed_help(capsys, f"{command}--help").splitlines()
+        assert all(len(line) <= 80 for line in lines)
+    # Filled, whatever the lines of the source.
+    words = " ".join(" ".join(lines).replace("│", "").split())
+    assert "where it differs from the method as published. (default: paper)" in words
+    full = max(len(line.rstrip(" │")) for line in lines if "official: reproduce" in line)
+    assert full > 70
+
+
 @pytest.mark.parametrize(
     ("arguments", "libraries"),
     [

@@ -27,9 +27,31 @@ def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_what_stays_true_is_said_once() -> None:
+    written = io.StringIO()
+    display = Display(Console(file=written))
+    for text in ("one", "two", "one"):
+        display.say_once(text)
+    assert written.getvalue() == "one\ntwo\n"
+
+
+def test_a_quick_attack_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    written = io.StringIO()
+    with Display(Console(file=written)).evaluating() as bar:
+        for number, name in enumerate(("apgd-ce", "apgd-t")):
+            for done in range(101):
+                bar(f"AutoAttack {name}", done, 100, "passes", "33 images standing")
+                now += number
+    lines = ["AutoAttack apgd-ce: 33 images standing", "AutoAttack apgd-t: 33 images standing"]
+    assert written.getvalue().splitlines() == lines
+
+
 def test_a_training_tells_its_pace_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second step on, and an epoch's end once."""
     now = 0.0
+    monkeypatch.setattr(module, "QUIET_SECONDS", 40.0)
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     written = io.StringIO()
     with Display(Console(file=written)).training(2000, done=0) as bar:

@@ -15,6 +15,7 @@ from pyautoattack.autopgd_base import APGDAttack_targeted as Targeted
 from torch import Tensor, nn
 
 from arat_fast.datasets.digits import MAX_VALUE, load_digits
+from arat_fast.doctor import FOLD
 from arat_fast.evaluation import (
     ImageSet,
     ThreatModel,
@@ -29,6 +30,7 @@ from arat_fast.evaluation.parallel import SharedNetwork
 from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.models import use_branch
 from arat_fast.models.resnet import BasicBlock, ResNet
+from arat_kernels.implementation import replace_operations
 
 # The function of the same name hides the module.
 MODULE = importlib.import_module("arat_fast.evaluation.autoattack")
@@ -190,6 +192,17 @@ def test_why_a_network_was_not_folded(linear: nn.Module) -> None:
     assert "cannot be traced" in result.details["eager_because"]
     assert result.details["num_queries"] == MODULE.NUM_QUERIES
     assert "num_steps" not in result.details and "num_targets" not in result.details
+
+
+def test_a_folded_network_that_the_self_check_found_wrong_is_not_taken(linear: nn.Module) -> None:
+    x = digits(4).x
+    try:
+        replace_operations([FOLD])
+        network, reason = MODULE._fast_network(linear, x)
+    finally:
+        replace_operations([])
+    assert network is linear and "wrong on this card" in reason
+    assert MODULE._fast_network(linear, x)[0] is not linear
 
 
 def test_what_only_the_fast_network_lost_is_attacked_again(

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -19,12 +20,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from networks import generator, randomize
+from PIL import Image
 from torch import Tensor, nn
 
 import arat_fast
 from arat_fast.cli import main
 from arat_fast.config import Config
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+from arat_fast.evaluation.pictures import LoadedNetwork
 from arat_fast.evaluation.pieces import checksum
 from arat_fast.export import folder
 from arat_fast.export.card import public_command
@@ -72,14 +75,20 @@ def images(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=generator(5))
 
 
-def run_example(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The network that a folder's own example builds; the example prints a class."""
+def run_example(out: Path, network: LoadedNetwork, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The network that a folder's own example builds; it says of a picture what ``network`` does,
+    but for the rounding of its pixels."""
     monkeypatch.chdir(out)
+    noise = torch.rand(9, 11, 3, generator=generator(3)).mul(255).byte().numpy()
+    Image.fromarray(noise).resize((110, 90)).save(out.parent / "picture.png")
+    monkeypatch.setattr(sys, "argv", ["example.py", "../picture.png"])
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         names = runpy.run_path("example.py")
-    (logits,) = names["logits"]
-    assert printed.getvalue() == f"predicted class: {int(logits.argmax())}\n"
+    ((label, confidence),) = network.predict(["../picture.png"])
+    said = re.fullmatch(r"(.+), (\d+\.\d) % sure\n", printed.getvalue())
+    assert said is not None and said[1] == label
+    assert abs(float(said[2]) - 100 * confidence) < 2
     return names["model"]
 
 
@@ -93,7 +102,7 @@ def test_hub_folder(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert record["largest_difference"] == 0 < record["largest_logit"]
     assert record["classes"] == list("0123456789")
     x, expected = images(7, 1, 8, 8), arat_fast.load(ema_run)
-    assert torch.equal(run_example(out, monkeypatch)(x), expected(x))
+    assert torch.equal(run_example(out, expected, monkeypatch)(x), expected(x))
     summary = json.loads((ema_run / "summary.json").read_text())
     card = (out / "README.md").read_text()
     assert card.startswith('---\nlicense: "mit"\n') and '- "digits"' in card
@@ -192,7 +201,8 @@ def test_front_matter_is_yaml(ema_run: Path, tmp_path: Path) -> None:
 
 def test_program(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_checkpoint(ema_run, "torch-export", tmp_path / "program")
-    program, expected = run_example(tmp_path / "program", monkeypatch), arat_fast.load(ema_run)
+    expected = arat_fast.load(ema_run)
+    program = run_example(tmp_path / "program", expected, monkeypatch)
     for batch in (1, 7, 64):
         x = images(batch, 1, 8, 8)
         assert (program(x) - expected(x)).abs().max() <= 1e-6
@@ -219,7 +229,8 @@ def test_onnx(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     export_checkpoint(ema_run, "onnx", tmp_path / "onnx")
     files = {"config.json", "example.py", "model.onnx"}
     assert {p.name for p in (tmp_path / "onnx").iterdir()} == files
-    session, expected = run_example(tmp_path / "onnx", monkeypatch), arat_fast.load(ema_run)
+    expected = arat_fast.load(ema_run)
+    session = run_example(tmp_path / "onnx", expected, monkeypatch)
     for batch in (1, 7, 64):
         x = images(batch, 1, 8, 8)
         (logits,) = session.run(None, {"image": x.numpy()})
@@ -249,7 +260,7 @@ def test_torchvision(
     expected = weights(tmp_path / "m.safetensors", name, "cifar10-resnet18", normalize)
     out = tmp_path / "out"
     export_checkpoint(tmp_path / "m.safetensors", "torchvision", out)
-    model = run_example(out, monkeypatch)
+    model = run_example(out, arat_fast.load(out), monkeypatch)
     x = images(2, 3, 64, 64) if name == "resnet50" else images(2, 3, 32, 32)
     assert (model(x) - expected(x)).abs().max() <= 1e-6 * expected(x).abs().max().clamp(min=1)
     # torchvision's Normalize makes its constants anew, in the dtype of the image.
@@ -276,7 +287,7 @@ def test_timm_names_are_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyP
         arat_fast.load(tmp_path / "out")(images(2, 3, 32, 32)), expected(images(2, 3, 32, 32))
     )
     pytest.importorskip("timm")
-    model = run_example(tmp_path / "out", monkeypatch)
+    model = run_example(tmp_path / "out", arat_fast.load(tmp_path / "out"), monkeypatch)
     x = images(2, 3, 32, 32)
     assert (model(x) - expected(x)).abs().max() <= 1e-6 * expected(x).abs().max().clamp(min=1)
 
@@ -344,7 +355,8 @@ def test_robustbench_resnet18(
     assert (arat_fast.load(out)(x) - expected.float()(x)).abs().max() == 0
     stand_in_for_robustbench(monkeypatch)
     with torch.no_grad():
-        assert (run_example(out, monkeypatch)(x) - expected(x)).abs().max() <= 1e-6 * scale
+        model = run_example(out, arat_fast.load(out), monkeypatch)
+        assert (model(x) - expected(x)).abs().max() <= 1e-6 * scale
     if normalize:
         state["normalize.mean"] += 0.1
         torch.save(state, out / record["weights_file"])

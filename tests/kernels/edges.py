@@ -29,7 +29,7 @@ from arat_kernels.checks import (
 )
 
 Run = Callable[[Operation, Tensors], Tensors]
-NORMS = ("Linf", "L2")
+NORMS = ("Linf", "L2", "L1")
 
 
 def nan_in_split_batch_norm(run: Run) -> None:
@@ -156,7 +156,7 @@ def nan_gradient(run: Run) -> None:
         tensors = step(norm).make(3, torch.float32)
         tensors["grad"][1, 0, 2, 1] = math.nan
         expected = tensors["grad"].isnan()
-        expected[1] |= norm == "L2"
+        expected[1] |= norm != "Linf"
         assert torch.equal(run(step(norm), tensors)["0"].isnan(), expected)
 
 
@@ -165,8 +165,19 @@ def zero_gradient(run: Run) -> None:
         tensors = step(norm).make(4, torch.float32)
         tensors["x_adv"] = (tensors["x"] + 1e-3).clamp(0, 1)
         tensors["grad"].zero_()
-        got = run(step(norm), tensors)["0"]
+        got = run(step(norm, 1.0), tensors)["0"]
         torch.testing.assert_close(got, tensors["x_adv"], rtol=0, atol=SLACK)
+
+
+def equal_and_few_gradients(run: Run) -> None:
+    """In L1 all that are as large as the last one that moves, and none that are zero."""
+    operation = step("L1", 1.0, 0.5)
+    tensors = operation.make(5, torch.float32)
+    tensors["grad"].round_()
+    tensors["grad"][1, 1:] = 0
+    tensors["grad"][2].zero_()[0, 1, 2] = -1e-30
+    got, expected = run(operation, tensors)["0"], operation.results(tensors, "reference")["0"]
+    torch.testing.assert_close(got, expected, rtol=0, atol=8 * SLACK)
 
 
 def parts_of_a_batch_start_as_the_whole(run: Run) -> None:
@@ -232,6 +243,7 @@ EDGES = [
     gradient_of_the_losses,
     nan_gradient,
     zero_gradient,
+    equal_and_few_gradients,
     parts_of_a_batch_start_as_the_whole,
     starts_follow_seed_and_offset,
     unknown_index,

@@ -25,6 +25,13 @@ def test_without_a_gpu_it_says_so_and_exits_2() -> None:
     assert "CUDA" in done.stderr and not done.stdout
 
 
+def test_another_gpu_than_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts, processes of their own, would measure the first one under its name."""
+    monkeypatch.setattr(runner, "count_gpus", lambda: 2)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        runner.run(runner.Options(device="cuda:1"))
+
+
 def test_outcomes_are_counted_by_module(tmp_path: Path) -> None:
     junit = tmp_path / "tests.xml"
     junit.write_text(

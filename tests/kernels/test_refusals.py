@@ -14,6 +14,7 @@ from arat_kernels.cosine_invariance import cosine_invariance
 from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
+from arat_kernels.image_parts.reference import image_parts_reference
 from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
@@ -28,6 +29,7 @@ INDEX = torch.tensor([5, 0, 3, 3])
 OFFSETS = torch.zeros(4, 3, dtype=torch.int32)
 RNG = torch.tensor([11, 12])
 X = torch.full((2, 3, 4, 4), 0.5)
+PARTS = image_parts_reference(X)
 ROW = randn((3,), 1)
 P, T = [randn((4, 6), 0), randn((4, 3), 1)], [randn((4, 6), 2), randn((4, 3), 3)]
 LOGITS, TARGET = randn((6, 10), 0), torch.arange(6)
@@ -122,6 +124,7 @@ BAD: dict[Callable[..., object], tuple[Change, list[tuple[str, Change]]]] = {
         [
             ("x_adv", {"x_adv": torch.ones(3)}),
             ("x_adv", {"x_adv": X.half()}),
+            ("channels_last", {"grad": PARTS, "parts": PARTS}),
             ("grad", {"grad": X[:1]}),
             ("grad", {"grad": X.int()}),
             ("x", {"x": X.double()}),

@@ -24,7 +24,13 @@ from arat_fast.report.examples import cards, largest_change, to_png
 from arat_fast.report.run import read_run
 from arat_fast.report.style import plot_text, running_mean
 from arat_fast.report.templates import render
-from arat_fast.report.words import duration, objective_name, plain, signed_points
+from arat_fast.report.words import (
+    better_before,
+    duration,
+    objective_name,
+    plain,
+    signed_points,
+)
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&$x_{--></title>"
 
@@ -189,7 +195,17 @@ def test_settings_that_differ_from_the_recipe_are_marked(
 def test_settings_that_are_off_are_left_out(finished_page: Page, tmp_path: Path) -> None:
     text = finished_page.sections["configuration"]
     assert "warmup0.3" in text and "w_adv" not in text
-    for off in ("milestones", "rollback_factor", "base_batch", "unsup", "watch", "distributed"):
+    for off in (
+        "compat",
+        "start_radius",
+        "num_workers",
+        "milestones",
+        "rollback_factor",
+        "base_batch",
+        "unsup",
+        "watch",
+        "distributed",
+    ):
         assert off not in text
     folder = write_fake_run(tmp_path / "run", epochs=1)
     for section, name, value in (
@@ -211,6 +227,44 @@ def test_class_by_class(finished_page: Page, tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path / "run", epochs=1)
     rewrite(folder / "summary.json", "per_class", {})
     assert "classes" not in report(folder).sections
+
+
+@pytest.mark.parametrize(
+    ("epoch", "split", "pgd", "is_better"),
+    [
+        # At the end 0.812 of 200 validation images and 0.806 of 360 test images.
+        (12, "val", 0.93, True),
+        (12, "val", 0.86, False),
+        (12, "test", 0.93, True),
+        (28, "test", 0.93, True),
+        (28, "val", 0.93, False),
+    ],
+)
+def test_an_earlier_epoch_that_was_clearly_better(
+    epoch: int, split: str, pgd: float, is_better: bool, tmp_path: Path
+) -> None:
+    folder = write_fake_run(tmp_path / "run")
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "eval":
+            line["split"] = split
+            if (line["epoch"], line["model"]) == (epoch, "ema"):
+                line["pgd"] = pgd
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    end = "80.6" if split == "test" else "81.0"
+    said = (
+        f"epoch {epoch} was better: 93.0 % of 200 {split} images under PGD-20, {end} % at the end"
+    )
+    found = better_before(run)
+    assert (found is not None) == is_better
+    if found is not None:
+        assert found[0].replace("\u202f", " ") == said
+        text = report(folder).sections["next"]
+        assert "--data.num-val N --train.keep-best --out FOLDER" in text
+        rewrite(folder / "config.json", "config", "data", "num_val", 100)
+        rewrite(folder / "config.json", "config", "train", "keep_best", True)
+        assert "eval " + str(folder / "checkpoint-best.pt") in report(folder).sections["next"]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def test_a_long_training_says_what_to_expect(
     hook = next(h for h in run.hooks if isinstance(h, expectation.Expectation))
     hook.begin(run)
     said = re.search(r"expect about (\S+ s) a step and .* of training", written.getvalue())
-    assert said is not None
+    assert said is not None and "recipe digits" not in written.getvalue()
     assert all(torch.equal(value, state[name]) for name, value in run.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random) and run.model.training
     assert all(p.grad is None for p in run.model.parameters())
@@ -37,4 +37,14 @@ def test_the_attack_s_passes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = changed(tiny_config(1), "attack", num_steps=7, num_restarts=2)
     run = tiny_trainer(tmp_path, config)
     # A pass of four images takes a tick of the clock, a batch of 16 four of them.
-    assert expectation.seconds_a_step(run) == 4 * (7 * 2 + 3)
+    assert expectation.seconds_a_step(run) == (4 * (7 * 2 + 3), 4)
+
+
+def test_a_short_pass_is_made_of_more_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass of four takes for itself, whatever its images, is no step's four times."""
+    passes = {4: 0.1, 8: 0.12, 16: 0.16}
+    monkeypatch.setattr(expectation, "_seconds_of_pass", lambda run, samples: passes[samples])
+    run = tiny_trainer(tmp_path, changed(tiny_config(1), "attack", num_steps=7))
+    assert expectation.seconds_a_step(run) == (pytest.approx(0.16 * (7 + 3)), 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import CLASSES, encoded, image_folder, picture
+from rich.console import Console
 from tiny import changed, tiny_config, tiny_trainer, with_objective
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from arat_fast.config import Config, DataConfig
 from arat_fast.data.fingerprint import fingerprint, names_below
 from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
+from arat_fast.run.hooks import Remarks
 from arat_fast.training.checkpoint import load_checkpoint
 
 
@@ -36,6 +39,24 @@ def arrays(root: Path, number: int = 40) -> Path:
     np.save(root / "images.npy", rng.integers(0, 256, (number, 8, 8, 3), dtype=np.uint8))
     np.save(root / "labels.npy", np.arange(number) % 4)
     return root
+
+
+@pytest.mark.parametrize(
+    ("epochs", "init", "said"), [(99, "", True), (100, "", False), (99, "weights", False)]
+)
+def test_so_few_steps_that_nothing_may_be_learned_are_said(
+    epochs: int, init: str, said: bool, tmp_path: Path
+) -> None:
+    """Of 36 images, five batches an epoch."""
+    config = config_for("arrays", arrays(tmp_path / "set"), epochs)
+    if init:
+        first = tiny_trainer(tmp_path / "first", config)
+        torch.save(first.model.state_dict(), tmp_path / "weights.pt")
+        config = dataclasses.replace(config, init=str(tmp_path / "weights.pt"))
+    console = Console(file=io.StringIO(), width=200)
+    Remarks().begin(tiny_trainer(tmp_path / "run", config, console=console))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert ("only 495 update steps in all, 5 an epoch" in shown) == ("--init" in shown) == said
 
 
 def test_a_run_refuses_to_go_on_with_other_images(tmp_path: Path) -> None:

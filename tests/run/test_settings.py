@@ -20,7 +20,16 @@ from arat_fast.config import (
     config_from_dict,
     config_to_dict,
 )
-from arat_fast.settings import FREE, Count, Positive, Range, Weight, check_settings, free_fields
+from arat_fast.settings import (
+    FREE,
+    Count,
+    Positive,
+    Range,
+    Weight,
+    check_settings,
+    free_fields,
+    meanings,
+)
 
 NAN = float("nan")
 
@@ -30,11 +39,28 @@ class Example:
     count: Count = 1
     maybe: Count | None = None
     rate: Annotated[float, Range(above=0, high=1)] = 0.5
+    """How fast; > 0."""
     share: Annotated[float, Range(low=0, below=1), FREE] = 0.5
+    """Of all, as far as
+    it is known."""
     each: tuple[Positive, ...] = ()
     kind: Annotated[Literal["one", "two"], FREE] = "one"
     root: Annotated[Path, FREE] = Path()
     free: Weight = 0.0
+
+
+@dataclass
+class Derived(Example):
+    rate: Annotated[float, Range(above=0, high=1)] = 0.1
+    """How slow."""
+
+
+def test_meanings() -> None:
+    share = {"share": "Of all, as far as it is known."}
+    assert meanings(Example) == {"rate": "How fast; > 0.", **share}
+    assert meanings(Derived) == {"rate": "How slow.", **share}
+    without_source = dataclasses.make_dataclass("Made", [("rate", float)])
+    assert meanings(without_source) == {}
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,7 @@ def pgd_step(
         parts: :func:`arat_kernels.image_parts.image_parts` of ``x_adv``, channels_last as
             ``x_adv`` is, brought up to date in place; ``grad`` is then that of the parts, whose
             first channels count.
-        impl: the implementation; None picks Triton for CUDA tensors, else the reference. L1 has
-            the reference alone.
+        impl: the implementation; None picks Triton for CUDA tensors, else the reference.
 
     Returns:
         ``x_adv`` itself.
@@ -67,6 +66,11 @@ def pgd_step(
             f"grad must be a floating-point tensor of {'x_adv' if parts is None else 'parts'}'s "
             f"shape {tuple(expected)}, got {grad.dtype} of shape {tuple(grad.shape)}"
         )
+    layout = torch.channels_last
+    if parts is not None and not (
+        x_adv.is_contiguous(memory_format=layout) and parts.is_contiguous(memory_format=layout)
+    ):
+        raise ValueError(f"with parts x_adv must be channels_last, got strides {x_adv.stride()}")
     if x.shape != x_adv.shape or x.dtype != x_adv.dtype:
         raise ValueError(
             f"x must be {x_adv.dtype} of shape {tuple(x_adv.shape)} as x_adv, "
@@ -74,7 +78,7 @@ def pgd_step(
         )
     with torch.no_grad():
         if impl != "reference" and choose(impl, x_adv, grad, x, operation="pgd_step") == "triton":
-            _check_triton("x_adv", x_adv, norm)
+            _check_triton("x_adv", x_adv)
             from arat_kernels.pgd_step.triton import step
 
             step(x_adv, grad, x, parts, eps, alpha, norm)
@@ -126,7 +130,7 @@ def random_start(
     if first < 0:
         raise ValueError(f"first must be >= 0, got {first}")
     if impl != "reference" and choose(impl, x, rng, operation="random_start") == "triton":
-        _check_triton("x", x, norm)
+        _check_triton("x", x)
         from arat_kernels.pgd_step.triton import start
 
         x_adv: Tensor = start(x.detach(), rng, eps, norm, first)
@@ -147,9 +151,7 @@ def _check(name: str, images: Tensor, norm: str, **lengths: float) -> None:
             raise ValueError(f"{length} must be finite and >= 0, got {value}")
 
 
-def _check_triton(name: str, t: Tensor, norm: str) -> None:
-    if norm == "L1":
-        raise ValueError('L1 has no Triton kernel; pass impl="reference"')
+def _check_triton(name: str, t: Tensor) -> None:
     if t.dtype != torch.float32 and not interpreting():
         raise ValueError(
             f'{name} must be float32 with impl="triton", got {t.dtype}; pass impl="reference"'

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -15,6 +17,7 @@ from torch import Tensor
 from arat_kernels.implementation import warps
 from arat_kernels.layout import aligned, batch_dense, in_layout_of
 from arat_kernels.offsets import start_of
+from arat_kernels.pgd_step.reference import SPARSITY
 from arat_kernels.philox import device as philox
 from arat_kernels.philox import streams
 from arat_kernels.philox.reference import check_rng
@@ -22,7 +25,7 @@ from arat_kernels.rounding import round_to_bf16
 
 # Integers are not specialised on their value; ALIGNED says whether they are multiples of 16, as the
 # sizes of most images are.
-_PLAIN = ["numel", "size", "rng_ptr", "first_group", "first_sample"]
+_PLAIN = ["numel", "size", "num_moved", "rng_ptr", "first_group", "first_sample"]
 
 _START: tl.constexpr = tl.constexpr(streams.RANDOM_START)
 _RADIUS: tl.constexpr = tl.constexpr(streams.RANDOM_START_RADIUS)
@@ -158,6 +161,94 @@ def pgd_step_l2_kernel(
             _store(x_adv_ptr, parts_ptr, place, value, mask, CHANNELS, OF_PARTS)
 
 
+@triton.jit
+def _sparse_sign(grad, threshold):
+    """-1, 0 or 1, 0 below the threshold; NaN stays NaN."""
+    sign = tl.where(grad > 0, 1.0, tl.where(grad < 0, -1.0, grad))
+    return tl.where(tl.abs(grad) < threshold, 0.0, sign).to(grad.dtype)
+
+
+@triton.jit
+def _l1_delta(x_adv, grad, x, threshold, length, back):
+    """The perturbation after a step of ``length`` along the gradients that reach ``threshold``,
+    then ``back`` shorter and cut off by [0, 1]."""
+    delta = x_adv + length * _sparse_sign(grad, threshold) - x
+    upwards = delta > 0
+    size = _clamp(tl.abs(delta) - back, 0.0, tl.where(upwards, 1 - x, x))
+    return tl.where(upwards, size, -size)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def pgd_step_l1_kernel(
+    x_adv_ptr,  # (N, size) float32, in memory order, changed in place
+    grad_ptr,  # (N, size) any float; with parts_ptr as parts
+    x_ptr,  # (N, size) as x_adv
+    parts_ptr,  # (N, size / CHANNELS, OF_PARTS) bfloat16, those of x_adv, or None
+    eps,
+    alpha,
+    size: tl.int32,
+    num_moved: tl.int32,  # components that a step moves
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OF_PARTS: tl.constexpr,
+):
+    """Both unknown lengths are found exactly, bit by bit: numbers >= 0 are in the order of their
+    bits. Each bit is a pass over the sample, which is read from the caches again and again."""
+    if ALIGNED:
+        size = size // 16 * 16
+    base = start_of(tl.program_id(0), size)
+    at = tl.arange(0, BLOCK)
+    kind: tl.constexpr = x_adv_ptr.dtype.element_ty
+    word: tl.constexpr = tl.int64 if kind == tl.float64 else tl.int32
+    num_bits: tl.constexpr = kind.primitive_bitwidth - 1
+    one = tl.full((), 1, word)
+    # The largest number that as many gradients as are to move reach.
+    bits = one - one
+    for bit in range(num_bits - 1, -1, -1):
+        candidate = bits | (one << bit)
+        reached = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, size, BLOCK):
+            mask = start + at < size
+            place = base + start + at
+            grad = _gradient(grad_ptr, parts_ptr, place, mask, CHANNELS, OF_PARTS).to(kind)
+            reached += (tl.abs(grad) >= candidate.to(kind, bitcast=True)).to(tl.int32)
+        bits = tl.where(tl.sum(reached) >= num_moved, candidate, bits)
+    threshold = bits.to(kind, bitcast=True)
+    moved = tl.zeros((BLOCK,), kind)
+    for start in range(0, size, BLOCK):
+        mask = start + at < size
+        place = base + start + at
+        grad = _gradient(grad_ptr, parts_ptr, place, mask, CHANNELS, OF_PARTS).to(kind)
+        moved += tl.abs(_sparse_sign(grad, threshold))
+    num = tl.sum(moved)
+    length = alpha / tl.where(num < 1, 1.0, num)
+    # The largest number that is not far enough back into the ball; the next one is.
+    bits = one - one
+    for bit in range(num_bits - 1, -1, -1):
+        candidate = bits | (one << bit)
+        back = candidate.to(kind, bitcast=True)
+        sizes = tl.zeros((BLOCK,), kind)
+        for start in range(0, size, BLOCK):
+            mask = start + at < size
+            place = base + start + at
+            x = tl.load(x_ptr + place, mask, other=0.0)
+            x_adv = tl.load(x_adv_ptr + place, mask, other=0.0)
+            grad = _gradient(grad_ptr, parts_ptr, place, mask, CHANNELS, OF_PARTS).to(kind)
+            sizes += tl.abs(_l1_delta(x_adv, grad, x, threshold, length, back))
+        bits = tl.where(tl.sum(sizes) - eps > 0, candidate, bits)
+    back = (bits + 1).to(kind, bitcast=True)
+    for start in range(0, size, BLOCK):
+        mask = start + at < size
+        place = base + start + at
+        x = tl.load(x_ptr + place, mask)
+        x_adv = tl.load(x_adv_ptr + place, mask)
+        grad = _gradient(grad_ptr, parts_ptr, place, mask, CHANNELS, OF_PARTS).to(kind)
+        delta = _l1_delta(x_adv, grad, x, threshold, length, back)
+        value = _clamp(x + delta, 0.0, 1.0)
+        _store(x_adv_ptr, parts_ptr, place, value, mask, CHANNELS, OF_PARTS)
+
+
 @triton.jit(do_not_specialize=_PLAIN)
 def random_start_linf_kernel(
     x_ptr,  # (numel,) float32, in memory order
@@ -199,8 +290,32 @@ def _normals(rng_ptr, index, GROUPS: tl.constexpr):
     )
 
 
+@triton.jit
+def _direction(rng_ptr, index, GROUPS: tl.constexpr, L1: tl.constexpr):
+    """Normal numbers, in L1 Laplace's."""
+    if L1:
+        w0, w1, w2, w3 = philox.random_words(rng_ptr, index, _START)
+        # The side of 0 and the distance from it, by one word.
+        uniform = 2 * philox.unit(philox.interleave(w0, w1, w2, w3, GROUPS)) - 1
+        distance = tl.minimum(tl.maximum(-tl.log(1 - tl.abs(uniform)), 0.0), 17.0)
+        return tl.where(uniform > 0, distance, -distance)
+    else:
+        return _normals(rng_ptr, index, GROUPS)
+
+
+@triton.jit
+def _share(value, L1: tl.constexpr):
+    """What an element adds to :func:`_length`'s sum."""
+    return tl.abs(value) if L1 else value * value
+
+
+@triton.jit
+def _length(total, L1: tl.constexpr):
+    return tl.maximum(total, _MIN_NORM) if L1 else _norm(total)
+
+
 @triton.jit(do_not_specialize=_PLAIN)
-def random_start_l2_kernel(
+def random_start_radial_kernel(
     x_ptr,  # (N, size) float32, in memory order
     rng_ptr,  # (2,) int64: seed, offset
     x_adv_ptr,  # (N, size) as x
@@ -210,6 +325,7 @@ def random_start_l2_kernel(
     ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr,  # four elements each, from one Philox block
     ONE_BLOCK: tl.constexpr,  # size <= 4 * GROUPS: a sample stays in registers
+    L1: tl.constexpr,
 ):
     if ALIGNED:
         size = size // 16 * 16
@@ -222,24 +338,23 @@ def random_start_l2_kernel(
     at = tl.arange(0, 4 * GROUPS)
     if ONE_BLOCK:
         mask = at < size
-        normal = _normals(rng_ptr, (sample << 32) + group, GROUPS).to(kind)
-        inside = tl.where(mask, normal, 0.0)
-        scale = radius / _norm(tl.sum(inside * inside))
+        drawn = _direction(rng_ptr, (sample << 32) + group, GROUPS, L1).to(kind)
+        shares = _share(tl.where(mask, drawn, 0.0), L1)
+        scale = radius / _length(tl.sum(shares), L1)
         x = tl.load(x_ptr + base + at, mask)
-        tl.store(x_adv_ptr + base + at, x + normal * scale, mask)
+        tl.store(x_adv_ptr + base + at, x + drawn * scale, mask)
     else:
         # Drawing twice costs less than storing the first draw.
-        squares = tl.zeros((4 * GROUPS,), kind)
+        shares = tl.zeros((4 * GROUPS,), kind)
         for start in range(0, size, 4 * GROUPS):
-            normal = _normals(rng_ptr, (sample << 32) + start // 4 + group, GROUPS).to(kind)
-            inside = tl.where(start + at < size, normal, 0.0)
-            squares += inside * inside
-        scale = radius / _norm(tl.sum(squares))
+            drawn = _direction(rng_ptr, (sample << 32) + start // 4 + group, GROUPS, L1).to(kind)
+            shares += _share(tl.where(start + at < size, drawn, 0.0), L1)
+        scale = radius / _length(tl.sum(shares), L1)
         for start in range(0, size, 4 * GROUPS):
             mask = start + at < size
-            normal = _normals(rng_ptr, (sample << 32) + start // 4 + group, GROUPS).to(kind)
+            drawn = _direction(rng_ptr, (sample << 32) + start // 4 + group, GROUPS, L1).to(kind)
             x = tl.load(x_ptr + base + start + at, mask)
-            tl.store(x_adv_ptr + base + start + at, x + normal * scale, mask)
+            tl.store(x_adv_ptr + base + start + at, x + drawn * scale, mask)
 
 
 # Eight elements per thread: two float32 or one 16-bit vector of 16 bytes in flight per tensor, and
@@ -250,6 +365,8 @@ LINF_BLOCK, LINF_WARPS = 1024, 4
 # and so do odd ones and those with parts over 4096, whose narrow accesses need too many registers.
 L2_BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
 L2_LOOP_BLOCK, L2_LOOP_WARPS = 4096, 8
+# Up to 1024 elements, and above.
+L1_BLOCKS = ((1024, 4), (2048, 8))
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -348,6 +465,27 @@ def _step_l2(
     )
 
 
+def _step_l1(
+    x_adv: Tensor, grad: Tensor, x: Tensor, parts: Tensor | None, eps: float, alpha: float
+) -> None:
+    size = x[0].numel()
+    block, num_warps = L1_BLOCKS[size > 1024]
+    pgd_step_l1_kernel[(x.shape[0],)](
+        x_adv,
+        grad,
+        x,
+        parts,
+        eps,
+        alpha,
+        size,
+        math.ceil(SPARSITY * size),
+        size % 16 == 0,
+        block,
+        *_channels(x, parts),
+        num_warps=warps(num_warps),
+    )
+
+
 def _channels(x: Tensor, parts: Tensor | None) -> tuple[int, int]:
     return (1, 1) if parts is None else (x.shape[1], parts.shape[1])
 
@@ -382,10 +520,10 @@ def _draw_linf(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first_group: i
     )
 
 
-def _start_l2(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first: int) -> None:
+def _start_radial(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first: int, l1: bool) -> None:
     size = x[0].numel()
     block, num_warps, one_block = _l2_block(size)
-    random_start_l2_kernel[(x.shape[0],)](
+    random_start_radial_kernel[(x.shape[0],)](
         x,
         rng,
         x_adv,
@@ -395,9 +533,14 @@ def _start_l2(x: Tensor, rng: Tensor, x_adv: Tensor, eps: float, first: int) -> 
         size % 16 == 0,
         block // 4,
         one_block,
+        l1,
         num_warps=warps(num_warps),
     )
 
 
-_STEPS = {"Linf": _step_linf, "L2": _step_l2}
-_STARTS = {"Linf": _start_linf, "L2": _start_l2}
+_STEPS = {"Linf": _step_linf, "L2": _step_l2, "L1": _step_l1}
+_STARTS: dict[str, Callable[..., None]] = {
+    "Linf": _start_linf,
+    "L2": partial(_start_radial, l1=False),
+    "L1": partial(_start_radial, l1=True),
+}

@@ -31,6 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Channels and dtype of the recipes' layers; 64 stands for all wider ones.
 LAYERS = ((16, torch.bfloat16), (64, torch.bfloat16), (32, torch.float32))
 RNG = torch.tensor([1, 2])
+NORMS = ("Linf", "L2", "L1")
 
 
 @dataclass(frozen=True)
@@ -259,14 +260,14 @@ def steps(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> None:
 
 def steps_shipped() -> None:
     for shape in ((2, 1, 8, 8), (2, 3, 32, 32), (2, 3, 64, 64), (1, 3, 224, 224)):
-        for norm in ("Linf", "L2"):
+        for norm in NORMS:
             steps(shape, torch.float32, norm)
 
 
 def steps_sweep() -> None:
     shapes = [(3, 5), (1, 1), (2, 16), (2, 1000), (3, 4096), (2, 4097), (1, 16384), (1, 16400)]
     shapes += [(2, 3, 32, 32), (2, 3, 5, 7), (1, 3, 75, 75), (1, 20_001), (1, 4095), (1, 16383)]
-    for shape, dtype, norm in product(shapes, FLOATS, ("Linf", "L2")):
+    for shape, dtype, norm in product(shapes, FLOATS, NORMS):
         steps(shape, dtype, norm)
 
 
@@ -359,10 +360,11 @@ OPERATIONS = {
         steps_sweep,
         {
             **dict.fromkeys(
-                ("pgd_step_linf_kernel", "pgd_step_l2_kernel"), ("x_adv_ptr", "grad_ptr", "x_ptr")
+                ("pgd_step_linf_kernel", "pgd_step_l2_kernel", "pgd_step_l1_kernel"),
+                ("x_adv_ptr", "grad_ptr", "x_ptr"),
             ),
             **dict.fromkeys(
-                ("random_start_linf_kernel", "random_start_l2_kernel"), ("x_ptr", "x_adv_ptr")
+                ("random_start_linf_kernel", "random_start_radial_kernel"), ("x_ptr", "x_adv_ptr")
             ),
         },
     ),

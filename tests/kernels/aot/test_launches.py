@@ -43,8 +43,9 @@ LAYERS = [X[0, 0]] * 11
 ONE_LAUNCH: dict[str, Callable[[], object]] = {
     "pgd_step_linf_kernel": lambda: pgd_step.step(X, X.bfloat16(), X, None, 0.1, 1.0, "Linf"),
     "pgd_step_l2_kernel": lambda: pgd_step.step(X, X, X, None, 0.1, 1.0, "L2"),
+    "pgd_step_l1_kernel": lambda: pgd_step.step(X, X, X, None, 0.1, 1.0, "L1"),
     "random_start_linf_kernel": lambda: pgd_step.start(X, RNG, 0.1, "Linf", 0),
-    "random_start_l2_kernel": lambda: pgd_step.start(X, RNG, 0.1, "L2", 0),
+    "random_start_radial_kernel": lambda: pgd_step.start(X, RNG, 0.1, "L1", 0),
     "cosine_invariance_fwd_kernel": lambda: cosine_invariance.forward(
         [X[0, 0]] * 11, [X[0, 0]] * 11, 1e-8
     ),

@@ -91,6 +91,7 @@ OPERATIONS: dict[str, tuple[Callable[[int], Operation], Callable[[], Tensors], f
     "cross_entropy_grad": (lambda _: classes(), logits, ROUNDING, 1e-5),
     "pgd_step": (lambda _: step(), steps, 0, 4 * SLACK),
     "pgd_step-L2": (lambda _: step("L2", EPS, ALPHA), steps, 0, 4 * SLACK),
+    "pgd_step-L1": (lambda _: step("L1", EPS, ALPHA), steps, 0, 8 * SLACK),
     "random_start": (lambda first: start(first=first), steps, 0, 2 * SLACK),
     "random_start-L2": (lambda first: start("L2", first=first), steps, 0, 1e-5),
     "crop_flip": (

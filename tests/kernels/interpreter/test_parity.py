@@ -41,7 +41,7 @@ from arat_kernels.layout import same_strides
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-NORMS = ["Linf", "L2"]
+NORMS = ["Linf", "L2", "L1"]
 FLAGS = list(product([True, False], repeat=3))
 OUTPUTS: list[dict[str, Any]] = [
     {"dtype": dtype, "memory_format": layout}
@@ -69,12 +69,19 @@ CASES: dict[str, list[Operation]] = {
     "cosine_invariance": [distance(*sizes) for sizes in WIDTHS],
     "cosine_invariance-targets": [distance(*sizes, torch.float32) for sizes in WIDTHS[::2]],
     "cross_entropy_grad": [classes(5, width) for width in (1, 100, 1000, 4096, 4100)],
-    "pgd_step": [step(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS],
+    "pgd_step": [
+        *(step(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS),
+        *(
+            step("L1", eps, 2.0, shape=(1, 3, 37, 39), layout=layout)
+            for eps, layout in zip((0.5, 8.0), LAYOUTS, strict=True)
+        ),
+    ],
 }
 # No dtype plays a part here.
 STARTS = [
     *(start(shape=(5, 3, 9, 11), layout=layout) for layout in LAYOUTS),
     *(start("L2", 0.5, shape=(3, size)) for size in (1, 6, 1024, 4097, 16389)),
+    *(start("L1", 0.5, shape=(3, size)) for size in (1, 6, 16389)),
 ]
 
 
@@ -308,8 +315,8 @@ def test_crops(output: dict[str, Any], stored: torch.memory_format) -> None:
         assert not torch.equal(both(strided, index.repeat_interleave(2).int()[::2]), drawn)
 
 
-def lengths(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t.double().flatten(1), dim=1)
+def lengths(t: Tensor, order: int = 2) -> Tensor:
+    return torch.linalg.vector_norm(t.double().flatten(1), order, dim=1)
 
 
 @pytest.mark.parametrize("size", [(3, 7, 5), (3, 16, 32), (1, 4097, 1), (1, 65, 64), (1, 16385, 1)])
@@ -343,18 +350,21 @@ def test_stays_in_the_ball_and_in_the_image_range(
     assert ((got >= 0) & (got <= 1)).all()
     if norm == "Linf":
         assert (delta.abs() <= eps + SLACK).all()
-    else:
+    elif norm == "L2":
         assert (lengths(delta) <= eps * (1 + 1e-6) + SLACK * math.sqrt(size)).all()
+    else:
+        assert (lengths(delta, 1) <= eps * (1 + 1e-6) + SLACK * size).all()
 
 
-def test_l2_in_float64_is_exact() -> None:
-    operation = step("L2", 0.1, 0.3)
+@pytest.mark.parametrize("norm", NORMS[1:])
+def test_in_float64_it_is_exact(norm: str) -> None:
+    operation = step(norm, 0.1, 0.3)
     tensors = {n: t.double() for n, t in operation.make(5, torch.float32).items() if n != "rng"}
     got, expected = (operation.results(tensors, impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", NORMS[:2])
 def test_an_attack_compiles_to_one_graph(norm: str) -> None:
     first, then = start(norm), step(norm, EPS, ALPHA)
     tensors = first.make(10, torch.float32)
