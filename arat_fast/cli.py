@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for bad input, with one line on standard error that says what was got
         and what was expected; 130 for Ctrl-C and 75 for the other signals of
-        :mod:`arat_fast.stop`, whatever they stopped; 1, without returning, where another process of
-        the job was lost. With the environment variable ARAT_FAST_TRACEBACK=1, errors are raised
-        instead.
+        :mod:`arat_fast.stop`, whatever they stopped; 141 where the reader of standard output has
+        gone; 1, without returning, where another process of the job was lost. With the environment
+        variable ARAT_FAST_TRACEBACK=1, errors are raised instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         with end_on_signals():
-            return _run("arat-fast", arguments, COMMANDS)
+            code = _run("arat-fast", arguments, COMMANDS)
+        sys.stdout.flush()
+        return code
     except SystemExit as done:
         if done.code:
             raise
@@ -86,6 +88,8 @@ def _run(program: str, arguments: list[str], commands: Mapping[str, type[Command
 
 def _failed(error: Exception) -> int:
     """Say in one line what went wrong, as far as it is not this package's mistake."""
+    if isinstance(error, BrokenPipeError) and _is_unread():
+        return 141
     if isinstance(error, (ValueError, OSError)):
         if os.environ.get("ARAT_FAST_TRACEBACK") == "1":
             raise error
@@ -112,6 +116,16 @@ def _failed(error: Exception) -> int:
         message = f"out of memory: {message.partition('. ')[0]}; {advice}"
     _complain(message)
     return 2
+
+
+def _is_unread() -> bool:
+    """Whether the reader of standard output has gone, as ``head`` does; the rest is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _complain(message: object) -> None:

@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from arat_fast.data.framing import Framing, Kind
+from arat_fast.data.framing import Framing
 from arat_fast.data.loader import cut_out
-from arat_fast.datasets import DATASETS
 from arat_fast.datasets.decoding import decode_image
 from arat_fast.datasets.members import files_below, is_image
 from arat_fast.device import resolve_device
@@ -185,21 +184,11 @@ def _decoded(image: Picture) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-def crop_of(saved: SavedNetwork) -> Kind | None:
-    """What a network's test images were cut to; None where they were arrays."""
-    if saved.config is None:
-        return None
-    dataset, crop = DATASETS[saved.config.data.name], saved.config.data.crop
-    if dataset.image_size is not None or dataset.crop is None:
-        return None
-    return dataset.crop if crop == "auto" else crop
-
-
 def _framed(saved: SavedNetwork, image: npt.NDArray[np.uint8]) -> Tensor:
     """What the network sees of a picture (height, width, 3), uint8: (C, H, W), uint8."""
     channels, rows, columns = saved.image_shape
     height, width = image.shape[:2]
-    kind = crop_of(saved)
+    kind = saved.facts.get("crop")
     if kind is None:
         # The largest part in the middle of the shape of the network's images.
         scale = min(height / rows, width / columns)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from arat_fast import __version__, load
 from arat_fast.device import versions
 from arat_fast.evaluation.evaluate import finite_answers
-from arat_fast.evaluation.pictures import crop_of
 from arat_fast.export.card import Measured, measured, model_card, paper_of, public_command
 from arat_fast.export.programs import ONNX_PACKAGES, save_onnx, save_program
 from arat_fast.extras import needed
@@ -111,8 +110,6 @@ def _record(saved: SavedNetwork, branch: str, format: Format, found: Measured) -
         "num_classes": saved.num_classes,
         "classes": facts.get("classes", []),
         "input_range": [0, 1],
-        "crop": crop_of(saved),
-        "dataset": saved.config.data.name if saved.config is not None else None,
         "accuracy": {
             key: {
                 "value": value.value,

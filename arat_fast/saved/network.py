@@ -159,8 +159,14 @@ def describe(
         image_shape: (C, H, W).
         classes: names in the order of the logits; empty where they are not known.
     """
+    dataset, crop = DATASETS[config.data.name], config.data.crop
+    # Images of one size, and those in arrays, are not cut.
+    cut = None if dataset.image_size else dataset.crop
+    if cut and crop != "auto":
+        cut = crop
     return {
         "recipe": config.recipe,
+        "dataset": config.data.name,
         "model": config.model.name,
         "objective": config.objective.name,
         "weights": weights,
@@ -172,6 +178,7 @@ def describe(
         "activation": config.model.activation,
         "image_shape": list(image_shape),
         "additional_data": config.data.unsup is not None,
+        **({"crop": cut} if cut else {}),
         **({"classes": list(classes)} if classes else {}),
     }
 
@@ -421,7 +428,7 @@ def _parse(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
-    **{key: (str, bool) for key in ("recipe", "model", "objective", "weights")},
+    **{key: (str, bool) for key in ("recipe", "dataset", "model", "objective", "weights")},
     "branch": (str, ("adv", "clean", "shared").__contains__),
     "activation": (str, ("relu", "silu").__contains__),
     "norm": (str, NORMS.__contains__),
@@ -429,6 +436,7 @@ FACTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
     "mean": (lambda values: [*map(float, values)], lambda _: True),
     "std": (lambda values: [*map(float, values)], lambda _: True),
     "image_shape": (lambda values: [*map(int, values)], lambda s: len(s) == 3),
+    "crop": (str, ("pad", "resized").__contains__),
     "additional_data": (lambda value: value, (True, False).__contains__),
     "classes": (lambda names: [*map(str, names)], lambda n: len(n) == len(set(n))),
 }
@@ -446,6 +454,11 @@ def _config(
         return None
     told: dict[str, Any] = {k: tuple(facts[k]) for k in ("mean", "std") if k in facts}
     told |= {k: facts[f] for k, f in (("name", "model"), ("activation",) * 2) if f in facts}
+    data: dict[str, Any] = {
+        k: facts[f] for k, f in (("name", "dataset"), ("crop",) * 2) if f in facts
+    }
+    if "image_shape" in facts:
+        data["image_size"] = facts["image_shape"][1]
     attack = {key: facts[key] for key in ("norm", "eps") if key in facts}
     try:
         config = recipe_by_name(name)
@@ -453,6 +466,7 @@ def _config(
         return dataclasses.replace(
             config,
             model=recorded_model(model["name"])(**model),
+            data=dataclasses.replace(config.data, **data),
             attack=dataclasses.replace(config.attack, **attack),
         )
     except ValueError as error:

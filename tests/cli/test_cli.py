@@ -388,6 +388,17 @@ def test_errors_can_be_raised_instead(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["report", "/nowhere"])
 
 
+def test_a_reader_that_has_read_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["info"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = (run / "checkpoint.pt").read_bytes()
     cut = tmp_path / "cut.pt"

@@ -17,7 +17,9 @@ import arat_fast.report
 from arat_fast.cli import main
 from arat_fast.data import load_data
 from arat_fast.datasets.digits import load_digits
+from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.evaluation.pictures import predict_pictures
+from arat_fast.export.folder import export_checkpoint
 from arat_fast.saved.network import read_saved
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -62,19 +64,22 @@ def test_digits_as_pictures(
     assert "epoch 0 of 1 is done" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("crop", ["resized", "pad"])
+@pytest.mark.parametrize(
+    ("recipe", "crop"), [("folder-resnet18", "auto"), ("cifar10-resnet18", "pad")]
+)
 def test_pictures_of_a_folder_are_framed_as_in_evaluation(
-    tmp_path: Path, crop: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recipe: str, crop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the run, and by its exported weights, which lie elsewhere."""
     monkeypatch.setattr(arat_fast.report, "write_report", lambda run: run)
     folder, out = tmp_path / "images", tmp_path / "run"
     image_folder(folder)
-    options = ["--data.root", str(folder), "--data.image-size", "32", "--data.batch-size", "8"]
+    options = ["--data.name", "folder", "--data.root", str(folder)]
+    options += ["--data.image-size", "32", "--data.batch-size", "8"]
     options += ["--model.name", "resnet8", "--data.crop", crop, "--data.loader", "dataloader"]
     options += ["--train.epochs", "1", "--eval.num-steps", "1", "--eval.no-autoattack"]
     options += ["--attack.num-steps", "1", "--data.num-workers", "0", "--train.device", "cpu"]
-    assert main(["train", "folder-resnet18", *options, "--out", str(out)]) == 0
+    assert main(["train", recipe, *options, "--out", str(out)]) == 0
     config = read_saved(out).config
     assert config is not None
     test = load_data(config.data, device=CPU, seed=0, eval_batch_size=50).test
@@ -82,6 +87,19 @@ def test_pictures_of_a_folder_are_framed_as_in_evaluation(
     with torch.no_grad():
         expected = arat_fast.load(out)(x).softmax(1)
     files = [Path(test.samples.name(i)) for i in range(len(x))]  # type: ignore[attr-defined]
-    for row, prediction in zip(expected, predict_pictures(out, files), strict=True):
+    answers = predict_pictures(out, files)
+    for row, prediction in zip(expected, answers, strict=True):
         assert prediction.label == test.classes[int(row.argmax())]
         assert prediction.confidence == pytest.approx(float(row.max()), abs=1e-5)
+
+    exported = tmp_path / "exported"
+    export_checkpoint(out, "hub", exported)
+    for other in (exported, out / "model.safetensors"):
+        assert predict_pictures(other, files) == answers
+    of_run, of_export = (
+        evaluate_checkpoint(path, data=str(folder), num_steps=1, attacks=("pgd",), device="cpu")
+        for path in (out, exported)
+    )
+    assert of_run["images_sha256"] == of_export["images_sha256"]
+    for attack in ("clean", "pgd1"):
+        assert of_run["accuracy"][attack] == of_export["accuracy"][attack]

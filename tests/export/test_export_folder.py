@@ -76,16 +76,16 @@ def images(*shape: int) -> Tensor:
 
 
 def run_example(out: Path, network: LoadedNetwork, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The network that a folder's own example builds; it says of a picture what ``network`` does,
-    but for the rounding of its pixels."""
-    monkeypatch.chdir(out)
+    """The network that a folder's own example builds, from another folder; it says of a picture
+    what ``network`` does, but for the rounding of its pixels."""
+    monkeypatch.chdir(out.parent)
     noise = torch.rand(9, 11, 3, generator=generator(3)).mul(255).byte().numpy()
-    Image.fromarray(noise).resize((110, 90)).save(out.parent / "picture.png")
-    monkeypatch.setattr(sys, "argv", ["example.py", "../picture.png"])
+    Image.fromarray(noise).resize((110, 90)).save("picture.png")
+    monkeypatch.setattr(sys, "argv", ["example.py", "picture.png"])
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        names = runpy.run_path("example.py")
-    ((label, confidence),) = network.predict(["../picture.png"])
+        names = runpy.run_path(f"{out.name}/example.py")
+    ((label, confidence),) = network.predict(["picture.png"])
     said = re.fullmatch(r"(.+), (\d+\.\d) % sure\n", printed.getvalue())
     assert said is not None and said[1] == label
     assert abs(float(said[2]) - 100 * confidence) < 2
@@ -260,9 +260,9 @@ def test_an_example_cuts_a_picture_as_the_test_images(
     export_checkpoint(tmp_path / "m.safetensors", "torchvision", tmp_path / "out")
     network = arat_fast.load(tmp_path / "out")
     run_example(tmp_path / "out", network, monkeypatch)
-    image = torch.from_numpy(runpy.run_path("example.py")["image"])
+    image = torch.from_numpy(runpy.run_path("out/example.py")["image"])
     # Two libraries' bilinear filters; half a pixel to the side is ten times as much.
-    assert (image - network.preprocess(["../picture.png"])).abs().mean() < 2e-3
+    assert (image - network.preprocess(["picture.png"])).abs().mean() < 2e-3
 
 
 @pytest.mark.slow
