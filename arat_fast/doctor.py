@@ -38,6 +38,7 @@ from arat_kernels.checks import (
     added,
     added_affine,
     affine,
+    both,
     classes,
     crops,
     distance,
@@ -97,9 +98,10 @@ def operations_of(
         calls[(*args[0].shape[1:], *fused, isinstance(layer, SplitBatchNorm2d))] = None
 
     sums: dict[tuple[int, ...], None] = {}
+    pairs: dict[tuple[int, ...], None] = {}
 
     def note_sum(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        sums[tuple(out.shape[1:])] = None
+        (sums if isinstance(block, PreActBlock) else pairs)[tuple(out.shape[1:])] = None
 
     # Where the network is: it may hold tensors that do not move with it, or read their values.
     shadow, device = copy.deepcopy(model), next(model.parameters()).device
@@ -108,7 +110,8 @@ def operations_of(
             layer.register_forward_pre_hook(note, with_kwargs=True)
         if isinstance(layer, SplitBatchNorm2d):
             layer.impl = "reference"
-        if isinstance(layer, PreActBlock) and isinstance(layer.bn2, SplitBatchNorm2d):
+        ends = layer.bn2 if isinstance(layer, PreActBlock) else getattr(layer, "shortcut_bn", None)
+        if isinstance(ends, SplitBatchNorm2d):
             layer.register_forward_hook(note_sum)
     drawn_on = [device] if device.type == "cuda" else []
     with torch.no_grad(), use_statistics(shadow, "running"), torch.random.fork_rng(drawn_on):
@@ -137,6 +140,10 @@ def operations_of(
             found[f"split_batch_norm-{name}"] = norm.operation
     for summed in sums if attack.bn == "batch" else ():
         found[f"split_batch_norm-{_joined(batch, *summed)}-sum"] = added((0, batch), *summed)
+    for channels, height, width in pairs:
+        found[f"split_batch_norm-{_joined(batch, channels, height, width)}-both"] = both(
+            sizes=(batch, batch), channels=channels, height=height, width=width
+        )
     few, size = (min(batch, 16), *image_shape), sum(p.numel() for p in model.parameters())
     found[f"{FOLD}-{type(model).__name__}-{size}-{_joined(*few)}"] = folded(model, few)
     if dtype != torch.float32:

@@ -28,7 +28,7 @@ from arat_fast.models.split_batch_norm import (
     use_branch,
     use_statistics,
 )
-from arat_kernels.forks import around, skip_of
+from arat_kernels.forks import around, gradients, read_by, reads_few, skip_of
 from arat_kernels.frozen_affine import add_frozen_affine, frozen_affine, relu_backward
 from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
@@ -207,6 +207,7 @@ class _FoldedConv(_Site):
     def __init__(self, conv: nn.Conv2d, norm: _AnyNorm, relu: bool, impl: Impl | None) -> None:
         super().__init__(norm, relu, impl)
         self._conv = (conv,)
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
         self.shortcut: _FoldedConv | None = None
         """A convolution whose output is only the residual of this one, which adds both biases."""
         self.bias = None
@@ -405,13 +406,13 @@ class _ConvAct(torch.autograd.Function):
         ctx.relu, ctx.geometry, ctx.impl = relu, geometry, impl
         ctx.save_for_backward(x, weight, *([y] if relu else []))
         ctx.set_materialize_grads(False)
+        ctx.dy_few, ctx.shape = None, y.shape
         return y, y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
-        if dy is None:
-            dy, dy_skip = dy_skip, None
+        dy, dy_skip = gradients(ctx, dy, dy_skip)
         assert dy is not None
         if ctx.relu:
             dy = relu_backward(dy, saved[0], dy_skip=dy_skip, impl=ctx.impl)
@@ -624,7 +625,14 @@ def _route_forks(
             with network.graph.inserting_after(site):
                 second = network.graph.call_function(function, arguments)
             for reader in readers:
-                reader.replace_input_with(source, second)
+                if source is site and _projects(reader, modules):
+                    with network.graph.inserting_before(reader):
+                        conv = network.graph.get_attr(str(reader.target))
+                    reader.op, reader.target, reader.args = "call_function", read_by, (conv, source)
+                else:
+                    reader.replace_input_with(source, second)
+            if not second.users:
+                network.graph.erase_node(second)
 
     for node, site in sites.items():
         if site.relu:
@@ -634,6 +642,14 @@ def _route_forks(
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 route(source, node, around, node, source)
+
+
+def _projects(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is a convolution alone that reads every second pixel."""
+    conv = modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(conv, _FoldedConv):
+        return reads_few(conv) and not conv.relu and node.args[1] is None
+    return type(conv) is nn.Conv2d and reads_few(conv) and not _has_hooks(conv)
 
 
 def _mutation_between(

@@ -16,6 +16,7 @@ from arat_fast.models.layers import (
     make_norm,
 )
 from arat_kernels import forks
+from arat_kernels.split_batch_norm import normalize_sum
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -27,6 +28,7 @@ class _Shortcut(nn.Module):
 
     shortcut: nn.Module | None
     shortcut_bn: nn.Module
+    relu: bool
 
     def _make_shortcut(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         if stride != 1 or in_channels != out_channels:
@@ -35,6 +37,14 @@ class _Shortcut(nn.Module):
         else:
             self.shortcut = None
             self.shortcut_bn = nn.Identity()
+
+    def _end(self, norm: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+        """The normalised ``out`` and what goes around the block, which has read ``x``."""
+        if self.shortcut is None:
+            y: Tensor = norm(out, forks.skip_of(x), relu=self.relu)
+            return y
+        projected = forks.read_by(self.shortcut, x)
+        return normalize_sum(norm, out, self.shortcut_bn, projected, self.relu)
 
 
 class BasicBlock(_Shortcut):
@@ -61,10 +71,7 @@ class BasicBlock(_Shortcut):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.bn1(self.conv1(x), relu=self.relu))
         out = self.conv2(out)
-        if forks.made:
-            x = forks.skip_of(x)
-        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
-        out = self.act(self.bn2(out, identity, relu=self.relu))
+        out = self.act(self._end(self.bn2, out, x))
         return out
 
 
@@ -96,10 +103,7 @@ class Bottleneck(_Shortcut):
         out: Tensor = self.act(self.bn1(self.conv1(x), relu=self.relu))
         out = self.act(self.bn2(self.conv2(out), relu=self.relu))
         out = self.conv3(out)
-        if forks.made:
-            x = forks.skip_of(x)
-        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
-        out = self.act(self.bn3(out, identity, relu=self.relu))
+        out = self.act(self._end(self.bn3, out, x))
         return out
 
 

@@ -51,7 +51,7 @@ class PreActBlock(nn.Module):
         if self.convShortcut is None:
             shortcut = forks.around(activated, x)
         else:
-            shortcut = self.convShortcut(forks.skip_of(activated))
+            shortcut = forks.read_by(self.convShortcut, activated)
         return add_for(self.bn2, out, shortcut)
 
 

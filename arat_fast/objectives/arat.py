@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -215,8 +215,8 @@ class ARAT(Objective):
             clean, adv = self._pass(model, "clean", x), self._pass(model, "adv", x_adv)
         else:
             both = self._pass(model, "both", torch.cat([x, x_adv]))
-            halves = [tensor.chunk(2) for tensor in both]
-            clean, adv = [half[0] for half in halves], [half[1] for half in halves]
+            halves: tuple[Tensor, ...] = _Halves.apply(*both)  # type: ignore[no-untyped-call]
+            clean, adv = list(halves[: len(both)]), list(halves[len(both) :])
         (logits_clean, *z_clean), (logits_adv, *z_adv) = clean, adv
         terms = {
             "ce_adv": self.w_adv * F.cross_entropy(logits_adv, y),
@@ -267,6 +267,31 @@ class ARAT(Objective):
             for source, target in zip(p, z, strict=True)
         ]
         return torch.stack(means)
+
+
+class _Halves(torch.autograd.Function):
+    """The first halves of tensors, then the second ones. Autograd would make the gradient of each
+    tensor in two launches; these are all made in two."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        firsts, seconds = zip(*(tensor.detach().chunk(2) for tensor in tensors), strict=True)
+        return *firsts, *seconds
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, ...]:
+        results = [torch.empty_like(like) for like in ctx.saved_tensors]
+        places = [tensor.chunk(2)[half] for half in range(2) for tensor in results]
+        read = [
+            (place, grad) for place, grad in zip(places, given, strict=True) if grad is not None
+        ]
+        unread = [place for place, grad in zip(places, given, strict=True) if grad is None]
+        torch._foreach_copy_([place for place, _ in read], [grad for _, grad in read])
+        if unread:
+            torch._foreach_zero_(unread)
+        return tuple(results)
 
 
 @torch.no_grad()

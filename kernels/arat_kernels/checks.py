@@ -19,7 +19,12 @@ from arat_kernels.image_parts import image_parts
 from arat_kernels.image_parts.reference import image_parts_reference
 from arat_kernels.implementation import Impl
 from arat_kernels.pgd_step import pgd_step, random_start
-from arat_kernels.split_batch_norm import SplitBatchNorm2d, add_for, split_batch_norm
+from arat_kernels.split_batch_norm import (
+    SplitBatchNorm2d,
+    add_for,
+    normalize_sum,
+    split_batch_norm,
+)
 
 Tensors = dict[str, Tensor]
 
@@ -333,6 +338,43 @@ def added(
     return replace(own, call=call, make=make, leaves=(*own.leaves, "addend"))
 
 
+def both(**options: Any) -> Operation:
+    """Split BatchNorm of a block's own path and of its shortcut, which are added."""
+    norm = Norm(**options).changed(pooled=False, residual=True)
+    layers = [SplitBatchNorm2d(norm.channels, norm.eps, norm.momentum) for _ in range(2)]
+    for layer in layers:
+        layer.branch, layer.num_clean = "both", norm.sizes[0]
+        layer.statistics = "batch_update" if norm.training else "running"
+    rows = ("weight", "bias", "running_mean", "running_var")
+
+    def make(seed: int, dtype: torch.dtype) -> Tensors:
+        second = norm.make(seed + 20, dtype)
+        return norm.make(seed, dtype) | {f"residual_{name}": second[name] for name in rows}
+
+    def call(t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
+        for layer, prefix in zip(layers, ("", "residual_"), strict=True):
+            layer.impl = impl
+            for name in rows:
+                kept = layer._parameters if name in rows[:2] else layer._buffers
+                kept[name] = t[prefix + name]  # type: ignore[assignment]  # a leaf in its place
+        return (normalize_sum(layers[0], t["x"], layers[1], t["residual"], norm.relu),)
+
+    def before(t: Tensors) -> Tensor:
+        return both(**{**options, "relu": False}).call(t, "reference")[0]
+
+    affine = tuple(prefix + name for prefix in ("", "residual_") for name in rows[:2])
+    moved = tuple(prefix + name for prefix in ("", "residual_") for name in rows[2:])
+    return Operation(
+        call,
+        make,
+        ("x", "residual", *affine),
+        moved if norm.training else (),
+        summed=affine,
+        on_card=3.0,
+        edges=(("residual", before),) if norm.relu else (),
+    )
+
+
 def affine_tensors(
     seed: int,
     dtype: torch.dtype,
@@ -377,10 +419,17 @@ def added_affine(**options: Any) -> Operation:
 
 
 def relu_tensors(
-    seed: int, dtype: torch.dtype, shape: tuple[int, ...] = (3, 32, 4, 4), skip: bool = True
+    seed: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (3, 32, 4, 4),
+    skip: bool = True,
+    few: bool = False,
 ) -> Tensors:
     made = {"dy": randn(shape, seed, dtype), "y": randn(shape, seed + 1, dtype).relu()}
-    return made | ({"dy_skip": randn(shape, seed + 2, dtype)} if skip else {})
+    dy_skip = randn(shape, seed + 2, dtype)
+    made |= {"dy_skip": dy_skip[:, :, ::2, ::2] if few else dy_skip} if skip else {}
+    layout = torch.channels_last
+    return {name: t.contiguous(memory_format=layout) if few else t for name, t in made.items()}
 
 
 def relu(**options: Any) -> Operation:
@@ -526,10 +575,12 @@ OPERATIONS: dict[str, Operation] = {
     "split_batch_norm-plain": Norm(residual=False, pooled=False).operation,
     "split_batch_norm-running": Norm(training=False).operation,
     "split_batch_norm-sum": added(),
+    "split_batch_norm-both": both(),
     "frozen_affine": affine(),
     "add_frozen_affine": added_affine(),
     "frozen_affine-bias": affine(scaled=False),
     "relu_backward": relu(),
+    "relu_backward-few": relu(shape=(2, 48, 5, 7), few=True),
     "cosine_invariance": distance(),
     "cross_entropy_grad": classes(),
     "cross_entropy_grad-weighted": weighted(),

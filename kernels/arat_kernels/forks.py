@@ -2,8 +2,8 @@
 
 Where an output feeds a convolution and a skip connection, autograd adds their two gradients in a
 pass of its own. The kernels of split BatchNorm and of the frozen affine map take both instead, if
-the second reader is given :func:`skip_of` the output, or :func:`around` it the input.
-Blocks look for them only where :data:`made` says that there are any.
+the second reader is given :func:`skip_of` the output, or :func:`around` it the input. A projection
+that reads every second pixel goes through :func:`read_by`, and has a gradient of those alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ made = False
 class _Outlets(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, node: Any) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.node = node
+        ctx.node, ctx.dy_few, ctx.shape = node, None, y.shape
         ctx.set_materialize_grads(False)
         return y.detach(), y.detach(), x
 
@@ -28,8 +28,7 @@ class _Outlets(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dy_skip: Tensor | None, dx_around: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
-        if dy is None:
-            dy, dy_skip = dy_skip, None
+        dy, dy_skip = gradients(ctx, dy, dy_skip)
         # Nothing else reads what the node made: its backward comes next.
         ctx.node.dy_skip, ctx.node.dx_around = dy_skip, dx_around
         return dy, None, None
@@ -72,3 +71,91 @@ def _outlet(y: Tensor, name: str, otherwise: Tensor) -> Tensor:
         return otherwise
     found: Tensor = vars(y).get(name, otherwise)
     return found
+
+
+def reads_few(conv: Any) -> bool:
+    """Whether a convolution reads every second pixel both ways and no other."""
+    return (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (2, 2), (0, 0))
+
+
+def read_by(conv: Any, y: Tensor) -> Tensor:
+    """``conv(skip_of(y))``; where ``conv``, with a ``weight``, :func:`reads_few`, the gradient is
+    no larger."""
+    skip = skip_of(y)
+    if skip is y or not reads_few(conv):
+        out: Tensor = conv(skip)
+        return out
+    read: Tensor = _OfFew.apply(conv(y.detach()), every_second(skip), conv.weight)  # type: ignore[no-untyped-call]
+    return read
+
+
+def every_second(skip: Tensor) -> Tensor:
+    """Every second pixel, both ways, of what :func:`skip_of` gave."""
+    few: Tensor = _EverySecond.apply(skip, skip.grad_fn)  # type: ignore[no-untyped-call]
+    return few
+
+
+class _EverySecond(torch.autograd.Function):
+    """The node that made the skip finds the gradient as its ``dy_few``."""
+
+    @staticmethod
+    def forward(ctx: Any, skip: Tensor, node: Any) -> Tensor:
+        ctx.node = node
+        return skip.detach()[:, :, ::2, ::2]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
+        ctx.node.dy_few = dy if ctx.node.dy_few is None else ctx.node.dy_few + dy
+        return None, None
+
+
+class _OfFew(torch.autograd.Function):
+    """What a 1x1 convolution made of some pixels."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, few: Tensor, weight: Tensor) -> Tensor:
+        ctx.shape = few.shape
+        ctx.save_for_backward(weight)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight = ctx.saved_tensors[0].to(dout.dtype)
+        # The pixels are not read, but the gradient would not be dense where they are not.
+        few = _empty(dout, ctx.shape)
+        groups = few.shape[1] // weight.shape[1]
+        geometry = (1, 1), (0, 0), (1, 1), False, (0, 0), groups, (True, False, False)
+        dfew, _, _ = torch.ops.aten.convolution_backward(dout, few, weight, None, *geometry)
+        return dout, dfew, None
+
+
+def gradients(
+    node: Any, dy: Tensor | None, dy_skip: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of what ``node`` gave, of its ``shape``, and a second one, dense or of every
+    second pixel, from those of its readers."""
+    few, node.dy_few = node.dy_few, None
+    if few is not None and (dy is None or dy_skip is not None):
+        few = spread(few, node.shape)
+        few = few if dy_skip is None else few + dy_skip
+    dy_skip = dy_skip if few is None else few
+    return (dy_skip, None) if dy is None else (dy, dy_skip)
+
+
+def size_of_few(dy: Tensor, dy_skip: Tensor | None) -> tuple[int | None, int | None]:
+    """Height and width of ``dy`` where ``dy_skip`` has every second pixel of it."""
+    if dy_skip is None or dy_skip.shape == dy.shape:
+        return None, None
+    return dy.shape[2], dy.shape[3]
+
+
+def spread(few: Tensor, shape: torch.Size) -> Tensor:
+    """Zeros of ``shape`` with the pixels of ``few`` in their places."""
+    dense = _empty(few, shape).zero_()
+    dense[:, :, ::2, ::2] = few
+    return dense
+
+
+def _empty(like: Tensor, shape: torch.Size) -> Tensor:
+    layout = torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)

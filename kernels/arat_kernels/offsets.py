@@ -17,3 +17,19 @@ import triton.language as tl
 def start_of(index, size):
     """First element of ``index``, a scalar or a block, of pieces of ``size`` elements; 64 bits."""
     return index.to(tl.int64) * size
+
+
+@triton.jit
+def load_second_gradient(ptr, at, ok, first, r, c, channels, height, width):
+    """A tile at ``at`` of a second gradient of (N·H·W, C), rows ``first`` (64 bits) + ``r`` and
+    columns ``c``; if there is a width, it has every second pixel both ways, others are zeros."""
+    if width is not None:
+        area = height * width
+        pixel = (first % area).to(tl.int32) + r
+        image = first // area + pixel // area
+        y, x = pixel % area // width, pixel % width
+        few_x = (width + 1) // 2
+        few = image * ((height + 1) // 2 * few_x) + (y // 2 * few_x + x // 2)
+        ok &= ((y % 2 == 0) & (x % 2 == 0))[:, None]
+        at = start_of(few, channels)[:, None] + c[None, :]
+    return tl.load(ptr + at, mask=ok, other=0.0)

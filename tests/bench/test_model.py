@@ -12,10 +12,10 @@ from benchmarks.workload import Workload, forward_flops
 # Launches and megabytes of one attack step and of the rest of a step at batch 128. Where a change
 # needs less, they are lowered.
 HELD = {
-    ("resnet18", "batch"): ((126, 2206.0), (222, 5465.3)),
-    ("resnet18", "running"): ((63, 1287.3), (255, 5532.7)),
-    ("wrn34-10", "batch"): ((198, 10503.3), (378, 26713.2)),
-    ("wrn34-10", "running"): ((120, 7477.7), (404, 26844.0)),
+    ("resnet18", "batch"): ((117, 2103.2), (209, 5275.5)),
+    ("resnet18", "running"): ((63, 1243.3), (242, 5342.9)),
+    ("wrn34-10", "batch"): ((198, 10361.7), (357, 26426.6)),
+    ("wrn34-10", "running"): ((120, 7156.5), (383, 26557.5)),
 }
 FAST, *SLOW = HELD
 
@@ -44,7 +44,9 @@ def test_the_work_is_that_of_its_forward_passes() -> None:
     kinds = Counter(node.kind for node in nodes)
     # Nine convolutions, each with its BatchNorm, in three attack steps and one pass of both halves;
     # no gradient of the image in the last.
-    assert kinds["convolution, forward"] == kinds["BN statistics"] == kinds["BN normalise"] == 36
+    assert kinds["convolution, forward"] == kinds["BN statistics"] == 36
+    # Two shortcuts' go with the BatchNorm that adds them, but for the one whose feature is pooled.
+    assert kinds["BN normalise"] == 36 - 2 * 3 - 1
     assert kinds["convolution, gradients"] == 36 - 1 + 9
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arat_kernels.forks import with_outlets
 from arat_kernels.frozen_affine.reference import frozen_affine_reference, relu_backward_reference
 from arat_kernels.implementation import DTYPES, Impl, choose
 
@@ -23,8 +22,8 @@ def frozen_affine(
 
     This is BatchNorm in eval mode (``scale = weight / sqrt(running_var + eps)``,
     ``shift = bias - running_mean * scale``), or with ``scale=None`` the end of a convolution that
-    the BatchNorm was folded into. The backward reads only the saved output and gives gradients to
-    ``x`` and ``residual``; with ``scale=None`` they are one tensor, written once.
+    the BatchNorm was folded into. The backward reads a bit of each output, or with ``scale=None``
+    the output, and gives ``x`` and ``residual`` a gradient, then one tensor, written once.
 
     Args:
         x: (N, C, ...), float16, bfloat16, float32 or float64; channels_last is fastest.
@@ -49,11 +48,9 @@ def frozen_affine(
     if residual is not None:
         _check_like("residual", residual, "x", x)
     if choose(impl, x, scale, shift, residual, operation="frozen_affine") == "triton":
-        from arat_kernels.frozen_affine.triton import forward
+        from arat_kernels.frozen_affine.triton import frozen_affine_triton
 
-        y: Tensor
-        y, _ = forward(x, scale, shift, residual, relu, None)
-        return with_outlets(y, x) if relu and scale is not None else y
+        return frozen_affine_triton(x, scale, shift, residual, relu)[0]
     return frozen_affine_reference(x, scale, shift, residual, relu)
 
 
@@ -80,10 +77,9 @@ def add_frozen_affine(
     _check_like("addend", addend, "x", x)
     _check_constants(x.shape[1], scale=scale, shift=shift)
     if choose(impl, x, addend, scale, shift, operation="frozen_affine") == "triton":
-        from arat_kernels.frozen_affine.triton import forward
+        from arat_kernels.frozen_affine.triton import frozen_affine_triton
 
-        y, summed = forward(x, scale, shift, None, True, addend)
-        return with_outlets(y, summed), summed
+        return frozen_affine_triton(x, scale, shift, None, True, addend)
     summed = x + addend
     return frozen_affine_reference(summed, scale, shift, None, True), summed
 
@@ -101,7 +97,8 @@ def relu_backward(
     Args:
         dy: (N, C, ...), gradient of ``y``, float16, bfloat16, float32 or float64.
         y: shape and dtype of ``dy``, the saved output.
-        dy_skip: shape and dtype of ``dy``, a second gradient of ``y``.
+        dy_skip: dtype of ``dy``, a second gradient of ``y``: of its shape, or that of
+            ``dy[:, :, ::2, ::2]``, of every second pixel (:func:`arat_kernels.forks.read_by`).
         impl: the implementation; None picks Triton for CUDA tensors, else the reference.
 
     Returns:
@@ -113,7 +110,8 @@ def relu_backward(
     _check_images("y", y)
     _check_like("dy", dy, "y", y)
     if dy_skip is not None:
-        _check_like("dy_skip", dy_skip, "y", y)
+        few = y.ndim == 4 and dy_skip.shape == y[:, :, ::2, ::2].shape
+        _check_like("dy_skip", dy_skip, "y", y[:, :, ::2, ::2] if few else y)
     implementation = choose(impl, dy, y, dy_skip, operation="relu_backward")
     with torch.no_grad():
         if implementation == "triton":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arat_kernels.forks import spread
 from arat_kernels.implementation import wide_dtype
 
 
@@ -27,6 +28,8 @@ def frozen_affine_reference(
 def relu_backward_reference(dy: Tensor, y: Tensor, dy_skip: Tensor | None) -> Tensor:
     """Arguments and results as in :func:`arat_kernels.frozen_affine.api.relu_backward`."""
     wide = wide_dtype(dy)
+    if dy_skip is not None and dy_skip.shape != dy.shape:
+        dy_skip = spread(dy_skip, dy.shape)
     total = dy if dy_skip is None else (dy.to(wide) + dy_skip.to(wide)).to(dy.dtype)
     masked: Tensor = torch.ops.aten.threshold_backward(total, y, 0)
     return masked

@@ -9,6 +9,7 @@ from arat_kernels.split_batch_norm.module import (
     SplitBatchNorm2d,
     Statistics,
     add_for,
+    normalize_sum,
     use_branch,
     use_statistics,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Statistics",
     "add_for",
     "around",
+    "normalize_sum",
     "skip_of",
     "split_batch_norm",
     "use_branch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,17 @@ class SplitBatchNorm2d(nn.Module):
                 per channel, or ``branch`` is "both" and the batch is odd while no number of clean
                 samples is given; no buffer has changed then.
         """
+        return self._normalized(x, residual, relu)
+
+    def _normalized(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        of_residual: SplitBatchNorm2d | None = None,
+    ) -> Tensor:
+        """:meth:`forward`; where :func:`normalize_sum` finds that it can, with a residual that
+        another layer normalises first."""
         if x.ndim != 4 or x.shape[1] != self.num_features or x.numel() == 0:
             raise ValueError(
                 f"x must be (N, C = {self.num_features}, H, W) and not empty, "
@@ -137,6 +148,7 @@ class SplitBatchNorm2d(nn.Module):
             self.pooled_sink is not None,
             None if self.group is None else self.group.group_name,
             self.num_batches_tracked,
+            *(() if of_residual is None else (of_residual._rows,)),
         )
         if self.pooled_sink is not None:
             assert pooled is not None
@@ -146,6 +158,17 @@ class SplitBatchNorm2d(nn.Module):
     def extra_repr(self) -> str:
         affine = self.weight is not None
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={affine}"
+
+    @property
+    def _rows(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+        statistics = self.running_mean, self.running_var, self.num_batches_tracked
+        return self.weight, self.bias, *statistics
+
+    @property
+    def _mode(self) -> tuple[object, ...]:
+        """What two layers have in common whose passes can be one."""
+        switches = self.branch, self.num_clean, self.statistics, self.training
+        return *switches, self.eps, self.momentum, self.pooled_sink, self.group
 
     def _half(self, batch: int) -> int:
         """The number of clean samples in ``[x_clean; x_adv]``."""
@@ -172,26 +195,58 @@ def add_for(norm: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
             is all.
         x, addend: (N, C, H, W).
     """
-    layout = torch.channels_last
-    if (
-        isinstance(norm, SplitBatchNorm2d)
-        and norm.statistics == "batch"
-        and norm.group is None
-        # Dynamo cannot give a tensor an attribute.
-        and not torch.compiler.is_compiling()
-        # torch.fx traces with what is no tensor.
-        and isinstance(x, Tensor)
-        and (x.shape, x.dtype) == (addend.shape, addend.dtype)
-        and x.is_contiguous(memory_format=layout)
-        and addend.is_contiguous(memory_format=layout)
-        and choose(norm.impl, x, addend, operation="split_batch_norm") == "triton"
-    ):
+    # Dynamo cannot give a tensor an attribute.
+    compiling = torch.compiler.is_compiling()
+    if _in_one_pass(norm, x, addend) and norm.statistics == "batch" and not compiling:
         from arat_kernels.split_batch_norm.triton import add_with_statistics
 
         batch = x.shape[0]
         clean = norm._half(batch) if norm.branch == "both" else batch * (norm.branch == "clean")
         return add_with_statistics(x, addend, clean)
     return x + addend
+
+
+def normalize_sum(
+    norm: nn.Module,
+    x: Tensor,
+    other: nn.Module,
+    residual: Tensor,
+    relu: bool,
+) -> Tensor:
+    """``norm(x, other(residual), relu=relu)``, where a block's own path and its shortcut end.
+
+    With Triton each pass normalises both, if no feature is pooled.
+
+    Args:
+        norm, other: layers of one network.
+        x, residual: (N, C, H, W).
+        relu: apply ReLU last.
+    """
+    if (
+        _in_one_pass(norm, x, residual)
+        and _in_one_pass(other, residual, x)
+        and norm._mode == other._mode
+        and norm.pooled_sink is None
+        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in (norm, other))
+    ):
+        return norm._normalized(x, residual, relu, other)
+    y: Tensor = norm(x, other(residual), relu=relu)
+    return y
+
+
+def _in_one_pass(norm: object, x: Tensor, beside: Tensor) -> TypeGuard[SplitBatchNorm2d]:
+    """Whether kernels read two tensors for this layer alone, without a copy of either."""
+    layout = torch.channels_last
+    return (
+        isinstance(norm, SplitBatchNorm2d)
+        and norm.group is None
+        # torch.fx traces with what is no tensor.
+        and isinstance(x, Tensor)
+        and (x.shape, x.dtype) == (beside.shape, beside.dtype)
+        and x.is_contiguous(memory_format=layout)
+        and beside.is_contiguous(memory_format=layout)
+        and choose(norm.impl, x, beside, operation="split_batch_norm") == "triton"
+    )
 
 
 @contextmanager

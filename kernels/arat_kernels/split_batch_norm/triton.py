@@ -8,6 +8,9 @@ Forward in training: statistics (one read of x), normalise (one read of x and of
 write, one bit per element for the backward). Backward: sums (one read of dy and x, one write of the
 residual's gradient), input (one read of the masked dy and of x, one write of dx). Statistics and
 sums leave partial results per segment, which the program that arrives last combines.
+
+A residual that another layer normalises first comes as that layer's x with its statistics and
+parameters: the passes above then normalise both.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -24,10 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from arat_kernels.arrivals import counters, is_last
-from arat_kernels.forks import with_outlets
+from arat_kernels.forks import size_of_few, with_outlets
 from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import all_aligned
-from arat_kernels.offsets import start_of
+from arat_kernels.offsets import load_second_gradient, start_of
 from arat_kernels.split_batch_norm.distributed import (
     gather_statistics,
     move_running_statistics,
@@ -36,7 +39,7 @@ from arat_kernels.split_batch_norm.distributed import (
 
 # Integer arguments are not specialised on their value, so that the launch table below is all there
 # is to compile; that channels are a multiple of 16 is said by ALIGNED.
-_PLAIN = ["channels", "clean_rows", "rows", "clean_segments", "segment_rows"]
+_PLAIN = ["channels", "clean_rows", "rows", "clean_segments", "segment_rows", "height", "width"]
 
 
 @triton.jit
@@ -78,11 +81,10 @@ def _last_of_branch(counter_ptr, branch, block, channels, clean_segments, BLOCK_
 
 
 @triton.jit
-def _partials(partial_ptr, segment, ok, channels, c):
-    """Both results of some segments, by other programs: not from the L1."""
-    at = partial_ptr + start_of(segment, 2 * channels)[:, None] + c[None, :]
-    first = tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
-    return first, tl.load(at + channels, mask=ok, other=0.0, cache_modifier=".cg")
+def _partial(partial_ptr, which, segment, ok, channels, c, NUMBER: tl.constexpr):
+    """One of ``NUMBER`` results of some segments, by other programs: not from the L1."""
+    at = start_of(segment, NUMBER * channels)[:, None] + (which * channels + c)[None, :]
+    return tl.load(partial_ptr + at, mask=ok, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -107,7 +109,8 @@ def _merged(
     for i in tl.range(0, number, BLOCK_S, num_stages=3):
         k = (i + s).to(tl.int64)
         ok = (k < number)[:, None] & c_ok[None, :]
-        mean, inner = _partials(partial_ptr, k, ok, channels, c)
+        mean = _partial(partial_ptr, 0, k, ok, channels, c, 2)
+        inner = _partial(partial_ptr, 1, k, ok, channels, c, 2)
         count = tl.minimum(total - k * segment_rows, segment_rows)
         count = tl.where(k < number, count, 0).to(acc)
         share = count / tl.maximum(counts + count, 1.0)
@@ -261,6 +264,10 @@ def split_batch_norm_fwd_kernel(
     var_ptr,  # (2, C) as mean
     weight_ptr,  # (2, C) any float, or None
     bias_ptr,  # (2, C) any float, or None
+    residual_mean_ptr,  # (2, C) as mean; or None: the residual is added as it is
+    residual_var_ptr,  # (2, C) as mean
+    residual_weight_ptr,  # (2, C) any float, or None
+    residual_bias_ptr,  # (2, C) any float, or None
     y_ptr,  # (rows, C) as x
     pooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
     mask_ptr,  # (rows, ceil(C / 8)) uint8, or None: bit is set where ReLU lets the gradient through
@@ -277,9 +284,18 @@ def split_batch_norm_fwd_kernel(
 ):
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
-    mean, rstd, scale, bias = _affine(
-        mean_ptr, var_ptr, weight_ptr, bias_ptr, branch * channels + c, c_ok, eps
-    )
+    row = branch * channels + c
+    mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
+    if residual_mean_ptr is not None:
+        residual_mean, _, residual_scale, residual_bias = _affine(
+            residual_mean_ptr,
+            residual_var_ptr,
+            residual_weight_ptr,
+            residual_bias_ptr,
+            row,
+            c_ok,
+            eps,
+        )
     pooled = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     for i in range(0, count, BLOCK_R):
         inside = r < count - i
@@ -291,7 +307,11 @@ def split_batch_norm_fwd_kernel(
             # `z <= 0` and not tl.maximum, which would turn NaN into 0.
             pooled += tl.where(ok, tl.where(z <= 0.0, 0.0, z), 0.0)
         if residual_ptr is not None:
-            z += tl.load(residual_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+            other = tl.load(residual_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+            if residual_mean_ptr is not None:
+                other = (other - residual_mean[None, :]) * residual_scale[None, :]
+                other += residual_bias[None, :]
+            z += other
         if RELU:
             stopped = z <= 0.0
             z = tl.where(stopped, 0.0, z)
@@ -314,7 +334,7 @@ def split_batch_norm_fwd_kernel(
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
 def split_batch_norm_bwd_sums_kernel(
     dy_ptr,  # (rows, C) as x
-    dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None
+    dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None; or one of every second pixel
     dpooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
     x_ptr,  # (rows, C) any float
     mean_ptr,  # (2, C) float32, or float64 for a float64 x
@@ -322,27 +342,37 @@ def split_batch_norm_bwd_sums_kernel(
     weight_ptr,  # (2, C) any float, or None
     bias_ptr,  # (2, C) any float, or None
     mask_ptr,  # (rows, ceil(C / 8)) uint8, or None: ReLU, if any, is computed again from x
-    partial_ptr,  # (segments, 2, C) as mean: sums of g and of g * xhat, g the gradient before ReLU
+    residual_ptr,  # (rows, C) as x: a residual that is normalised too, or None
+    residual_mean_ptr,  # (2, C) as mean
+    residual_var_ptr,  # (2, C) as mean
+    partial_ptr,  # (segments, NUMBER, C) as mean: sums of g, the gradient before ReLU, of g * xhat
     counter_ptr,  # (2, blocks of channels) int32, zero before and after
-    sums_ptr,  # (2, 2, C) as mean: both sums, each per branch
+    sums_ptr,  # (2 or 4, 2, C) as mean: both sums, each per branch, and those of the residual
     dresidual_ptr,  # (rows, C) as dy, or None: both gradients where ReLU lets them through
     channels: tl.int32,
     clean_rows: tl.int64,
     rows: tl.int64,
     clean_segments: tl.int64,
     segment_rows: tl.int64,
+    height,  # int32, of an image, where dy_skip has every second pixel; or None
+    width,  # int32 or None
     eps: tl.float32,
     RELU: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    NUMBER: tl.constexpr,  # 3 with a residual that is normalised: of g * its xhat; else 2
 ):
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
-    mean, rstd, scale, bias = _affine(
-        mean_ptr, var_ptr, weight_ptr, bias_ptr, branch * channels + c, c_ok, eps
-    )
+    row = branch * channels + c
+    mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
+    if residual_ptr is not None:
+        residual_mean, residual_rstd, _, _ = _affine(
+            residual_mean_ptr, residual_var_ptr, None, None, row, c_ok, eps
+        )
+        sum_gr = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     if dpooled_ptr is not None:
         of_mean = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0)
         dpooled = of_mean.to(scale.dtype) / count.to(scale.dtype)
@@ -354,7 +384,10 @@ def split_batch_norm_bwd_sums_kernel(
         at = start_of(first + i, channels)
         g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
         if dy_skip_ptr is not None:
-            g += tl.load(dy_skip_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+            second = load_second_gradient(
+                dy_skip_ptr, at + local, ok, first + i, r, c, channels, height, width
+            )
+            g += second.to(scale.dtype)
         d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
         z = d * scale[None, :] + bias[None, :]
         if mask_ptr is not None:
@@ -368,9 +401,14 @@ def split_batch_norm_bwd_sums_kernel(
             g += tl.where(ok, tl.where(z <= 0.0, 0.0, dpooled[None, :]), 0.0)
         sum_g += g
         sum_gx += g * tl.where(ok, d, 0.0)
-    at = partial_ptr + start_of(segment, 2 * channels) + c
+        if residual_ptr is not None:
+            other = tl.load(residual_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+            sum_gr += g * tl.where(ok, other - residual_mean[None, :], 0.0)
+    at = partial_ptr + start_of(segment, NUMBER * channels) + c
     tl.store(at, tl.sum(sum_g, axis=0), mask=c_ok)
     tl.store(at + channels, tl.sum(sum_gx, axis=0) * rstd, mask=c_ok)
+    if residual_ptr is not None:
+        tl.store(at + 2 * channels, tl.sum(sum_gr, axis=0) * residual_rstd, mask=c_ok)
 
     last, begin, number = _last_of_branch(
         counter_ptr, branch, block, channels, clean_segments, BLOCK_C
@@ -378,27 +416,32 @@ def split_batch_norm_bwd_sums_kernel(
     if last:
         total_g = tl.zeros((BLOCK_S, BLOCK_C), scale.dtype)
         total_gx = tl.zeros((BLOCK_S, BLOCK_C), scale.dtype)
+        total_gr = tl.zeros((BLOCK_S, BLOCK_C), scale.dtype)
         for k in tl.range(0, number, BLOCK_S, num_stages=3):
             s = (k + tl.arange(0, BLOCK_S)).to(tl.int64)
-            of_g, of_gx = _partials(
-                partial_ptr, begin + s, (s < number)[:, None] & c_ok[None, :], channels, c
-            )
-            total_g += of_g
-            total_gx += of_gx
+            ok = (s < number)[:, None] & c_ok[None, :]
+            total_g += _partial(partial_ptr, 0, begin + s, ok, channels, c, NUMBER)
+            total_gx += _partial(partial_ptr, 1, begin + s, ok, channels, c, NUMBER)
+            if NUMBER == 3:
+                total_gr += _partial(partial_ptr, 2, begin + s, ok, channels, c, NUMBER)
         at = sums_ptr + branch * channels + c
-        tl.store(at, tl.sum(total_g, axis=0), mask=c_ok)
+        of_g = tl.sum(total_g, axis=0)
+        tl.store(at, of_g, mask=c_ok)
         tl.store(at + 2 * channels, tl.sum(total_gx, axis=0), mask=c_ok)
+        if NUMBER == 3:
+            tl.store(at + 4 * channels, of_g, mask=c_ok)
+            tl.store(at + 6 * channels, tl.sum(total_gr, axis=0), mask=c_ok)
         if tl.where(branch == 1, clean_rows, rows - clean_rows) == 0:
             # The other branch has no samples, and no program.
             at = sums_ptr + (1 - branch) * channels + c
-            tl.store(at, tl.zeros_like(rstd), mask=c_ok)
-            tl.store(at + 2 * channels, tl.zeros_like(rstd), mask=c_ok)
+            for which in tl.static_range(2 * NUMBER - 2):
+                tl.store(at + 2 * which * channels, tl.zeros_like(rstd), mask=c_ok)
 
 
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
 def split_batch_norm_bwd_input_kernel(
     dy_ptr,  # (rows, C) as x; already stopped by ReLU if neither RELU nor mask_ptr is given
-    dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None
+    dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None; or one of every second pixel
     dx_around_ptr,  # (rows, C) as x, a second gradient of x, or None
     dpooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
     x_ptr,  # (rows, C) any float
@@ -407,15 +450,21 @@ def split_batch_norm_bwd_input_kernel(
     weight_ptr,  # (2, C) any float, or None
     bias_ptr,  # (2, C) any float, or None
     mask_ptr,  # (rows, ceil(C / 8)) uint8, or None: ReLU, if any, is computed again from x
-    sums_ptr,  # (2, 2, C) as mean, or None: running statistics, which do not depend on x
+    residual_ptr,  # (rows, C) as x: a residual that is normalised too, or None
+    residual_mean_ptr,  # (2, C) as mean
+    residual_var_ptr,  # (2, C) as mean
+    residual_weight_ptr,  # (2, C) any float, or None
+    sums_ptr,  # (2 or 4, 2, C) as mean, or None: running statistics, which do not depend on x
     counts_ptr,  # (2,) as mean: values behind the statistics, or None: those in the rows here
     dx_ptr,  # (rows, C) as x
-    dresidual_ptr,  # (rows, C) as dy, or None
+    dresidual_ptr,  # (rows, C) as dy, or None; of the residual before it is normalised
     channels: tl.int32,
     clean_rows: tl.int64,
     rows: tl.int64,
     clean_segments: tl.int64,
     segment_rows: tl.int64,
+    height,  # int32, of an image, where dy_skip has every second pixel; or None
+    width,  # int32 or None
     eps: tl.float32,
     RELU: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -436,13 +485,23 @@ def split_batch_norm_bwd_input_kernel(
             total = tl.load(counts_ptr + branch)
         mean_g = tl.load(sums_ptr + row, mask=c_ok, other=0.0) / total
         slope = tl.load(sums_ptr + 2 * channels + row, mask=c_ok, other=0.0) / total * rstd
+    if residual_ptr is not None:
+        residual_mean, residual_rstd, residual_scale, _ = _affine(
+            residual_mean_ptr, residual_var_ptr, residual_weight_ptr, None, row, c_ok, eps
+        )
+        if sums_ptr is not None:
+            residual_slope = tl.load(sums_ptr + 6 * channels + row, mask=c_ok, other=0.0)
+            residual_slope = residual_slope / total * residual_rstd
     for i in range(0, count, BLOCK_R):
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
         at = start_of(first + i, channels)
         g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
         if dy_skip_ptr is not None:
-            g += tl.load(dy_skip_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+            second = load_second_gradient(
+                dy_skip_ptr, at + local, ok, first + i, r, c, channels, height, width
+            )
+            g += second.to(scale.dtype)
         if sums_ptr is not None or dpooled_ptr is not None or (RELU and mask_ptr is None):
             d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
             z = d * scale[None, :] + bias[None, :]
@@ -452,7 +511,18 @@ def split_batch_norm_bwd_input_kernel(
         elif RELU:
             g = tl.where(z <= 0.0, 0.0, g)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + at + local, g.to(dresidual_ptr.dtype.element_ty), mask=ok)
+            of_residual = g
+            if residual_ptr is not None:
+                if sums_ptr is not None:
+                    other = tl.load(residual_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+                    other -= residual_mean[None, :]
+                    of_residual = g - mean_g[None, :] - other * residual_slope[None, :]
+                of_residual = of_residual * residual_scale[None, :]
+            tl.store(
+                dresidual_ptr + at + local,
+                of_residual.to(dresidual_ptr.dtype.element_ty),
+                mask=ok,
+            )
         if dpooled_ptr is not None:
             g += tl.where(z <= 0.0, 0.0, dpooled[None, :])
         if sums_ptr is not None:
@@ -541,10 +611,10 @@ def _plan(
     )
 
 
-def _combining(x: Tensor, plan: _Launch, wide: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for partial results of (2, C) and the counters of a kernel that combines them."""
-    blocks = plan.grid[0] // plan.segments
-    return wide.new_empty((plan.segments, *wide.shape)), counters.take(x.device, 2 * blocks)
+def _combining(x: Tensor, plan: _Launch, wide: Tensor, number: int = 2) -> tuple[Tensor, Tensor]:
+    """Memory for partial results of (number, C) and the counters of a kernel that combines them."""
+    blocks, shape = plan.grid[0] // plan.segments, (plan.segments, number, x.shape[1])
+    return wide.new_empty(shape), counters.take(x.device, 2 * blocks)
 
 
 def _like(t: Tensor, wanted: bool = True) -> Tensor:
@@ -648,18 +718,23 @@ def normalize(
     save_mask: bool,
     batch_statistics: bool,
     group_name: str | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the pooled feature and ReLU's bits; the last two are empty where they are not wanted.
 
     ``counts``, ``batch_statistics`` and ``group_name`` say how ``mean`` and ``var`` depend on
-    ``x``, which the backward needs.
+    ``x``, which the backward needs. With a ``residual_mean`` the residual is normalised too.
     """
+    second = residual_mean, residual_var, residual_weight, residual_bias
     tile = _POOLED_TILE if pooled else _FORWARD_TILE
     plan = _plan(x, clean, tile, per_sample=pooled, most_tiles=_STREAMING_TILES)
     y, features, mask = _normalize_results(x, pooled, save_mask)
     with torch.cuda.device_of(x):
         split_batch_norm_fwd_kernel[plan.grid](
-            *all_aligned(x, residual, mean, var, weight, bias),
+            *all_aligned(x, residual, mean, var, weight, bias, *second),
             y,
             features if pooled else None,
             mask if save_mask else None,
@@ -692,36 +767,48 @@ def backward_sums(
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    residual: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
     clean: int,
     eps: float,
     relu: bool,
     want_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of bias and weight, (2, 2, C); and the residual's, or nothing. ``dy_skip`` is
-    added to ``dy``."""
-    more = dpooled is not None or dy_skip is not None
+    """The gradients of bias and weight, (2, 2, C), or with those of a ``residual`` that is
+    normalised too, (4, 2, C); and ``dy`` where ReLU lets it through, or nothing. ``dy_skip``, dense
+    or of every second pixel, is added to ``dy``."""
+    more = dpooled is not None or dy_skip is not None or residual is not None
     resident = RESIDENT_WITH_MORE_TENSORS if more else RESIDENT
     plan = _plan(x, clean, _BACKWARD_TILE, dpooled is not None, None, resident)
-    sums, dresidual = mean.new_empty((2, *mean.shape)), _like(dy, want_dresidual)
+    sums, dresidual = _sums_results(dy, mean, residual, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_sums_kernel[plan.grid](
             *all_aligned(dy, dy_skip, dpooled, x, mean, var, weight, bias),
             mask,
-            *_combining(x, plan, mean),
+            *all_aligned(residual, residual_mean, residual_var),
+            *_combining(x, plan, mean, len(sums) // 2 + 1),
             sums,
             dresidual if want_dresidual else None,
             *plan.integers,
+            *size_of_few(dy, dy_skip),
             eps,
             RELU=relu,
             BLOCK_S=_COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
+            NUMBER=len(sums) // 2 + 1,
             **plan.constants,
         )
     return sums, dresidual
 
 
-backward_sums.register_fake(
-    lambda *given: (given[4].new_empty((2, *given[4].shape)), _like(given[0], given[12]))
-)
+def _sums_results(
+    dy: Tensor, mean: Tensor, residual: Tensor | None, want_dresidual: bool
+) -> tuple[Tensor, Tensor]:
+    number = 2 if residual is None else 4
+    return mean.new_empty((number, *mean.shape)), _like(dy, want_dresidual)
+
+
+backward_sums.register_fake(lambda *given: _sums_results(given[0], given[4], given[9], given[15]))
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_backward_input", mutates_args=())
@@ -736,6 +823,10 @@ def backward_input(
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    residual: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    residual_weight: Tensor | None,
     sums: Tensor | None,
     counts: Tensor | None,
     clean: int,
@@ -743,8 +834,9 @@ def backward_input(
     relu: bool,
     want_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x; and the residual's, or nothing. ``dy_skip`` is added to ``dy``,
-    ``dx_around`` to the result."""
+    """The gradient of x; and the residual's, or nothing. ``dy_skip``, dense or of every second
+    pixel, is added to ``dy``, ``dx_around`` to the result. With a ``residual_mean`` the residual is
+    normalised too."""
     per_sample = dpooled is not None
     plan = _plan(x, clean, _BACKWARD_TILE, per_sample, most_tiles=_STREAMING_TILES)
     dx, dresidual = _like(x), _like(dy, want_dresidual)
@@ -752,10 +844,11 @@ def backward_input(
         split_batch_norm_bwd_input_kernel[plan.grid](
             *all_aligned(dy, dy_skip, dx_around, dpooled, x, mean, var, weight, bias),
             mask,
-            *all_aligned(sums, counts),
+            *all_aligned(residual, residual_mean, residual_var, residual_weight, sums, counts),
             dx,
             dresidual if want_dresidual else None,
             *plan.integers,
+            *size_of_few(dy, dy_skip),
             eps,
             RELU=relu,
             **plan.constants,
@@ -763,20 +856,22 @@ def backward_input(
     return dx, dresidual
 
 
-backward_input.register_fake(lambda *given: (_like(given[4]), _like(given[0], given[15])))
+backward_input.register_fake(lambda *given: (_like(given[4]), _like(given[0], given[19])))
 
 
-_X, _RESIDUAL, _WEIGHT, _BIAS = 0, 1, 4, 5
+# x, the residual, and weight and bias of both.
+_DIFFERENTIABLE = (0, 1, 4, 5, 16, 17)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, mean, var, weight, bias, counts = inputs[:7]
     ctx.clean, ctx.eps, ctx.relu, ctx.pooled, save_mask = inputs[7:12]
-    ctx.batch_statistics, ctx.group_name = inputs[12:]
+    ctx.batch_statistics, ctx.group_name, *second = inputs[12:]
     ctx.has_residual = residual is not None
     ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
     mask = output[2] if save_mask else None
-    ctx.save_for_backward(x, mean, var, weight, bias, counts, mask)
+    second = [residual, *second[:3]] if second[0] is not None else [None] * 4
+    ctx.save_for_backward(x, mean, var, weight, bias, counts, mask, *second)
     ctx.set_materialize_grads(False)
     ctx.dy_skip = ctx.dx_around = None
 
@@ -800,7 +895,7 @@ def _asked(ctx: Any, index: int) -> bool:
 def _backward(
     ctx: Any, dy: Tensor | None, dpooled: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    x, mean, var, weight, bias, counts, mask = ctx.saved_tensors
+    x, mean, var, weight, bias, counts, mask, *second = ctx.saved_tensors
     dy_skip, dx_around = (
         None if t is None else t.contiguous(memory_format=torch.channels_last)
         for t in (ctx.dy_skip, ctx.dx_around)
@@ -808,26 +903,27 @@ def _backward(
     ctx.dy_skip = ctx.dx_around = None
     if dy is None:
         dy = torch.zeros_like(x)
-    want_x, want_weight, want_bias = (_asked(ctx, index) for index in (_X, _WEIGHT, _BIAS))
-    want_residual = ctx.has_residual and _asked(ctx, _RESIDUAL)
+    want_x, want_residual, *want_rows = (_asked(ctx, index) for index in _DIFFERENTIABLE)
+    normalized_too = second[0] is not None
     dy = dy.contiguous(memory_format=torch.channels_last)
-    features = None if dpooled is None else dpooled.contiguous()
+    features = dpooled.contiguous() if ctx.pooled and dpooled is not None else None
     affine = (x, mean, var, weight, bias)
-    # Without ReLU the residual's gradient is dy itself, and nothing has to be written.
-    write_residual = want_residual and ctx.relu
+    # Without ReLU the gradient of a residual is dy itself, and nothing has to be written.
+    write_residual = want_residual and (ctx.relu or normalized_too)
     dresidual = dy if want_residual else None
     relu = ctx.relu
-    sums = total = dx = dweight = dbias = None
-    if want_weight or want_bias or (want_x and ctx.batch_statistics):
+    total = dx = None
+    rows: list[Tensor | None] = [None] * 4
+    if any(want_rows) or ((want_x or write_residual) and ctx.batch_statistics):
+        stopped = want_residual and relu
         sums, written = backward_sums(
-            dy, dy_skip, features, *affine, mask, ctx.clean, ctx.eps, relu, write_residual
+            dy, dy_skip, features, *affine, mask, *second[:3], ctx.clean, ctx.eps, relu, stopped
         )
-        if write_residual:
-            # Already stopped by ReLU: the next pass reads it in place of dy and the bits.
+        if stopped:
+            # By ReLU: the next pass reads it in place of dy and the bits.
             dy = dresidual = written
-            dy_skip, mask, relu, write_residual = None, None, False, False
-        dbias = sums[0].to(bias.dtype) if want_bias else None
-        dweight = sums[1].to(weight.dtype) if want_weight else None
+            dy_skip, mask, relu, write_residual = None, None, False, normalized_too
+        rows = [sums[i] if want else None for i, want in zip((1, 0, 3, 2), want_rows, strict=True)]
         if ctx.batch_statistics:
             total = sums
             if ctx.group_name is not None and want_x:
@@ -840,6 +936,7 @@ def _backward(
             features,
             *affine,
             mask,
+            *second,
             total,
             counts,
             ctx.clean,
@@ -849,7 +946,7 @@ def _backward(
         )
         if write_residual:
             dresidual = written
-    return (dx if want_x else None, dresidual, None, None, dweight, dbias, *[None] * 8)
+    return (dx if want_x else None, dresidual, None, None, *rows[:2], *[None] * 10, *rows[2:])
 
 
 normalize.register_autograd(_backward, setup_context=_setup_context)
@@ -897,17 +994,21 @@ def split_batch_norm_triton(
     return_pooled: bool,
     group_name: str | None,
     tracked: Tensor | None = None,
+    second: tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`arat_kernels.split_batch_norm.reference.split_batch_norm_reference`."""
+    """As :func:`arat_kernels.split_batch_norm.reference.split_batch_norm_reference`; ``second``
+    normalises the residual in the same way: weight, bias, running mean and variance, and the count
+    of batches. It goes neither with ``return_pooled`` nor with ``group_name``."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     # The kernels have no variants for narrower parameters, which (2, C) would not repay.
     wide = wide_dtype(x)
-    weight = None if weight is None else weight.to(wide).contiguous()
-    bias = None if bias is None else bias.to(wide).contiguous()
+    affine = [weight, bias, *(second[:2] if second else (None, None))]
+    affine = [None if row is None else row.to(wide).contiguous() for row in affine]
     clean = sizes[0]
+    residual_mean = residual_var = None
     counts = None
     if training:
         moved = (running_mean, running_var)
@@ -915,6 +1016,10 @@ def split_batch_norm_triton(
         here = (*moved, tracked) if alone else (None, None, None)
         known = None if alone else _known_statistics(x, clean)
         mean, var = known or statistics(x.detach(), *here, clean, momentum)
+        if second is not None:
+            assert residual is not None
+            here = second[2:] if alone else (None, None, None)
+            residual_mean, residual_var = statistics(residual.detach(), *here, clean, momentum)
         if group_name is not None:
             area = x.shape[2] * x.shape[3]
             rows = (clean * area, sizes[1] * area)
@@ -925,15 +1030,29 @@ def split_batch_norm_triton(
                     (tracked if all(sizes) else tracked[0 if sizes[0] else 1]).add_(1)
     else:
         mean, var = running_mean.to(wide), running_var.to(wide)
+        if second is not None:
+            residual_mean, residual_var = second[2].to(wide), second[3].to(wide)
         group_name = None
     differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual)
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, *affine)
     )
     # Without a residual ReLU's mask follows from x, which the backward reads anyway.
     save_mask = relu and residual is not None and differentiable
-    affine = (mean, var, weight, bias)
-    flags = (relu, return_pooled, save_mask, training)
-    y, pooled, _ = normalize(x, residual, *affine, counts, clean, eps, *flags, group_name)
+    flags = (relu, return_pooled, save_mask, training, group_name)
+    y, pooled, _ = normalize(
+        x,
+        residual,
+        mean,
+        var,
+        *affine[:2],
+        counts,
+        clean,
+        eps,
+        *flags,
+        residual_mean,
+        residual_var,
+        *affine[2:],
+    )
     if not channels_last:
         y = y.contiguous()
     elif relu:

@@ -108,11 +108,17 @@ class Launch:
         return (
             all(self.given.get(f) or not other.given.get(f) for f in _FLAGS)
             and not (instead and tensor in self.types)
+            and not ("dy_skip_ptr" in other.types and self._few != other._few)
             and self.num_warps == other.num_warps
             and self.num_stages == other.num_stages
             and self._shape == other._shape
             and self.divisible & other.types.keys() == other.divisible
         )
+
+    @property
+    def _few(self) -> bool:
+        """Whether the second gradient is of every second pixel, which lie elsewhere."""
+        return "width" in self.types
 
     @cached_property
     def _shape(self) -> dict[str, Any]:

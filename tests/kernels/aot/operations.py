@@ -20,6 +20,7 @@ from arat_kernels.checks import at_an_odd_place, randn
 from arat_kernels.cosine_invariance import triton as cosine_invariance
 from arat_kernels.crop_flip import triton as crop_flip
 from arat_kernels.cross_entropy_grad import triton as cross_entropy_grad
+from arat_kernels.forks import every_second
 from arat_kernels.frozen_affine import triton as frozen_affine
 from arat_kernels.image_parts import triton as image_parts
 from arat_kernels.pgd_step import triton as pgd_step
@@ -93,9 +94,13 @@ def normalize(
     narrow: bool = False,
     differentiable: bool = True,
     forks: bool = False,
+    few: bool = False,
+    both: bool = False,
 ) -> None:
     """Split BatchNorm forward and backward; without ``parameters`` as in the attack, which moves no
-    running statistics and asks for no gradient of theirs; with ``forks`` x and y have two readers.
+    running statistics and asks for no gradient of theirs; with ``forks`` x and y have two readers,
+    the second one of y, with ``few``, of every second pixel; with ``both`` the residual is
+    normalised too.
     """
     n, height, width = size
     memory = torch.zeros(n, channels, height, width, dtype=dtype)
@@ -111,9 +116,11 @@ def normalize(
         leaf.requires_grad_(differentiable)
     given = rows if affine else [None, None, *rows[2:]]
     options = (training, parameters, 0.1, 1e-5, extra, relu, pooled, None, torch.tensor([0, 0]))
+    options += ((*given, torch.tensor([0, 0])) if both else None,)
     y, features = split_batch_norm.split_batch_norm_triton(x, *given, (1, n - 1), *options)
     outputs = [y] if features is None else [y, features]
-    outputs += [skip_of(y), around(y, x)] if forks else []
+    if forks:
+        outputs += [every_second(skip_of(y)) if few else skip_of(y), around(y, x)]
     wanted = leaves + (rows[:2] if parameters and affine else [])
     if differentiable:
         torch.autograd.grad(outputs, wanted, [torch.zeros_like(t) for t in outputs])
@@ -127,6 +134,9 @@ def normalize_shipped() -> None:
             normalize(channels, dtype, relu=False, parameters=parameters)
             normalize(channels, dtype, forks=True, parameters=parameters)
             normalize(channels, dtype, residual=True, forks=True, parameters=parameters)
+            normalize(channels, dtype, forks=True, few=True, parameters=parameters)
+            normalize(channels, dtype, residual=True, forks=True, few=True, parameters=parameters)
+            normalize(channels, dtype, residual=True, both=True, forks=True, parameters=parameters)
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
         split_batch_norm.sum_statistics(x, x, 1)
         normalize(channels, dtype, pooled=True)
@@ -141,10 +151,12 @@ def normalize_sweep() -> None:
         for residual, relu, pooled, training, affine in options:
             chosen = {"residual": residual, "relu": relu, "pooled": pooled, "training": training}
             odd, narrow = relu is pooled, residual is not affine
-            forks = {"forks": relu and not odd}
+            forks = {"forks": relu and not odd, "few": pooled is not affine}
             normalize(channels, dtype, **chosen, **forks, affine=affine, odd=odd, narrow=narrow)
             normalize(channels, dtype, **chosen, **forks, parameters=False, residual_grad=not relu)
             normalize(channels, dtype, **chosen, affine=affine, differentiable=False)
+            if residual and not pooled:
+                normalize(channels, dtype, **chosen, **forks, affine=affine, odd=odd, both=True)
         # The gradient where the statistics are those of several processes.
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
         row = torch.zeros(2, channels, dtype=split_batch_norm.wide_dtype(x))
@@ -156,7 +168,8 @@ def normalize_sweep() -> None:
             (row, None),
             ((mask, True), (None, True), (None, False)),
         ):
-            given = (x, x, x, pooled, x, row, row, affine, affine, bits, sums, counts)
+            given = (x, x, x, pooled, x, row, row, affine, affine, bits)
+            given += (None, None, None, None, sums, counts)
             split_batch_norm.backward_input(*given, 2, 1e-5, relu, False)
 
 
@@ -165,13 +178,15 @@ def affine_shipped() -> None:
         x = torch.zeros(2, channels, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
         row = torch.zeros(channels)
         for residual, relu in product((x, None), (True, False)):
-            frozen_affine.forward(x, row, row, residual, relu, None)
-            frozen_affine.backward(x, None, None, x if relu else None, row, True, residual is x)
+            _, _, bits = frozen_affine.forward(x, row, row, residual, relu, None, relu)
+            y = bits if relu else None
+            frozen_affine.backward(x, None, None, y, row, True, residual is x)
             if relu:
-                frozen_affine.backward(x, x, x, x, row, True, residual is x)
-        frozen_affine.forward(x, row, row, None, True, x)
+                for skip in (x, x[:, :, ::2, ::2]):
+                    frozen_affine.backward(x, skip, x, y, row, True, residual is x)
+        frozen_affine.forward(x, row, row, None, True, x, True)
         # The end of a folded convolution.
-        for skip in (x, None):
+        for skip in (x, None, x[:, :, ::2, ::2]):
             frozen_affine.backward(x, skip, None, x, None, True, False)
 
 
@@ -188,10 +203,11 @@ def affine_sweep() -> None:
             x = at_places(image)[residual]
             factor = at_places(scale)[relu] if with_scale else None
             extra = image if residual else None
-            frozen_affine.forward(x, factor, shift, extra, relu, None)
-            if with_scale and relu and not residual:
-                frozen_affine.forward(x, factor, shift, None, True, image)
-            y = x if relu else None
+            kept = relu and with_scale
+            _, _, y = frozen_affine.forward(x, factor, shift, extra, relu, None, kept)
+            if kept and not residual:
+                frozen_affine.forward(x, factor, shift, None, True, image, True)
+            y = y if relu else None
             for dx in (True, False):
                 if factor is not None and (dx or residual):
                     skip, beside = (image if given else None for given in (relu, relu and dx))
@@ -313,10 +329,11 @@ OPERATIONS = {
             "split_batch_norm_statistics_kernel": ("x_ptr", "addend_ptr", "sum_ptr"),
             "split_batch_norm_fwd_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
             "split_batch_norm_bwd_sums_kernel": (
-                "dy_ptr", "dy_skip_ptr", "x_ptr", "dresidual_ptr",
+                "dy_ptr", "dy_skip_ptr", "x_ptr", "residual_ptr", "dresidual_ptr",
             ),
             "split_batch_norm_bwd_input_kernel": (
-                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "x_ptr", "dx_ptr", "dresidual_ptr",
+                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "x_ptr", "residual_ptr", "dx_ptr",
+                "dresidual_ptr",
             ),
         },
     ),

@@ -139,7 +139,8 @@ def test_as_many_programs_are_resident_as_the_reductions_plan() -> None:
     target, checked = TARGETS["sm_90"], 0
     for launch in launches("split_batch_norm", False):
         if launch.kernel.endswith(("statistics_kernel", "bwd_sums_kernel")):
-            more = {"dpooled_ptr", "dy_skip_ptr", "addend_ptr"} & launch.types.keys()
+            optional = {"dpooled_ptr", "dy_skip_ptr", "addend_ptr", "residual_ptr"}
+            more = optional & launch.types.keys()
             planned = (
                 split_batch_norm.RESIDENT_WITH_MORE_TENSORS if more else split_batch_norm.RESIDENT
             )

@@ -52,7 +52,7 @@ ONE_LAUNCH: dict[str, Callable[[], object]] = {
     "cosine_invariance_bwd_kernel": lambda: cosine_invariance.backward(
         ROW[:11], LAYERS, LAYERS, 1e-8
     ),
-    "frozen_affine_fwd_kernel": lambda: frozen_affine.forward(X, ROW, ROW, X, True, X),
+    "frozen_affine_fwd_kernel": lambda: frozen_affine.forward(X, ROW, ROW, X, True, X, True),
     "frozen_affine_bwd_kernel": lambda: frozen_affine.backward(X, X, X, X, ROW, True, True),
     "image_parts_fwd_kernel": lambda: image_parts.forward(X),
     "crop_flip_kernel": lambda: crop_flip.forward(

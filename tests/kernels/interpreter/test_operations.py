@@ -181,17 +181,24 @@ def bn_arguments(which: str) -> tuple[Any, ...]:
         return x, tensors["running_mean"], tensors["running_var"], counts, 3, 0.1
     if which == "normalize":
         leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:])]  # type: ignore[union-attr]
-        return (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False, None)
+        given = (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False)
+        return (*given, None, *[None] * 4)
+    if which == "normalize both":
+        leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:], *affine[2:])]  # type: ignore[union-attr]
+        given = (*leaves[:2], *affine[:2], *leaves[2:4], None, 3, 1e-3, True, False, True, True)
+        return (*given, None, *affine[:2], *leaves[4:])
     shared = (x[:, :, 0, 0].contiguous(), x, *affine, mask)
     if which == "sums":
-        return (residual, x, *shared, 3, 1e-3, True, True)
-    sums, counts = torch.randn(2, 2, 5), torch.tensor([4.0, 8.0])
-    return (residual, x, x, *shared, sums, counts, 3, 1e-3, True, True)
+        return (residual, x, *shared, residual, *affine[:2], 3, 1e-3, True, True)
+    sums, counts = torch.randn(4, 2, 5), torch.tensor([4.0, 8.0])
+    second = (residual, *affine[:3])
+    return (residual, x, x, *shared, *second, sums, counts, 3, 1e-3, True, True)
 
 
 X = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
 ROW, RNG = torch.randn(3), torch.tensor([1, 2])
 LEAF = X.clone().requires_grad_()
+BITS = torch.zeros(1, 512, dtype=torch.uint8)
 PARTS = image_parts_reference(X)
 ROWS = [torch.randn(3, 8), torch.randn(3, 5)]
 IMAGES, INDEX = torch.zeros(4, 3, 5, 5, dtype=torch.uint8), torch.tensor([3, 0])
@@ -201,12 +208,17 @@ OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "statistics": (split_batch_norm.statistics, lambda: bn_arguments("statistics")),
     "sum statistics": (split_batch_norm.sum_statistics, lambda: (LEAF, X, 1)),
     "normalize": (split_batch_norm.normalize, lambda: bn_arguments("normalize")),
+    "normalize both": (split_batch_norm.normalize, lambda: bn_arguments("normalize both")),
     "sums": (split_batch_norm.backward_sums, lambda: bn_arguments("sums")),
     "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),
-    "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True, None)),
-    "affine of a sum": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, None, True, X)),
-    "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False, None)),
-    "affine backward": (frozen_affine.backward, lambda: (X, X, X, X, ROW, True, True)),
+    "affine": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, X, True, None, True)),
+    "affine of a sum": (frozen_affine.forward, lambda: (LEAF, ROW, ROW, None, True, X, True)),
+    "affine bias": (frozen_affine.forward, lambda: (LEAF, None, ROW, None, False, None, False)),
+    "affine backward": (frozen_affine.backward, lambda: (X, X, X, BITS, ROW, True, True)),
+    "affine backward of few": (
+        frozen_affine.backward,
+        lambda: (X, X[:, :, ::2, ::2], X, X, ROW, True, True),
+    ),
     "relu backward": (frozen_affine.backward, lambda: (X, X, None, X, None, True, False)),
     "cosine": (
         cosine_invariance.forward,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import arat_kernels.split_batch_norm.triton as implementation
 from arat_kernels.checks import Norm
+from arat_kernels.forks import read_by
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
@@ -57,23 +58,27 @@ def test_more_segments_than_are_combined_at_once(
 
 
 class Block(nn.Module):
-    """x to a normalisation and around it, its output to a convolution and to two further readers,
-    twice."""
+    """x to a normalisation and around it, its output to a convolution, to one of every second pixel
+    and, the first time, to two further readers, twice."""
 
     def __init__(self, impl: Any, forks: bool) -> None:
         super().__init__()
         self.norms = nn.ModuleList(SplitBatchNorm2d(6, dtype=torch.float64) for _ in range(2))
         self.convs = nn.ModuleList(nn.Conv2d(6, 6, 1, dtype=torch.float64) for _ in range(2))
+        self.few = nn.ModuleList(nn.Conv2d(6, 1, 1, 2, dtype=torch.float64) for _ in range(2))
         self.forks = forks
         for norm in self.norms:
             norm.impl = impl
 
     def forward(self, x: Tensor) -> Tensor:
-        for norm, conv in zip(self.norms, self.convs, strict=True):
+        for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
             y = norm(x, x.flip(0), relu=True)
             skip, beside = (skip_of(y), around(y, x)) if self.forks else (y, x)
             assert (skip is not y) is self.forks and (beside is not x) is self.forks
-            x = conv(y) * beside + skip.flip(2) + skip
+            few = self.few[i]
+            x = conv(y) * beside + (read_by(few, y) if self.forks else few(y)).sum((2, 3), True)
+            if i == 0:
+                x = x + skip.flip(2) + skip
         return x
 
 
