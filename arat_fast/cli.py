@@ -744,7 +744,9 @@ class Doctor(Command):
             # Streams and events are those of the current one.
             torch.cuda.set_device(device)
         with Display().evaluating() as bar:
-            record, file = doctor.examine(operations, precision, device, whole=True, progress=bar)
+            record, file = doctor.examine(
+                operations, precision, device, whole=True, trains=True, progress=bar
+            )
         print(doctor.table(record))
         print(f"record: {file}")
         return 1 if doctor.wrong_functions(record["operations"]) else 0

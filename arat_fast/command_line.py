@@ -78,16 +78,19 @@ def parse(
         UsageError: an option is unknown, or a value does not fit.
     """
     complaint = io.StringIO()
-    # None can be typed where a recipe may have set something else.
-    keywords: dict[str, Any] = {"config": (tyro.conf.DisallowNone,)}
-    if default is not None:
-        keywords = {"default": default}
+    # None undoes what a recipe has set; without one it is what is not given.
+    keywords: dict[str, Any] = (
+        {"config": (tyro.conf.DisallowNone,)} if default is None else {"default": default}
+    )
+    # tyro does not fill its description, and joins lines but those that are indented.
+    fill = partial(textwrap.fill, width=shutil.get_terminal_size().columns, subsequent_indent=" ")
+    paragraphs = (purpose or purpose_of(options)).split("\n\n")
     try:
         with contextlib.redirect_stderr(complaint):
             parsed: Options = tyro.cli(
                 options,
                 prog=program,
-                description=purpose,
+                description="\n\n".join(map(fill, paragraphs)),
                 args=arguments,
                 registry=_RULES,
                 **keywords,

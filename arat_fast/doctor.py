@@ -149,10 +149,14 @@ def operations_of(
     if dtype != torch.float32:
         found |= {
             f"{name}-float32": replace(operation, make=partial(_in_float32, operation.make))
-            for name, operation in found.items()
-            if name.partition("-")[0] in EVALUATED
+            for name, operation in evaluated(found).items()
         }
     return found
+
+
+def evaluated(operations: Mapping[str, Operation]) -> dict[str, Operation]:
+    """Those of :data:`EVALUATED`."""
+    return {name: o for name, o in operations.items() if name.partition("-")[0] in EVALUATED}
 
 
 def _in_float32(
@@ -376,6 +380,8 @@ def prepare(
     ranks: Ranks,
     display: Display,
     warn: Callable[[str], object],
+    *,
+    trains: bool,
     required: bool = False,
 ) -> dict[str, str]:
     """Let references run in place of what computes wrongly on this process's GPU, as rank 0 finds
@@ -385,7 +391,8 @@ def prepare(
         operations, dtype, device: as for :func:`examine`.
         ranks: the processes of the job.
         display: shows progress, and is told what is left for the next time.
-        required, warn: as for :func:`replace_wrong`.
+        warn, required: as for :func:`replace_wrong`.
+        trains: as for :func:`examine`.
 
     Returns:
         As :func:`wrong_functions`.
@@ -396,14 +403,14 @@ def prepare(
     found: dict[str, str] = {}
     if ranks.is_main:
         with display.evaluating() as bar:
-            record, _ = examine(operations, dtype, device, whole=False, progress=bar)
+            record, _ = examine(operations, dtype, device, whole=False, trains=trains, progress=bar)
         known = record["operations"]
         if left := len(operations.keys() - known.keys()):
             display.say(
                 f"self-check: {left} of {len(operations)} operations are left for the next run"
             )
-        own = {*operations, GRAPH} & known.keys()
-        found = wrong_functions({name: known[name] for name in known if name in own})
+        own = {*operations, GRAPH} if trains else operations.keys()
+        found = wrong_functions({name: r for name, r in known.items() if name in own})
     found = json.loads(ranks.broadcast_bytes(json.dumps(found).encode()))
     replace_wrong(found, required, warn)
     return found
@@ -436,6 +443,7 @@ def examine(
     device: torch.device,
     *,
     whole: bool,
+    trains: bool,
     progress: Progress | None = None,
 ) -> tuple[Record, Path]:
     """Check a card, and keep the result.
@@ -446,6 +454,7 @@ def examine(
         device: the GPU.
         whole: check and time everything, however long it takes; else what is not known yet of this
             card with these versions, for :data:`SECONDS`.
+        trains: the captured step is checked too, which an evaluation has none of.
         progress: as for :func:`check`.
 
     Returns:
@@ -485,7 +494,7 @@ def examine(
             progress=progress,
             keep=keep,
         )
-        if GRAPH not in found:
+        if trains and GRAPH not in found:
             # Of what a run takes in their place.
             replace_operations(wrong_functions(found))
             keep({**found, GRAPH: check_graph(device, dtype)})

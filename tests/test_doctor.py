@@ -182,12 +182,16 @@ def test_what_evaluates_is_checked_in_float32_too() -> None:
 def test_what_is_left_for_the_next_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"error": "rms error 1", "share": None}
     known = {"pgd_step-a": wrong, "pgd_step-of-another-run": wrong, "crop_flip-b": wrong}
+    # Of a training with the same card and versions.
+    known[doctor.GRAPH] = wrong
     monkeypatch.setattr(doctor, "examine", lambda *_, **__: ({"operations": known}, None))
     operations = {name: OPERATIONS["pgd_step"] for name in ("pgd_step-a", "relu-a", "relu-b")}
     out, warnings = io.StringIO(), []
     display = Display(Console(file=out, width=100))
     try:
-        found = doctor.prepare(operations, torch.float32, CPU, ALONE, display, warnings.append)
+        found = doctor.prepare(
+            *(operations, torch.float32, CPU, ALONE, display, warnings.append), trains=False
+        )
         assert found == {"pgd_step": "pgd_step-a: rms error 1"} and len(warnings) == 1
         assert is_replaced("pgd_step") and not is_replaced("crop_flip")
         assert "2 of 3 operations are left" in out.getvalue()

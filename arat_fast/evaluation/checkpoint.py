@@ -188,20 +188,14 @@ def evaluate_checkpoint(
     if target.type == "cuda":
         attack = PGD(threat.eps, alpha, norm=threat.norm, bn="running")
         shapes = test.image_shape, test.num_classes, settings.batch_size
-        operations = {
-            name: operation
-            for name, operation in doctor.operations_of(
-                network, *shapes, attack, torch.float32
-            ).items()
-            if name.partition("-")[0] in doctor.EVALUATED
-        }
         replaced = doctor.prepare(
-            operations,
+            doctor.evaluated(doctor.operations_of(network, *shapes, attack, torch.float32)),
             torch.float32,
             target,
             ranks,
             display,
             lambda text: display.say_once(f"warning: {text}"),
+            trains=False,
         )
     start = time.perf_counter()
     with display.evaluating() as bar:

@@ -164,7 +164,10 @@ def better_before(run: Run) -> tuple[str, str] | None:
         f"epoch {plain(best.epoch)} was better: {percent(best.pgd, n)} of {images} under "
         f"PGD-{best.num_steps}, {percent(end.value, n)} at the end"
     )
-    return said, "" if run.config.train.keep_best else "--data.num-val N --train.keep-best"
+    if run.config.train.keep_best:
+        return said, ""
+    validated = "" if best.split == "val" else "--data.num-val N "
+    return said, f"{validated}--train.keep-best"
 
 
 def weights_name(model: str | None) -> str | None:

@@ -409,7 +409,6 @@ class Run:
             config.attack,
             self.precision,
         )
-        required = config.step.kernels == "triton"
         found = doctor.prepare(
             operations,
             self.precision,
@@ -417,7 +416,8 @@ class Run:
             self.ranks,
             self.display,
             self.warn,
-            required,
+            trains=True,
+            required=config.step.kernels == "triton",
         )
         if doctor.GRAPH in found and config.step.graph == "on":
             reason = found[doctor.GRAPH]

@@ -251,6 +251,20 @@ def test_onnx_that_is_not_installed(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("recipe_name", ["imagenette-resnet18", "folder-resnet18"])
+def test_an_example_cuts_a_picture_as_the_test_images(
+    recipe_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds "pad" and "resized"."""
+    weights(tmp_path / "m.safetensors", "resnet18", recipe_name)
+    export_checkpoint(tmp_path / "m.safetensors", "torchvision", tmp_path / "out")
+    network = arat_fast.load(tmp_path / "out")
+    run_example(tmp_path / "out", network, monkeypatch)
+    image = torch.from_numpy(runpy.run_path("example.py")["image"])
+    # Two libraries' bilinear filters; half a pixel to the side is ten times as much.
+    assert (image - network.preprocess(["../picture.png"])).abs().mean() < 2e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("normalize", [False, True])

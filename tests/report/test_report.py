@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -252,16 +253,14 @@ def test_an_earlier_epoch_that_was_clearly_better(
                 line["pgd"] = pgd
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(folder)
-    end = "80.6" if split == "test" else "81.0"
-    said = (
-        f"epoch {epoch} was better: 93.0 % of 200 {split} images under PGD-20, {end} % at the end"
-    )
     found = better_before(run)
     assert (found is not None) == is_better
     if found is not None:
-        assert found[0].replace("\u202f", " ") == said
+        end = "80.6" if split == "test" else "81.0"
+        assert re.findall(r"[\d.]+", found[0]) == [str(epoch), "93.0", "200", "20", end]
         text = report(folder).sections["next"]
-        assert "--data.num-val N --train.keep-best --out FOLDER" in text
+        assert "--train.keep-best --out FOLDER" in text
+        assert ("--data.num-val N" in text) == (split == "test")
         rewrite(folder / "config.json", "config", "data", "num_val", 100)
         rewrite(folder / "config.json", "config", "train", "keep_best", True)
         assert "eval " + str(folder / "checkpoint-best.pt") in report(folder).sections["next"]
