@@ -309,8 +309,8 @@ class EvalConfig:
     num_steps: Annotated[Number, FREE] = 20
     """Steps of the PGD evaluation; >= 0."""
     alpha: Annotated[float | None, FREE] = None
-    """Step size of the PGD evaluation, >= 0, in Linf at most 1; default a quarter of the radius,
-    which is the attack's like the norm: 2/255 at 8/255, as published."""
+    """Step size of the PGD evaluation, >= 0, in Linf at most 1; None takes a quarter of the
+    radius, which is the attack's like the norm: 2/255 at 8/255, as published."""
     autoattack: Annotated[bool, FREE] = True
     """Run standard AutoAttack at the end of training."""
     batch_size: Annotated[Count, FREE] = 500

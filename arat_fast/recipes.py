@@ -73,7 +73,7 @@ def fashion_mnist(model: str) -> Config:
         recipe=f"fashion-mnist-{model.removesuffix('-s2')}",
         model=ModelConfig(model),
         attack=PGD(eps=0.1, alpha=0.03, num_steps=5),
-        optimizer=OptimizerConfig(lr=0.4, weight_decay=2e-3) if small else OptimizerConfig(),
+        optimizer=OptimizerConfig(lr=0.4 if small else 0.1),
         schedule=ScheduleConfig("onecycle"),
         data=DataConfig("fashion-mnist", padding=2),
         step=StepConfig(precision="float32" if small else "auto"),

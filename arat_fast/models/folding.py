@@ -28,7 +28,7 @@ from arat_fast.models.split_batch_norm import (
     use_branch,
     use_statistics,
 )
-from arat_kernels.forks import around, gradients, read_by, reads_few, skip_of
+from arat_kernels.forks import around, few_of, gradients, is_bare, of_few, reads_few, skip_of
 from arat_kernels.frozen_affine import add_frozen_affine, frozen_affine, relu_backward
 from arat_kernels.image_parts import image_parts
 from arat_kernels.implementation import Impl
@@ -255,7 +255,7 @@ class _FoldedConv(_Site):
         if isinstance(conv, StemConv2d) and torch.is_autocast_enabled(device_type):
             out_dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            y, skip = _ConvAct.apply(  # type: ignore[no-untyped-call]
+            y, skip, few = _ConvAct.apply(  # type: ignore[no-untyped-call]
                 x.to(self.weight.dtype),
                 self.weight,
                 self.bias,
@@ -266,7 +266,7 @@ class _FoldedConv(_Site):
             )
         given: Tensor = y.to(out_dtype)
         if given is y and self.relu:
-            given._skip = skip
+            given._skip, given._few = skip, few
         return given
 
     def _fits_matrix(self, x: Tensor) -> bool:
@@ -401,18 +401,20 @@ class _ConvAct(torch.autograd.Function):
         relu: bool,
         geometry: _Geometry,
         impl: Impl | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y = _conv_act(x, weight, bias, residual, relu, geometry)
         ctx.relu, ctx.geometry, ctx.impl = relu, geometry, impl
         ctx.save_for_backward(x, weight, *([y] if relu else []))
         ctx.set_materialize_grads(False)
-        ctx.dy_few, ctx.shape = None, y.shape
-        return y, y.detach()
+        ctx.shape = y.shape
+        return y, y.detach(), few_of(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dy_skip: Tensor | None, dy_few: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
-        dy, dy_skip = gradients(ctx, dy, dy_skip)
+        dy, dy_skip = gradients(ctx.shape, dy, dy_skip, dy_few)
         assert dy is not None
         if ctx.relu:
             dy = relu_backward(dy, saved[0], dy_skip=dy_skip, impl=ctx.impl)
@@ -628,7 +630,8 @@ def _route_forks(
                 if source is site and _projects(reader, modules):
                     with network.graph.inserting_before(reader):
                         conv = network.graph.get_attr(str(reader.target))
-                    reader.op, reader.target, reader.args = "call_function", read_by, (conv, source)
+                    reader.op, reader.target = "call_function", of_few
+                    reader.args, reader.kwargs = (conv, source), {}
                 else:
                     reader.replace_input_with(source, second)
             if not second.users:
@@ -649,7 +652,7 @@ def _projects(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     conv = modules[str(node.target)] if node.op == "call_module" else None
     if isinstance(conv, _FoldedConv):
         return reads_few(conv) and not conv.relu and node.args[1] is None
-    return type(conv) is nn.Conv2d and reads_few(conv) and not _has_hooks(conv)
+    return isinstance(conv, nn.Module) and is_bare(conv, nn.Conv2d) and reads_few(conv)
 
 
 def _mutation_between(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ class Expectation(Hook):
         step, samples = seconds_a_step(run)
         if step * steps > LONG:
             other = "" if run.config.recipe == "digits" else "; the recipe digits takes minutes"
+            # Threads that wait for each other on a busy machine are many times slower than one.
+            if torch.get_num_threads() > 1 and os.getloadavg()[0] > (os.cpu_count() or 1):
+                other += "; other programs keep the cores busy: OMP_NUM_THREADS=1 is faster then"
             run.display.say(
                 f"expect about {about(step)} a step and {about(step * steps)} of training on this "
                 f"machine, by a pass of {samples} images, evaluations aside{other}"

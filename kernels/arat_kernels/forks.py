@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 made = False
 """Whether a kernel of this process has ever given outlets; the reference never does."""
@@ -19,16 +19,20 @@ made = False
 
 class _Outlets(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, node: Any) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.node, ctx.dy_few, ctx.shape = node, None, y.shape
+    def forward(ctx: Any, y: Tensor, x: Tensor, node: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.node, ctx.shape = node, y.shape
         ctx.set_materialize_grads(False)
-        return y.detach(), y.detach(), x
+        return y.detach(), y.detach(), few_of(y), x
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, dy_skip: Tensor | None, dx_around: Tensor | None
+        ctx: Any,
+        dy: Tensor | None,
+        dy_skip: Tensor | None,
+        dy_few: Tensor | None,
+        dx_around: Tensor | None,
     ) -> tuple[Tensor | None, None, None]:
-        dy, dy_skip = gradients(ctx, dy, dy_skip)
+        dy, dy_skip = gradients(ctx.shape, dy, dy_skip, dy_few)
         # Nothing else reads what the node made: its backward comes next.
         ctx.node.dy_skip, ctx.node.dx_around = dy_skip, dx_around
         return dy, None, None
@@ -41,8 +45,8 @@ def with_outlets(y: Tensor, x: Tensor) -> Tensor:
         return y
     global made
     made = True
-    main, skip, beside = _Outlets.apply(y, x.detach(), y.grad_fn)  # type: ignore[no-untyped-call]
-    main._skip = skip
+    main, skip, few, beside = _Outlets.apply(y, x.detach(), y.grad_fn)  # type: ignore[no-untyped-call]
+    main._skip, main._few = skip, few
     if x.requires_grad:
         main._around = beside
     given: Tensor = main
@@ -78,35 +82,41 @@ def reads_few(conv: Any) -> bool:
     return (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (2, 2), (0, 0))
 
 
-def read_by(conv: Any, y: Tensor) -> Tensor:
-    """``conv(skip_of(y))``; where ``conv``, with a ``weight``, :func:`reads_few`, the gradient is
+def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a layer is the forward of ``kind`` and nothing else."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    hooked = hooked or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is kind and not hooked
+
+
+def read_by(conv: nn.Module, y: Tensor) -> Tensor:
+    """``conv(skip_of(y))``; where ``conv`` is a convolution that :func:`reads_few`, the gradient is
     no larger."""
-    skip = skip_of(y)
-    if skip is y or not reads_few(conv):
-        out: Tensor = conv(skip)
+    if is_bare(conv, nn.Conv2d) and reads_few(conv):
+        return of_few(conv, y)
+    out: Tensor = conv(skip_of(y))
+    return out
+
+
+def of_few(conv: Any, y: Tensor) -> Tensor:
+    """:func:`read_by` for what computes as a convolution with its ``weight`` that
+    :func:`reads_few`."""
+    few = every_second(y)
+    if few is y:
+        out: Tensor = conv(y)
         return out
-    read: Tensor = _OfFew.apply(conv(y.detach()), every_second(skip), conv.weight)  # type: ignore[no-untyped-call]
+    read: Tensor = _OfFew.apply(conv(y.detach()), few, conv.weight)  # type: ignore[no-untyped-call]
     return read
 
 
-def every_second(skip: Tensor) -> Tensor:
-    """Every second pixel, both ways, of what :func:`skip_of` gave."""
-    few: Tensor = _EverySecond.apply(skip, skip.grad_fn)  # type: ignore[no-untyped-call]
-    return few
+def every_second(y: Tensor) -> Tensor:
+    """As :func:`skip_of`, of every second pixel both ways, where that is not ``y``."""
+    return _outlet(y, "_few", y)
 
 
-class _EverySecond(torch.autograd.Function):
-    """The node that made the skip finds the gradient as its ``dy_few``."""
-
-    @staticmethod
-    def forward(ctx: Any, skip: Tensor, node: Any) -> Tensor:
-        ctx.node = node
-        return skip.detach()[:, :, ::2, ::2]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
-        ctx.node.dy_few = dy if ctx.node.dy_few is None else ctx.node.dy_few + dy
-        return None, None
+def few_of(y: Tensor) -> Tensor:
+    """Every second pixel, both ways, without a gradient."""
+    return y.detach()[..., ::2, ::2]
 
 
 class _OfFew(torch.autograd.Function):
@@ -130,13 +140,12 @@ class _OfFew(torch.autograd.Function):
 
 
 def gradients(
-    node: Any, dy: Tensor | None, dy_skip: Tensor | None
+    shape: torch.Size, dy: Tensor | None, dy_skip: Tensor | None, few: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of what ``node`` gave, of its ``shape``, and a second one, dense or of every
-    second pixel, from those of its readers."""
-    few, node.dy_few = node.dy_few, None
+    """The gradient of a tensor of ``shape`` and a second one, dense or of every second pixel, from
+    those of its readers."""
     if few is not None and (dy is None or dy_skip is not None):
-        few = spread(few, node.shape)
+        few = spread(few, shape)
         few = few if dy_skip is None else few + dy_skip
     dy_skip = dy_skip if few is None else few
     return (dy_skip, None) if dy is None else (dy, dy_skip)

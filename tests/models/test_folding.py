@@ -126,6 +126,24 @@ class Strided(nn.Module):
         return y
 
 
+class ByName(nn.Module):
+    """A projection that is told the name of its argument, the second reader of a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, 2, padding=1)
+        self.projection = nn.Conv2d(8, 8, 1, 2)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv1(x)).relu()
+        x = self.conv2(x).tanh() + self.projection(input=x)
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
 class Doubled(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = 2 * super().forward(input)
@@ -151,6 +169,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int, in
     "three branches": (ThreeBranches, (3, 8, 8), 3, 0),
     "in place": (InPlace, (3, 8, 8), 2, 1),
     "strided": (Strided, (3, 7, 8), 1, 0),
+    "by name": (ByName, (3, 8, 8), 1, 0),
 }
 
 
@@ -179,7 +198,7 @@ SLOW = (
     ("name", "constant"),
     [
         *((name, constant) for constant in (False, True) for name in SMALL),
-        *((name, False) for name in ("resnet8 shared", "wrn16-2")),
+        *((name, False) for name in ("resnet8 shared", "wrn16-2", "by name")),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in SLOW),
         pytest.param("mobilenet_v3_small", True, marks=pytest.mark.slow),
     ],

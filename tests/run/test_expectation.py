@@ -31,6 +31,19 @@ def test_a_long_training_says_what_to_expect(
     assert all(p.grad is None for p in run.model.parameters())
 
 
+@pytest.mark.parametrize(("threads", "load", "cure"), [(2, 1e6, 1), (2, 0.0, 0), (1, 1e6, 0)])
+def test_threads_on_a_busy_machine_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, load: float, cure: int
+) -> None:
+    monkeypatch.setattr(expectation, "LONG", 0.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(expectation.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    written = io.StringIO()
+    run = tiny_trainer(tmp_path, tiny_config(1), console=Console(file=written, width=1000))
+    next(h for h in run.hooks if isinstance(h, expectation.Expectation)).begin(run)
+    assert written.getvalue().count("OMP_NUM_THREADS=1") == cure
+
+
 def test_the_attack_s_passes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(expectation.time, "perf_counter", lambda: float(next(clock)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from arat_kernels.forks import is_bare
 from arat_kernels.implementation import Impl, choose
 from arat_kernels.split_batch_norm.api import check_counts
 from arat_kernels.split_batch_norm.reference import split_batch_norm_reference
@@ -227,7 +228,7 @@ def normalize_sum(
         and _in_one_pass(other, residual, x)
         and norm._mode == other._mode
         and norm.pooled_sink is None
-        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in (norm, other))
+        and all(is_bare(layer, SplitBatchNorm2d) for layer in (norm, other))
     ):
         return norm._normalized(x, residual, relu, other)
     y: Tensor = norm(x, other(residual), relu=relu)

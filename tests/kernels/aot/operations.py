@@ -120,7 +120,7 @@ def normalize(
     y, features = split_batch_norm.split_batch_norm_triton(x, *given, (1, n - 1), *options)
     outputs = [y] if features is None else [y, features]
     if forks:
-        outputs += [every_second(skip_of(y)) if few else skip_of(y), around(y, x)]
+        outputs += [every_second(y) if few else skip_of(y), around(y, x)]
     wanted = leaves + (rows[:2] if parameters and affine else [])
     if differentiable:
         torch.autograd.grad(outputs, wanted, [torch.zeros_like(t) for t in outputs])

@@ -21,6 +21,7 @@ from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
     add_for,
     around,
+    normalize_sum,
     skip_of,
     use_branch,
     use_statistics,
@@ -101,6 +102,64 @@ def test_gradients_at_forks(parameters: bool, statistics: Any) -> None:
         found.append(torch.autograd.grad(out.sin().sum(), wanted))
     for got in found[:2]:
         torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-11)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+@pytest.mark.parametrize("watched", FLAGS)
+@pytest.mark.parametrize(
+    "projection",
+    [
+        nn.Conv2d(6, 4, 1, 2),
+        Doubled(6, 4, 1, 2),
+        nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(6, 4, 1)),
+    ],
+)
+def test_what_projects_may_be_anything(projection: nn.Module, watched: bool) -> None:
+    """Its gradients are the reference's, also of what a hook takes from it, and a gradient of y
+    leaves nothing for the next."""
+    projection.double()
+    seen: list[Tensor] = []
+    if watched:
+        projection.register_forward_hook(lambda _m, _x, out: seen.append(out))
+    x = Norm(channels=6).make(1, torch.float64)["x"].requires_grad_()
+    found = []
+    for impl in ("triton", "reference"):
+        norm = SplitBatchNorm2d(6, dtype=torch.float64)
+        norm.impl = impl
+        seen.clear()
+        y = norm(x, relu=True)
+        out = read_by(projection, y)
+        loss = out.sin().sum() + y.cos().sum() + sum(t.square().sum() for t in seen)
+        torch.autograd.grad(loss, y, retain_graph=True)
+        found.append(torch.autograd.grad(loss, [x, *projection.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_layer_of_a_sum_is_called_where_that_matters(which: int) -> None:
+    calls = []
+
+    class Counted(SplitBatchNorm2d):
+        def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+            calls.append("forward")
+            return super().forward(x, residual, relu)
+
+    tensors = Norm(channels=6).make(1, torch.float32)
+    leaves = [tensors["x"].requires_grad_(), tensors["residual"].requires_grad_()]
+    for kind in (SplitBatchNorm2d, Counted):
+        layers = [SplitBatchNorm2d(6), SplitBatchNorm2d(6)]
+        layers[which] = kind(6)
+        if kind is SplitBatchNorm2d:
+            layers[which].register_full_backward_hook(lambda *_: calls.append("backward"))
+        for layer in layers:
+            layer.impl = "triton"
+        y = normalize_sum(layers[0], leaves[0], layers[1], leaves[1], True)
+        torch.autograd.grad(y.sin().sum(), leaves)
+    assert calls == ["backward", "forward"]
 
 
 def test_a_sum_comes_with_its_statistics() -> None:
