@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import select
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -120,12 +121,12 @@ def _failed(error: Exception) -> int:
 
 def _is_unread() -> bool:
     """Whether the reader of standard output has gone, as ``head`` does; the rest is dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    output, poll = 1, select.poll()
+    poll.register(output, 0)
+    gone = bool(poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _complain(message: object) -> None:

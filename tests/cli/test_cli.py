@@ -388,15 +388,19 @@ def test_errors_can_be_raised_instead(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["report", "/nowhere"])
 
 
-def test_a_reader_that_has_read_enough(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_read_enough(unbuffered: str) -> None:
+    """Whether the pipe is found broken at the end or at once."""
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["info"]) == 141
-    assert capsys.readouterr().err == ""
+    ended = subprocess.run(
+        [sys.executable, "-m", "arat_fast", "info"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
