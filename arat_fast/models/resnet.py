@@ -39,7 +39,8 @@ class _Shortcut(nn.Module):
             self.shortcut_bn = nn.Identity()
 
     def _end(self, norm: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-        """The normalised ``out`` and what goes around the block, which has read ``x``."""
+        """The normalised ``out`` and what goes around the block, which has read ``x``, from the
+        kernels."""
         if self.shortcut is None:
             y: Tensor = norm(out, forks.skip_of(x), relu=self.relu)
             return y
@@ -71,7 +72,12 @@ class BasicBlock(_Shortcut):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.bn1(self.conv1(x), relu=self.relu))
         out = self.conv2(out)
-        out = self.act(self._end(self.bn2, out, x))
+        if forks.made:
+            out = self._end(self.bn2, out, x)
+        else:
+            identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+            out = self.bn2(out, identity, relu=self.relu)
+        out = self.act(out)
         return out
 
 
@@ -103,7 +109,12 @@ class Bottleneck(_Shortcut):
         out: Tensor = self.act(self.bn1(self.conv1(x), relu=self.relu))
         out = self.act(self.bn2(self.conv2(out), relu=self.relu))
         out = self.conv3(out)
-        out = self.act(self._end(self.bn3, out, x))
+        if forks.made:
+            out = self._end(self.bn3, out, x)
+        else:
+            identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+            out = self.bn3(out, identity, relu=self.relu)
+        out = self.act(out)
         return out
 
 

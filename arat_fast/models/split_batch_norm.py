@@ -119,8 +119,14 @@ class SplitBatchNormAct2d(SplitBatchNorm2d):
         self.drop = drop
         self.act = act
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        y: Tensor = self.act(self.drop(super().forward(x, residual, relu)))
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        of_residual: SplitBatchNorm2d | None = None,
+    ) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x, residual, relu, of_residual)))
         return y
 
 

@@ -72,7 +72,7 @@ def method_step(step: TrainStep, load: Load, place: Place, update: bool, *inputs
             )
             output = step.output(x, x_adv, y, own)
         step.sharing.backward(output.loss, part)
-        values = part.add(values, _values_of(output, y))
+        values = part.add(values, Values.of(output, y))
     step.sharing.end_batch(inputs, place)
     if update:
         step.optimizer.step()
@@ -123,15 +123,6 @@ def adversarial_batch(
         loss_fn = objective.attack_loss(model, x, y)
     network = model if attacked is None else attacked(attack, x)
     return x, attack(network, x, y, start, loss_fn=loss_fn, impl=impl)
-
-
-def _values_of(output: ObjectiveOutput, y: Tensor) -> Values:
-    label = y if y.ndim == 1 else y.argmax(dim=1)
-    values = {"loss": output.loss, **output.terms, **output.metrics}
-    for name, logits in (("clean", output.logits_clean), ("adv", output.logits_adv)):
-        if logits is not None:
-            values[f"accuracy_{name}"] = (logits.argmax(dim=1) == label).float().mean()
-    return Values.pack(values)
 
 
 @dataclass(eq=False)

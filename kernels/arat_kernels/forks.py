@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 made = False
-"""Whether a kernel of this process has ever given outlets; the reference never does."""
+"""Whether kernels that give outlets have run in this process; the reference never gives any."""
 
 
 class _Outlets(torch.autograd.Function):
@@ -41,10 +41,12 @@ class _Outlets(torch.autograd.Function):
 def with_outlets(y: Tensor, x: Tensor) -> Tensor:
     """``y`` with :func:`skip_of` and :func:`around` it; the node that made it of ``x``, and whose
     output nothing else may read, finds their gradients as its ``dy_skip`` and ``dx_around``."""
-    if not y.requires_grad or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return y
     global made
     made = True
+    if not y.requires_grad:
+        return y
     main, skip, few, beside = _Outlets.apply(y, x.detach(), y.grad_fn)  # type: ignore[no-untyped-call]
     main._skip, main._few = skip, few
     if x.requires_grad:

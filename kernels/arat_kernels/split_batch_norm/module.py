@@ -89,25 +89,21 @@ class SplitBatchNorm2d(nn.Module):
         self.pooled_sink: Callable[[Tensor], None] | None = None
         self.group: ProcessGroup | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """Normalise ``x``, add ``residual`` (same shape) and apply ReLU, as asked.
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        of_residual: SplitBatchNorm2d | None = None,
+    ) -> Tensor:
+        """Normalise ``x``, add ``residual`` (same shape) and apply ReLU, as asked; by way of
+        :func:`normalize_sum`, with a residual that another layer normalises first.
 
         Raises:
             ValueError: ``x`` or ``residual`` has another shape, a branch in training has one value
                 per channel, or ``branch`` is "both" and the batch is odd while no number of clean
                 samples is given; no buffer has changed then.
         """
-        return self._normalized(x, residual, relu)
-
-    def _normalized(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        of_residual: SplitBatchNorm2d | None = None,
-    ) -> Tensor:
-        """:meth:`forward`; where :func:`normalize_sum` finds that it can, with a residual that
-        another layer normalises first."""
         if x.ndim != 4 or x.shape[1] != self.num_features or x.numel() == 0:
             raise ValueError(
                 f"x must be (N, C = {self.num_features}, H, W) and not empty, "
@@ -230,8 +226,9 @@ def normalize_sum(
         and norm.pooled_sink is None
         and all(is_bare(layer, SplitBatchNorm2d) for layer in (norm, other))
     ):
-        return norm._normalized(x, residual, relu, other)
-    y: Tensor = norm(x, other(residual), relu=relu)
+        y: Tensor = norm(x, residual, relu, other)
+    else:
+        y = norm(x, other(residual), relu=relu)
     return y
 
 
