@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def _cols_of_tile(cols: int) -> int:
 def _geometry(t: Tensor) -> tuple[int, int, bool]:
     """Rows, columns and whether the channel belongs to the row, for a dense (N, C, ...)."""
     num, channels = t.shape[:2]
-    inner = t[0, 0].numel()
+    inner = math.prod(t.shape[2:])
     if inner > 1 and t.is_contiguous():
         return num * channels, inner, True
     return num * inner, channels, False

@@ -62,7 +62,9 @@ CASES: dict[str, list[Operation]] = {
         for layout in LAYOUTS
         for scaled, residual, last in FLAGS
     ],
-    "frozen_affine-ranks": [affine(shape=s) for s in ((5, 20), (4, 32, 9), (2, 16, 3, 3, 3))],
+    "frozen_affine-ranks": [
+        affine(shape=s) for s in ((5, 20), (4, 32, 9), (2, 16, 3, 3, 3), (0, 3, 4, 4))
+    ],
     "relu_backward": [
         relu(shape=shape, skip=skip) for shape in ((3, 5, 3, 7), (7, 9)) for skip in (True, False)
     ],
