@@ -80,8 +80,10 @@ def _outlet(y: Tensor, name: str, otherwise: Tensor) -> Tensor:
 
 
 def reads_few(conv: Any) -> bool:
-    """Whether a convolution reads every second pixel both ways and no other."""
-    return (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (2, 2), (0, 0))
+    """Whether a convolution reads every second pixel both ways and no other, of a number of
+    channels whose backward does not spill."""
+    geometry = conv.kernel_size, conv.stride, conv.padding
+    return geometry == ((1, 1), (2, 2), (0, 0)) and conv.in_channels % 16 == 0
 
 
 def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:

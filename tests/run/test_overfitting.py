@@ -122,10 +122,15 @@ def test_cures_come_to_an_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_fall_is_seen_and_cured(tmp_path: Path) -> None:
-    """The run of docs/fast-at.md: FGSM without a random start, a large radius and learning rate."""
-    page = (Path(__file__).parents[2] / "docs" / "fast-at.md").read_text(encoding="utf-8")
-    (line,) = [line for line in page.splitlines() if "--out runs/more-steps" in line]
-    arguments = shlex.split(line)[1:-2]
+    """FGSM on the digits without a random start, at a large radius and learning rate."""
+    line = (
+        "train digits --objective.name at --attack.num-steps 1 --attack.eps 0.27 "
+        "--attack.alpha 0.27 --attack.no-random-start --optimizer.lr 2 "
+        "--optimizer.weight-decay 0 --schedule.name steps --schedule.milestones "
+        "--schedule.warmup-epochs 20 --average.kind none --train.epochs 26 --train.log-every "
+        "23 --watch.every 23 --train.eval-every 0 --eval.no-autoattack --watch.act more-steps "
+    )
+    arguments = shlex.split(line)
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
     run = read_run(tmp_path / "run")
     (back,) = [look for look in run.looks if look.fell_at is not None]
