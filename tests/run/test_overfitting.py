@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from tiny import changed, metric_lines, tiny_config, tiny_trainer
 
-from arat_fast.cli import main
 from arat_fast.config import Config
 from arat_fast.report.run import read_run
 from arat_fast.run.hooks import Hook
@@ -118,22 +116,3 @@ def test_cures_come_to_an_end(tmp_path: Path) -> None:
     summary = run.run()
     assert len(summary["warnings"]) == MAX_CURES + 1
     assert run.step.attack.alpha == 0.03 / 2**MAX_CURES
-
-
-@pytest.mark.slow
-def test_a_real_fall_is_seen_and_cured(tmp_path: Path) -> None:
-    """FGSM on the digits without a random start, at a large radius and learning rate."""
-    line = (
-        "train digits --objective.name at --attack.num-steps 1 --attack.eps 0.27 "
-        "--attack.alpha 0.27 --attack.no-random-start --optimizer.lr 2 "
-        "--optimizer.weight-decay 0 --schedule.name steps --schedule.milestones "
-        "--schedule.warmup-epochs 20 --average.kind none --train.epochs 26 --train.log-every "
-        "23 --watch.every 23 --train.eval-every 0 --eval.no-autoattack --watch.act more-steps "
-    )
-    arguments = shlex.split(line)
-    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
-    run = read_run(tmp_path / "run")
-    (back,) = [look for look in run.looks if look.fell_at is not None]
-    pgd = {look.epoch: look.pgd for look in run.looks if look.pgd is not None}
-    best = max(value for epoch, value in pgd.items() if epoch <= back.epoch)
-    assert len(pgd) == 26 and min(list(pgd.values())[-3:]) > 0.75 * best

@@ -156,7 +156,7 @@ def normalize_sweep() -> None:
             normalize(channels, dtype, **chosen, **forks, parameters=False, residual_grad=not relu)
             normalize(channels, dtype, **chosen, affine=affine, differentiable=False)
             if residual and not pooled:
-                # forks.reads_few has it that no other width is read by every second pixel.
+                # forks.read_by has it that no other width is read by every second pixel.
                 forks["few"] = forks["few"] and channels % 16 == 0
                 normalize(channels, dtype, **chosen, **forks, affine=affine, odd=odd, both=True)
         # The gradient where the statistics are those of several processes.
