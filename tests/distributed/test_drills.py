@@ -308,6 +308,7 @@ def test_sigterm_to_torchrun_with_workers(whole: Callable[[int], Path], tmp_path
     workers = ("--data.loader", "dataloader", "--data.num-workers", "1")
     result = torchrun(Drill("launcher", 5, 0, str(out), (*EPOCHS, *workers)))
     assert result.returncode != 0, result.stderr
-    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 7
+    # The other rank may not have voted on the step before when its signal comes.
+    assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] in (6, 7)
     finish(tmp_path / "logs", out, 2)
     assert_same_end(whole(2), out, numbers=False)
