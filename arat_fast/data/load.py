@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _EVALUATION_SEED = 21
 _PROBE_STREAM = 1
-_PART = 2**26
+BYTES_PER_PART = 2**26
 """Bytes that are copied to the device at a time."""
 
 
@@ -251,7 +251,7 @@ def _loader(
     if config.loader != "auto":
         return config.loader
     arrays = [part for part in content.parts.values() if isinstance(part, Images)]
-    if sum(math.prod(part.rows.shape) for part in arrays) <= _room(device):
+    if sum(math.prod(part.rows.shape) for part in arrays) <= free_bytes(device):
         return "resident"
     # On a CPU PyTorch copies and crops arrays faster than DALI.
     return "dali" if device.type == "cuda" and has_dali() else "dataloader"
@@ -360,14 +360,14 @@ def _on_device(rows: Rows, device: torch.device, memory_format: torch.memory_for
         device=device,
         memory_format=memory_format,
     )
-    rows_per_part = max(_PART // (height * width * channels), 1)
+    rows_per_part = max(BYTES_PER_PART // (height * width * channels), 1)
     for start in range(0, number, rows_per_part):
         part = rows[np.arange(start, min(start + rows_per_part, number))]
         copied[start : start + len(part)] = torch.from_numpy(part).to(device).permute(0, 3, 1, 2)
     return copied
 
 
-def _room(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes that a dataset may take on a device: half of what is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2

@@ -97,7 +97,7 @@ def test_batches_of_arrays_are_those_of_the_resident_loader(
 def test_the_loader_that_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dali: bool, kind: type
 ) -> None:
-    monkeypatch.setattr("arat_fast.data.load._room", lambda device: 0)
+    monkeypatch.setattr("arat_fast.data.load.free_bytes", lambda device: 0)
     monkeypatch.setattr("arat_fast.data.load.has_dali", lambda: dali)
     train = load(name, image_folder(tmp_path / "set"), loader="auto").train
     assert type(train) is kind and len(next(train.epoch(0)).y) == 6
