@@ -117,7 +117,8 @@ def load_data(
             kind = config.crop
             if kind == "auto":
                 kind = DATASETS[config.name].crop or "pad"
-            framing = Framing(config.image_size, kind, True, config.padding, config.flip)
+            changes = (config.padding, config.flip, config.augment)
+            framing = Framing(config.image_size, kind, True, *changes)
             still = Framing(config.image_size, kind)
         loader = _loader(config, content, framing, device)
         if loader == "resident":
@@ -240,13 +241,20 @@ def _loader(
     config: DataConfig, content: Content, framing: Shift | Framing, device: torch.device
 ) -> str:
     """Which loader is asked for; "auto" is the fastest of them."""
+    if config.augment and not (
+        isinstance(framing, Framing) and config.loader in ("auto", "dataloader")
+    ):
+        raise ValueError(
+            "data.augment is for image files, which the dataloader augments: leave --data.augment "
+            "out, or set --data.loader dataloader"
+        )
     if isinstance(framing, Framing):
         if config.loader == "resident" and framing.kind == "resized":
             raise ValueError(
                 "data.loader resident keeps images of one size: it needs --data.crop pad with "
                 f"images of {config.image_size} x {config.image_size} pixels"
             )
-        streamed = "dali" if has_dali() else "dataloader"
+        streamed = "dali" if has_dali() and not config.augment else "dataloader"
         return streamed if config.loader == "auto" else config.loader
     if config.loader != "auto":
         return config.loader
