@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from arat_fast.config import Config
 from arat_fast.datasets import DATASETS
 from arat_fast.objectives import ForeignSettings, objective_label
@@ -179,6 +181,8 @@ def overfitting(run: Run) -> str:
     if name is None or course is None or not run.summary.train_samples:
         return ""
     share = float(course.values[course.epochs > course.epochs[-1] - 1].mean())
+    if np.isnan(share):
+        return ""
     n, test = run.summary.train_samples, final[name]
     low, _ = difference_interval((round(share * n), test.correct), (n, test.num_samples))
     if low <= 0:
