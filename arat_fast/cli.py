@@ -29,6 +29,7 @@ from arat_fast.command_line import (
     parse,
     purpose_of,
     shown,
+    typed,
 )
 from arat_fast.settings import NormName
 from arat_fast.stop import end_on_signals
@@ -203,7 +204,7 @@ class Train(Command):
                 again = [argument for argument in arguments if argument != "--resume"]
                 again += ["--resume"] if self.out else ["--out", str(out), "--resume"]
                 print(f"arat-fast: {stopped}", file=sys.stderr)
-                print(f"    {shlex.join(['arat-fast', 'train', *again])}", file=sys.stderr)
+                print(f"    {typed('train', *again)}", file=sys.stderr)
             return stopped.exit_code
         if is_main:
             report = write_report(out)
@@ -330,7 +331,7 @@ class Eval(Command):
             if _is_first():
                 kept = f"what is finished is kept in {partial}, and the same command goes on from"
                 print(f"arat-fast: interrupted; {kept} there:", file=sys.stderr)
-                print(f"    {shlex.join(['arat-fast', 'eval', *arguments])}", file=sys.stderr)
+                print(f"    {typed('eval', *arguments)}", file=sys.stderr)
             return getattr(stopped, "exit_code", 130)
         if len(records) > 1:
             _print_balls(records)
@@ -499,7 +500,7 @@ class Analyze(Command):
                 print(f"  {part} left out: {reason}")
         for path in dict.fromkeys(options.checkpoints):
             if (path / "config.json").is_file():
-                print(f"in the report: {shlex.join(['arat-fast', 'report', str(path)])}")
+                print(f"in the report: {typed('report', str(path))}")
         return 0
 
 

@@ -10,12 +10,16 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import re
+import shlex
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import tyro
@@ -41,6 +45,14 @@ _RULES = ConstructorRegistry()
 
 class UsageError(ValueError):
     """The command line cannot be understood."""
+
+
+def typed(*words: str) -> str:
+    """``arat-fast`` with these words, as a shell in the current folder takes it: by its path where
+    the environment is not activated."""
+    script = Path(sys.executable).with_name("arat-fast")
+    by_path = script.exists() and shutil.which("arat-fast") != str(script)
+    return shlex.join([os.path.relpath(script) if by_path else "arat-fast", *words])
 
 
 @dataclass(frozen=True)

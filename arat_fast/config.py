@@ -189,6 +189,9 @@ class DataConfig:
     """Random crop: pixels of zeros added on each side; 0 for none."""
     flip: bool = True
     """Random horizontal flip."""
+    augment: bool = False
+    """Image files: RandAugment of every training crop, two random operations of torchvision's, by
+    the dataloader."""
     num_val: Number = 0
     """Training images held out for validation, the same ones in every run; 0 for none, or where the
     dataset has train, val and test."""

@@ -178,7 +178,7 @@ class TrainingBar(_Bar):
     def _left(self) -> str:
         if self.first is None or self.done in (self.first[1], self.total):
             return ""
-        return f"  {about(self._step_seconds() * (self.total - self.done))} left"
+        return f"  {about(self._step_seconds() * (self.total - self.done))} of training left"
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Name the epoch that begins, counted from 1."""

@@ -165,42 +165,64 @@ def cifar10_nfgsm() -> Config:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_EPS = 4 / 255
+IMAGENET = DataConfig(
+    "folder",
+    Path("data/imagenet"),
+    batch_size=512,
+    padding=0,
+    image_size=224,
+    num_workers=12,
+)
 
 
-def imagenet(model: str = "resnet50", attack: Literal["pgd3", "fgsm"] = "pgd3") -> Config:
+def imagenet(attack: Literal["pgd3", "fgsm"] = "pgd3") -> Config:
     """ImageNet from class folders (``data/imagenet/train`` and ``val``), L∞ 4/255, 224 pixels.
 
     "pgd3" is PGD with three steps of 2/3 of the radius (Salman et al., NeurIPS 2020), "fgsm" one
     step of 5/4 of the radius from a random start (Wong et al., ICLR 2020, arXiv 2001.03994).
-    ResNet-50 has ImageNet's usual schedule, SGD at 0.1 for batch 512, 90 epochs, drops at 30 and
-    60; ConvNeXt-T AdamW, cosine and warm-up, from fresh weights. Neither schedule nor gamma has
-    been searched for ARAT, and none of these recipes has been run to its end.
+    The schedule is ImageNet's usual one, SGD at 0.1 for batch 512, 90 epochs, drops at 30 and 60.
+    Neither it nor gamma has been searched for ARAT, and neither recipe has been run to its end.
     """
     steps = {"pgd3": (3, 2 / 3), "fgsm": (1, 5 / 4)}
     num_steps, share = steps[attack]
     suffix = "-fgsm" if attack == "fgsm" else ""
-    convnext = model == "convnext-t"
     return Config(
-        recipe=f"imagenet-{model}{suffix}",
-        model=ModelConfig(model, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        recipe=f"imagenet-resnet50{suffix}",
+        model=ModelConfig("resnet50", mean=IMAGENET_MEAN, std=IMAGENET_STD),
         objective=ARAT.Settings("arat", gamma=GAMMA["resnet18"]),
         attack=PGD(eps=IMAGENET_EPS, alpha=share * IMAGENET_EPS, num_steps=num_steps),
-        optimizer=OptimizerConfig("adamw", lr=1e-3, base_batch=1024, weight_decay=0.05)
-        if convnext
-        else OptimizerConfig(lr=0.1, base_batch=512, weight_decay=1e-4),
-        schedule=ScheduleConfig("cosine", warmup_epochs=10)
-        if convnext
-        else ScheduleConfig(milestones=(1 / 3, 2 / 3)),
+        optimizer=OptimizerConfig(lr=0.1, base_batch=512, weight_decay=1e-4),
+        schedule=ScheduleConfig(milestones=(1 / 3, 2 / 3)),
         average=AverageConfig("ema", start=0.0, decay=0.9999),
-        data=DataConfig(
-            "folder",
-            Path("data/imagenet"),
-            batch_size=1024 if convnext else 512,
-            padding=0,
-            image_size=224,
-            num_workers=12,
-        ),
-        train=TrainConfig(epochs=50 if convnext else 90, log_every=50, eval_every=10),
+        data=IMAGENET,
+        train=TrainConfig(epochs=90, log_every=50, eval_every=10),
+        eval=EvalConfig(batch_size=64, max_samples=5000),
+    )
+
+
+def imagenet_convnext() -> Config:
+    """ConvNeXt-T from clean weights of ImageNet, AT with two steps, heavy augmentation, L∞ 4/255.
+
+    Published, with another stem and 300 epochs: clean 72.7 %, AutoAttack 49.5 %. Here timm's own
+    stem, PGD's two steps of the radius for APGD's, CutMix alone where they mix with MixUp too, no
+    random erasing, and weight decay on every parameter. Not run here.
+
+    Source: Singh, Croce and Hein, NeurIPS 2023 (arXiv 2303.01870), and the authors' code: AdamW at
+    1e-3 with weight decay 0.05, ten epochs of warm-up and a cosine for up to 100, RandAugment,
+    label smoothing 0.1, an exponential mean of the weights.
+    """
+    return Config(
+        recipe="imagenet-convnext-t",
+        init="timm",
+        model=ModelConfig("timm:convnext_tiny.fb_in1k"),
+        objective=AdversarialTraining.Settings("at"),
+        attack=PGD(eps=IMAGENET_EPS, alpha=IMAGENET_EPS, num_steps=2),
+        optimizer=OptimizerConfig("adamw", lr=1e-3, base_batch=1024, weight_decay=0.05),
+        schedule=ScheduleConfig("cosine", warmup_epochs=10),
+        average=AverageConfig("ema", start=0.0, decay=0.9999),
+        data=dataclasses.replace(IMAGENET, batch_size=1024, augment=True),
+        targets=TargetsConfig(label_smoothing=0.1, mix="cutmix"),
+        train=TrainConfig(epochs=50, log_every=50, eval_every=10),
         eval=EvalConfig(batch_size=64, max_samples=5000),
     )
 
@@ -215,7 +237,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "fashion-mnist-resnet18": partial(fashion_mnist, "resnet18"),
     "imagenet-resnet50": imagenet,
     "imagenet-resnet50-fgsm": partial(imagenet, attack="fgsm"),
-    "imagenet-convnext-t": partial(imagenet, "convnext-t"),
+    "imagenet-convnext-t": imagenet_convnext,
     **{
         f"{dataset}-{model}": partial(published, dataset, model)
         for dataset, models in {

@@ -100,8 +100,11 @@ def compare_losses(
 
 
 def mean_difference(losses: list[float], reference: list[float]) -> float:
-    """Mean over the steps of the relative difference."""
-    return statistics.fmean(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+    """Mean over the steps of the relative difference; NaN where a loss of the reference is 0, which
+    no step has that computes."""
+    return statistics.fmean(
+        abs(a - b) / abs(b) if b else math.nan for a, b in zip(losses, reference, strict=True)
+    )
 
 
 def _losses(

@@ -109,7 +109,7 @@ def test_your_network_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("arat_fast.models.registry._sources", {})
+    monkeypatch.setattr("arat_fast.models.registry.sources", {})
     images = Image.fromarray((Digits(0, 1).x[0, 0] * 255).round().to(torch.uint8).numpy())
     images.save("photo.png")
     config = apply_overrides(arat_fast.recipe("digits"), [*OPTIONS, "--train.epochs", "1"])

@@ -26,6 +26,8 @@ class Norm(ABC):
     """Largest radius that makes sense for images in [0, 1]."""
     num_targets: ClassVar[int] = 9
     """Classes that standard AutoAttack's APGD aims at."""
+    num_restarts: ClassVar[int] = 1
+    """Of standard AutoAttack's APGD on the cross-entropy."""
     step: ClassVar[Callable[..., Tensor]]
     """:func:`arat_kernels.pgd_step.pgd_step` in this norm."""
     random_start: ClassVar[Callable[..., Tensor]]
@@ -120,6 +122,7 @@ class L1(Norm):
 
     name = "L1"
     num_targets = 5
+    num_restarts = 5
     limit = (
         "may change the values of an image by at most {eps} in sum (L1), "
         "on a brightness scale from 0 to 1"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from arat_fast.compare.results import Results, Row, Spread, column_name
 from arat_fast.report import style
@@ -62,6 +63,7 @@ def plane(results: Results) -> style.Plot | None:
             label = point.name + ("" if point in near else f", not shown:\n{numbers}")
             axes.plot([], [], **point.look, linestyle="", label=label)
         figure.legend(loc="outside right upper", labelspacing=0.9)
+        figure.legend(handles=_key(near), loc="outside right lower")
     described = [
         f"{point.row.method.title} clean {point.clean.mean:.1f}, robust {point.robust.mean:.1f}"
         for point in points
@@ -70,9 +72,7 @@ def plane(results: Results) -> style.Plot | None:
         "Robustness and accuracy",
         figure,
         f"Clean over {robust} accuracy in percent: {'; '.join(described)}.",
-        "Further up and further right is better; along a dashed line the sum of clean and "
-        f"{robust} accuracy stays the same. Large marks are means over the seeds with one standard "
-        "deviation, small ones single seeds; hollow marks belong to the ablation.",
+        "Further up and further right is better.",
     )
 
 
@@ -109,6 +109,19 @@ def _draw(axes: Axes, point: _Point) -> None:
     x, y = point.robust, point.clean
     bars: dict[str, Any] = {"linewidth": 1.0, "linestyle": "", "capsize": 2.5, "zorder": 4}
     axes.errorbar([x.mean], [y.mean], xerr=x.std or None, yerr=y.std or None, **point.look, **bars)
+
+
+def _key(points: Sequence[_Point]) -> list[Line2D]:
+    """What marks and lines mean, whatever their colour and form."""
+    mark = {"color": style.GREY, "marker": "o", "linestyle": ""}
+    looks: dict[str, dict[str, Any]] = {
+        "mean over the seeds, bars:\none standard deviation": mark | {"linestyle": "-"},
+        "one seed": mark | {"markersize": 3.2, "alpha": 0.45},
+        "same sum of the two": {"color": style.LINE, "linestyle": "--", "linewidth": 1},
+    }
+    if any(point.row.method.ablation for point in points):
+        looks["hollow: parts of ARAT"] = mark | {"markerfacecolor": "white"}
+    return [Line2D([], [], label=label, **look) for label, look in looks.items()]
 
 
 def _equal_sums(axes: Axes) -> None:

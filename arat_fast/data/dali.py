@@ -90,7 +90,7 @@ class DaliBatches(StreamedBatches):
         with ThreadPoolExecutor(max(self.num_workers, 1)) as readers:
             for batch, outputs in self._decoded(readers, epoch, start_batch):
                 whole = on_gpu or isinstance(self.framing, Shift)
-                pixels = as_tensor(outputs) if whole else self._finish(batch, outputs)
+                pixels = as_tensor(outputs) if whole else self.finish(batch, outputs)
                 x = to_unit_range(pixels, self.max_value, self._buffers)
                 labels = self.samples.labels[torch.tensor(batch.samples)]
                 # A copy from other memory than this can wait for the steps before it.
@@ -149,7 +149,8 @@ class DaliBatches(StreamedBatches):
         pixels = decode_image(content, name)
         return as_ppm(pixels), pixels.shape[0], pixels.shape[1]
 
-    def _finish(self, batch: _Fed, outputs: Any) -> Tensor:
+    def finish(self, batch: _Fed, outputs: Any) -> Tensor:
+        """The images of a batch, cut out of what DALI has decoded."""
         images = self._buffers.empty((len(batch.samples), *self.image_shape), torch.uint8)
         for place, (box, mirror) in enumerate(batch.squares):
             cut_out(np.asarray(outputs[0][place]), box, mirror, images[place])

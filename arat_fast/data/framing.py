@@ -75,6 +75,7 @@ class Framing:
             centre.
         padding: "pad" with ``random``: pixels of zeros around the image before the crop.
         flip: mirror half of the images.
+        augment: RandAugment of every crop, by PyTorch's loader.
 
     Source: the random resized crop of Szegedy et al., CVPR 2015 (arXiv 1409.4842), section 6.
     """
@@ -87,6 +88,7 @@ class Framing:
     random: bool = False
     padding: int = 0
     flip: bool = False
+    augment: bool = False
 
     def draw(self, plan: BatchPlan, epoch: int, number: int) -> Tensor:
         """Random numbers of this rank's share of a batch, (N, NUM_DRAWS), float64, in [0, 1).

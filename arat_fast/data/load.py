@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _EVALUATION_SEED = 21
 _PROBE_STREAM = 1
-_PART = 2**26
+BYTES_PER_PART = 2**26
 """Bytes that are copied to the device at a time."""
 
 
@@ -117,7 +117,8 @@ def load_data(
             kind = config.crop
             if kind == "auto":
                 kind = DATASETS[config.name].crop or "pad"
-            framing = Framing(config.image_size, kind, True, config.padding, config.flip)
+            changes = (config.padding, config.flip, config.augment)
+            framing = Framing(config.image_size, kind, True, *changes)
             still = Framing(config.image_size, kind)
         loader = _loader(config, content, framing, device)
         if loader == "resident":
@@ -240,18 +241,25 @@ def _loader(
     config: DataConfig, content: Content, framing: Shift | Framing, device: torch.device
 ) -> str:
     """Which loader is asked for; "auto" is the fastest of them."""
+    if config.augment and not (
+        isinstance(framing, Framing) and config.loader in ("auto", "dataloader")
+    ):
+        raise ValueError(
+            "data.augment is for image files, which the dataloader augments: leave --data.augment "
+            "out, or set --data.loader dataloader"
+        )
     if isinstance(framing, Framing):
         if config.loader == "resident" and framing.kind == "resized":
             raise ValueError(
                 "data.loader resident keeps images of one size: it needs --data.crop pad with "
                 f"images of {config.image_size} x {config.image_size} pixels"
             )
-        streamed = "dali" if has_dali() else "dataloader"
+        streamed = "dali" if has_dali() and not config.augment else "dataloader"
         return streamed if config.loader == "auto" else config.loader
     if config.loader != "auto":
         return config.loader
     arrays = [part for part in content.parts.values() if isinstance(part, Images)]
-    if sum(math.prod(part.rows.shape) for part in arrays) <= _room(device):
+    if sum(math.prod(part.rows.shape) for part in arrays) <= free_bytes(device):
         return "resident"
     # On a CPU PyTorch copies and crops arrays faster than DALI.
     return "dali" if device.type == "cuda" and has_dali() else "dataloader"
@@ -360,14 +368,14 @@ def _on_device(rows: Rows, device: torch.device, memory_format: torch.memory_for
         device=device,
         memory_format=memory_format,
     )
-    rows_per_part = max(_PART // (height * width * channels), 1)
+    rows_per_part = max(BYTES_PER_PART // (height * width * channels), 1)
     for start in range(0, number, rows_per_part):
         part = rows[np.arange(start, min(start + rows_per_part, number))]
         copied[start : start + len(part)] = torch.from_numpy(part).to(device).permute(0, 3, 1, 2)
     return copied
 
 
-def _room(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes that a dataset may take on a device: half of what is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2

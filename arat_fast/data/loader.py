@@ -140,6 +140,9 @@ class _Read(Dataset[tuple[Tensor, Tensor, Tensor, str]]):
                 [image.shape[0]], [image.shape[1]], draws[number : number + 1]
             )
             cut_out(image, boxes[0].tolist(), bool(mirror[0]), images[number])
+            if self.framing.augment:
+                key = (self.plan.seed, *place, self.plan.share(place[1]).start + number)
+                images[number] = randaugment(images[number], seeded_generator(*key))
         return images, labels, torch.empty(0), ""
 
 
@@ -245,6 +248,25 @@ def cut_out(image: npt.NDArray[np.uint8], box: list[int], mirror: bool, out: Ten
             part.permute(2, 0, 1)[None], size=size, mode="bilinear", antialias=True
         )
         written[:] = scaled[0].numpy()[:, :, :: -1 if mirror else 1]
+
+
+def randaugment(image: Tensor, generator: torch.Generator) -> Tensor:
+    """An image after two random operations of colour or shape, of magnitude 9 of 30.
+
+    Args:
+        image: (3, height, width), uint8.
+        generator: on the CPU, used for nothing else.
+
+    Source: Cubuk et al., NeurIPS 2020 (arXiv 1909.13719), as torchvision implements it.
+    """
+    # It takes a second to import, and few runs need it.
+    from torchvision.transforms.v2 import RandAugment
+
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPU too.
+        torch.default_generator.set_state(generator.get_state())
+        augmented: Tensor = RandAugment()(image)
+    return augmented
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -142,7 +142,7 @@ def autoattack(
         torch.manual_seed(seed)
         network, not_folded = model, ""
         if fast:
-            folded, not_folded = _fast_network(model, images.x)
+            folded, not_folded = fast_network(model, images.x)
             if folded is not model:
                 stack.enter_context(finite_answers(folded))
             network = stack.enter_context(shared_batches(folded, images.x[:batch_size]))
@@ -216,6 +216,7 @@ class _Run:
         self.num_steps = SHORT_STEPS if self.short else NUM_STEPS
         others = self.num_classes - 1
         self.num_targets = others if self.short else min(NUM_TARGETS, others)
+        self.apgd_targets = others if self.short else min(self.threat.ball.num_targets, others)
         # Square that asks each question once.
         self.own_square = self.fast and self.threat.norm == SquareLinf.norm
 
@@ -281,8 +282,7 @@ class _Run:
             device=x.device,
             version="rand" if self.version == "rand" else "standard",
         )
-        apgd_targets = self.num_targets if self.short else self.threat.ball.num_targets
-        adversary.apgd_targeted.n_target_classes = min(apgd_targets, self.num_targets)
+        adversary.apgd_targeted.n_target_classes = self.apgd_targets
         adversary.fab.n_target_classes = self.num_targets
         adversary.square.n_queries = NUM_QUERIES
         if self.short:
@@ -295,12 +295,11 @@ class _Run:
         """Forward passes of one image that withstands an attack."""
         if name == "square":
             return NUM_QUERIES
-        targets = {"apgd-ce": 1, "apgd-dlr": 1}.get(name, self.num_targets)
-        if self.threat.norm == "L1" and name.startswith("apgd"):
-            # As many restarts as it has targets.
-            targets = self.threat.ball.num_targets
+        restarts = 1 if self.version == "rand" else self.threat.ball.num_restarts
+        own = {"apgd-ce": restarts, "apgd-dlr": 1, "apgd-t": self.apgd_targets}
+        runs = own.get(name, self.num_targets)
         of_step = {"fab-t": 2}.get(name, NUM_DRAWS if self.version == "rand" else 1)
-        return targets * (of_step * self.num_steps + 2)
+        return runs * (of_step * self.num_steps + 2)
 
     def begin(self, name: str, done: int, images: int, total: int, standing: int) -> None:
         """A batch of ``images`` of an attack's ``total`` begins, ``done`` are done."""
@@ -338,7 +337,7 @@ _FIRST_PASSES = 10
 """Of a batch, before which its speed is not known."""
 
 
-def _fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+def fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     """The network with its BatchNorm folded, or itself and why that cannot be done."""
     if is_replaced(FOLD):
         return model, "the self-check found the folded network wrong on this card"

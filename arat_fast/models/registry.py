@@ -99,7 +99,8 @@ LIBRARIES: dict[str, Callable[[str], Source]] = {
 }
 """Whose networks are named ``LIBRARY:NAME``."""
 
-_sources: dict[str, Source] = {}
+sources: dict[str, Source] = {}
+"""Networks that are not built in, as far as this process knows any, by name."""
 
 
 def import_model(name: str) -> None:
@@ -114,13 +115,13 @@ def import_model(name: str) -> None:
     Raises:
         ValueError: there is no such network.
     """
-    if name in MODELS or name in _sources:
+    if name in MODELS or name in sources:
         return
     place, colon, _ = name.partition(":")
     if not colon:
         model_spec(name)
     if place not in LIBRARIES:
-        _sources[name] = own_source(name)
+        sources[name] = own_source(name)
 
 
 def adopt_model(name: str, model: str | nn.Module | Callable[..., nn.Module]) -> None:
@@ -132,19 +133,19 @@ def adopt_model(name: str, model: str | nn.Module | Callable[..., nn.Module]) ->
     """
     if isinstance(model, str):
         import_model(model)
-        _sources[name] = model_source(model)
+        sources[name] = model_source(model)
     elif isinstance(model, nn.Module):
         kept = copy_network(model)
-        _sources[name] = Source(lambda num_classes, in_channels, image_size: copy_network(kept))
+        sources[name] = Source(lambda num_classes, in_channels, image_size: copy_network(kept))
     else:
-        _sources[name] = Source(
+        sources[name] = Source(
             lambda num_classes, in_channels, image_size: model(num_classes=num_classes)
         )
 
 
 def is_known(name: str) -> bool:
     """Whether a network can be built without importing anybody's module on a file's word."""
-    return name in MODELS or name in _sources or name.partition(":")[0] in LIBRARIES
+    return name in MODELS or name in sources or name.partition(":")[0] in LIBRARIES
 
 
 def model_source(name: str) -> Source:
@@ -156,14 +157,14 @@ def model_source(name: str) -> Source:
     library, colon, rest = name.partition(":")
     if not colon:
         model_spec(name)
-    if name not in _sources and library in LIBRARIES:
-        _sources[name] = LIBRARIES[library](rest)
-    if name not in _sources:
+    if name not in sources and library in LIBRARIES:
+        sources[name] = LIBRARIES[library](rest)
+    if name not in sources:
         raise ValueError(
             f"the network {name} is not imported on a file's word alone: name it yourself, "
             f"--model.name {name} on the command line, arat_fast.load(…, model=…) in Python"
         )
-    return _sources[name]
+    return sources[name]
 
 
 def image_size(name: str) -> int | None:

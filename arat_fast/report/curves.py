@@ -18,6 +18,7 @@ from arat_fast.report.style import Plot
 from arat_fast.report.words import duration, grouped, metric_name, percent
 
 _MAX_POINTS = 1500
+_FAINT = 0.2
 _SMOOTH_ABOVE = 60
 _INVARIANCE = "invariance/"
 _DOTTED = (0, (3, 2))
@@ -72,7 +73,7 @@ def draw_series(
     stride = -(-len(values) // _MAX_POINTS)
     keep = sorted({*range(0, len(values), stride), len(values) - 1})
     if long:
-        axes.plot(epochs[keep], values[keep], color=color, alpha=0.2, linewidth=0.7)
+        axes.plot(epochs[keep], values[keep], color=color, alpha=_FAINT, linewidth=0.7)
     if np.isfinite(mean[keep]).sum() == 1:
         marker = marker or "o"
     look: dict[str, Any] = {"linestyle": dashes, "markersize": 5, "markeredgewidth": 1.4}
@@ -101,8 +102,8 @@ def _accuracy(run: Run) -> Plot | None:
     figure, axes = style.new_axes()
     described = []
 
-    def draw(name: str, series: Series, *look: Any, named: bool = True, **options: Any) -> None:
-        draw_series(axes, series, name if named else "", *look, **options)
+    def draw(name: str, series: Series, *look: Any, **options: Any) -> None:
+        draw_series(axes, series, name, *look, **options)
         described.append(f"{name} ends at {percent(series.values[-1])}")
 
     for name, key, color in (
@@ -128,9 +129,8 @@ def _accuracy(run: Run) -> Plot | None:
         color = {"clean": style.CLEAN, "autoattack": style.INK}.get(key, style.ADVERSARIAL)
         if key != "clean_branch":
             point = Series(np.array([run.epochs]), np.array([accuracy.value]))
-            # The colours of the others are in the legend already.
-            name, named = f"{metric_name(key)}, final", key == "autoattack"
-            draw(name, point, color, "", "*", named=named, zorder=4, **star)
+            name = "clean" if key == "clean" else metric_name(key)
+            draw(f"{name}, final", point, color, "", "*", zorder=4, **star)
     for place, words in _falls(run):
         axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)
         described.append(words)
@@ -200,7 +200,10 @@ def _range_test(run: Run) -> Plot:
     axes.set_ylim(0, 1.5 * float(np.nanmax(mean[: lowest + 1])))
     axes.set_xlabel("learning rate")
     at = f"the loss is lowest at {rates[lowest]:.3g}"
-    caption = f"Range test: {at}; a third to a tenth of where it turns is a usual learning rate."
+    caption = (
+        f"Range test, single steps faint: {at}; a third to a tenth of where it turns is a usual "
+        "learning rate."
+    )
     return Plot("Loss by learning rate", figure, f"From {rates[0]:.3g}: {at}.", caption)
 
 
@@ -283,6 +286,8 @@ def _wide(lines: Sequence[_Line]) -> bool:
 def _finish(figure: Figure, axes: Axes, title: str, described: Sequence[str], caption: str) -> Plot:
     style.epoch_axis(axes)
     style.legend_above(axes)
+    if any(line.get_alpha() == _FAINT for line in axes.lines):
+        caption += " Faint: the values as logged; the line is their running mean."
     return Plot(title, figure, f"{title} over epochs: {'; '.join(described)}.", caption)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arat_fast import __version__
+from arat_fast.command_line import typed
 from arat_fast.config import config_to_dict
 from arat_fast.datasets import DATASETS
 from arat_fast.files import write_text, written_here
+from arat_fast.objectives import known_objective
 from arat_fast.recipes import recipe
 from arat_fast.report import analysis_words, examples, words
 from arat_fast.report.comparison import compare_runs
@@ -99,6 +101,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
     config, summary, final = run.config, run.summary, run.summary.accuracy
     records, not_shown = _evaluated(run)
     settings, num_changed = _settings(run)
+    objective = known_objective(config.objective.name)
     radii = by_radius([final, *(record["accuracy"] for record in records.values())])
     return render(
         "report.html.j2",
@@ -107,6 +110,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         title=f"{words.objective_name(config)} on {words.dataset_name(config)}",
         dataset=words.dataset_name(config),
         method=words.objective_name(config),
+        paper=objective.paper if objective else None,
         threat=words.threat_words(config),
         weights=words.weights_name(summary.model),
         numbers=_numbers(run),
@@ -117,6 +121,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         cards=examples.cards(run.examples) if run.examples else [],
         largest_change=examples.largest_change(run.examples) if run.examples else 0.0,
         plots=run_plots(run),
+        overfitting=words.overfitting(run),
         masking=run.analyses.get("masking"),
         masking_words=analysis_words.masking_words,
         check_names=_CHECKS,
@@ -132,7 +137,10 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         settings=settings,
         num_changed=num_changed,
         facts=_facts(run),
-        next=_next(run, several_radii=bool(radii)),
+        next=[
+            (why, command.replace("arat-fast", typed(), 1))
+            for why, command in _next(run, several_radii=bool(radii))
+        ],
         closing=f"Report written by arat_fast {__version__}.",
     )
 

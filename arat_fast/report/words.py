@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from arat_fast.config import Config
 from arat_fast.datasets import DATASETS
 from arat_fast.objectives import ForeignSettings, objective_label
 from arat_fast.recipes import recipe
 from arat_fast.report.run import Run
+from arat_fast.statistics import difference_interval
 
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
@@ -168,6 +171,29 @@ def better_before(run: Run) -> tuple[str, str] | None:
         return said, ""
     validated = "" if best.split == "val" else "--data.num-val N "
     return said, f"{validated}--train.keep-best"
+
+
+def overfitting(run: Run) -> str:
+    """That attacked training images were right more often at the end than attacked test images, by
+    more than the choice of both explains (Newcombe, 95 %); empty where they were not."""
+    final, course = run.summary.accuracy, run.metrics.get("accuracy_adv")
+    name = next((name for name in final if name.startswith("pgd")), None)
+    if name is None or course is None or not run.summary.train_samples:
+        return ""
+    share = float(course.values[course.epochs > course.epochs[-1] - 1].mean())
+    if np.isnan(share):
+        return ""
+    n, test = run.summary.train_samples, final[name]
+    low, _ = difference_interval((round(share * n), test.correct), (n, test.num_samples))
+    if low <= 0:
+        return ""
+    return (
+        f"In the last epoch {percent(share, n)} of the training images were right under the "
+        f"training’s own attack; under {metric_name(name)} "
+        f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
+        f"{run.summary.split} images are. That is more than chance explains: the training "
+        "overfits, as far as the two attacks are alike."
+    )
 
 
 def weights_name(model: str | None) -> str | None:

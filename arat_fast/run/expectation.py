@@ -56,13 +56,14 @@ def seconds_a_step(run: Run) -> tuple[float, int]:
         passes = attack.num_steps * attack.num_restarts + 3
     share = run.data.train.plan.largest_share
     samples = min(SAMPLES, share)
-    _seconds_of_pass(run, samples)  # It warms up.
-    while (seconds := _seconds_of_pass(run, samples)) < SURE and samples < share:
+    seconds_of_pass(run, samples)  # It warms up.
+    while (seconds := seconds_of_pass(run, samples)) < SURE and samples < share:
         samples = min(2 * samples, share)
     return seconds * passes * share / samples, samples
 
 
-def _seconds_of_pass(run: Run, samples: int) -> float:
+def seconds_of_pass(run: Run, samples: int) -> float:
+    """Of one pass of so many images and its gradient of them."""
     dtype = next(run.model.parameters()).dtype
     x = torch.zeros(samples, *run.data.train.image_shape, dtype=dtype, requires_grad=True)
     with evaluation_mode(run.model), run.step.autocast("cpu"), torch.enable_grad():

@@ -18,6 +18,7 @@ from arat_fast.config import OWN_IMAGES
 from arat_fast.device import describe_device
 from arat_fast.evaluation import ThreatModel, clean_accuracy, pgd_accuracy
 from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
+from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import named, open_log
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
 from arat_fast.training.awp import AWP
@@ -144,10 +145,16 @@ class Remarks(Hook):
         resumed = f" from step {step}" if step else ""
         epochs = config.train.epochs
         share = run.data.train.plan.largest_share
+        tests = run.data.test.num_samples
+        tests = min(tests, config.eval.max_samples or tests)
+        names = {"pgd": f"PGD-{config.eval.num_steps}", "autoattack": "AutoAttack"}
+        left_out = attacks_left_out(run.attacks, run.data.test.num_classes)
+        attacks = " and ".join(names[name] for name in run.attacks if name not in left_out)
         together = "" if ranks.alone else f" in {ranks.world_size} processes of {share} images each"
         run.display.say(
             f"{config.recipe}: {config.objective.name}, {config.model.name}, "
             f"{run.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
+            f"then {attacks} on {tests} test images, "
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from arat_fast.config import Config
@@ -21,7 +20,6 @@ from arat_fast.data.given import Given
 from arat_fast.display import Display
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.files import LOCK, Lock, write_json
-from arat_fast.models.split_batch_norm import copy_network
 from arat_fast.run import natural
 from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
 from arat_fast.run.hooks import Hook, Restart
@@ -260,9 +258,7 @@ def _run(this: Run) -> dict[str, Any]:
     finished = finished_summary(this)
     if finished is not None:
         return finished
-    natural_first = this.objective.starts_from_natural or this.config.train.natural_epochs > 0
-    if natural_first and this.progress.natural_model is None:
-        _start_from_natural(this)
+    natural.prepare(this, train)
     for hook in this.hooks:
         hook.begin(this)
     with stop_on_signals() as this.stop:
@@ -286,38 +282,6 @@ def _run(this: Run) -> dict[str, Any]:
         except EvaluationStopped:
             stop(this, save=False)
             raise
-
-
-def _start_from_natural(this: Run) -> None:
-    """Start from a natural model: the teacher that is given, or one that is trained first."""
-    teacher = getattr(this.config.objective, "teacher", None)
-    if teacher is not None:
-        natural.start_from(this, teacher)
-        return
-    config = natural.natural_config(this.config)
-    this.display.say(
-        f"epochs of natural training first: {config.train.epochs}; then of "
-        f"{this.config.objective.name}: {this.config.train.epochs}"
-    )
-    folder = this.out / natural.FOLDER
-    devices = [this.device] if this.device.type == "cuda" else []
-    # What follows must not depend on whether the natural run was made, resumed or found.
-    with torch.random.fork_rng(devices):
-        train(
-            config,
-            folder,
-            resume=this.resume,
-            command=this.command,
-            display=this.display,
-            ranks=this.ranks,
-            bad_images=this.bad_images,
-            # A network of its own, which the caller's starts from.
-            model=None if this.given_model is None else copy_network(this.given_model),
-            data=this.given_data,
-        )
-    natural.start_from(this, folder)
-    assert this.progress.natural_model is not None
-    this.progress.natural_model["source"] = natural.FOLDER
 
 
 def status(values: dict[str, float | None], images_per_second: float) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from arat_fast.config import Config
 from arat_fast.data.fingerprint import class_order
 from arat_fast.files import parse_json, read_json
+from arat_fast.models.split_batch_norm import copy_network
 from arat_fast.objectives.adversarial_training import NaturalTraining
 from arat_fast.run.state import Run
 from arat_fast.saved.weights import fill_branches, load_weights, read_safetensors
@@ -106,3 +108,44 @@ def start_from(run: Run, path: Path) -> None:
     ending = "" if epochs == 1 else "s"
     length = f", trained for {epochs} epoch{ending}" if epochs is not None else ""
     run.display.say(f"starting from the natural model in {path}{length}")
+
+
+def prepare(run: Run, train: Callable[..., object]) -> None:
+    """Let a run that has not begun start from a natural network where its configuration or its
+    objective wants one: the teacher that is given, or one that is trained first.
+
+    Args:
+        run: that is to begin.
+        train: :func:`arat_fast.run.loop.train`.
+    """
+    wanted = run.objective.starts_from_natural or run.config.train.natural_epochs > 0
+    if not wanted or run.progress.natural_model is not None:
+        return
+    teacher = getattr(run.config.objective, "teacher", None)
+    if teacher is not None:
+        start_from(run, teacher)
+        return
+    config = natural_config(run.config)
+    run.display.say(
+        f"epochs of natural training first: {config.train.epochs}; then of "
+        f"{run.config.objective.name}: {run.config.train.epochs}"
+    )
+    folder = run.out / FOLDER
+    devices = [run.device] if run.device.type == "cuda" else []
+    # What follows must not depend on whether the natural run was made, resumed or found.
+    with torch.random.fork_rng(devices):
+        train(
+            config,
+            folder,
+            resume=run.resume,
+            command=run.command,
+            display=run.display,
+            ranks=run.ranks,
+            bad_images=run.bad_images,
+            # A network of its own, which the caller's starts from.
+            model=None if run.given_model is None else copy_network(run.given_model),
+            data=run.given_data,
+        )
+    start_from(run, folder)
+    assert run.progress.natural_model is not None
+    run.progress.natural_model["source"] = FOLDER

@@ -40,37 +40,38 @@ class Counters:
     """Counters that are made at once for graphs; a half is always left before a capture."""
 
     def __init__(self) -> None:
-        self._of_stream: dict[tuple[int, int], Tensor] = {}
+        self.of_stream: dict[tuple[int, int], Tensor] = {}
         # Never freed, for a graph does not keep alive what its kernels point at.
-        self._for_graphs: dict[int, list[Tensor]] = {}
-        self._captured: dict[int, int] = {}
+        self.for_graphs: dict[int, list[Tensor]] = {}
+        self.captured: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def take(self, device: torch.device, size: int) -> Tensor:
         """``size`` counters for one launch on ``device``, the current one; from any thread."""
         if device.type != "cuda" or size > self.SIZE:
-            return self._zeros(size, device)
+            return self.zeros(size, device)
         with self._lock:
             return self._take(torch.cuda.current_device(), size)
 
     def _take(self, index: int, size: int) -> Tensor:
         device = torch.device("cuda", index)
-        taken = self._captured.get(index, self.CHUNK)
+        taken = self.captured.get(index, self.CHUNK)
         if torch.cuda.is_current_stream_capturing():
             if taken + size > self.CHUNK:
                 # None is left, or no call came before the capture: the graph clears its own.
-                return self._zeros(size, device)
-            self._captured[index] = taken + size
-            return self._for_graphs[index][-1][taken : taken + size]
+                return self.zeros(size, device)
+            self.captured[index] = taken + size
+            return self.for_graphs[index][-1][taken : taken + size]
         if taken > self.CHUNK // 2:
-            self._for_graphs.setdefault(index, []).append(self._lasting_zeros(self.CHUNK, device))
-            self._captured[index] = 0
+            self.for_graphs.setdefault(index, []).append(self._lasting_zeros(self.CHUNK, device))
+            self.captured[index] = 0
         stream = (index, torch.cuda.current_stream(device).cuda_stream)
-        if stream not in self._of_stream:
-            self._of_stream[stream] = self._lasting_zeros(self.SIZE, device)
-        return self._of_stream[stream]
+        if stream not in self.of_stream:
+            self.of_stream[stream] = self._lasting_zeros(self.SIZE, device)
+        return self.of_stream[stream]
 
-    def _zeros(self, size: int, device: torch.device) -> Tensor:
+    def zeros(self, size: int, device: torch.device) -> Tensor:
+        """New counters."""
         return torch.zeros(size, dtype=torch.int32, device=device)
 
     def _lasting_zeros(self, size: int, device: torch.device) -> Tensor:
@@ -84,7 +85,7 @@ class Counters:
         def make() -> Tensor:
             stream = torch.cuda.Stream(device)
             with torch.cuda.stream(stream):
-                zeros = self._zeros(size, device)
+                zeros = self.zeros(size, device)
             stream.synchronize()
             return zeros
 

@@ -142,6 +142,15 @@ def test_losses_over_budget_are_a_problem(tmp_path: Path, monkeypatch: pytest.Mo
     assert "**over budget**" in out.with_suffix(".md").read_text()
 
 
+def test_a_device_that_computes_nothing_follows_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "_losses", lambda *_: [0.0, 0.0])
+    workload = Workload("resnet8", batch_size=4, image_size=8, num_steps=1)
+    nothing = correctness.Reference([0.0, 0.0], [0.0, 0.0])
+    fast = choose(("fast",), CPU, None)["fast"]
+    entry = correctness.compare_losses(fast, workload, CPU, nothing)
+    assert not entry["within"] and entry["losses"] == entry["reference"] == [0.0, 0.0]
+
+
 def test_the_float32_step_follows_itself() -> None:
     workload = Workload("resnet8", batch_size=4, image_size=8, num_steps=1)
     reference = correctness.reference_losses("batch", workload, CPU, 2)

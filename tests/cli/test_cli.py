@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,14 @@ from torch import Tensor, nn
 from arat_fast import __version__ as VERSION
 from arat_fast.attacks.pgd import PGD
 from arat_fast.cli import COMMANDS, main
-from arat_fast.command_line import UsageError, apply_overrides, number, overrides_of, shown
+from arat_fast.command_line import (
+    UsageError,
+    apply_overrides,
+    number,
+    overrides_of,
+    shown,
+    typed,
+)
 from arat_fast.config import Config
 from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
@@ -69,6 +75,21 @@ def test_run_folder(run: Path) -> None:
     model = create_model("resnet8", 10, 1, norm="shared")
     model.load_state_dict(load_file(run / "model.safetensors"))
     assert main(["report", str(run), "--compare", str(run)]) == 0
+
+
+def test_a_command_to_type_works_without_an_activated_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / ".venv" / "bin" / "arat-fast"
+    script.parent.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    monkeypatch.setenv("PATH", "")
+    assert typed("eval", "my run") == "arat-fast eval 'my run'"
+    script.touch(mode=0o755)
+    assert typed("eval", "my run") == ".venv/bin/arat-fast eval 'my run'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert typed("eval", "my run") == "arat-fast eval 'my run'"
 
 
 def test_eval_of_every_kind_of_file_agrees(
@@ -118,7 +139,7 @@ def test_an_interrupted_eval_goes_on(
     assert main(arguments) == 130
     error = capsys.readouterr().err
     assert str(tmp_path / "record.partial") in error
-    assert error.endswith(f"    arat-fast {shlex.join(arguments)}\n")
+    assert error.endswith(f"    {typed(*arguments)}\n")
     assert main(arguments) == 0 and calls == 4
     assert not (tmp_path / "record.partial").exists()
 
@@ -454,6 +475,6 @@ def test_ctrl_c_saves_and_ends(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     again = errors.strip().splitlines()[-1]
-    assert again.strip().startswith("arat-fast train digits") and f"--out {out} --resume" in again
+    assert again.startswith(f"    {typed('train', 'digits')}") and f"--out {out} --resume" in again
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
     assert main(["report", str(out)]) == 0

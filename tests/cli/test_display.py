@@ -67,9 +67,9 @@ def test_a_training_tells_its_pace_and_the_time_left(monkeypatch: pytest.MonkeyP
             bar.advance()
         bar.end_epoch(10, 10, "128 images/s")
     assert written.getvalue().splitlines() == [
-        "  epoch 1/10  step 2 of 2,000, 41 s each  23 h left",
-        "  epoch 1/10  step 3 of 2,000, 41 s each  23 h left",
-        "epoch 1/10  3 images/s  23 h left",
+        "  epoch 1/10  step 2 of 2,000, 41 s each  23 h of training left",
+        "  epoch 1/10  step 3 of 2,000, 41 s each  23 h of training left",
+        "epoch 1/10  3 images/s  23 h of training left",
         "  epoch 1/10  step 2,000 of 2,000, 0.5 s each",
         "epoch 10/10  128 images/s",
     ]

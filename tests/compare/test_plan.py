@@ -29,7 +29,7 @@ from arat_fast.recipes import recipe
         ("digits", "official"),
         ("fashion-mnist-resnet8", "paper"),
         ("cifar10-wrn34-10", "official"),
-        ("imagenet-convnext-t", "paper"),
+        ("imagenet-resnet50", "paper"),
     ],
 )
 def test_overrides_name_every_difference_from_the_recipe(name: str, compat: str) -> None:

@@ -235,11 +235,13 @@ def test_latex(record: dict[str, Any]) -> None:
 def test_every_mark_of_the_plane_is_named(record: dict[str, Any]) -> None:
     plot = plane(evaluate_record(record))
     assert plot is not None
-    (axes,), (legend,) = plot.figure.axes, plot.figure.legends
+    (axes,), (legend, key) = plot.figure.axes, plot.figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     # Far to the left of all others: numbers in the legend, and the axis stays with the others.
     assert names[0].startswith("Natural") and "99.4" in names[0] and "1.1" in names[0]
     assert names[1:5] == ["AT", "TRADES", "ARAT", "ARAT + SWA"] and len(names) == len(COUNTS)
+    look = [text.get_text() for text in key.get_texts()]
+    assert [text.split()[0] for text in look] == ["mean", "one", "same", "hollow:"]
     assert len(axes.containers) == len(COUNTS) - 1
     assert axes.get_xlim()[0] > 80 and axes.get_ylim()[1] <= 101
     assert any(re.fullmatch(r"sum [\d.]+", text.get_text()) for text in axes.texts)
@@ -253,7 +255,7 @@ def test_without_autoattack_the_attack_that_was_run_is_named() -> None:
     results = evaluate_record(record)
     assert results.metrics == ("clean", "pgd20")
     text = comparison_page(results)
-    assert "AutoAttack" not in text and "clean and PGD-20 accuracy" in text
+    assert "AutoAttack" not in text and "Clean over PGD-20 accuracy" in text
     plot = plane(results)
     assert plot is not None
     for low, high in (plot.figure.axes[0].get_xlim(), plot.figure.axes[0].get_ylim()):

@@ -81,7 +81,7 @@ def test_the_pipeline_of_a_gpu_computed_by_the_cpu(
     whole = partial(image_pipeline, whole=True)
     monkeypatch.setattr("arat_fast.data.dali.image_pipeline", whole)
     batches = make(source, framing, shuffle=True)
-    monkeypatch.setattr(batches, "_finish", lambda batch, outputs: as_tensor(outputs))
+    monkeypatch.setattr(batches, "finish", lambda batch, outputs: as_tensor(outputs))
     difference = (levels(collect(batches)[0]).int() - levels(collect(expected)[0]).int()).abs()
     assert int(difference.max()) <= (0 if kind == "pad" else 3)
     assert float((difference > 1).float().mean()) < 1e-3

@@ -479,7 +479,7 @@ def test_a_memory_map_goes_to_the_device_in_parts(
         return take(self, index)
 
     monkeypatch.setattr(MappedRows, "__getitem__", counted)
-    monkeypatch.setattr("arat_fast.data.load._PART", 4 * 32 * 32 * 3)
+    monkeypatch.setattr("arat_fast.data.load.BYTES_PER_PART", 4 * 32 * 32 * 3)
     splits = load("arrays", folder, loader="resident")
     # Before, those held out are looked for among the others.
     assert taken[:2] == [45, 5] and sum(taken[2:]) == 50 and max(taken[2:]) == 4

@@ -21,6 +21,7 @@ from pictures import encoded, image_folder, picture, tar_shard
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
+from torchvision.transforms.v2 import RandAugment
 from torchvision.transforms.v2 import functional as F
 
 from arat_fast.data import (
@@ -35,6 +36,7 @@ from arat_fast.data import (
 )
 from arat_fast.data.dali import has_dali
 from arat_fast.data.framing import AREA, RATIO
+from arat_fast.data.plan import seeded_generator
 from arat_fast.datasets.encoded import EncodedImages
 from arat_fast.datasets.rows import Images
 from arat_fast.evaluation.evaluate import ImageSet
@@ -97,7 +99,7 @@ def test_batches_of_arrays_are_those_of_the_resident_loader(
 def test_the_loader_that_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dali: bool, kind: type
 ) -> None:
-    monkeypatch.setattr("arat_fast.data.load._room", lambda device: 0)
+    monkeypatch.setattr("arat_fast.data.load.free_bytes", lambda device: 0)
     monkeypatch.setattr("arat_fast.data.load.has_dali", lambda: dali)
     train = load(name, image_folder(tmp_path / "set"), loader="auto").train
     assert type(train) is kind and len(next(train.epoch(0)).y) == 6
@@ -107,6 +109,34 @@ def test_the_way_to_dali_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("arat_fast.data.dali.has_dali", lambda: False)
     with refused("pip install .*--data.loader dataloader"):
         load("digits", loader="dali")
+
+
+def test_augmented_crops_are_torchvisions(tmp_path: Path) -> None:
+    """Drawn by their place in the batch of all processes, whoever makes it."""
+    folder = image_folder(tmp_path / "set")
+    plain = load("folder", folder)
+    state = torch.get_rng_state()
+    splits = load("folder", folder, loader="auto", augment=True)
+    found = list(splits.train.epoch(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = []
+    for number, (x, _) in enumerate(plain.train.epoch(2)):
+        for place, image in enumerate(levels(x)):
+            torch.manual_seed(seeded_generator(0, 2, number, place).initial_seed())
+            expected.append(RandAugment()(image))
+    assert torch.equal(levels(torch.cat([x for x, _ in found])), torch.stack(expected))
+    assert not same(found, plain.train.epoch(2)) and same(splits.test.epoch(0), plain.test.epoch(0))
+    assert same(load("folder", folder, augment=True, num_workers=2).train.epoch(2), found)
+    second = list(load("folder", folder, augment=True, shard=Shard(1, 2)).train.epoch(2))
+    # A last batch that is too small for two processes is left out.
+    halves = zip(second, found[: len(second)], strict=True)
+    assert second and all(torch.equal(a.x, b.x[-len(a.x) :]) for a, b in halves)
+
+
+@pytest.mark.parametrize(("name", "loader"), [("digits", "auto"), ("folder", "dali")])
+def test_what_is_not_augmented_is_refused(tmp_path: Path, name: str, loader: str) -> None:
+    with refused("leave --data.augment out"):
+        load(name, image_folder(tmp_path / "set"), loader=loader, augment=True)
 
 
 # Image files

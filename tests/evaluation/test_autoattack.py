@@ -198,11 +198,11 @@ def test_a_folded_network_that_the_self_check_found_wrong_is_not_taken(linear: n
     x = digits(4).x
     try:
         replace_operations([FOLD])
-        network, reason = MODULE._fast_network(linear, x)
+        network, reason = MODULE.fast_network(linear, x)
     finally:
         replace_operations([])
     assert network is linear and "wrong on this card" in reason
-    assert MODULE._fast_network(linear, x)[0] is not linear
+    assert MODULE.fast_network(linear, x)[0] is not linear
 
 
 def test_what_only_the_fast_network_lost_is_attacked_again(
@@ -215,7 +215,7 @@ def test_what_only_the_fast_network_lost_is_attacked_again(
     )
     wrong = nn.Sequential(linear, nn.Linear(10, 10, bias=False))
     wrong[1].weight.data = -torch.eye(10)
-    monkeypatch.setattr(MODULE, "_fast_network", lambda *_: (wrong.eval(), ""))
+    monkeypatch.setattr(MODULE, "fast_network", lambda *_: (wrong.eval(), ""))
     fast = autoattack(linear, images, threat, batch_size=12, version="torchattacks10", seed=5)
     assert fast.details["num_disputed"] >= int(plain.correct.sum())
     assert torch.equal(fast.correct, plain.correct)

@@ -48,7 +48,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     # The current folder is appended where a network is looked for.
     monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.setattr("arat_fast.models.registry._sources", {})
+    monkeypatch.setattr("arat_fast.models.registry.sources", {})
     yield "own_nets"
     sys.modules.pop("own_nets", None)
 

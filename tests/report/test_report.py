@@ -121,6 +121,7 @@ def test_every_part_is_there(finished_page: Page) -> None:
     assert list(page.sections) == names.split()
     assert [link["href"] for link in page.all("a")] == [f"#{name}" for name in names.split()]
     assert "trained for 30 epochs on 1,437 images" in page.text
+    assert "with ARAT (Rethinking Invariance Regularization" in page.text
     assert "arat-fast train digits --seed 0" in page.sections["next"]
     assert "torch2.11.0" in page.sections["configuration"]
     images = page.all("img")
@@ -164,6 +165,9 @@ def test_axes_fit_what_they_show(tmp_path: Path) -> None:
     stars = [line for line in axes["Accuracy"].get_lines() if line.get_marker() == "*"]
     found = [(*line.get_xdata(), *line.get_ydata()) for line in stars]
     assert found == [(30.0, right / 360) for right in (349, 290, 268)]
+    assert [line.get_label() for line in stars] == [
+        f"{name}, final" for name in ("clean", "PGD-20", "AutoAttack")
+    ]
     rewrite(folder / "config.json", "config", "schedule", "name", "steps")
     axes = {plot.title: plot.figure.axes[0] for plot in run_plots(read_run(folder))}
     assert axes["Learning rate"].get_lines()[0].get_drawstyle() == "steps-pre"
@@ -264,6 +268,14 @@ def test_an_earlier_epoch_that_was_clearly_better(
         rewrite(folder / "config.json", "config", "data", "num_val", 100)
         rewrite(folder / "config.json", "config", "train", "keep_best", True)
         assert "eval " + str(folder / "checkpoint-best.pt") in report(folder).sections["next"]
+
+
+def test_a_gap_between_training_and_test_is_said(finished_page: Page, tmp_path: Path) -> None:
+    assert "overfits" not in finished_page.text
+    folder = write_fake_run(tmp_path / "run", correct=(349, 250, 230))
+    found = re.findall(r"[\d.]+\d", report(folder).sections["training"].split("overfits")[0])
+    # Training images of the last epoch; test images under PGD-20.
+    assert 78 < float(found[0]) < 82 and found[1:] == ["20", "69.4", "360"]
 
 
 @pytest.mark.slow

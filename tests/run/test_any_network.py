@@ -39,7 +39,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     # The current folder is appended where a network is looked for.
     monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.setattr("arat_fast.models.registry._sources", {})
+    monkeypatch.setattr("arat_fast.models.registry.sources", {})
     yield
     sys.modules.pop("my_nets", None)
 
@@ -75,14 +75,14 @@ def test_trained_evaluated_exported_and_loaded(
     registry = sys.modules["arat_fast.models.registry"]
     if typed:
         # As in another process.
-        registry._sources.clear()
+        registry.sources.clear()
         assert main(["eval", "run", "--attacks", "pgd"]) == 2
         assert "not imported on a file's word" in capsys.readouterr().err
     assert main(["eval", "run", "--attacks", "pgd", *typed]) == 0
     evaluated = json.loads(Path("run/evaluation.json").read_text())["accuracy"]
     assert evaluated["clean"]["correct"] == summary["accuracy"]["clean"]["correct"]
     assert main(["export", "run", "--format", "hub", "--out", "hub", *typed]) == 0
-    registry._sources.clear()
+    registry.sources.clear()
     model, read = (
         arat_fast.load(folder, model=name if typed else None) for folder in ("run", "hub")
     )

@@ -58,6 +58,6 @@ def test_a_short_pass_is_made_of_more_images(
 ) -> None:
     """What a pass of four takes for itself, whatever its images, is no step's four times."""
     passes = {4: 0.1, 8: 0.12, 16: 0.16}
-    monkeypatch.setattr(expectation, "_seconds_of_pass", lambda run, samples: passes[samples])
+    monkeypatch.setattr(expectation, "seconds_of_pass", lambda run, samples: passes[samples])
     run = tiny_trainer(tmp_path, changed(tiny_config(1), "attack", num_steps=7))
     assert expectation.seconds_a_step(run) == (pytest.approx(0.16 * (7 + 3)), 16)

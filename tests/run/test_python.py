@@ -75,7 +75,7 @@ class Told(Hook):
 
 
 def test_own_network_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arat_fast.models.registry._sources", {})
+    monkeypatch.setattr("arat_fast.models.registry.sources", {})
     torch.manual_seed(0)
     told, net = Told(), network()
     run = arat_fast.train(
@@ -94,7 +94,7 @@ def test_own_network_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert accuracy["clean"]["value"] > 0.8 >= accuracy["pgd1"]["value"] - 0.2
     assert any("invariance/1" in line for line in metric_lines(run.out, "train"))
     # As in another process, which knows no such network.
-    monkeypatch.setattr("arat_fast.models.registry._sources", {})
+    monkeypatch.setattr("arat_fast.models.registry.sources", {})
     with pytest.raises(ValueError, match="not imported on a file's word"):
         arat_fast.load(run.out)
     model = arat_fast.load(run.out, model=network())
@@ -110,7 +110,7 @@ def test_own_network_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = suite.record()
     assert found["clean"]["correct"] == accuracy["clean"]["correct"]
     # Weights alone, with the network as a callable.
-    monkeypatch.setattr("arat_fast.models.registry._sources", {})
+    monkeypatch.setattr("arat_fast.models.registry.sources", {})
     again = arat_fast.load(run.out / "model.safetensors", model=lambda num_classes: network())
     assert torch.equal(again(x), model(x))
 

@@ -24,6 +24,7 @@ from arat_fast.recipes import recipe
 from arat_fast.run.hooks import Hook
 from arat_fast.saved import save_safetensors
 from arat_fast.saved.naming import to_own
+from arat_fast.training.awp import AWP
 
 
 def starting(source: Path | str, **settings: Any) -> Config:
@@ -169,3 +170,17 @@ def test_the_radius_grows_and_a_resumed_run_has_that_of_its_epoch(tmp_path: Path
     for hook in again.hooks:
         hook.begin(again)
     assert again.step.attack.eps == 0.12
+
+
+def test_weights_are_perturbed_after_the_warm_up(tmp_path: Path) -> None:
+    config = changed(tiny_config(2, kind="none"), "awp", gamma=0.01, warmup=1)
+    run = tiny_trainer(tmp_path / "run", config)
+    found: list[AWP | None] = []
+    for step in (4, 5):
+        run.at_step(step, lambda: found.append(run.step.awp))
+    run.run()
+    assert found == [None, AWP(0.01)]
+    again = tiny_trainer(tmp_path / "run", config, resume=True)
+    for hook in again.hooks:
+        hook.begin(again)
+    assert again.step.awp == AWP(0.01)

@@ -57,7 +57,7 @@ def _tile(channels, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
-def _segment(segment, clean_rows, rows, clean_segments, segment_rows):
+def segment_of(segment, clean_rows, rows, clean_segments, segment_rows):
     """Branch, first row (64 bits) and number of rows of a segment; none crosses the branches."""
     segment = segment.to(tl.int64)
     adv = segment >= clean_segments
@@ -201,7 +201,7 @@ def split_batch_norm_statistics_kernel(
 ):
     acc = partial_ptr.dtype.element_ty
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
-    branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
+    branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
 
     ok = (r < count)[:, None] & c_ok[None, :]
     x = _summand(x_ptr, addend_ptr, sum_ptr, start_of(first, channels) + local, ok, acc)
@@ -283,7 +283,7 @@ def split_batch_norm_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
-    branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
+    branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
     row = branch * channels + c
     mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if residual_mean_ptr is not None:
@@ -365,7 +365,7 @@ def split_batch_norm_bwd_sums_kernel(
     NUMBER: tl.constexpr,  # 3 with a residual that is normalised: of g * its xhat; else 2
 ):
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
-    branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
+    branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
     row = branch * channels + c
     mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if residual_ptr is not None:
@@ -472,7 +472,7 @@ def split_batch_norm_bwd_input_kernel(
     BLOCK_C: tl.constexpr,
 ):
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
-    branch, first, count = _segment(segment, clean_rows, rows, clean_segments, segment_rows)
+    branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
     row = branch * channels + c
     mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if dpooled_ptr is not None:
@@ -562,7 +562,8 @@ class _Launch:
     constants: dict[str, Any]
 
 
-def _programs(x: Tensor, resident: int) -> int:
+def programs_of(x: Tensor, resident: int) -> int:
+    """Programs that run at once where a multiprocessor holds ``resident``."""
     if not x.is_cuda:
         return resident
     properties = torch.cuda.get_device_properties(x.device)
@@ -594,7 +595,7 @@ def _plan(
         segment_rows = area
     else:
         tiles = triton.cdiv(clean_rows, block_r) + triton.cdiv(rows - clean_rows, block_r)
-        each = triton.cdiv(tiles * channel_blocks, _programs(x, resident))
+        each = triton.cdiv(tiles * channel_blocks, programs_of(x, resident))
         segment_rows = block_r * (each if most_tiles is None else min(each, most_tiles))
     clean_segments = triton.cdiv(clean_rows, segment_rows)
     segments = clean_segments + triton.cdiv(rows - clean_rows, segment_rows)

@@ -137,8 +137,8 @@ def test_counters_of_captures_in_several_threads_are_distinct(
             return value
 
     counters = Counters()
-    counters._for_graphs[0] = [torch.zeros(counters.CHUNK)]
-    counters._captured = Slow({0: 0})
+    counters.for_graphs[0] = [torch.zeros(counters.CHUNK)]
+    counters.captured = Slow({0: 0})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with ThreadPoolExecutor(8) as threads:
@@ -157,7 +157,7 @@ def test_counters_of_graphs_are_distinct_and_never_freed(monkeypatch: pytest.Mon
         threads.append(threading.get_ident())
         return tensor
 
-    monkeypatch.setattr(counters, "_zeros", zeros)
+    monkeypatch.setattr(counters, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "Stream", Mock())

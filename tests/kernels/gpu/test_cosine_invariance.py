@@ -75,5 +75,5 @@ def test_reduce_overhead_between_eager_calls(monkeypatch: pytest.MonkeyPatch) ->
             found.append({name: t.clone() for name, t in results.items()})
         for other in found[1:]:
             assert_equal(other, found[0])
-    for kept in (*counters._of_stream.values(), *counters._for_graphs[0]):
+    for kept in (*counters.of_stream.values(), *counters.for_graphs[0]):
         assert not kept.any()

@@ -37,7 +37,7 @@ FLAGS = [True, False]
 def test_many_tiles_and_segments(
     monkeypatch: pytest.MonkeyPatch, programs: int, pooled: bool
 ) -> None:
-    monkeypatch.setattr(implementation, "_programs", lambda *_: programs)
+    monkeypatch.setattr(implementation, "programs_of", lambda *_: programs)
     operation = Norm((1, 3), 70, 9, 11, pooled=pooled).operation
     operation.check(operation.make(0, torch.float32))
 
@@ -50,7 +50,7 @@ def test_more_segments_than_are_combined_at_once(
 ) -> None:
     """16, that is: a tile is a segment of the statistics, a sample one of the sums; the last ones
     of a branch are not like the first."""
-    monkeypatch.setattr(implementation, "_programs", lambda *_: 1000)
+    monkeypatch.setattr(implementation, "programs_of", lambda *_: 1000)
     norm = Norm(sizes, 64, 8, 4, residual=False)
     tensors = norm.make(0, torch.float32)
     for end in (sizes[0], sum(sizes)):
@@ -231,7 +231,7 @@ def test_backward_call_with_one_output_unused(used: int) -> None:
 def _offsets_kernel(out_ptr, number, clean_rows, rows, clean_segments, segment_rows, channels):  # type: ignore[no-untyped-def]
     pid = tl.program_id(0)
     segment = number + pid
-    branch, first, count = implementation._segment(
+    branch, first, count = implementation.segment_of(
         segment, clean_rows, rows, clean_segments, segment_rows
     )
     tl.store(out_ptr + 4 * pid, branch.to(tl.int64))
