@@ -204,7 +204,8 @@ class Train(Command):
                 again = [argument for argument in arguments if argument != "--resume"]
                 again += ["--resume"] if self.out else ["--out", str(out), "--resume"]
                 print(f"arat-fast: {stopped}", file=sys.stderr)
-                print(f"    {typed('train', *again)}", file=sys.stderr)
+                for words in (["report", str(out)], ["train", *again]):
+                    print(f"    {typed(*words)}", file=sys.stderr)
             return stopped.exit_code
         if is_main:
             report = write_report(out)

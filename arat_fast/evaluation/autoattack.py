@@ -310,8 +310,10 @@ class _Run:
         self.standing, self.before = standing, 0
         number = list(self.attacks).index(name) + 1
         self.label = f"{self.title} {name} ({number} of {len(self.attacks)})"
-        later = self.attacks[number:]
+        later = [each for each in self.attacks[number:] if each != "square"]
         self.later = standing * sum(self.passes(each) * _WEIGHTS.get(each, 2) for each in later)
+        # What it skips is not known before.
+        self.then = ", then Square" if "square" in self.attacks[number:] else ""
 
     def tick(self, number: int) -> None:
         """The batch is at that forward pass, counted from 1."""
@@ -329,7 +331,7 @@ class _Run:
         seconds = left * (time.perf_counter() - self.started) / self.spent if self.spent else 0.0
         note = f"{self.standing} images standing"
         if number > _FIRST_PASSES:
-            note += f", at most {timedelta(seconds=round(seconds))} left for all attacks"
+            note += f", at this speed at most {timedelta(seconds=round(seconds))} left{self.then}"
         self.progress(self.label, done, all_passes, "passes", note)
 
 

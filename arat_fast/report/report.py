@@ -23,6 +23,7 @@ from arat_fast.report.run import Accuracy, Run, Summary, read_accuracies, read_r
 from arat_fast.report.templates import render
 from arat_fast.saved.network import read_saved
 from arat_fast.settings import free_fields, meanings
+from arat_fast.statistics import difference_interval
 from arat_fast.training.checkpoint import BEST
 
 _SUSPICIOUS_GAP = 0.15
@@ -65,12 +66,14 @@ class Setting(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """Accuracies class by class, and the extremes of the last column."""
+    """Accuracies class by class, and the extremes of the last column; ``clear``: they differ by
+    more than the choice of the images explains (Newcombe, 95 %)."""
 
     names: list[str]
     rows: dict[str, list[Accuracy]]
     weakest: str
     strongest: str
+    clear: bool
 
 
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
@@ -185,8 +188,12 @@ def _classes(summary: Summary) -> Classes | None:
     }
     if not names or len(rows) < 2:
         return None
-    last = {label: accuracies[-1].value for label, accuracies in rows.items()}
-    return Classes(names, rows, min(last, key=last.__getitem__), max(last, key=last.__getitem__))
+    last = {label: accuracies[-1] for label, accuracies in rows.items()}
+    weakest, strongest = (find(last, key=lambda label: last[label].value) for find in (min, max))
+    low, high = last[weakest], last[strongest]
+    images = high.num_samples, low.num_samples
+    clear = difference_interval((high.correct, low.correct), images)[0] > 0
+    return Classes(names, rows, weakest, strongest, clear)
 
 
 def _suspicions(summary: Summary) -> list[str]:
@@ -358,25 +365,25 @@ def _next(run: Run, several_radii: bool) -> list[tuple[str, str]]:
     """Commands that go on from here, and what each is for."""
     summary, attack, path = run.summary, run.config.attack, shlex.quote(str(run.path))
     found = []
-    if summary.command:
+    # With --resume it made the last part.
+    made = (summary.command or "").replace(" --resume", "")
+    if made:
         of = f"arat_fast {run.version}" + (f", commit {summary.commit}" if summary.commit else "")
-        found.append((f"made this run ({of})", summary.command))
+        found.append((f"made this run ({of})", made))
     if summary.status != "finished":
-        command = summary.command or f"arat-fast train {shlex.quote(run.config.recipe)} OPTIONS"
+        command = made or f"arat-fast train {shlex.quote(run.config.recipe)} OPTIONS"
         out = "" if "--out" in command else f" --out {path}"
-        resume = "" if "--resume" in command else " --resume"
-        return [*found, ("go on where it stopped", f"{command}{out}{resume}")]
+        return [*found, ("go on where it stopped", f"{command}{out} --resume")]
     if "autoattack" not in {*summary.accuracy, *summary.left_out}:
         found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
-        found.append(("accuracy at other radii", f"arat-fast eval {path} --eps {radii}"))
+        why = "accuracy at other radii, AutoAttack in each; --attacks pgd takes far less time"
+        found.append((why, f"arat-fast eval {path} --eps {radii}"))
     better = words.better_before(run)
     if better is not None:
         said, options = better
-        again = (
-            f"{summary.command or f'arat-fast train {run.config.recipe}'} {options} --out FOLDER"
-        )
+        again = f"{made or f'arat-fast train {run.config.recipe}'} {options} --out FOLDER"
         kept = f"arat-fast eval {shlex.quote(str(run.path / BEST))}"
         found.append((f"{said}; the best by validation images", again if options else kept))
     if "masking" not in run.analyses:

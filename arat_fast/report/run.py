@@ -198,6 +198,11 @@ class Run:
             return self.summary.epochs
         return float(self.metrics["loss"].epochs[-1])
 
+    @property
+    def is_trained(self) -> bool:
+        """The training has come to its end, whatever became of the evaluation."""
+        return self.summary.epochs is not None and (self.epochs or 0) >= self.summary.epochs
+
     def better_before(self) -> tuple[Evaluation, Accuracy] | None:
         """The most robust evaluation during training, and the accuracy at the end, where that is
         lower by more than the choice of the images explains (Newcombe, 95 %)."""

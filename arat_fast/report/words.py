@@ -180,10 +180,14 @@ def overfitting(run: Run) -> str:
     name = next((name for name in final if name.startswith("pgd")), None)
     if name is None or course is None or not run.summary.train_samples:
         return ""
-    share = float(course.values[course.epochs > course.epochs[-1] - 1].mean())
+    n, test = run.summary.train_samples, final[name]
+    before = np.ceil(course.epochs[-1]) - 1
+    last, batch = course.epochs > before, run.config.data.batch_size
+    # Images of the epoch up to each line, of whose batches the last may be smaller.
+    seen = np.minimum((course.epochs[last] - before) * np.ceil(n / batch) * batch, n)
+    share = float(np.average(course.values[last], weights=np.diff(seen, prepend=0)))
     if np.isnan(share):
         return ""
-    n, test = run.summary.train_samples, final[name]
     low, _ = difference_interval((round(share * n), test.correct), (n, test.num_samples))
     if low <= 0:
         return ""
@@ -192,7 +196,8 @@ def overfitting(run: Run) -> str:
         f"training’s own attack; under {metric_name(name)} "
         f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
         f"{run.summary.split} images are. That is more than chance explains: the training "
-        "overfits, as far as the two attacks are alike."
+        "overfits. Part of the gap may be due to what else differs: the attacks, and the weights, "
+        "for the training images those of each step, for the others the final ones."
     )
 
 

@@ -25,6 +25,7 @@ from arat_fast.run.finish import deploy, evaluate, facts, finished_summary
 from arat_fast.run.hooks import Hook, Restart
 from arat_fast.run.state import Run
 from arat_fast.run.unfinished import interruptible
+from arat_fast.saved.network import SAFETENSORS
 from arat_fast.stop import EXIT_CODES, EvaluationStopped, InterruptedRun, stop_on_signals
 from arat_fast.training.metrics import CatastrophicOverfittingError, NotFiniteError
 
@@ -158,11 +159,14 @@ def stop(run: Run, save: bool = True) -> None:
     run.checkpoints.wait()
     if run.ranks.is_main:
         write_json(run.out / "summary.json", facts(run, "interrupted"))
-    step = run.progress.step
+    step, weights, again = run.progress.step, "", ""
     doing = f"after the training, step {step}" if step == run.total_steps else f"at step {step}"
+    if not save and run.average.statistics_fresh:
+        weights = f"; the final weights are in {run.out / SAFETENSORS}"
+        again = ", which begins the attack anew that was broken off"
     raise InterruptedRun(
-        f"stopped {doing} of {run.total_steps}; the state is in {run.checkpoints.newest}: go on "
-        "with --resume",
+        f"stopped {doing} of {run.total_steps}{weights}; the state is in {run.checkpoints.newest}: "
+        f"report what there is, or go on with --resume{again}",
         EXIT_CODES[signal.Signals(number)],
     )
 
@@ -285,12 +289,14 @@ def _run(this: Run) -> dict[str, Any]:
 
 
 def status(values: dict[str, float | None], images_per_second: float) -> str:
-    """Speed, loss and accuracies, for the bar."""
+    """Speed, loss and accuracies on the training images, for the bar."""
     parts = [f"{images_per_second:,.0f} images/s"]
     if values.get("loss") is not None:
         parts.append(f"loss {values['loss']:.3f}")
+    of = "training images: "
     for name, label in (("accuracy_clean", "clean"), ("accuracy_adv", "robust")):
         value = values.get(name)
         if value is not None:
-            parts.append(f"{label} {100 * value:.1f} %")
+            parts.append(f"{of}{label} {100 * value:.1f} %")
+            of = ""
     return "  ".join(parts)

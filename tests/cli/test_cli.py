@@ -474,7 +474,8 @@ def test_ctrl_c_saves_and_ends(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    again = errors.strip().splitlines()[-1]
+    look, again = errors.strip().splitlines()[-2:]
+    assert look == f"    {typed('report', str(out))}"
     assert again.startswith(f"    {typed('train', 'digits')}") and f"--out {out} --resume" in again
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
     assert main(["report", str(out)]) == 0

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from arat_fast import display as module
 from arat_fast.display import Display, about
+from arat_fast.run.loop import status
 
 
 def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +26,12 @@ def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "AutoAttack fab-t (3 of 4): 33 images standing",
         "AutoAttack fab-t (3 of 4): 25 %, 30 images standing, 0:01:05 left",
     ]
+
+
+def test_accuracies_of_the_training_are_said_to_be_of_its_images() -> None:
+    found = status({"loss": 0.5, "accuracy_clean": 0.999, "accuracy_adv": 0.987}, 600)
+    assert found == "600 images/s  loss 0.500  training images: clean 99.9 %  robust 98.7 %"
+    assert status({"loss": 0.5}, 600) == "600 images/s  loss 0.500"
 
 
 def test_what_stays_true_is_said_once() -> None:

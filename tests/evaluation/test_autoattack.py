@@ -52,6 +52,19 @@ def linear() -> nn.Module:
     return model
 
 
+def test_the_time_left_is_told_without_square_before_it_runs(linear: nn.Module) -> None:
+    notes: list[str] = []
+    run = MODULE._Run(
+        linear, ThreatModel(0.1), 4, 0, 10, "standard", True, MODULE.STANDARD, "AutoAttack",
+        lambda *said: notes.append(said[-1]),
+    )  # fmt: skip
+    for name in ("fab-t", "square"):
+        run.begin(name, 0, 4, 4, 4)
+        run.tick(run.passes(name))
+    start = "4 images standing, at this speed at most 0:00:00 left"
+    assert notes == [f"{start}, then Square", start]
+
+
 def digits(count: int, num_classes: int = 10) -> ImageSet:
     pixels, labels = load_digits(train=False)
     keep = (labels < num_classes).nonzero().flatten()[:count]

@@ -33,7 +33,10 @@ import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch
 from arat_fast.evaluation.pieces import read_arrays
+from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.models import create_model
+from arat_fast.report import write_report
+from arat_fast.run import finish
 from arat_fast.stop import InterruptedRun
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.metrics import NotFiniteError
@@ -261,6 +264,25 @@ def test_signal_during_the_refresh_of_statistics(whole: Whole, tmp_path: Path) -
     assert not load_checkpoint(tmp_path / "checkpoint.pt")["average"]["statistics_fresh"]
     tiny_trainer(tmp_path, config, resume=True).run()
     assert_same_end(whole("swa"), tmp_path)
+
+
+def test_signal_during_the_final_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message and the report say that the training is complete, and where its weights are."""
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_all(*args, **options)
+
+    monkeypatch.setattr(finish, "evaluate_all", interrupted)
+    weights = tmp_path / "model.safetensors"
+    with pytest.raises(InterruptedRun, match=f"after the training, .*weights are in {weights};"):
+        tiny_trainer(tmp_path, tiny_config(epochs=1)).run()
+    assert weights.is_file()
+    page = write_report(tmp_path).read_text()
+    assert "The training is complete; the final evaluation was interrupted." in page
+    assert "examples.npz" not in page
 
 
 def test_a_stop_is_not_confirmed_without_its_checkpoint(
