@@ -74,7 +74,8 @@ def load(
         recipe: tells which network a safetensors file is that does not say so itself.
         model: where a run trained a network of one's own: its name, package.module:callable, the
             callable, or a network like it, which is copied. A file that names a module imports
-            nothing.
+            nothing. Weights alone, which name no network, go into one's own by
+            ``network.load_state_dict(safetensors.torch.load_file(path))``.
 
     Returns:
         The network: images (N, C, H, W) in [0, 1] → logits (N, num_classes), normalisation inside,

@@ -433,13 +433,11 @@ class Config:
             )
         if self.eval.alpha is not None:
             self.attack.ball.check("eval.alpha", self.eval.alpha)
-        # These can have validation images of their own, as the trainer finds out.
-        own = self.data.name in OWN_IMAGES
-        if self.train.keep_best and not ((self.data.num_val or own) and self.train.eval_every):
+        # Whether there are validation images, the trainer finds out.
+        if self.train.keep_best and not self.train.eval_every:
             raise ValueError(
-                "train.keep_best chooses by validation images, not by test images: set "
-                f"data.num_val and train.eval_every, got {self.data.num_val} and "
-                f"{self.train.eval_every}"
+                "train.keep_best chooses by the evaluations between epochs: set train.eval_every, "
+                "got 0"
             )
 
     @property

@@ -29,9 +29,11 @@ parameters = [*model.parameters(), *objective.parameters()]  # its predictors le
 loader = DataLoader(train_data, batch_size=64, shuffle=True, drop_last=True)
 optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=EPOCHS * len(loader))
+# In bf16 where the GPU, or the CPU, has it; precision=torch.float32 keeps float32.
 step = TrainStep(model, objective, PGD(eps=EPS, alpha=EPS / 4, num_steps=5), optimizer)
 
 clean_accuracy = 0.1  # chance; ARAT balances its two classification losses by that of the epoch
+parts = {"model": model, "objective": objective, "optimizer": optimizer, "schedule": schedule}
 for epoch in range(EPOCHS):
     objective.start_epoch(clean_accuracy)
     seen = []
@@ -41,6 +43,9 @@ for epoch in range(EPOCHS):
         seen.append(metrics["accuracy_clean"])
     clean_accuracy = float(torch.stack(seen).mean())
     print(f"epoch {epoch + 1}: loss {metrics['loss']:.2f}, clean accuracy {clean_accuracy:.1%}")
+    # To go on: load_state_dict of each, before the first step, and these two numbers.
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({"epoch": epoch + 1, "clean_accuracy": clean_accuracy, **state}, "checkpoint.pt")
 
 # Outside of the step every layer runs its adversarial branch, the robust network.
 found = evaluate(model, test_data, ThreatModel(eps=EPS), ["pgd"]).record()

@@ -112,7 +112,8 @@ def test_your_network_example(
     monkeypatch.setattr("arat_fast.models.registry.sources", {})
     images = Image.fromarray((Digits(0, 1).x[0, 0] * 255).round().to(torch.uint8).numpy())
     images.save("photo.png")
-    config = apply_overrides(arat_fast.recipe("digits"), [*OPTIONS, "--train.epochs", "1"])
+    options = [*OPTIONS, "--data.num-val", "0", "--train.epochs", "1"]
+    config = apply_overrides(arat_fast.recipe("digits"), options)
     names = {
         "arat_fast": arat_fast,
         "network": nn.Sequential(

@@ -17,6 +17,7 @@ from arat_fast.data.fingerprint import Fingerprint
 from arat_fast.data.load import DataSplits
 from arat_fast.data.loader import Workers
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
+from arat_fast.datasets.encoded import default_workers
 
 Given: TypeAlias = "Dataset[Any] | DataLoader[Any]"
 """Of pairs of an image and a label: an image is a tensor (C, H, W), float in [0, 1] or uint8, or a
@@ -26,6 +27,7 @@ PIL image; a label an integer. A DataLoader's batches are (N, C, H, W) and (N,).
 def given_splits(
     train: Given,
     test: Given,
+    val: Given | None = None,
     *,
     batch_size: int,
     eval_batch_size: int,
@@ -41,18 +43,18 @@ def given_splits(
     own batches in its own order, which a resumed run cannot repeat.
 
     Args:
-        train, test: the images; nothing is cropped or mirrored but by them.
+        train, test, val: the images; nothing is cropped or mirrored but by them.
         batch_size, eval_batch_size: of Datasets.
         seed: of the order.
         device: where the batches go.
-        num_workers: processes that read a Dataset.
+        num_workers: processes that read a Dataset, at most one for a core.
         shard: this process.
         model: tells the number of classes where ``train`` has no attribute ``classes``.
 
     Raises:
         ValueError: an image or a label does not fit, or the number of classes is not known.
     """
-    for data in (train, test):
+    for data in (train, test, val):
         if isinstance(data, DataLoader) and (
             data.batch_size is None or not isinstance(data.sampler, Sized)
         ):
@@ -79,12 +81,16 @@ def given_splits(
         else:
             own, shuffle = (WHOLE, False) if seed is None else (shard, True)
             plan = BatchPlan(_length(data), batch_size, shuffle=shuffle, seed=seed or 0, shard=own)
-            read = Workers(_Read(data, plan), plan, num_workers, device).run
+            workers = min(num_workers, default_workers())
+            read = Workers(_Read(data, plan), plan, workers, device).run
         return GivenBatches(read, plan, classes, shape, device)
 
     training, probe = (make(train, batch_size, s) for s in seeds)
+    validated = None if val is None else make(val, eval_batch_size, None)
     tested = make(test, eval_batch_size, None)
-    return DataSplits(training, probe, None, tested, Fingerprint(training.num_samples, "given"))
+    return DataSplits(
+        training, probe, validated, tested, Fingerprint(training.num_samples, "given")
+    )
 
 
 class GivenBatches(Batches):

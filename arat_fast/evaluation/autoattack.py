@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -276,6 +277,8 @@ class _Run:
         """The reference code's attack."""
         from pyautoattack import AutoAttack
 
+        # It tells of settings that are changed below.
+        logging.getLogger("auto-attack").setLevel(logging.WARNING)
         adversary = AutoAttack(
             network,
             norm=self.threat.norm,

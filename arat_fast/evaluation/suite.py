@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arat_fast.data.given import Given, images_and_labels
 from arat_fast.device import describe_device, versions
-from arat_fast.display import SuiteProgress
+from arat_fast.display import Display, SuiteProgress
 from arat_fast.distributed import ALONE, Ranks
 from arat_fast.evaluation.autoattack import FOR_ANY_CLASSES, MIN_CLASSES, autoattack, is_randomised
 from arat_fast.evaluation.evaluate import (
@@ -218,8 +218,10 @@ def evaluate(
     max_samples: int = 0,
     seed: int = 0,
     device: torch.device | str | None = None,
+    display: Display | None = None,
 ) -> SuiteResult:
-    """Accuracy on clean images and under attacks, in float32, of any network.
+    """Accuracy on clean images and under attacks, in float32, of any network; of one with split
+    BatchNorm on its ``adv`` branch, and as "clean_branch" on clean images through the other.
 
     Args:
         model: images (N, C, H, W) in [0, 1] → logits (N, classes): a module, which is put in eval
@@ -232,16 +234,23 @@ def evaluate(
         max_samples: the first samples only; 0 for all.
         seed: of the attacks.
         device: where the images go; by default where the parameters of the module are.
+        display: where progress is shown; None: on standard error where that is a terminal.
 
     Returns:
         results by name; ``record()`` gives accuracies, counts and intervals as JSON types.
 
     Raises:
-        ValueError: an attack is unknown, a label is no class, or an image is outside [0, 1].
+        ValueError: an attack is unknown, a label is no class, an image is outside [0, 1], or the
+            module was switched to another branch.
     """
     network = model if isinstance(model, nn.Module) else _Called(model)
     if device is None:
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    if any(isinstance(m, SplitBatchNorm2d) and m.branch != "adv" for m in network.modules()):
+        raise ValueError(
+            "evaluate chooses the branches itself, adv under attack, got a network inside of "
+            'use_branch: pass export_plain(model, "clean") for the clean branch'
+        )
     x, y = (tensor.to(device) for tensor in images_and_labels(data, max_samples))
     with torch.no_grad(), evaluation_mode(network):
         num_classes = network(x[:1]).shape[1]
@@ -250,17 +259,22 @@ def evaluate(
             f"labels must lie in [0, {num_classes - 1}], got {int(y.min())} to {int(y.max())}"
         )
     classes = tuple(str(number) for number in range(num_classes))
-    return evaluate_all(
-        network,
-        ImageSet(x, y, classes),
-        threat,
-        num_steps=num_steps,
-        alpha=threat.eps / 4 if alpha is None else alpha,
-        attacks=attacks,
-        batch_size=batch_size,
-        seed=seed,
-        num_restarts=num_restarts,
-    )
+    if display is None:
+        display = Display()
+        display.console.quiet = not display.console.is_terminal
+    with display.evaluating() as bar:
+        return evaluate_all(
+            network,
+            ImageSet(x, y, classes),
+            threat,
+            num_steps=num_steps,
+            alpha=threat.eps / 4 if alpha is None else alpha,
+            attacks=attacks,
+            batch_size=batch_size,
+            seed=seed,
+            num_restarts=num_restarts,
+            progress=bar,
+        )
 
 
 class _Called(nn.Module):

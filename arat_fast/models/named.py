@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -108,8 +109,12 @@ def own_source(name: str) -> Source:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model.name={name} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{name} is no callable that takes num_classes, got {found!r}")
+    try:
+        inspect.signature(found).bind(num_classes=10)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is no callable that takes num_classes and needs nothing else: {error}"
+        ) from error
     return Source(lambda num_classes, in_channels, image_size: found(num_classes=num_classes))
 
 

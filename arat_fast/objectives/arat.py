@@ -192,10 +192,13 @@ class ARAT(Objective):
         self.register_buffer("w_clean", torch.tensor(float(w_clean)))
 
     def start_epoch(self, clean_accuracy: float, probe: Callable[[], float] | None = None) -> None:
-        """Set the two classification weights from the clean training accuracy, in [0, 1]."""
+        """Set the two classification weights from the clean training accuracy, in [0, 1]; a
+        ValueError for another number."""
         if self.balance == "fixed":
             return
         a = probe() if self.balance == "probe" and probe is not None else clean_accuracy
+        if not 0 <= a <= 1:
+            raise ValueError(f"the clean accuracy must lie in [0, 1], got {a}")
         self.w_adv.fill_(a)
         self.w_clean.fill_(1 - a)
 

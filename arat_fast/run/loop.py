@@ -178,7 +178,7 @@ def train(
     ranks: Ranks = ALONE,
     bad_images: BadImages | None = None,
     model: nn.Module | None = None,
-    data: tuple[Given, Given] | None = None,
+    data: tuple[Given, Given, Given | None] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, evaluate, and write the summary.
 

@@ -211,7 +211,7 @@ class Run:
             for them, or takes those that a run that is resumed has found.
         lock: of the folder, on rank 0; None: nobody else works in it.
         model: the caller's own network, which is trained itself; None builds the configured one.
-        data: the caller's own training and test images; None loads the configured ones.
+        data: the caller's own training, test and validation images; None loads the configured ones.
 
     Attributes:
         id: in every file of the run, which is the same one however often it is resumed.
@@ -238,7 +238,7 @@ class Run:
         bad_images: BadImages | None = None,
         lock: Lock | None = None,
         model: nn.Module | None = None,
-        data: tuple[Given, Given] | None = None,
+        data: tuple[Given, Given, Given | None] | None = None,
     ) -> None:
         self.given_model, self.given_data = model, data
         self.id = uuid.uuid4().hex
@@ -326,8 +326,8 @@ class Run:
             self.display.say(f"{len(self.data.skipped)} files were left out, the first: {first}")
         if config.train.keep_best and self.data.val is None:
             raise ValueError(
-                "train.keep_best needs validation images, and the dataset has none of its own: set "
-                f"data.num_val, got {config.data.num_val}"
+                "train.keep_best chooses by validation images, not by test images, and there are "
+                "none: set data.num_val, or pass val_data with images given in Python"
             )
         if config.data.progressive and isinstance(self.data.train, ResidentBatches):
             raise ValueError(

@@ -39,6 +39,7 @@ def train(
     model: nn.Module | None = None,
     train_data: Given | None = None,
     test_data: Given | None = None,
+    val_data: Given | None = None,
     hooks: Sequence[Hook] = (),
     resume: bool = False,
     command: str = "",
@@ -50,13 +51,15 @@ def train(
     Args:
         config: what to train. Of ``config.data`` only batch_size and num_workers count where the
             data is given, of ``config.model`` norm, mean and std where the network is.
-        out: folder of the run.
+        out: folder of the run; ``arat-fast report`` writes the report into it, which this does not.
         model: any network with BatchNorm of PyTorch's, or none: images (N, C, H, W) in [0, 1] →
             logits (N, classes). It is trained itself, with its BatchNorm split in place where the
             method asks for that. Records name its class; another process that reads the run passes
             such a network to ``arat_fast.load(out, model=…)``.
         train_data, test_data: Datasets or DataLoaders of (image, label), both or neither; see
             :data:`arat_fast.data.given.Given`. Class names are the attribute ``classes``.
+        val_data: images to validate on between the epochs, for ``config.train.keep_best``; None:
+            the test images are looked at there.
         hooks: told of the run's course.
         resume: go on from the folder's checkpoint, bit for bit where the data allows it.
         command: to record.
@@ -64,21 +67,27 @@ def train(
         ranks: the processes that train together.
 
     Raises:
-        ValueError: the network does not take the images, only one of the datasets is given, or the
-            configuration does not fit; others as :func:`arat_fast.run.loop.train`.
+        ValueError: the network does not take the images, only one of the datasets is given,
+            ``config.data.num_val`` with them, or the configuration does not fit; others as
+            :func:`arat_fast.run.loop.train`.
     """
-    if (train_data is None) != (test_data is None):
-        raise ValueError("train_data and test_data are expected together, got one of them")
+    data = None
+    if train_data is not None and test_data is not None:
+        if config.data.num_val:
+            raise ValueError(
+                "data.num_val holds out images of a named dataset, not given ones: pass val_data "
+                f"and data.num_val 0, got {config.data.num_val}"
+            )
+        data = train_data, test_data, val_data
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=GIVEN))
+    elif any(each is not None for each in (train_data, test_data, val_data)):
+        raise ValueError("train_data and test_data are expected together, got one, or val_data")
     if model is not None:
         kind = type(model)
         name = f"{kind.__module__}:{kind.__qualname__}"
         adopt_model(name, model)
         values = {**vars(config.model), "name": name, "activation": "relu"}
         config = dataclasses.replace(config, model=ForeignModel(**values))
-    data = None
-    if train_data is not None and test_data is not None:
-        data = train_data, test_data
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=GIVEN))
     summary = loop.train(
         config,
         Path(out),

@@ -53,7 +53,8 @@ Which = Literal["deployed", "last"]
 _NO_RECIPE = (
     "holds weights only, and not those of an official AR-AT checkpoint (BatchNorm branches clean "
     "and adv): name the recipe that says which data and model they are for (--recipe NAME; in "
-    "Python recipe=NAME)"
+    "Python recipe=NAME), or load them into a network of your own by "
+    "network.load_state_dict(safetensors.torch.load_file(FILE))"
 )
 
 
@@ -219,7 +220,7 @@ def read_saved(
     known = {} if config is None else describe(config, "file", "adv", (0, 0, 0))
     facts: dict[str, Any] = {"branch": "adv", "weights": "file", "mean": [], "std": []}
     facts |= {"activation": "relu", **known, "additional_data": None, **found}
-    if "model" not in facts:
+    if "model" not in (facts if model is None else found):
         raise ValueError(f"{path} {_NO_RECIPE}")
     name, tensors = facts["model"], content.tensors
     if model is not None and name not in MODELS:

@@ -137,9 +137,9 @@ class TrainStep:
         optimizer: any PyTorch optimiser.
         precision: torch.float32, or torch.bfloat16 for autocast; parameters, BatchNorm statistics,
             losses and images stay float32. None takes bfloat16 for float32 parameters where the
-            device has such arithmetic. The convolutions that the image enters, found in the
-            first step, become :class:`arat_fast.models.layers.StemConv2d`, which does not round
-            the perturbation away.
+            device has such arithmetic: a GPU from Ampere on, a CPU with AVX512-BF16 or AMX. The
+            convolutions that the image enters, found in the first step, become
+            :class:`arat_fast.models.layers.StemConv2d`, which does not round the perturbation away.
         fold: with ``attack.bn="running"``, attack a copy whose BatchNorm is folded into the
             convolutions (:class:`arat_fast.models.folding.FoldedNetwork`): the same gradients up to
             rounding, less memory traffic.

@@ -97,6 +97,7 @@ def test_an_own_network_is_split_and_regularised_by_rule(module: str) -> None:
         ("no_such_module:make", "cannot be imported"),
         ("own_nets:absent", "cannot be imported"),
         ("own_nets:nothing", "no callable"),
+        ("torch.nn:Flatten", "num_classes"),
     ],
 )
 def test_names_of_nothing(module: str, name: str, match: str) -> None:

@@ -230,6 +230,8 @@ def test_auto_balance() -> None:
         for name, ratio in (("ce_adv", accuracy / 0.3), ("ce_clean", (1 - accuracy) / 0.7)):
             got, before = (float(o.terms[name].detach()) for o in (changed, output))
             assert got == pytest.approx(ratio * before, rel=1e-12)
+    with pytest.raises(ValueError, match=r"\[0, 1\], got 95"):
+        objective.start_epoch(95.0)
     fixed = ARAT(model, LAYERS, SHAPE, balance="fixed", w_adv=2.0, w_clean=0.5)
     fixed.start_epoch(0.9)
     assert (float(fixed.w_adv), float(fixed.w_clean)) == (2.0, 0.5)

@@ -196,7 +196,12 @@ def test_best_needs_validation_images(tmp_path: Path) -> None:
     """Held out, or of a dataset of one's own, as is known when it is read."""
     config = changed(tiny_config(), "train", eval_every=1)
     with pytest.raises(ValueError, match=r"data\.num_val"):
-        changed(changed(config, "data", num_val=0), "train", keep_best=True)
+        tiny_trainer(
+            tmp_path / "digits",
+            changed(changed(config, "data", num_val=0), "train", keep_best=True),
+        )
+    with pytest.raises(ValueError, match=r"train\.eval_every"):
+        changed(config, "train", eval_every=0, keep_best=True)
     for split in ("train", "val", "test"):
         (tmp_path / "set" / split).mkdir(parents=True)
         np.save(tmp_path / "set" / split / "images.npy", np.zeros((64, 8, 8, 3), np.uint8))

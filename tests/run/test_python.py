@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import arat_fast
 from arat_fast.config import Config
 from arat_fast.data.given import given_splits, images_and_labels
 from arat_fast.display import Display
-from arat_fast.models import SplitBatchNorm2d, convert_split_batch_norm
+from arat_fast.models import SplitBatchNorm2d, convert_split_batch_norm, use_branch
 from arat_fast.run.hooks import Hook
 from arat_fast.saved.network import read_saved
+from arat_fast.saved.plain import save_safetensors
 
 
 class Striped(Dataset[Any]):
@@ -58,7 +59,7 @@ def network() -> nn.Module:
 
 def config(epochs: int = 2) -> Config:
     given = tiny_config(epochs, kind="none")
-    given = changed(given, "data", batch_size=12, num_workers=0)
+    given = changed(given, "data", batch_size=12, num_workers=0, num_val=0)
     return changed(given, "attack", eps=0.05, alpha=0.03)
 
 
@@ -113,6 +114,22 @@ def test_own_network_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("arat_fast.models.registry.sources", {})
     again = arat_fast.load(run.out / "model.safetensors", model=lambda num_classes: network())
     assert torch.equal(again(x), model(x))
+    save_safetensors(model, tmp_path / "bare.safetensors")
+    for recipe in (None, "digits"):
+        with pytest.raises(ValueError, match=r"network\.load_state_dict"):
+            arat_fast.load(tmp_path / "bare.safetensors", model=network(), recipe=recipe)
+
+
+def test_validation_images_choose_the_best_epoch(tmp_path: Path) -> None:
+    best = changed(config(), "train", eval_every=1, keep_best=True)
+    options: dict[str, Any] = {"train_data": Striped(24), "test_data": Striped(12)}
+    options |= {"model": network(), "display": quiet()}
+    with pytest.raises(ValueError, match="val_data"):
+        arat_fast.train(best, tmp_path / "none", **options)
+    run = arat_fast.train(best, tmp_path / "run", **options, val_data=Striped(9))
+    (line,) = metric_lines(run.out, "eval")
+    assert (line["split"], line["num_samples"]) == ("val", 9)
+    assert (run.out / "checkpoint-best.pt").exists()
 
 
 def test_loaders_and_pictures_give_the_same_images() -> None:
@@ -135,6 +152,11 @@ def test_loaders_and_pictures_give_the_same_images() -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="together"):
         arat_fast.train(config(), tmp_path, train_data=Striped(20))
+    with pytest.raises(ValueError, match="together"):
+        arat_fast.train(config(), tmp_path, val_data=Striped(20))
+    held_out = changed(config(), "data", num_val=5)
+    with pytest.raises(ValueError, match="val_data"):
+        arat_fast.train(held_out, tmp_path, train_data=Striped(20), test_data=Striped(20))
     pairs: list[Any] = [(torch.rand(1, 9, 7), 5)] * 20
     for data, match in (
         (pairs, "no attribute classes"),
@@ -158,6 +180,23 @@ def test_any_function_is_evaluated() -> None:
     assert suite.results["clean"].accuracy == 1 and suite.results["pgd9"].accuracy == 0
 
 
+def test_evaluate_shows_its_progress_and_refuses_the_other_branch(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    model, x, text = network().eval(), torch.rand(4, 1, 9, 7), io.StringIO()
+    model[-1] = nn.Linear(72, 4)
+    data, ball = TensorDataset(x, model(x).argmax(dim=1)), arat_fast.ThreatModel(0.1)
+    arat_fast.evaluate(model, data, ball, ["pgd"], display=Display(Console(file=text)))
+    assert text.getvalue() == "PGD-20: 4 images\n"
+    suite = arat_fast.evaluate(model, data, ball, ["apgd-ce"])
+    assert suite.results["clean"].accuracy == 1 and "apgd-ce" in suite.results
+    assert capsys.readouterr().err == "" and not caplog.records
+    convert_split_batch_norm(model)
+    with use_branch(model, "clean"), pytest.raises(ValueError, match="use_branch"):
+        arat_fast.evaluate(model, data, ball)
+
+
 def test_evaluation_in_the_middle_of_a_training_leaves_no_trace() -> None:
     """Also where a last stage of one pixel has no statistics of a single image."""
     network = nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
@@ -171,7 +210,7 @@ def test_evaluation_in_the_middle_of_a_training_leaves_no_trace() -> None:
 
 
 def test_a_loaded_network_takes_pictures(tmp_path: Path) -> None:
-    small = dataclasses.replace(config(1))
+    small = tiny_config(1)
     run = arat_fast.train(small, tmp_path / "run", display=quiet())
     model = arat_fast.load(run.out)
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
