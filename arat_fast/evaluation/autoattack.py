@@ -46,6 +46,8 @@ NUM_STEPS = 100
 NUM_TARGETS = 9
 NUM_QUERIES = 5000
 MIN_CLASSES = 4
+FOR_ANY_CLASSES = {"apgd-ce", "square"}
+"""Attacks without the DLR loss, which two or three classes are enough for."""
 SHORT_STEPS = 10
 RANDOMISED = 1e-4
 """Difference of two equal calls, relative to the largest logit, that is more than rounding."""
@@ -110,8 +112,8 @@ def autoattack(
         ``details["num_disputed"]`` the images that were attacked again.
 
     Raises:
-        ValueError: unknown version or attack, fewer than 4 classes (the DLR loss needs 4), or
-            images outside [0, 1].
+        ValueError: unknown version or attack, fewer than 4 classes (the targeted DLR loss needs 4)
+            and another attack than "apgd-ce" and "square", or images outside [0, 1].
 
     Source: Croce and Hein, ICML 2020 (arXiv 2003.01690), version "standard".
     """
@@ -119,11 +121,11 @@ def autoattack(
         raise ValueError(f"version must be one of {', '.join(_TITLES)}, got {version!r}")
     check_images(images.x)
     num_classes = len(images.classes)
-    if num_classes < MIN_CLASSES:
-        raise ValueError(f"AutoAttack needs at least {MIN_CLASSES} classes, got {num_classes}")
     if version == "rand":
         # A folded network would be another one, and threads would share its draws.
         attacks, fast = RAND, False
+    if num_classes < MIN_CLASSES and not FOR_ANY_CLASSES.issuperset(attacks):
+        raise ValueError(f"AutoAttack needs at least {MIN_CLASSES} classes, got {num_classes}")
     unknown = [name for name in attacks if name not in (*STANDARD, *RAND)]
     if unknown or not attacks:
         raise ValueError(f"attacks must be among {', '.join(STANDARD)}, got {list(attacks)}")

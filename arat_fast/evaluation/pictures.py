@@ -76,12 +76,14 @@ class LoadedNetwork(nn.Module):
         return torch.stack(pixels).to(device, torch.float32) / 255
 
     @torch.no_grad()
-    def predict(self, images: Tensor | Sequence[Picture]) -> list[Answer]:
+    def predict(self, images: Tensor | Sequence[Picture] | str | Path) -> list[Answer]:
         """The class of each image, in eval mode.
 
         Args:
-            images: (N, C, H, W) in [0, 1], or pictures for :meth:`preprocess`.
+            images: (N, C, H, W) in [0, 1], pictures for :meth:`preprocess`, or the path of one.
         """
+        if isinstance(images, (str, Path)):
+            images = [images]
         answers: list[Answer] = []
         was_training = self.training
         self.eval()

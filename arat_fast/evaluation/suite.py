@@ -17,7 +17,7 @@ from arat_fast.data.given import Given, images_and_labels
 from arat_fast.device import describe_device, versions
 from arat_fast.display import Display, SuiteProgress
 from arat_fast.distributed import ALONE, Ranks
-from arat_fast.evaluation.autoattack import MIN_CLASSES, autoattack, is_randomised
+from arat_fast.evaluation.autoattack import FOR_ANY_CLASSES, MIN_CLASSES, autoattack, is_randomised
 from arat_fast.evaluation.evaluate import (
     AttackResult,
     ImageSet,
@@ -95,7 +95,7 @@ def attacks_left_out(attacks: Sequence[str], num_classes: int) -> dict[str, str]
     if num_classes >= MIN_CLASSES:
         return {}
     reason = f"AutoAttack's targeted loss needs at least {MIN_CLASSES} classes, got {num_classes}"
-    return {name: reason for name in attacks if name != "pgd"}
+    return {name: reason for name in attacks if name not in {"pgd", *FOR_ANY_CLASSES}}
 
 
 def evaluate_all(

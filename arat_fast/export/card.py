@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
@@ -112,7 +113,7 @@ def model_card(
         licence: identifier of the weights' licence.
         example: Python that loads the network from the folder.
     """
-    dataset = record["dataset"]
+    dataset, command = record["dataset"], str(found.summary.get("command") or "")
     return render(
         "card.md.j2",
         record=record,
@@ -125,7 +126,8 @@ def model_card(
         figures=[_figure(key, accuracy) for key, accuracy in found.accuracies.items()],
         sources=found.sources,
         summary=found.summary,
-        command=public_command(str(found.summary.get("command") or "")),
+        command=public_command(command),
+        from_weights="--init" in re.split("[ =]", command),
     )
 
 

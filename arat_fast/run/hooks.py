@@ -21,6 +21,7 @@ from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import named, open_log
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.statistics import wilson_interval
 from arat_fast.training.awp import AWP
 from arat_fast.training.memory import is_out_of_memory
 
@@ -182,6 +183,18 @@ class Remarks(Hook):
             run.display.say(
                 f"{config.model.name} has no BatchNorm to split: both kinds of images share every "
                 f"layer, and {config.objective.name} is its loss alone"
+            )
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        metrics, epochs = run.metrics, run.config.train.epochs
+        accuracy = metrics.epoch_mean("accuracy_clean")
+        if epoch != -(-epochs // 4) or accuracy is None:
+            return
+        correct = round(accuracy * metrics.epoch_samples)
+        if wilson_interval(correct, metrics.epoch_samples)[0] <= 1 / run.data.train.num_classes:
+            run.display.say(
+                f"still at chance after {epoch} of {epochs} epochs, {100 * accuracy:.1f} % of the "
+                "clean training images: docs/troubleshooting.md"
             )
 
     def log(self, run: Run, line: dict[str, Any]) -> None:

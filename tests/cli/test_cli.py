@@ -179,8 +179,10 @@ def test_eval_writes_beside_the_checkpoint_and_keeps_its_work_until_then(
 
 @pytest.mark.slow
 def test_a_run_of_three_classes_has_no_autoattack(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    autoattack = sys.modules["arat_fast.evaluation.autoattack"]
+    monkeypatch.setattr(autoattack, "NUM_QUERIES", 20)
     image_folder(tmp_path / "data", per_class=4)
     out = tmp_path / "run"
     arguments = (
@@ -194,10 +196,11 @@ def test_a_run_of_three_classes_has_no_autoattack(
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished" and "autoattack" not in summary["accuracy"]
     assert summary["left_out"] == {"autoattack": reason}
-    assert main(["eval", str(out), "--attacks", "pgd", "autoattack", "square"]) == 0
+    attacks = ["pgd", "autoattack", "apgd-ce", "square"]
+    assert main(["eval", str(out), "--attacks", *attacks]) == 0
     record = json.loads((out / "evaluation.json").read_text())
-    assert record["left_out"] == dict.fromkeys(("autoattack", "square"), reason)
-    assert set(record["accuracy"]) == {"clean", "clean_branch", "pgd1"}
+    assert record["left_out"] == {"autoattack": reason}
+    assert set(record["accuracy"]) == {"clean", "clean_branch", "pgd1", "apgd-ce", "square"}
 
 
 def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from networks import generator, randomize
 from PIL import Image
+from report.fake_run import rewrite
 from torch import Tensor, nn
 
 import arat_fast
@@ -86,6 +87,8 @@ def run_example(out: Path, network: LoadedNetwork, monkeypatch: pytest.MonkeyPat
     with contextlib.redirect_stdout(printed):
         names = runpy.run_path(f"{out.name}/example.py")
     ((label, confidence),) = network.predict(["picture.png"])
+    for path in ("picture.png", Path("picture.png")):
+        assert network.predict(path) == [(label, confidence)]
     said = re.fullmatch(r"(.+), (\d+\.\d) % sure\n", printed.getvalue())
     assert said is not None and said[1] == label
     assert abs(float(said[2]) - 100 * confidence) < 2
@@ -115,6 +118,16 @@ def test_hub_folder(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "arat-fast train digits --seed 0" in card and "/home/me" not in card
     assert (out / "example.py").read_text() in card
     assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--init w.pt", "--init=w.pt", "--init-freeze-epochs 1"])
+def test_a_start_from_weights_is_on_the_card(ema_run: Path, tmp_path: Path, option: str) -> None:
+    shutil.copytree(ema_run, tmp_path / "run")
+    rewrite(tmp_path / "run" / "summary.json", "command", f"arat-fast train digits {option}")
+    export_checkpoint(tmp_path / "run", "hub", tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert ("started from other weights (`--init`)" in card) == ("w.pt" in option)
+    assert "w.pt" not in card
 
 
 def test_silu_is_kept_or_refused(tmp_path: Path) -> None:

@@ -59,6 +59,23 @@ def test_so_few_steps_that_nothing_may_be_learned_are_said(
     assert ("only 495 update steps in all, 5 an epoch" in shown) == ("--init" in shown) == said
 
 
+@pytest.mark.parametrize(
+    ("epoch", "correct", "said"), [(25, 12, True), (25, 30, False), (24, 12, False)]
+)
+def test_a_training_at_chance_is_said_when_a_quarter_is_done(
+    epoch: int, correct: int, said: bool, tmp_path: Path
+) -> None:
+    """Of four classes, 36 images an epoch, 99 epochs."""
+    console = Console(file=io.StringIO(), width=200)
+    run = tiny_trainer(
+        tmp_path / "run", config_for("arrays", arrays(tmp_path / "set"), 99), console=console
+    )
+    run.metrics.load_state_dict({"epoch_samples": 36, "epoch_sums": {"accuracy_clean": correct}})
+    Remarks().before_epoch(run, epoch)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert ("still at chance after 25 of 99 epochs, 33.3 %" in shown) == said
+
+
 def test_a_run_refuses_to_go_on_with_other_images(tmp_path: Path) -> None:
     root, out = arrays(tmp_path / "set"), tmp_path / "run"
     tiny_trainer(out, config_for("arrays", root)).run()
