@@ -365,7 +365,7 @@ class WatchConfig:
     or with twice as many steps of half the size; or do not watch."""
     every: Number = 0
     """Training steps between two looks, rounded up to train.log_every; 0 for as many as keep their
-    passes through the network within 2 % of the training's."""
+    passes through the network within 1.5 % of the training's."""
 
     def __post_init__(self) -> None:
         check_settings("watch.", self)

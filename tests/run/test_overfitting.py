@@ -22,7 +22,7 @@ from arat_fast.display import Display
 from arat_fast.recipes import recipe
 from arat_fast.report.run import read_run
 from arat_fast.run.hooks import Hook
-from arat_fast.run.overfitting import MAX_CURES, OverfittingWatch, interval
+from arat_fast.run.overfitting import COST, MAX_CURES, OverfittingWatch, interval
 from arat_fast.run.state import Run
 from arat_fast.stop import InterruptedRun
 from arat_fast.training.metrics import CatastrophicOverfittingError
@@ -51,7 +51,7 @@ def test_interval_keeps_the_passes_within_two_percent() -> None:
     for batch_size, num_steps in ((128, 1), (64, 2), (16, 1), (4096, 2)):
         every = interval(batch_size, num_steps)
         assert 0.02 * every * batch_size * (num_steps + 1) >= 10 * 32
-        assert every == 1 or 0.02 * (every - 1) * batch_size * (num_steps + 1) < 10 * 32
+        assert every == 1 or COST * (every - 1) * batch_size * (num_steps + 1) < 10 * 32
 
 
 def test_a_fall_is_said_once_and_the_weights_are_those_without_a_watch(tmp_path: Path) -> None:
