@@ -134,3 +134,10 @@ def _parts(hint: Any) -> tuple[list[Range], list[str], bool]:
         inner = _parts(part)
         ranges, choices, free = ranges + inner[0], choices + inner[1], free or inner[2]
     return ranges, choices, free
+
+
+def shown(value: float) -> str:
+    """A number as the command line reads it; a level of a pixel as a fraction, 8/255."""
+    level = round(255 * value)
+    is_level = level / 255 == value and len(str(value)) > 8
+    return f"{level}/255" if is_level else str(value)

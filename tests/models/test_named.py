@@ -96,7 +96,7 @@ def test_an_own_network_is_split_and_regularised_by_rule(module: str) -> None:
         ("resnet81", r"did you mean resnet8\?"),
         ("no_such_module:make", "cannot be imported"),
         ("own_nets:absent", "cannot be imported"),
-        ("own_nets:nothing", "no callable"),
+        ("own_nets:nothing", "must be callable"),
         ("torch.nn:Flatten", "num_classes"),
     ],
 )
