@@ -193,6 +193,22 @@ def test_a_captured_step_is_the_eager_one() -> None:
     assert EmulatedGraph.replays == 5
 
 
+def test_gradients_are_clipped_by_a_hook_in_the_graph_too() -> None:
+    """As docs/your-network.md says."""
+
+    def clipped(captured: bool) -> list[float]:
+        regression = Regression()
+
+        def clip(*_: object) -> None:
+            nn.utils.clip_grad_norm_([regression.model.weight], 0.1)
+
+        regression.optimizer.register_step_pre_hook(clip)
+        return regression.run(captured)
+
+    assert clipped(captured=True) == clipped(captured=False) != Regression().run(captured=False)
+    assert EmulatedGraph.replays == 5
+
+
 @pytest.mark.parametrize("fault", ["table", "rate", "key", "inputs", "generator", "waits"])
 def test_what_a_graph_would_hide_is_seen(fault: str) -> None:
     try:
