@@ -28,10 +28,9 @@ from arat_fast.command_line import (
     number,
     parse,
     purpose_of,
-    shown,
     typed,
 )
-from arat_fast.settings import NormName
+from arat_fast.settings import NormName, shown
 from arat_fast.stop import end_on_signals
 
 if TYPE_CHECKING:
@@ -398,23 +397,9 @@ def _print_balls(records: list[dict[str, Any]]) -> None:
 
 
 def _print_accuracy(found: dict[str, Any], remarks: bool = True) -> None:
-    labels = {
-        "clean_branch": "clean (clean branch)",
-        "autoattack": "AutoAttack",
-        "apgd-ce": "APGD-CE alone",
-        "square": "Square alone",
-    }
-    for name, record in found["accuracy"].items():
-        label = labels.get(name, name.replace("pgd", "PGD-"))
-        ball = ""
-        if "norm" in record:
-            ball = f"  {record['norm']} {shown(record['eps'])}"
-        counts = f"{record['correct']}/{record['num_samples']}"
-        low, high = (100 * end for end in record["interval"])
-        print(
-            f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
-            f"95 % interval {low:.2f} to {high:.2f} %{ball}"
-        )
+    from arat_fast.evaluation.suite import accuracy_lines
+
+    print("\n".join(accuracy_lines(found["accuracy"])))
     for remark in ("collapsed", "randomised"):
         if remark in found and remarks:
             print(f"warning: {found[remark]}")

@@ -33,7 +33,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from arat_fast.settings import meanings
+from arat_fast.settings import meanings, shown
 
 if TYPE_CHECKING:
     from arat_fast.config import Config
@@ -305,13 +305,6 @@ def _whole(typed: str) -> int:
         return int(typed)
     except ValueError:
         raise ValueError(f"a whole number is expected, got {typed!r}") from None
-
-
-def shown(value: float) -> str:
-    """As :func:`number` reads it; a level of a pixel as a fraction."""
-    level = round(255 * value)
-    is_level = level / 255 == value and len(str(value)) > 8
-    return f"{level}/255" if is_level else str(value)
 
 
 def _one_line(complaint: str) -> str:

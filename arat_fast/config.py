@@ -41,9 +41,8 @@ Compat = Literal["paper", "official"]
 class ModelConfig:
     name: str = "resnet18"
     """resnet8 (8×8 images), resnet8-s2 (28×28, first convolution of stride 2), resnet18,
-    preact-resnet18, wrn28-10, wrn34-10, wrn70-16 (32×32), resnet50 or convnext-t (224×224; by timm,
-    an extra; it has no BatchNorm to split); timm:NAME, torchvision:NAME, or
-    mypackage.mymodule:make, which takes num_classes and gives a network."""
+    preact-resnet18, wrn28-10, wrn34-10, wrn70-16 (32×32), resnet50 (224×224); timm:NAME (an extra),
+    torchvision:NAME, or mypackage.mymodule:make, which takes num_classes and gives a network."""
     norm: Literal["auto", "split", "shared"] = "auto"
     """BatchNorm: "split" has a clean and an adversarial branch, "shared" one for both; "auto"
     splits for ARAT and for LBGAT guided by its own clean branch."""
@@ -53,7 +52,7 @@ class ModelConfig:
     std: tuple[float, ...] = ()
     """Per-channel standard deviation divided by inside the network."""
     activation: Activation = "relu"
-    """Of the built-in networks with BatchNorm: relu, in one operation with BatchNorm, or silu."""
+    """Of the built-in networks: relu, in one operation with BatchNorm, or silu."""
 
     def __post_init__(self) -> None:
         check_settings("model.", self)
@@ -449,13 +448,10 @@ class Config:
 
     @property
     def norm(self) -> Literal["split", "shared"]:
-        """The BatchNorm that is asked for; a network that is not built in and has none is not
-        split."""
+        """The BatchNorm that is asked for; a network that has none is not split."""
         if self.model.norm != "auto":
             return self.model.norm
-        spec = MODELS.get(self.model.name)
-        splits = self.objective.splits_batch_norm and (spec is None or spec.has_batch_norm)
-        return "split" if splits else "shared"
+        return "split" if self.objective.splits_batch_norm else "shared"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

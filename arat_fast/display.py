@@ -78,9 +78,9 @@ class Display:
             self.say(text)
 
     @contextmanager
-    def training(self, total_steps: int, done: int) -> Iterator[TrainingBar]:
-        """A bar over the steps of a run, at step ``done``."""
-        bar = TrainingBar(self, total_steps, done)
+    def training(self, total_steps: int, done: int, kind: str) -> Iterator[TrainingBar]:
+        """A bar over the steps of a run, at step ``done``, of an objective's training."""
+        bar = TrainingBar(self, total_steps, done, kind)
         with bar.shown():
             yield bar
 
@@ -133,7 +133,7 @@ class TrainingBar(_Bar):
     what the others run.
     """
 
-    def __init__(self, display: Display, total_steps: int, done: int) -> None:
+    def __init__(self, display: Display, total_steps: int, done: int, kind: str) -> None:
         super().__init__(
             display,
             TextColumn("{task.description}"),
@@ -143,7 +143,7 @@ class TrainingBar(_Bar):
             period=300,
         )
         self.name = "training"
-        self.total, self.done = total_steps, done
+        self.total, self.done, self.kind = total_steps, done, kind
         self.first: tuple[float, int] | None = None
         self.task = self.progress.add_task("training", total=total_steps, completed=done, status="")
 
@@ -178,7 +178,8 @@ class TrainingBar(_Bar):
     def _left(self) -> str:
         if self.first is None or self.done in (self.first[1], self.total):
             return ""
-        return f"  {about(self._step_seconds() * (self.total - self.done))} of training left"
+        left = about(self._step_seconds() * (self.total - self.done))
+        return f"  {left} of {self.kind} training left"
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Name the epoch that begins, counted from 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import textwrap
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -92,20 +92,29 @@ def free_fields(settings_type: type) -> frozenset[str]:
 @cache
 def meanings(settings_type: type) -> dict[str, str]:
     """What the docstring below each field of a dataclass says, in one line, by field; none of a
-    class without source, as one of an interactive session."""
+    class without source, as one of an interactive session, or inside a function."""
     found = {}
     for part in reversed(settings_type.__mro__[:-1]):
-        with suppress(OSError):
-            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-            assert isinstance(definition, ast.ClassDef)
-            for declared, text in pairwise(definition.body):
-                match declared, text:
-                    case (
-                        ast.AnnAssign(target=ast.Name(name)),
-                        ast.Expr(value=ast.Constant(str(words))),
-                    ):
-                        found[name] = " ".join(words.split())
+        scope = _body(part.__module__)
+        for name in part.__qualname__.split("."):
+            classes = (inner for inner in scope if isinstance(inner, ast.ClassDef))
+            scope = next((inner.body for inner in classes if inner.name == name), [])
+        for declared, text in pairwise(scope):
+            match declared, text:
+                case (
+                    ast.AnnAssign(target=ast.Name(name)),
+                    ast.Expr(value=ast.Constant(str(words))),
+                ):
+                    found[name] = " ".join(words.split())
     return found
+
+
+@cache
+def _body(module: str) -> list[ast.stmt]:
+    """A module's statements: :func:`inspect.getsource` would parse them for each of its classes."""
+    with suppress(OSError, TypeError):
+        return ast.parse(inspect.getsource(sys.modules[module])).body
+    return []
 
 
 @cache
@@ -125,3 +134,10 @@ def _parts(hint: Any) -> tuple[list[Range], list[str], bool]:
         inner = _parts(part)
         ranges, choices, free = ranges + inner[0], choices + inner[1], free or inner[2]
     return ranges, choices, free
+
+
+def shown(value: float) -> str:
+    """A number as the command line reads it; a level of a pixel as a fraction, 8/255."""
+    level = round(255 * value)
+    is_level = level / 255 == value and len(str(value)) > 8
+    return f"{level}/255" if is_level else str(value)

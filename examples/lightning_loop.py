@@ -57,5 +57,4 @@ trainer = lightning.Trainer(max_epochs=EPOCHS, devices=1, logger=False)
 trainer.fit(module, loader)
 
 test_data = TensorDataset(images[1437:], labels[1437:])
-found = evaluate(module.model, test_data, ThreatModel(eps=EPS), ["pgd"]).record()
-print(f"held out: clean {found['clean']['value']:.1%}, PGD-20 {found['pgd20']['value']:.1%}")
+print(evaluate(module.model, test_data, ThreatModel(eps=EPS), ["pgd"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -40,9 +39,10 @@ def test_library_example(
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(snippet(README), names)
-    found = ast.literal_eval(capsys.readouterr().out)
+    found = {name: result["value"] for name, result in names["found"].record().items()}
     assert found.keys() == {"clean", "clean_branch", "pgd20"}
     assert found["clean"] > 0.95 and 0.7 < found["pgd20"] < found["clean"]
+    assert re.search(rf"PGD-20 +{100 * found['pgd20']:.2f} %", capsys.readouterr().out)
     fresh = nn.Sequential(
         *(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.ReLU()),

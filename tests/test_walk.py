@@ -50,7 +50,7 @@ def test_walk_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     config = changed(recipe("digits"), "data", num_val=1117)
     run = Run(config, tmp_path / "run", display=Display(Console(quiet=True)))
     walk = Walk(skipped=4)
-    with run.display.training(run.total_steps, 0) as run.bar:
+    with run.display.training(run.total_steps, 0, "arat") as run.bar:
         for hook in run.hooks:
             hook.begin(run)
         run.objective.start_epoch(0.1)

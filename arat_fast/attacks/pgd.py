@@ -259,4 +259,7 @@ def check_images(x: Tensor) -> None:
     if not (low >= 0 and high <= 1):
         if x.isnan().any():
             raise ValueError(f"images must be numbers in [0, 1], got {int(x.isnan().sum())} NaN")
-        raise ValueError(f"images must lie in [0, 1], got values from {low:.6g} to {high:.6g}")
+        raise ValueError(
+            f"images must lie in [0, 1], got values from {low:.6g} to {high:.6g}; normalisation "
+            "belongs into the network, first in its forward"
+        )

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arat_fast.command_line import shown
 from arat_fast.compare.plan import Plan, PlannedMethod, other_folder, plan_from_record
 from arat_fast.config import Config, check_same_run, config_from_dict, config_to_dict
 from arat_fast.files import read_json
 from arat_fast.objectives import known_objective
+from arat_fast.settings import shown
 from arat_fast.statistics import paired_interval, unpack
 
 SUM = "sum"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,16 @@ from arat_fast.evaluation.evaluate import (
 from arat_fast.evaluation.pieces import Pieces, checksum
 from arat_fast.files import write_atomic
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d
+from arat_fast.settings import shown
 from arat_fast.statistics import wilson_interval
+
+LABELS = {
+    "clean_branch": "clean (clean branch)",
+    "autoattack": "AutoAttack",
+    "apgd-ce": "APGD-CE alone",
+    "square": "Square alone",
+}
+"""What results are called; PGD's say its steps."""
 
 NUM_EXAMPLES = 16
 NEARLY_ALL = 0.95
@@ -73,6 +82,9 @@ class SuiteResult:
         """Accuracies, counts and how they were measured, as JSON types."""
         return {name: result.record() for name, result in self.results.items()}
 
+    def __str__(self) -> str:
+        return "\n".join(accuracy_lines(self.record()))
+
     def remarks(self) -> dict[str, Any]:
         """What else a record says: "left_out", "collapsed", "randomised" and "per_class", where
         there is something to say."""
@@ -96,6 +108,25 @@ def attacks_left_out(attacks: Sequence[str], num_classes: int) -> dict[str, str]
         return {}
     reason = f"AutoAttack's targeted loss needs at least {MIN_CLASSES} classes, got {num_classes}"
     return {name: reason for name in attacks if name not in {"pgd", *FOR_ANY_CLASSES}}
+
+
+def accuracy_lines(accuracy: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Results as lines of text.
+
+    Args:
+        accuracy: as of :meth:`SuiteResult.record`.
+    """
+    lines = []
+    for name, record in accuracy.items():
+        label = LABELS.get(name, name.replace("pgd", "PGD-"))
+        counts = f"{record['correct']}/{record['num_samples']}"
+        low, high = (100 * end for end in record["interval"])
+        ball = f"  {record['norm']} {shown(record['eps'])}" if "norm" in record else ""
+        lines.append(
+            f"{label:22} {100 * record['value']:6.2f} %   {counts:12}  "
+            f"95 % interval {low:.2f} to {high:.2f} %{ball}"
+        )
+    return lines
 
 
 def evaluate_all(
@@ -237,7 +268,8 @@ def evaluate(
         display: where progress is shown; None: on standard error where that is a terminal.
 
     Returns:
-        results by name; ``record()`` gives accuracies, counts and intervals as JSON types.
+        results by name; printed, a line each; ``record()`` gives accuracies, counts and
+        intervals as JSON types.
 
     Raises:
         ValueError: an attack is unknown, a label is no class, an image is outside [0, 1], or the

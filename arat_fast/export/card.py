@@ -101,6 +101,10 @@ def paper_of(record: Mapping[str, Any]) -> Paper | None:
     return objective.paper if objective is not None else None
 
 
+STARTS = ("--init", "--objective.teacher")
+"""Options that name the weights a training starts from."""
+
+
 def model_card(
     record: Mapping[str, Any], found: Measured, name: str, licence: str, example: str
 ) -> str:
@@ -127,7 +131,7 @@ def model_card(
         sources=found.sources,
         summary=found.summary,
         command=public_command(command),
-        from_weights="--init" in re.split("[ =]", command),
+        started_from=next((word for word in re.split("[ =]", command) if word in STARTS), None),
     )
 
 

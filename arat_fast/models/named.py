@@ -113,7 +113,7 @@ def own_source(name: str) -> Source:
         inspect.signature(found).bind(num_classes=10)
     except TypeError as error:
         raise ValueError(
-            f"{name} is no callable that takes num_classes and needs nothing else: {error}"
+            f"{name} must be callable with num_classes alone, as def make(num_classes): {error}"
         ) from error
     return Source(lambda num_classes, in_channels, image_size: found(num_classes=num_classes))
 

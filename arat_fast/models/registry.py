@@ -20,7 +20,6 @@ from arat_fast.models.named import (
 )
 from arat_fast.models.resnet import BasicBlock, Bottleneck, ResNet
 from arat_fast.models.split_batch_norm import convert_split_batch_norm, copy_network
-from arat_fast.models.timm_network import TimmNetwork
 from arat_fast.models.wide_resnet import PreActResNet, WideResNet
 
 
@@ -32,17 +31,12 @@ class ModelSpec:
         build: constructor; takes num_classes, in_channels, norm, mean and std.
         regularized_layers: module paths, in the order of the forward pass.
         image_size: height and width that it is meant for, in pixels.
-        has_batch_norm: whether there is BatchNorm, which ARAT splits; without, it is the invariance
-            loss and its predictor only.
-        stem: module path of the first convolution, which the image enters.
         classifier: module path of the last layer, which gives the logits.
     """
 
     build: Callable[..., nn.Module]
     regularized_layers: tuple[str, ...]
     image_size: int
-    has_batch_norm: bool = True
-    stem: str = "conv1"
     classifier: str = "linear"
 
 
@@ -81,14 +75,6 @@ MODELS: dict[str, ModelSpec] = {
         partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), stem="imagenet"),
         tuple(f"layer4.{block}.bn{i}" for block in range(3) for i in (1, 2, 3)),
         224,
-    ),
-    "convnext-t": ModelSpec(
-        partial(TimmNetwork, "convnext_tiny"),
-        tuple(f"network.stages.3.blocks.{block}" for block in range(3)),
-        224,
-        has_batch_norm=False,
-        stem="network.stem.0",
-        classifier="network.head.fc",
     ),
 }
 
@@ -205,7 +191,7 @@ def create_model(
             not built in is split where it has BatchNorm.
         mean, std: per-channel normalisation inside the network; empty for none, in a network of
             timm or torchvision for its own.
-        activation: of the built-in networks with BatchNorm.
+        activation: of the built-in networks.
         image_size: height and width in pixels, for networks that are made for one size.
 
     Raises:
@@ -214,7 +200,7 @@ def create_model(
     """
     options: dict[str, Any] = {"norm": norm, "mean": mean, "std": std}
     if activation != "relu":
-        if name not in MODELS or not MODELS[name].has_batch_norm:
+        if name not in MODELS:
             raise ValueError(f"{name} has an activation of its own, got activation={activation}")
         options["activation"] = activation
     if name in MODELS:

@@ -252,6 +252,13 @@ class Evaluation(Hook):
         # Not before all are there: what is broken off is made again as a whole.
         for line in lines:
             run.log("eval", epoch, line)
+            name = "" if line["model"] == "last" else f", {line['model']}"
+            clean, pgd = f"{line['clean']:.1%}", f"{line['pgd']:.1%}"
+            attack = f"PGD-{line['num_steps']}"
+            run.display.say(
+                f"  epoch {epoch}  {line['num_samples']:,} {line['split']} images{name}: "
+                f"clean {clean}  {attack} {pgd}"
+            )
         self.evaluated_epoch = epoch
         accuracy = lines[-1]["pgd"]
         if train.keep_best and (self.best is None or accuracy > self.best):

@@ -102,7 +102,7 @@ def end_epoch(run: Run) -> None:
     rate = run.images_seen() / max(progress.seconds, 1e-9)
     # train.max_steps can end a run within an epoch.
     begun = math.ceil(progress.step / run.steps_per_epoch)
-    run.bar.end_epoch(begun, settings.epochs, status(means, rate))
+    run.bar.end_epoch(begun, settings.epochs, status(means, rate, radius(run)))
     if done % settings.checkpoint_every == 0 or progress.step == run.total_steps:
         run.save()
 
@@ -125,7 +125,8 @@ def log_training(run: Run, means: dict[str, float], images_per_second: float) ->
     line = {"lr": run.rate, **means, **own, "images_per_second": images_per_second}
     run.log("train", run.progress.step / run.steps_per_epoch, line)
     # An epoch's last line says the same.
-    run.bar.show(status(dict(means), images_per_second), silent=run.is_epoch_over)
+    text = status(dict(means), images_per_second, radius(run))
+    run.bar.show(text, silent=run.is_epoch_over)
 
 
 def roll_back(run: Run, error: NotFiniteError) -> None:
@@ -266,7 +267,8 @@ def _run(this: Run) -> dict[str, Any]:
     for hook in this.hooks:
         hook.begin(this)
     with stop_on_signals() as this.stop:
-        with this.display.training(this.total_steps, this.progress.step) as this.bar:
+        kind = this.config.objective.name
+        with this.display.training(this.total_steps, this.progress.step, kind) as this.bar:
             while True:
                 try:
                     train_epochs(this)
@@ -288,13 +290,19 @@ def _run(this: Run) -> dict[str, Any]:
             raise
 
 
-def status(values: dict[str, float | None], images_per_second: float) -> str:
+def radius(run: Run) -> str:
+    """The radius of the attack as long as it is not the run's: ``attack.eps_warmup``."""
+    eps = run.step.attack.eps
+    return "" if eps == run.config.attack.eps else f" at eps {eps:.2g}"
+
+
+def status(values: dict[str, float | None], images_per_second: float, radius: str = "") -> str:
     """Speed, loss and accuracies on the training images, for the bar."""
     parts = [f"{images_per_second:,.0f} images/s"]
     if values.get("loss") is not None:
         parts.append(f"loss {values['loss']:.3f}")
     of = "training images: "
-    for name, label in (("accuracy_clean", "clean"), ("accuracy_adv", "robust")):
+    for name, label in (("accuracy_clean", "clean"), ("accuracy_adv", f"robust{radius}")):
         value = values.get(name)
         if value is not None:
             parts.append(f"{of}{label} {100 * value:.1f} %")

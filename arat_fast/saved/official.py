@@ -67,7 +67,7 @@ def _branch_names(official: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def detect(state: Mapping[str, Tensor]) -> str:
-    """Name of the built-in network with BatchNorm that has exactly these tensors.
+    """Name of the built-in network that has exactly these tensors.
 
     Args:
         state: as in ``model.state_dict()``, split BatchNorm.
@@ -76,9 +76,7 @@ def detect(state: Mapping[str, Tensor]) -> str:
         ValueError: there is none; says what differs from the nearest.
     """
     problems, unlike = [], []
-    for name, spec in MODELS.items():
-        if not spec.has_batch_norm:
-            continue
+    for name in MODELS:
         try:
             size = network_size(state, name)
         except ValueError as error:

@@ -101,11 +101,11 @@ def network_size(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
         ValueError: unknown name; the first convolution or the classifier is not there.
     """
     spec = model_spec(name)
-    stem = tensors.get(f"{spec.stem}.weight")
+    stem = tensors.get("conv1.weight")
     classifier = tensors.get(f"{spec.classifier}.bias")
     if stem is None or stem.ndim != 4 or classifier is None or classifier.ndim != 1:
         raise ValueError(
-            f"{name} has {spec.stem}.weight and {spec.classifier}.bias, got "
+            f"{name} has conv1.weight and {spec.classifier}.bias, got "
             f"{', '.join(list(tensors)[:3])} … ({len(tensors)} tensors)"
         )
     return len(classifier), stem.shape[1]

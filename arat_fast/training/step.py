@@ -271,7 +271,8 @@ class TrainStep:
             place: of ``x`` in the batch of all ranks; None: every rank has as many samples.
 
         Returns:
-            0-d tensors on the device of ``x``, not synchronised: "loss", its terms by name, and
+            0-d tensors on the device of ``x``, not synchronised: "loss", its terms by name, each
+            already times its weight, so that they add up to it, and
             "accuracy_clean" and "accuracy_adv" (on this batch, in training mode) where the
             objective computes such logits, and further metrics of the objective.
 

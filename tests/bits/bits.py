@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,15 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-
-from arat_fast.cli import main
 
 TABLE = Path(__file__).with_name("bits.json")
 
@@ -70,12 +66,21 @@ SAME = {"resumed": "arat"}
 _NUMBERS = ("loss", "accuracy_clean", "accuracy_adv", "lr", "w_adv", "w_clean", "clean", "pgd")
 
 
+VARIABLES = {
+    **os.environ,
+    **{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    **{"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""The runs' environment: one thread, and the same instructions where a processor has more."""
+
+
 def environment() -> str:
     """What the bits depend on beside the code; the table has a part for each that was tried."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
     cpu = " ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model"))
-    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    return f"{cpu}, AVX2, torch {torch.__version__}"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,28 +129,30 @@ def digests(folder: Path) -> dict[str, str]:
 def run(case: str, folder: Path) -> dict[str, str]:
     """Train one case into ``folder`` and return its digests."""
     arguments = ["train", "digits", *_merged(CASES[case]), "--out", str(folder)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    program = ["-m", "arat_fast", *arguments]
     if case == "two-ranks":
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", "2", *program]
-        subprocess.run(launcher, env=variables, check=True, stdout=subprocess.DEVNULL)
+        _python(
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "arat_fast",
+            *arguments,
+        )
     elif case == "resumed":
-        _interrupt([sys.executable, *program], variables, folder / "metrics.jsonl")
-        _command([*arguments, "--resume"])
+        _interrupt(arguments, folder / "metrics.jsonl")
+        _python("arat_fast", *arguments, "--resume")
     else:
-        _command(arguments)
+        _python("arat_fast", *arguments)
     found = digests(folder)
     if case == "arat":
         found["evaluation"] = _evaluated(folder)
     return found
 
 
-def _command(arguments: list[str]) -> None:
-    """``arat-fast`` in this process, by one thread."""
-    torch.set_num_threads(1)
-    with redirect_stdout(io.StringIO()):
-        assert main(arguments) == 0
+def _python(module: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", module, *arguments]
+    subprocess.run(command, env=VARIABLES, check=True, stdout=subprocess.DEVNULL)
 
 
 def _merged(arguments: str) -> list[str]:
@@ -162,10 +169,11 @@ def _merged(arguments: str) -> list[str]:
     return [*kept, *words]
 
 
-def _interrupt(command: list[str], variables: dict[str, str], metrics: Path) -> None:
+def _interrupt(arguments: list[str], metrics: Path) -> None:
     """Send SIGTERM in the second epoch, or at its begin, and wait for the checkpoint."""
+    command = [sys.executable, "-m", "arat_fast", *arguments]
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, env=variables, stdout=quiet, stderr=quiet)
+    process = subprocess.Popen(command, env=VARIABLES, stdout=quiet, stderr=quiet)
     while not metrics.exists() or '"kind": "eval"' not in metrics.read_text():
         assert process.poll() is None, "the run ended before it was interrupted"
         time.sleep(0.02)
@@ -179,7 +187,7 @@ def _evaluated(folder: Path) -> str:
     options = (
         "--attacks pgd apgd-ce square --max-samples 24 --num-steps 4 --num-restarts 2 --seed 3"
     )
-    _command(["eval", str(folder), *options.split(), "--out", str(out)])
+    _python("arat_fast", "eval", str(folder), *options.split(), "--out", str(out))
     return digest(_numbers(out.with_suffix(".npz")))
 
 

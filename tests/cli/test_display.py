@@ -32,6 +32,7 @@ def test_accuracies_of_the_training_are_said_to_be_of_its_images() -> None:
     found = status({"loss": 0.5, "accuracy_clean": 0.999, "accuracy_adv": 0.987}, 600)
     assert found == "600 images/s  loss 0.500  training images: clean 99.9 %  robust 98.7 %"
     assert status({"loss": 0.5}, 600) == "600 images/s  loss 0.500"
+    assert status({"accuracy_adv": 0.5}, 600, " at eps 0.01").endswith("robust at eps 0.01 50.0 %")
 
 
 def test_what_stays_true_is_said_once() -> None:
@@ -61,7 +62,7 @@ def test_a_training_tells_its_pace_and_the_time_left(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "QUIET_SECONDS", 40.0)
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     written = io.StringIO()
-    with Display(Console(file=written)).training(2000, done=0) as bar:
+    with Display(Console(file=written)).training(2000, 0, "arat") as bar:
         bar.start_epoch(1, 10)
         for seconds in (90, 41, 41):
             now += seconds
@@ -74,9 +75,9 @@ def test_a_training_tells_its_pace_and_the_time_left(monkeypatch: pytest.MonkeyP
             bar.advance()
         bar.end_epoch(10, 10, "128 images/s")
     assert written.getvalue().splitlines() == [
-        "  epoch 1/10  step 2 of 2,000, 41 s each  23 h of training left",
-        "  epoch 1/10  step 3 of 2,000, 41 s each  23 h of training left",
-        "epoch 1/10  3 images/s  23 h of training left",
+        "  epoch 1/10  step 2 of 2,000, 41 s each  23 h of arat training left",
+        "  epoch 1/10  step 3 of 2,000, 41 s each  23 h of arat training left",
+        "epoch 1/10  3 images/s  23 h of arat training left",
         "  epoch 1/10  step 2,000 of 2,000, 0.5 s each",
         "epoch 10/10  128 images/s",
     ]

@@ -120,13 +120,16 @@ def test_hub_folder(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert main(["eval", str(out), "--eps", "0.1", "--attacks", "pgd", "--max-samples", "20"]) == 0
 
 
-@pytest.mark.parametrize("option", ["--init w.pt", "--init=w.pt", "--init-freeze-epochs 1"])
+@pytest.mark.parametrize(
+    "option", ["--init w.pt", "--init=w.pt", "--objective.teacher w.pt", "--init-freeze-epochs 1"]
+)
 def test_a_start_from_weights_is_on_the_card(ema_run: Path, tmp_path: Path, option: str) -> None:
     shutil.copytree(ema_run, tmp_path / "run")
     rewrite(tmp_path / "run" / "summary.json", "command", f"arat-fast train digits {option}")
     export_checkpoint(tmp_path / "run", "hub", tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert ("started from other weights (`--init`)" in card) == ("w.pt" in option)
+    start = re.split("[ =]", option)[0]
+    assert (f"started from other weights (`{start}`)" in card) == ("w.pt" in option)
     assert "w.pt" not in card
 
 
