@@ -51,7 +51,7 @@ def test_number_of_parameters(name: str, classes: int, expected: int) -> None:
 # The wide ones differ in numbers alone.
 @pytest.mark.parametrize(
     "name",
-    [n for n in MODELS if MODELS[n].has_batch_norm and n not in ("wrn28-10", "wrn70-16")],
+    [n for n in MODELS if n not in ("wrn28-10", "wrn70-16")],
 )
 def test_shapes_and_regularised_layers(name: str) -> None:
     size = min(model_spec(name).image_size, 64)
