@@ -38,6 +38,7 @@ from arat_kernels.checks import (
     added,
     added_affine,
     affine,
+    averaged,
     both,
     classes,
     crops,
@@ -138,8 +139,13 @@ def operations_of(
         if is_split:
             norm = Norm((batch, batch), *shape[1:], residual=residual, relu=rectified)
             found[f"split_batch_norm-{name}"] = norm.operation
-    for summed in sums if attack.bn == "batch" else ():
-        found[f"split_batch_norm-{_joined(batch, *summed)}-sum"] = added((0, batch), *summed)
+    for summed in sums:
+        found[f"split_batch_norm-{_joined(batch, *summed)}-sum"] = added((batch, batch), *summed)
+    # What the last block makes goes to the classifier.
+    for channels, height, width in list(sums)[-1:]:
+        found[f"split_batch_norm-{_joined(batch, channels, height, width)}-mean"] = averaged(
+            sizes=(batch, batch), channels=channels, height=height, width=width
+        )
     for channels, height, width in pairs:
         found[f"split_batch_norm-{_joined(batch, channels, height, width)}-both"] = both(
             sizes=(batch, batch), channels=channels, height=height, width=width

@@ -213,18 +213,17 @@ def test_the_command_measures_the_gpu_that_it_names(
     assert current == [torch.device("cuda:1")]
 
 
-def test_sums_are_checked_where_an_attack_on_batch_statistics_forms_them() -> None:
+def test_sums_of_blocks_are_checked_and_the_mean_of_the_last() -> None:
     model = WideResNet(10, 1, 4)
-    sums = {f"split_batch_norm-6x{c}x{s}x{s}-sum" for c, s in ((16, 8), (32, 4), (64, 2))}
-    for bn, expected in (("batch", sums), ("running", set())):
-        attack = PGD(bn=bn)  # type: ignore[arg-type]  # one of its values
-        operations = doctor.operations_of(model, (3, 8, 8), 4, 6, attack, torch.float32)
-        found = {n for n in operations if n.startswith("split_batch_norm") and n.endswith("-sum")}
-        assert found == expected
-        records = doctor.check(
-            {name: with_kernel(operations[name], 0.0) for name in found}, torch.float32, CPU
-        )
-        assert not doctor.wrong_functions(records)
+    expected = {f"split_batch_norm-6x{c}x{s}x{s}-sum" for c, s in ((16, 8), (32, 4), (64, 2))}
+    expected.add("split_batch_norm-6x64x2x2-mean")
+    operations = doctor.operations_of(model, (3, 8, 8), 4, 6, PGD(), torch.float32)
+    found = {n for n in operations if n.endswith(("-sum", "-mean")) and n.startswith("split")}
+    assert found == expected
+    records = doctor.check(
+        {name: with_kernel(operations[name], 0.0) for name in found}, torch.float32, CPU
+    )
+    assert not doctor.wrong_functions(records)
 
 
 def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

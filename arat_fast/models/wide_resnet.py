@@ -4,7 +4,6 @@ Komodakis, 2016) and of the usual width."""
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from arat_fast.models.layers import (
     make_norm,
 )
 from arat_kernels import forks
-from arat_kernels.split_batch_norm import add_for
+from arat_kernels.split_batch_norm import add_for, mean_of_relu, mean_over_positions
 
 
 class PreActBlock(nn.Module):
@@ -42,7 +41,8 @@ class PreActBlock(nn.Module):
             None if in_channels == width else nn.Conv2d(in_channels, width, 1, stride, bias=False)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, reader: nn.Module) -> Tensor:
+        """The output for ``reader``, the normalisation that comes next."""
         activated = self.act(self.bn1(x, relu=self.relu))
         out: Tensor = self.act(self.bn2(self.conv1(activated), relu=self.relu))
         out = self.conv2(out)
@@ -52,19 +52,45 @@ class PreActBlock(nn.Module):
             shortcut = forks.around(activated, x)
         else:
             shortcut = forks.read_by(self.convShortcut, activated)
-        return add_for(self.bn2, out, shortcut)
+        return add_for(reader, out, shortcut)
 
 
-def _stage(
-    num: int, in_channels: int, width: int, stride: int, norm: Norm, activation: Activation
-) -> nn.Sequential:
-    blocks = [PreActBlock(in_channels, width, stride, norm, activation)]
-    blocks += [PreActBlock(width, width, 1, norm, activation) for _ in range(num - 1)]
-    return nn.Sequential(*blocks)
+class _Stage(nn.ModuleList):
+    """Blocks of one width."""
+
+    def __init__(
+        self,
+        num: int,
+        in_channels: int,
+        width: int,
+        stride: int,
+        norm: Norm,
+        activation: Activation,
+    ) -> None:
+        super().__init__([PreActBlock(in_channels, width, stride, norm, activation)])
+        for _ in range(num - 1):
+            self.append(PreActBlock(width, width, 1, norm, activation))
+
+    def forward(self, x: Tensor, reader: nn.Module) -> Tensor:
+        """``reader`` as of :class:`PreActBlock`."""
+        readers = [*(block.bn1 for block in self), reader][1:]
+        for block, following in zip(self, readers, strict=True):
+            x = block(x, following)
+        return x
 
 
-def _named_stage(*args: Any) -> nn.Module:
-    return nn.Sequential(OrderedDict(layer=_stage(*args)))
+class _NamedStage(nn.Module):
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        self.layer = _Stage(*args)
+
+    def forward(self, x: Tensor, reader: nn.Module) -> Tensor:
+        out: Tensor = self.layer(x, reader)
+        return out
+
+
+def _pooled(norm: nn.Module, x: Tensor, relu: bool, act: nn.Module) -> Tensor:
+    return mean_of_relu(norm, x) if relu else mean_over_positions(act(norm(x)))
 
 
 def _initialize(model: nn.Module, classifier: nn.Linear) -> None:
@@ -112,9 +138,9 @@ class WideResNet(nn.Module):
         self.relu, self.act = activation == "relu", beside_relu(activation)
         self.normalize = Normalize(mean, std) if mean else nn.Identity()
         self.conv1 = StemConv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.block1 = _named_stage(blocks, 16, width, 1, norm, activation)
-        self.block2 = _named_stage(blocks, width, 2 * width, 2, norm, activation)
-        self.block3 = _named_stage(blocks, 2 * width, 4 * width, 2, norm, activation)
+        self.block1 = _NamedStage(blocks, 16, width, 1, norm, activation)
+        self.block2 = _NamedStage(blocks, width, 2 * width, 2, norm, activation)
+        self.block3 = _NamedStage(blocks, 2 * width, 4 * width, 2, norm, activation)
         self.bn1 = make_norm(norm, 4 * width)
         self.avgpool = nn.Identity()  # the name of the mean over positions
         self.fc = nn.Linear(4 * width, num_classes)
@@ -122,11 +148,10 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(self.normalize(x))
-        x = self.block3(self.block2(self.block1(x)))
-        x = self.act(self.bn1(x, relu=self.relu))
-        # So its gradient is written once, in channels_last, which a 2-d pooling layer's is not.
-        pooled = x.movedim(1, -1).mean((1, 2))
-        logits: Tensor = self.fc(self.avgpool(pooled))
+        x = self.block1(x, self.block2.layer[0].bn1)
+        x = self.block2(x, self.block3.layer[0].bn1)
+        x = self.block3(x, self.bn1)
+        logits: Tensor = self.fc(self.avgpool(_pooled(self.bn1, x, self.relu, self.act)))
         return logits
 
 
@@ -150,10 +175,10 @@ class PreActResNet(nn.Module):
         self.relu, self.act = activation == "relu", beside_relu(activation)
         self.normalize = Normalize(mean, std) if mean else nn.Identity()
         self.conv1 = StemConv2d(in_channels, 64, 3, 1, 1, bias=False)
-        self.layer1 = _stage(2, 64, 64, 1, norm, activation)
-        self.layer2 = _stage(2, 64, 128, 2, norm, activation)
-        self.layer3 = _stage(2, 128, 256, 2, norm, activation)
-        self.layer4 = _stage(2, 256, 512, 2, norm, activation)
+        self.layer1 = _Stage(2, 64, 64, 1, norm, activation)
+        self.layer2 = _Stage(2, 64, 128, 2, norm, activation)
+        self.layer3 = _Stage(2, 128, 256, 2, norm, activation)
+        self.layer4 = _Stage(2, 256, 512, 2, norm, activation)
         self.bn = make_norm(norm, 512)
         self.avgpool = nn.Identity()  # the name of the mean over positions
         self.linear = nn.Linear(512, num_classes)
@@ -161,8 +186,9 @@ class PreActResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(self.normalize(x))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = self.act(self.bn(x, relu=self.relu))
-        pooled = x.movedim(1, -1).mean((1, 2))
-        logits: Tensor = self.linear(self.avgpool(pooled))
+        x = self.layer1(x, self.layer2[0].bn1)
+        x = self.layer2(x, self.layer3[0].bn1)
+        x = self.layer3(x, self.layer4[0].bn1)
+        x = self.layer4(x, self.bn)
+        logits: Tensor = self.linear(self.avgpool(_pooled(self.bn, x, self.relu, self.act)))
         return logits

@@ -21,18 +21,22 @@ _PRODUCTS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 @contextmanager
-def rounded_weights(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+def rounded_weights(
+    modules: Iterable[nn.Module], dtype: torch.dtype, *, by_bucket: bool = False
+) -> Iterator[None]:
     """Let convolutions and linear layers inside the context read weights rounded to ``dtype``.
 
-    Autocast rounds each by a launch of its own, and each gradient by another; here those that
-    travel together between processes (:data:`arat_fast.distributed.gradients.BUCKET_BYTES`) are
-    rounded together, to the same bits, and so are their gradients. The parameters stay as they are,
-    and get the gradients: only the attribute ``weight`` is another tensor.
+    Autocast rounds each by a launch of its own, and each gradient by another; here all are rounded
+    together, to the same bits, and so are their gradients. The parameters stay as they are, and get
+    the gradients: only the attribute ``weight`` is another tensor.
 
     Args:
         modules: networks and what else holds such layers; their parameters must not change
             meanwhile.
         dtype: of the matrix products, torch.bfloat16.
+        by_bucket: together are those that travel together between processes
+            (:data:`arat_fast.distributed.gradients.BUCKET_BYTES`), so that the first gradients can
+            leave while the backward pass still runs.
     """
     places: dict[nn.Parameter, list[tuple[dict[str, Any], str]]] = {}
     for module in {part: None for whole in modules for part in whole.modules()}:
@@ -41,7 +45,8 @@ def rounded_weights(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
             if parameter is not None and parameter.dtype == torch.float32:
                 places.setdefault(parameter, []).append((vars(module), name))
     for trained in (True, False):
-        for bucket in in_buckets([p for p in places if p.requires_grad is trained]):
+        found = [p for p in places if p.requires_grad is trained]
+        for bucket in in_buckets(found) if by_bucket else [found]:
             copies: tuple[Tensor, ...] = _Rounded.apply(dtype, *bucket)  # type: ignore[no-untyped-call]
             for parameter, copy in zip(bucket, copies, strict=True):
                 for attributes, name in places[parameter]:
@@ -49,7 +54,7 @@ def rounded_weights(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
     try:
         yield
     finally:
-        for attributes, name in (place for found in places.values() for place in found):
+        for attributes, name in (place for each in places.values() for place in each):
             del attributes[name]
 
 

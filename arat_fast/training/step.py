@@ -451,7 +451,9 @@ class TrainStep:
             torch.autocast(device_type, dtype=self.dtype),
             split_stems(modules, self.impl),
             # Compiled passes see to their casts themselves.
-            rounded_weights([] if self.compile else modules, self.dtype),
+            rounded_weights(
+                [] if self.compile else modules, self.dtype, by_bucket=not self.ranks.alone
+            ),
         ):
             yield
 

@@ -22,6 +22,7 @@ from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
     add_for,
+    mean_of_relu,
     normalize_sum,
     split_batch_norm,
 )
@@ -310,6 +311,25 @@ class Norm:
         return replace(self, **options)
 
 
+_ROWS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _layer(norm: Norm) -> SplitBatchNorm2d:
+    """A layer that normalises as ``norm`` does."""
+    layer = SplitBatchNorm2d(norm.channels, norm.eps, norm.momentum)
+    layer.branch, layer.num_clean = "both", norm.sizes[0]
+    layer.statistics = "batch_update" if norm.training else "running"
+    return layer
+
+
+def _given(layer: SplitBatchNorm2d, t: Tensors, impl: Impl | None, prefix: str = "") -> None:
+    """Put tensors of :data:`_ROWS` and an implementation into a layer."""
+    layer.impl = impl
+    for name in _ROWS:
+        kept = layer._parameters if name in _ROWS[:2] else layer._buffers
+        kept[name] = t[prefix + name]  # type: ignore[assignment]  # a leaf in its place
+
+
 def added(
     sizes: tuple[int, int] = (3, 2), channels: int = 5, height: int = 4, width: int = 3
 ) -> Operation:
@@ -318,10 +338,8 @@ def added(
     The summands have so few binary digits that every dtype holds the sum, which Triton's
     interpreter would truncate and PyTorch round.
     """
-    options = {"update": False, "residual": False, "relu": False, "pooled": False}
-    norm = Norm(sizes, channels, height, width).changed(**options)
-    layer = SplitBatchNorm2d(channels)
-    layer.statistics, layer.branch, layer.num_clean = "batch", "both", sizes[0]
+    norm = Norm(sizes, channels, height, width, residual=False, relu=False, pooled=False)
+    layer = _layer(norm)
 
     def make(seed: int, dtype: torch.dtype) -> Tensors:
         made = norm.make(seed, dtype)
@@ -330,40 +348,46 @@ def added(
         return made | {"x": (16 * x).round() / 16, "addend": (16 * addend).round() / 16}
 
     def call(t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
-        layer.impl = impl
+        _given(layer, t, impl)
         x = add_for(layer, t["x"], t["addend"])
-        return (*norm.call({**t, "x": x}, impl), x)
+        return layer(x), x
 
     own = norm.operation
     return replace(own, call=call, make=make, leaves=(*own.leaves, "addend"))
 
 
+def averaged(**options: Any) -> Operation:
+    """Split BatchNorm with ReLU whose mean over positions is all that is wanted."""
+    norm = Norm(**options).changed(residual=False, relu=True, pooled=False)
+    layer = _layer(norm)
+
+    def call(t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
+        _given(layer, t, impl)
+        return (mean_of_relu(layer, t["x"]),)
+
+    return replace(norm.operation, call=call)
+
+
 def both(**options: Any) -> Operation:
     """Split BatchNorm of a block's own path and of its shortcut, which are added."""
     norm = Norm(**options).changed(pooled=False, residual=True)
-    layers = [SplitBatchNorm2d(norm.channels, norm.eps, norm.momentum) for _ in range(2)]
-    for layer in layers:
-        layer.branch, layer.num_clean = "both", norm.sizes[0]
-        layer.statistics = "batch_update" if norm.training else "running"
-    rows = ("weight", "bias", "running_mean", "running_var")
+    layers = {"": _layer(norm), "residual_": _layer(norm)}
 
     def make(seed: int, dtype: torch.dtype) -> Tensors:
         second = norm.make(seed + 20, dtype)
-        return norm.make(seed, dtype) | {f"residual_{name}": second[name] for name in rows}
+        return norm.make(seed, dtype) | {f"residual_{name}": second[name] for name in _ROWS}
 
     def call(t: Tensors, impl: Impl | None) -> Sequence[Tensor]:
-        for layer, prefix in zip(layers, ("", "residual_"), strict=True):
-            layer.impl = impl
-            for name in rows:
-                kept = layer._parameters if name in rows[:2] else layer._buffers
-                kept[name] = t[prefix + name]  # type: ignore[assignment]  # a leaf in its place
-        return (normalize_sum(layers[0], t["x"], layers[1], t["residual"], norm.relu),)
+        for prefix, layer in layers.items():
+            _given(layer, t, impl, prefix)
+        one, other = layers.values()
+        return (normalize_sum(one, t["x"], other, t["residual"], norm.relu),)
 
     def before(t: Tensors) -> Tensor:
         return both(**{**options, "relu": False}).call(t, "reference")[0]
 
-    affine = tuple(prefix + name for prefix in ("", "residual_") for name in rows[:2])
-    moved = tuple(prefix + name for prefix in ("", "residual_") for name in rows[2:])
+    affine = tuple(prefix + name for prefix in layers for name in _ROWS[:2])
+    moved = tuple(prefix + name for prefix in layers for name in _ROWS[2:])
     return Operation(
         call,
         make,
@@ -575,6 +599,7 @@ OPERATIONS: dict[str, Operation] = {
     "split_batch_norm-plain": Norm(residual=False, pooled=False).operation,
     "split_batch_norm-running": Norm(training=False).operation,
     "split_batch_norm-sum": added(),
+    "split_batch_norm-mean": averaged(),
     "split_batch_norm-both": both(),
     "frozen_affine": affine(),
     "add_frozen_affine": added_affine(),

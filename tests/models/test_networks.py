@@ -13,10 +13,12 @@ from arat_fast.models import (
     collect_features,
     create_model,
     model_spec,
+    wide_resnet,
 )
 from arat_fast.models.layers import Normalize
-from arat_fast.models.wide_resnet import WideResNet
+from arat_fast.models.wide_resnet import PreActResNet, WideResNet
 from arat_fast.objectives.arat import feature_widths
+from arat_kernels import forks
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -168,3 +170,27 @@ def test_the_stem_sees_the_image(stem: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         assert (x.to(dtype).double() - x.double()).abs().max() > 2**-10
     assert logits.dtype == dtype
+
+
+@pytest.mark.parametrize("model", [WideResNet(16, 1, 4), PreActResNet(4)], ids=["wide", "usual"])
+def test_the_normalisation_that_reads_a_sum_has_its_statistics(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every block, and reads what the block gave."""
+    sums: dict[nn.Module, Tensor] = {}
+
+    def add_for(norm: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
+        sums[norm] = x + addend
+        return sums[norm]
+
+    def note(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read.append(sums.get(norm) is args[0])
+
+    read: list[bool] = []
+    monkeypatch.setattr(wide_resnet, "add_for", add_for)
+    monkeypatch.setattr(forks, "made", True)
+    blocks = [m for m in model.modules() if isinstance(m, wide_resnet.PreActBlock)]
+    for norm in [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]:
+        norm.register_forward_pre_hook(note)
+    model(torch.rand(2, 3, 8, 8))
+    assert len(sums) == len(blocks) and read == [False, *[False, True] * len(blocks)]

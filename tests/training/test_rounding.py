@@ -42,15 +42,16 @@ def test_the_bits_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 3, 6, 6).requires_grad_()
     parameters = dict(net.named_parameters())
     found = []
-    for bytes_together in (None, 2**20, 1):
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)
+    for by_bucket in (None, False, True):
         net.zero_grad()
-        if bytes_together is not None:
-            monkeypatch.setattr(gradients, "BUCKET_BYTES", bytes_together)
         rounded = (
-            nullcontext() if bytes_together is None else rounded_weights([net], torch.bfloat16)
+            nullcontext()
+            if by_bucket is None
+            else rounded_weights([net], torch.bfloat16, by_bucket=by_bucket)
         )
         with torch.autocast("cpu", torch.bfloat16), rounded:
-            assert (net.one.weight.dtype == torch.bfloat16) is (bytes_together is not None)
+            assert (net.one.weight.dtype == torch.bfloat16) is (by_bucket is not None)
             assert dict(net.named_parameters()) == parameters
             out = net(x)
         assert net.one.weight is parameters["one.weight"]

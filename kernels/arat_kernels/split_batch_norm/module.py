@@ -104,6 +104,16 @@ class SplitBatchNorm2d(nn.Module):
                 per channel, or ``branch`` is "both" and the batch is odd while no number of clean
                 samples is given; no buffer has changed then.
         """
+        return self._run(x, residual, relu, of_residual)
+
+    def _run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        of_residual: SplitBatchNorm2d | None = None,
+        only_mean: bool = False,
+    ) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.num_features or x.numel() == 0:
             raise ValueError(
                 f"x must be (N, C = {self.num_features}, H, W) and not empty, "
@@ -117,8 +127,7 @@ class SplitBatchNorm2d(nn.Module):
         batch = x.shape[0]
         clean = self._half(batch) if self.branch == "both" else batch * (self.branch == "clean")
         sizes = clean, batch - clean
-        training = self.training if self.statistics is None else self.statistics != "running"
-        update = training and self.statistics != "batch"
+        training, update = self._of_batch
         if training and self.group is None and 1 in sizes:
             check_counts(x, sizes)
         run = split_batch_norm_reference
@@ -146,6 +155,7 @@ class SplitBatchNorm2d(nn.Module):
             None if self.group is None else self.group.group_name,
             self.num_batches_tracked,
             *(() if of_residual is None else (of_residual._rows,)),
+            **({"only_mean": True} if only_mean else {}),
         )
         if self.pooled_sink is not None:
             assert pooled is not None
@@ -160,6 +170,12 @@ class SplitBatchNorm2d(nn.Module):
     def _rows(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
         statistics = self.running_mean, self.running_var, self.num_batches_tracked
         return self.weight, self.bias, *statistics
+
+    @property
+    def _of_batch(self) -> tuple[bool, bool]:
+        """Whether the statistics are those of the batch, and whether the running ones move."""
+        training = self.training if self.statistics is None else self.statistics != "running"
+        return training, training and self.statistics != "batch"
 
     @property
     def _mode(self) -> tuple[object, ...]:
@@ -182,24 +198,24 @@ class SplitBatchNorm2d(nn.Module):
 
 
 def add_for(norm: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
-    """``x + addend``, which a layer in the mode of ``norm`` normalises next.
+    """``x + addend``, which ``norm`` normalises next.
 
-    With Triton the pass that adds also takes the statistics, where nothing but the output depends
-    on them: in an attack on those of the batch.
+    With Triton the pass that adds also takes the statistics, where they are those of the batch, and
+    moves the running ones, where they move: no hook may put another tensor in the place of the sum.
 
     Args:
-        norm: a layer of the same network; of another kind than :class:`SplitBatchNorm2d`, the sum
-            is all.
+        norm: of another kind than :class:`SplitBatchNorm2d`, the sum is all.
         x, addend: (N, C, H, W).
     """
     # Dynamo cannot give a tensor an attribute.
     compiling = torch.compiler.is_compiling()
-    if _in_one_pass(norm, x, addend) and norm.statistics == "batch" and not compiling:
+    if _in_one_pass(norm, x, addend) and norm._of_batch[0] and not compiling:
         from arat_kernels.split_batch_norm.triton import add_with_statistics
 
         batch = x.shape[0]
         clean = norm._half(batch) if norm.branch == "both" else batch * (norm.branch == "clean")
-        return add_with_statistics(x, addend, clean)
+        moved = norm._rows[2:] if norm._of_batch[1] else (None, None, None)
+        return add_with_statistics(x, addend, moved, clean, norm.momentum)
     return x + addend
 
 
@@ -230,6 +246,27 @@ def normalize_sum(
     else:
         y = norm(x, other(residual), relu=relu)
     return y
+
+
+def mean_of_relu(norm: nn.Module, x: Tensor) -> Tensor:
+    """The mean over H and W of ``norm(x, relu=True)``, (N, C), for the classifier.
+
+    With Triton neither what is averaged nor its gradient is written, if no hook sees the layer and
+    no feature is pooled.
+
+    Args:
+        norm: a layer that takes ``relu``.
+        x: (N, C, H, W).
+    """
+    if _in_one_pass(norm, x, x) and norm.pooled_sink is None and is_bare(norm, SplitBatchNorm2d):
+        return norm._run(x, None, True, only_mean=True)
+    return mean_over_positions(norm(x, relu=True))
+
+
+def mean_over_positions(y: Tensor) -> Tensor:
+    """The mean over H and W of ``y`` (N, C, H, W), (N, C). Its gradient is written once, in
+    channels_last, which a 2-d pooling layer's is not."""
+    return y.movedim(1, -1).mean((1, 2))
 
 
 def _in_one_pass(norm: object, x: Tensor, beside: Tensor) -> TypeGuard[SplitBatchNorm2d]:

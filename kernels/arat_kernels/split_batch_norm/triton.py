@@ -268,8 +268,8 @@ def split_batch_norm_fwd_kernel(
     residual_var_ptr,  # (2, C) as mean
     residual_weight_ptr,  # (2, C) any float, or None
     residual_bias_ptr,  # (2, C) any float, or None
-    y_ptr,  # (rows, C) as x
-    pooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
+    y_ptr,  # (rows, C) as x, or None
+    pooled_ptr,  # (N, C) any float, or None; a segment is then one sample
     mask_ptr,  # (rows, ceil(C / 8)) uint8, or None: bit is set where ReLU lets the gradient through
     channels: tl.int32,
     clean_rows: tl.int64,
@@ -325,17 +325,19 @@ def split_batch_norm_fwd_kernel(
                     packed.to(tl.uint8),
                     mask=inside[:, None] & (byte < width)[None, :],
                 )
-        tl.store(y_ptr + at + local, z.to(y_ptr.dtype.element_ty), mask=ok)
+        if y_ptr is not None:
+            tl.store(y_ptr + at + local, z.to(y_ptr.dtype.element_ty), mask=ok)
     if pooled_ptr is not None:
         value = tl.sum(pooled, axis=0) / count.to(scale.dtype)
+        value = value.to(pooled_ptr.dtype.element_ty)
         tl.store(pooled_ptr + start_of(segment, channels) + c, value, mask=c_ok)
 
 
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
 def split_batch_norm_bwd_sums_kernel(
-    dy_ptr,  # (rows, C) as x
+    dy_ptr,  # (rows, C) as x, or None beside dpooled: y has no reader
     dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None; or one of every second pixel
-    dpooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
+    dpooled_ptr,  # (N, C) any float, or None; a segment is then one sample
     x_ptr,  # (rows, C) any float
     mean_ptr,  # (2, C) float32, or float64 for a float64 x
     var_ptr,  # (2, C) as mean
@@ -382,7 +384,10 @@ def split_batch_norm_bwd_sums_kernel(
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
         at = start_of(first + i, channels)
-        g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+        if dy_ptr is not None:
+            g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+        else:
+            g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
         if dy_skip_ptr is not None:
             second = load_second_gradient(
                 dy_skip_ptr, at + local, ok, first + i, r, c, channels, height, width
@@ -440,10 +445,10 @@ def split_batch_norm_bwd_sums_kernel(
 
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
 def split_batch_norm_bwd_input_kernel(
-    dy_ptr,  # (rows, C) as x; already stopped by ReLU if neither RELU nor mask_ptr is given
+    dy_ptr,  # as above; already stopped by ReLU if neither RELU nor mask_ptr is given
     dy_skip_ptr,  # (rows, C) as x, a second gradient of y, or None; or one of every second pixel
     dx_around_ptr,  # (rows, C) as x, a second gradient of x, or None
-    dpooled_ptr,  # (N, C) as mean, or None; a segment is then one sample
+    dpooled_ptr,  # (N, C) any float, or None; a segment is then one sample
     x_ptr,  # (rows, C) any float
     mean_ptr,  # (2, C) float32, or float64 for a float64 x
     var_ptr,  # (2, C) as mean
@@ -496,7 +501,10 @@ def split_batch_norm_bwd_input_kernel(
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
         at = start_of(first + i, channels)
-        g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+        if dy_ptr is not None:
+            g = tl.load(dy_ptr + at + local, mask=ok, other=0.0).to(scale.dtype)
+        else:
+            g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
         if dy_skip_ptr is not None:
             second = load_second_gradient(
                 dy_skip_ptr, at + local, ok, first + i, r, c, channels, height, width
@@ -680,11 +688,23 @@ def _statistics_results(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 statistics.register_fake(_statistics_results)
 
 
-@torch.library.custom_op("arat_kernels::split_batch_norm_sum_statistics", mutates_args=())
-def sum_statistics(x: Tensor, addend: Tensor, clean: int) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "arat_kernels::split_batch_norm_sum_statistics",
+    mutates_args=("running_mean", "running_var", "tracked"),
+)
+def sum_statistics(
+    x: Tensor,
+    addend: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    clean: int,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """``x + addend``, rounded to their dtype, and its :func:`statistics`."""
     summed, mean, var = _sum_results(x)
-    _launch_statistics(x, addend, summed, mean, var, (None, None, None), clean, 0.0)
+    moved = running_mean, running_var, tracked
+    _launch_statistics(x, addend, summed, mean, var, moved, clean, momentum)
     return summed, mean, var
 
 
@@ -695,12 +715,19 @@ def _sum_results(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 sum_statistics.register_fake(_sum_results)
 
 
-def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+class _Sum(torch.autograd.Function):
+    """:func:`sum_statistics`; PyTorch lets no operator have a gradient that changes an input."""
 
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = sum_statistics(*given)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
 
-sum_statistics.register_autograd(lambda ctx, dsum, *_: (dsum, dsum, None), setup_context=_setup_sum)
+    @staticmethod
+    def backward(ctx: Any, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return dsum, dsum, *[None] * 5
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_normalize", mutates_args=())
@@ -723,8 +750,10 @@ def normalize(
     residual_var: Tensor | None,
     residual_weight: Tensor | None,
     residual_bias: Tensor | None,
+    only_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the pooled feature and ReLU's bits; the last two are empty where they are not wanted.
+    """y, the pooled feature and ReLU's bits; the last two are empty where they are not wanted. With
+    ``only_mean`` y is empty, and the pooled feature, its mean, has the dtype of ``x``.
 
     ``counts``, ``batch_statistics`` and ``group_name`` say how ``mean`` and ``var`` depend on
     ``x``, which the backward needs. With a ``residual_mean`` the residual is normalised too.
@@ -732,11 +761,11 @@ def normalize(
     second = residual_mean, residual_var, residual_weight, residual_bias
     tile = _POOLED_TILE if pooled else _FORWARD_TILE
     plan = _plan(x, clean, tile, per_sample=pooled, most_tiles=_STREAMING_TILES)
-    y, features, mask = _normalize_results(x, pooled, save_mask)
+    y, features, mask = _normalize_results(x, pooled, save_mask, only_mean)
     with torch.cuda.device_of(x):
         split_batch_norm_fwd_kernel[plan.grid](
             *all_aligned(x, residual, mean, var, weight, bias, *second),
-            y,
+            None if only_mean else y,
             features if pooled else None,
             mask if save_mask else None,
             *plan.integers,
@@ -747,19 +776,24 @@ def normalize(
     return y, features, mask
 
 
-def _normalize_results(x: Tensor, pooled: bool, save_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _normalize_results(
+    x: Tensor, pooled: bool, save_mask: bool, only_mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     n, channels, height, width = x.shape
-    features = x.new_empty((n, channels) if pooled else (0, 0), dtype=wide_dtype(x))
+    dtype = x.dtype if only_mean else wide_dtype(x)
+    features = x.new_empty((n, channels) if pooled else (0, 0), dtype=dtype)
     mask_shape = (n * height * width, (channels + 7) // 8) if save_mask else (0, 0)
-    return _like(x), features, x.new_empty(mask_shape, dtype=torch.uint8)
+    return _like(x, not only_mean), features, x.new_empty(mask_shape, dtype=torch.uint8)
 
 
-normalize.register_fake(lambda *given: _normalize_results(given[0], given[10], given[11]))
+normalize.register_fake(
+    lambda *given: _normalize_results(given[0], given[10], given[11], given[18])
+)
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_backward_sums", mutates_args=())
 def backward_sums(
-    dy: Tensor,
+    dy: Tensor | None,
     dy_skip: Tensor | None,
     dpooled: Tensor | None,
     x: Tensor,
@@ -782,7 +816,7 @@ def backward_sums(
     more = dpooled is not None or dy_skip is not None or residual is not None
     resident = RESIDENT_WITH_MORE_TENSORS if more else RESIDENT
     plan = _plan(x, clean, _BACKWARD_TILE, dpooled is not None, None, resident)
-    sums, dresidual = _sums_results(dy, mean, residual, want_dresidual)
+    sums, dresidual = _sums_results(x, mean, residual, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_sums_kernel[plan.grid](
             *all_aligned(dy, dy_skip, dpooled, x, mean, var, weight, bias),
@@ -792,7 +826,7 @@ def backward_sums(
             sums,
             dresidual if want_dresidual else None,
             *plan.integers,
-            *size_of_few(dy, dy_skip),
+            *size_of_few(x, dy_skip),
             eps,
             RELU=relu,
             BLOCK_S=_COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
@@ -803,18 +837,18 @@ def backward_sums(
 
 
 def _sums_results(
-    dy: Tensor, mean: Tensor, residual: Tensor | None, want_dresidual: bool
+    x: Tensor, mean: Tensor, residual: Tensor | None, want_dresidual: bool
 ) -> tuple[Tensor, Tensor]:
     number = 2 if residual is None else 4
-    return mean.new_empty((number, *mean.shape)), _like(dy, want_dresidual)
+    return mean.new_empty((number, *mean.shape)), _like(x, want_dresidual)
 
 
-backward_sums.register_fake(lambda *given: _sums_results(given[0], given[4], given[9], given[15]))
+backward_sums.register_fake(lambda *given: _sums_results(given[3], given[4], given[9], given[15]))
 
 
 @torch.library.custom_op("arat_kernels::split_batch_norm_backward_input", mutates_args=())
 def backward_input(
-    dy: Tensor,
+    dy: Tensor | None,
     dy_skip: Tensor | None,
     dx_around: Tensor | None,
     dpooled: Tensor | None,
@@ -840,7 +874,7 @@ def backward_input(
     normalised too."""
     per_sample = dpooled is not None
     plan = _plan(x, clean, _BACKWARD_TILE, per_sample, most_tiles=_STREAMING_TILES)
-    dx, dresidual = _like(x), _like(dy, want_dresidual)
+    dx, dresidual = _like(x), _like(x, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_input_kernel[plan.grid](
             *all_aligned(dy, dy_skip, dx_around, dpooled, x, mean, var, weight, bias),
@@ -849,7 +883,7 @@ def backward_input(
             dx,
             dresidual if want_dresidual else None,
             *plan.integers,
-            *size_of_few(dy, dy_skip),
+            *size_of_few(x, dy_skip),
             eps,
             RELU=relu,
             **plan.constants,
@@ -857,7 +891,7 @@ def backward_input(
     return dx, dresidual
 
 
-backward_input.register_fake(lambda *given: (_like(given[4]), _like(given[0], given[19])))
+backward_input.register_fake(lambda *given: (_like(given[4]), _like(given[4], given[19])))
 
 
 # x, the residual, and weight and bias of both.
@@ -867,7 +901,7 @@ _DIFFERENTIABLE = (0, 1, 4, 5, 16, 17)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, mean, var, weight, bias, counts = inputs[:7]
     ctx.clean, ctx.eps, ctx.relu, ctx.pooled, save_mask = inputs[7:12]
-    ctx.batch_statistics, ctx.group_name, *second = inputs[12:]
+    ctx.batch_statistics, ctx.group_name, *second, ctx.only_mean = inputs[12:]
     ctx.has_residual = residual is not None
     ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
     mask = output[2] if save_mask else None
@@ -897,17 +931,18 @@ def _backward(
     ctx: Any, dy: Tensor | None, dpooled: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     x, mean, var, weight, bias, counts, mask, *second = ctx.saved_tensors
-    dy_skip, dx_around = (
+    features = dpooled.contiguous() if ctx.pooled and dpooled is not None else None
+    if ctx.only_mean:
+        dy = None
+    if dy is None and (features is None or ctx.has_residual):
+        dy = torch.zeros_like(x)
+    dy, dy_skip, dx_around = (
         None if t is None else t.contiguous(memory_format=torch.channels_last)
-        for t in (ctx.dy_skip, ctx.dx_around)
+        for t in (dy, ctx.dy_skip, ctx.dx_around)
     )
     ctx.dy_skip = ctx.dx_around = None
-    if dy is None:
-        dy = torch.zeros_like(x)
     want_x, want_residual, *want_rows = (_asked(ctx, index) for index in _DIFFERENTIABLE)
     normalized_too = second[0] is not None
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    features = dpooled.contiguous() if ctx.pooled and dpooled is not None else None
     affine = (x, mean, var, weight, bias)
     # Without ReLU the gradient of a residual is dy itself, and nothing has to be written.
     write_residual = want_residual and (ctx.relu or normalized_too)
@@ -947,7 +982,8 @@ def _backward(
         )
         if write_residual:
             dresidual = written
-    return (dx if want_x else None, dresidual, None, None, *rows[:2], *[None] * 10, *rows[2:])
+    given = (dx if want_x else None, dresidual, None, None, *rows[:2], *[None] * 10, *rows[2:])
+    return *given, None
 
 
 normalize.register_autograd(_backward, setup_context=_setup_context)
@@ -956,27 +992,40 @@ for operator in (backward_sums, backward_input):
     refuse_second_derivative(operator)
 
 
-def add_with_statistics(x: Tensor, addend: Tensor, clean: int) -> Tensor:
+def add_with_statistics(
+    x: Tensor,
+    addend: Tensor,
+    moved: tuple[Tensor | None, Tensor | None, Tensor | None],
+    clean: int,
+    momentum: float,
+) -> Tensor:
     """``x + addend`` of one shape, dtype and layout, channels_last, with its statistics for the
     layer that reads it next, in the same pass.
 
     Args:
         x, addend: (N, C, H, W).
+        moved: that layer's running mean and variance and its count of batches, which move now; or
+            three times None.
         clean: samples of the clean branch, at the front.
+        momentum: of that layer.
     """
-    summed, mean, var = sum_statistics(x, addend, clean)
-    summed._statistics = clean, mean, var, summed._version
+    summed, mean, var = _Sum.apply(x, addend, *moved, clean, momentum)
+    summed._statistics = clean, summed._version, moved[0], mean, var
     found: Tensor = summed
     return found
 
 
-def _known_statistics(x: Tensor, clean: int) -> tuple[Tensor, Tensor] | None:
+def _known_statistics(
+    x: Tensor, clean: int, running_mean: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Those that came with ``x``, if ``running_mean`` is what moved with them."""
     if torch.compiler.is_compiling():
         return None
     found = vars(x).get("_statistics")
-    if found is None or (found[0], found[3]) != (clean, x._version):
+    if found is None or found[:2] != (clean, x._version) or found[2] is not running_mean:
         return None
-    return found[1], found[2]
+    mean, var = found[3:]
+    return mean, var
 
 
 def split_batch_norm_triton(
@@ -996,10 +1045,12 @@ def split_batch_norm_triton(
     group_name: str | None,
     tracked: Tensor | None = None,
     second: tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor] | None = None,
+    only_mean: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`arat_kernels.split_batch_norm.reference.split_batch_norm_reference`; ``second``
     normalises the residual in the same way: weight, bias, running mean and variance, and the count
-    of batches. It goes neither with ``return_pooled`` nor with ``group_name``."""
+    of batches. It goes neither with ``return_pooled`` nor with ``group_name``. With ``only_mean``,
+    ``relu`` and no residual the result is the mean of y over H and W, (N, C), alone."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -1015,7 +1066,7 @@ def split_batch_norm_triton(
         moved = (running_mean, running_var)
         alone = update_running_stats and group_name is None
         here = (*moved, tracked) if alone else (None, None, None)
-        known = None if alone else _known_statistics(x, clean)
+        known = _known_statistics(x, clean, here[0])
         mean, var = known or statistics(x.detach(), *here, clean, momentum)
         if second is not None:
             assert residual is not None
@@ -1039,7 +1090,7 @@ def split_batch_norm_triton(
     )
     # Without a residual ReLU's mask follows from x, which the backward reads anyway.
     save_mask = relu and residual is not None and differentiable
-    flags = (relu, return_pooled, save_mask, training, group_name)
+    flags = (relu, return_pooled or only_mean, save_mask, training, group_name)
     y, pooled, _ = normalize(
         x,
         residual,
@@ -1053,7 +1104,10 @@ def split_batch_norm_triton(
         residual_mean,
         residual_var,
         *affine[2:],
+        only_mean,
     )
+    if only_mean:
+        return pooled, None
     if not channels_last:
         y = y.contiguous()
     elif relu:

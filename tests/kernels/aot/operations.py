@@ -96,11 +96,12 @@ def normalize(
     forks: bool = False,
     few: bool = False,
     both: bool = False,
+    mean: bool = False,
 ) -> None:
     """Split BatchNorm forward and backward; without ``parameters`` as in the attack, which moves no
     running statistics and asks for no gradient of theirs; with ``forks`` x and y have two readers,
     the second one of y, with ``few``, of every second pixel; with ``both`` the residual is
-    normalised too.
+    normalised too; with ``mean`` the result is that of y alone.
     """
     n, height, width = size
     memory = torch.zeros(n, channels, height, width, dtype=dtype)
@@ -116,7 +117,7 @@ def normalize(
         leaf.requires_grad_(differentiable)
     given = rows if affine else [None, None, *rows[2:]]
     options = (training, parameters, 0.1, 1e-5, extra, relu, pooled, None, torch.tensor([0, 0]))
-    options += ((*given, torch.tensor([0, 0])) if both else None,)
+    options += ((*given, torch.tensor([0, 0])) if both else None, mean)
     y, features = split_batch_norm.split_batch_norm_triton(x, *given, (1, n - 1), *options)
     outputs = [y] if features is None else [y, features]
     if forks:
@@ -132,13 +133,15 @@ def normalize_shipped() -> None:
             normalize(channels, dtype, parameters=parameters)
             normalize(channels, dtype, residual=True, parameters=parameters)
             normalize(channels, dtype, relu=False, parameters=parameters)
+            normalize(channels, dtype, mean=True, parameters=parameters)
             normalize(channels, dtype, forks=True, parameters=parameters)
             normalize(channels, dtype, residual=True, forks=True, parameters=parameters)
             normalize(channels, dtype, forks=True, few=True, parameters=parameters)
             normalize(channels, dtype, residual=True, forks=True, few=True, parameters=parameters)
             normalize(channels, dtype, residual=True, both=True, forks=True, parameters=parameters)
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
-        split_batch_norm.sum_statistics(x, x, 1)
+        row, count = torch.zeros(2, channels), torch.tensor([0, 0])
+        split_batch_norm.sum_statistics(x, x, row, row, count, 1, 0.1)
         normalize(channels, dtype, pooled=True)
         normalize(channels, dtype, relu=False, pooled=True)
         normalize(channels, dtype, residual=True, pooled=True)
@@ -155,6 +158,9 @@ def normalize_sweep() -> None:
             normalize(channels, dtype, **chosen, **forks, affine=affine, odd=odd, narrow=narrow)
             normalize(channels, dtype, **chosen, **forks, parameters=False, residual_grad=not relu)
             normalize(channels, dtype, **chosen, affine=affine, differentiable=False)
+            if relu and not residual and not pooled:
+                normalize(channels, dtype, mean=True, training=training, affine=affine)
+                normalize(channels, dtype, mean=True, training=training, differentiable=False)
             if residual and not pooled:
                 # forks.read_by has it that no other width is read by every second pixel.
                 forks["few"] = forks["few"] and channels % 16 == 0
@@ -162,7 +168,8 @@ def normalize_sweep() -> None:
         # The gradient where the statistics are those of several processes.
         x = torch.zeros(3, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
         row = torch.zeros(2, channels, dtype=split_batch_norm.wide_dtype(x))
-        split_batch_norm.sum_statistics(x, x, 2)
+        for moved in ((None, None, None), (row, row, torch.tensor([0, 0]))):
+            split_batch_norm.sum_statistics(x, x, *moved, 2, 0.1)
         counts, sums = row[:, 0].contiguous(), torch.stack([row, row])
         mask = torch.zeros(27, (channels + 7) // 8, dtype=torch.uint8)
         for pooled, affine, (bits, relu) in product(

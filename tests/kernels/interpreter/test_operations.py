@@ -176,17 +176,21 @@ def bn_tensors() -> tuple[Tensors, tuple[Tensor | None, ...], Tensor]:
 def bn_arguments(which: str) -> tuple[Any, ...]:
     tensors, affine, mask = bn_tensors()
     x, residual = tensors["x"], tensors["residual"]
-    if which == "statistics":
-        counts = torch.tensor([4, 7])
-        return x, tensors["running_mean"], tensors["running_var"], counts, 3, 0.1
+    if which.endswith("statistics"):
+        moved = tensors["running_mean"], tensors["running_var"], torch.tensor([4, 7])
+        return x, *((residual,) if which.startswith("sum") else ()), *moved, 3, 0.1
     if which == "normalize":
         leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:])]  # type: ignore[union-attr]
         given = (*leaves[:2], *affine[:2], *leaves[2:], None, 3, 1e-3, True, True, True, False)
-        return (*given, None, *[None] * 4)
+        return (*given, None, *[None] * 4, False)
+    if which == "normalize mean":
+        leaves = [t.clone().requires_grad_() for t in (x, *affine[2:])]  # type: ignore[union-attr]
+        given = (leaves[0], None, *affine[:2], *leaves[1:], None, 3, 1e-3, True, True, False, True)
+        return (*given, None, *[None] * 4, True)
     if which == "normalize both":
         leaves = [t.clone().requires_grad_() for t in (x, residual, *affine[2:], *affine[2:])]  # type: ignore[union-attr]
         given = (*leaves[:2], *affine[:2], *leaves[2:4], None, 3, 1e-3, True, False, True, True)
-        return (*given, None, *affine[:2], *leaves[4:])
+        return (*given, None, *affine[:2], *leaves[4:], False)
     shared = (x[:, :, 0, 0].contiguous(), x, *affine, mask)
     if which == "sums":
         return (residual, x, *shared, residual, *affine[:2], 3, 1e-3, True, True)
@@ -206,8 +210,9 @@ OFFSETS = torch.tensor([[0, 2, 1], [1, 1, 0]], dtype=torch.int32)
 
 OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "statistics": (split_batch_norm.statistics, lambda: bn_arguments("statistics")),
-    "sum statistics": (split_batch_norm.sum_statistics, lambda: (LEAF, X, 1)),
+    "sum statistics": (split_batch_norm.sum_statistics, lambda: bn_arguments("sum statistics")),
     "normalize": (split_batch_norm.normalize, lambda: bn_arguments("normalize")),
+    "normalize mean": (split_batch_norm.normalize, lambda: bn_arguments("normalize mean")),
     "normalize both": (split_batch_norm.normalize, lambda: bn_arguments("normalize both")),
     "sums": (split_batch_norm.backward_sums, lambda: bn_arguments("sums")),
     "input": (split_batch_norm.backward_input, lambda: bn_arguments("input")),

@@ -21,6 +21,7 @@ from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
     add_for,
     around,
+    mean_of_relu,
     normalize_sum,
     skip_of,
     use_branch,
@@ -162,22 +163,42 @@ def test_a_layer_of_a_sum_is_called_where_that_matters(which: int) -> None:
     assert calls == ["backward", "forward"]
 
 
-def test_a_sum_comes_with_its_statistics() -> None:
-    """The same bits as a sum of its own, and none of a tensor that has changed since."""
-    tensors = Norm(channels=65).make(1, torch.float32)
-    norm = SplitBatchNorm2d(65)
+def test_a_mean_leaves_hooks_and_features_what_they_read() -> None:
+    norm = SplitBatchNorm2d(6)
     norm.impl = "triton"
+    x, seen = Norm(channels=6).make(1, torch.float32)["x"], list[tuple[int, ...]]()
+    expected = mean_of_relu(norm, x)
+    norm.pooled_sink = lambda pooled: seen.append(tuple(pooled.shape))
+    torch.testing.assert_close(mean_of_relu(norm, x), expected)
+    norm.pooled_sink = None
+    norm.register_forward_hook(lambda _m, _x, y: seen.append(tuple(y.shape)))
+    torch.testing.assert_close(mean_of_relu(norm, x), expected)
+    assert seen == [(5, 6), (5, 6, 4, 3)]
+
+
+@pytest.mark.parametrize("statistics", ["batch", "batch_update"])
+def test_a_sum_comes_with_its_statistics(statistics: Any) -> None:
+    """The same bits as a sum of its own, and none of a tensor that has changed since; the running
+    statistics move once for each pass through the layer."""
+    tensors = Norm(channels=65).make(1, torch.float32)
     leaves = [tensors["x"].requires_grad_(), tensors["residual"].requires_grad_()]
     found = []
-    for add in (partial(add_for, norm), torch.add):
-        with use_branch(norm, "both", num_clean=3), use_statistics(norm, "batch"):
+    for together in (True, False):
+        norm, other = SplitBatchNorm2d(65), SplitBatchNorm2d(65)
+        norm.impl = other.impl = "triton"
+        add = partial(add_for, norm) if together else torch.add
+        with use_branch(norm, "both", num_clean=3), use_statistics(norm, statistics):
             x = add(*leaves)
+            moved = norm.num_batches_tracked.tolist()
+            assert moved == ([1, 1] if together and statistics == "batch_update" else [0, 0])
             y = norm(x, relu=True)
             gradients = torch.autograd.grad((y.sin() + x.cos()).sum(), leaves, retain_graph=True)
+            with use_branch(other, "both", num_clean=3), use_statistics(other, statistics):
+                beside = other(x, relu=True)
             with torch.no_grad():
                 x[3:] *= 2.0
                 changed = norm(x, relu=True)
-        found.append((y, *gradients, changed))
+        found.append((y, *gradients, beside, changed, *norm.buffers(), *other.buffers()))
     for got, expected in zip(*found, strict=True):
         assert torch.equal(got, expected)
     with use_statistics(norm, "running"):
