@@ -254,7 +254,7 @@ class Eval(Command):
     num_steps: int | None = None
     """Steps of PGD; default the run's."""
     alpha: float | None = None
-    """Step size of PGD; default the run's, in another ball a quarter of the radius."""
+    """Step size of PGD; default that of the run's evaluation, in another ball eps / 4."""
     num_restarts: int = 1
     """Independent runs of PGD; an image counts as robust if it withstands them all; >= 1."""
     attacks: tuple[Literal["pgd", "autoattack", "apgd-ce", "square", "aa-torchattacks10"], ...] = (
@@ -265,7 +265,8 @@ class Eval(Command):
     attack alone; aa-torchattacks10 is AutoAttack with torchattacks' 10 steps, as the paper's table
     had it: it overstates robustness and is for comparison with that table only."""
     max_samples: int = 0
-    """Evaluate the first samples only; 0 for all."""
+    """Evaluate the first samples only, in the order of the dataset, of a folder one that mixes the
+    classes; 0 for all."""
     batch_size: int | None = None
     """Samples at a time; default the run's."""
     data_root: Path | None = None

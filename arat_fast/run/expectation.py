@@ -35,7 +35,10 @@ class Expectation(Hook):
             other = "" if run.config.recipe == "digits" else "; the recipe digits takes minutes"
             # Threads that wait for each other on a busy machine are many times slower than one.
             if torch.get_num_threads() > 1 and os.getloadavg()[0] > (os.cpu_count() or 1):
-                other += "; other programs keep the cores busy: OMP_NUM_THREADS=1 is faster then"
+                other += (
+                    "; other programs keep the cores busy: stop it (Ctrl-C) and go on with "
+                    "OMP_NUM_THREADS=1 and --resume, which is faster then"
+                )
             run.display.say(
                 f"expect about {about(step)} a step and {about(step * steps)} of training on this "
                 f"machine, by a pass of {samples} images, evaluations aside{other}"

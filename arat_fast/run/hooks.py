@@ -21,6 +21,7 @@ from arat_fast.evaluation.evaluate import ImageSet, share_evaluation
 from arat_fast.evaluation.suite import attacks_left_out
 from arat_fast.files import named, open_log
 from arat_fast.models.split_batch_norm import SplitBatchNorm2d
+from arat_fast.settings import shown
 from arat_fast.statistics import wilson_interval
 from arat_fast.training.awp import AWP
 from arat_fast.training.memory import is_out_of_memory
@@ -152,8 +153,9 @@ class Remarks(Hook):
         left_out = attacks_left_out(run.attacks, run.data.test.num_classes)
         attacks = " and ".join(names[name] for name in run.attacks if name not in left_out)
         together = "" if ranks.alone else f" in {ranks.world_size} processes of {share} images each"
+        radius = f"{config.attack.norm} {shown(config.attack.eps)}"
         run.display.say(
-            f"{config.recipe}: {config.objective.name}, {config.model.name}, "
+            f"{config.recipe}: {config.objective.name}, {config.model.name}, {radius}, "
             f"{run.data.train.num_samples} images, {epochs} epoch{'' if epochs == 1 else 's'}, "
             f"then {attacks} on {tests} test images, "
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
@@ -164,7 +166,7 @@ class Remarks(Hook):
             run.display.say(
                 f"only {run.total_steps} update steps in all, {run.steps_per_epoch} an epoch, in "
                 "which fresh weights may learn nothing: start from weights (--init), raise "
-                "--train.epochs or lower --data.batch-size"
+                "--train.epochs or lower --data.batch-size (docs/tutorial-your-images.md)"
             )
         by_itself = ranks.world_size > 1 and not config.distributed.sync_bn
         norms = (SplitBatchNorm2d, nn.BatchNorm2d)
