@@ -380,7 +380,7 @@ def split_batch_norm_bwd_sums_kernel(
         dpooled = of_mean.to(scale.dtype) / count.to(scale.dtype)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
-    for i in tl.range(0, count, BLOCK_R, num_stages=3):
+    for i in tl.range(0, count, BLOCK_R, num_stages=3 if ALIGNED else 2):
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
         at = start_of(first + i, channels)
@@ -390,7 +390,7 @@ def split_batch_norm_bwd_sums_kernel(
             g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
         if dy_skip_ptr is not None:
             second = load_second_gradient(
-                dy_skip_ptr, at + local, ok, first + i, r, c, channels, height, width
+                dy_skip_ptr, at + local, ok, first, i + r, c, channels, height, width
             )
             g += second.to(scale.dtype)
         d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
@@ -507,7 +507,7 @@ def split_batch_norm_bwd_input_kernel(
             g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
         if dy_skip_ptr is not None:
             second = load_second_gradient(
-                dy_skip_ptr, at + local, ok, first + i, r, c, channels, height, width
+                dy_skip_ptr, at + local, ok, first, i + r, c, channels, height, width
             )
             g += second.to(scale.dtype)
         if sums_ptr is not None or dpooled_ptr is not None or (RELU and mask_ptr is None):
