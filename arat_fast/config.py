@@ -312,7 +312,7 @@ class EvalConfig:
     """Steps of the PGD evaluation; >= 0."""
     alpha: Annotated[float | None, FREE] = None
     """Step size of the PGD evaluation, >= 0, in Linf at most 1; None takes a quarter of the
-    radius, which is the attack's like the norm: 2/255 at 8/255, as published."""
+    radius, 2/255 at 8/255 as published. Radius and norm are the attack's."""
     autoattack: Annotated[bool, FREE] = True
     """Run standard AutoAttack at the end of training."""
     batch_size: Annotated[Count, FREE] = 500

@@ -234,7 +234,8 @@ def not_beaten(name: str, pairs: Sequence[tuple[Tried, Tried]]) -> dict[str, Any
         f"{each.left} of {len(each.correct)} right after {each.name}" for each in (rival, white)
     )
     text = (
-        f"{', '.join(left)}; {only_rival} and {only_white} images are broken by one of them alone."
+        f"{', '.join(left)}; {only_rival} images are broken by the first alone, {only_white} by "
+        "the second."
     )
     if not passed:
         text += f" {_RIVALS[name]}"

@@ -130,7 +130,8 @@ def _accuracy(run: Run) -> Plot | None:
         if key != "clean_branch":
             point = Series(np.array([run.epochs]), np.array([accuracy.value]))
             name = "clean" if key == "clean" else metric_name(key)
-            draw(f"{name}, final", point, color, "", "*", zorder=4, **star)
+            marker = "X" if key == "autoattack" else "*"
+            draw(f"{name}, final", point, color, "", marker, zorder=4, **star)
     for place, words in _falls(run):
         axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)
         described.append(words)
@@ -139,7 +140,7 @@ def _accuracy(run: Run) -> Plot | None:
     style.as_percent(axes)
     caption = "Lines: batches as they were trained on, in training mode."
     if run.evaluations:
-        caption += " Hollow marks: evaluations of the whole split, in eval mode."
+        caption += " Hollow marks: evaluations between epochs, in eval mode."
     if len(evaluated) > 1:
         caption += " (ema): the averaged weights, which are the result; (last): those in training."
     if final:
@@ -231,7 +232,8 @@ def _invariance(run: Run) -> Plot | None:
     ]
     caption = (
         "Some layers learn to give an image and its adversarial version the same features: 0 where "
-        "these point the same way. A line is what one layer adds to the loss, first layer first."
+        "these point the same way. A line is what one layer adds to the loss, first layer first: "
+        "its distance, 1 less the cosine, times gamma, divided by the number of layers."
     )
     height = 2.7 + 0.09 * len(layers)
     return _plot(

@@ -189,8 +189,11 @@ def _classes(summary: Summary) -> Classes | None:
     if not names or len(rows) < 2:
         return None
     last = {label: accuracies[-1] for label, accuracies in rows.items()}
-    weakest, strongest = (find(last, key=lambda label: last[label].value) for find in (min, max))
-    low, high = last[weakest], last[strongest]
+    low, high = (find(last.values(), key=lambda one: one.value) for find in (min, max))
+    weakest, strongest = (
+        " and ".join(label for label in last if last[label].value == end.value)
+        for end in (low, high)
+    )
     images = high.num_samples, low.num_samples
     clear = difference_interval((high.correct, low.correct), images)[0] > 0
     return Classes(names, rows, weakest, strongest, clear)

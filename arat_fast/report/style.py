@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, TypeAlias
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -179,8 +180,10 @@ def running_mean(values: Numbers, window: int) -> Numbers:
 
 
 def color(index: int) -> str:
-    """Colour of one of several; they come round again after six."""
-    return SERIES[index % len(SERIES)]
+    """Colour of one of several; after six they come round again, darker."""
+    shade = 0.55 ** (index // len(SERIES))
+    red, green, blue = to_rgb(SERIES[index % len(SERIES)])
+    return to_hex((shade * red, shade * green, shade * blue))
 
 
 def marker(index: int) -> str:

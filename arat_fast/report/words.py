@@ -191,13 +191,19 @@ def overfitting(run: Run) -> str:
     low, _ = difference_interval((round(share * n), test.correct), (n, test.num_samples))
     if low <= 0:
         return ""
+    fewer = ""
+    if run.evaluations and better_before(run) is None:
+        fewer = (
+            " The evaluations during the training found no earlier epoch clearly better, so that "
+            "fewer epochs would hardly have helped."
+        )
     return (
         f"In the last epoch {percent(share, n)} of the training images were right under the "
         f"training’s own attack; under {metric_name(name)} "
         f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
         f"{run.summary.split} images are. That is more than chance explains: the training "
         "overfits. Part of the gap may be due to what else differs: the attacks, and the weights, "
-        "for the training images those of each step, for the others the final ones."
+        f"for the training images those of each step, for the others the final ones.{fewer}"
     )
 
 

@@ -40,8 +40,8 @@ class Expectation(Hook):
                     "OMP_NUM_THREADS=1 and --resume, which is faster then"
                 )
             run.display.say(
-                f"expect about {about(step)} a step and {about(step * steps)} of training on this "
-                f"machine, by a pass of {samples} images, evaluations aside{other}"
+                f"expect roughly {about(step)} a step and {about(step * steps)} of training on "
+                f"this machine, evaluations aside, timed on {samples} images{other}"
             )
 
 

@@ -162,7 +162,7 @@ def test_axes_fit_what_they_show(tmp_path: Path) -> None:
     assert [plot.figure.axes[0].get_yscale() for plot in run_plots(at)] == ["linear"] * 4
     assert axes["Loss weights"].get_lines()[0].get_drawstyle() == "steps-pre"
     assert axes["Learning rate"].get_lines()[0].get_drawstyle() == "default"
-    stars = [line for line in axes["Accuracy"].get_lines() if line.get_marker() == "*"]
+    stars = [line for line in axes["Accuracy"].get_lines() if line.get_marker() in ("*", "X")]
     found = [(*line.get_xdata(), *line.get_ydata()) for line in stars]
     assert found == [(30.0, right / 360) for right in (349, 290, 268)]
     assert [line.get_label() for line in stars] == [

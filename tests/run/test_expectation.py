@@ -24,7 +24,7 @@ def test_a_long_training_says_what_to_expect(
     random = torch.get_rng_state()
     hook = next(h for h in run.hooks if isinstance(h, expectation.Expectation))
     hook.begin(run)
-    said = re.search(r"expect about (\S+ s) a step and .* of training", written.getvalue())
+    said = re.search(r"expect roughly (\S+ s) a step and .* of training", written.getvalue())
     assert said is not None and "recipe digits" not in written.getvalue()
     assert all(torch.equal(value, state[name]) for name, value in run.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random) and run.model.training
