@@ -16,7 +16,7 @@ from arat_fast.models.layers import (
     make_norm,
 )
 from arat_kernels import forks
-from arat_kernels.split_batch_norm import mean_over_positions, normalize_sum
+from arat_kernels.split_batch_norm import normalize_sum
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -178,5 +178,7 @@ class ResNet(nn.Module):
         x = self.maxpool(x)
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        logits: Tensor = self.linear(self.avgpool(mean_over_positions(x)))
+        # So its gradient is written once, in channels_last, which a 2-d pooling layer's is not.
+        pooled = x.movedim(1, -1).mean((1, 2))
+        logits: Tensor = self.linear(self.avgpool(pooled))
         return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,14 +120,8 @@ class SplitBatchNormAct2d(SplitBatchNorm2d):
         self.drop = drop
         self.act = act
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        of_residual: SplitBatchNorm2d | None = None,
-    ) -> Tensor:
-        y: Tensor = self.act(self.drop(super().forward(x, residual, relu, of_residual)))
+    def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x, *given, **named)))
         return y
 
 

@@ -95,25 +95,17 @@ class SplitBatchNorm2d(nn.Module):
         residual: Tensor | None = None,
         relu: bool = False,
         of_residual: SplitBatchNorm2d | None = None,
+        only_mean: bool = False,
     ) -> Tensor:
         """Normalise ``x``, add ``residual`` (same shape) and apply ReLU, as asked; by way of
-        :func:`normalize_sum`, with a residual that another layer normalises first.
+        :func:`normalize_sum`, with a residual that another layer normalises first; by way of
+        :func:`mean_of_relu`, only the mean.
 
         Raises:
             ValueError: ``x`` or ``residual`` has another shape, a branch in training has one value
                 per channel, or ``branch`` is "both" and the batch is odd while no number of clean
                 samples is given; no buffer has changed then.
         """
-        return self._run(x, residual, relu, of_residual)
-
-    def _run(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        of_residual: SplitBatchNorm2d | None = None,
-        only_mean: bool = False,
-    ) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.num_features or x.numel() == 0:
             raise ValueError(
                 f"x must be (N, C = {self.num_features}, H, W) and not empty, "
@@ -127,7 +119,8 @@ class SplitBatchNorm2d(nn.Module):
         batch = x.shape[0]
         clean = self._half(batch) if self.branch == "both" else batch * (self.branch == "clean")
         sizes = clean, batch - clean
-        training, update = self._of_batch
+        training = self.training if self.statistics is None else self.statistics != "running"
+        update = training and self.statistics != "batch"
         if training and self.group is None and 1 in sizes:
             check_counts(x, sizes)
         run = split_batch_norm_reference
@@ -172,12 +165,6 @@ class SplitBatchNorm2d(nn.Module):
         return self.weight, self.bias, *statistics
 
     @property
-    def _of_batch(self) -> tuple[bool, bool]:
-        """Whether the statistics are those of the batch, and whether the running ones move."""
-        training = self.training if self.statistics is None else self.statistics != "running"
-        return training, training and self.statistics != "batch"
-
-    @property
     def _mode(self) -> tuple[object, ...]:
         """What two layers have in common whose passes can be one."""
         switches = self.branch, self.num_clean, self.statistics, self.training
@@ -209,13 +196,15 @@ def add_for(norm: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
     """
     # Dynamo cannot give a tensor an attribute.
     compiling = torch.compiler.is_compiling()
-    if _in_one_pass(norm, x, addend) and norm._of_batch[0] and not compiling:
-        from arat_kernels.split_batch_norm.triton import add_with_statistics
+    if not compiling and _in_one_pass(norm, x, addend):
+        training = norm.training if norm.statistics is None else norm.statistics != "running"
+        if training:
+            from arat_kernels.split_batch_norm.triton import add_with_statistics
 
-        batch = x.shape[0]
-        clean = norm._half(batch) if norm.branch == "both" else batch * (norm.branch == "clean")
-        moved = norm._rows[2:] if norm._of_batch[1] else (None, None, None)
-        return add_with_statistics(x, addend, moved, clean, norm.momentum)
+            batch = x.shape[0]
+            clean = norm._half(batch) if norm.branch == "both" else batch * (norm.branch == "clean")
+            moved = (None, None, None) if norm.statistics == "batch" else norm._rows[2:]
+            return add_with_statistics(x, addend, moved, clean, norm.momentum)
     return x + addend
 
 
@@ -259,7 +248,8 @@ def mean_of_relu(norm: nn.Module, x: Tensor) -> Tensor:
         x: (N, C, H, W).
     """
     if _in_one_pass(norm, x, x) and norm.pooled_sink is None and is_bare(norm, SplitBatchNorm2d):
-        return norm._run(x, None, True, only_mean=True)
+        mean: Tensor = norm(x, relu=True, only_mean=True)
+        return mean
     return mean_over_positions(norm(x, relu=True))
 
 
@@ -280,7 +270,8 @@ def _in_one_pass(norm: object, x: Tensor, beside: Tensor) -> TypeGuard[SplitBatc
         and (x.shape, x.dtype) == (beside.shape, beside.dtype)
         and x.is_contiguous(memory_format=layout)
         and beside.is_contiguous(memory_format=layout)
-        and choose(norm.impl, x, beside, operation="split_batch_norm") == "triton"
+        and choose(norm.impl, x, beside, norm.running_mean, operation="split_batch_norm")
+        == "triton"
     )
 
 
