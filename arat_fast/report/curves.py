@@ -144,7 +144,7 @@ def _accuracy(run: Run) -> Plot | None:
     if len(evaluated) > 1:
         caption += " (ema): the averaged weights, which are the result; (last): those in training."
     if final:
-        caption += f" Stars: the final evaluation, {run.summary.split} images."
+        caption += f" Stars and cross: the final evaluation, {run.summary.split} images."
     if looks:
         caption += " Dots: the watch for catastrophic overfitting, a few images."
     if falls := _falls(run):
