@@ -188,7 +188,7 @@ def add_for(norm: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
     """``x + addend``, which ``norm`` normalises next.
 
     With Triton the pass that adds also takes the statistics, where they are those of the batch, and
-    moves the running ones, where they move: no hook may put another tensor in the place of the sum.
+    moves the running ones, where they move: ``norm`` then refuses another tensor in its place.
 
     Args:
         norm: of another kind than :class:`SplitBatchNorm2d`, the sum is all.

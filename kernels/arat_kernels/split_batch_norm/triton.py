@@ -1011,6 +1011,8 @@ def add_with_statistics(
     """
     summed, mean, var = _Sum.apply(x, addend, *moved, clean, momentum)
     summed._statistics = clean, summed._version, moved[0], mean, var
+    if moved[0] is not None:
+        vars(moved[0])["_moved"] = True
     found: Tensor = summed
     return found
 
@@ -1018,11 +1020,21 @@ def add_with_statistics(
 def _known_statistics(
     x: Tensor, clean: int, running_mean: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Those that came with ``x``, if ``running_mean`` is what moved with them."""
+    """Those that came with ``x``, if ``running_mean`` is what moved with them.
+
+    Raises:
+        ValueError: it moved with another tensor, and would move twice.
+    """
     if torch.compiler.is_compiling():
         return None
+    moved = running_mean is not None and vars(running_mean).pop("_moved", False)
     found = vars(x).get("_statistics")
     if found is None or found[:2] != (clean, x._version) or found[2] is not running_mean:
+        if moved:
+            raise ValueError(
+                "a layer's running statistics moved with a sum that it then did not read: no hook "
+                "may replace or change the output of a residual block of this network"
+            )
         return None
     mean, var = found[3:]
     return mean, var

@@ -203,6 +203,11 @@ def test_a_sum_comes_with_its_statistics(statistics: Any) -> None:
         assert torch.equal(got, expected)
     with use_statistics(norm, "running"):
         assert "Add" in type(add_for(norm, *leaves).grad_fn).__name__
+    with use_branch(norm, "both", num_clean=3), use_statistics(norm, "batch_update"):
+        replaced = add_for(norm, *leaves).clone()
+        with pytest.raises(ValueError, match="hook"):
+            norm(replaced)
+        norm(replaced)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
