@@ -143,6 +143,7 @@ def evaluate_all(
     folder: Path | None = None,
     progress: SuiteProgress | None = None,
     check: Callable[[], None] = lambda: None,
+    found: Callable[[str, AttackResult], object] = lambda name, result: None,
     ranks: Ranks = ALONE,
 ) -> SuiteResult:
     """Clean accuracy of both branches, and accuracy of the ``adv`` branch under attacks.
@@ -158,6 +159,7 @@ def evaluate_all(
         progress: told what is running.
         check: called again and again on clean images and in PGD; what it raises ends the
             evaluation.
+        found: told each result as soon as it is there, whatever becomes of the next.
         ranks: the processes that share the images; each returns the results of all, adversarial
             images of its own share only, and keeps pieces of its own.
 
@@ -221,7 +223,10 @@ def evaluate_all(
     for name, attack in available.items():
         if name in attacks and name not in left_out:
             evaluations[f"pgd{num_steps}" if name == "pgd" else name] = attack
-    results = {name: share_evaluation(ranks, each, images) for name, each in evaluations.items()}
+    results = {}
+    for name, each in evaluations.items():
+        results[name] = share_evaluation(ranks, each, images)
+        found(name, results[name])
     answers = results["clean"].answers
     labels = ranks.gather_rows(images.y)
     count = partial(torch.bincount, minlength=len(images.classes))

@@ -215,6 +215,7 @@ class Run:
 
     Attributes:
         id: in every file of the run, which is the same one however often it is resumed.
+        measured: what the summary says of the final evaluation, as far as that has come.
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -251,6 +252,7 @@ class Run:
         if not ranks.is_main:
             self.display = Display(Console(quiet=True))
         self.warnings: list[str] = []
+        self.measured: dict[str, Any] = {}
         self.stop = StopRequest()
         self.checkpoints = CheckpointFolder(out, config.train.keep_last, lock)
         saved = self._saved_state()

@@ -32,6 +32,8 @@ from tiny import (
 import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch
+from arat_fast.evaluation import suite
+from arat_fast.evaluation.autoattack import autoattack
 from arat_fast.evaluation.pieces import read_arrays
 from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.models import create_model
@@ -283,6 +285,33 @@ def test_signal_during_the_final_evaluation(
     page = write_report(tmp_path).read_text()
     assert "The training is complete; the final evaluation was interrupted." in page
     assert "examples.npz" not in page
+
+
+def test_what_an_interrupted_evaluation_has_found_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals = [signal.SIGTERM]
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return autoattack(*args, **options, attacks=("apgd-ce",))
+
+    monkeypatch.setattr(suite, "autoattack", interrupted)
+    config = changed(tiny_config(epochs=1), "eval", autoattack=True)
+    with pytest.raises(InterruptedRun, match="after the training"):
+        tiny_trainer(tmp_path, config).run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["split"] == "test"
+    assert list(summary["accuracy"]) == ["clean", "clean_branch", "pgd1"]
+    page = write_report(tmp_path).read_text()
+    assert "the final evaluation was interrupted: below is what it had found by then." in page
+    for name in ("clean", "pgd1"):
+        assert f"<p>{summary['accuracy'][name]['correct']} of 40 right</p>" in page
+    assert page.count("not measured: the evaluation did not come to its end") == 1
+    tiny_trainer(tmp_path, config, resume=True).run()
+    finished = json.loads((tmp_path / "summary.json").read_text())
+    assert finished["accuracy"].items() > summary["accuracy"].items()
 
 
 def test_a_stop_is_not_confirmed_without_its_checkpoint(
