@@ -77,6 +77,8 @@ class Progress:
         self.step = 0
         self.steps_per_epoch = steps_per_epoch
         self.seconds = 0.0
+        """In steps that were finished; neither pauses nor what comes between epochs."""
+        self.epoch_seconds = 0.0
         self.clean_accuracy = 1 / num_classes
         self.rate_factor = 1.0
         self.num_rollbacks = 0

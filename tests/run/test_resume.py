@@ -7,8 +7,10 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,35 @@ def test_resumed_run_equals_uninterrupted(
     expected = create_model("resnet8", 10, 1, norm="shared").state_dict()
     exported = load_file(tmp_path / "model.safetensors")
     assert {n: t.shape for n, t in exported.items()} == {n: t.shape for n, t in expected.items()}
+
+
+def test_speed_is_that_of_the_steps(tmp_path: Path) -> None:
+    """An epoch's line has its own; a step that was broken off counts neither as images nor time."""
+    config = tiny_config(2)
+    run = tiny_trainer(tmp_path, config)
+    step = run.step.from_indices
+
+    def slow(*inputs: Any, **keywords: Any) -> Any:
+        if run.progress.step < STEPS_PER_EPOCH + 2:
+            return step(*inputs, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)
+        return None
+
+    run.step.from_indices = slow  # type: ignore[method-assign,assignment]
+    with pytest.raises(InterruptedRun, match="step 6 of"):
+        run.run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["wall_seconds"]["train"] < 3
+    images = 59 + 2 * 16
+    assert summary["images_per_second"] * summary["wall_seconds"]["train"] == pytest.approx(images)
+    console = Console(file=io.StringIO(), width=1000)
+    resumed = tiny_trainer(tmp_path, config, resume=True, console=console)
+    resumed.progress.seconds += 1e6
+    assert resumed.run()["images_per_second"] < 1
+    printed = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    (said,) = re.findall(r"epoch 2/2  ([\d,]+) images/s", printed)
+    assert int(said.replace(",", "")) > 10
 
 
 def test_every_part_restores_exactly(whole: Whole, tmp_path: Path) -> None:
