@@ -30,6 +30,7 @@ from arat_fast.evaluation.evaluate import (
 )
 from arat_fast.evaluation.pieces import Pieces, checksum
 from arat_fast.files import write_atomic
+from arat_fast.models.features import logits_of
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d
 from arat_fast.settings import shown
 from arat_fast.statistics import wilson_interval
@@ -277,8 +278,8 @@ def evaluate(
         intervals as JSON types.
 
     Raises:
-        ValueError: an attack is unknown, a label is no class, an image is outside [0, 1], or the
-            module was switched to another branch.
+        ValueError: an attack is unknown, a label is no class, an image is outside [0, 1], the
+            network takes no such images, or the module was switched to another branch.
     """
     network = model if isinstance(model, nn.Module) else _Called(model)
     if device is None:
@@ -289,8 +290,7 @@ def evaluate(
             'use_branch: pass export_plain(model, "clean") for the clean branch'
         )
     x, y = (tensor.to(device) for tensor in images_and_labels(data, max_samples))
-    with torch.no_grad(), evaluation_mode(network):
-        num_classes = network(x[:1]).shape[1]
+    num_classes = logits_of(network, x[:1]).shape[1]
     if not 0 <= int(y.min()) <= int(y.max()) < num_classes:
         raise ValueError(
             f"labels must lie in [0, {num_classes - 1}], got {int(y.min())} to {int(y.max())}"

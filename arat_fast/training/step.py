@@ -18,6 +18,7 @@ from arat_fast.data.batches import Batch
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision
 from arat_fast.distributed import ALONE, Ranks
+from arat_fast.models.features import logits_of
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
@@ -28,7 +29,6 @@ from arat_fast.training.inputs import (
     check_kinds,
     check_labels,
     check_network,
-    num_logits,
     say_what_was_left_out,
 )
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
@@ -279,8 +279,9 @@ class TrainStep:
 
         Raises:
             ValueError: an empty batch, or a first one of one sample; another dtype, shape or
-                device; a value outside [0, 1] or NaN, or a label that is no class, in a batch that
-                is checked; a network that cannot be folded or captured.
+                device; a value outside [0, 1] or NaN, a label that is no class, or images that the
+                network does not take, in a batch that is checked; a network that cannot be folded
+                or captured.
             BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
         check_kinds(self.model, x, y)
@@ -293,7 +294,7 @@ class TrainStep:
             check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
-            self._num_classes = self._num_classes or num_logits(self.model, x)
+            self._num_classes = self._num_classes or logits_of(self.model, x[:1]).shape[1]
             check_labels(y, self._num_classes)
         if len(x) == 1 and self.ranks.alone:
             if self._before is None:
