@@ -331,7 +331,7 @@ class _Run:
         all_passes = self.total * passes
         left = (all_passes - done) * weight + self.later
         seconds = left * (time.perf_counter() - self.started) / self.spent if self.spent else 0.0
-        note = f"{self.standing} images not yet fooled"
+        note = f"attacks {self.standing} images"
         if number > _FIRST_PASSES:
             note += f", at this speed at most {timedelta(seconds=round(seconds))} left{self.then}"
         self.progress(self.label, done, all_passes, "passes", note)

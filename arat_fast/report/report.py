@@ -193,13 +193,15 @@ def _classes(summary: Summary) -> Classes | None:
         return None
     last = {label: accuracies[-1] for label, accuracies in rows.items()}
     low, high = (find(last.values(), key=lambda one: one.value) for find in (min, max))
-    weakest, strongest = (
-        " and ".join(label for label in last if last[label].value == end.value)
-        for end in (low, high)
-    )
+    # Among the weakest the next one too, which is rarely far from it.
+    order = sorted(last, key=lambda label: last[label].value)
+    weakest = [label for label in last if last[label].value == low.value]
+    told = weakest + order[1:2] * (len(weakest) == 1)
+    weak = " and ".join(f"{label} ({100 * last[label].value:.1f} %)" for label in told)
+    strong = " and ".join(label for label in last if last[label].value == high.value)
     images = high.num_samples, low.num_samples
     clear = difference_interval((high.correct, low.correct), images)[0] > 0
-    return Classes(names, rows, weakest, strongest, clear)
+    return Classes(names, rows, weak, strong, clear)
 
 
 def _suspicions(summary: Summary) -> list[str]:

@@ -194,16 +194,16 @@ def overfitting(run: Run) -> str:
     fewer = ""
     if run.evaluations and better_before(run) is None:
         fewer = (
-            " It is a gap and no fall: the evaluations during the training found no earlier epoch "
-            "clearly better, so that fewer epochs would hardly have helped."
+            " Fewer epochs would hardly have helped: no evaluation during the training was clearly "
+            "better. More images or augmentation may."
         )
     return (
         f"In the last epoch {percent(share, n)} of the training images were right under the "
         f"training’s own attack; under {metric_name(name)} "
         f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
-        f"{run.summary.split} images are. That is more than chance explains: the training "
-        "overfits. Part of the gap may be due to what else differs: training images meet the "
-        f"training’s attack and the weights of each step, the others the final weights.{fewer}"
+        f"{run.summary.split} images are. Chance does not explain the gap: the training "
+        "overfits. (Part of it may be that training images meet the training’s own attack and the "
+        f"weights of each step, the others the final weights.){fewer}"
     )
 
 

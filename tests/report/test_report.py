@@ -234,7 +234,10 @@ def test_class_by_class(finished_page: Page, tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path / "run", epochs=1)
     rewrite(folder / "summary.json", "per_class", "autoattack", [16, *[27] * 8, 36])
     text = report(folder).sections["classes"]
-    assert "Under AutoAttack the network is weakest on 0 and strongest on 9" in text
+    assert (
+        "Under AutoAttack the network is weakest on 0 (44.4 %) and 1 (75.0 %), strongest on 9"
+        in text
+    )
     rewrite(folder / "summary.json", "per_class", {})
     assert "classes" not in report(folder).sections
 
