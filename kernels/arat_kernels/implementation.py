@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +55,34 @@ def replace_operations(names: Iterable[str]) -> None:
 def is_replaced(operation: str) -> bool:
     """Whether :func:`replace_operations` has named it."""
     return operation in _replaced
+
+
+Unproven = Literal["one_pass", "dependent_launch"]
+
+_unproven: frozenset[Unproven] = frozenset()
+
+
+def use_unproven(*ways: Unproven) -> None:
+    """Launch split BatchNorm's kernels in ways that no GPU has yet shown right and faster, in this
+    process. A CUDA graph keeps what it was captured with.
+
+    Args:
+        ways: "one_pass", a launch each way instead of two, where registers hold the tensor;
+            "dependent_launch", whose prologue overlaps with the launch before (compute capability
+            9.0); none turns all off, as at first.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    global _unproven
+    if unknown := set(ways) - set(get_args(Unproven)):
+        raise ValueError(f"expected some of {get_args(Unproven)}, got {sorted(unknown)}")
+    _unproven = frozenset(ways)
+
+
+def is_used(way: Unproven) -> bool:
+    """Whether :func:`use_unproven` has named it."""
+    return way in _unproven
 
 
 def choose(impl: Impl | None, *tensors: Tensor | None, operation: str = "") -> Impl:

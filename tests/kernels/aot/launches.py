@@ -131,6 +131,7 @@ _FLAGS = ("RELU", "FLIP")
 _INSTEAD = {
     "split_batch_norm_bwd_sums_kernel": ("RELU", "mask_ptr"),
     "split_batch_norm_bwd_input_kernel": ("RELU", "mask_ptr"),
+    "split_batch_norm_bwd_one_pass_kernel": ("RELU", "mask_ptr"),
 }
 # What a data set or a network brings along, in any number.
 _EXAMPLES = ("CHANNELS", "OUT_CHANNELS", "WIDTHS")
