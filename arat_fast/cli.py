@@ -413,7 +413,10 @@ class Predict(Command):
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, a checkpoint.pt, a model.safetensors, or an official AR-AT checkpoint."""
     pictures: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, or folders of them."""
+    """Image files, or folders of them: BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF or WEBP, one
+    picture each, of any size, in colour or grey, of 8 or 16 bits. They are cut and scaled to the
+    size of the network's images as the run's test images were (with --data.crop pad not scaled),
+    and become grey where those were; colour profiles and EXIF rotation are not applied."""
     branch: Literal["adv", "clean"] | None = None
     """BatchNorm branch of a network with two; default adv, the robust one."""
     weights: Literal["deployed", "last"] = "deployed"

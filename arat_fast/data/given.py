@@ -18,6 +18,7 @@ from arat_fast.data.load import DataSplits
 from arat_fast.data.loader import Workers
 from arat_fast.data.plan import WHOLE, BatchPlan, Shard, seeded_generator
 from arat_fast.datasets.encoded import default_workers
+from arat_fast.models.features import logits_of
 
 Given: TypeAlias = "Dataset[Any] | DataLoader[Any]"
 """Of pairs of an image and a label: an image is a tensor (C, H, W), float in [0, 1] or uint8, or a
@@ -191,7 +192,6 @@ def _length(data: Any) -> int:
     return len(data)
 
 
-@torch.no_grad()
 def _classes(data: Any, model: nn.Module | None, x: Tensor) -> tuple[str, ...]:
     """Names of the classes: the Dataset's, also of one that others wrap, else numbers."""
     while data is not None:
@@ -200,7 +200,5 @@ def _classes(data: Any, model: nn.Module | None, x: Tensor) -> tuple[str, ...]:
         data = getattr(data, "dataset", None)
     if model is None:
         raise ValueError("train_data has no attribute classes: give it one, or pass a model")
-    was_training = model.training
-    logits = model.eval()(x[:1].to(next(model.parameters()).device))
-    model.train(was_training)
+    logits = logits_of(model, x[:1].to(next(model.parameters()).device))
     return tuple(str(number) for number in range(logits.shape[1]))

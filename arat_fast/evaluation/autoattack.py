@@ -105,7 +105,7 @@ def autoattack(
         fast: take the fast path; otherwise the reference code as it is, on the network itself.
         pieces: what is finished already; each attack on each batch is one piece.
         progress: told the attack, its forward passes so far and how many there can be, the images
-            that stand and the time left; called at every forward pass.
+            not yet fooled and the time left; called at every forward pass.
 
     Returns:
         The survivors, also after each attack; ``details["attacks"]`` holds the accuracy after each,
@@ -331,7 +331,7 @@ class _Run:
         all_passes = self.total * passes
         left = (all_passes - done) * weight + self.later
         seconds = left * (time.perf_counter() - self.started) / self.spent if self.spent else 0.0
-        note = f"{self.standing} images standing"
+        note = f"{self.standing} images not yet fooled"
         if number > _FIRST_PASSES:
             note += f", at this speed at most {timedelta(seconds=round(seconds))} left{self.then}"
         self.progress(self.label, done, all_passes, "passes", note)

@@ -30,6 +30,7 @@ from arat_fast.evaluation.evaluate import (
 )
 from arat_fast.evaluation.pieces import Pieces, checksum
 from arat_fast.files import write_atomic
+from arat_fast.models.features import logits_of
 from arat_fast.models.split_batch_norm import Branch, SplitBatchNorm2d
 from arat_fast.settings import shown
 from arat_fast.statistics import wilson_interval
@@ -143,6 +144,7 @@ def evaluate_all(
     folder: Path | None = None,
     progress: SuiteProgress | None = None,
     check: Callable[[], None] = lambda: None,
+    found: Callable[[str, AttackResult], object] = lambda name, result: None,
     ranks: Ranks = ALONE,
 ) -> SuiteResult:
     """Clean accuracy of both branches, and accuracy of the ``adv`` branch under attacks.
@@ -158,6 +160,7 @@ def evaluate_all(
         progress: told what is running.
         check: called again and again on clean images and in PGD; what it raises ends the
             evaluation.
+        found: told each result as soon as it is there, whatever becomes of the next.
         ranks: the processes that share the images; each returns the results of all, adversarial
             images of its own share only, and keeps pieces of its own.
 
@@ -221,7 +224,10 @@ def evaluate_all(
     for name, attack in available.items():
         if name in attacks and name not in left_out:
             evaluations[f"pgd{num_steps}" if name == "pgd" else name] = attack
-    results = {name: share_evaluation(ranks, each, images) for name, each in evaluations.items()}
+    results = {}
+    for name, each in evaluations.items():
+        results[name] = share_evaluation(ranks, each, images)
+        found(name, results[name])
     answers = results["clean"].answers
     labels = ranks.gather_rows(images.y)
     count = partial(torch.bincount, minlength=len(images.classes))
@@ -272,8 +278,8 @@ def evaluate(
         intervals as JSON types.
 
     Raises:
-        ValueError: an attack is unknown, a label is no class, an image is outside [0, 1], or the
-            module was switched to another branch.
+        ValueError: an attack is unknown, a label is no class, an image is outside [0, 1], the
+            network takes no such images, or the module was switched to another branch.
     """
     network = model if isinstance(model, nn.Module) else _Called(model)
     if device is None:
@@ -284,8 +290,7 @@ def evaluate(
             'use_branch: pass export_plain(model, "clean") for the clean branch'
         )
     x, y = (tensor.to(device) for tensor in images_and_labels(data, max_samples))
-    with torch.no_grad(), evaluation_mode(network):
-        num_classes = network(x[:1]).shape[1]
+    num_classes = logits_of(network, x[:1]).shape[1]
     if not 0 <= int(y.min()) <= int(y.max()) < num_classes:
         raise ValueError(
             f"labels must lie in [0, {num_classes - 1}], got {int(y.min())} to {int(y.max())}"

@@ -55,6 +55,10 @@ def collect_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[s
         yield features
 
 
+class _NoFeatureError(ValueError):
+    """Of a layer, not of the network that has it."""
+
+
 def _pool(features: dict[str, Tensor], path: str, output: Tensor) -> None:
     wide = output.double() if output.element_size() == 8 else output.float()
     wide = wide.relu()
@@ -63,7 +67,7 @@ def _pool(features: dict[str, Tensor], path: str, output: Tensor) -> None:
     elif wide.ndim == 3:
         wide = wide.mean(dim=1)
     elif wide.ndim != 2:
-        raise ValueError(
+        raise _NoFeatureError(
             f"the output of {path} must be (N, d, H, W), (N, tokens, d) or (N, d), "
             f"got {tuple(output.shape)}"
         )
@@ -79,6 +83,37 @@ class Layer(NamedTuple):
 
 
 @torch.no_grad()
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """What a network answers, on running statistics; neither its buffers nor its mode change.
+
+    Args:
+        model: any network.
+        x: images (N, C, H, W), in its dtype and on its device.
+
+    Raises:
+        ValueError: the network does not take such images.
+    """
+    with use_statistics(model, "running"):
+        try:
+            # Not through its hooks, which are for the loop's own passes.
+            logits: Tensor = model.forward(x)
+        except (_NoFeatureError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the network's own code runs
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"the network takes no images of shape {tuple(x.shape[1:])}: {reason}; pass "
+                "images, and an image_shape (C, H, W), that it is built for, or change its layers"
+            ) from error
+    return logits
+
+
+def black_images(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
+    """Two of them, (2, C, H, W), in the dtype and on the device of a network."""
+    reference = next(model.parameters())
+    return torch.zeros(2, *image_shape, device=reference.device, dtype=reference.dtype)
+
+
 def run_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     """The modules of a network in the order in which they end, found by running two black images.
 
@@ -90,27 +125,22 @@ def run_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Laye
         ValueError: the network does not take such images, or gives no logits (N, classes).
     """
     layers: list[Layer] = []
-    reference = next(model.parameters())
-    images = torch.zeros(2, *image_shape, device=reference.device, dtype=reference.dtype)
 
     def note(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             layers.append(Layer(path, module, tuple(output.shape)))
 
-    kind = type(model).__name__
-    with use_statistics(model, "running"), ExitStack() as stack:
+    with ExitStack() as stack:
         for path, module in model.named_modules():
             if path:
                 handle = module.register_forward_hook(partial(note, path))
                 stack.callback(handle.remove)
-        try:
-            logits = model(images)
-        except Exception as error:  # the network's own code runs
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{kind} takes no images of shape {image_shape}: {reason}") from error
+        logits = logits_of(model, black_images(model, image_shape))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{kind} is expected to give logits (N, classes), got {got}")
+        raise ValueError(
+            f"{type(model).__name__} is expected to give logits (N, classes), got {got}"
+        )
     return layers
 
 

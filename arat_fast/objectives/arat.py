@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.attacks.pgd import RandomStart
-from arat_fast.models.features import collect_features
+from arat_fast.models.features import black_images, collect_features, logits_of
 from arat_fast.models.split_batch_norm import (
     Branch,
     SharedBatchNormWarning,
     SplitBatchNorm2d,
     use_branch,
-    use_statistics,
     warn_of_shared,
 )
 from arat_fast.objectives import base
@@ -68,8 +67,8 @@ class ARAT(Objective):
             split BatchNorm the numbers are the same, and one pass is faster.
 
     Raises:
-        ValueError: a layer does not exist, ``gamma`` or a weight is negative, or switches that
-            exclude each other are set.
+        ValueError: a layer does not exist, the network takes no such images, ``gamma`` or a weight
+            is negative, or switches that exclude each other are set.
 
     Warns:
         SharedBatchNormWarning: the network has BatchNorm that is not split, or none at all.
@@ -297,7 +296,6 @@ class _Halves(torch.autograd.Function):
         return tuple(results)
 
 
-@torch.no_grad()
 def feature_widths(
     model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]
 ) -> list[int]:
@@ -309,12 +307,11 @@ def feature_widths(
         image_shape: (C, H, W).
 
     Raises:
-        ValueError: a path does not exist, or the network never runs that layer.
+        ValueError: a path does not exist, the network never runs that layer, or as
+            :func:`arat_fast.models.features.logits_of`.
     """
-    reference = next(model.parameters())
-    images = torch.zeros(2, *image_shape, device=reference.device, dtype=reference.dtype)
-    with use_statistics(model, "running"), collect_features(model, layers) as features:
-        model(images)
+    with collect_features(model, layers) as features:
+        logits_of(model, black_images(model, image_shape))
     missing = [layer for layer in layers if layer not in features]
     if missing:
         raise ValueError(f"the network's forward pass never runs the layer {missing[0]!r}")

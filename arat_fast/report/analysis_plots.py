@@ -31,6 +31,7 @@ _DISTANCES = {
     "output_w2": "after BatchNorm, in its own unit",
 }
 _CONFLICT = {"share": "weights pulled in opposite directions", "cosine": "cosine of the gradients"}
+_RANDOM = "Grey: gradients of random signs, opposite in half of the weights that both losses reach"
 
 
 def conflict_over_time(lines: Lines) -> Plot | None:
@@ -39,7 +40,7 @@ def conflict_over_time(lines: Lines) -> Plot | None:
         "Gradient conflict along training",
         "Left: share of the convolution and linear weights that the invariance loss pulls one way "
         "and the cross-entropy the other. Right: cosine of the two gradients, 1 for the same "
-        "direction. Grey: gradients of random signs.",
+        f"direction. {_RANDOM}.",
         {label: ([lines], pair) for pair, (label, _) in _PAIRS.items()},
         [color for _, color in _PAIRS.values()],
     )
@@ -54,7 +55,7 @@ def conflict_between(groups: Mapping[str, Sequence[Lines]]) -> Plot | None:
     return _conflict_plot(
         "Gradient conflict between classification and invariance loss",
         "Left: share of weights pulled in opposite directions. Right: cosine of the gradients. "
-        "Lines: mean over seeds; bands: from the smallest to the largest.",
+        f"Lines: mean over seeds; bands: from the smallest to the largest. {_RANDOM}.",
         {name: (runs, _TOTAL) for name, runs in groups.items()},
     )
 
@@ -104,7 +105,8 @@ def conflict_by_layer(record: Record) -> Plot | None:
         f"Share and cosine of {len(found)} layers; the largest share is "
         f"{percent(found[worst]['share'])} at {worst}.",
         "Both cross-entropies against the invariance loss, layer by layer, first layer on top. "
-        "Layers that the invariance loss does not reach are left out. Grey: unrelated gradients.",
+        f"Layers that the invariance loss does not reach are left out. {_RANDOM}: {percent(0.5)} "
+        f"in each layer shown, {percent(record['unrelated'])} of all weights.",
     )
 
 
@@ -200,17 +202,18 @@ _Groups: TypeAlias = Mapping[str, tuple[Sequence[Lines], str | None]]
 def _conflict_plot(
     title: str, caption: str, groups: _Groups, colors: Sequence[str] = style.SERIES
 ) -> Plot | None:
-    unrelated = 0.5
+    conflicts = [e.gradient_conflict for runs, _ in groups.values() for run in runs for e in run]
+    # Losses that reach other layers have another one.
+    unrelated = {conflict["unrelated"] for conflict in conflicts if conflict}
     with style.plot_style():
         figure, (left, right), described = _panels(groups, _CONFLICT, colors)
         if not described:
             return None
-        for line in (line for runs, _ in groups.values() for lines in runs for line in lines):
-            unrelated = (line.gradient_conflict or {}).get("unrelated", unrelated)
-        for axes, level, room in ((left, unrelated, 0.03), (right, 0.0, 0.1)):
-            axes.axhline(level, color=style.GREY, linewidth=1.0, zorder=1)
-            low, high = axes.get_ylim()
-            axes.set_ylim(min(low, level - room), max(high, level + room))
+        for axes, levels, room in ((left, unrelated, 0.03), (right, {0.0}, 0.1)):
+            for level in levels:
+                axes.axhline(level, color=style.GREY, linewidth=1.0, zorder=1)
+                low, high = axes.get_ylim()
+                axes.set_ylim(min(low, level - room), max(high, level + room))
         left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return Plot(title, figure, f"Gradient conflict over epochs: {described}.", caption)
 

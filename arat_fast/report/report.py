@@ -164,7 +164,8 @@ def _numbers(run: Run) -> list[Number]:
         robust = f"PGD-{last.num_steps}"
         return [Number("Clean", where, "no attack", clean), Number(robust, where, ball, pgd)]
     numbers = []
-    pgd_names = [key for key in final if key.startswith("pgd")]
+    settings = run.config.eval
+    pgd_names = [key for key in final if key.startswith("pgd")] or [f"pgd{settings.num_steps}"]
     for key in ("clean", *pgd_names, "autoattack") if final else ():
         caption, where = {
             "clean": ("images as they are", "no attack"),
@@ -172,6 +173,8 @@ def _numbers(run: Run) -> list[Number]:
         }.get(key, ("gradient attack; a quick check", ball))
         reason = run.summary.left_out.get(key)
         missing = f"left out: {reason}" if reason else "not measured"
+        if run.summary.status != "finished" and (key != "autoattack" or settings.autoattack):
+            missing += ": the evaluation did not come to its end"
         numbers.append(Number(words.metric_name(key), caption, where, final.get(key), missing))
     return numbers
 
@@ -341,9 +344,9 @@ def _facts(run: Run) -> dict[str, Any]:
         "Device": summary.device,
         "Precision": summary.precision,
         "Kernels": summary.kernels,
-        "Training time": words.duration(seconds["train"]) if "train" in seconds else None,
+        "Time in training steps": words.duration(seconds["train"]) if "train" in seconds else None,
+        "Images per second of that time": None if speed is None else words.grouped(speed),
         "Evaluation time": words.duration(seconds["eval"]) if "eval" in seconds else None,
-        "Images per second": None if speed is None else words.grouped(speed),
         "Steps": None if steps is None else words.grouped(steps),
         "Natural training before": _natural(summary.natural_model),
         "Commit": summary.commit,

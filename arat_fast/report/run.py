@@ -98,7 +98,8 @@ class Summary:
         accuracy: final accuracies by name, in the order in which they are shown.
         left_out: attacks that could not be run, and why.
         per_class, collapsed, randomised: as in :class:`arat_fast.evaluation.suite.SuiteResult`.
-        wall_seconds: by "train" and "eval".
+        wall_seconds: by "train", in finished steps since the run first started, and "eval".
+        images_per_second: over the former.
         natural_model: the natural training that the run started from.
         evaluation: settings of the final evaluation.
     """

@@ -75,9 +75,16 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
     """Export and evaluate the deployed weights; the content of the summary, on rank 0.
 
     Raises:
-        EvaluationStopped: a signal came; what is finished is kept.
+        EvaluationStopped: a signal came; what is finished is kept, and in the facts of the run.
     """
     config = run.config
+    accuracy: dict[str, Any] = {}
+    run.measured = {
+        "evaluation": config_to_dict(config)["eval"],
+        "split": "test",
+        "model": kind,
+        "accuracy": accuracy,
+    }
     images = ImageSet.from_batches(run.data.test, config.eval.max_samples, run.ranks.shard)
     if run.ranks.is_main:
         export(run, model, kind)
@@ -95,6 +102,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
             folder=run.out / "evaluation.partial",
             progress=run.interruptible(bar),
             check=run.check_stop,
+            found=lambda name, result: accuracy.update({name: result.record()}),
             ranks=run.ranks,
         )
     summary: dict[str, Any] = {}
@@ -104,11 +112,7 @@ def evaluate(run: Run, model: nn.Module, kind: str) -> dict[str, Any]:
         save_examples(run.out / "examples.npz", model, images, examples)
         summary = {
             **facts(run, "finished"),
-            "evaluation": config_to_dict(config)["eval"],
             "test_samples": len(suite.results["clean"].correct),
-            "split": "test",
-            "model": kind,
-            "accuracy": suite.record(),
             "right": {name: pack(r.correct.cpu().numpy()) for name, r in suite.results.items()},
             **suite.remarks(),
             "wall_seconds": {"train": run.progress.seconds, "eval": time.perf_counter() - start},
@@ -192,4 +196,5 @@ def facts(run: Run, status: str) -> dict[str, Any]:
         **({"warnings": run.warnings} if run.warnings else {}),
         "command": run.command,
         "commit": source_commit(),
+        **run.measured,
     }

@@ -50,6 +50,7 @@ def train_epochs(run: Run) -> None:
             for hook in run.hooks:
                 hook.before_epoch(run, epoch)
             run.metrics.start_epoch()
+            progress.epoch_seconds = 0.0
             run.objective.start_epoch(progress.clean_accuracy, partial(run.probe, epoch))
             progress.at_first_step = True
         train_epoch(run, epoch, batch)
@@ -70,6 +71,7 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
     logged, samples, since = progress.step, 0, time.perf_counter()
     for inputs, place in run.batches(epoch, start_batch):
         run.set_rate()
+        began = time.perf_counter()
         values = step(*inputs, place=place)
         stopping = run.vote.cast(int(run.stop.signal or 0)) > 0
         if values is not None:
@@ -83,8 +85,10 @@ def train_epoch(run: Run, epoch: int, start_batch: int) -> None:
         ends = progress.step == last or stopping
         if samples and (ends or progress.step - logged >= run.config.train.log_every):
             means = read_metrics(run)
-            seconds = time.perf_counter() - since
+            # Without a step that was broken off.
+            seconds = (began if values is None else time.perf_counter()) - since
             progress.seconds += seconds
+            progress.epoch_seconds += seconds
             log_training(run, means, samples / seconds)
             logged, samples, since = progress.step, 0, time.perf_counter()
         if stopping:
@@ -99,7 +103,7 @@ def end_epoch(run: Run) -> None:
     if accuracy is not None:
         progress.clean_accuracy = accuracy
     means = {name: run.metrics.epoch_mean(name) for name in run.metrics.epoch_sums}
-    rate = run.images_seen() / max(progress.seconds, 1e-9)
+    rate = run.metrics.epoch_samples / max(progress.epoch_seconds, 1e-9)
     # train.max_steps can end a run within an epoch.
     begun = math.ceil(progress.step / run.steps_per_epoch)
     run.bar.end_epoch(begun, settings.epochs, status(means, rate, radius(run)))

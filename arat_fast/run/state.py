@@ -77,6 +77,8 @@ class Progress:
         self.step = 0
         self.steps_per_epoch = steps_per_epoch
         self.seconds = 0.0
+        """In steps that were finished; neither pauses nor what comes between epochs."""
+        self.epoch_seconds = 0.0
         self.clean_accuracy = 1 / num_classes
         self.rate_factor = 1.0
         self.num_rollbacks = 0
@@ -215,6 +217,7 @@ class Run:
 
     Attributes:
         id: in every file of the run, which is the same one however often it is resumed.
+        measured: what the summary says of the final evaluation, as far as that has come.
 
     Raises:
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
@@ -251,6 +254,7 @@ class Run:
         if not ranks.is_main:
             self.display = Display(Console(quiet=True))
         self.warnings: list[str] = []
+        self.measured: dict[str, Any] = {}
         self.stop = StopRequest()
         self.checkpoints = CheckpointFolder(out, config.train.keep_last, lock)
         saved = self._saved_state()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from arat_fast.models.split_batch_norm import use_statistics
 from arat_fast.objectives.base import Objective
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -51,19 +50,6 @@ def check_kinds(model: nn.Module, x: Tensor, y: Tensor) -> None:
             "one image or more, are expected, got "
             f"{y.dtype} of shape {tuple(y.shape)} for images of shape {tuple(x.shape)}"
         )
-
-
-@torch.no_grad()
-def num_logits(model: nn.Module, x: Tensor) -> int:
-    """Number of classes of a network, found by running one image; neither buffers nor mode change.
-
-    Args:
-        model: the network.
-        x: images (N, C, H, W), N >= 1.
-    """
-    with use_statistics(model, "running"):
-        # Not through its hooks, which are for the loop's own passes.
-        return int(model.forward(x[:1]).shape[1])
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:

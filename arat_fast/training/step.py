@@ -18,6 +18,7 @@ from arat_fast.data.batches import Batch
 from arat_fast.data.plan import Place
 from arat_fast.device import resolve_precision
 from arat_fast.distributed import ALONE, Ranks
+from arat_fast.models.features import logits_of
 from arat_fast.models.folding import FoldedNetwork
 from arat_fast.models.layers import protect_stem, split_stems
 from arat_fast.models.split_batch_norm import Statistics, use_branch, use_statistics
@@ -28,7 +29,6 @@ from arat_fast.training.inputs import (
     check_kinds,
     check_labels,
     check_network,
-    num_logits,
     say_what_was_left_out,
 )
 from arat_fast.training.memory import BatchTooLargeError, advise, is_out_of_memory
@@ -140,6 +140,7 @@ class TrainStep:
             device has such arithmetic: a GPU from Ampere on, a CPU with AVX512-BF16 or AMX. The
             convolutions that the image enters, found in the first step, become
             :class:`arat_fast.models.layers.StemConv2d`, which does not round the perturbation away.
+            The attribute is what was taken.
         fold: with ``attack.bn="running"``, attack a copy whose BatchNorm is folded into the
             convolutions (:class:`arat_fast.models.folding.FoldedNetwork`): the same gradients up to
             rounding, less memory traffic.
@@ -225,10 +226,10 @@ class TrainStep:
                 f'a CUDA graph needs a GPU, got a model on {device}; set graph to "off" '
                 "(--step.graph off)"
             )
-        self.dtype = self.precision or torch.float32
-        if self.precision is None and parameter.dtype == torch.float32:
-            self.dtype = resolve_precision("auto", device)
-            if device.type == "cuda" and self.dtype == torch.float32:
+        if self.precision is None:
+            is_float32 = parameter.dtype == torch.float32
+            self.precision = resolve_precision("auto", device) if is_float32 else parameter.dtype
+            if device.type == "cuda" and self.precision == torch.float32:
                 self.say(f"{torch.cuda.get_device_name(device)} has no bf16: training in float32")
         for module in (self.model, *self.objective.networks()):
             module.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub
@@ -278,8 +279,9 @@ class TrainStep:
 
         Raises:
             ValueError: an empty batch, or a first one of one sample; another dtype, shape or
-                device; a value outside [0, 1] or NaN, or a label that is no class, in a batch that
-                is checked; a network that cannot be folded or captured.
+                device; a value outside [0, 1] or NaN, a label that is no class, or images that the
+                network does not take, in a batch that is checked; a network that cannot be folded
+                or captured.
             BatchTooLargeError: names the largest batch that fits; no parameter has changed.
         """
         check_kinds(self.model, x, y)
@@ -292,7 +294,7 @@ class TrainStep:
             check = x.device.type == "cpu" or self.num_calls == 0
         if check:
             check_images(x)
-            self._num_classes = self._num_classes or num_logits(self.model, x)
+            self._num_classes = self._num_classes or logits_of(self.model, x[:1]).shape[1]
             check_labels(y, self._num_classes)
         if len(x) == 1 and self.ranks.alone:
             if self._before is None:
@@ -348,10 +350,10 @@ class TrainStep:
         num = len(inputs[0])
         if place is None:
             place = Place(self.ranks.rank * num, self.ranks.world_size * num)
-        if self.num_calls == 0 and self.dtype != torch.float32:
+        if self.num_calls == 0 and self.precision == torch.bfloat16:
             x, _ = load(*inputs[:2])
             for network in (self.model, *self.objective.networks()):
-                protect_stem(network, x, self.dtype)
+                protect_stem(network, x, torch.bfloat16)
         if not (self.model.training and self.objective.training):
             self.model.train()
             self.objective.train()
@@ -405,7 +407,7 @@ class TrainStep:
         """What a captured step holds fast beside tensors."""
         numbers = (bool, int, float, str, tuple)
         own = {k: v for k, v in vars(self.objective).items() if isinstance(v, numbers)}
-        return self.attack, self.dtype, self.fold, self.noisy_clean, self.awp, own
+        return self.attack, self.precision, self.fold, self.noisy_clean, self.awp, own
 
     def draw_start(self, x: Tensor, place: Place, noise: Tensor | None = None) -> RandomStart:
         """Draw the random start of a batch, once for all its parts.
@@ -440,7 +442,7 @@ class TrainStep:
 
     def autocast(self, device_type: str) -> AbstractContextManager[None]:
         """The precision of the step."""
-        return nullcontext() if self.dtype == torch.float32 else self._autocast(device_type)
+        return self._autocast(device_type) if self.precision == torch.bfloat16 else nullcontext()
 
     @contextmanager
     def _autocast(self, device_type: str) -> Iterator[None]:
@@ -448,11 +450,11 @@ class TrainStep:
         if device_type != "cuda":
             modules.clear()
         with (
-            torch.autocast(device_type, dtype=self.dtype),
+            torch.autocast(device_type, dtype=torch.bfloat16),
             split_stems(modules, self.impl),
             # Compiled passes see to their casts themselves.
             rounded_weights(
-                [] if self.compile else modules, self.dtype, by_bucket=not self.ranks.alone
+                [] if self.compile else modules, torch.bfloat16, by_bucket=not self.ranks.alone
             ),
         ):
             yield

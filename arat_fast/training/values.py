@@ -43,6 +43,11 @@ class Values(Mapping[str, Tensor]):
             raise KeyError(name)
         return self.packed[self.names.index(name)]
 
+    def __repr__(self) -> str:
+        """All of them, at the price of one copy."""
+        pairs = zip(self.names, self.packed.tolist(), strict=True)
+        return f"Values({', '.join(f'{name}={value:.4g}' for name, value in pairs)})"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

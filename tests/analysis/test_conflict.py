@@ -25,6 +25,11 @@ from arat_fast.objectives import (
     Objective,
     ObjectiveOutput,
 )
+from arat_fast.report import style
+from arat_fast.report.analysis_plots import conflict_between, conflict_by_layer, conflict_over_time
+from arat_fast.report.analysis_words import conflict_words
+from arat_fast.report.run import TrainingAnalysis
+from arat_fast.report.style import Plot
 
 LAYERS = ("layer3.0.bn1", "layer3.0.bn2")
 INVARIANCE = {f"invariance/{layer}" for layer in LAYERS}
@@ -154,6 +159,34 @@ def test_weight_zero_is_none() -> None:
     assert record is not None
     assert record["pairs"]["ce_clean"] == {"share": None, "cosine": None}
     assert record["pairs"]["ce_adv"] == record["pairs"]["classification"]
+
+
+def test_every_figure_has_its_own_line_for_random_signs() -> None:
+    """Half of what both losses reach: of a method's weights, and of each layer that is shown."""
+    model = network("split")
+    found = {}
+    for name, objective in (("arat", arat(model)), ("trades", TRADES().double())):
+        record = gradient_conflict(model, objective(model, *batch(), START), objective.ties)
+        assert record is not None
+        found[name] = mean_conflict([record])
+    level = found["arat"]["unrelated"]
+    assert level < found["trades"]["unrelated"] == 0.5
+    assert f"{100 * level:.1f}" in conflict_words(found["arat"])[0]
+    runs = {name: [[TrainingAnalysis(0.0, record, None)]] for name, record in found.items()}
+    for groups in (runs, dict(reversed(runs.items()))):
+        plot = conflict_between(groups)
+        assert plot is not None and grey_lines(plot, 0, horizontal=True) == {level, 0.5}
+    along = conflict_over_time(runs["arat"][0])
+    assert along is not None and grey_lines(along, 0, horizontal=True) == {level}
+    by_layer = conflict_by_layer(found["arat"])
+    assert by_layer is not None and grey_lines(by_layer, 0, horizontal=False) == {0.5}
+    assert f"{100 * level:.1f}" in by_layer.caption
+
+
+def grey_lines(plot: Plot, panel: int, horizontal: bool) -> set[float]:
+    """Where a panel has grey lines."""
+    lines = [e for e in plot.figure.axes[panel].get_lines() if e.get_color() == style.GREY]
+    return {float((e.get_ydata() if horizontal else e.get_xdata())[0]) for e in lines}
 
 
 def test_means() -> None:

@@ -33,6 +33,7 @@ from arat_fast.command_line import (
     typed,
 )
 from arat_fast.config import Config
+from arat_fast.datasets.decoding import FORMATS
 from arat_fast.models import create_model
 from arat_fast.objectives import ARAT
 from arat_fast.objectives.base import ObjectiveOutput
@@ -256,6 +257,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "compare"):
         assert all(name in printed_help(capsys, f"{command} --help") for name in RECIPES)
     assert "prepare" in printed_help(capsys, "data --help")
+    assert all(name in printed_help(capsys, "predict --help") for name in FORMATS)
     settings = printed_help(capsys, "train cifar10-resnet18 --help")
     assert "--attack.eps" in settings and "8/255" in settings and "``" not in settings
 

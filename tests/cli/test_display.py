@@ -18,13 +18,16 @@ def test_what_is_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with Display(Console(file=written)).evaluating() as bar:
         bar("PGD-20", 0, 330)
         bar("PGD-20", 300, 330)
-        for done, note in ((0, "33 images standing"), (900, "30 images standing, 0:01:05 left")):
+        for done, note in (
+            (0, "33 images not yet fooled"),
+            (900, "30 images not yet fooled, 0:01:05 left"),
+        ):
             bar("AutoAttack fab-t (3 of 4)", done, 3600, "passes", note)
     assert written.getvalue().splitlines() == [
         "PGD-20: 330 images",
         "PGD-20: 300 of 330 images",
-        "AutoAttack fab-t (3 of 4): 33 images standing",
-        "AutoAttack fab-t (3 of 4): 25 %, 30 images standing, 0:01:05 left",
+        "AutoAttack fab-t (3 of 4): 33 images not yet fooled",
+        "AutoAttack fab-t (3 of 4): 25 %, 30 images not yet fooled, 0:01:05 left",
     ]
 
 
@@ -50,9 +53,12 @@ def test_a_quick_attack_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with Display(Console(file=written)).evaluating() as bar:
         for number, name in enumerate(("apgd-ce", "apgd-t")):
             for done in range(101):
-                bar(f"AutoAttack {name}", done, 100, "passes", "33 images standing")
+                bar(f"AutoAttack {name}", done, 100, "passes", "33 images not yet fooled")
                 now += number
-    lines = ["AutoAttack apgd-ce: 33 images standing", "AutoAttack apgd-t: 33 images standing"]
+    lines = [
+        "AutoAttack apgd-ce: 33 images not yet fooled",
+        "AutoAttack apgd-t: 33 images not yet fooled",
+    ]
     assert written.getvalue().splitlines() == lines
 
 

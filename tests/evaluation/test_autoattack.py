@@ -61,7 +61,7 @@ def test_the_time_left_is_told_without_square_before_it_runs(linear: nn.Module) 
     for name in ("fab-t", "square"):
         run.begin(name, 0, 4, 4, 4)
         run.tick(run.passes(name))
-    start = "4 images standing, at this speed at most 0:00:00 left"
+    start = "4 images not yet fooled, at this speed at most 0:00:00 left"
     assert notes == [f"{start}, then Square", start]
 
 

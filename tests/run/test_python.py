@@ -168,6 +168,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             )
     with pytest.raises(ValueError, match=r"\[0, 2\], got 5"):
         arat_fast.evaluate(network(), pairs, arat_fast.ThreatModel(0.1))
+    # Of another size than the network is built for: each way in says so, and what to do.
+    large: list[Any] = [(torch.rand(1, 12, 7), 0)] * 20
+    settings = config(), tmp_path / "b"
+    for refused in (
+        lambda: arat_fast.evaluate(network(), large, arat_fast.ThreatModel(0.1)),
+        lambda: arat_fast.ARAT(convert_split_batch_norm(network()), ["1"], (1, 12, 7)),
+        lambda: arat_fast.train(*settings, model=network(), train_data=large, test_data=large),
+    ):
+        with pytest.raises(ValueError, match=r"no images of shape \(1, 12, 7\): .*; pass images"):
+            refused()
 
 
 def test_any_function_is_evaluated() -> None:

@@ -7,8 +7,10 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from tiny import (
 import arat_fast.training.checkpoint as checkpoint_module
 from arat_fast.config import Config
 from arat_fast.data.batches import Batch
+from arat_fast.evaluation import suite
+from arat_fast.evaluation.autoattack import autoattack
 from arat_fast.evaluation.pieces import read_arrays
 from arat_fast.evaluation.suite import evaluate_all
 from arat_fast.models import create_model
@@ -125,6 +129,35 @@ def test_resumed_run_equals_uninterrupted(
     expected = create_model("resnet8", 10, 1, norm="shared").state_dict()
     exported = load_file(tmp_path / "model.safetensors")
     assert {n: t.shape for n, t in exported.items()} == {n: t.shape for n, t in expected.items()}
+
+
+def test_speed_is_that_of_the_steps(tmp_path: Path) -> None:
+    """An epoch's line has its own; a step that was broken off counts neither as images nor time."""
+    config = tiny_config(2)
+    run = tiny_trainer(tmp_path, config)
+    step = run.step.from_indices
+
+    def slow(*inputs: Any, **keywords: Any) -> Any:
+        if run.progress.step < STEPS_PER_EPOCH + 2:
+            return step(*inputs, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)
+        return None
+
+    run.step.from_indices = slow  # type: ignore[method-assign,assignment]
+    with pytest.raises(InterruptedRun, match="step 6 of"):
+        run.run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["wall_seconds"]["train"] < 3
+    images = 59 + 2 * 16
+    assert summary["images_per_second"] * summary["wall_seconds"]["train"] == pytest.approx(images)
+    console = Console(file=io.StringIO(), width=1000)
+    resumed = tiny_trainer(tmp_path, config, resume=True, console=console)
+    resumed.progress.seconds += 1e6
+    assert resumed.run()["images_per_second"] < 1
+    printed = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    (said,) = re.findall(r"epoch 2/2  ([\d,]+) images/s", printed)
+    assert int(said.replace(",", "")) > 10
 
 
 def test_every_part_restores_exactly(whole: Whole, tmp_path: Path) -> None:
@@ -283,6 +316,33 @@ def test_signal_during_the_final_evaluation(
     page = write_report(tmp_path).read_text()
     assert "The training is complete; the final evaluation was interrupted." in page
     assert "examples.npz" not in page
+
+
+def test_what_an_interrupted_evaluation_has_found_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals = [signal.SIGTERM]
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return autoattack(*args, **options, attacks=("apgd-ce",))
+
+    monkeypatch.setattr(suite, "autoattack", interrupted)
+    config = changed(tiny_config(epochs=1), "eval", autoattack=True)
+    with pytest.raises(InterruptedRun, match="after the training"):
+        tiny_trainer(tmp_path, config).run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["split"] == "test"
+    assert list(summary["accuracy"]) == ["clean", "clean_branch", "pgd1"]
+    page = write_report(tmp_path).read_text()
+    assert "the final evaluation was interrupted: below is what it had found by then." in page
+    for name in ("clean", "pgd1"):
+        assert f"<p>{summary['accuracy'][name]['correct']} of 40 right</p>" in page
+    assert page.count("not measured: the evaluation did not come to its end") == 1
+    tiny_trainer(tmp_path, config, resume=True).run()
+    finished = json.loads((tmp_path / "summary.json").read_text())
+    assert finished["accuracy"].items() > summary["accuracy"].items()
 
 
 def test_a_stop_is_not_confirmed_without_its_checkpoint(

@@ -60,6 +60,7 @@ def test_labels_of_any_integer_type_train_alike(dtype: torch.dtype) -> None:
         (lambda x, y: (x.to("meta"), y), "meta"),
         (lambda x, y: (x, y.to("meta")), "meta"),
         (lambda x, y: (x[:1], y[:1]), "two samples"),
+        (lambda x, y: (x[:, :1], y), r"no images of shape \(1, 8, 8\): .*; pass images"),
     ],
 )
 def test_batches_that_do_not_fit(

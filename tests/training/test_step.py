@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from arat_fast.attacks import PGD
 from arat_fast.attacks.pgd import RandomStart
 from arat_fast.data import BatchPlan, ResidentBatches, Shift
+from arat_fast.device import resolve_precision
 from arat_fast.models import MODELS, convert_split_batch_norm, create_model, use_statistics
 from arat_fast.models.layers import StemConv2d, protect_stem, split_stems
 from arat_fast.objectives import ARAT, AdversarialTraining, NaturalTraining, Objective
@@ -98,6 +99,23 @@ def test_metrics_and_learning() -> None:
         last = step(x, y)
     assert last["loss"] < first["loss"] and last["accuracy_clean"] >= first["accuracy_clean"]
     assert kept == {name: float(value) for name, value in first.items()}
+
+
+def test_what_a_step_returns_prints_its_numbers() -> None:
+    values = Values.pack({"loss": torch.tensor(2.5), "invariance/4": torch.tensor(1 / 3)})
+    assert repr(values) == str(values) == "Values(loss=2.5, invariance/4=0.3333)"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "taken"),
+    [
+        (torch.float32, resolve_precision("auto", torch.device("cpu"))),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_a_step_prints_the_precision_that_it_took(dtype: torch.dtype, taken: torch.dtype) -> None:
+    step = make_step(dtype=dtype, precision=None)
+    assert step.precision == taken and f"precision={taken}" in repr(step)
 
 
 def test_a_plain_step_launches_what_its_parts_do() -> None:
