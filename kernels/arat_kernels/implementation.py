@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -62,26 +63,32 @@ Unproven = Literal["one_pass", "dependent_launch"]
 _unproven: frozenset[Unproven] = frozenset()
 
 
-def use_unproven(*ways: Unproven) -> None:
-    """Launch split BatchNorm's kernels in ways that no GPU has yet shown right and faster, in this
-    process. A CUDA graph keeps what it was captured with.
+@contextmanager
+def unproven(*ways: Unproven) -> Iterator[None]:
+    """Launch kernels in ways that no GPU has yet shown right and faster, in this process.
+
+    A CUDA graph keeps what it was captured with.
 
     Args:
-        ways: "one_pass", a launch each way instead of two, where registers hold the tensor;
-            "dependent_launch", whose prologue overlaps with the launch before (compute capability
-            9.0); none turns all off, as at first.
+        ways: "one_pass", split BatchNorm in one launch each way instead of two, where registers
+            hold the tensor; "dependent_launch", of split BatchNorm and the frozen affine map, whose
+            beginning overlaps with the end of the launch before (compute capability 9.0).
 
     Raises:
-        ValueError: an unknown way.
+        ValueError: an unknown way, on entry.
     """
     global _unproven
     if unknown := set(ways) - set(get_args(Unproven)):
         raise ValueError(f"expected some of {get_args(Unproven)}, got {sorted(unknown)}")
-    _unproven = frozenset(ways)
+    before, _unproven = _unproven, frozenset(ways)
+    try:
+        yield
+    finally:
+        _unproven = before
 
 
 def is_used(way: Unproven) -> bool:
-    """Whether :func:`use_unproven` has named it."""
+    """Whether the process is inside of :func:`unproven` with this way."""
     return way in _unproven
 
 

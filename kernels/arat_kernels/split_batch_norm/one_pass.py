@@ -5,7 +5,7 @@ partial results, waits for all programs that share the channels, and goes on wit
 The grid is launched as a cooperative one, so that all its programs are resident. Channels that do
 not fit beside each other take turns.
 
-:func:`arat_kernels.implementation.use_unproven` turns it on.
+:func:`arat_kernels.implementation.unproven` turns it on.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
@@ -317,9 +317,9 @@ def split_batch_norm_bwd_one_pass_kernel(
             tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-# One program a multiprocessor, whose threads then have 255 registers each: 112 and 2 x 48 KiB are
-# kept in them. With more, sm_90 spills (tests/kernels/aot).
-_TILES = {"forward": 28, "backward": 12}
+# One program a multiprocessor, whose threads then have 255 registers each: 112 and 2 x 40 KiB are
+# kept in them. With more, sm_90 spills (tests/kernels/aot). Fewer, where all turns are one.
+_TILES = {"forward": (7, 28), "backward": (4, 10)}
 _TILE_BYTES = 4096
 _NUM_WARPS = 8
 # The last one shares lines of 32 bytes between turns.
@@ -346,12 +346,12 @@ def _cut(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> _Cut |
     """The widest blocks of channels whose rows fit; few tiles a program, if all turns are one."""
     n, channels, height, width = x.shape
     area, programs = height * width, programs_of(x, 1)
-    rows, most_tiles = max(clean, n - clean) * area, _TILES[which]
-    for tiles, block_c in product((most_tiles // 4, most_tiles), _BLOCK_C):
+    rows = max(clean, n - clean) * area
+    for tiles, block_c in product(_TILES[which], _BLOCK_C):
         block_r = _TILE_BYTES // x.element_size() // block_c
         sharers = triton.cdiv(rows, tiles * block_r)
         turns = channels // block_c * (2 if 0 < clean < n else 1)
-        at_once = turns if tiles < most_tiles else 1
+        at_once = turns if tiles < _TILES[which][-1] else 1
         if channels % block_c == 0 and sharers * at_once <= programs:
             return _Cut(
                 turns,
@@ -364,6 +364,8 @@ def _cut(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> _Cut |
                     "BLOCK_C": block_c,
                     "BLOCK_S": COMBINED_BYTES // wide_dtype(x).itemsize // block_c,
                     "num_warps": _NUM_WARPS,
+                    # Else the compiler spills to make room for a second program.
+                    "maxnreg": 255,
                     "launch_cooperative_grid": True,
                 },
             )

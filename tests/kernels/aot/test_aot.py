@@ -22,7 +22,7 @@ from kernels.aot.compiled import TARGETS, Target, compiled  # noqa: E402
 from kernels.aot.launches import Launch, maximal, recorded  # noqa: E402
 from kernels.aot.operations import OPERATIONS, affine_shipped, launches, normalize  # noqa: E402
 
-from arat_kernels.implementation import use_unproven  # noqa: E402
+from arat_kernels.implementation import unproven  # noqa: E402
 from arat_kernels.offsets import start_of  # noqa: E402
 from arat_kernels.split_batch_norm import triton as split_batch_norm  # noqa: E402
 
@@ -143,13 +143,9 @@ def test_programs_wait_until_all_have_stored(kernel: str) -> None:
 
 
 def test_dependent_launches_wait_before_they_read() -> None:
-    use_unproven("dependent_launch")
-    try:
-        with recorded() as found:
-            normalize(64, torch.bfloat16)
-            affine_shipped()
-    finally:
-        use_unproven()
+    with unproven("dependent_launch"), recorded() as found:
+        normalize(64, torch.bfloat16)
+        affine_shipped()
     assert len({launch.kernel for launch in found}) == 6
     for launch in {launch.kernel: launch for launch in found}.values():
         text = compiled(launch, TARGETS["sm_90"]).text

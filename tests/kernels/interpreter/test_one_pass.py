@@ -12,7 +12,7 @@ from kernels.interpreter.turns import in_turns
 import arat_kernels.split_batch_norm.one_pass as implementation
 from arat_kernels.arrivals import counters
 from arat_kernels.checks import Norm
-from arat_kernels.implementation import use_unproven
+from arat_kernels.implementation import unproven
 
 
 @pytest.fixture
@@ -20,7 +20,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The cuts of the launches of a test, which are all in one pass."""
     found: list[Any] = []
     cut = implementation._cut
-    use_unproven("one_pass")
     for name in ("forward", "backward"):
         operator = getattr(implementation, name)
 
@@ -30,8 +29,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             return operator(*given)
 
         monkeypatch.setattr(implementation, name, run)
-    yield found
-    use_unproven()
+    with unproven("one_pass"):
+        yield found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -74,7 +73,7 @@ def test_programs_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(implementation, "programs_of", lambda *_: programs)
-    monkeypatch.setattr(implementation, "_TILES", {"forward": 4, "backward": 4})
+    monkeypatch.setattr(implementation, "_TILES", {"forward": (1, 4), "backward": (1, 4)})
     taken = []
     take = counters.take
 
