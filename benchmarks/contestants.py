@@ -15,6 +15,7 @@ from torch import Tensor
 from arat_fast.device import has_bf16
 from arat_fast.objectives import ARAT
 from arat_fast.training.step import TrainStep
+from arat_kernels.implementation import Unproven, unproven
 from benchmarks.baselines import PlainStep, plain_network
 from benchmarks.measure import cudnn_settings
 from benchmarks.official import OfficialStep
@@ -104,11 +105,18 @@ def fast_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
-def _ours(name: str, what: str, device: torch.device, bn: str, graph: bool) -> Contestant:
+def _ours(
+    name: str, what: str, device: torch.device, bn: str, graph: bool, *ways: Unproven
+) -> Contestant:
     def build(workload: Workload, device: torch.device) -> Run:
         precision = fast_precision(device)
         step = build_step(workload, device, bn=bn, precision=precision, graph=graph)
-        return lambda batches: [step(x, y) for x, y in batches][-1]["loss"]
+
+        def run(batches: Sequence[Batch]) -> Tensor:
+            with unproven(*ways):
+                return [step(x, y) for x, y in batches][-1]["loss"]
+
+        return run
 
     low = "bf16" if has_bf16(device) else "float32"
     what = f"this package, {low}, {what}"
@@ -130,7 +138,8 @@ def _compiled(name: str, what: str, mode: str) -> Contestant:
     return Contestant(name, f"tuned, and {what}", build, compiles=True)
 
 
-ONLY_ON_A_GPU = ("compiled-graphs", "compiled-autotune", "fast-eager")
+UNPROVEN: dict[str, Unproven] = {"fast-one-pass": "one_pass", "fast-dependent": "dependent_launch"}
+ONLY_ON_A_GPU = ("compiled-graphs", "compiled-autotune", "fast-eager", *UNPROVEN)
 NAMES = ("naive", "tuned", "compiled", "official", "fast", "fast-folded", *ONLY_ON_A_GPU)
 
 
@@ -164,6 +173,10 @@ def all_contestants(device: torch.device, official: Path | None) -> dict[str, Co
         _ours("fast-eager", "without the CUDA graph", device, "batch", False),
         _ours("fast", "attack.bn=batch", device, "batch", on_gpu),
         _ours("fast-folded", "attack.bn=running", device, "running", on_gpu),
+        *(
+            _ours(name, f"attack.bn=batch, {way}", device, "batch", on_gpu, way)
+            for name, way in UNPROVEN.items()
+        ),
     ]
     absent = [*([] if on_gpu else ONLY_ON_A_GPU), *([] if official else ["official"])]
     return {c.name: c for c in found if c.name not in absent}
@@ -180,7 +193,9 @@ def choose(
     """
     available = all_contestants(device, official)
     if not names:
-        left_out = {"compiled-autotune"} | (set() if device.type == "cuda" else {"compiled"})
+        left_out = {"compiled-autotune", *UNPROVEN} | (
+            set() if device.type == "cuda" else {"compiled"}
+        )
         return {name: c for name, c in available.items() if name not in left_out}
     for name in names:
         if name not in available:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
 from arat_kernels.image_parts import image_parts
+from arat_kernels.implementation import Unproven, unproven
 from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import split_batch_norm
 from benchmarks import harness
@@ -332,6 +333,20 @@ def batch_norm(device: torch.device, shape: tuple[int, ...], backward: bool) -> 
     return Work(functions, inputs, inputs[0][0].numel() * moved, note=note)
 
 
+def another_launch(device: torch.device, shape: tuple[int, ...], way: Unproven) -> Work:
+    """:func:`batch_norm` with its gradients, launched in another way, beside the usual one."""
+    work = batch_norm(device, shape, backward=True)
+    usual = work.functions["ours"]
+
+    def ours(*given: Tensor) -> Any:
+        with unproven(way):
+            return usual(*given)
+
+    eager = work.functions["PyTorch eager"]
+    functions = {"ours": ours, "ours as usual": usual, "PyTorch eager": eager}
+    return work._replace(functions=functions)
+
+
 def frozen_batch_norm(device: torch.device, shape: tuple[int, ...]) -> Work:
     """The attack on running statistics: gradients of input and residual only."""
 
@@ -439,6 +454,7 @@ AFFINE = (*((512, *stage) for stage in STAGES), (256, 160, 32, 32))
 BATCH_NORM = (*((1024, *stage) for stage in STAGES), (512, 160, 32, 32), (512, 640, 8, 8))
 IMAGES = ((512, 3, 32, 32), (4096, 3, 32, 32), (128, 3, 224, 224))
 NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
+WAYS: tuple[Unproven, ...] = get_args(Unproven)
 OPERATIONS: dict[str, list[partial[Work]]] = {
     "cosine_invariance": [
         partial(cosine, num=128, widths=(512,) * 4),
@@ -464,6 +480,11 @@ OPERATIONS: dict[str, list[partial[Work]]] = {
     "split_batch_norm": [
         *(partial(batch_norm, shape=s, backward=b) for b in (False, True) for s in BATCH_NORM),
         partial(frozen_batch_norm, shape=BATCH_NORM[0]),
+        *(
+            partial(another_launch, shape=(256, *stage), way=way)
+            for way in WAYS
+            for stage in STAGES
+        ),
     ],
 }
 

@@ -30,12 +30,15 @@ from arat_fast.models.registry import model_spec
 from arat_fast.objectives import ARAT
 from arat_fast.training.rounding import rounded_weights
 from arat_fast.training.step import TrainStep
+from arat_kernels.implementation import unproven
+from arat_kernels.split_batch_norm import one_pass
 from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload, forward_flops
 
 # The first that is found in an operation's name decides.
 KINDS = (
     ("convolution, forward", "conv_forward"),
     ("convolution, gradients", "conv_input", "conv_weight"),
+    ("BN in one pass", "one_pass"),
     ("BN statistics", "batch_norm_statistics", "sum_statistics"),
     ("BN normalise", "split_batch_norm_normalize"),
     ("BN backward sums", "backward_sums"),
@@ -140,12 +143,14 @@ def _convolution_flops(out: Tensor, weight: Tensor) -> int:
     return 2 * out.numel() * weight[0].numel()
 
 
-def recorded(workload: Workload, bn: str) -> list[Node]:
+def recorded(workload: Workload, bn: str, one_pass_on: int = 0) -> list[Node]:
     """The launches of one step of ARAT in bf16.
 
     Args:
         workload: network, batch, attack.
         bn: BatchNorm in the attack, as :attr:`arat_fast.attacks.PGD.bn`; "running" is folded.
+        one_pass_on: multiprocessors of a card on which BatchNorm takes one launch each way where
+            their registers hold the tensor; 0 for the usual launches.
     """
     network = workload.network()
     layers = model_spec(workload.model).regularized_layers
@@ -163,6 +168,9 @@ def recorded(workload: Workload, bn: str) -> list[Node]:
         enter = stack.enter_context
         enter(patch.object(torch.Tensor, "is_cuda", property(lambda self: True)))
         enter(patch.object(torch.backends.cudnn, "is_available", lambda: True))
+        if one_pass_on:
+            enter(patch.object(one_pass, "programs_of", lambda *_: one_pass_on))
+            enter(unproven("one_pass"))
         step = TrainStep(
             network,
             objective,
@@ -206,6 +214,9 @@ class Options:
     """Share of the matrix rate that convolutions reach, in (0, 1]; real ones about 0.6."""
     launch_us: float = 2.0
     """The least that a launch takes, microseconds."""
+    one_pass_on: int = 0
+    """Multiprocessors of a card (an H200 has 132) on which split BatchNorm takes one launch each
+    way, where their registers hold the tensor; 0: the usual launches."""
     details: bool = False
     """A table by kind for each step."""
 
@@ -224,7 +235,7 @@ def tables(options: Options) -> Iterator[str]:
         for bn in options.bn:
             for batch in options.batch_size:
                 workload = Workload(model=model, batch_size=batch)
-                nodes = recorded(workload, bn)
+                nodes = recorded(workload, bn, options.one_pass_on)
                 rate = options.tflops * 1e12
                 ideal = workload.forward_equivalents * forward_flops(workload) * batch / rate
                 bound = sum(map(options.seconds, nodes))

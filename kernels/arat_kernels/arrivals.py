@@ -1,5 +1,5 @@
 """Programs of a grid that wait for nobody: the one that arrives last goes on with the results of
-all. Their counters, and the step inside of a kernel."""
+all; or that wait for all. Their counters, the steps inside of a kernel, and launches that wait."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # Arguments of kernels are pointers and values of Triton, which have no Python type.
@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arat_kernels.implementation import is_used
+
 
 @triton.jit
 def is_last(counter_ptr, number):
@@ -25,6 +27,40 @@ def is_last(counter_ptr, number):
     if last:
         tl.store(counter_ptr, 0)
     return last
+
+
+@triton.jit
+def barrier(counters_ptr, number):
+    """Wait for all ``number`` programs that come here, which must be resident together; what they
+    have stored before may be read past the L1. Two counters, which are 0 again afterwards.
+
+    Returns 0, which the compiler does not know.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters_ptr, 1, sem="acq_rel") + 1
+    while arrived < number:
+        arrived = tl.atomic_add(counters_ptr, 0, sem="acquire")
+    if is_last(counters_ptr + 1, number):
+        tl.store(counters_ptr, 0)
+    return arrived - number
+
+
+@triton.jit
+def after_the_launch_before(DEPENDENT: tl.constexpr):
+    """Wait for the launch before, and let the one after begin its own wait, if launches overlap."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def dependence() -> dict[str, bool]:
+    """Arguments of a launch whose kernel begins with :func:`after_the_launch_before`."""
+    # Triton for AMD's cards does not know the option.
+    return (
+        {"DEPENDENT": True, "launch_pdl": True}
+        if is_used("dependent_launch")
+        else {"DEPENDENT": False}
+    )
 
 
 class Counters:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +56,40 @@ def replace_operations(names: Iterable[str]) -> None:
 def is_replaced(operation: str) -> bool:
     """Whether :func:`replace_operations` has named it."""
     return operation in _replaced
+
+
+Unproven = Literal["one_pass", "dependent_launch"]
+
+_unproven: frozenset[Unproven] = frozenset()
+
+
+@contextmanager
+def unproven(*ways: Unproven) -> Iterator[None]:
+    """Launch kernels in ways that no GPU has yet shown right and faster, in this process.
+
+    A CUDA graph keeps what it was captured with.
+
+    Args:
+        ways: "one_pass", split BatchNorm in one launch each way instead of two, where registers
+            hold the tensor; "dependent_launch", of split BatchNorm and the frozen affine map, whose
+            beginning overlaps with the end of the launch before (compute capability 9.0).
+
+    Raises:
+        ValueError: an unknown way, on entry.
+    """
+    global _unproven
+    if unknown := set(ways) - set(get_args(Unproven)):
+        raise ValueError(f"expected some of {get_args(Unproven)}, got {sorted(unknown)}")
+    before, _unproven = _unproven, frozenset(ways)
+    try:
+        yield
+    finally:
+        _unproven = before
+
+
+def is_used(way: Unproven) -> bool:
+    """Whether the process is inside of :func:`unproven` with this way."""
+    return way in _unproven
 
 
 def choose(impl: Impl | None, *tensors: Tensor | None, operation: str = "") -> Impl:

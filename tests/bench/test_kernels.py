@@ -28,6 +28,7 @@ CASES = [
     partial(kernels.batch_norm, shape=(16, 3, 4, 4), backward=False),
     partial(kernels.batch_norm, shape=(16, 3, 4, 4), backward=True),
     partial(kernels.frozen_batch_norm, shape=(4, 3, 4, 4)),
+    partial(kernels.another_launch, shape=(16, 3, 4, 4), way="one_pass"),
 ]
 
 

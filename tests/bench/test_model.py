@@ -12,26 +12,32 @@ from benchmarks.workload import Workload, forward_flops
 # Launches and megabytes of one attack step and of the rest of a step at batch 128. Where a change
 # needs less, they are lowered.
 HELD = {
-    ("resnet18", "batch"): ((117, 2103.2), (207, 5275.5)),
-    ("resnet18", "running"): ((63, 1243.3), (240, 5342.9)),
-    ("wrn34-10", "batch"): ((196, 10309.5), (320, 25588.1)),
-    ("wrn34-10", "running"): ((120, 7156.5), (346, 25718.9)),
+    ("resnet18", "batch", 0): ((117, 2103.2), (207, 5275.5)),
+    ("resnet18", "running", 0): ((63, 1243.3), (240, 5342.9)),
+    ("wrn34-10", "batch", 0): ((196, 10309.5), (320, 25588.1)),
+    ("wrn34-10", "running", 0): ((120, 7156.5), (346, 25718.9)),
+    # In one pass where an H200's registers hold it.
+    ("resnet18", "batch", 132): ((89, 1702.5), (183, 4499.4)),
+    ("wrn34-10", "batch", 132): ((150, 8462.3), (289, 22471.5)),
 }
 FAST, *SLOW = HELD
 
 
 @pytest.mark.parametrize(
-    ("model", "bn"), [FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("model", "bn", "one_pass_on"),
+    [FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_no_step_launches_or_moves_more_than_was_reached(model: str, bn: str) -> None:
+def test_no_step_launches_or_moves_more_than_was_reached(
+    model: str, bn: str, one_pass_on: int
+) -> None:
     found = []
     for num_steps in (1, 2):
-        nodes = recorded(Workload(model=model, num_steps=num_steps), bn)
+        nodes = recorded(Workload(model=model, num_steps=num_steps), bn, one_pass_on)
         found.append((len(nodes), sum(node.bytes for node in nodes) / 1e6))
     (launches, moved), (more_launches, more_moved) = found
     attack = more_launches - launches, more_moved - moved
     rest = launches - attack[0], moved - attack[1]
-    for got, held in zip((attack, rest), HELD[model, bn], strict=True):
+    for got, held in zip((attack, rest), HELD[model, bn, one_pass_on], strict=True):
         assert got[0] <= held[0] and got[1] <= held[1] * 1.001, (attack, rest)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from arat_kernels import implementation
 from arat_kernels.checks import OPERATIONS
-from arat_kernels.implementation import choose, interpreting
+from arat_kernels.implementation import choose, interpreting, is_used, unproven
 
 CPU, META = torch.ones(2), torch.ones(2, device="meta")
 
@@ -45,6 +45,16 @@ def test_every_operation_refuses_what_it_cannot_run(name: str) -> None:
         return
     with pytest.raises(ValueError, match="one device"):
         operation.call({**tensors, other: tensors[other].to("meta")}, None)
+
+
+def test_unproven_launches_are_off_and_named() -> None:
+    with unproven("one_pass"):
+        with unproven("dependent_launch"):
+            assert not is_used("one_pass") and is_used("dependent_launch")
+        assert is_used("one_pass")
+    assert not is_used("one_pass")
+    with pytest.raises(ValueError, match="one_pass"), unproven("two_passes"):  # type: ignore[arg-type]  # refused
+        pass
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arat_kernels.arrivals import after_the_launch_before, dependence
 from arat_kernels.forks import size_of_few, spread, with_outlets
 from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import aligned, batch_dense, in_layout_of
@@ -65,6 +66,7 @@ def frozen_affine_fwd_kernel(
     rows: tl.int64,
     cols: tl.int32,
     channels: tl.int32,
+    DEPENDENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BY_ROW: tl.constexpr,  # contiguous: the channel is the row modulo channels, else the column
     RELU: tl.constexpr,
@@ -72,6 +74,7 @@ def frozen_affine_fwd_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    after_the_launch_before(DEPENDENT)
     if ALIGNED:
         cols = cols // 16 * 16
     first, col, at, mask = _tile(rows, cols, ROWS, COLS)
@@ -114,12 +117,14 @@ def frozen_affine_bwd_kernel(
     rows: tl.int64,
     cols: tl.int32,
     channels: tl.int32,
+    DEPENDENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BY_ROW: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    after_the_launch_before(DEPENDENT)
     if ALIGNED:
         cols = cols // 16 * 16
     first, col, at, mask = _tile(rows, cols, ROWS, COLS)
@@ -187,6 +192,7 @@ def _cut(t: Tensor, rows: int, cols: int, by_row: bool) -> tuple[tuple[int], dic
         "ROWS": TILE // tile,
         "COLS": tile,
         "num_warps": warps(NUM_WARPS),
+        **dependence(),
     }
 
 

@@ -19,16 +19,16 @@ parameters: the passes above then normalise both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.arrivals import counters, is_last
+from arat_kernels.arrivals import after_the_launch_before, counters, dependence, is_last
 from arat_kernels.forks import size_of_few, with_outlets
-from arat_kernels.implementation import refuse_second_derivative, warps, wide_dtype
+from arat_kernels.implementation import is_used, refuse_second_derivative, warps, wide_dtype
 from arat_kernels.layout import all_aligned
 from arat_kernels.offsets import load_second_gradient, start_of
 from arat_kernels.split_batch_norm.distributed import (
@@ -81,14 +81,14 @@ def _last_of_branch(counter_ptr, branch, block, channels, clean_segments, BLOCK_
 
 
 @triton.jit
-def _partial(partial_ptr, which, segment, ok, channels, c, NUMBER: tl.constexpr):
+def partial_of(partial_ptr, which, segment, ok, channels, c, NUMBER: tl.constexpr):
     """One of ``NUMBER`` results of some segments, by other programs: not from the L1."""
     at = start_of(segment, NUMBER * channels)[:, None] + (which * channels + c)[None, :]
     return tl.load(partial_ptr + at, mask=ok, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _merged(
+def merged(
     partial_ptr,  # the branch's segments
     number,
     total,
@@ -109,8 +109,8 @@ def _merged(
     for i in tl.range(0, number, BLOCK_S, num_stages=3):
         k = (i + s).to(tl.int64)
         ok = (k < number)[:, None] & c_ok[None, :]
-        mean = _partial(partial_ptr, 0, k, ok, channels, c, 2)
-        inner = _partial(partial_ptr, 1, k, ok, channels, c, 2)
+        mean = partial_of(partial_ptr, 0, k, ok, channels, c, 2)
+        inner = partial_of(partial_ptr, 1, k, ok, channels, c, 2)
         count = tl.minimum(total - k * segment_rows, segment_rows)
         count = tl.where(k < number, count, 0).to(acc)
         share = count / tl.maximum(counts + count, 1.0)
@@ -126,7 +126,24 @@ def _merged(
 
 
 @triton.jit
-def _keep_bits(
+def store_bits(
+    mask_ptr, stopped, first, inside, block, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One bit for each element (BLOCK_R, BLOCK_C) of a tile: whether ReLU has not stopped it."""
+    width = (channels + 7) // 8
+    bits = tl.reshape(tl.where(stopped, 0, 1), (BLOCK_R, BLOCK_C // 8, 8))
+    packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
+    byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    row = tl.arange(0, BLOCK_R)
+    tl.store(
+        mask_ptr + start_of(first, width) + row[:, None] * width + byte[None, :],
+        packed.to(tl.uint8),
+        mask=inside[:, None] & (byte < width)[None, :],
+    )
+
+
+@triton.jit
+def keep_bits(
     mask_ptr, first, inside, block, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """The bits that the forward kernel stored for one tile, as booleans (BLOCK_R, BLOCK_C)."""
@@ -141,7 +158,7 @@ def _keep_bits(
 
 
 @triton.jit
-def _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps):
+def affine_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps):
     """Mean, 1/std, weight/std and bias of one branch's channels, in the statistics' dtype."""
     mean = tl.load(mean_ptr + row, mask=c_ok, other=0.0)
     acc = mean_ptr.dtype.element_ty
@@ -173,6 +190,45 @@ def _summand(x_ptr, addend_ptr, sum_ptr, at, ok, acc: tl.constexpr):
     return x
 
 
+@triton.jit
+def store_statistics(
+    mean,
+    squares,  # centred sum
+    total,
+    rows,
+    branch,
+    channel,  # the first
+    channels,
+    c,
+    c_ok,
+    mean_ptr,
+    var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
+    momentum,
+):
+    """What the kernel of the statistics says of its pointers, for one branch and some channels."""
+    row = branch * channels + c
+    tl.store(mean_ptr + row, mean, mask=c_ok)
+    tl.store(var_ptr + row, squares / total.to(mean.dtype), mask=c_ok)
+    if total == rows:
+        # The other branch has no samples, and no program.
+        other = (1 - branch) * channels + c
+        tl.store(mean_ptr + other, tl.zeros_like(mean), mask=c_ok)
+        tl.store(var_ptr + other, tl.zeros_like(mean), mask=c_ok)
+    if tracked_ptr is not None:
+        tl.store(tracked_ptr + branch, tl.load(tracked_ptr + branch) + 1, mask=channel == 0)
+    if running_mean_ptr is not None:
+        unbiased = squares / tl.maximum(total - 1, 1).to(mean.dtype)
+        old = tl.load(running_mean_ptr + row, mask=c_ok, other=0.0).to(mean.dtype)
+        new = old + momentum * (mean - old)
+        tl.store(running_mean_ptr + row, new.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
+        old = tl.load(running_var_ptr + row, mask=c_ok, other=0.0).to(mean.dtype)
+        new = old + momentum * (unbiased - old)
+        tl.store(running_var_ptr + row, new.to(running_var_ptr.dtype.element_ty), mask=c_ok)
+
+
 # The running statistics are changed in place, where their owner has put them.
 @triton.jit(
     do_not_specialize=[*_PLAIN, "momentum", "running_mean_ptr", "running_var_ptr", "tracked_ptr"]
@@ -194,11 +250,13 @@ def split_batch_norm_statistics_kernel(
     clean_segments: tl.int64,
     segment_rows: tl.int64,
     momentum: tl.float32,
+    DEPENDENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    after_the_launch_before(DEPENDENT)
     acc = partial_ptr.dtype.element_ty
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
@@ -233,27 +291,26 @@ def split_batch_norm_statistics_kernel(
     if last:
         total = tl.where(branch == 1, rows - clean_rows, clean_rows)
         partial_ptr += start_of(begin, 2 * channels)
-        mean, combined = _merged(
+        mean, combined = merged(
             partial_ptr, number, total, segment_rows, channels, c, c_ok, BLOCK_S, BLOCK_C
         )
-        row = branch * channels + c
-        tl.store(mean_ptr + row, mean, mask=c_ok)
-        tl.store(var_ptr + row, combined / total.to(acc), mask=c_ok)
-        if total == rows:
-            # The other branch has no samples, and no program.
-            other = (1 - branch) * channels + c
-            tl.store(mean_ptr + other, tl.zeros_like(mean), mask=c_ok)
-            tl.store(var_ptr + other, tl.zeros_like(mean), mask=c_ok)
-        if tracked_ptr is not None:
-            tl.store(tracked_ptr + branch, tl.load(tracked_ptr + branch) + 1, mask=block == 0)
-        if running_mean_ptr is not None:
-            unbiased = combined / tl.maximum(total - 1, 1).to(acc)
-            old = tl.load(running_mean_ptr + row, mask=c_ok, other=0.0).to(acc)
-            new = old + momentum * (mean - old)
-            tl.store(running_mean_ptr + row, new.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
-            old = tl.load(running_var_ptr + row, mask=c_ok, other=0.0).to(acc)
-            new = old + momentum * (unbiased - old)
-            tl.store(running_var_ptr + row, new.to(running_var_ptr.dtype.element_ty), mask=c_ok)
+        store_statistics(
+            mean,
+            combined,
+            total,
+            rows,
+            branch,
+            block * BLOCK_C,
+            channels,
+            c,
+            c_ok,
+            mean_ptr,
+            var_ptr,
+            running_mean_ptr,
+            running_var_ptr,
+            tracked_ptr,
+            momentum,
+        )
 
 
 @triton.jit(do_not_specialize=[*_PLAIN, "eps"])
@@ -278,16 +335,18 @@ def split_batch_norm_fwd_kernel(
     segment_rows: tl.int64,
     eps: tl.float32,
     RELU: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    after_the_launch_before(DEPENDENT)
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
     row = branch * channels + c
-    mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
+    mean, rstd, scale, bias = affine_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if residual_mean_ptr is not None:
-        residual_mean, _, residual_scale, residual_bias = _affine(
+        residual_mean, _, residual_scale, residual_bias = affine_of(
             residual_mean_ptr,
             residual_var_ptr,
             residual_weight_ptr,
@@ -316,15 +375,7 @@ def split_batch_norm_fwd_kernel(
             stopped = z <= 0.0
             z = tl.where(stopped, 0.0, z)
             if mask_ptr is not None:
-                width = (channels + 7) // 8
-                bits = tl.reshape(tl.where(stopped, 0, 1), (BLOCK_R, BLOCK_C // 8, 8))
-                packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
-                byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-                tl.store(
-                    mask_ptr + start_of(first + i, width) + r[:, None] * width + byte[None, :],
-                    packed.to(tl.uint8),
-                    mask=inside[:, None] & (byte < width)[None, :],
-                )
+                store_bits(mask_ptr, stopped, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
         if y_ptr is not None:
             tl.store(y_ptr + at + local, z.to(y_ptr.dtype.element_ty), mask=ok)
     if pooled_ptr is not None:
@@ -360,18 +411,20 @@ def split_batch_norm_bwd_sums_kernel(
     width,  # int32 or None
     eps: tl.float32,
     RELU: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUMBER: tl.constexpr,  # 3 with a residual that is normalised: of g * its xhat; else 2
 ):
+    after_the_launch_before(DEPENDENT)
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
     row = branch * channels + c
-    mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
+    mean, rstd, scale, bias = affine_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if residual_ptr is not None:
-        residual_mean, residual_rstd, _, _ = _affine(
+        residual_mean, residual_rstd, _, _ = affine_of(
             residual_mean_ptr, residual_var_ptr, None, None, row, c_ok, eps
         )
         sum_gr = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
@@ -396,7 +449,7 @@ def split_batch_norm_bwd_sums_kernel(
         d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
         z = d * scale[None, :] + bias[None, :]
         if mask_ptr is not None:
-            keep = _keep_bits(mask_ptr, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
+            keep = keep_bits(mask_ptr, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
             g = tl.where(keep, g, 0.0)
         elif RELU:
             g = tl.where(z <= 0.0, 0.0, g)
@@ -425,10 +478,10 @@ def split_batch_norm_bwd_sums_kernel(
         for k in tl.range(0, number, BLOCK_S, num_stages=3):
             s = (k + tl.arange(0, BLOCK_S)).to(tl.int64)
             ok = (s < number)[:, None] & c_ok[None, :]
-            total_g += _partial(partial_ptr, 0, begin + s, ok, channels, c, NUMBER)
-            total_gx += _partial(partial_ptr, 1, begin + s, ok, channels, c, NUMBER)
+            total_g += partial_of(partial_ptr, 0, begin + s, ok, channels, c, NUMBER)
+            total_gx += partial_of(partial_ptr, 1, begin + s, ok, channels, c, NUMBER)
             if NUMBER == 3:
-                total_gr += _partial(partial_ptr, 2, begin + s, ok, channels, c, NUMBER)
+                total_gr += partial_of(partial_ptr, 2, begin + s, ok, channels, c, NUMBER)
         at = sums_ptr + branch * channels + c
         of_g = tl.sum(total_g, axis=0)
         tl.store(at, of_g, mask=c_ok)
@@ -472,14 +525,16 @@ def split_batch_norm_bwd_input_kernel(
     width,  # int32 or None
     eps: tl.float32,
     RELU: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    after_the_launch_before(DEPENDENT)
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
     row = branch * channels + c
-    mean, rstd, scale, bias = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
+    mean, rstd, scale, bias = affine_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
     if dpooled_ptr is not None:
         of_mean = tl.load(dpooled_ptr + start_of(segment, channels) + c, mask=c_ok, other=0.0)
         dpooled = of_mean.to(scale.dtype) / count.to(scale.dtype)
@@ -491,7 +546,7 @@ def split_batch_norm_bwd_input_kernel(
         mean_g = tl.load(sums_ptr + row, mask=c_ok, other=0.0) / total
         slope = tl.load(sums_ptr + 2 * channels + row, mask=c_ok, other=0.0) / total * rstd
     if residual_ptr is not None:
-        residual_mean, residual_rstd, residual_scale, _ = _affine(
+        residual_mean, residual_rstd, residual_scale, _ = affine_of(
             residual_mean_ptr, residual_var_ptr, residual_weight_ptr, None, row, c_ok, eps
         )
         if sums_ptr is not None:
@@ -514,7 +569,7 @@ def split_batch_norm_bwd_input_kernel(
             d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
             z = d * scale[None, :] + bias[None, :]
         if mask_ptr is not None:
-            keep = _keep_bits(mask_ptr, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
+            keep = keep_bits(mask_ptr, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
             g = tl.where(keep, g, 0.0)
         elif RELU:
             g = tl.where(z <= 0.0, 0.0, g)
@@ -548,7 +603,7 @@ _NUM_WARPS = 8
 _STREAMING_TILES = 4
 # Bytes of partial results at once: two accumulators and two loads of 4 registers per thread. With 8
 # some launches spill, for channels that are no multiple of 16.
-_COMBINED_BYTES = 4096
+COMBINED_BYTES = 4096
 # Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor, so that
 # several blocks are resident and hide latency. The pooled forward and the backward hold more values
 # in registers.
@@ -616,6 +671,7 @@ def _plan(
             "BLOCK_R": block_r,
             "BLOCK_C": block_c,
             "num_warps": warps(_NUM_WARPS),
+            **dependence(),
         },
     )
 
@@ -626,7 +682,7 @@ def _combining(x: Tensor, plan: _Launch, wide: Tensor, number: int = 2) -> tuple
     return wide.new_empty(shape), counters.take(x.device, 2 * blocks)
 
 
-def _like(t: Tensor, wanted: bool = True) -> Tensor:
+def like(t: Tensor, wanted: bool = True) -> Tensor:
     """Memory for a tensor like ``t``, channels_last; where it is not wanted, nothing."""
     if wanted:
         return torch.empty_like(t, memory_format=torch.channels_last)
@@ -675,7 +731,7 @@ def _launch_statistics(
             *moved,
             *plan.integers,
             momentum,
-            BLOCK_S=_COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
+            BLOCK_S=COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
             **plan.constants,
         )
 
@@ -709,7 +765,7 @@ def sum_statistics(
 
 
 def _sum_results(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), *_statistics_results(x)
+    return like(x), *_statistics_results(x)
 
 
 sum_statistics.register_fake(_sum_results)
@@ -783,7 +839,7 @@ def _normalize_results(
     dtype = x.dtype if only_mean else wide_dtype(x)
     features = x.new_empty((n, channels) if pooled else (0, 0), dtype=dtype)
     mask_shape = (n * height * width, (channels + 7) // 8) if save_mask else (0, 0)
-    return _like(x, not only_mean), features, x.new_empty(mask_shape, dtype=torch.uint8)
+    return like(x, not only_mean), features, x.new_empty(mask_shape, dtype=torch.uint8)
 
 
 normalize.register_fake(
@@ -829,7 +885,7 @@ def backward_sums(
             *size_of_few(x, dy_skip),
             eps,
             RELU=relu,
-            BLOCK_S=_COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
+            BLOCK_S=COMBINED_BYTES // mean.element_size() // plan.constants["BLOCK_C"],
             NUMBER=len(sums) // 2 + 1,
             **plan.constants,
         )
@@ -840,7 +896,7 @@ def _sums_results(
     x: Tensor, mean: Tensor, residual: Tensor | None, want_dresidual: bool
 ) -> tuple[Tensor, Tensor]:
     number = 2 if residual is None else 4
-    return mean.new_empty((number, *mean.shape)), _like(x, want_dresidual)
+    return mean.new_empty((number, *mean.shape)), like(x, want_dresidual)
 
 
 backward_sums.register_fake(lambda *given: _sums_results(given[3], given[4], given[9], given[15]))
@@ -874,7 +930,7 @@ def backward_input(
     normalised too."""
     per_sample = dpooled is not None
     plan = _plan(x, clean, _BACKWARD_TILE, per_sample, most_tiles=_STREAMING_TILES)
-    dx, dresidual = _like(x), _like(x, want_dresidual)
+    dx, dresidual = like(x), like(x, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_input_kernel[plan.grid](
             *all_aligned(dy, dy_skip, dx_around, dpooled, x, mean, var, weight, bias),
@@ -891,7 +947,7 @@ def backward_input(
     return dx, dresidual
 
 
-backward_input.register_fake(lambda *given: (_like(given[4]), _like(given[4], given[19])))
+backward_input.register_fake(lambda *given: (like(given[4]), like(given[4], given[19])))
 
 
 # x, the residual, and weight and bias of both.
@@ -950,8 +1006,21 @@ def _backward(
     relu = ctx.relu
     total = dx = None
     rows: list[Tensor | None] = [None] * 4
+    stopped = want_residual and relu
+    plain = ctx.batch_statistics and ctx.group_name is None and features is None
+    if (
+        want_x
+        and plain
+        and not normalized_too
+        and (one_pass := _one_pass(x, ctx.clean, "backward"))
+    ):
+        dx, sums, written = one_pass.backward(
+            dy, dy_skip, dx_around, *affine, mask, ctx.clean, ctx.eps, relu, stopped
+        )
+        dresidual = written if stopped else dresidual
+        rows = [sums[i] if want else None for i, want in zip((1, 0), want_rows, strict=False)]
+        return dx, dresidual, None, None, *rows, *[None] * 13
     if any(want_rows) or ((want_x or write_residual) and ctx.batch_statistics):
-        stopped = want_residual and relu
         sums, written = backward_sums(
             dy, dy_skip, features, *affine, mask, *second[:3], ctx.clean, ctx.eps, relu, stopped
         )
@@ -987,6 +1056,38 @@ def _backward(
 
 
 normalize.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _one_pass(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> Any:
+    """The module of launches that read ``x`` once, if they are used and fit."""
+    if not is_used("one_pass"):
+        return None
+    from arat_kernels.split_batch_norm import one_pass
+
+    return one_pass if one_pass.fits(x, clean, which) else None
+
+
+class _OnePass(torch.autograd.Function):
+    """:func:`normalize` by the statistics of ``x``, which move the running ones; PyTorch lets no
+    operator have a gradient that changes an input."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        """The inputs of :func:`normalize`, without mean and variance, and what moves."""
+        x, residual, _, _, weight, bias, _, clean, eps, relu, _, save_mask = given[:12]
+        *moved, momentum = given[19:]
+        y, mask, mean, var = _one_pass(x, clean, "forward").forward(
+            x, residual, weight, bias, *moved, clean, momentum, eps, relu, save_mask
+        )
+        _setup_context(ctx, (x, residual, mean, var, *given[4:19]), (y, y, mask))
+        ctx.tensors = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
+        found: Tensor = y
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, dy, None, None), *[None] * 4
+
 
 for operator in (backward_sums, backward_input):
     refuse_second_derivative(operator)
@@ -1074,11 +1175,23 @@ def split_batch_norm_triton(
     clean = sizes[0]
     residual_mean = residual_var = None
     counts = None
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, *affine)
+    )
+    # Without a residual ReLU's mask follows from x, which the backward reads anyway.
+    save_mask = relu and residual is not None and differentiable
+    flags = (relu, return_pooled or only_mean, save_mask, training)
     if training:
         moved = (running_mean, running_var)
         alone = update_running_stats and group_name is None
         here = (*moved, tracked) if alone else (None, None, None)
         known = _known_statistics(x, clean, here[0])
+        plain = second is None and group_name is None and not (return_pooled or only_mean)
+        if known is None and plain and _one_pass(x, clean, "forward") is not None:
+            none = (None,) * 6
+            inputs = (x, residual, *none[:2], *affine[:2], None, clean, eps, *flags, *none[:5])
+            y = _OnePass.apply(*inputs, False, *here, momentum)
+            return _with_outlets(y, x, channels_last, relu), None
         mean, var = known or statistics(x.detach(), *here, clean, momentum)
         if second is not None:
             assert residual is not None
@@ -1097,12 +1210,6 @@ def split_batch_norm_triton(
         if second is not None:
             residual_mean, residual_var = second[2].to(wide), second[3].to(wide)
         group_name = None
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, residual, *affine)
-    )
-    # Without a residual ReLU's mask follows from x, which the backward reads anyway.
-    save_mask = relu and residual is not None and differentiable
-    flags = (relu, return_pooled or only_mean, save_mask, training, group_name)
     y, pooled, _ = normalize(
         x,
         residual,
@@ -1113,6 +1220,7 @@ def split_batch_norm_triton(
         clean,
         eps,
         *flags,
+        group_name,
         residual_mean,
         residual_var,
         *affine[2:],
@@ -1120,8 +1228,11 @@ def split_batch_norm_triton(
     )
     if only_mean:
         return pooled, None
+    return _with_outlets(y, x, channels_last, relu), pooled if return_pooled else None
+
+
+def _with_outlets(y: Tensor, x: Tensor, channels_last: bool, relu: bool) -> Tensor:
+    """``y`` in the layout that ``x`` was given in, with outlets where the kernels read them."""
     if not channels_last:
-        y = y.contiguous()
-    elif relu:
-        y = with_outlets(y, x)
-    return y, pooled if return_pooled else None
+        return y.contiguous()
+    return with_outlets(y, x) if relu else y

@@ -81,7 +81,7 @@ def compiled(launch: Launch, target: Target) -> Report:
     num_warps = max(1, launch.num_warps * 32 // target.gpu.warp_size)
     options = {"num_warps": num_warps, "enable_fp_fusion": launch.fuses}
     if target.gpu.backend == "cuda":
-        options["num_stages"] = launch.num_stages
+        options |= {"num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
     kernel = triton.compile(source, target=target.gpu, options=options)
     # A tuple is as many parameters as it has elements.
     passed: list[str] = []

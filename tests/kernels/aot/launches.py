@@ -31,6 +31,7 @@ class Launch:
         num_warps: of a program.
         num_stages: of its loops, where they do not say themselves.
         fuses: whether a product and a sum are rounded once.
+        maxnreg: registers a thread may have; None: the compiler's choice.
     """
 
     function: Any
@@ -40,6 +41,7 @@ class Launch:
     num_warps: int
     num_stages: int
     fuses: bool = True
+    maxnreg: int | None = None
 
     @property
     def kernel(self) -> str:
@@ -131,6 +133,7 @@ _FLAGS = ("RELU", "FLIP")
 _INSTEAD = {
     "split_batch_norm_bwd_sums_kernel": ("RELU", "mask_ptr"),
     "split_batch_norm_bwd_input_kernel": ("RELU", "mask_ptr"),
+    "split_batch_norm_bwd_one_pass_kernel": ("RELU", "mask_ptr"),
 }
 # What a data set or a network brings along, in any number.
 _EXAMPLES = ("CHANNELS", "OUT_CHANNELS", "WIDTHS")
@@ -185,9 +188,8 @@ def recorded() -> Iterator[list[Launch]]:
         _, _, _, backend, binder = self.device_caches[0]
         values, specialization, _ = binder(*args, debug=False, **options)
         chosen, *source = self._pack_args(backend, options, values, specialization, options)
-        found.append(
-            Launch(self, *source, chosen.num_warps, chosen.num_stages, chosen.enable_fp_fusion)
-        )
+        how = chosen.num_warps, chosen.num_stages, chosen.enable_fp_fusion, chosen.maxnreg
+        found.append(Launch(self, *source, *how))
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.cuda, "device_of", device_of))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from unittest.mock import patch
 
 import torch
 from kernels.aot.launches import Launch, maximal, recorded
@@ -24,7 +25,7 @@ from arat_kernels.forks import every_second
 from arat_kernels.frozen_affine import triton as frozen_affine
 from arat_kernels.image_parts import triton as image_parts
 from arat_kernels.pgd_step import triton as pgd_step
-from arat_kernels.split_batch_norm import around, skip_of
+from arat_kernels.split_batch_norm import around, one_pass, skip_of
 from arat_kernels.split_batch_norm import triton as split_batch_norm
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,7 +53,8 @@ class Operation:
         """The pointers of ``launch`` whose accesses must be wide."""
         # Small tiles of few classes have less than 16 bytes per thread.
         small = launch.kernel.startswith("cross_entropy") and launch.given["COLS"] < 1024
-        if small or not launch.given.get("ALIGNED", launch.kernel == "image_parts_fwd_kernel"):
+        aligned = launch.kernel == "image_parts_fwd_kernel" or "one_pass" in launch.kernel
+        if small or not launch.given.get("ALIGNED", aligned):
             return set()
         wide = set(self.bulk.get(launch.kernel, ())) & launch.types.keys()
         # The gradient of parts is three of the eight channels of a pixel.
@@ -180,6 +182,39 @@ def normalize_sweep() -> None:
             given = (x, x, x, pooled, x, row, row, affine, affine, bits)
             given += (None, None, None, None, sums, counts)
             split_batch_norm.backward_input(*given, 2, 1e-5, relu, False)
+
+
+def in_one_pass(
+    channels: int, images: int, area: int, dtype: torch.dtype, *, relu: bool, bits: bool, few: bool
+) -> None:
+    """Both launches on an H200; with ``bits`` there is a residual, with ``few`` x and y have two
+    readers."""
+    shape = (images, channels, area, area)
+    x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    row = torch.ones(2, channels, dtype=split_batch_norm.wide_dtype(x))
+    with patch.object(one_pass, "programs_of", lambda *_: 132):
+        residual, moved = x if bits else None, (row, row, torch.tensor([0, 0]))
+        y, mask, mean, var = one_pass.forward(
+            x, residual, row, row, *moved, 0, 0.1, 1e-5, relu, bits and relu
+        )
+        second = (y[:, :, ::2, ::2], x) if few else (None, None)
+        flags = 0, 1e-5, relu, bits and relu
+        if one_pass.fits(x, 0, "backward"):
+            kept = mask if bits and relu else None
+            one_pass.backward(y, *second, x, mean, var, row, row, kept, *flags)
+
+
+def in_one_pass_shipped() -> None:
+    for bits in (True, False):
+        in_one_pass(64, 128, 28, torch.bfloat16, relu=True, bits=bits, few=True)
+
+
+def in_one_pass_sweep() -> None:
+    # Few tiles of each width, and as many bytes of 32 x 32 pixels as fill each block of channels.
+    for channels, dtype, flags in product((64, 32, 16), FLOATS, product((True, False), repeat=3)):
+        for kilobytes in (1, 5, 10, 20, 40, 64):
+            options = dict(zip(("relu", "bits", "few"), flags, strict=True))
+            in_one_pass(channels, 16 * kilobytes // dtype.itemsize, 32, dtype, **options)
 
 
 def affine_shipped() -> None:
@@ -343,6 +378,16 @@ OPERATIONS = {
             "split_batch_norm_bwd_input_kernel": (
                 "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "x_ptr", "residual_ptr", "dx_ptr",
                 "dresidual_ptr",
+            ),
+        },
+    ),
+    "split_batch_norm-one-pass": Operation(
+        in_one_pass_shipped,
+        in_one_pass_sweep,
+        {
+            "split_batch_norm_fwd_one_pass_kernel": ("x_ptr", "residual_ptr", "y_ptr"),
+            "split_batch_norm_bwd_one_pass_kernel": (
+                "dy_ptr", "dy_skip_ptr", "dx_around_ptr", "x_ptr", "dx_ptr", "dresidual_ptr",
             ),
         },
     ),

@@ -6,8 +6,11 @@ from itertools import product
 
 import pytest
 import torch
+from kernels.graphs import capture
 
 from arat_kernels.checks import Norm, assert_equal
+from arat_kernels.implementation import unproven
+from arat_kernels.split_batch_norm import one_pass
 
 pytestmark = pytest.mark.gpu
 
@@ -58,3 +61,54 @@ def test_the_same_bits_every_time() -> None:
     tensors = {name: t.to("cuda") for name, t in norm.make(0, torch.bfloat16).items()}
     first = norm.operation.results(tensors, None)
     assert_equal(norm.operation.results(tensors, None), first)
+
+
+# All channels at once, in turns of 32 and of 16 or 8, one branch, 640 channels, few rows.
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ((40, 40), (64, 32, 32)),
+        ((128, 128), (64, 32, 32)),
+        ((0, 256), (64, 32, 32)),
+        ((16, 48), (640, 8, 8)),
+        ((5, 3), (512, 4, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_pass(
+    dtype: torch.dtype, residual: bool, sizes: tuple[int, int], shape: tuple[int, int, int]
+) -> None:
+    kinked = dtype != torch.float32
+    norm = Norm(sizes, *shape, residual=residual, relu=kinked, pooled=False)
+    x = torch.empty(sum(sizes), *shape, dtype=dtype, device="cuda")
+    if not all(one_pass.fits(x, sizes[0], which) for which in ("forward", "backward")):
+        pytest.skip("the registers of this card do not hold it")
+    with unproven("one_pass"):
+        check(norm, dtype)
+
+
+def test_one_pass_replayed_gives_the_same_bits_every_time() -> None:
+    """Fifty launches in a row, whose counters the one before has left at zero."""
+    norm = Norm((128, 128), 64, 32, 32, pooled=False)
+    tensors = {name: t.to("cuda") for name, t in norm.make(0, torch.bfloat16).items()}
+    with unproven("one_pass"):
+        expected = norm.operation.results(tensors, None)
+        graph, results = capture(lambda: norm.operation.results(tensors, None))
+    for _ in range(50):
+        graph.replay()
+    assert_equal(results, expected)
+
+
+def test_dependent_launches_compute_the_same_bits() -> None:
+    if torch.cuda.get_device_capability() < (9, 0) or torch.version.hip is not None:
+        pytest.skip("needs compute capability 9.0")
+    norm = Norm((32, 32), 64, 16, 16, pooled=False)
+    tensors = {name: t.to("cuda") for name, t in norm.make(0, torch.bfloat16).items()}
+    expected = norm.operation.results(tensors, None)
+    with unproven("dependent_launch"):
+        graph, results = capture(lambda: norm.operation.results(tensors, None))
+    for _ in range(50):
+        graph.replay()
+    assert_equal(results, expected)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import arat_kernels.split_batch_norm.triton as implementation
 from arat_kernels.checks import Norm
 from arat_kernels.forks import read_by
+from arat_kernels.implementation import unproven
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
@@ -63,11 +64,12 @@ class Block(nn.Module):
     """x to a normalisation and around it, its output to a convolution, to one of every second pixel
     and, the first time, to two further readers, twice."""
 
-    def __init__(self, impl: Any, forks: bool) -> None:
+    def __init__(self, impl: Any, forks: bool, channels: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(SplitBatchNorm2d(6, dtype=torch.float64) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 1, dtype=torch.float64) for _ in range(2))
-        self.few = nn.ModuleList(nn.Conv2d(6, 1, 1, 2, dtype=torch.float64) for _ in range(2))
+        made: Any = {"dtype": torch.float64}
+        self.norms = nn.ModuleList(SplitBatchNorm2d(channels, **made) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 1, **made) for _ in range(2))
+        self.few = nn.ModuleList(nn.Conv2d(channels, 1, 1, 2, **made) for _ in range(2))
         self.forks = forks
         for norm in self.norms:
             norm.impl = impl
@@ -84,23 +86,25 @@ class Block(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize(
+    ("statistics", "ways", "channels"),
+    [("batch", (), 6), ("running", (), 6), ("batch", ("one_pass",), 16)],
+)
 @pytest.mark.parametrize("parameters", FLAGS)
-def test_gradients_at_forks(parameters: bool, statistics: Any) -> None:
+def test_gradients_at_forks(parameters: bool, statistics: Any, ways: Any, channels: int) -> None:
     """As autograd adds them, of the parameters and of x alone."""
     found = []
     for impl, forks in (("triton", True), ("triton", False), ("reference", False)):
         torch.manual_seed(0)
-        block = Block(impl, forks)
-        tensors = Norm(channels=6).make(1, torch.float64)
+        block = Block(impl, forks, channels)
+        tensors = Norm(channels=channels).make(1, torch.float64)
         x = tensors["x"].requires_grad_()
         for norm in block.norms:
             rows = {name: tensors[name] for name in ("weight", "bias", "running_var")}
             norm.load_state_dict({**norm.state_dict(), **rows})
-        with use_branch(block, "both", num_clean=3), use_statistics(block, statistics):
-            out = block(x)
         wanted = [x, *(block.parameters() if parameters else ())]
-        found.append(torch.autograd.grad(out.sin().sum(), wanted))
+        with use_branch(block, "both", 3), use_statistics(block, statistics), unproven(*ways):
+            found.append(torch.autograd.grad(block(x).sin().sum(), wanted))
     for got in found[:2]:
         torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-11)
 
