@@ -35,6 +35,11 @@ def warps(num_warps: int) -> int:
     return num_warps if torch.version.hip is None else max(1, num_warps // 2)
 
 
+def registers(most: int) -> dict[str, int]:
+    """Argument of a launch whose threads have at most so many registers; AMD's have no such."""
+    return {"maxnreg": most} if torch.version.hip is None else {}
+
+
 def wide_dtype(t: Tensor) -> torch.dtype:
     """What the kernels compute in for ``t``: float32, for a float64 tensor float64."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32

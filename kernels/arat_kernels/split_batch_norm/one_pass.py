@@ -30,13 +30,14 @@ from arat_kernels.offsets import load_second_gradient, start_of
 from arat_kernels.split_batch_norm.triton import (
     COMBINED_BYTES,
     affine_of,
-    keep_bits,
     like,
+    load_bits,
     merged,
     partial_of,
     programs_of,
     store_bits,
     store_statistics,
+    unpacked,
 )
 
 _ASSEMBLY = tl.constexpr(not interpreting())
@@ -265,8 +266,8 @@ def split_batch_norm_bwd_one_pass_kernel(
             d = x.to(acc) - mean[None, :]
             if mask_ptr is not None:
                 at_row = first + i * BLOCK_R
-                keep = keep_bits(mask_ptr, at_row, inside, block, channels, BLOCK_R, BLOCK_C)
-                g = tl.where(keep, g, 0.0)
+                bits = load_bits(mask_ptr, at_row, inside, block, channels, BLOCK_R, BLOCK_C)
+                g = tl.where(unpacked(bits, BLOCK_R, BLOCK_C), g, 0.0)
             elif RELU:
                 g = tl.where(d * scale[None, :] + bias[None, :] <= 0.0, 0.0, g)
             if dresidual_ptr is not None:

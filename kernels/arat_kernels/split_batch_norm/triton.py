@@ -28,7 +28,13 @@ from torch import Tensor
 
 from arat_kernels.arrivals import after_the_launch_before, counters, dependence, is_last
 from arat_kernels.forks import size_of_few, with_outlets
-from arat_kernels.implementation import is_used, refuse_second_derivative, warps, wide_dtype
+from arat_kernels.implementation import (
+    is_used,
+    refuse_second_derivative,
+    registers,
+    warps,
+    wide_dtype,
+)
 from arat_kernels.layout import all_aligned
 from arat_kernels.offsets import load_second_gradient, start_of
 from arat_kernels.split_batch_norm.distributed import (
@@ -143,18 +149,23 @@ def store_bits(
 
 
 @triton.jit
-def keep_bits(
+def load_bits(
     mask_ptr, first, inside, block, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The bits that the forward kernel stored for one tile, as booleans (BLOCK_R, BLOCK_C)."""
+    """The bits that the forward kernel stored for one tile, packed as they were."""
     width = (channels + 7) // 8
     byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     row = tl.arange(0, BLOCK_R)
     ok = inside[:, None] & (byte < width)[None, :]
     at = mask_ptr + start_of(first, width) + row[:, None] * width + byte[None, :]
-    packed = tl.load(at, mask=ok, other=0).to(tl.int32)
-    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(bits, (BLOCK_R, BLOCK_C)) != 0
+    return tl.load(at, mask=ok, other=0)
+
+
+@triton.jit
+def unpacked(bits, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The bits of one tile as booleans (BLOCK_R, BLOCK_C)."""
+    each = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(each, (BLOCK_R, BLOCK_C)) != 0
 
 
 @triton.jit
@@ -261,19 +272,19 @@ def split_batch_norm_statistics_kernel(
     channels, segment, block, r, c, c_ok, local = _tile(channels, ALIGNED, BLOCK_R, BLOCK_C)
     branch, first, count = segment_of(segment, clean_rows, rows, clean_segments, segment_rows)
 
-    ok = (r < count)[:, None] & c_ok[None, :]
-    x = _summand(x_ptr, addend_ptr, sum_ptr, start_of(first, channels) + local, ok, acc)
-    # Sums around the mean of the first tile: x - shift is exact for x near it, and the shift is at
-    # most sqrt(count / BLOCK_R) standard deviations off, so little cancels in the last line.
-    shift = tl.sum(x, axis=0) / tl.minimum(count, BLOCK_R).to(acc)
-    d = tl.where(ok, x - shift[None, :], 0.0)
-    sums = d
-    squares = d * d
+    shift = tl.zeros((BLOCK_C,), acc)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), acc)
+    squares = tl.zeros((BLOCK_R, BLOCK_C), acc)
     # Narrow accesses have a mask each, which gfx942 keeps in scalar registers: two stages fit.
-    for i in tl.range(BLOCK_R, count, BLOCK_R, num_stages=3 if ALIGNED else 2):
+    for i in tl.range(0, count, BLOCK_R, num_stages=3 if ALIGNED else 2):
         ok = (r < count - i)[:, None] & c_ok[None, :]
         at = start_of(first + i, channels) + local
         x = _summand(x_ptr, addend_ptr, sum_ptr, at, ok, acc)
+        if i == 0:
+            # Sums around the mean of the first tile: x - shift is exact for x near it, and the
+            # shift is at most sqrt(count / BLOCK_R) standard deviations off, so little cancels in
+            # the last line. In the loop, whose first loads are then under way.
+            shift = tl.sum(x, axis=0) / tl.minimum(count, BLOCK_R).to(acc)
         d = tl.where(ok, x - shift[None, :], 0.0)
         sums += d
         squares += d * d
@@ -433,6 +444,8 @@ def split_batch_norm_bwd_sums_kernel(
         dpooled = of_mean.to(scale.dtype) / count.to(scale.dtype)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), scale.dtype)
+    if mask_ptr is not None:
+        bits = load_bits(mask_ptr, first, r < count, block, channels, BLOCK_R, BLOCK_C)
     for i in tl.range(0, count, BLOCK_R, num_stages=3 if ALIGNED else 2):
         inside = r < count - i
         ok = inside[:, None] & c_ok[None, :]
@@ -449,8 +462,10 @@ def split_batch_norm_bwd_sums_kernel(
         d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
         z = d * scale[None, :] + bias[None, :]
         if mask_ptr is not None:
-            keep = keep_bits(mask_ptr, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
-            g = tl.where(keep, g, 0.0)
+            g = tl.where(unpacked(bits, BLOCK_R, BLOCK_C), g, 0.0)
+            # Of the next tile: Triton loads ahead by 4 bytes a thread at least.
+            later, left = first + i + BLOCK_R, r < count - i - BLOCK_R
+            bits = load_bits(mask_ptr, later, left, block, channels, BLOCK_R, BLOCK_C)
         elif RELU:
             g = tl.where(z <= 0.0, 0.0, g)
         if dresidual_ptr is not None:
@@ -569,8 +584,8 @@ def split_batch_norm_bwd_input_kernel(
             d = tl.load(x_ptr + at + local, mask=ok, other=0.0).to(scale.dtype) - mean[None, :]
             z = d * scale[None, :] + bias[None, :]
         if mask_ptr is not None:
-            keep = keep_bits(mask_ptr, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
-            g = tl.where(keep, g, 0.0)
+            bits = load_bits(mask_ptr, first + i, inside, block, channels, BLOCK_R, BLOCK_C)
+            g = tl.where(unpacked(bits, BLOCK_R, BLOCK_C), g, 0.0)
         elif RELU:
             g = tl.where(z <= 0.0, 0.0, g)
         if dresidual_ptr is not None:
@@ -596,9 +611,11 @@ def split_batch_norm_bwd_input_kernel(
         tl.store(dx_ptr + at + local, g.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-# Programs per multiprocessor of the reductions: as many as its registers let be resident on sm_90
-# (tests/kernels/aot holds that), so that all begin and end together.
-RESIDENT, RESIDENT_WITH_MORE_TENSORS = 3, 2
+# Programs per multiprocessor of the reductions, all resident, so that they begin and end together,
+# and the registers that this leaves a thread; with other tensors, or channels that are no multiple
+# of 16, as many would spill (tests/kernels/aot).
+RESIDENT, RESIDENT_WITH_MORE = 3, 2
+_REGISTERS = {3: 80, 2: 128}
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
 # Bytes of partial results at once: two accumulators and two loads of 4 registers per thread. With 8
@@ -639,19 +656,20 @@ def _plan(
     tile: dict[int, int],
     per_sample: bool,
     most_tiles: int | None,
-    resident: int = RESIDENT,
+    more: bool = False,
 ) -> _Launch:
     """Cut ``x`` into segments: samples, or as many rows as give each program even work.
 
     Args:
         most_tiles: the most tiles a segment may have; None: as few segments as fill the GPU, for
             kernels that leave one partial result each.
-        resident: programs per multiprocessor.
+        more: whether a program reads more tensors than x and dy.
     """
     n, channels, height, width = x.shape
     block_c = next((block for block in _BLOCK_C if channels <= block), _BLOCK_C[-1])
     block_r = tile[x.element_size()] // block_c
     channel_blocks = triton.cdiv(channels, block_c)
+    resident = RESIDENT_WITH_MORE if more or channels % 16 else RESIDENT
     area = height * width
     clean_rows, rows = clean * area, n * area
     if per_sample:
@@ -671,6 +689,7 @@ def _plan(
             "BLOCK_R": block_r,
             "BLOCK_C": block_c,
             "num_warps": warps(_NUM_WARPS),
+            **(registers(_REGISTERS[resident]) if most_tiles is None else {}),
             **dependence(),
         },
     )
@@ -719,8 +738,7 @@ def _launch_statistics(
     clean: int,
     momentum: float,
 ) -> None:
-    resident = RESIDENT if addend is None else RESIDENT_WITH_MORE_TENSORS
-    plan = _plan(x, clean, _STATISTICS_TILE, False, None, resident)
+    plan = _plan(x, clean, _STATISTICS_TILE, False, None, addend is not None)
     with torch.cuda.device_of(x):
         split_batch_norm_statistics_kernel[plan.grid](
             *all_aligned(x, addend),
@@ -870,8 +888,7 @@ def backward_sums(
     normalised too, (4, 2, C); and ``dy`` where ReLU lets it through, or nothing. ``dy_skip``, dense
     or of every second pixel, is added to ``dy``."""
     more = dpooled is not None or dy_skip is not None or residual is not None
-    resident = RESIDENT_WITH_MORE_TENSORS if more else RESIDENT
-    plan = _plan(x, clean, _BACKWARD_TILE, dpooled is not None, None, resident)
+    plan = _plan(x, clean, _BACKWARD_TILE, dpooled is not None, None, more)
     sums, dresidual = _sums_results(x, mean, residual, want_dresidual)
     with torch.cuda.device_of(x):
         split_batch_norm_bwd_sums_kernel[plan.grid](
