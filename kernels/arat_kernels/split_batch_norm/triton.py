@@ -612,10 +612,10 @@ def split_batch_norm_bwd_input_kernel(
 
 
 # Programs per multiprocessor of the reductions, all resident, so that they begin and end together,
-# and the registers that this leaves a thread; with other tensors, or channels that are no multiple
-# of 16, as many would spill (tests/kernels/aot).
-RESIDENT, RESIDENT_WITH_MORE = 3, 2
-_REGISTERS = {3: 80, 2: 128}
+# and the registers that this leaves a thread. One less with other tensors, and one less where
+# channels are no multiple of 16, or they would spill (tests/kernels/aot).
+RESIDENT = 3
+_REGISTERS = {3: 80, 2: 128, 1: 255}
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
 # Bytes of partial results at once: two accumulators and two loads of 4 registers per thread. With 8
@@ -669,7 +669,7 @@ def _plan(
     block_c = next((block for block in _BLOCK_C if channels <= block), _BLOCK_C[-1])
     block_r = tile[x.element_size()] // block_c
     channel_blocks = triton.cdiv(channels, block_c)
-    resident = RESIDENT_WITH_MORE if more or channels % 16 else RESIDENT
+    resident = RESIDENT - more - (channels % 16 > 0)
     area = height * width
     clean_rows, rows = clean * area, n * area
     if per_sample:
