@@ -15,7 +15,7 @@ from torch import Tensor
 from arat_fast.device import has_bf16
 from arat_fast.objectives import ARAT
 from arat_fast.training.step import TrainStep
-from arat_kernels.implementation import Unproven, unproven
+from arat_kernels.implementation import Experiment, experimental
 from benchmarks.baselines import PlainStep, plain_network
 from benchmarks.measure import cudnn_settings
 from benchmarks.official import OfficialStep
@@ -106,14 +106,14 @@ def fast_precision(device: torch.device) -> torch.dtype:
 
 
 def _ours(
-    name: str, what: str, device: torch.device, bn: str, graph: bool, *ways: Unproven
+    name: str, what: str, device: torch.device, bn: str, graph: bool, *ways: Experiment
 ) -> Contestant:
     def build(workload: Workload, device: torch.device) -> Run:
         precision = fast_precision(device)
         step = build_step(workload, device, bn=bn, precision=precision, graph=graph)
 
         def run(batches: Sequence[Batch]) -> Tensor:
-            with unproven(*ways):
+            with experimental(*ways):
                 return [step(x, y) for x, y in batches][-1]["loss"]
 
         return run
@@ -138,8 +138,11 @@ def _compiled(name: str, what: str, mode: str) -> Contestant:
     return Contestant(name, f"tuned, and {what}", build, compiles=True)
 
 
-UNPROVEN: dict[str, Unproven] = {"fast-one-pass": "one_pass", "fast-dependent": "dependent_launch"}
-ONLY_ON_A_GPU = ("compiled-graphs", "compiled-autotune", "fast-eager", *UNPROVEN)
+EXPERIMENTS: dict[str, Experiment] = {
+    "fast-one-pass": "one_pass",
+    "fast-dependent": "dependent_launch",
+}
+ONLY_ON_A_GPU = ("compiled-graphs", "compiled-autotune", "fast-eager", *EXPERIMENTS)
 NAMES = ("naive", "tuned", "compiled", "official", "fast", "fast-folded", *ONLY_ON_A_GPU)
 
 
@@ -175,7 +178,7 @@ def all_contestants(device: torch.device, official: Path | None) -> dict[str, Co
         _ours("fast-folded", "attack.bn=running", device, "running", on_gpu),
         *(
             _ours(name, f"attack.bn=batch, {way}", device, "batch", on_gpu, way)
-            for name, way in UNPROVEN.items()
+            for name, way in EXPERIMENTS.items()
         ),
     ]
     absent = [*([] if on_gpu else ONLY_ON_A_GPU), *([] if official else ["official"])]
@@ -193,7 +196,7 @@ def choose(
     """
     available = all_contestants(device, official)
     if not names:
-        left_out = {"compiled-autotune", *UNPROVEN} | (
+        left_out = {"compiled-autotune", *EXPERIMENTS} | (
             set() if device.type == "cuda" else {"compiled"}
         )
         return {name: c for name, c in available.items() if name not in left_out}

@@ -24,7 +24,7 @@ from arat_kernels.crop_flip import crop_flip, draw_crop_flip
 from arat_kernels.cross_entropy_grad import cross_entropy_grad
 from arat_kernels.frozen_affine import frozen_affine, relu_backward
 from arat_kernels.image_parts import image_parts
-from arat_kernels.implementation import Unproven, unproven
+from arat_kernels.implementation import Experiment, experimental
 from arat_kernels.pgd_step import pgd_step, random_start
 from arat_kernels.split_batch_norm import split_batch_norm
 from benchmarks import harness
@@ -333,18 +333,20 @@ def batch_norm(device: torch.device, shape: tuple[int, ...], backward: bool) -> 
     return Work(functions, inputs, inputs[0][0].numel() * moved, note=note)
 
 
-def another_launch(device: torch.device, shape: tuple[int, ...], way: Unproven) -> Work:
+def another_launch(device: torch.device, shape: tuple[int, ...], way: Experiment) -> Work:
     """:func:`batch_norm` with its gradients, launched in another way, beside the usual one."""
     work = batch_norm(device, shape, backward=True)
     usual = work.functions["ours"]
 
     def ours(*given: Tensor) -> Any:
-        with unproven(way):
+        with experimental(way):
             return usual(*given)
 
     eager = work.functions["PyTorch eager"]
     functions = {"ours": ours, "ours as usual": usual, "PyTorch eager": eager}
-    return work._replace(functions=functions)
+    # Forward: x, residual, y and the mask. Backward: dy, x, mask, dx and the residual's gradient.
+    moved = work.inputs[0][0].numel() * (7 * 2 + 2 / 8) if way == "one_pass" else work.bytes_moved
+    return work._replace(functions=functions, bytes_moved=moved)
 
 
 def frozen_batch_norm(device: torch.device, shape: tuple[int, ...]) -> Work:
@@ -454,7 +456,7 @@ AFFINE = (*((512, *stage) for stage in STAGES), (256, 160, 32, 32))
 BATCH_NORM = (*((1024, *stage) for stage in STAGES), (512, 160, 32, 32), (512, 640, 8, 8))
 IMAGES = ((512, 3, 32, 32), (4096, 3, 32, 32), (128, 3, 224, 224))
 NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
-WAYS: tuple[Unproven, ...] = get_args(Unproven)
+WAYS: tuple[Experiment, ...] = get_args(Experiment)
 OPERATIONS: dict[str, list[partial[Work]]] = {
     "cosine_invariance": [
         partial(cosine, num=128, widths=(512,) * 4),
@@ -523,6 +525,9 @@ def run(options: Options) -> int:
     bench.measure_rates()
     for operation in options.operations:
         for case in OPERATIONS[operation]:
+            hopper = torch.cuda.get_device_capability(bench.device) >= (9, 0)
+            if case.keywords.get("way") == "dependent_launch" and not hopper:
+                continue
             keywords = ", ".join(f"{name}={value}" for name, value in case.keywords.items())
             name = f"{case.func.__name__}({keywords})"
             bench.say(f"{operation}  {name}")

@@ -30,7 +30,7 @@ from arat_fast.models.registry import model_spec
 from arat_fast.objectives import ARAT
 from arat_fast.training.rounding import rounded_weights
 from arat_fast.training.step import TrainStep
-from arat_kernels.implementation import unproven
+from arat_kernels.implementation import experimental
 from arat_kernels.split_batch_norm import one_pass
 from benchmarks.workload import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload, forward_flops
 
@@ -170,7 +170,7 @@ def recorded(workload: Workload, bn: str, one_pass_on: int = 0) -> list[Node]:
         enter(patch.object(torch.backends.cudnn, "is_available", lambda: True))
         if one_pass_on:
             enter(patch.object(one_pass, "programs_of", lambda *_: one_pass_on))
-            enter(unproven("one_pass"))
+            enter(experimental("one_pass"))
         step = TrainStep(
             network,
             objective,

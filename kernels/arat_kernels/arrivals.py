@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arat_kernels.implementation import is_used
+from arat_kernels.implementation import is_enabled
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def dependence() -> dict[str, bool]:
     # Triton for AMD's cards does not know the option.
     return (
         {"DEPENDENT": True, "launch_pdl": True}
-        if is_used("dependent_launch")
+        if is_enabled("dependent_launch")
         else {"DEPENDENT": False}
     )
 

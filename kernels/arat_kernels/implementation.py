@@ -63,38 +63,41 @@ def is_replaced(operation: str) -> bool:
     return operation in _replaced
 
 
-Unproven = Literal["one_pass", "dependent_launch"]
+Experiment = Literal["one_pass", "dependent_launch"]
 
-_unproven: frozenset[Unproven] = frozenset()
+_enabled: frozenset[Experiment] = frozenset()
 
 
 @contextmanager
-def unproven(*ways: Unproven) -> Iterator[None]:
+def experimental(*ways: Experiment) -> Iterator[None]:
     """Launch kernels in ways that no GPU has yet shown right and faster, in this process.
 
-    A CUDA graph keeps what it was captured with.
+    What is captured or compiled inside keeps them. An inner context replaces an outer one.
 
     Args:
-        ways: "one_pass", split BatchNorm in one launch each way instead of two, where registers
-            hold the tensor; "dependent_launch", of split BatchNorm and the frozen affine map, whose
-            beginning overlaps with the end of the launch before (compute capability 9.0).
+        ways: "one_pass", split BatchNorm in one launch each way instead of two, where channels are
+            a multiple of 16 and registers hold the tensor, on NVIDIA's cards; "dependent_launch",
+            of split BatchNorm and the frozen affine map, whose beginning overlaps with the end of
+            the launch before.
 
     Raises:
         ValueError: an unknown way, on entry.
+        RuntimeError: at a launch, by Triton or the driver, "dependent_launch" below compute
+            capability 9.0 or on AMD's cards.
     """
-    global _unproven
-    if unknown := set(ways) - set(get_args(Unproven)):
-        raise ValueError(f"expected some of {get_args(Unproven)}, got {sorted(unknown)}")
-    before, _unproven = _unproven, frozenset(ways)
+    global _enabled
+    if unknown := set(ways) - set(get_args(Experiment)):
+        raise ValueError(f"expected some of {get_args(Experiment)}, got {sorted(unknown)}")
+    before, _enabled = _enabled, frozenset(ways)
     try:
         yield
     finally:
-        _unproven = before
+        _enabled = before
 
 
-def is_used(way: Unproven) -> bool:
-    """Whether the process is inside of :func:`unproven` with this way."""
-    return way in _unproven
+def is_enabled(way: Experiment) -> bool:
+    """Whether the process is inside of :func:`experimental` with this way."""
+    return way in _enabled
 
 
 def choose(impl: Impl | None, *tensors: Tensor | None, operation: str = "") -> Impl:

@@ -11,7 +11,7 @@ import torch
 
 from arat_kernels import implementation
 from arat_kernels.checks import OPERATIONS
-from arat_kernels.implementation import choose, interpreting, is_used, unproven
+from arat_kernels.implementation import choose, experimental, interpreting, is_enabled
 
 CPU, META = torch.ones(2), torch.ones(2, device="meta")
 
@@ -48,12 +48,12 @@ def test_every_operation_refuses_what_it_cannot_run(name: str) -> None:
 
 
 def test_unproven_launches_are_off_and_named() -> None:
-    with unproven("one_pass"):
-        with unproven("dependent_launch"):
-            assert not is_used("one_pass") and is_used("dependent_launch")
-        assert is_used("one_pass")
-    assert not is_used("one_pass")
-    with pytest.raises(ValueError, match="one_pass"), unproven("two_passes"):  # type: ignore[arg-type]  # refused
+    with experimental("one_pass"):
+        with experimental("dependent_launch"):
+            assert not is_enabled("one_pass") and is_enabled("dependent_launch")
+        assert is_enabled("one_pass")
+    assert not is_enabled("one_pass")
+    with pytest.raises(ValueError, match="one_pass"), experimental("two_passes"):  # type: ignore[arg-type]  # refused
         pass
 
 

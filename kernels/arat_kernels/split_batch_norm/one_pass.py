@@ -5,7 +5,7 @@ partial results, waits for all programs that share the channels, and goes on wit
 The grid is launched as a cooperative one, so that all its programs are resident. Channels that do
 not fit beside each other take turns.
 
-:func:`arat_kernels.implementation.unproven` turns it on.
+:func:`arat_kernels.implementation.experimental` turns it on.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
@@ -27,7 +27,7 @@ from arat_kernels.forks import size_of_few
 from arat_kernels.implementation import interpreting, refuse_second_derivative, wide_dtype
 from arat_kernels.layout import all_aligned
 from arat_kernels.offsets import load_second_gradient, start_of
-from arat_kernels.split_batch_norm.triton import (
+from arat_kernels.split_batch_norm.device import (
     COMBINED_BYTES,
     affine_of,
     like,
@@ -41,7 +41,7 @@ from arat_kernels.split_batch_norm.triton import (
 )
 
 _ASSEMBLY = tl.constexpr(not interpreting())
-_PLAIN = ["channels", "clean_rows", "rows", "sharers", "turns", "height", "width"]
+_PLAIN = ["channels", "clean_rows", "rows", "peers", "turns", "height", "width"]
 
 
 @triton.jit
@@ -55,10 +55,10 @@ def _turn(turn, clean_rows, rows, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _kept(place, begin, total, KEPT_R: tl.constexpr):
-    """The first row (64 bits) that the program at a place keeps, and how many; may be none."""
-    before = start_of(place, KEPT_R)
-    count = tl.minimum(tl.maximum(total - before, 0), KEPT_R).to(tl.int32)
+def _kept(rank, begin, total, KEPT_R: tl.constexpr):
+    """The first row (64 bits) that the program of a rank keeps, and how many; none below 1."""
+    before = start_of(rank, KEPT_R)
+    count = tl.minimum(total - before, KEPT_R).to(tl.int32)
     return begin + before, count
 
 
@@ -89,7 +89,7 @@ def _again(x, zero):
 def split_batch_norm_fwd_one_pass_kernel(
     x_ptr,  # (rows, C) any float
     residual_ptr,  # (rows, C) as x, or None
-    partial_ptr,  # (turns, sharers, 2, BLOCK_C) accumulator dtype: mean and centred sum of squares
+    partial_ptr,  # (turns, peers, 2, BLOCK_C) accumulator dtype: mean and centred sum of squares
     counter_ptr,  # (turns, 2) int32, zero before and after
     mean_ptr,  # (2, C) accumulator dtype
     var_ptr,  # (2, C) accumulator dtype, biased
@@ -103,7 +103,7 @@ def split_batch_norm_fwd_one_pass_kernel(
     channels: tl.int32,
     clean_rows: tl.int64,
     rows: tl.int64,
-    sharers: tl.int32,  # programs that share a turn
+    peers: tl.int32,  # programs that share a turn
     turns: tl.int32,  # branches by blocks of channels
     momentum: tl.float32,
     eps: tl.float32,
@@ -118,10 +118,10 @@ def split_batch_norm_fwd_one_pass_kernel(
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     c_ok = tl.full((BLOCK_C,), 1, tl.int1)
-    place = tl.program_id(0) % sharers
-    for turn in range(tl.program_id(0) // sharers, turns, tl.num_programs(0) // sharers):
+    rank = tl.program_id(0) % peers
+    for turn in range(tl.program_id(0) // peers, turns, tl.num_programs(0) // peers):
         branch, block, begin, total = _turn(turn, clean_rows, rows, channels, BLOCK_C)
-        first, count = _kept(place, begin, total, TILES * BLOCK_R)
+        first, count = _kept(rank, begin, total, TILES * BLOCK_R)
         start = start_of(first, channels) + block * BLOCK_C
         local = r[:, None] * channels + c[None, :]
         ok = (r < count)[:, None]
@@ -143,17 +143,17 @@ def split_batch_norm_fwd_one_pass_kernel(
         offset = of_rows / tl.maximum(count, 1).to(acc)
         m2 = tl.sum(squares, axis=0) - of_rows * offset
         m2 = tl.where(m2 < 0.0, 0.0, m2)
-        partials = partial_ptr + start_of(sharers, 2 * BLOCK_C) * turn
-        tl.store(partials + place * (2 * BLOCK_C) + c, shift + offset)
-        tl.store(partials + place * (2 * BLOCK_C) + BLOCK_C + c, m2)
+        partials = partial_ptr + start_of(peers, 2 * BLOCK_C) * turn
+        tl.store(partials + rank * (2 * BLOCK_C) + c, shift + offset)
+        tl.store(partials + rank * (2 * BLOCK_C) + BLOCK_C + c, m2)
 
-        zero = barrier(counter_ptr + 2 * turn, sharers)
+        zero = barrier(counter_ptr + 2 * turn, peers)
         number = tl.cdiv(total, TILES * BLOCK_R)
         mean, combined = merged(
             partials, number, total, TILES * BLOCK_R, BLOCK_C, c, c_ok, BLOCK_S, BLOCK_C
         )
         of_block = block * BLOCK_C + c
-        if place == 0:
+        if rank == 0:
             store_statistics(
                 mean,
                 combined,
@@ -208,7 +208,7 @@ def split_batch_norm_bwd_one_pass_kernel(
     weight_ptr,  # (2, C) any float, or None
     bias_ptr,  # (2, C) any float, or None
     mask_ptr,  # (rows, C / 8) uint8, or None: ReLU, if any, is computed again from x
-    partial_ptr,  # (turns, sharers, 2, BLOCK_C) as mean: sums of g, before ReLU, of g * xhat
+    partial_ptr,  # (turns, peers, 2, BLOCK_C) as mean: sums of g, before ReLU, of g * xhat
     counter_ptr,  # (turns, 2) int32, zero before and after
     sums_ptr,  # (2, 2, C) as mean: both sums, each per branch
     dx_ptr,  # (rows, C) as x
@@ -216,7 +216,7 @@ def split_batch_norm_bwd_one_pass_kernel(
     channels: tl.int32,
     clean_rows: tl.int64,
     rows: tl.int64,
-    sharers: tl.int32,  # programs that share a turn
+    peers: tl.int32,  # programs that share a turn
     turns: tl.int32,  # branches by blocks of channels
     height,  # int32, of an image, where dy_skip has every second pixel; or None
     width,  # int32 or None
@@ -232,10 +232,10 @@ def split_batch_norm_bwd_one_pass_kernel(
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     c_ok = tl.full((BLOCK_C,), 1, tl.int1)
-    place = tl.program_id(0) % sharers
-    for turn in range(tl.program_id(0) // sharers, turns, tl.num_programs(0) // sharers):
+    rank = tl.program_id(0) % peers
+    for turn in range(tl.program_id(0) // peers, turns, tl.num_programs(0) // peers):
         branch, block, begin, total = _turn(turn, clean_rows, rows, channels, BLOCK_C)
-        first, count = _kept(place, begin, total, TILES * BLOCK_R)
+        first, count = _kept(rank, begin, total, TILES * BLOCK_R)
         start = start_of(first, channels) + block * BLOCK_C
         local = r[:, None] * channels + c[None, :]
         row = branch * channels + block * BLOCK_C + c
@@ -249,7 +249,7 @@ def split_batch_norm_bwd_one_pass_kernel(
             ok = inside[:, None]
             at = start + start_of(channels, i * BLOCK_R) + local
             x = tl.load(x_ptr + at, mask=ok, other=0.0)
-            g = tl.load(dy_ptr + at, mask=ok, other=0.0)
+            g = tl.load(dy_ptr + at, mask=ok, other=0.0).to(acc)
             if dy_skip_ptr is not None:
                 second = load_second_gradient(
                     dy_skip_ptr,
@@ -262,7 +262,7 @@ def split_batch_norm_bwd_one_pass_kernel(
                     height,
                     width,
                 )
-                g = (g.to(acc) + second.to(acc)).to(g.dtype)
+                g += second.to(acc)
             d = x.to(acc) - mean[None, :]
             if mask_ptr is not None:
                 at_row = first + i * BLOCK_R
@@ -271,29 +271,29 @@ def split_batch_norm_bwd_one_pass_kernel(
             elif RELU:
                 g = tl.where(d * scale[None, :] + bias[None, :] <= 0.0, 0.0, g)
             if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + at, g, mask=ok)
+                tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=ok)
             kept_x = kept_x + (x,)  # noqa: RUF005  # Triton knows no other way
             # The second number of the grid is 0, which the compiler does not know.
-            kept_g = kept_g + (_again(g, tl.program_id(1)),)  # noqa: RUF005
-            sum_g += g.to(acc)
-            sum_gx += g.to(acc) * tl.where(ok, d, 0.0)
-        partials = partial_ptr + start_of(sharers, 2 * BLOCK_C) * turn
-        tl.store(partials + place * (2 * BLOCK_C) + c, tl.sum(sum_g, axis=0))
-        tl.store(partials + place * (2 * BLOCK_C) + BLOCK_C + c, tl.sum(sum_gx, axis=0) * rstd)
+            kept_g = kept_g + (_again(g.to(x.dtype), tl.program_id(1)),)  # noqa: RUF005
+            sum_g += g
+            sum_gx += g * d
+        partials = partial_ptr + start_of(peers, 2 * BLOCK_C) * turn
+        tl.store(partials + rank * (2 * BLOCK_C) + c, tl.sum(sum_g, axis=0))
+        tl.store(partials + rank * (2 * BLOCK_C) + BLOCK_C + c, tl.sum(sum_gx, axis=0) * rstd)
 
-        zero = barrier(counter_ptr + 2 * turn, sharers)
+        zero = barrier(counter_ptr + 2 * turn, peers)
         s = tl.arange(0, BLOCK_S)
         total_g = tl.zeros((BLOCK_S, BLOCK_C), acc)
         total_gx = tl.zeros((BLOCK_S, BLOCK_C), acc)
-        for k in tl.range(0, sharers, BLOCK_S):
+        for k in tl.range(0, peers, BLOCK_S):
             which = (k + s).to(tl.int64)
-            there = (which < sharers)[:, None] & c_ok[None, :]
+            there = (which < peers)[:, None] & c_ok[None, :]
             total_g += partial_of(partials, 0, which, there, BLOCK_C, c, 2)
             total_gx += partial_of(partials, 1, which, there, BLOCK_C, c, 2)
         of_g = tl.sum(total_g, axis=0)
         of_gx = tl.sum(total_gx, axis=0)
         row += zero
-        if place == 0:
+        if rank == 0:
             tl.store(sums_ptr + row, of_g)
             tl.store(sums_ptr + 2 * channels + row, of_gx)
             if total == rows:
@@ -318,9 +318,9 @@ def split_batch_norm_bwd_one_pass_kernel(
             tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-# One program a multiprocessor, whose threads then have 255 registers each: 112 and 2 x 40 KiB are
-# kept in them. With more, sm_90 spills (tests/kernels/aot). Fewer, where all turns are one.
-_TILES = {"forward": (7, 28), "backward": (4, 10)}
+# Tiles that a program keeps, one program a multiprocessor, whose threads have 255 registers each:
+# at most 112 and 2 x 40 KiB. With more, sm_90 spills (tests/kernels/aot).
+_TILES = {"forward": (4, 8, 12, 16, 20, 24, 28), "backward": (2, 4, 6, 8, 10)}
 _TILE_BYTES = 4096
 _NUM_WARPS = 8
 # The last one shares lines of 32 bytes between turns.
@@ -332,33 +332,33 @@ class _Cut:
     """How a launch shares out a tensor; ``integers`` in the order of the kernels' arguments."""
 
     turns: int
-    sharers: int
+    peers: int
     grid: tuple[int]
     integers: tuple[int, ...]
     constants: dict[str, Any]
 
     def combining(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for partial results of the dtype of ``wide``, and the counters."""
-        shape = (self.turns, self.sharers, 2, self.constants["BLOCK_C"])
+        shape = (self.turns, self.peers, 2, self.constants["BLOCK_C"])
         return wide.new_empty(shape), counters.take(wide.device, 2 * self.turns)
 
 
 def _cut(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> _Cut | None:
-    """The widest blocks of channels whose rows fit; few tiles a program, if all turns are one."""
+    """All turns at once, if programs suffice, else the widest blocks of channels whose rows fit;
+    as few tiles a program as that needs."""
     n, channels, height, width = x.shape
     area, programs = height * width, programs_of(x, 1)
     rows = max(clean, n - clean) * area
-    for tiles, block_c in product(_TILES[which], _BLOCK_C):
+    for at_once, block_c, tiles in product((True, False), _BLOCK_C, _TILES[which]):
         block_r = _TILE_BYTES // x.element_size() // block_c
-        sharers = triton.cdiv(rows, tiles * block_r)
+        peers = triton.cdiv(rows, tiles * block_r)
         turns = channels // block_c * (2 if 0 < clean < n else 1)
-        at_once = turns if tiles < _TILES[which][-1] else 1
-        if channels % block_c == 0 and sharers * at_once <= programs:
+        if channels % block_c == 0 and peers * (turns if at_once else 1) <= programs:
             return _Cut(
                 turns,
-                sharers,
-                (sharers * min(turns, programs // sharers),),
-                (channels, clean * area, n * area, sharers, turns),
+                peers,
+                (peers * min(turns, programs // peers),),
+                (channels, clean * area, n * area, peers, turns),
                 {
                     "TILES": tiles,
                     "BLOCK_R": block_r,
@@ -374,10 +374,10 @@ def _cut(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> _Cut |
 
 
 def fits(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> bool:
-    """Whether registers hold what is kept of (N, C, H, W), and channels are a multiple of 16; of
-    AMD's cards it is not known."""
-    known = torch.version.hip is None and not torch.compiler.is_compiling()
-    return known and x.shape[1] % 16 == 0 and _cut(x, clean, which) is not None
+    """Whether registers hold what is kept of (N, C, H, W), and channels are a multiple of 16; not
+    on AMD's cards, whose assembly is another."""
+    known = torch.version.hip is None and x.shape[1] % 16 == 0
+    return known and _cut(x, clean, which) is not None
 
 
 @torch.library.custom_op(

@@ -29,7 +29,7 @@ from torch import Tensor
 from arat_kernels.arrivals import after_the_launch_before, counters, dependence, is_last
 from arat_kernels.forks import size_of_few, with_outlets
 from arat_kernels.implementation import (
-    is_used,
+    is_enabled,
     refuse_second_derivative,
     registers,
     warps,
@@ -37,6 +37,19 @@ from arat_kernels.implementation import (
 )
 from arat_kernels.layout import all_aligned
 from arat_kernels.offsets import load_second_gradient, start_of
+from arat_kernels.split_batch_norm import one_pass
+from arat_kernels.split_batch_norm.device import (
+    COMBINED_BYTES,
+    affine_of,
+    like,
+    load_bits,
+    merged,
+    partial_of,
+    programs_of,
+    store_bits,
+    store_statistics,
+    unpacked,
+)
 from arat_kernels.split_batch_norm.distributed import (
     gather_statistics,
     move_running_statistics,
@@ -87,109 +100,6 @@ def _last_of_branch(counter_ptr, branch, block, channels, clean_segments, BLOCK_
 
 
 @triton.jit
-def partial_of(partial_ptr, which, segment, ok, channels, c, NUMBER: tl.constexpr):
-    """One of ``NUMBER`` results of some segments, by other programs: not from the L1."""
-    at = start_of(segment, NUMBER * channels)[:, None] + (which * channels + c)[None, :]
-    return tl.load(partial_ptr + at, mask=ok, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def merged(
-    partial_ptr,  # the branch's segments
-    number,
-    total,
-    segment_rows,
-    channels,
-    c,
-    c_ok,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Mean and centred sum of squares of a branch from those of its segments."""
-    acc = partial_ptr.dtype.element_ty
-    s = tl.arange(0, BLOCK_S)
-    counts = tl.zeros((BLOCK_S,), acc)
-    means = tl.zeros((BLOCK_S, BLOCK_C), acc)
-    squares = tl.zeros((BLOCK_S, BLOCK_C), acc)
-    # Chan's formula, lane by lane; products in an order that does not overflow before 0 does.
-    for i in tl.range(0, number, BLOCK_S, num_stages=3):
-        k = (i + s).to(tl.int64)
-        ok = (k < number)[:, None] & c_ok[None, :]
-        mean = partial_of(partial_ptr, 0, k, ok, channels, c, 2)
-        inner = partial_of(partial_ptr, 1, k, ok, channels, c, 2)
-        count = tl.minimum(total - k * segment_rows, segment_rows)
-        count = tl.where(k < number, count, 0).to(acc)
-        share = count / tl.maximum(counts + count, 1.0)
-        d = mean - means
-        means += d * share[:, None]
-        squares += inner + d * (d * (counts * share)[:, None])
-        counts += count
-    # The first lane's mean is near the others: their differences keep all digits.
-    shift = tl.sum(tl.where((s == 0)[:, None], means, 0.0), axis=0)
-    offset = tl.sum((means - shift[None, :]) * counts[:, None], axis=0) / total.to(acc)
-    d = (means - shift[None, :]) - offset[None, :]
-    return shift + offset, tl.sum(squares + d * (d * counts[:, None]), axis=0)
-
-
-@triton.jit
-def store_bits(
-    mask_ptr, stopped, first, inside, block, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """One bit for each element (BLOCK_R, BLOCK_C) of a tile: whether ReLU has not stopped it."""
-    width = (channels + 7) // 8
-    bits = tl.reshape(tl.where(stopped, 0, 1), (BLOCK_R, BLOCK_C // 8, 8))
-    packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
-    byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-    row = tl.arange(0, BLOCK_R)
-    tl.store(
-        mask_ptr + start_of(first, width) + row[:, None] * width + byte[None, :],
-        packed.to(tl.uint8),
-        mask=inside[:, None] & (byte < width)[None, :],
-    )
-
-
-@triton.jit
-def load_bits(
-    mask_ptr, first, inside, block, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """The bits that the forward kernel stored for one tile, packed as they were."""
-    width = (channels + 7) // 8
-    byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-    row = tl.arange(0, BLOCK_R)
-    ok = inside[:, None] & (byte < width)[None, :]
-    at = mask_ptr + start_of(first, width) + row[:, None] * width + byte[None, :]
-    return tl.load(at, mask=ok, other=0)
-
-
-@triton.jit
-def unpacked(bits, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The bits of one tile as booleans (BLOCK_R, BLOCK_C)."""
-    each = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(each, (BLOCK_R, BLOCK_C)) != 0
-
-
-@triton.jit
-def affine_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps):
-    """Mean, 1/std, weight/std and bias of one branch's channels, in the statistics' dtype."""
-    mean = tl.load(mean_ptr + row, mask=c_ok, other=0.0)
-    acc = mean_ptr.dtype.element_ty
-    if acc == tl.float64:
-        mean = mean.to(tl.float64)
-        var = tl.load(var_ptr + row, mask=c_ok, other=1.0).to(tl.float64)
-    else:
-        mean = mean.to(tl.float32)
-        var = tl.load(var_ptr + row, mask=c_ok, other=1.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(var + eps)
-    scale = rstd
-    if weight_ptr is not None:
-        scale = rstd * tl.load(weight_ptr + row, mask=c_ok, other=0.0).to(rstd.dtype)
-    bias = tl.zeros_like(rstd)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + row, mask=c_ok, other=0.0).to(rstd.dtype)
-    return mean, rstd, scale, bias
-
-
-@triton.jit
 def _summand(x_ptr, addend_ptr, sum_ptr, at, ok, acc: tl.constexpr):
     """A tile of x, or of its sum with the addend, rounded as it is stored."""
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(acc)
@@ -199,45 +109,6 @@ def _summand(x_ptr, addend_ptr, sum_ptr, at, ok, acc: tl.constexpr):
         tl.store(sum_ptr + at, rounded, mask=ok)
         x = rounded.to(acc)
     return x
-
-
-@triton.jit
-def store_statistics(
-    mean,
-    squares,  # centred sum
-    total,
-    rows,
-    branch,
-    channel,  # the first
-    channels,
-    c,
-    c_ok,
-    mean_ptr,
-    var_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    tracked_ptr,
-    momentum,
-):
-    """What the kernel of the statistics says of its pointers, for one branch and some channels."""
-    row = branch * channels + c
-    tl.store(mean_ptr + row, mean, mask=c_ok)
-    tl.store(var_ptr + row, squares / total.to(mean.dtype), mask=c_ok)
-    if total == rows:
-        # The other branch has no samples, and no program.
-        other = (1 - branch) * channels + c
-        tl.store(mean_ptr + other, tl.zeros_like(mean), mask=c_ok)
-        tl.store(var_ptr + other, tl.zeros_like(mean), mask=c_ok)
-    if tracked_ptr is not None:
-        tl.store(tracked_ptr + branch, tl.load(tracked_ptr + branch) + 1, mask=channel == 0)
-    if running_mean_ptr is not None:
-        unbiased = squares / tl.maximum(total - 1, 1).to(mean.dtype)
-        old = tl.load(running_mean_ptr + row, mask=c_ok, other=0.0).to(mean.dtype)
-        new = old + momentum * (mean - old)
-        tl.store(running_mean_ptr + row, new.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
-        old = tl.load(running_var_ptr + row, mask=c_ok, other=0.0).to(mean.dtype)
-        new = old + momentum * (unbiased - old)
-        tl.store(running_var_ptr + row, new.to(running_var_ptr.dtype.element_ty), mask=c_ok)
 
 
 # The running statistics are changed in place, where their owner has put them.
@@ -618,9 +489,6 @@ RESIDENT = 3
 _REGISTERS = {3: 80, 2: 128, 1: 255}
 _NUM_WARPS = 8
 _STREAMING_TILES = 4
-# Bytes of partial results at once: two accumulators and two loads of 4 registers per thread. With 8
-# some launches spill, for channels that are no multiple of 16.
-COMBINED_BYTES = 4096
 # Elements per tile by bytes per element: one or two 16-byte accesses per thread and tensor, so that
 # several blocks are resident and hide latency. The pooled forward and the backward hold more values
 # in registers.
@@ -640,14 +508,6 @@ class _Launch:
     segments: int
     integers: tuple[int, ...]
     constants: dict[str, Any]
-
-
-def programs_of(x: Tensor, resident: int) -> int:
-    """Programs that run at once where a multiprocessor holds ``resident``."""
-    if not x.is_cuda:
-        return resident
-    properties = torch.cuda.get_device_properties(x.device)
-    return resident * int(properties.multi_processor_count)
 
 
 def _plan(
@@ -699,13 +559,6 @@ def _combining(x: Tensor, plan: _Launch, wide: Tensor, number: int = 2) -> tuple
     """Memory for partial results of (number, C) and the counters of a kernel that combines them."""
     blocks, shape = plan.grid[0] // plan.segments, (plan.segments, number, x.shape[1])
     return wide.new_empty(shape), counters.take(x.device, 2 * blocks)
-
-
-def like(t: Tensor, wanted: bool = True) -> Tensor:
-    """Memory for a tensor like ``t``, channels_last; where it is not wanted, nothing."""
-    if wanted:
-        return torch.empty_like(t, memory_format=torch.channels_last)
-    return t.new_empty((0, 0, 0, 0))
 
 
 @torch.library.custom_op(
@@ -1025,17 +878,12 @@ def _backward(
     rows: list[Tensor | None] = [None] * 4
     stopped = want_residual and relu
     plain = ctx.batch_statistics and ctx.group_name is None and features is None
-    if (
-        want_x
-        and plain
-        and not normalized_too
-        and (one_pass := _one_pass(x, ctx.clean, "backward"))
-    ):
+    if want_x and plain and not normalized_too and _in_one_pass(x, ctx.clean, "backward"):
         dx, sums, written = one_pass.backward(
             dy, dy_skip, dx_around, *affine, mask, ctx.clean, ctx.eps, relu, stopped
         )
         dresidual = written if stopped else dresidual
-        rows = [sums[i] if want else None for i, want in zip((1, 0), want_rows, strict=False)]
+        rows = [sums[i] if want else None for i, want in zip((1, 0), want_rows[:2], strict=True)]
         return dx, dresidual, None, None, *rows, *[None] * 13
     if any(want_rows) or ((want_x or write_residual) and ctx.batch_statistics):
         sums, written = backward_sums(
@@ -1075,13 +923,8 @@ def _backward(
 normalize.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _one_pass(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> Any:
-    """The module of launches that read ``x`` once, if they are used and fit."""
-    if not is_used("one_pass"):
-        return None
-    from arat_kernels.split_batch_norm import one_pass
-
-    return one_pass if one_pass.fits(x, clean, which) else None
+def _in_one_pass(x: Tensor, clean: int, which: Literal["forward", "backward"]) -> bool:
+    return is_enabled("one_pass") and one_pass.fits(x, clean, which)
 
 
 class _OnePass(torch.autograd.Function):
@@ -1093,7 +936,7 @@ class _OnePass(torch.autograd.Function):
         """The inputs of :func:`normalize`, without mean and variance, and what moves."""
         x, residual, _, _, weight, bias, _, clean, eps, relu, _, save_mask = given[:12]
         *moved, momentum = given[19:]
-        y, mask, mean, var = _one_pass(x, clean, "forward").forward(
+        y, mask, mean, var = one_pass.forward(
             x, residual, weight, bias, *moved, clean, momentum, eps, relu, save_mask
         )
         _setup_context(ctx, (x, residual, mean, var, *given[4:19]), (y, y, mask))
@@ -1204,7 +1047,8 @@ def split_batch_norm_triton(
         here = (*moved, tracked) if alone else (None, None, None)
         known = _known_statistics(x, clean, here[0])
         plain = second is None and group_name is None and not (return_pooled or only_mean)
-        if known is None and plain and _one_pass(x, clean, "forward") is not None:
+        plain = plain and not torch.compiler.is_compiling()
+        if known is None and plain and _in_one_pass(x, clean, "forward"):
             none = (None,) * 6
             inputs = (x, residual, *none[:2], *affine[:2], None, clean, eps, *flags, *none[:5])
             y = _OnePass.apply(*inputs, False, *here, momentum)

@@ -32,6 +32,7 @@ class Launch:
         num_stages: of its loops, where they do not say themselves.
         fuses: whether a product and a sum are rounded once.
         maxnreg: registers a thread may have; None: the compiler's choice.
+        cooperative: whether all programs are resident at once, or the launch fails.
     """
 
     function: Any
@@ -42,6 +43,7 @@ class Launch:
     num_stages: int
     fuses: bool = True
     maxnreg: int | None = None
+    cooperative: bool = False
 
     @property
     def kernel(self) -> str:
@@ -189,7 +191,7 @@ def recorded() -> Iterator[list[Launch]]:
         values, specialization, _ = binder(*args, debug=False, **options)
         chosen, *source = self._pack_args(backend, options, values, specialization, options)
         how = chosen.num_warps, chosen.num_stages, chosen.enable_fp_fusion, chosen.maxnreg
-        found.append(Launch(self, *source, *how))
+        found.append(Launch(self, *source, *how, chosen.launch_cooperative_grid))
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.cuda, "device_of", device_of))

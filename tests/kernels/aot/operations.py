@@ -210,11 +210,15 @@ def in_one_pass_shipped() -> None:
 
 
 def in_one_pass_sweep() -> None:
-    # Few tiles of each width, and as many bytes of 32 x 32 pixels as fill each block of channels.
-    for channels, dtype, flags in product((64, 32, 16), FLOATS, product((True, False), repeat=3)):
-        for kilobytes in (1, 5, 10, 20, 40, 64):
-            options = dict(zip(("relu", "bits", "few"), flags, strict=True))
-            in_one_pass(channels, 16 * kilobytes // dtype.itemsize, 32, dtype, **options)
+    flags = list(product((True, False), repeat=3))
+    for dtype, (relu, bits, few) in product(FLOATS, flags):
+        options = {"relu": relu, "bits": bits, "few": few}
+        for channels in (64, 32, 16):
+            in_one_pass(channels, 16 // dtype.itemsize, 32, dtype, **options)
+        # As many rows as fill the most tiles of each width, backward and forward.
+        for kilobytes in (5, 10, 20, 40, 14, 28, 56, 112):
+            if dtype in FLOATS[:2]:
+                in_one_pass(64, 16 * kilobytes // dtype.itemsize, 32, dtype, **options)
 
 
 def affine_shipped() -> None:

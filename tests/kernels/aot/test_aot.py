@@ -22,7 +22,7 @@ from kernels.aot.compiled import TARGETS, Target, compiled  # noqa: E402
 from kernels.aot.launches import Launch, maximal, recorded  # noqa: E402
 from kernels.aot.operations import OPERATIONS, affine_shipped, launches, normalize  # noqa: E402
 
-from arat_kernels.implementation import unproven  # noqa: E402
+from arat_kernels.implementation import experimental  # noqa: E402
 from arat_kernels.offsets import start_of  # noqa: E402
 from arat_kernels.split_batch_norm import triton as split_batch_norm  # noqa: E402
 
@@ -131,6 +131,7 @@ def test_programs_wait_until_all_have_stored(kernel: str) -> None:
     launch = next(
         launch for launch in launches("split_batch_norm-one-pass", False) if kernel in launch.kernel
     )
+    assert launch.cooperative
     report = compiled(launch, TARGETS["sm_90"])
     before, after = report.text.split("atom.global.gpu.acq_rel.add", 1)
     assert "bar.sync" in before.rpartition("st.global")[2]
@@ -143,7 +144,7 @@ def test_programs_wait_until_all_have_stored(kernel: str) -> None:
 
 
 def test_dependent_launches_wait_before_they_read() -> None:
-    with unproven("dependent_launch"), recorded() as found:
+    with experimental("dependent_launch"), recorded() as found:
         normalize(64, torch.bfloat16)
         affine_shipped()
     assert len({launch.kernel for launch in found}) == 6

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import arat_kernels.split_batch_norm.triton as implementation
 from arat_kernels.checks import Norm
 from arat_kernels.forks import read_by
-from arat_kernels.implementation import unproven
+from arat_kernels.implementation import experimental
 from arat_kernels.offsets import start_of
 from arat_kernels.split_batch_norm import (
     SplitBatchNorm2d,
@@ -103,7 +103,7 @@ def test_gradients_at_forks(parameters: bool, statistics: Any, ways: Any, channe
             rows = {name: tensors[name] for name in ("weight", "bias", "running_var")}
             norm.load_state_dict({**norm.state_dict(), **rows})
         wanted = [x, *(block.parameters() if parameters else ())]
-        with use_branch(block, "both", 3), use_statistics(block, statistics), unproven(*ways):
+        with use_branch(block, "both", 3), use_statistics(block, statistics), experimental(*ways):
             found.append(torch.autograd.grad(block(x).sin().sum(), wanted))
     for got in found[:2]:
         torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-11)

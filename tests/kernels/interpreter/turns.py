@@ -1,5 +1,5 @@
 """Programs of a grid that wait for each other, in Triton's interpreter, which runs one after the
-other: here each is a thread, and they take turns at their atomic operations."""
+other: here each is a thread, and the next one runs when one waits."""
 
 from __future__ import annotations
 
@@ -42,15 +42,17 @@ class _Program:
 
 
 @contextmanager
-def in_turns() -> Iterator[list[int]]:
-    """Kernels inside the context; gives the number of turns of each launch."""
+def in_turns() -> Iterator[None]:
+    """Kernels inside the context."""
     call, add = GridExecutor.__call__, interpreter_builder.create_atomic_rmw
-    set_dim, turns = interpreter_builder.set_grid_dim, list[int]()
+    set_dim = interpreter_builder.set_grid_dim
 
-    def atomic(*given: Any) -> Any:
-        result = add(*given)
-        _this.program.back.release()
-        _this.program.go.acquire()
+    def atomic(kind: Any, pointers: Any, value: Any, *given: Any) -> Any:
+        result = add(kind, pointers, value, *given)
+        # Nothing is added by who looks whether all have come.
+        if not value.data.any():
+            _this.program.back.release()
+            _this.program.go.acquire()
         return result
 
     def run(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,14 +66,14 @@ def in_turns() -> Iterator[list[int]]:
                 programs.append(_Program(interpreter_builder.grid_idx, lambda: fn(**given)))
                 if len(programs) < prod(grid):
                     return
-                turns.append(0)
-                while programs:
-                    turns[-1] += 1
-                    assert turns[-1] < 10_000, "they wait for ever"
+                for _ in range(10_000):
+                    if not programs:
+                        return
                     programs[0].take_turn()
                     if programs[0].done:
                         programs.popleft()
                     programs.rotate(-1)
+                raise AssertionError("they wait for ever")
 
             # The kernel itself has told its arguments before.
             executor.fn = start
@@ -83,4 +85,4 @@ def in_turns() -> Iterator[list[int]]:
         patch.object(GridExecutor, "__call__", run),
         patch.object(interpreter_builder, "create_atomic_rmw", atomic),
     ):
-        yield turns
+        yield
