@@ -319,8 +319,8 @@ def split_batch_norm_bwd_one_pass_kernel(
 
 
 # Tiles that a program keeps, one program a multiprocessor, whose threads have 255 registers each:
-# at most 112 and 2 x 40 KiB. With more, sm_90 spills (tests/kernels/aot).
-_TILES = {"forward": (4, 8, 12, 16, 20, 24, 28), "backward": (2, 4, 6, 8, 10)}
+# at most 112 and 2 x 32 KiB. With more, sm_90 spills (tests/kernels/aot).
+_TILES = {"forward": (4, 8, 12, 16, 20, 24, 28), "backward": (2, 4, 6, 8)}
 _TILE_BYTES = 4096
 _NUM_WARPS = 8
 # The last one shares lines of 32 bytes between turns.
