@@ -134,14 +134,19 @@ def test_best_by_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert load_checkpoint(tmp_path / "checkpoint.pt")["progress"]["step"] == 20
 
 
-def test_an_evaluation_says_its_radius_while_that_of_the_training_grows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("eps", "grows", "whole"), [(8 / 255, "2.7/255", "8/255"), (0.03, "0.01", "0.03")]
+)
+def test_an_evaluation_says_its_radius_while_that_of_the_training_grows(
+    tmp_path: Path, eps: float, grows: str, whole: str
+) -> None:
     console = Console(file=io.StringIO(), width=200)
     config = changed(tiny_config(epochs=2, kind="none"), "train", eval_every=1)
-    config = changed(config, "attack", eps=8 / 255, eps_warmup=2)
+    config = changed(config, "attack", eps=eps, eps_warmup=2)
     tiny_trainer(tmp_path, config, console=console).run()
     said = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    assert "robust at eps 0.01 " in said
-    assert re.search(r"epoch 1  40 val images: clean \S+  PGD-1 at eps 8/255 [\d.]+%\n", said)
+    assert f"robust at eps {grows} " in said
+    assert re.search(rf"epoch 1  40 val images: clean \S+  PGD-1 at eps {whole} [\d.]+%\n", said)
 
 
 class Killed(Hook):
