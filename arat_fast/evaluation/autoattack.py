@@ -310,6 +310,7 @@ class _Run:
         """A batch of ``images`` of an attack's ``total`` begins, ``done`` are done."""
         self.name, self.done, self.images, self.total = name, done, images, total
         self.standing, self.before = standing, 0
+        self.timed = self.spent > 0
         number = list(self.attacks).index(name) + 1
         self.label = f"{self.title} {name} ({number} of {len(self.attacks)})"
         later = [each for each in self.attacks[number:] if each != "square"]
@@ -332,7 +333,7 @@ class _Run:
         left = (all_passes - done) * weight + self.later
         seconds = left * (time.perf_counter() - self.started) / self.spent if self.spent else 0.0
         note = f"attacks {self.standing} images"
-        if number > _FIRST_PASSES:
+        if self.timed or number > _FIRST_PASSES:
             note += f", at this speed at most {timedelta(seconds=round(seconds))} left{self.then}"
         self.progress(self.label, done, all_passes, "passes", note)
 
@@ -341,7 +342,7 @@ _WEIGHTS = {"fab-t": 1.5, "square": 1.0}
 """Passes that a forward pass of an attack stands for, with its share of backward ones; 2 of the
 others."""
 _FIRST_PASSES = 10
-"""Of a batch, before which its speed is not known."""
+"""Of the first batch, before which the speed is not known."""
 
 
 def fast_network(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:

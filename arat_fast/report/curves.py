@@ -124,21 +124,25 @@ def _accuracy(run: Run) -> Plot | None:
         name = f"PGD-{max(look.num_steps for look in run.looks)}, watched"
         draw(name, Series(*np.array(looks).T), style.PURPLE, style.DASHES[1], ".")
     final = run.summary.accuracy if run.epochs is not None else {}
-    star: dict[str, Any] = {"markersize": 12, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    star: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 4}
     for key, accuracy in final.items():
         color = {"clean": style.CLEAN, "autoattack": style.INK}.get(key, style.ADVERSARIAL)
         if key != "clean_branch":
             point = Series(np.array([run.epochs]), np.array([accuracy.value]))
             name = "clean" if key == "clean" else metric_name(key)
-            marker = "X" if key == "autoattack" else "*"
-            draw(f"{name}, final", point, color, "", marker, zorder=4, **star)
+            # The star is seen behind a cross near it.
+            marker, star["markersize"] = ("X", 8) if key == "autoattack" else ("*", 15)
+            draw(f"{name}, final", point, color, "", marker, **star)
     for place, words in _falls(run):
         axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)
         described.append(words)
     if not described:
         return None
     style.as_percent(axes)
-    caption = "Lines: batches as they were trained on, in training mode."
+    caption = "Lines: batches as they were trained on, in training mode"
+    if "clean_branch" in run.summary.accuracy:
+        caption += ", clean ones on the branch for clean images"
+    caption += "."
     if run.evaluations:
         caption += " Hollow marks: evaluations between epochs, in eval mode."
     if len(evaluated) > 1:

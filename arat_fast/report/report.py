@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,8 +102,9 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
 
 
 def _page(run: Run, others: Sequence[Run]) -> str:
-    config, summary, final = run.config, run.summary, run.summary.accuracy
+    config, summary = run.config, run.summary
     records, not_shown = _evaluated(run)
+    final = _final(run, records)
     settings, num_changed = _settings(run)
     objective = known_objective(config.objective.name)
     radii = by_radius([final, *(record["accuracy"] for record in records.values())])
@@ -116,11 +118,12 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         paper=objective.paper if objective else None,
         threat=words.threat_words(config),
         weights=words.weights_name(summary.model),
-        numbers=_numbers(run),
+        numbers=_numbers(run, final),
         comparison=compare_runs([run, *others]) if others else None,
+        final=final,
         pgd=next((name for name in final if name.startswith("pgd")), None),
-        num_tested=max((a.num_samples for a in final.values()), default=None),
-        suspicions=_suspicions(summary),
+        num_tested=max((a.num_samples for a in summary.accuracy.values()), default=None),
+        suspicions=_suspicions(summary, final),
         cards=examples.cards(run.examples) if run.examples else [],
         largest_change=examples.largest_change(run.examples) if run.examples else 0.0,
         plots=run_plots(run),
@@ -142,15 +145,30 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         facts=_facts(run),
         next=[
             (why, command.replace("arat-fast", typed(), 1))
-            for why, command in _next(run, several_radii=bool(radii))
+            for why, command in _next(run, final, several_radii=bool(radii))
         ],
         closing=f"Report written by arat_fast {__version__}.",
     )
 
 
-def _numbers(run: Run) -> list[Number]:
-    """The accuracies in large; those of the last evaluation where there are no final ones."""
+def _final(run: Run, records: Mapping[str, Any]) -> Mapping[str, Accuracy]:
+    """The final accuracies. AutoAttack that the training left out is that of a later evaluation in
+    the same ball, of as many images at least; ``record`` in its details is the file."""
     attack, final = run.config.attack, run.summary.accuracy
+    for name, record in records.items():
+        later = record["accuracy"].get("autoattack")
+        if later is None or "clean" not in final or "autoattack" in final:
+            continue
+        same = (later.details["norm"], later.details["eps"]) == (attack.norm, attack.eps)
+        if same and later.num_samples >= final["clean"].num_samples:
+            details = {**later.details, "record": name}
+            final = {**final, "autoattack": dataclasses.replace(later, details=details)}
+    return final
+
+
+def _numbers(run: Run, final: Mapping[str, Accuracy]) -> list[Number]:
+    """The accuracies in large; those of the last evaluation where there are no final ones."""
+    attack = run.config.attack
     ball = words.ball(attack.norm, attack.eps)
     if not final and run.evaluations:
         last = run.evaluations[-1]
@@ -175,7 +193,10 @@ def _numbers(run: Run) -> list[Number]:
         missing = f"left out: {reason}" if reason else "not measured"
         if run.summary.status != "finished" and (key != "autoattack" or settings.autoattack):
             missing += ": the evaluation did not come to its end"
-        numbers.append(Number(words.metric_name(key), caption, where, final.get(key), missing))
+        found = final.get(key)
+        if found and "record" in found.details:
+            caption += f"; of {found.details['record']}, later"
+        numbers.append(Number(words.metric_name(key), caption, where, found, missing))
     return numbers
 
 
@@ -204,9 +225,8 @@ def _classes(summary: Summary) -> Classes | None:
     return Classes(names, rows, weak, strong, clear)
 
 
-def _suspicions(summary: Summary) -> list[str]:
+def _suspicions(summary: Summary, final: Mapping[str, Accuracy]) -> list[str]:
     """What of the accuracies does not fit together, or says that nothing was learned."""
-    final = summary.accuracy
     clean, auto = final.get("clean"), final.get("autoattack")
     pgd = next((a for k, a in final.items() if k.startswith("pgd")), None)
     found = [
@@ -369,7 +389,7 @@ def _natural(model: Mapping[str, Any] | None) -> str | None:
     return f"{known} ({model['source']})"
 
 
-def _next(run: Run, several_radii: bool) -> list[tuple[str, str]]:
+def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[tuple[str, str]]:
     """Commands that go on from here, and what each is for."""
     summary, attack, path = run.summary, run.config.attack, shlex.quote(str(run.path))
     found = []
@@ -382,7 +402,7 @@ def _next(run: Run, several_radii: bool) -> list[tuple[str, str]]:
         command = made or f"arat-fast train {shlex.quote(run.config.recipe)} OPTIONS"
         out = "" if "--out" in command else f" --out {path}"
         return [*found, ("go on where it stopped", f"{command}{out} --resume")]
-    if "autoattack" not in {*summary.accuracy, *summary.left_out}:
+    if "autoattack" not in {*final, *summary.left_out}:
         found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))

@@ -195,16 +195,29 @@ def overfitting(run: Run) -> str:
     if run.evaluations and better_before(run) is None:
         fewer = (
             " Fewer epochs would hardly have helped: no evaluation during the training was clearly "
-            "better. More images or augmentation may."
+            "better. More images or other augmentation may (this run’s: "
+            f"{_augmentation(run.config)})."
         )
+    steps = run.config.attack.num_steps
+    attack = "one step" if steps == 1 else f"{steps} steps"
     return (
         f"In the last epoch {percent(share, n)} of the training images were right under the "
-        f"training’s own attack; under {metric_name(name)} "
+        f"training’s own attack of {attack}; under {metric_name(name)} "
         f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
         f"{run.summary.split} images are. Chance does not explain the gap: the training "
         "overfits. (Part of it may be that training images meet the training’s own attack and the "
         f"weights of each step, the others the final weights.){fewer}"
     )
+
+
+def _augmentation(config: Config) -> str:
+    data = config.data
+    if DATASETS[data.name].image_size:
+        crop = f"random crops, {data.padding} pixels padded" if data.padding else ""
+    else:
+        crop = "random crops"
+    kinds = {crop: bool(crop), "mirroring": data.flip, "RandAugment": data.augment}
+    return ", ".join(kind for kind, used in kinds.items() if used) or "none"
 
 
 def weights_name(model: str | None) -> str | None:

@@ -41,7 +41,8 @@ class Expectation(Hook):
                 )
             run.display.say(
                 f"expect roughly {about(step)} a step and {about(step * steps)} of training on "
-                f"this machine, evaluations aside, timed on {samples} images{other}"
+                f"this machine, timed on {samples} images; evaluations and the attacks at the end "
+                f"come on top{other}"
             )
 
 

@@ -256,7 +256,8 @@ class Evaluation(Hook):
             run.log("eval", epoch, line)
             name = "" if line["model"] == "last" else f", {line['model']}"
             clean, pgd = f"{line['clean']:.1%}", f"{line['pgd']:.1%}"
-            attack = f"PGD-{line['num_steps']}"
+            # The training's own radius may still grow.
+            attack = f"PGD-{line['num_steps']} at eps {shown(run.config.attack.eps)}"
             run.display.say(
                 f"  epoch {epoch}  {line['num_samples']:,} {line['split']} images{name}: "
                 f"clean {clean}  {attack} {pgd}"

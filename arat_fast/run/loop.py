@@ -26,6 +26,7 @@ from arat_fast.run.hooks import Hook, Restart
 from arat_fast.run.state import Run
 from arat_fast.run.unfinished import interruptible
 from arat_fast.saved.network import SAFETENSORS
+from arat_fast.settings import shown
 from arat_fast.stop import EXIT_CODES, EvaluationStopped, InterruptedRun, stop_on_signals
 from arat_fast.training.metrics import CatastrophicOverfittingError, NotFiniteError
 
@@ -295,9 +296,12 @@ def _run(this: Run) -> dict[str, Any]:
 
 
 def radius(run: Run) -> str:
-    """The radius of the attack as long as it is not the run's: ``attack.eps_warmup``."""
-    eps = run.step.attack.eps
-    return "" if eps == run.config.attack.eps else f" at eps {eps:.2g}"
+    """The radius of the attack as long as it is not the run's (``attack.eps_warmup``), in the form
+    in which that is shown."""
+    eps, final = run.step.attack.eps, run.config.attack.eps
+    if eps == final:
+        return ""
+    return f" at eps {255 * eps:.1f}/255" if "/" in shown(final) else f" at eps {eps:.2g}"
 
 
 def status(values: dict[str, float | None], images_per_second: float, radius: str = "") -> str:

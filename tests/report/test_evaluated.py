@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report.fake_run import accuracy, rewrite
 
 from arat_fast.evaluation.checkpoint import evaluate_checkpoint
 from arat_fast.report import write_report
@@ -105,6 +106,27 @@ def test_a_record_of_something_else_is_named_and_not_shown(
     assert "model.evaluation.json is not shown" in text
     assert ("PGD-2" in text) == shown
     assert ("AutoAttack was left out: a reason" in text) == shown
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "eps", "shown"), [(40, 0.12, True), (40, 0.06, False), (39, 0.12, False)]
+)
+def test_autoattack_after_the_training_stands_at_the_top(
+    run: Path, num_samples: int, eps: float, shown: bool
+) -> None:
+    path = run / "evaluation.json"
+    before = path.read_text()
+    found = accuracy(7, num_samples, norm="Linf", eps=eps)
+    rewrite(path, "accuracy", "autoattack", found)
+    page = write_report(run).read_text(encoding="utf-8")
+    path.write_text(before)
+    text = html.unescape(re.sub(r"<[^>]*>", "", page))
+    top, rest = text.split("What this means", 1)
+    assert ("not measured" not in top) == ("; of evaluation.json, later" in top) == shown
+    assert (f"7 of {num_samples} right" in top) == shown
+    assert ("this is the number to compare" in rest) == shown
+    assert ("AutoAttack, to compare" not in rest) == shown
+    assert f"7 of {num_samples}" in rest
 
 
 def test_without_a_record_or_weights(run: Path, tmp_path: Path) -> None:

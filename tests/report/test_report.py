@@ -283,7 +283,7 @@ def test_a_gap_between_training_and_test_is_said(finished_page: Page, tmp_path: 
     folder = write_fake_run(tmp_path / "run", correct=(349, 250, 230))
     found = re.findall(r"[\d.]+\d", report(folder).sections["training"].split("overfits")[0])
     # Training images of the last epoch; test images under PGD-20.
-    assert 78 < float(found[0]) < 82 and found[1:] == ["20", "69.4", "360"]
+    assert 78 < float(found[0]) < 82 and found[1:] == ["10", "20", "69.4", "360"]
     # Lines of 10 batches of 64 of the 1,437 images, of 10, and of the last 157 images.
     lines = [
         {"kind": "train", "step": 23 + step, "epoch": 1 + step / 23, "loss": 1.0, "accuracy_adv": a}

@@ -26,6 +26,7 @@ def test_a_long_training_says_what_to_expect(
     hook.begin(run)
     said = re.search(r"expect roughly (\S+ s) a step and .* of training", written.getvalue())
     assert said is not None and "recipe digits" not in written.getvalue()
+    assert "; evaluations and the attacks at the end come on top\n" in written.getvalue()
     assert all(torch.equal(value, state[name]) for name, value in run.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random) and run.model.training
     assert all(p.grad is None for p in run.model.parameters())

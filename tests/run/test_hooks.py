@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -131,6 +132,21 @@ def test_best_by_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     # Weights and their average are scored; the average counts, which begins with the second epoch.
     assert best["progress"]["step"] == 8 and best["hooks"]["evaluation"]["best"] == 0.6
     assert load_checkpoint(tmp_path / "checkpoint.pt")["progress"]["step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("eps", "grows", "whole"), [(8 / 255, "2.7/255", "8/255"), (0.03, "0.01", "0.03")]
+)
+def test_an_evaluation_says_its_radius_while_that_of_the_training_grows(
+    tmp_path: Path, eps: float, grows: str, whole: str
+) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    config = changed(tiny_config(epochs=2, kind="none"), "train", eval_every=1)
+    config = changed(config, "attack", eps=eps, eps_warmup=2)
+    tiny_trainer(tmp_path, config, console=console).run()
+    said = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert f"robust at eps {grows} " in said
+    assert re.search(rf"epoch 1  40 val images: clean \S+  PGD-1 at eps {whole} [\d.]+%\n", said)
 
 
 class Killed(Hook):
