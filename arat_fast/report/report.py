@@ -404,6 +404,12 @@ def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[
         return [*found, ("go on where it stopped", f"{command}{out} --resume")]
     if "autoattack" not in {*final, *summary.left_out}:
         found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
+    # As "train" has it where training began naturally.
+    ordinary, why = run.path / "natural", "an ordinary network, to compare with"
+    if ordinary.is_dir():
+        found.append((why, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
+    elif made and "--objective" not in made:
+        found.append((why, f"{made} --objective.name natural --out FOLDER"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
         why = "accuracy at other radii, AutoAttack in each; --attacks pgd takes far less time"

@@ -14,6 +14,7 @@ from torch import nn
 
 from arat_fast.config import Config
 from arat_fast.data.fingerprint import class_order
+from arat_fast.evaluation.suite import accuracy_lines
 from arat_fast.files import parse_json, read_json
 from arat_fast.models.split_batch_norm import copy_network
 from arat_fast.objectives.adversarial_training import NaturalTraining
@@ -145,6 +146,11 @@ def prepare(run: Run, train: Callable[..., object]) -> None:
             # A network of its own, which the caller's starts from.
             model=None if run.given_model is None else copy_network(run.given_model),
             data=run.given_data,
+        )
+    if run.ranks.is_main:
+        found = read_json(folder / "summary.json")["accuracy"]
+        run.display.say(
+            "\n".join(["the natural network, to compare with:", *accuracy_lines(found)])
         )
     start_from(run, folder)
     assert run.progress.natural_model is not None

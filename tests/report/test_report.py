@@ -300,6 +300,12 @@ def test_commands_that_go_on(finished: Path, finished_page: Page, tmp_path: Path
     for command in ("train", "analyze", "report", "predict", "export"):
         assert f"arat-fast {command}" in text
     assert f"arat-fast eval {finished} --eps 0.06 0.12 0.18" in text and "--resume" not in text
+    assert "--objective.name natural --out FOLDER" in text
+    (finished / "natural").mkdir()
+    assert (
+        f"arat-fast eval {finished / 'natural'} --attacks pgd" in report(finished).sections["next"]
+    )
+    (finished / "natural").rmdir()
     folder = write_fake_run(tmp_path / "my run", epochs=1)
     rewrite(folder / "summary.json", "status", "interrupted")
     rewrite(folder / "summary.json", "command", "arat-fast train digits --seed 0 --resume")

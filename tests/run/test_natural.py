@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import assert_same_end, changed, metric_lines, tiny_config, tiny_trainer, with_objective
 
@@ -31,6 +33,14 @@ def arrest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("arrest") / "run"
     tiny_trainer(out, config_for("arrest", teacher_epochs=1)).run()
     return out
+
+
+def test_the_natural_network_is_told_to_compare_with(tmp_path: Path) -> None:
+    text = io.StringIO()
+    config = config_for("arrest", teacher_epochs=1)
+    tiny_trainer(tmp_path / "run", config, console=Console(file=text)).run()
+    _, found, rest = text.getvalue().partition("the natural network, to compare with:\n")
+    assert found and rest.startswith("clean ")
 
 
 def test_the_natural_run_is_a_run_of_its_own_and_is_counted(arrest: Path) -> None:
