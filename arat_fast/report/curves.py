@@ -130,8 +130,8 @@ def _accuracy(run: Run) -> Plot | None:
         if key != "clean_branch":
             point = Series(np.array([run.epochs]), np.array([accuracy.value]))
             name = "clean" if key == "clean" else metric_name(key)
-            # The star is seen behind a cross near it.
-            marker, star["markersize"] = ("X", 8) if key == "autoattack" else ("*", 15)
+            # A star around a smaller cross that is near it.
+            marker, star["markersize"] = ("X", 7) if key == "autoattack" else ("*", 17)
             draw(f"{name}, final", point, color, "", marker, **star)
     for place, words in _falls(run):
         axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -409,7 +410,8 @@ def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[
     if ordinary.is_dir():
         found.append((why, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
     elif made and "--objective" not in made:
-        found.append((why, f"{made} --objective.name natural --out FOLDER"))
+        command = re.sub(r" --out \S+", "", made)
+        found.append((why, f"{command} --objective.name natural --out FOLDER"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
         why = "accuracy at other radii, AutoAttack in each; --attacks pgd takes far less time"

@@ -301,6 +301,7 @@ def test_commands_that_go_on(finished: Path, finished_page: Page, tmp_path: Path
         assert f"arat-fast {command}" in text
     assert f"arat-fast eval {finished} --eps 0.06 0.12 0.18" in text and "--resume" not in text
     assert "--objective.name natural --out FOLDER" in text
+    assert all(line.count("--out") <= 1 for line in text.split("arat-fast "))
     (finished / "natural").mkdir()
     assert (
         f"arat-fast eval {finished / 'natural'} --attacks pgd" in report(finished).sections["next"]
