@@ -185,7 +185,8 @@ def test_as_many_programs_are_resident_as_the_reductions_plan(start: int) -> Non
     target = TARGETS["sm_90"]
     for launch in [*_reductions().values()][start::6]:
         optional = {"dpooled_ptr", "dy_skip_ptr", "addend_ptr", "residual_ptr"}
-        more = bool(optional & launch.types.keys())
+        narrow = "statistics" in launch.kernel and launch.given["BLOCK_C"] == 16
+        more = narrow or bool(optional & launch.types.keys())
         planned = split_batch_norm.RESIDENT - more - (not launch.given["ALIGNED"])
         report = compiled(launch, target)
         assert report.occupancy * target.warps / launch.num_warps >= planned, launch.label
