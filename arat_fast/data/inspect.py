@@ -96,7 +96,7 @@ class Inspection:
         lines = [f"{self.path}: {self.kind}"]
         if self.use:
             lines.append(f"train with   {self.use}")
-            if self.kind.startswith("images in folders") and self.counts.get("train", 0) < 1000:
+            if self.kind == OWN["folder"] and self.counts.get("train", 0) < 1000:
                 lines.append("             settings for few images: docs/tutorial-your-images.md")
         counts = ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
         lines.append(f"images       {counts}" + (f" ({self.note})" if self.note else ""))

@@ -409,8 +409,8 @@ def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[
     ordinary, why = run.path / "natural", "an ordinary network, to compare with"
     if ordinary.is_dir():
         found.append((why, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
-    elif made and "--objective" not in made:
-        command = re.sub(r" --out \S+", "", made)
+    elif made and run.config.objective.name != "natural" and "--objective" not in made:
+        command = re.sub(r" --out ('[^']*'|\S+)", "", made)
         found.append((why, f"{command} --objective.name natural --out FOLDER"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))

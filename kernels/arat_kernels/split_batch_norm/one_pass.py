@@ -45,21 +45,17 @@ _PLAIN = ["channels", "clean_rows", "rows", "peers", "turns", "height", "width"]
 
 
 @triton.jit
-def _turn(turn, clean_rows, rows, channels, BLOCK_C: tl.constexpr):
-    """Branch and block of channels of a turn; the branch's first row and number of rows."""
+def _share(turn, rank, clean_rows, rows, channels, KEPT_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Branch, its number of rows and block of channels of a turn; the first row (64 bits) that the
+    program of a rank keeps, how many (none below 1), and the offset of the first element."""
     blocks = channels // BLOCK_C
     adv = (turn >= blocks) | (clean_rows == 0)
     begin = tl.where(adv, clean_rows, 0)
     total = tl.where(adv, rows, clean_rows) - begin
-    return adv.to(tl.int32), turn % blocks, begin, total
-
-
-@triton.jit
-def _kept(rank, begin, total, KEPT_R: tl.constexpr):
-    """The first row (64 bits) that the program of a rank keeps, and how many; none below 1."""
     before = start_of(rank, KEPT_R)
+    first, block = begin + before, turn % blocks
     count = tl.minimum(total - before, KEPT_R).to(tl.int32)
-    return begin + before, count
+    return adv.to(tl.int32), total, block, first, count, start_of(first, channels) + block * BLOCK_C
 
 
 @triton.jit
@@ -120,9 +116,9 @@ def split_batch_norm_fwd_one_pass_kernel(
     c_ok = tl.full((BLOCK_C,), 1, tl.int1)
     rank = tl.program_id(0) % peers
     for turn in range(tl.program_id(0) // peers, turns, tl.num_programs(0) // peers):
-        branch, block, begin, total = _turn(turn, clean_rows, rows, channels, BLOCK_C)
-        first, count = _kept(rank, begin, total, TILES * BLOCK_R)
-        start = start_of(first, channels) + block * BLOCK_C
+        branch, total, block, first, count, start = _share(
+            turn, rank, clean_rows, rows, channels, TILES * BLOCK_R, BLOCK_C
+        )
         local = r[:, None] * channels + c[None, :]
         ok = (r < count)[:, None]
         x = tl.load(x_ptr + start + local, mask=ok, other=0.0)
@@ -234,9 +230,9 @@ def split_batch_norm_bwd_one_pass_kernel(
     c_ok = tl.full((BLOCK_C,), 1, tl.int1)
     rank = tl.program_id(0) % peers
     for turn in range(tl.program_id(0) // peers, turns, tl.num_programs(0) // peers):
-        branch, block, begin, total = _turn(turn, clean_rows, rows, channels, BLOCK_C)
-        first, count = _kept(rank, begin, total, TILES * BLOCK_R)
-        start = start_of(first, channels) + block * BLOCK_C
+        branch, total, block, first, count, start = _share(
+            turn, rank, clean_rows, rows, channels, TILES * BLOCK_R, BLOCK_C
+        )
         local = r[:, None] * channels + c[None, :]
         row = branch * channels + block * BLOCK_C + c
         mean, rstd, scale, bias = affine_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, row, c_ok, eps)
