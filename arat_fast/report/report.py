@@ -35,6 +35,7 @@ _OFF: tuple[Any, ...] = (None, False, 0, "none", [])
 """Values of a setting that is off; there are more of them than a reader wants to see."""
 _LISTS = ("model.name", "objective.name", "data.name")
 """Settings whose meaning is a list of what there is."""
+_ORDINARY = "an ordinary network, to compare with"
 _CHECKS = {
     "gradient": "There is a gradient",
     "steps": "More steps",
@@ -109,6 +110,8 @@ def _page(run: Run, others: Sequence[Run]) -> str:
     settings, num_changed = _settings(run)
     objective = known_objective(config.objective.name)
     radii = by_radius([final, *(record["accuracy"] for record in records.values())])
+    of_class = summary.per_class.get("images", ())
+    following = _next(run, final, several_radii=bool(radii))
     return render(
         "report.html.j2",
         run=run,
@@ -144,10 +147,9 @@ def _page(run: Run, others: Sequence[Run]) -> str:
         settings=settings,
         num_changed=num_changed,
         facts=_facts(run),
-        next=[
-            (why, command.replace("arat-fast", typed(), 1))
-            for why, command in _next(run, final, several_radii=bool(radii))
-        ],
+        commonest=max(of_class) / sum(of_class) if of_class else None,
+        has_ordinary=_ORDINARY in dict(following),
+        next=[(why, command.replace("arat-fast", typed(), 1)) for why, command in following],
         closing=f"Report written by arat_fast {__version__}.",
     )
 
@@ -406,12 +408,12 @@ def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[
     if "autoattack" not in {*final, *summary.left_out}:
         found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
     # As "train" has it where training began naturally.
-    ordinary, why = run.path / "natural", "an ordinary network, to compare with"
+    ordinary = run.path / "natural"
     if ordinary.is_dir():
-        found.append((why, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
+        found.append((_ORDINARY, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
     elif made and run.config.objective.name != "natural" and "--objective" not in made:
         command = re.sub(r" --out ('[^']*'|\S+)", "", made)
-        found.append((why, f"{command} --objective.name natural --out FOLDER"))
+        found.append((_ORDINARY, f"{command} --objective.name natural --out FOLDER"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
         why = "accuracy at other radii, AutoAttack in each; --attacks pgd takes far less time"

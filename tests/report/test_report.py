@@ -119,7 +119,8 @@ def test_every_part_is_there(finished_page: Page) -> None:
     page = finished_page
     names = "meaning classes examples training measurements configuration next"
     assert list(page.sections) == names.split()
-    assert [link["href"] for link in page.all("a")] == [f"#{name}" for name in names.split()]
+    links = [link["href"] for link in page.all("a")]
+    assert links == [f"#{name}" for name in [*names.split(), "next"]]
     assert "trained for 30 epochs on 1,437 images" in page.text
     assert "with ARAT (Rethinking Invariance Regularization" in page.text
     assert "arat-fast train digits --seed 0" in page.sections["next"]
@@ -136,7 +137,10 @@ def test_the_numbers_stand_with_their_intervals(finished_page: Page) -> None:
         assert value in finished_page.text
         assert f"interval {interval}" in finished_page.text
     assert "349 of 360 right" in finished_page.text
-    assert "at most 0.12" in finished_page.sections["meaning"]
+    text = finished_page.sections["meaning"]
+    assert "at most 0.12" in text and "an ordinary network would keep" in text
+    # Ten classes of 36 images each.
+    assert "same answer to all would be right in 10.0 % at most" in text
     text = finished_page.sections["measurements"]
     assert "APGD on the cross-entropy 76.1" in text
     # Settings of one attack are not those of all.
@@ -239,7 +243,8 @@ def test_class_by_class(finished_page: Page, tmp_path: Path) -> None:
         in text
     )
     rewrite(folder / "summary.json", "per_class", {})
-    assert "classes" not in report(folder).sections
+    page = report(folder)
+    assert "classes" not in page.sections and "same answer" not in page.text
 
 
 @pytest.mark.parametrize(
