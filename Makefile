@@ -15,7 +15,7 @@ help:
 	@echo "make compare-digits  every method and the ablation on the digits, three seeds: 40 minutes"
 	@echo "make test    the tests for every change, four minutes; WORKERS=N processes (default 2)"
 	@echo "make test-slow  all others that need no GPU"
-	@echo "make test-next  what depends on PyTorch and Triton, on newer ones, in $(NEXT): 6 GB more"
+	@echo "make test-next  the fast tests on a newer PyTorch and Triton, in $(NEXT): 6 GB more"
 	@echo "make lint    ruff, mypy and codespell"
 	@echo "make docs    the documentation as a site, in build/site; a broken link is an error"
 	@echo "make bench   speed of the step and of the loaders beside what else one would run"
@@ -62,9 +62,8 @@ test-slow: install
 
 test-next: export OMP_NUM_THREADS := 1
 test-next: $(NEXT)/.installed
-	$(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
-	  tests/kernels tests/models tests/objectives tests/training
-	TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
+	$(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/kernels/interpreter
 
 $(NEXT)/.installed: pyproject.toml setup.py constraints.txt constraints-next.txt
 	$(PYTHON) -m venv $(NEXT)

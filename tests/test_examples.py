@@ -1,11 +1,10 @@
-"""The examples run as they are, Lightning's where it is installed."""
+"""The examples run as they are."""
 
 from __future__ import annotations
 
 import json
 import re
 import runpy
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -29,8 +28,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loop_ends_with_a_robust_network(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "lightning_loop" and find_spec("lightning") is None:
-        pytest.skip("lightning is not installed")
     runpy.run_path(str(EXAMPLES / f"{name}.py"))
     printed = capsys.readouterr().out
     found = dict(re.findall(r"^(clean|PGD-20) +([\d.]+) %", printed, re.MULTILINE))

@@ -34,7 +34,7 @@ def conflict_words(record: Mapping[str, Any]) -> list[str]:
     sentences = [
         f"Classification and invariance loss pull {percent(share)} of the "
         f"{grouped(record['entries'])} convolution and linear weights in opposite directions; "
-        f"gradients of random signs would do so in {percent(unrelated)}, half of those that both "
+        f"were their signs chance, it would be {percent(unrelated)}, half of those that both "
         f"losses reach. The cosine of the two gradients is {f'{cosine:+.3f}'.replace('-', '−')}."
     ]
     if total["share_std"] is None:

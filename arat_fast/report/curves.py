@@ -181,6 +181,8 @@ def _loss(run: Run) -> Plot:
     lines = [_Line(run.metrics["loss"], "total", style.INK), *parts]
     described = [f"{x.label} goes from {x.series.values[0]:.3g} to {x.last:.3g}" for x in lines]
     caption = "Training loss" + (" and its parts, weights applied: they add up." if parts else ".")
+    if "w_adv" in run.metrics and np.ptp(run.metrics["w_adv"].values) > 0:
+        caption += " A cross-entropy rises and falls with its weight, too."
     return _plot("Loss", lines, caption, described, height=3.1, logarithmic=_wide(lines))
 
 

@@ -70,13 +70,15 @@ class Setting(NamedTuple):
 
 class Classes(NamedTuple):
     """Accuracies class by class, and the extremes of the last column; ``clear``: they differ by
-    more than the choice of the images explains (Newcombe, 95 %)."""
+    more than the choice of the images explains (Newcombe, 95 %); ``crossed``: AutoAttack left
+    more of a class than PGD."""
 
     names: list[str]
     rows: dict[str, list[Accuracy]]
     weakest: str
     strongest: str
     clear: bool
+    crossed: bool
 
 
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
@@ -111,7 +113,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
     objective = known_objective(config.objective.name)
     radii = by_radius([final, *(record["accuracy"] for record in records.values())])
     of_class = summary.per_class.get("images", ())
-    following = _next(run, final, several_radii=bool(radii))
+    following = _next(run, final, several_radii=bool(radii), compared=bool(others))
     return render(
         "report.html.j2",
         run=run,
@@ -225,7 +227,8 @@ def _classes(summary: Summary) -> Classes | None:
     strong = " and ".join(label for label in last if last[label].value == high.value)
     images = high.num_samples, low.num_samples
     clear = difference_interval((high.correct, low.correct), images)[0] > 0
-    return Classes(names, rows, weak, strong, clear)
+    crossed = names[-1] == "autoattack" and any(_above(x[-1], x[-2]) for x in rows.values())
+    return Classes(names, rows, weak, strong, clear, crossed)
 
 
 def _suspicions(summary: Summary, final: Mapping[str, Accuracy]) -> list[str]:
@@ -392,7 +395,9 @@ def _natural(model: Mapping[str, Any] | None) -> str | None:
     return f"{known} ({model['source']})"
 
 
-def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[tuple[str, str]]:
+def _next(
+    run: Run, final: Mapping[str, Accuracy], several_radii: bool, compared: bool
+) -> list[tuple[str, str]]:
     """Commands that go on from here, and what each is for."""
     summary, attack, path = run.summary, run.config.attack, shlex.quote(str(run.path))
     found = []
@@ -407,13 +412,17 @@ def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[
         return [*found, ("go on where it stopped", f"{command}{out} --resume")]
     if "autoattack" not in {*final, *summary.left_out}:
         found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
+    elsewhere = re.sub(r" --out ('[^']*'|\S+)", "", made)
     # As "train" has it where training began naturally.
     ordinary = run.path / "natural"
+    is_adversarial = run.config.objective.name != "natural"
     if ordinary.is_dir():
         found.append((_ORDINARY, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
-    elif made and run.config.objective.name != "natural" and "--objective" not in made:
-        command = re.sub(r" --out ('[^']*'|\S+)", "", made)
-        found.append((_ORDINARY, f"{command} --objective.name natural --out FOLDER"))
+    elif made and not compared and "--objective" not in made and is_adversarial:
+        found += [
+            (_ORDINARY, f"{elsewhere} --objective.name natural --out FOLDER"),
+            ("this page with the two side by side", f"arat-fast report {path} --compare FOLDER"),
+        ]
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
         why = "accuracy at other radii, AutoAttack in each; --attacks pgd takes far less time"
@@ -421,7 +430,7 @@ def _next(run: Run, final: Mapping[str, Accuracy], several_radii: bool) -> list[
     better = words.better_before(run)
     if better is not None:
         said, options = better
-        again = f"{made or f'arat-fast train {run.config.recipe}'} {options} --out FOLDER"
+        again = f"{elsewhere or f'arat-fast train {run.config.recipe}'} {options} --out FOLDER"
         kept = f"arat-fast eval {shlex.quote(str(run.path / BEST))}"
         found.append((f"{said}; the best by validation images", again if options else kept))
     if "masking" not in run.analyses:

@@ -169,7 +169,8 @@ def better_before(run: Run) -> tuple[str, str] | None:
     )
     if run.config.train.keep_best:
         return said, ""
-    validated = "" if best.split == "val" else "--data.num-val N "
+    tenth = (run.summary.train_samples or 10) // 10
+    validated = "" if best.split == "val" else f"--data.num-val {tenth} "
     return said, f"{validated}--train.keep-best"
 
 
@@ -205,8 +206,8 @@ def overfitting(run: Run) -> str:
         f"training’s own attack of {attack}; under {metric_name(name)} "
         f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
         f"{run.summary.split} images are. Chance does not explain the gap: the training "
-        "overfits. (Part of it may be that training images meet the training’s own attack and the "
-        f"weights of each step, the others the final weights.){fewer}"
+        "overfits, though part of the gap may come of the training images meeting the training’s "
+        f"own attack and the weights of each step, the others the final weights.{fewer}"
     )
 
 

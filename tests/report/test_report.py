@@ -148,6 +148,15 @@ def test_the_numbers_stand_with_their_intervals(finished_page: Page) -> None:
     assert text.count("; steps ") == 2 and "; steps 100" in text
 
 
+def test_the_branch_is_named_where_there_are_two(finished_page: Page, tmp_path: Path) -> None:
+    assert "BatchNorm branch adv" in finished_page.sections["measurements"]
+    folder = write_fake_run(tmp_path / "run", epochs=1)
+    found = json.loads((folder / "summary.json").read_text())["accuracy"]
+    del found["clean_branch"]
+    rewrite(folder / "summary.json", "accuracy", found)
+    assert "branch" not in report(folder).sections["measurements"]
+
+
 def test_every_curve_is_there_and_described(finished: Path) -> None:
     plots = {plot.title: plot.alt for plot in run_plots(read_run(finished))}
     titles = "Accuracy, Loss, Learning rate, Loss weights, Invariance loss by layer, Throughput"
@@ -242,6 +251,9 @@ def test_class_by_class(finished_page: Page, tmp_path: Path) -> None:
         "Under AutoAttack the network is weakest on 0 (44.4 %) and 1 (75.0 %), strongest on 9"
         in text
     )
+    # Of the last class PGD leaves 29 of 36.
+    assert "what AutoAttack’s attacks missed" in text
+    assert "attacks missed" not in finished_page.text
     rewrite(folder / "summary.json", "per_class", {})
     page = report(folder)
     assert "classes" not in page.sections and "same answer" not in page.text
@@ -277,7 +289,9 @@ def test_an_earlier_epoch_that_was_clearly_better(
         assert re.findall(r"[\d.]+", found[0]) == [str(epoch), "93.0", "200", "20", end]
         text = report(folder).sections["next"]
         assert "--train.keep-best --out FOLDER" in text
-        assert ("--data.num-val N" in text) == (split == "test")
+        assert text.count("--out") == text.count("--out FOLDER")
+        # A tenth of the 1,437 training images.
+        assert ("--data.num-val 143" in text) == (split == "test")
         rewrite(folder / "config.json", "config", "data", "num_val", 100)
         rewrite(folder / "config.json", "config", "train", "keep_best", True)
         assert "eval " + str(folder / "checkpoint-best.pt") in report(folder).sections["next"]
@@ -306,6 +320,9 @@ def test_commands_that_go_on(finished: Path, finished_page: Page, tmp_path: Path
         assert f"arat-fast {command}" in text
     assert f"arat-fast eval {finished} --eps 0.06 0.12 0.18" in text and "--resume" not in text
     assert "--objective.name natural --out FOLDER" in text
+    assert f"arat-fast report {finished} --compare FOLDER" in text
+    beside = report(finished, finished)
+    assert "natural" not in beside.sections["next"] and "ordinary" not in beside.text
     assert all(line.count("--out") <= 1 for line in text.split("arat-fast "))
     (finished / "natural").mkdir()
     assert (
