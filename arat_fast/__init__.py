@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from arat_fast.objectives import ARAT
     from arat_fast.recipes import recipe
     from arat_fast.run.train import train
+    from arat_fast.training.awp import AWP
     from arat_fast.training.step import TrainStep
+    from arat_fast.training.targets import Targets
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ARAT",
+    "AWP",
     "PGD",
+    "Targets",
     "ThreatModel",
     "TrainStep",
     "__version__",
@@ -38,7 +42,9 @@ __all__ = [
 
 _PLACES = {
     "ARAT": "arat_fast.objectives",
+    "AWP": "arat_fast.training.awp",
     "PGD": "arat_fast.attacks",
+    "Targets": "arat_fast.training.targets",
     "ThreatModel": "arat_fast.evaluation",
     "TrainStep": "arat_fast.training.step",
     "convert_split_batch_norm": "arat_fast.models",
@@ -53,6 +59,10 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'arat_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def load(

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import arat_fast
+from arat_fast import PGD, TrainStep
 from arat_fast.cli import main
 from arat_fast.command_line import apply_overrides
 
@@ -24,10 +25,11 @@ README = Path(__file__).parent.parent / "README.md"
 FILES = [README, README.with_name("CHANGELOG.md"), *sorted((README.parent / "docs").glob("*.md"))]
 
 
-def snippet(path: Path) -> str:
-    """The only Python block of a file."""
-    (found,) = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    return str(found)
+def snippet(path: Path, number: int = 0, of: int = 1) -> str:
+    """A Python block of a file, which has ``of``."""
+    found = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    assert len(found) == of
+    return str(found[number])
 
 
 @pytest.mark.slow
@@ -123,12 +125,23 @@ def test_your_network_example(
         "test_data": Digits(64, 96),
     }
     monkeypatch.setattr(arat_fast, "recipe", lambda name: config, raising=False)
-    exec(snippet(README.parent / "docs" / "your-network.md"), names)
+    exec(snippet(README.parent / "docs" / "your-network.md", of=2), names)
     settings = json.loads(Path("run/config.json").read_text())["config"]["objective"]
     assert settings["layers"] == ["1"]
     assert names["label"] in Digits.classes and 0.1 <= float(str(names["confidence"])) <= 1
     printed = capsys.readouterr().out.split()
     assert 0 <= float(printed[0]) <= 1 and printed[-1] == names["label"]
+
+
+def test_other_methods_in_ones_own_loop() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    names = {"TrainStep": TrainStep, "PGD": PGD, "network": network, "optimizer": optimizer}
+    exec(snippet(README.parent / "docs" / "your-network.md", 1, of=2), names)
+    data = Digits(0, 64)
+    step, batch = names["step"], (data.x, torch.tensor(data.y))
+    losses = [step(*batch)["loss"].item() for _ in range(8)]
+    assert losses[-1] < losses[0]
 
 
 def anchors(page: Path) -> set[str]:

@@ -124,15 +124,16 @@ def _accuracy(run: Run) -> Plot | None:
         name = f"PGD-{max(look.num_steps for look in run.looks)}, watched"
         draw(name, Series(*np.array(looks).T), style.PURPLE, style.DASHES[1], ".")
     final = run.summary.accuracy if run.epochs is not None else {}
-    star: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 4}
     for key, accuracy in final.items():
-        color = {"clean": style.CLEAN, "autoattack": style.INK}.get(key, style.ADVERSARIAL)
+        color = style.CLEAN if key == "clean" else style.ADVERSARIAL
         if key != "clean_branch":
             point = Series(np.array([run.epochs]), np.array([accuracy.value]))
             name = "clean" if key == "clean" else metric_name(key)
-            # A star around a smaller cross that is near it.
-            marker, star["markersize"] = ("X", 7) if key == "autoattack" else ("*", 17)
-            draw(f"{name}, final", point, color, "", marker, **star)
+            # A frame, in which a star that is near it can be seen.
+            frame = {"marker": "D", "markersize": 12, "markerfacecolor": "none", "color": style.INK}
+            star = {"marker": "*", "markersize": 12, "markeredgecolor": "white", "color": color}
+            mark = frame if key == "autoattack" else star
+            draw(f"{name}, final", point, linestyle="", zorder=4, **mark)
     for place, words in _falls(run):
         axes.axvline(place, color=style.INK, linestyle=(0, (1, 2)), linewidth=1.2)
         described.append(words)
@@ -148,7 +149,7 @@ def _accuracy(run: Run) -> Plot | None:
     if len(evaluated) > 1:
         caption += " (ema): the averaged weights, which are the result; (last): those in training."
     if final:
-        caption += f" Stars and cross: the final evaluation, {run.summary.split} images."
+        caption += f" Stars and diamond: the final evaluation, {run.summary.split} images."
     if looks:
         caption += " Dots: the watch for catastrophic overfitting, a few images."
     if falls := _falls(run):

@@ -113,7 +113,7 @@ def _page(run: Run, others: Sequence[Run]) -> str:
     objective = known_objective(config.objective.name)
     radii = by_radius([final, *(record["accuracy"] for record in records.values())])
     of_class = summary.per_class.get("images", ())
-    following = _next(run, final, several_radii=bool(radii), compared=bool(others))
+    following = _next(run, final, [other.path for other in others], several_radii=bool(radii))
     return render(
         "report.html.j2",
         run=run,
@@ -396,7 +396,7 @@ def _natural(model: Mapping[str, Any] | None) -> str | None:
 
 
 def _next(
-    run: Run, final: Mapping[str, Accuracy], several_radii: bool, compared: bool
+    run: Run, final: Mapping[str, Accuracy], compared: Sequence[Path], several_radii: bool
 ) -> list[tuple[str, str]]:
     """Commands that go on from here, and what each is for."""
     summary, attack, path = run.summary, run.config.attack, shlex.quote(str(run.path))
@@ -419,10 +419,7 @@ def _next(
     if ordinary.is_dir():
         found.append((_ORDINARY, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
     elif made and not compared and "--objective" not in made and is_adversarial:
-        found += [
-            (_ORDINARY, f"{elsewhere} --objective.name natural --out FOLDER"),
-            ("this page with the two side by side", f"arat-fast report {path} --compare FOLDER"),
-        ]
+        found.append((_ORDINARY, f"{elsewhere} --objective.name natural --out OTHER"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
         why = "accuracy at other radii, AutoAttack in each; --attacks pgd takes far less time"
@@ -435,9 +432,12 @@ def _next(
         found.append((f"{said}; the best by validation images", again if options else kept))
     if "masking" not in run.analyses:
         found.append(("is the robustness real? a check", f"arat-fast analyze {path}"))
+    again, beside = "this page again, with what these found", shlex.join(map(str, compared))
+    if _ORDINARY in dict(found) and not ordinary.is_dir():
+        again, beside = f"{again} and that network, if it was trained, beside this one", "OTHER"
     return [
         *found,
-        ("this page again, with what these found", f"arat-fast report {path}"),
+        (again, f"arat-fast report {path}" + (f" --compare {beside}" if beside else "")),
         ("what the network says of pictures of yours", f"arat-fast predict {path} PICTURE"),
         ("the network for other software", f"arat-fast export {path} --format hub --out FOLDER"),
     ]

@@ -206,8 +206,9 @@ def overfitting(run: Run) -> str:
         f"training’s own attack of {attack}; under {metric_name(name)} "
         f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
         f"{run.summary.split} images are. Chance does not explain the gap: the training "
-        "overfits, though part of the gap may come of the training images meeting the training’s "
-        f"own attack and the weights of each step, the others the final weights.{fewer}"
+        "overfits. Part of the gap may have another cause: training images were measured under the "
+        f"{attack} and with the weights of the moment, {run.summary.split} images under "
+        f"{metric_name(name)} and with the final weights.{fewer}"
     )
 
 
