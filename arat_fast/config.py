@@ -258,8 +258,8 @@ class TrainConfig:
     """Steps after which the run ends as if they were all, with the learning rates of the whole
     one; 0 for all. For trials; with more steps and --resume it goes on."""
     natural_epochs: Number = 0
-    """Epochs of natural training first, with a schedule of their own, in the folder natural of the
-    run; >= 0."""
+    """Epochs of natural training first, besides those of train.epochs and with a schedule of their
+    own, in the folder natural of the run; >= 0."""
     device: Annotated[str, FREE] = "auto"
     """auto, cpu, cuda or cuda:N."""
     log_every: Annotated[Count, FREE] = 20

@@ -133,7 +133,7 @@ def _row(letter: str, run: Run, first: Run, metrics: Sequence[str]) -> Row:
     seconds, our_seconds = (
         r.summary.wall_seconds.get("train") if r else None for r in (run, versus)
     )
-    change = f"×{our_seconds / seconds:.2f}" if our_seconds and seconds else ""
+    change = f"×{our_seconds / seconds:.2g}" if our_seconds and seconds else ""
     device = run.summary.device or ""
     cells.append(Cell(duration(seconds), device, change) if seconds is not None else Cell())
     return Row(letter, run, cells, clear, _mismatches(first, run))

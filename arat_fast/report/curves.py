@@ -149,7 +149,8 @@ def _accuracy(run: Run) -> Plot | None:
     if len(evaluated) > 1:
         caption += " (ema): the averaged weights, which are the result; (last): those in training."
     if final:
-        caption += f" Stars and diamond: the final evaluation, {run.summary.split} images."
+        marks = "Stars and diamond" if "autoattack" in final else "Stars"
+        caption += f" {marks}: the final evaluation, {run.summary.split} images."
     if looks:
         caption += " Dots: the watch for catastrophic overfitting, a few images."
     if falls := _falls(run):

@@ -77,8 +77,11 @@ def _plot(norm: str, attacks: tuple[str, ...], rows: _Rows) -> Plot:
             described.append(f"{metric_name(name)} {told}")
         style.as_percent(axes)
         axes.set_xlim(0, 1.04 * max(rows))
-        if len(rows) <= 7:
-            axes.set_xticks(list(rows), [plain(eps) for eps in rows])
+        ticks: list[float] = []
+        for eps in rows:
+            if not ticks or eps - ticks[-1] > 0.09 * max(rows):
+                ticks.append(eps)
+        axes.set_xticks(ticks, [plain(eps) for eps in ticks])
         axes.set_xlabel(f"eps, {norm}")
         style.legend_above(axes)
     return Plot("Right answers", figure, f"{norm}: {'; '.join(described)}.", "")

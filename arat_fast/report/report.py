@@ -35,6 +35,8 @@ _OFF: tuple[Any, ...] = (None, False, 0, "none", [])
 """Values of a setting that is off; there are more of them than a reader wants to see."""
 _LISTS = ("model.name", "objective.name", "data.name")
 """Settings whose meaning is a list of what there is."""
+_NATURAL = "natural"
+"""Where a run keeps the natural training that it began with."""
 _ORDINARY = "an ordinary network, to compare with"
 _CHECKS = {
     "gradient": "There is a gradient",
@@ -89,7 +91,8 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
 
     Args:
         run: folder of the run.
-        compare: folders of other runs; the report then begins with what sets this run apart.
+        compare: folders of other runs; the report then begins with what sets this run apart. If
+            there are none, a run that began with natural training is compared with that.
 
     Returns:
         The report's path.
@@ -100,7 +103,10 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
         OSError: the report cannot be written; an older one stays.
     """
     with written_here(run):
-        page = _page(read_run(run), [read_run(path) for path in compare])
+        of = read_run(run)
+        if of.summary.natural_model and (run / _NATURAL).is_dir():
+            compare = compare or [run / _NATURAL]
+        page = _page(of, [read_run(path) for path in compare])
     write_text(run / "report.html", page)
     return run / "report.html"
 
@@ -413,12 +419,8 @@ def _next(
     if "autoattack" not in {*final, *summary.left_out}:
         found.append(("AutoAttack, to compare with other work", f"arat-fast eval {path}"))
     elsewhere = re.sub(r" --out ('[^']*'|\S+)", "", made)
-    # As "train" has it where training began naturally.
-    ordinary = run.path / "natural"
     is_adversarial = run.config.objective.name != "natural"
-    if ordinary.is_dir():
-        found.append((_ORDINARY, f"arat-fast eval {shlex.quote(str(ordinary))} --attacks pgd"))
-    elif made and not compared and "--objective" not in made and is_adversarial:
+    if made and not compared and "--objective" not in made and is_adversarial:
         found.append((_ORDINARY, f"{elsewhere} --objective.name natural --out OTHER"))
     if not several_radii:
         radii = " ".join(words.plain(factor * attack.eps) for factor in (0.5, 1.0, 1.5))
@@ -432,8 +434,9 @@ def _next(
         found.append((f"{said}; the best by validation images", again if options else kept))
     if "masking" not in run.analyses:
         found.append(("is the robustness real? a check", f"arat-fast analyze {path}"))
-    again, beside = "this page again, with what these found", shlex.join(map(str, compared))
-    if _ORDINARY in dict(found) and not ordinary.is_dir():
+    given = [str(path) for path in compared if path != run.path / _NATURAL]
+    again, beside = "this page again, with what these found", shlex.join(given)
+    if _ORDINARY in dict(found):
         again, beside = f"{again} and that network, if it was trained, beside this one", "OTHER"
     return [
         *found,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,8 +151,10 @@ def objective_name(config: Config) -> str:
 
 
 def dataset_name(config: Config) -> str:
-    """Name of the dataset."""
-    return DATASETS[config.data.name].label or config.data.name
+    """Name of the dataset; of one's own images that of their folder or file."""
+    dataset = DATASETS[config.data.name]
+    own = Path(config.data.root).name if dataset.own else ""
+    return own or dataset.label or dataset.name
 
 
 def better_before(run: Run) -> tuple[str, str] | None:

@@ -138,7 +138,7 @@ def test_the_numbers_stand_with_their_intervals(finished_page: Page) -> None:
         assert f"interval {interval}" in finished_page.text
     assert "349 of 360 right" in finished_page.text
     text = finished_page.sections["meaning"]
-    assert "at most 0.12" in text and "an ordinary network would keep" in text
+    assert "at most 0.12" in text and "trains an ordinary network" in text
     # Ten classes of 36 images each.
     assert "same answer to all would be right in 10.0 % at most" in text
     text = finished_page.sections["measurements"]
@@ -326,12 +326,15 @@ def test_commands_that_go_on(finished: Path, finished_page: Page, tmp_path: Path
     assert "natural" not in beside.sections["next"] and "ordinary" not in beside.text
     assert f"arat-fast report {finished} --compare {finished} #" in beside.sections["next"]
     assert all(line.count("--out") <= 1 for line in text.split("arat-fast "))
-    (finished / "natural").mkdir()
-    assert (
-        f"arat-fast eval {finished / 'natural'} --attacks pgd" in report(finished).sections["next"]
-    )
-    assert f"arat-fast report {finished} #" in report(finished).sections["next"]
-    (finished / "natural").rmdir()
+    # A run that began with natural training is compared with that.
+    begun = write_fake_run(tmp_path / "begun", epochs=1)
+    write_fake_run(begun / "natural", objective="natural", epochs=1, correct=(350, 0, 0))
+    assert "comparison" not in report(begun).sections
+    rewrite(begun / "summary.json", "natural_model", {"source": "natural", "epochs": 1})
+    page = report(begun)
+    assert "0 · natural" in page.sections["comparison"] and "ordinary" not in page.text
+    assert f"arat-fast report {begun} #" in page.sections["next"]
+    assert "comparison" in report(begun, finished).sections
     folder = write_fake_run(tmp_path / "my run", epochs=1)
     rewrite(folder / "summary.json", "status", "interrupted")
     rewrite(folder / "summary.json", "command", "arat-fast train digits --seed 0 --resume")
