@@ -98,6 +98,7 @@ class Inspection:
             lines.append(f"train with   {self.use}")
             if self.kind == OWN["folder"] and self.counts.get("train", 0) < 1000:
                 lines.append("             settings for few images: docs/tutorial-your-images.md")
+            lines.append("             --data.no-flip where a mirror image is of another class")
         counts = ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
         lines.append(f"images       {counts}" + (f" ({self.note})" if self.note else ""))
         if self.classes:

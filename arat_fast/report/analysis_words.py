@@ -56,10 +56,13 @@ def mixture_words(record: Mapping[str, Any]) -> list[str]:
     layers, mean = record["layers"], record["mean"]
     worst = max(layers, key=lambda path: layers[path]["w2_relative"])
     return [
+        "A BatchNorm that clean and adversarial images share normalises by the statistics of their "
+        "mixture, which fits neither where the two are far apart.",
         f"What enters the {len(layers)} BatchNorm layers differs between clean and adversarial "
         f"images by {mean['w2_relative']:.3f} standard deviations per channel (Wasserstein-2, mean "
-        f"over layers), most at {worst} with {layers[worst]['w2_relative']:.3f}; what leaves them "
-        f"differs by {mean['output_w2']:.3f}."
+        "over layers; 0 is no difference, 1 a shift as large as the spread of the values), most "
+        f"at {worst} with {layers[worst]['w2_relative']:.3f}; what leaves them differs by "
+        f"{mean['output_w2']:.3f}.",
     ]
 
 
@@ -70,7 +73,9 @@ def masking_words(record: Mapping[str, Any]) -> list[str]:
     if not failed:
         return [
             f"No sign of masked gradients in {len(checks)} checks: more steps, larger balls, "
-            "random points and the other attacks behave as they must."
+            "random points and the other attacks behave as they must.",
+            "A network whose gradients are masked looks robust because they are of no use to an "
+            "attack. Passing does not prove robustness; AutoAttack remains the number to report.",
         ]
     return [
         f"WARNING: {len(failed)} of {len(checks)} checks for masked gradients failed; do not "

@@ -161,7 +161,13 @@ class Remarks(Hook):
             f"{run.precision} on {describe_device(run.device)}{together}{resumed}; run folder "
             f"{run.out}"
         )
-        own = config.data.name in OWN_IMAGES and config.init is None
+        own = config.data.name in OWN_IMAGES
+        if own and config.data.flip and run.given_data is None:
+            run.display.say_once(
+                "training mirrors images left to right at random: --data.no-flip where that "
+                "changes the class (arrows, letters)"
+            )
+        own = own and config.init is None
         if own and run.total_steps < FEW_STEPS and not config.train.max_steps:
             run.display.say(
                 f"only {run.total_steps} update steps in all, {run.steps_per_epoch} an epoch, in "

@@ -57,6 +57,8 @@ def test_so_few_steps_that_nothing_may_be_learned_are_said(
     Remarks().begin(tiny_trainer(tmp_path / "run", config, console=console))
     shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     assert ("only 495 update steps in all, 5 an epoch" in shown) == ("--init" in shown) == said
+    # An arrow to the left may be of another class than one to the right.
+    assert "--data.no-flip" in shown
 
 
 @pytest.mark.parametrize(
