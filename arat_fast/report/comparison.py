@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from arat_fast.config import OWN_IMAGES
 from arat_fast.data.fingerprint import class_order
 from arat_fast.report import style
@@ -98,6 +100,15 @@ def _sum(run: Run | None) -> float | None:
     return final["clean"].value + final["autoattack"].value
 
 
+def _typical_seconds(run: Run | None) -> float | None:
+    """Of a training at its median speed, which a while of other work on the machine hardly moves;
+    None where that is not known."""
+    speeds = run.metrics.get("images_per_second") if run else None
+    if run is None or speeds is None or not run.summary.train_samples or run.epochs is None:
+        return None
+    return run.epochs * run.summary.train_samples / float(np.nanmedian(speeds.values))
+
+
 def _same_data(run: Run, other: Run) -> bool:
     """Whether both runs are of one dataset; images of one's own are known by where they lie."""
     ours, theirs = run.config.data, other.config.data
@@ -130,10 +141,9 @@ def _row(letter: str, run: Run, first: Run, metrics: Sequence[str]) -> Row:
         if total is not None and our_total is not None:
             cell = cell._replace(change=signed_points(our_total - total))
         cells.append(cell)
-    seconds, our_seconds = (
-        r.summary.wall_seconds.get("train") if r else None for r in (run, versus)
-    )
-    change = f"×{our_seconds / seconds:.2g}" if our_seconds and seconds else ""
+    seconds = run.summary.wall_seconds.get("train")
+    typical, our_typical = _typical_seconds(run), _typical_seconds(versus)
+    change = f"×{our_typical / typical:.2g}" if our_typical and typical else ""
     device = run.summary.device or ""
     cells.append(Cell(duration(seconds), device, change) if seconds is not None else Cell())
     return Row(letter, run, cells, clear, _mismatches(first, run))

@@ -40,6 +40,10 @@ FEW_FOR_STATISTICS = 64
 """Images of one process below which a run says that BatchNorm sees them alone."""
 
 
+SLOWER = 4
+"""Times that steps must have become slower, three log lines in turn, for a run to say so."""
+
+
 class Restart(Exception):
     """Raised by a hook that has put the run back to an earlier step: it goes on from there."""
 
@@ -139,6 +143,7 @@ class Remarks(Hook):
 
     def __init__(self) -> None:
         self.said_folding = False
+        self.fastest, self.num_slow = 0.0, 0
 
     def begin(self, run: Run) -> None:
         config, ranks, step = run.config, run.ranks, run.progress.step
@@ -206,6 +211,16 @@ class Remarks(Hook):
             )
 
     def log(self, run: Run, line: dict[str, Any]) -> None:
+        speed = line.get("images_per_second")
+        if speed is not None and run.device.type == "cpu" and torch.get_num_threads() > 1:
+            self.fastest = max(self.fastest, speed)
+            self.num_slow = self.num_slow + 1 if speed < self.fastest / SLOWER else 0
+            if self.num_slow == 3:
+                run.display.say_once(
+                    f"steps are over {SLOWER} times slower than before: beside other work on this "
+                    "machine OMP_NUM_THREADS=1 is faster (docs/troubleshooting.md); stop, and go "
+                    "on so with --resume"
+                )
         folded = run.step.folded_network
         if folded is None or self.said_folding:
             return

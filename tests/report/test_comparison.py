@@ -20,9 +20,12 @@ def compare(*folders: Path) -> Comparison:
 
 def test_the_comparison_shows_what_the_method_buys(tmp_path: Path) -> None:
     ours = write_fake_run(tmp_path / "arat", epochs=4)
-    other = write_fake_run(
-        tmp_path / "at", objective="at", epochs=4, correct=(320, 270, 262), train_seconds=37.1
-    )
+    other = write_fake_run(tmp_path / "at", objective="at", epochs=4, correct=(320, 270, 262))
+    # Twice as fast but for a while, whatever the clock says.
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    for number, line in enumerate(line for line in lines if line["kind"] == "train"):
+        line["images_per_second"] = 20 if number < 4 else 1120
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = compare(ours, other)
     assert found.headings == ["Clean", "PGD-20", "AutoAttack", "Sum", "Training"]
     row = found.rows[1]

@@ -240,3 +240,23 @@ def test_few_images_of_a_process_are_said(sync: bool, batch: int, few: int, tmp_
     Remarks().begin(run)
     assert len(run.warnings) == few
     assert all("--distributed.sync-bn" in warning for warning in run.warnings)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "threads", "said"),
+    [
+        ([800, 100, 100, 100], 2, True),
+        ([800, 100, 100, 300, 100], 2, False),
+        ([800, 100, 100, 100], 1, False),
+    ],
+)
+def test_a_slowdown_is_said(
+    speeds: list[int], threads: int, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    console = Console(file=io.StringIO(), width=300)
+    run, hook = tiny_trainer(tmp_path, tiny_config(), console=console), Remarks()
+    for speed in speeds:
+        hook.log(run, {"images_per_second": speed})
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert ("OMP_NUM_THREADS=1 is faster" in shown) == said
