@@ -80,7 +80,8 @@ class PGD:
     untouched), "running" (eval mode) or "batch_update" (the official code: every forward pass of
     the attack moves the running statistics)."""
     eps_warmup: Number = 0
-    """Epochs of a run in which the radius grows, from one to the next, to eps; 0 for none; >= 0."""
+    """Epochs of a run in which the radius grows, from one to the next, to eps; 0 for none; >= 0.
+    The trainer sees to it; in a loop of your own: :meth:`in_epoch`."""
     start_radius: Weight = 1.0
     """Radius of the ball that the random start is drawn from, in eps; >= 0, 2 in N-FGSM."""
     project: bool = True
@@ -96,9 +97,10 @@ class PGD:
         """The norm itself."""
         return NORMS[self.norm]
 
-    def eps_at(self, epoch: int) -> float:
-        """The radius in an epoch of a run, counted from 0: :attr:`eps_warmup`."""
-        return min((epoch + 1) / (self.eps_warmup + 1), 1.0) * self.eps
+    def in_epoch(self, epoch: int) -> PGD:
+        """The attack in an epoch, counted from 0, with its radius (:attr:`eps_warmup`)."""
+        eps = min((epoch + 1) / (self.eps_warmup + 1), 1.0) * self.eps
+        return dataclasses.replace(self, eps=eps, eps_warmup=0)
 
     def __call__(
         self,

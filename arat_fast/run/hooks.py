@@ -249,8 +249,8 @@ class EpsWarmup(Hook):
         self.before_epoch(run, run.progress.step // run.steps_per_epoch)
 
     def before_epoch(self, run: Run, epoch: int) -> None:
-        eps = run.config.attack.eps_at(epoch)
-        run.step.attack = dataclasses.replace(run.step.attack, eps=eps)
+        eps = run.config.attack.in_epoch(epoch).eps
+        run.step.attack = dataclasses.replace(run.step.attack, eps=eps, eps_warmup=0)
 
 
 class Evaluation(Hook):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from arat_fast.attacks import PGD
 from arat_fast.objectives.base import Objective
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -78,6 +79,7 @@ def say_what_was_left_out(
     model: nn.Module,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
+    attack: PGD,
     say: Callable[[str], object],
 ) -> None:
     """Tell, in the first step, what loops forget.
@@ -86,6 +88,7 @@ def say_what_was_left_out(
         model: the network.
         objective: that it is trained with.
         optimizer: of both.
+        attack: of the first step.
         say: told it, a sentence at a time.
     """
     modules = {"network": model, "objective": objective}
@@ -104,6 +107,11 @@ def say_what_was_left_out(
         say(
             f"{len(strays)} parameters in the optimiser belong neither to the network nor to the "
             "objective: make it after convert_split_batch_norm, which replaces parameters"
+        )
+    if attack.eps_warmup:
+        say(
+            "the radius does not grow by itself (eps_warmup): set step.attack = "
+            "attack.in_epoch(epoch) before each epoch"
         )
     if left_out := objective.left_out():
         say(left_out)

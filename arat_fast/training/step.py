@@ -288,7 +288,8 @@ class TrainStep:
         if not y.is_floating_point():
             y = y.long()
         if self.num_calls == 0:
-            say_what_was_left_out(self.model, self.objective, self.optimizer, self.say)
+            parts = self.model, self.objective, self.optimizer, self.attack
+            say_what_was_left_out(*parts, self.say)
         check = self.check_inputs
         if check is None:
             check = x.device.type == "cpu" or self.num_calls == 0

@@ -157,11 +157,12 @@ class Start(Hook):
 
 def test_the_radius_grows_and_a_resumed_run_has_that_of_its_epoch(tmp_path: Path) -> None:
     attack = PGD(eps=0.3, eps_warmup=2)
-    assert [attack.eps_at(e) for e in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
-    assert PGD().eps_at(0) == PGD().eps
+    radii = [attack.in_epoch(epoch).eps for epoch in range(4)]
+    assert radii == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert PGD().in_epoch(0) == PGD()
     config = changed(tiny_config(2, kind="none"), "attack", eps_warmup=1)
     run = tiny_trainer(tmp_path / "run", config)
-    radii: list[float] = []
+    radii = []
     for step in (1, 5):
         run.at_step(step, lambda: radii.append(run.step.attack.eps))
     run.run()

@@ -138,6 +138,18 @@ def forgot_nothing(model: nn.Module) -> Loop:
     return model, objective, sgd(model, objective)
 
 
+@pytest.mark.parametrize("forgot", [True, False])
+def test_a_loop_is_told_that_its_radius_does_not_grow(forgot: bool) -> None:
+    attack = PGD(num_steps=1, eps_warmup=3)
+    step = make_step()
+    step.attack = attack if forgot else attack.in_epoch(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            step(*batch())
+    assert [str(w.message)[:30] for w in said] == ["the radius does not grow by it"] * forgot
+
+
 def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1)
 
