@@ -69,13 +69,19 @@ def start(out: Path, **keywords: object) -> subprocess.Popen[bytes]:
 def test_a_terminal_that_is_lost_costs_nothing(tmp_path: Path) -> None:
     """As when an ssh session ends: what is written to it would fail."""
     ours, theirs = pty.openpty()
+
+    def take_terminal() -> None:
+        # Where the tests themselves run under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.close(os.open(os.ttyname(theirs), os.O_RDWR))
+
     process = start(
         tmp_path,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(theirs), os.O_RDWR)),
+        preexec_fn=take_terminal,
     )
     os.close(theirs)
     os.close(ours)
