@@ -209,9 +209,9 @@ def overfitting(run: Run) -> str:
         f"training’s own attack of {attack}; under {metric_name(name)} "
         f"{percent(test.value, test.num_samples)} of the {grouped(test.num_samples)} "
         f"{run.summary.split} images are. Chance does not explain the gap: the training "
-        "overfits. Part of the gap may have another cause: training images were measured under the "
-        f"{attack} and with the weights of the moment, {run.summary.split} images under "
-        f"{metric_name(name)} and with the final weights.{fewer}"
+        "overfits, at least in part: training images were measured under the "
+        f"{attack}, in training mode and with the weights of the moment, {run.summary.split} "
+        f"images under {metric_name(name)} and with the final weights.{fewer}"
     )
 
 
