@@ -35,8 +35,6 @@ _OFF: tuple[Any, ...] = (None, False, 0, "none", [])
 """Values of a setting that is off; there are more of them than a reader wants to see."""
 _LISTS = ("model.name", "objective.name", "data.name")
 """Settings whose meaning is a list of what there is."""
-_NATURAL = "natural"
-"""Where a run keeps the natural training that it began with."""
 _ORDINARY = "an ordinary network, to compare with"
 _CHECKS = {
     "gradient": "There is a gradient",
@@ -104,8 +102,9 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """
     with written_here(run):
         of = read_run(run)
-        if of.summary.natural_model and (run / _NATURAL).is_dir():
-            compare = compare or [run / _NATURAL]
+        if of.summary.natural_model and not compare:
+            natural = run / of.summary.natural_model["source"]
+            compare = [natural] if (natural / "config.json").is_file() else []
         page = _page(of, [read_run(path) for path in compare])
     write_text(run / "report.html", page)
     return run / "report.html"
@@ -434,8 +433,7 @@ def _next(
         found.append((f"{said}; the best by validation images", again if options else kept))
     if "masking" not in run.analyses:
         found.append(("is the robustness real? a check", f"arat-fast analyze {path}"))
-    given = [str(path) for path in compared if path != run.path / _NATURAL]
-    again, beside = "this page again, with what these found", shlex.join(given)
+    again, beside = "this page again, with what these found", shlex.join(map(str, compared))
     if _ORDINARY in dict(found):
         again, beside = f"{again} and that network, if it was trained, beside this one", "OTHER"
     return [

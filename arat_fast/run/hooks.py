@@ -39,7 +39,6 @@ easiest images and the shortest of the recipes, have 529."""
 FEW_FOR_STATISTICS = 64
 """Images of one process below which a run says that BatchNorm sees them alone."""
 
-
 SLOWER = 4
 """Times that steps must have become slower, three log lines in turn, for a run to say so."""
 

@@ -333,7 +333,7 @@ def test_commands_that_go_on(finished: Path, finished_page: Page, tmp_path: Path
     rewrite(begun / "summary.json", "natural_model", {"source": "natural", "epochs": 1})
     page = report(begun)
     assert "0 · natural" in page.sections["comparison"] and "ordinary" not in page.text
-    assert f"arat-fast report {begun} #" in page.sections["next"]
+    assert f"report {begun} --compare {begun / 'natural'} #" in page.sections["next"]
     assert "comparison" in report(begun, finished).sections
     folder = write_fake_run(tmp_path / "my run", epochs=1)
     rewrite(folder / "summary.json", "status", "interrupted")
